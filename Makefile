@@ -1,0 +1,31 @@
+# Every target makes .venv itself when it is missing or pyproject.toml changed. CI runs `make lint` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Installed before anything else: a plain "torch" would fetch a CUDA build of several gigabytes. On a GPU machine:
+#   make demo TORCH="torch>=2.13"
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint bench
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/layerbudget run configs/demo.yaml
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/decode.py
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[pipelines,demo,dev]"
+	touch $@

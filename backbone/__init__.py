@@ -1,0 +1,1 @@
+"""A Hugging Face decoder that can run any layer plan."""

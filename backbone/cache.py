@@ -1,0 +1,38 @@
+"""A key-value cache that holds nothing for the attention blocks that a plan skips."""
+
+from __future__ import annotations
+
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DummyLayer
+
+from backbone.errors import InputError
+from backbone.plan import LayerPlan
+
+
+class CacheMismatchError(InputError):
+    """A cache filled under one plan was passed to a model that runs another."""
+
+
+def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
+    """Put the library's own placeholder where `plan` skips attention, so that masks and lengths ignore those layers.
+
+    Without it a skipped first layer is silently wrong: mask sizes and sequence lengths are read from the first layer
+    of its kind, which would stay empty. Works on fresh caches; a cache already filled under `plan` passes unchanged.
+
+    Raises:
+        CacheMismatchError: the cache was filled under another plan.
+    """
+    if cache.layer_class_to_replicate is not None:
+        cache.layers.extend(cache.layer_class_to_replicate() for _ in range(plan.n_layers - len(cache.layers)))
+    for index, layer in enumerate(cache.layers):
+        is_placeholder = isinstance(layer, DummyLayer)
+        if index in plan.attention and is_placeholder:
+            raise CacheMismatchError(
+                f"this cache was filled without layer {index}, which plan {plan} runs; use a new cache"
+            )
+        if index not in plan.attention and not is_placeholder:
+            if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0:
+                raise CacheMismatchError(
+                    f"this cache holds layer {index}, which plan {plan} skips; use a new one or the plan that filled it"
+                )
+            cache.layers[index] = DummyLayer()  # type: ignore[no-untyped-call]

@@ -1,0 +1,170 @@
+"""Load a causal language model from the hub, a folder, a GGUF file or an installed weights package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+from pathlib import Path
+from types import ModuleType
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.errors import InputError
+from backbone.families import decoder_layers, family_of
+
+PACKAGE_PREFIX = "package:"
+
+
+class LoadError(InputError):
+    """A model that cannot be loaded as asked; the message says what was wrong."""
+
+
+def load_backbone(
+    source: str, *, dtype: str | torch.dtype = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A decoder-only language model in eval mode, and its tokenizer set to pad on the left.
+
+    Args:
+        source: a hub id, a folder, a `.gguf` file, or `package:NAME` for an installed package that carries weights.
+            GGUF weights are converted once and kept under `$LAYERBUDGET_CACHE` (default `~/.cache/layerbudget`).
+        dtype: `auto` (bfloat16 where the device computes in it, else float32), or the name of a torch dtype.
+        device: `auto` (CUDA where there is one, else CPU), or a torch device.
+
+    Raises:
+        LoadError: no such model, package, file, dtype or device.
+        UnsupportedModelError: see `backbone.families.family_of`.
+    """
+    place = _checked_device(device)
+    folder = _resolve(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_checked_dtype(dtype, place))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"cannot load the model {source!r}: {str(error).strip().splitlines()[0]}") from error
+    family_of(model)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def _checked_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise LoadError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise LoadError(f"device {device!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs")
+    return place
+
+
+def _checked_dtype(dtype: str | torch.dtype, place: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if _computes_in_bfloat16(place) else torch.float32
+    known = getattr(torch, dtype, None)
+    if not isinstance(known, torch.dtype) or not known.is_floating_point:
+        raise LoadError(f"unknown dtype {dtype!r}; use auto, bfloat16, float16 or float32")
+    return known
+
+
+def _computes_in_bfloat16(place: torch.device) -> bool:
+    if place.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _resolve(source: str) -> str:
+    """A folder or hub id that `from_pretrained` takes."""
+    if source.startswith(PACKAGE_PREFIX):
+        return str(_converted(_package_gguf(source.removeprefix(PACKAGE_PREFIX))))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LoadError(f"no such GGUF file: {path}")
+        return str(_converted(path))
+    if source.startswith((".", "/", "~")) and not (path / "config.json").is_file():
+        raise LoadError(f"no model in the folder {path}: there is no config.json")
+    return str(path) if path.is_dir() else source
+
+
+def _package_gguf(name: str) -> Path:
+    package = _imported_package(name)
+    if hasattr(package, "assemble"):  # weights published in parts that the package itself joins and checks
+        return Path(package.assemble(_cache_folder() / f"{name}.gguf"))
+    root = Path(str(package.__file__)).parent
+    found = sorted(root.rglob("*.gguf"))
+    if len(found) != 1:
+        raise LoadError(f"package {name!r} should carry one .gguf file, found {len(found)} in {root}")
+    return found[0]
+
+
+def _imported_package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        pip_name = name.replace("_", "-")
+        raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it") from None
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("LAYERBUDGET_CACHE", "~/.cache/layerbudget")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder with the weights of a GGUF file, dequantised; made once, keyed by the file's SHA-256.
+
+    A lock lets one of several processes convert while the others wait, and a rename publishes the whole folder at
+    once, so that a process killed half-way leaves nothing that looks finished.
+    """
+    with gguf.open("rb") as file:
+        key = hashlib.file_digest(file, "sha256").hexdigest()
+    target = _cache_folder() / key
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            unfinished = target.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            _convert(gguf, unfinished)
+            unfinished.rename(target)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        config = GgufConfig(gguf_file=gguf.name, dequantize=True)
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=config, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except ImportError as error:
+        raise LoadError(f"reading {gguf.name} needs `pip install layerbudget[gguf]`: {error}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+_fingerprints: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """A name for a model's weights, such as `gemma3_text-18x640-0123456789ab`: equal for equal weights, whatever
+    their source, device and floating-point dtype. Made from the shape and 64 values of every parameter."""
+    if model not in _fingerprints:
+        digest = hashlib.sha256()
+        for name, parameter in sorted(model.named_parameters()):
+            values = parameter.detach().flatten()
+            sample = values[:: max(1, values.numel() // 64)][:64].float().cpu().numpy().astype(np.float32)
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+        config = model.config
+        shape = f"{config.model_type}-{len(decoder_layers(model))}x{config.hidden_size}"
+        _fingerprints[model] = f"{shape}-{digest.hexdigest()[:12]}"
+    return _fingerprints[model]

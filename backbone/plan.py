@@ -1,0 +1,235 @@
+"""Which sub-layers of a decoder run: a plan for one sequence, and the menu of plans that a model is used with.
+
+Shapes and words: `L` layers; a sub-layer is the attention block or the MLP block of one layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from backbone.errors import InputError
+
+SublayerBytes = Sequence[tuple[int, int]]
+"""For each of the L layers: parameter bytes of its attention block and of its MLP block."""
+
+
+class PlanError(InputError):
+    """A plan or a menu that cannot be: the message says which layer and what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """The sub-layers that run for one sequence, prompt and answer alike. Immutable and hashable.
+
+    Build one with `full`, `skipping`, `exiting` or `evenly`, or read one with `parse`. `a <= b` says that `b` runs
+    everything `a` runs; `a | b` runs what either runs; `str(plan)` is its compact form, such as `0-5,8a,9m,10-17`
+    (layer 8 runs attention only, layer 9 its MLP only).
+
+    Raises:
+        PlanError: a layer outside the model, or a plan that runs nothing.
+    """
+
+    n_layers: int
+    attention: frozenset[int]
+    mlp: frozenset[int]
+
+    def __post_init__(self) -> None:
+        for layer in self.attention | self.mlp:
+            if not 0 <= layer < self.n_layers:
+                raise PlanError(f"layer {layer} is outside the model: it has layers 0 to {self.n_layers - 1}")
+        if not self.attention | self.mlp:
+            raise PlanError("a plan must run at least one sub-layer, and this one runs none")
+
+    @classmethod
+    def full(cls, n_layers: int) -> LayerPlan:
+        """Every sub-layer runs."""
+        return cls.skipping(n_layers)
+
+    @classmethod
+    def skipping(
+        cls,
+        n_layers: int,
+        layers: Collection[int] = (),
+        *,
+        attention: Collection[int] = (),
+        mlp: Collection[int] = (),
+    ) -> LayerPlan:
+        """Everything runs but the given whole `layers`, and the given `attention` and `mlp` sub-layers."""
+        named = set(layers) | set(attention) | set(mlp)
+        if outside := sorted(layer for layer in named if not 0 <= layer < n_layers):
+            raise PlanError(f"cannot skip layer {outside[0]}: the model has layers 0 to {n_layers - 1}")
+        every = frozenset(range(n_layers))
+        return cls(n_layers, every - set(layers) - set(attention), every - set(layers) - set(mlp))
+
+    @classmethod
+    def exiting(cls, n_layers: int, n_run: int) -> LayerPlan:
+        """The first `n_run` layers run, then the final norm and the head (early exit)."""
+        return cls.skipping(n_layers, range(_checked_count(n_layers, n_run), n_layers))
+
+    @classmethod
+    def evenly(cls, n_layers: int, n_run: int, *, probe_depth: int = 1) -> LayerPlan:
+        """`n_run` layers run; the skipped ones lie evenly between the first `probe_depth` layers and the last.
+
+        Source: Unified Layer Skipping (Liu et al. 2024, arXiv 2404.06954, section 3).
+        """
+        n_skipped = n_layers - _checked_count(n_layers, n_run)
+        candidates = range(probe_depth, n_layers - 1)
+        if n_skipped > len(candidates):
+            raise PlanError(
+                f"cannot run {n_run} of {n_layers} layers evenly: "
+                f"layers 0 to {probe_depth - 1} and the last always run, so at least {n_layers - len(candidates)} do"
+            )
+        return cls.skipping(
+            n_layers, {candidates[int((i + 0.5) * len(candidates) / n_skipped)] for i in range(n_skipped)}
+        )
+
+    @classmethod
+    def parse(cls, text: str, n_layers: int) -> LayerPlan:
+        """The plan that `str(plan)` wrote, for a model of `n_layers` layers."""
+        attention: set[int] = set()
+        mlp: set[int] = set()
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?([am]?)\s*", part)
+            if match is None:
+                raise PlanError(f"cannot read {part!r} in the plan {text!r}: parts look like 3, 0-5, 8a or 9m")
+            first, last, kind = int(match[1]), int(match[2] or match[1]), match[3]
+            if kind != "m":
+                attention.update(range(first, last + 1))
+            if kind != "a":
+                mlp.update(range(first, last + 1))
+        return cls(n_layers, frozenset(attention), frozenset(mlp))
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.attention) == len(self.mlp) == self.n_layers
+
+    @property
+    def layers(self) -> float:
+        """How many layers run; a layer of which one sub-layer runs counts half."""
+        return (len(self.attention) + len(self.mlp)) / 2
+
+    @property
+    def skipped_attention(self) -> frozenset[int]:
+        return frozenset(range(self.n_layers)) - self.attention
+
+    @property
+    def skipped_mlp(self) -> frozenset[int]:
+        return frozenset(range(self.n_layers)) - self.mlp
+
+    @property
+    def skipped_layers(self) -> frozenset[int]:
+        """Layers of which nothing runs."""
+        return self.skipped_attention & self.skipped_mlp
+
+    def without(self, *, attention: Collection[int] = (), mlp: Collection[int] = ()) -> LayerPlan:
+        """This plan less the given sub-layers."""
+        return LayerPlan(self.n_layers, self.attention - set(attention), self.mlp - set(mlp))
+
+    def budget(self, sublayer_bytes: SublayerBytes) -> float:
+        """Share of the decoder's parameter bytes that this plan runs, in (0, 1]."""
+        runs = sum(sublayer_bytes[i][0] for i in self.attention) + sum(sublayer_bytes[i][1] for i in self.mlp)
+        return runs / sum(attention + mlp for attention, mlp in sublayer_bytes)
+
+    def __or__(self, other: LayerPlan) -> LayerPlan:
+        self._check_same_model(other)
+        return LayerPlan(self.n_layers, self.attention | other.attention, self.mlp | other.mlp)
+
+    def __le__(self, other: LayerPlan) -> bool:
+        self._check_same_model(other)
+        return self.attention <= other.attention and self.mlp <= other.mlp
+
+    def _check_same_model(self, other: LayerPlan) -> None:
+        if self.n_layers != other.n_layers:
+            raise PlanError(f"these plans are for models of {self.n_layers} and of {other.n_layers} layers")
+
+    def __str__(self) -> str:
+        kinds = {i: ("" if i in self.mlp else "a") if i in self.attention else "m" for i in self.attention | self.mlp}
+        parts = []
+        for _, run in groupby(enumerate(sorted(kinds)), key=lambda item: (item[1] - item[0], kinds[item[1]])):
+            layers = [layer for _, layer in run]
+            span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+            parts.append(span + kinds[layers[0]])
+        return ",".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMenu:
+    """K plans for one model, cheapest first; the last is the full model. All run the first `probe_depth` layers.
+
+    Attributes:
+        plans: the K plans.
+        budgets: for each plan its share of the decoder's parameter bytes, ascending, the last 1.
+        probe_depth: layers that run before the choice among the plans is made.
+
+    Raises:
+        PlanError: a plan skips a probe layer, the order is wrong, or the full plan is missing.
+    """
+
+    plans: tuple[LayerPlan, ...]
+    budgets: tuple[float, ...]
+    probe_depth: int
+
+    def __post_init__(self) -> None:
+        if len(self.plans) != len(self.budgets) or len(set(self.plans)) != len(self.plans):
+            raise PlanError(f"a menu needs one budget for each of its plans, all different, got {self.budgets}")
+        if not self.plans or not self.plans[-1].is_full:
+            raise PlanError("the last plan of a menu must be the full model")
+        if list(self.budgets) != sorted(self.budgets):
+            raise PlanError(f"the plans of a menu go from cheapest to full, got budgets {self.budgets}")
+        if not 1 <= self.probe_depth <= self.n_layers:
+            raise PlanError(f"probe_depth must be from 1 to {self.n_layers}, got {self.probe_depth}")
+        self._check_probe_layers()
+
+    def _check_probe_layers(self) -> None:
+        for plan in self.plans:
+            missing = (plan.skipped_attention | plan.skipped_mlp) & set(range(self.probe_depth))
+            if missing:
+                raise PlanError(
+                    f"plan {plan} skips layer {min(missing)}, but every plan runs the first {self.probe_depth} layers: "
+                    "features are read there (probe_depth)"
+                )
+
+    @classmethod
+    def build(cls, plans: Iterable[LayerPlan], sublayer_bytes: SublayerBytes, probe_depth: int) -> PlanMenu:
+        """A menu of the given plans and the full one, doubles dropped, sorted by budget."""
+        n_layers = len(sublayer_bytes)
+        if wrong := [plan for plan in plans if plan.n_layers != n_layers]:
+            raise PlanError(f"plan {wrong[0]} is for {wrong[0].n_layers} layers, the model has {n_layers}")
+        distinct = {*plans, LayerPlan.full(n_layers)}
+        ordered = sorted(distinct, key=lambda plan: (plan.budget(sublayer_bytes), str(plan)))
+        return cls(tuple(ordered), tuple(plan.budget(sublayer_bytes) for plan in ordered), probe_depth)
+
+    @property
+    def n_layers(self) -> int:
+        return self.plans[0].n_layers
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def to_json(self) -> dict[str, Any]:
+        plans = [{"runs": str(plan), "budget": budget} for plan, budget in zip(self.plans, self.budgets, strict=True)]
+        return {"n_layers": self.n_layers, "probe_depth": self.probe_depth, "plans": plans}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PlanMenu:
+        plans = tuple(LayerPlan.parse(entry["runs"], data["n_layers"]) for entry in data["plans"])
+        return cls(plans, tuple(float(entry["budget"]) for entry in data["plans"]), data["probe_depth"])
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> PlanMenu:
+        return cls.from_json(json.loads(path.read_text()))
+
+
+def _checked_count(n_layers: int, n_run: int) -> int:
+    if not 1 <= n_run <= n_layers:
+        raise PlanError(f"cannot run {n_run} layers of a model of {n_layers}: between 1 and {n_layers} can run")
+    return n_run

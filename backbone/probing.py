@@ -1,0 +1,49 @@
+"""Read the hidden states of the first layers of a prompt."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from backbone.families import decoder_layers, decoder_of
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, depth: int) -> torch.Tensor:
+    """Hidden states after the first `depth` layers; no later layer and no head is computed.
+
+    Args:
+        input_ids: prompt tokens, int64 [B, S], left-padded.
+        attention_mask: 1 for tokens, 0 for padding [B, S].
+        depth: number of layers that run, at least 1.
+
+    Returns:
+        States [B, S, D] in the model's dtype; those of padding are meaningless.
+    """
+    decoder, layers = decoder_of(model), decoder_layers(model)
+    states: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = layers[depth - 1].register_forward_hook(keep)
+    try:
+        with apply_plan(model, LayerPlan.exiting(len(layers), depth)):
+            positions = _positions(decoder, attention_mask)
+            decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    finally:
+        hook.remove()
+    return states[0]
+
+
+def _positions(decoder: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Position ids as `generate()` gives them, for the models that take them."""
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}

@@ -1,0 +1,81 @@
+"""Controllers that learn nothing from features: the yardsticks on the same driver as the learned ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from controller.base import Bools, Controller, Floats
+
+
+class MixtureController(Controller):
+    """Draws each prompt's plan with fixed probabilities, whatever the prompt; one plan with probability 1 is static.
+
+    The draw is a hash of the row, so it is the same wherever the row stands.
+
+    Args:
+        weights: probability of each of the K plans.
+        seed: another seed draws other plans.
+    """
+
+    def __init__(self, weights: list[float], seed: int = 0) -> None:
+        self.weights, self.seed = list(weights), seed
+
+    @classmethod
+    def static(cls, n_plans: int, index: int) -> MixtureController:
+        """All prompts run plan `index`."""
+        return cls([float(i == index) for i in range(n_plans)])
+
+    def fit(self, features: Floats, sufficient: Bools, budgets: Floats) -> None:
+        """Nothing to learn."""
+
+    def predict(self, features: Floats) -> Floats:
+        draws = np.array([_uniform(row, self.seed) for row in features])
+        chosen = np.minimum(np.searchsorted(np.cumsum(self.weights), draws, side="right"), len(self.weights) - 1)
+        probabilities = np.zeros((len(features), len(self.weights)), dtype=np.float32)
+        probabilities[np.arange(len(features)), chosen] = 1.0
+        probabilities[:, -1] = 1.0
+        return probabilities
+
+    def save(self, folder: Path) -> None:
+        (folder / "controller.json").write_text(json.dumps({"weights": self.weights, "seed": self.seed}))
+
+    @classmethod
+    def load(cls, folder: Path) -> MixtureController:
+        return cls(**json.loads((folder / "controller.json").read_text()))
+
+
+class OracleController(Controller):
+    """Looks the answer up: knows which plans are sufficient for the prompts it was fitted on, full plan elsewhere."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[bool]] = {}
+        self._n_plans = 0
+
+    def fit(self, features: Floats, sufficient: Bools, budgets: Floats) -> None:
+        self._n_plans = sufficient.shape[1]
+        self._known = {_row_hash(row): plans.tolist() for row, plans in zip(features, sufficient, strict=True)}
+
+    def predict(self, features: Floats) -> Floats:
+        full_only = [False] * (self._n_plans - 1) + [True]
+        return np.array([self._known.get(_row_hash(row), full_only) for row in features], dtype=np.float32)
+
+    def save(self, folder: Path) -> None:
+        (folder / "controller.json").write_text(json.dumps({"n_plans": self._n_plans, "known": self._known}))
+
+    @classmethod
+    def load(cls, folder: Path) -> OracleController:
+        controller, data = cls(), json.loads((folder / "controller.json").read_text())
+        controller._n_plans, controller._known = data["n_plans"], data["known"]
+        return controller
+
+
+def _row_hash(row: Floats, seed: int = 0) -> str:
+    return hashlib.sha256(seed.to_bytes(4, "big") + np.ascontiguousarray(row, dtype=np.float32).tobytes()).hexdigest()
+
+
+def _uniform(row: Floats, seed: int) -> float:
+    return int(_row_hash(row, seed)[:13], 16) / 16**13

@@ -1,0 +1,193 @@
+"""The command line: `layerbudget run CONFIG` and its single stages, `generate`, `inspect`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerbudget import check_not_shadowed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipelines.config import Config
+    from runtime.allocator import Allocator
+
+app = typer.Typer(
+    help="Learn how many decoder layers each prompt needs, and run only those.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/demo.yaml.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the file's; may be given again."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: CUDA where there is one.")]
+
+STAGES = {
+    "menu": "Find the plans that prompts choose from.",
+    "label": "Answer and judge every prompt under every plan; resumes where it stopped.",
+    "features": "Read the states of the first layers of every prompt.",
+    "tune": "Search the controllers' settings with Optuna; resumes where it stopped.",
+    "train": "Train the controllers.",
+    "calibrate": "Certify a threshold and save the allocator.",
+    "evaluate": "Measure all policies on unseen prompts.",
+    "report": "Write report.html and log the run to MLflow.",
+}
+
+
+@app.command()
+def run(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Run every stage in order. Skips what is done, resumes what is not, redoes what the settings changed."""
+    from pipelines.runner import run_all
+
+    loaded = _config(config, settings, device)
+    run_all(loaded)
+    _answer_try_prompts(loaded)
+
+
+def _config(path: Path, settings: list[str] | None, device: str | None) -> Config:
+    from pipelines.config import load_config
+
+    return load_config(path, [*(settings or []), *([f"model.device={device}"] if device else [])])
+
+
+def _answer_try_prompts(config: Config) -> None:
+    from pipelines.workspace import Workspace
+    from runtime.allocator import Allocator
+
+    if config.try_prompts:
+        allocator = Allocator.from_pretrained(config.folder / "allocator")
+        _print_answers(allocator, *Workspace.of(config).backbone, config.try_prompts)
+    typer.echo(f"Report: {config.folder / 'report.html'}")
+
+
+def _print_answers(
+    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+) -> None:
+    from runtime.texts import generate_texts
+
+    full = allocator.menu.n_layers
+    for prompt, answer in zip(
+        prompts, generate_texts(allocator, model, tokenizer, prompts, allocator.decoding), strict=True
+    ):
+        typer.echo(f"\n{prompt}\n  {answer.text}\n  [{answer.plan.layers:g} of {full} layers: {answer.plan}]")
+
+
+def _add_stage(name: str, text: str) -> None:
+    def stage(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+        from pipelines.runner import run_one
+
+        run_one(_config(config, settings, device), name)
+
+    app.command(name, help=text, rich_help_panel="Single stages")(stage)
+
+
+for _name, _text in STAGES.items():
+    _add_stage(_name, _text)
+
+
+@app.command()
+def generate(
+    allocator: Annotated[str, typer.Option(metavar="DIR", help="Folder or hub repository of a saved allocator.")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt to continue.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Prompts, one a line, with id and prompt.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Where answers go; default: the terminal.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="M", help="Where to load the model from; default: as in training.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: as in training.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
+    device: Device = None,
+) -> None:
+    """Continue one prompt, or a file of prompts, each with the layers that the allocator chooses for it."""
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give either a prompt or --prompts FILE.jsonl")
+    from dataclasses import replace
+
+    from layerbudget import Allocator, load_backbone
+    from runtime.offline import generate_file
+
+    loaded = Allocator.from_pretrained(allocator)
+    if max_new_tokens:
+        loaded = replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=max_new_tokens))
+    network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
+    if prompt is not None:
+        _print_answers(loaded, network, tokenizer, [prompt])
+    else:
+        assert prompts is not None
+        generate_file(loaded, network, tokenizer, prompts, out, batch_size)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or hub repository of a saved allocator.")],
+) -> None:
+    """Show a saved allocator: its model, menu, threshold, certificate and report card."""
+    from layerbudget import Allocator
+
+    allocator = Allocator.from_pretrained(folder)
+    certificate = allocator.certificate
+    typer.echo(f"Model        {allocator.model_source} ({allocator.fingerprint})")
+    typer.echo(f"Controller   {allocator.controller_name}, reads the states after {allocator.menu.probe_depth} layers")
+    typer.echo(f"Decoding     {allocator.decoding}")
+    threshold = (
+        "none: every prompt runs the full model" if certificate.threshold is None else f"{certificate.threshold:.4f}"
+    )
+    typer.echo(f"Threshold    {threshold}")
+    typer.echo(f"Certificate  {certificate.sentence} Made on {certificate.date}.")
+    typer.echo(f"\nMenu of {len(allocator.menu)} plans:")
+    for plan, budget in zip(allocator.menu.plans, allocator.menu.budgets, strict=True):
+        typer.echo(f"  {budget:6.1%}  {plan.layers:4g} layers  {plan}")
+    _print_report_card(Path(folder).parent / "metrics.json")
+
+
+def _print_report_card(path: Path) -> None:
+    """The test figures of the run that the allocator lies in, where it still does."""
+    if not path.is_file():
+        return
+    metrics = json.loads(path.read_text())
+    typer.echo(f"\nReport card, on {metrics['prompts']['test']} unseen prompts ({path}):")
+    typer.echo(f"  {'policy':<16}{'score':>8}{'of full':>9}{'layers':>8}{'budget':>8}{'lost':>8}{'tokens/s':>10}")
+    for name, card in metrics.items():
+        if isinstance(card, dict) and "quality_ratio" in card:
+            typer.echo(
+                f"  {name:<16}{card['quality']:>8.3f}{card['quality_ratio']:>9.1%}{card['layers']:>8.2f}"
+                f"{card['budget']:>8.1%}{card['loss']:>8.1%}{card['tokens_per_s']:>10.1f}"
+            )
+    if metrics["captured_headroom"] is not None:
+        typer.echo(f"  {metrics['best']} captures {metrics['captured_headroom']:.0%} of the headroom over static plans")
+
+
+def main() -> None:
+    """Entry point: errors that are the input's fault become one sentence and status 2; Ctrl-C becomes status 130."""
+    try:
+        check_not_shadowed()
+        from backbone.errors import InputError
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        typer.echo(
+            f"error: {error.name!r} is not installed; `pip install 'layerbudget[pipelines]'` brings it", err=True
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        sys.exit(130)

@@ -1,0 +1,104 @@
+"""Judges score an answer in [0, 1], against a reference or against the full model's own answer."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import string
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any
+
+from backbone.errors import InputError
+
+Judge = Callable[[str, str, str], float]
+"""(answer, reference, the full model's answer) -> score in [0, 1]."""
+
+
+class JudgeError(InputError):
+    """An unknown judge, or a score outside [0, 1]."""
+
+
+def rouge_l(answer: str, reference: str, full_answer: str) -> float:
+    """ROUGE-L F-measure with stemming (Lin 2004, section 3), by the `rouge-score` package."""
+    return float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure)
+
+
+def exact(answer: str, reference: str, full_answer: str) -> float:
+    """1 if equal to the reference but for case, outer space and closing punctuation."""
+    return float(_normalised(answer) == _normalised(reference))
+
+
+def number(answer: str, reference: str, full_answer: str) -> float:
+    """1 if the last number of the answer equals the last number of the reference; thousands commas are ignored."""
+    found, wanted = _last_number(answer), _last_number(reference)
+    return float(found is not None and found == wanted)
+
+
+def contains(answer: str, reference: str, full_answer: str) -> float:
+    """1 if the reference occurs in the answer, case ignored."""
+    return float(reference.strip().casefold() in answer.casefold())
+
+
+def agreement(answer: str, reference: str, full_answer: str) -> float:
+    """1 if the answer is the full model's, to the letter; needs no reference."""
+    return float(answer == full_answer)
+
+
+JUDGES: dict[str, Judge] = {
+    "rouge_l": rouge_l,
+    "exact": exact,
+    "number": number,
+    "contains": contains,
+    "agreement": agreement,
+}
+
+
+def check_judge(name: str) -> None:
+    """Raises JudgeError unless `name` is a judge or names an importable `module:function`."""
+    _judge(name)
+
+
+def score(judge: str, answer: str, reference: str, full_answer: str) -> float:
+    """The score of one answer.
+
+    Raises:
+        JudgeError: unknown judge, or one that gives a score outside [0, 1].
+    """
+    value = float(_judge(judge)(answer, reference, full_answer))
+    if not 0.0 <= value <= 1.0:
+        raise JudgeError(f"judge {judge!r} scored {value} for the answer {answer[:60]!r}; scores lie in [0, 1]")
+    return value
+
+
+@lru_cache
+def _judge(name: str) -> Judge:
+    if name in JUDGES:
+        return JUDGES[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        nearest = get_close_matches(name, JUDGES, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise JudgeError(f"unknown judge {name!r}{hint} Known: {', '.join(JUDGES)}, or module:function")
+    try:
+        found: Judge = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise JudgeError(f"cannot import the judge {name!r}: {error}") from None
+    return found
+
+
+@lru_cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _normalised(text: str) -> str:
+    return text.strip().rstrip(string.punctuation).strip().casefold()
+
+
+def _last_number(text: str) -> float | None:
+    found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    return float(found[-1]) if found else None

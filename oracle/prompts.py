@@ -1,0 +1,157 @@
+"""The prompts of a run: read, checked, and split once by a hash of their ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from backbone.errors import InputError
+from oracle.embedded import embedded_prompts
+from oracle.judges import check_judge
+
+EMBEDDED = "embedded"
+FIELDS = ("id", "task", "prompt", "reference", "judge")
+
+Split = Literal["train", "tune", "calibrate", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class PromptError(InputError):
+    """Prompts that cannot be used; the message names the place and what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt with what it takes to judge an answer to it. Fields as in the JSONL file."""
+
+    id: str
+    task: str
+    prompt: str
+    reference: str
+    judge: str
+
+    @property
+    def hash(self) -> str:
+        """Of what an answer and its score depend on, apart from model, plan, decoding and judge."""
+        return hashlib.sha256(json.dumps([self.prompt, self.reference]).encode()).hexdigest()[:24]
+
+
+def load_prompts(
+    source: str,
+    *,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    dataset_split: str = "train",
+    judge: str | None = None,
+) -> list[Prompt]:
+    """The prompts of a source, in its order.
+
+    Args:
+        source: `embedded` (the project's own), a `.jsonl` file, or a name or folder that `datasets.load_dataset` takes.
+        limit: keep this many, chosen by a hash of the id, so that a larger limit only adds prompts.
+        columns: for a data set, our field -> its column; fields not named keep their own names.
+        dataset_split: which split of the data set to read.
+        judge: the judge of prompts that name none.
+
+    Raises:
+        PromptError: a missing or malformed source, with the line; an empty prompt, a double id, an unknown judge.
+    """
+    if source == EMBEDDED:
+        rows = [(f"{EMBEDDED} prompt {i}", row) for i, row in enumerate(embedded_prompts(), 1)]
+    elif source.endswith(".jsonl"):
+        rows = _read_jsonl(Path(source))
+    else:
+        rows = _read_dataset(source, columns or {}, dataset_split)
+    prompts = _checked((place, {"judge": judge, **row} if judge else row) for place, row in rows)
+    if limit is None or limit >= len(prompts):
+        return prompts
+    kept = set(sorted((p.id for p in prompts), key=lambda name: _uniform("limit", name))[:limit])
+    return [p for p in prompts if p.id in kept]
+
+
+def split_of(prompt: Prompt, shares: Mapping[Split, float]) -> Split:
+    """The split of a prompt: a hash of its id, cut by the shares of train, tune, calibrate and test (sum 1)."""
+    position = _uniform("split", prompt.id)
+    for split in SPLITS[:-1]:
+        position -= shares[split]
+        if position < 0:
+            return split
+    return "test"
+
+
+def write_jsonl(prompts: Iterable[Prompt], path: Path) -> None:
+    path.write_text("".join(json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
+
+
+def _uniform(salt: str, name: str) -> float:
+    return int.from_bytes(hashlib.sha256(f"{salt}:{name}".encode()).digest()[:8], "big") / 2**64
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, dict[str, str]]]:
+    if not path.is_file():
+        raise PromptError(f"no prompts file {path}")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise PromptError(f"{place}: expected an object with {', '.join(FIELDS)}, got {type(row).__name__}")
+        rows.append((place, row))
+    return rows
+
+
+def _read_dataset(source: str, columns: Mapping[str, str], split: str) -> list[tuple[str, dict[str, str]]]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PromptError(
+            f"cannot read prompts from {source!r}: it is neither a .jsonl file nor a data set ({reason})"
+        ) from None
+    mapping = {field: columns.get(field, field) for field in FIELDS}
+    if "prompt" not in columns and mapping["prompt"] not in dataset.column_names:
+        raise PromptError(
+            f"{source} has no column 'prompt'; it has {', '.join(dataset.column_names)}: set data.columns"
+        )
+    rows = []
+    for number, entry in enumerate(dataset):
+        row = {field: str(entry[column]) for field, column in mapping.items() if column in entry}
+        rows.append((f"{source} row {number}", {"id": f"{split}-{number}", "task": source, **row}))
+    return rows
+
+
+def _checked(rows: Iterable[tuple[str, Mapping[str, str]]]) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for place, row in rows:
+        prompt = _checked_row(place, row)
+        if prompt.id in seen:
+            raise PromptError(f"{place}: the id {prompt.id!r} was used before, at {seen[prompt.id]}; ids must differ")
+        seen[prompt.id] = place
+        prompts.append(prompt)
+    if not prompts:
+        raise PromptError("there are no prompts in this source")
+    return prompts
+
+
+def _checked_row(place: str, row: Mapping[str, str]) -> Prompt:
+    if missing := [field for field in FIELDS if not isinstance(row.get(field), str)]:
+        raise PromptError(
+            f"{place}: the field {missing[0]!r} is missing or not a string; each prompt needs {', '.join(FIELDS)}"
+        )
+    if not row["prompt"].strip():
+        raise PromptError(f"{place}: the prompt is empty")
+    try:
+        check_judge(row["judge"])
+    except ValueError as error:
+        raise PromptError(f"{place}: {error}") from None
+    return Prompt(**{field: row[field] for field in FIELDS})

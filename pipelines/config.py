@@ -1,0 +1,209 @@
+"""The configuration of a run: `--set key=value` over one YAML file over the defaults. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from backbone.errors import InputError
+from oracle.answering import Decoding
+from oracle.menus import MENUS
+from oracle.prompts import Split
+
+LearnedController = Literal["lightgbm", "mlp"]
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be used; the message names the key, its value and what would be right."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    source: str
+    """Hub id, folder, .gguf file, or package:NAME."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = "auto"
+
+
+class DataSection(Section):
+    path: str = "embedded"
+    """`embedded`, a .jsonl file, or a name or folder that `datasets` loads."""
+    limit: int | None = Field(None, ge=8)
+    columns: dict[str, str] = {}
+    """For a data set: our field -> its column."""
+    split: str = "train"
+    """For a data set: which of its splits to read."""
+    judge: str | None = None
+    """For prompts that name no judge."""
+    shares: dict[Split, float] = {"train": 0.4, "tune": 0.15, "calibrate": 0.25, "test": 0.2}
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> DataSection:
+        if set(self.shares) != set(get_args(Split)) or abs(sum(self.shares.values()) - 1) > 1e-6:
+            raise ValueError(f"shares must name train, tune, calibrate and test and sum to 1, got {self.shares}")
+        return self
+
+
+class DecodingSection(Section):
+    max_new_tokens: int = Field(32, ge=1)
+    stop: list[str] = []
+
+    def settings(self) -> Decoding:
+        return Decoding(self.max_new_tokens, tuple(self.stop))
+
+
+class MenuSection(Section):
+    method: str = "greedy_layers"
+    probe_depth: int = Field(4, ge=1)
+    plans: int = Field(8, ge=2)
+    """K, the full plan included."""
+    cheapest_budget: float = Field(0.5, gt=0, lt=1)
+    prompts: int = Field(32, ge=1)
+    """Train prompts that a search looks at."""
+
+    @model_validator(mode="after")
+    def _check_method(self) -> MenuSection:
+        if self.method not in MENUS:
+            raise ValueError(f"unknown menu method {self.method!r}; known are {', '.join(MENUS)}")
+        return self
+
+
+class LabelSection(Section):
+    batch_size: int = Field(32, ge=1)
+    tolerance: float = Field(0.0, ge=0, lt=1)
+    """A plan is sufficient if its score is at least the full plan's less this."""
+
+
+class FeaturesSection(Section):
+    batch_size: int = Field(32, ge=1)
+    components: int = Field(24, ge=1)
+    """Principal components of the pooled states that controllers see."""
+
+
+class TuningSection(Section):
+    controllers: list[LearnedController] = Field(["lightgbm", "mlp"], min_length=1)
+    trials: int = Field(20, ge=1)
+    """Finished trials of each controller."""
+    storage: str | None = None
+    """Any URL that Optuna takes; default: tuning.db in the run folder."""
+
+
+class CalibrationSection(Section):
+    alpha: float = Field(0.1, gt=0, lt=1)
+    """Share of prompts that may lose quality."""
+    delta: float = Field(0.1, gt=0, lt=1)
+    """Probability that the bound fails."""
+
+
+class EvaluationSection(Section):
+    speed_prompts: int = Field(16, ge=1)
+    """Test prompts in the batch that speeds are measured on."""
+    speed_tokens: int = Field(16, ge=2)
+    speed_rounds: int = Field(3, ge=1)
+    """Times that every plan is measured, in turn."""
+
+
+class TrackingSection(Section):
+    uri: str = "sqlite:///mlruns/mlflow.db"
+    """Any URI that MLflow takes."""
+    experiment: str = "layerbudget"
+
+
+class Config(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's folder is `runs/<name>`."""
+    runs: Path = Path("runs")
+    model: ModelSection
+    data: DataSection = DataSection()
+    decoding: DecodingSection = DecodingSection()
+    menu: MenuSection = MenuSection()
+    label: LabelSection = LabelSection()
+    features: FeaturesSection = FeaturesSection()
+    tuning: TuningSection = TuningSection()
+    calibration: CalibrationSection = CalibrationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
+    try_prompts: list[str] = []
+    """Prompts that `run` answers with the finished allocator at the end."""
+    file: str = Field("", exclude=True)
+    """Name of the YAML file this came from."""
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / self.name
+
+    def dump(self) -> str:
+        """YAML with every key, from which the same run can be made."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
+    """Read a YAML file and put `key=value` settings over it (values are read as YAML).
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the nearest valid one is named), or a value out of range.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} should hold keys and values, got {type(data).__name__}")
+    for setting in settings:
+        _put(data, setting)
+    try:
+        return Config.model_validate({**data, "file": path.name})
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error)) from None
+
+
+def _put(data: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise ConfigError(f"--set takes key=value, got {setting!r}")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {setting}: {section!r} has no keys of its own")
+    try:
+        data[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {setting}: cannot read the value {text!r}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest_hint(key)}"
+    if problem["type"] == "missing":
+        return f"the key {key!r} is missing; it has no default"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {reason}" if problem["type"] == "value_error" else f"{key}: {reason}, got {problem['input']!r}"
+
+
+def _nearest_hint(key: str) -> str:
+    nearest = get_close_matches(key, _all_keys(Config), n=1, cutoff=0.0)
+    return f"; the nearest valid key is {nearest[0]!r}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        if field.exclude:
+            continue
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,176 @@
+"""Stage 7: all policies on the test split, on one driver, and what they cost on this machine's clock."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controller.base import Controller, choose
+from controller.constant import MixtureController, OracleController
+from controller.report_card import ReportCard, report_card
+from oracle.frontier import static_points, upper_hull
+from pipelines.calibrate import certify
+from pipelines.config import Config
+from pipelines.progress import progress
+from pipelines.stages import write_atomically
+from pipelines.train import load_trained
+from pipelines.workspace import Table, Workspace
+from runtime.allocator import Allocator
+from runtime.measuring import machine, median_seconds, plan_seconds
+
+RANDOM_DRAWS = 64
+"""Draws over which policies that draw plans at random are averaged."""
+
+Choices = NDArray[np.intp]
+
+
+def run(config: Config) -> Path:
+    """Writes `metrics.json`, and `choices.json` with every policy's choice for every test prompt."""
+    workspace = Workspace.of(config)
+    test, calibrate = workspace.table("test"), workspace.table("calibrate")
+    allocator = Allocator.from_pretrained(workspace.path("allocator"))
+    calibration = json.loads(workspace.path("calibration.json").read_text())
+    projection, controllers = load_trained(workspace)
+    features = projection(test.features)
+    speed = _speeds(workspace, allocator, test)
+
+    chosen = {
+        name: _decide(controller, calibration["certificates"][name]["threshold"], features)
+        for name, controller in controllers.items()
+    }
+    best = calibration["best"]
+    chosen |= _yardsticks(config, test, calibrate, features, chosen[best])
+    cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
+    metrics: dict[str, Any] = {
+        name: {**asdict(card), "tokens_per_s": _tokens_per_s(card, speed, config)} for name, card in cards.items()
+    }
+    metrics |= {
+        "best": best,
+        "captured_headroom": cards[best].captured_headroom,
+        "certificate": {**calibration["certificates"][best], "sentence": allocator.certificate.sentence},
+        "prompts": {split: len(prompts) for split, prompts in workspace.splits.items()},
+        "labelling": _labelling(workspace),
+        "overhead_ms": speed["overhead_ms"],
+        "speed": speed,
+        "model": {"source": config.model.source, "fingerprint": workspace.fingerprint},
+        "machine": machine(),
+    }
+    write_atomically(workspace.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
+    choices = {name: choice[: len(test.prompts)].tolist() for name, choice in chosen.items()}
+    data = {"ids": [prompt.id for prompt in test.prompts], "chosen": choices}
+    write_atomically(workspace.path("choices.json"), json.dumps(data) + "\n")
+    return workspace.path("metrics.json")
+
+
+def _decide(controller: Controller, threshold: float | None, features: NDArray[np.float32]) -> Choices:
+    """A threshold of None, no certificate, demands more than any shortened plan can give."""
+    return choose(controller.predict(features), float("inf") if threshold is None else threshold)
+
+
+def _yardsticks(
+    config: Config, test: Table, calibrate: Table, features: NDArray[np.float32], best: Choices
+) -> dict[str, Choices]:
+    """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
+    n_plans = len(test.budgets)
+    oracle = OracleController()
+    oracle.fit(features, test.sufficient, test.budgets.astype(np.float32))
+    shares = (np.bincount(best, minlength=n_plans) / len(best)).tolist()
+    mixture = _mixture_at(float(test.budgets[best].mean()), calibrate)
+    return {
+        "full": _decide(MixtureController.static(n_plans, n_plans - 1), 0.5, features),
+        "best_static": _decide(_best_static(config, calibrate), 0.5, features),
+        "static_mixture": _draws(mixture, features),
+        "random": _draws(shares, features),
+        "oracle": _decide(oracle, 0.5, features),
+    }
+
+
+def _draws(weights: list[float], features: NDArray[np.float32]) -> Choices:
+    """[RANDOM_DRAWS * N] plans drawn with these weights."""
+    draws = [MixtureController(weights, seed).predict(features) for seed in range(RANDOM_DRAWS)]
+    return choose(np.concatenate(draws), 0.5)
+
+
+def _best_static(config: Config, calibrate: Table) -> MixtureController:
+    """The cheapest plan that, run by all, is certified like a controller's threshold; the full plan if none is."""
+    n_plans = len(calibrate.budgets)
+    features = np.zeros((len(calibrate.prompts), 1), dtype=np.float32)
+    for index in range(n_plans):
+        static = MixtureController.static(n_plans, index)
+        certificate = certify(static.predict(features), calibrate, config)
+        if certificate.threshold is not None and certificate.threshold < 0.5:
+            return static
+    raise AssertionError("the full plan loses nothing and is the last tried")
+
+
+def _mixture_at(budget: float, table: Table) -> list[float]:
+    """Weights [K] of the two neighbours on the hull of static plans whose mixture has a mean budget."""
+    hull = upper_hull(static_points(table.scores, table.budgets))
+    known = [int(np.flatnonzero(table.budgets == x)[0]) for x, _ in hull]
+    weights = np.zeros(len(table.budgets))
+    upper = min(int(np.searchsorted(table.budgets[known], budget)), len(known) - 1)
+    lower = max(upper - 1, 0)
+    low, high = table.budgets[known[lower]], table.budgets[known[upper]]
+    share = 1.0 if high == low else float(np.clip((budget - low) / (high - low), 0, 1))
+    weights[known[lower]] += 1 - share
+    weights[known[upper]] += share
+    return weights.tolist()
+
+
+def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
+    repeats = len(chosen) // len(test.prompts)
+    layers = [plan.layers for plan in workspace.menu().plans]
+    scores, sufficient = np.tile(test.scores, (repeats, 1)), np.tile(test.sufficient, (repeats, 1))
+    return report_card(chosen, scores, sufficient, test.budgets, layers)
+
+
+def _speeds(workspace: Workspace, allocator: Allocator, test: Table) -> dict[str, Any]:
+    """Times of one batch of test prompts: under every plan, with the allocator, and with stock `generate()`."""
+    (model, tokenizer), settings = workspace.backbone, workspace.config.evaluation
+    texts = [prompt.prompt for prompt in test.prompts[:: max(1, len(test.prompts) // settings.speed_prompts)]]
+    inputs = dict(tokenizer(texts[: settings.speed_prompts], return_tensors="pt", padding=True).to(model.device))
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    plans, n_tokens = allocator.menu.plans, settings.speed_tokens
+    exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
+    with progress("timings", (settings.speed_rounds + 1) * (len(plans) + 3)) as advance:
+        by_plan = plan_seconds(model, inputs, plans, n_tokens, settings.speed_rounds, lambda: advance(1))
+        ends = median_seconds(
+            {
+                "stock": lambda: model.generate(**inputs, **exact),  # type: ignore[operator]
+                "allocator": lambda: allocator.generate(model, **inputs, **exact),
+                "allocate": lambda: allocator.allocate(model, **inputs),
+            },
+            settings.speed_rounds,
+            lambda: advance(1),
+        )
+    batch = len(inputs["input_ids"])
+    return {
+        "batch": batch,
+        "prompt_tokens": float(inputs["attention_mask"].sum(-1).float().mean()),
+        "new_tokens": n_tokens,
+        "dtype": str(model.dtype),
+        "plan_seconds": by_plan,
+        "stock_seconds": ends["stock"],
+        "allocator_seconds": ends["allocator"],
+        "allocator_speedup": ends["stock"] / ends["allocator"],
+        "overhead_ms": ends["allocate"] * 1000 / batch,
+    }
+
+
+def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> float:
+    """New tokens a second if every prompt ran in a full batch of its plan, from the times measured in this run."""
+    seconds = float(np.dot(card.plan_shares, speed["plan_seconds"])) / speed["batch"]
+    return float(config.evaluation.speed_tokens / seconds)
+
+
+def _labelling(workspace: Workspace) -> dict[str, float]:
+    """What the labels cost: every plan was run for every prompt, which is the yardstick of later short cuts."""
+    labels = workspace.labeller.read(workspace.prompts, workspace.menu())
+    tokens = sum(label.prompt_tokens + label.answer_tokens for row in labels for label in row)
+    seconds = sum(label.seconds for row in labels for label in row)
+    return {"forward_tokens": tokens, "seconds": round(seconds, 1), "ratio_to_exhaustive": 1.0}

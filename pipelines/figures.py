@@ -1,0 +1,156 @@
+"""The report's figures, as SVG text that scales with the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from oracle.frontier import Point
+
+INK, MUTED, GRID = "#1d2733", "#6b7785", "#e3e8ee"
+COLOURS = {
+    "full": "#1d2733",
+    "best_static": "#8a6d3b",
+    "static_mixture": "#b08d57",
+    "random": "#a0a8b3",
+    "oracle": "#2a9d6f",
+    "lightgbm": "#d1495b",
+    "mlp": "#3066be",
+}
+NAMES = {
+    "full": "full model",
+    "best_static": "best static plan",
+    "static_mixture": "static mixture, equal budget",
+    "random": "random, equal budget",
+    "oracle": "oracle",
+    "lightgbm": "LightGBM",
+    "mlp": "MLP",
+}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def quality_against_budget(
+    statics: Sequence[Point],
+    mixture: Sequence[Point],
+    oracle: Sequence[Point],
+    curves: Mapping[str, Sequence[Point]],
+    cards: Mapping[str, Point],
+) -> str:
+    """Mean score against mean budget: static plans and their mixtures, the oracle, each controller at all thresholds,
+    and each policy where it was set to work."""
+    figure = Figure(figsize=(7.6, 4.6))
+    axes = figure.subplots()
+    axes.plot(*_columns(oracle), color=COLOURS["oracle"], lw=2, label="oracle frontier (optimistic)")
+    axes.plot(*_columns(mixture), color=COLOURS["static_mixture"], lw=1.5, ls="--", label="mixtures of static plans")
+    axes.scatter(*_columns(statics), color=COLOURS["static_mixture"], s=22, label="static plans", zorder=3)
+    for name, curve in curves.items():
+        axes.plot(*_columns(curve), color=COLOURS[name], lw=1.8, label=f"{NAMES[name]}, all thresholds")
+    for name, (budget, quality) in cards.items():
+        axes.scatter([budget], [quality], color=COLOURS[name], s=70, edgecolor="white", lw=1.2, zorder=4)
+    axes.axhline(cards["full"][1], color=MUTED, lw=0.8, ls=":")
+    axes.set(xlabel="mean budget (share of the decoder that runs)", ylabel="mean score")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    axes.legend(fontsize=9, loc="lower right")
+    return _svg(figure, "quality")
+
+
+def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int) -> str:
+    """For each kind of prompt: mean layers that the oracle needs and that the allocator ran."""
+    tasks = sorted(layers, key=lambda task: layers[task][1])
+    oracle, chosen = np.array([layers[task] for task in tasks]).T
+    figure = Figure(figsize=(7.6, 0.9 + 0.34 * len(tasks)))
+    axes = figure.subplots()
+    rows = np.arange(len(tasks))
+    axes.hlines(rows, oracle, chosen, color=GRID, lw=6)
+    axes.scatter(oracle, rows, color=COLOURS["oracle"], s=60, label="least sufficient plan (oracle)", zorder=3)
+    axes.scatter(chosen, rows, color=COLOURS["lightgbm"], s=60, label="allocator", zorder=3)
+    axes.axvline(n_layers, color=INK, lw=1, ls=":")
+    axes.set(xlabel=f"mean layers run, of {n_layers}", yticks=rows, yticklabels=tasks)
+    axes.grid(axis="y", visible=False)
+    axes.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return _svg(figure, "tasks")
+
+
+def layers_of_prompts(layers: Mapping[str, Sequence[float]], n_layers: int) -> str:
+    """One square a test prompt, a row a task, coloured by the layers it ran."""
+    tasks = sorted(layers, key=lambda task: float(np.mean(layers[task])))
+    figure = Figure(figsize=(7.6, 0.9 + 0.34 * len(tasks)))
+    axes = figure.subplots()
+    lowest = min(min(values) for values in layers.values())
+    for row, task in enumerate(tasks):
+        values = sorted(layers[task])
+        squares = axes.scatter(
+            range(len(values)),
+            [row] * len(values),
+            c=values,
+            marker="s",
+            s=46,
+            cmap="viridis_r",
+            vmin=lowest,
+            vmax=n_layers,
+        )
+    axes.set(yticks=range(len(tasks)), yticklabels=tasks, xticks=[])
+    axes.grid(visible=False)
+    figure.colorbar(squares, ax=axes, label="layers run", shrink=0.9)
+    return _svg(figure, "prompts")
+
+
+def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.bool_]]]) -> str:
+    """Predicted probability that a shortened plan is sufficient, against how often it was."""
+    figure = Figure(figsize=(4.8, 4.2))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
+    for name, (probabilities, sufficient) in predictions.items():
+        predicted, observed, counts = _bins(probabilities[:, :-1].ravel(), sufficient[:, :-1].ravel())
+        axes.plot(predicted, observed, color=COLOURS[name], lw=1.2)
+        axes.scatter(
+            predicted, observed, color=COLOURS[name], s=12 + 300 * counts / counts.sum(), alpha=0.8, label=NAMES[name]
+        )
+    axes.set(xlabel="predicted: plan is sufficient", ylabel="observed share", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(fontsize=9, loc="upper left", markerscale=0.7)
+    return _svg(figure, "reliability")
+
+
+def _bins(predicted: NDArray[np.float32], observed: NDArray[np.bool_]) -> tuple[NDArray[np.float64], ...]:
+    """Means of both, and counts, in the ten bins of equal width that are not empty."""
+    index = np.minimum((predicted * 10).astype(int), 9)
+    used = np.unique(index)
+    rows = [(predicted[index == i].mean(), observed[index == i].mean(), float((index == i).sum())) for i in used]
+    return tuple(np.array(rows).T)
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _svg(figure: Figure, name: str) -> str:
+    out = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(out, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )

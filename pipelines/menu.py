@@ -1,0 +1,37 @@
+"""Stage 1: the menu of plans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from oracle.menus import MenuTask, build_menu, search_steps
+from pipelines.config import Config
+from pipelines.progress import progress
+from pipelines.stages import write_atomically
+from pipelines.workspace import Workspace
+
+
+def run(config: Config) -> Path:
+    """Search the plans with a few train prompts; writes `menu.json`."""
+    workspace = Workspace.of(config)
+    model, tokenizer = workspace.backbone
+    settings = config.menu
+    task = MenuTask(
+        model=model,
+        tokenizer=tokenizer,
+        prompts=[prompt.prompt for prompt in workspace.splits["train"][:: _stride(workspace, settings.prompts)]],
+        decoding=config.decoding.settings(),
+        probe_depth=settings.probe_depth,
+        n_plans=settings.plans,
+        cheapest_budget=settings.cheapest_budget,
+    )
+    with progress("plans tried", search_steps(settings.method, task)) as advance:
+        menu = build_menu(settings.method, task, lambda: advance(1))
+    write_atomically(workspace.path("menu.json"), json.dumps(menu.to_json(), indent=2) + "\n")
+    return workspace.path("menu.json")
+
+
+def _stride(workspace: Workspace, wanted: int) -> int:
+    """Prompts lie in the source's order, often by task: take every n-th to see all kinds."""
+    return max(1, len(workspace.splits["train"]) // wanted)

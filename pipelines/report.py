@@ -1,0 +1,172 @@
+"""Stage 8: one self-contained HTML page, and the run in MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from controller.calibration import fewest_prompts
+from controller.report_card import threshold_curve
+from oracle.frontier import least_sufficient, oracle_hull, static_points, upper_hull
+from oracle.labels import Label
+from pipelines import figures
+from pipelines.config import Config
+from pipelines.progress import waiting
+from pipelines.stages import RunState, write_atomically
+from pipelines.tracking import log_run
+from pipelines.train import load_trained
+from pipelines.workspace import Table, Workspace
+
+POLICIES = ("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp")
+
+
+def run(config: Config) -> Path:
+    """Writes `report.html`, then logs the run to `tracking.uri`."""
+    workspace = Workspace.of(config)
+    table = workspace.table("test")
+    metrics = json.loads(workspace.path("metrics.json").read_text())
+    choices = json.loads(workspace.path("choices.json").read_text())["chosen"]
+    drawn = _figures(workspace, table, metrics, choices)
+    environment = Environment(loader=PackageLoader("pipelines", "."), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("report.html.j2").render(
+        config=config,
+        metrics=metrics,
+        figures=drawn,
+        names=figures.NAMES,
+        colours=figures.COLOURS,
+        policies=[name for name in POLICIES if name in metrics],
+        plans=_plan_rows(workspace, table, metrics),
+        examples=_examples(workspace, table, choices[metrics["best"]]),
+        tighter=_tighter(metrics["certificate"]),
+        tasks=_task_rows(workspace, table, choices[metrics["best"]]),
+        tuning=json.loads(workspace.path("tuning.json").read_text()),
+        seconds=RunState(config).seconds(),
+        n_layers=workspace.menu().n_layers,
+        today=date.today().isoformat(),
+    )
+    write_atomically(workspace.path("report.html"), page)
+    with waiting(f"logging to {config.tracking.uri}"):
+        log_run(config, metrics, drawn, config.folder)
+    return workspace.path("report.html")
+
+
+def _figures(
+    workspace: Workspace, table: Table, metrics: dict[str, Any], choices: dict[str, list[int]]
+) -> dict[str, str]:
+    projection, controllers = load_trained(workspace)
+    features = projection(table.features)
+    predictions = {name: controller.predict(features) for name, controller in controllers.items()}
+    curves = {
+        name: [
+            (budget, quality)
+            for budget, quality, _ in threshold_curve(p, table.sufficient, table.scores, table.budgets)
+        ]
+        for name, p in predictions.items()
+    }
+    statics = static_points(table.scores, table.budgets)
+    cards = {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in POLICIES if name in metrics}
+    layers = np.array([plan.layers for plan in workspace.menu().plans])
+    by_task: dict[str, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(table.prompts):
+        by_task[prompt.task].append(row)
+    needed, used = layers[least_sufficient(table.sufficient)], layers[np.array(choices[metrics["best"]])]
+    n_layers = workspace.menu().n_layers
+    with matplotlib.rc_context(figures.STYLE):
+        return {
+            "quality": figures.quality_against_budget(
+                statics, upper_hull(statics), oracle_hull(table.scores, table.budgets), curves, cards
+            ),
+            "tasks": figures.layers_by_task(
+                {task: (float(needed[rows].mean()), float(used[rows].mean())) for task, rows in by_task.items()},
+                n_layers,
+            ),
+            "prompts": figures.layers_of_prompts(
+                {task: used[rows].tolist() for task, rows in by_task.items()}, n_layers
+            ),
+            "reliability": figures.reliability({name: (p, table.sufficient) for name, p in predictions.items()}),
+        }
+
+
+def _plan_rows(workspace: Workspace, table: Table, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each plan of the menu: what runs, what it costs, how good it is alone, how often it was chosen."""
+    menu, speed = workspace.menu(), metrics["speed"]
+    full_seconds = speed["plan_seconds"][-1]
+    return [
+        {
+            "text": str(plan),
+            "layers": plan.layers,
+            "budget": budget,
+            "cells": [
+                ("a" if i in plan.attention else "") + ("m" if i in plan.mlp else "") for i in range(plan.n_layers)
+            ],
+            "quality": float(table.scores[:, index].mean()),
+            "sufficient": float(table.sufficient[:, index].mean()),
+            "speedup": full_seconds / speed["plan_seconds"][index],
+            "chosen": metrics[metrics["best"]]["plan_shares"][index],
+        }
+        for index, (plan, budget) in enumerate(zip(menu.plans, menu.budgets, strict=True))
+    ]
+
+
+def _task_rows(workspace: Workspace, table: Table, chosen: list[int]) -> list[dict[str, Any]]:
+    """Each kind of prompt: how many, scores of the full model and of the allocator, layers."""
+    layers = np.array([plan.layers for plan in workspace.menu().plans])
+    index, rows = np.array(chosen), []
+    for task in sorted({prompt.task for prompt in table.prompts}):
+        of_task = np.array([i for i, prompt in enumerate(table.prompts) if prompt.task == task])
+        rows.append(
+            {
+                "task": task,
+                "n": len(of_task),
+                "full": float(table.scores[of_task, -1].mean()),
+                "allocator": float(table.scores[of_task, index[of_task]].mean()),
+                "layers": float(layers[index[of_task]].mean()),
+                "needed": float(layers[least_sufficient(table.sufficient)[of_task]].mean()),
+            }
+        )
+    return sorted(rows, key=lambda row: row["layers"])
+
+
+def _examples(workspace: Workspace, table: Table, chosen: list[int], per_task: int = 2) -> list[dict[str, Any]]:
+    """Some test prompts of every task, first those whose answer changed, with both answers."""
+    menu = workspace.menu()
+    labels = workspace.labeller.read(table.prompts, menu)
+    shown: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    rows = [(prompt, row, index) for prompt, row, index in zip(table.prompts, labels, chosen, strict=True)]
+    for prompt, row, index in sorted(rows, key=lambda item: item[1][item[2]].answer == item[1][-1].answer):
+        if len(shown[prompt.task]) < per_task:
+            shown[prompt.task].append(
+                _example(prompt.task, prompt.prompt, prompt.reference, menu.plans[index].layers, row[index], row[-1])
+            )
+    return [example for task in sorted(shown) for example in shown[task]]
+
+
+def _example(task: str, prompt: str, reference: str, layers: float, label: Label, full: Label) -> dict[str, Any]:
+    return {
+        "task": task,
+        "prompt": prompt,
+        "reference": reference,
+        "layers": layers,
+        "plan": label.plan,
+        "answer": label.answer,
+        "score": label.score,
+        "full_answer": full.answer,
+        "full_score": full.score,
+    }
+
+
+def _tighter(certificate: dict[str, Any]) -> list[dict[str, Any]]:
+    """How many calibration prompts tighter bounds take: at least, and if the loss seen were half the bound."""
+    delta = certificate["delta"]
+    bounds = [certificate["alpha"] / 2, certificate["alpha"] / 5, certificate["alpha"] / 10]
+    return [
+        {"alpha": alpha, "least": fewest_prompts(alpha, delta), "half": fewest_prompts(alpha, delta, alpha / 2)}
+        for alpha in bounds
+    ]

@@ -1,0 +1,74 @@
+"""Run stages in order: skip what is done, go on with what is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pipelines.config import Config, ConfigError
+from pipelines.progress import console
+from pipelines.stages import BY_NAME, STAGES, RunState, Stage, write_atomically
+
+
+def run_all(config: Config) -> None:
+    """Every stage of a run; those whose inputs did not change since they were done are skipped."""
+    with _own_folder(config):
+        state = _begin(config)
+        for stage in STAGES:
+            if state.is_done(stage):
+                console.print(f"[green]done before[/]  {stage.name}: {stage.title}")
+            else:
+                _run_stage(config, stage, state)
+
+
+def run_one(config: Config, name: str) -> Path:
+    """One stage, whether or not it was done before; the stages it follows must be done."""
+    with _own_folder(config):
+        state, stage = _begin(config), BY_NAME[name]
+        for earlier in _all_before(stage):
+            if not state.is_done(earlier):
+                raise ConfigError(
+                    f"the stage {name!r} needs {earlier.name!r} first: run `layerbudget {earlier.name} CONFIG`, "
+                    "or `layerbudget run CONFIG` for all of them"
+                )
+        return _run_stage(config, stage, state)
+
+
+def _own_folder(config: Config) -> FileLock:
+    config.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(config.folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+        lock.release()
+    except Timeout:
+        raise ConfigError(
+            f"another process is working on {config.folder}; wait for it or give this run another name"
+        ) from None
+    return lock
+
+
+def _begin(config: Config) -> RunState:
+    state = RunState(config)
+    write_atomically(config.folder / "config.yaml", config.dump())
+    return state
+
+
+def _run_stage(config: Config, stage: Stage, state: RunState) -> Path:
+    console.print(f"[bold]{stage.name}[/]: {stage.title}")
+    start = time.perf_counter()
+    run: Callable[[Config], Path] = import_module(f"pipelines.{stage.name}").run
+    path = run(config)
+    state.record(stage, time.perf_counter() - start)
+    console.print(f"  {path}  [dim]{time.perf_counter() - start:.0f} s[/]")
+    return path
+
+
+def _all_before(stage: Stage) -> list[Stage]:
+    names = set(stage.follows)
+    for name in stage.follows:
+        names |= {earlier.name for earlier in _all_before(BY_NAME[name])}
+    return [candidate for candidate in STAGES if candidate.name in names]

@@ -1,0 +1,66 @@
+"""Every finished run in MLflow: parameters, metrics, figures, and the saved allocator."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import Config, ConfigError
+
+
+def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str], folder: Path) -> None:
+    """Log one run to `tracking.uri`.
+
+    Args:
+        metrics: nested; numbers become metrics named by their path.
+        figures: name -> SVG text.
+        folder: the run folder, of which the allocator, the configuration, the metrics and the report are kept.
+
+    Raises:
+        ConfigError: the tracking store cannot be used.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        mlflow.set_tracking_uri(config.tracking.uri)
+        with mlflow.start_run(experiment_id=_experiment(config), run_name=config.name):
+            mlflow.log_params(dict(_flat(config.model_dump(mode="json"))))
+            numbers = {key: float(value) for key, value in _flat(metrics) if isinstance(value, int | float)}
+            mlflow.log_metrics(numbers)
+            for name, text in figures.items():
+                mlflow.log_text(text, f"figures/{name}.svg")
+            for name in ("config.yaml", "metrics.json", "report.html"):
+                mlflow.log_artifact(str(folder / name))
+            mlflow.log_artifacts(str(folder / "allocator"), "allocator")
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cannot log to tracking.uri {config.tracking.uri!r}: {reason}") from error
+
+
+def _experiment(config: Config) -> str:
+    """The experiment's id. With the embedded database, artifacts lie beside it, wherever the process was started."""
+    import mlflow
+
+    found = mlflow.get_experiment_by_name(config.tracking.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    uri, location = config.tracking.uri, None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").resolve().as_uri()
+    return str(mlflow.create_experiment(config.tracking.experiment, artifact_location=location))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value, f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat

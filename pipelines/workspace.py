@@ -1,0 +1,135 @@
+"""What the stages of one run share: its folder, its prompts and splits, the loaded model, the learning tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pyarrow.parquet as parquet
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.loading import load_backbone, model_fingerprint
+from backbone.plan import PlanMenu
+from oracle.frontier import sufficient_plans
+from oracle.labelling import Labeller, score_matrix
+from oracle.labels import LabelStore
+from oracle.prompts import SPLITS, Prompt, Split, load_prompts, split_of
+from pipelines.config import Config, ConfigError
+from pipelines.progress import waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What there is to learn from: N prompts of one split.
+
+    Attributes:
+        prompts: the N prompts.
+        features: raw features [N, F].
+        scores: under each plan [N, K].
+        sufficient: whether each plan is sufficient [N, K].
+        budgets: of each plan [K].
+    """
+
+    prompts: list[Prompt]
+    features: NDArray[np.float32]
+    scores: NDArray[np.float64]
+    sufficient: NDArray[np.bool_]
+    budgets: NDArray[np.float64]
+
+
+class Workspace:
+    """Everything is loaded when first asked for, and once a process."""
+
+    _known: ClassVar[dict[str, Workspace]] = {}
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @classmethod
+    def of(cls, config: Config) -> Workspace:
+        """The workspace of a configuration; the same object for an equal one."""
+        return cls._known.setdefault(config.dump(), cls(config))
+
+    def path(self, name: str) -> Path:
+        return self.config.folder / name
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        data = self.config.data
+        return load_prompts(
+            data.path, limit=data.limit, columns=data.columns, dataset_split=data.split, judge=data.judge
+        )
+
+    @cached_property
+    def prompts_hash(self) -> str:
+        """SHA-256 of all prompts, references and judges."""
+        return hashlib.sha256(json.dumps([astuple(prompt) for prompt in self.prompts]).encode()).hexdigest()
+
+    @cached_property
+    def splits(self) -> dict[Split, list[Prompt]]:
+        parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
+        for prompt in self.prompts:
+            parts[split_of(prompt, self.config.data.shares)].append(prompt)
+        if empty := [split for split, prompts in parts.items() if not prompts]:
+            raise ConfigError(
+                f"{len(self.prompts)} prompts leave none for the split {empty[0]!r}: use more, or other data.shares"
+            )
+        return parts
+
+    @cached_property
+    def backbone(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model = self.config.model
+        with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
+            loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
+        self._check_same_weights(loaded[0])
+        return loaded
+
+    def _check_same_weights(self, model: PreTrainedModel) -> None:
+        """A run folder keeps to the weights it began with."""
+        path, found = self.path("model.txt"), model_fingerprint(model)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found)
+        elif (known := path.read_text()) != found:
+            raise ConfigError(
+                f"{self.config.folder} was made with the model {known}, but {self.config.model.source} is now {found}; "
+                f"give this run a name of its own, for example --set name={self.config.name}-2"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.path("model.txt").read_text()
+
+    @cached_property
+    def labeller(self) -> Labeller:
+        model, tokenizer = self.backbone
+        store = LabelStore(self.path("labels.db"))
+        return Labeller(model, tokenizer, self.config.decoding.settings(), store, self.config.label.batch_size)
+
+    def menu(self) -> PlanMenu:
+        return PlanMenu.load(self.path("menu.json"))
+
+    def table(self, *splits: Split) -> Table:
+        """The prompts of some splits with their features and labels."""
+        prompts = [prompt for split in splits for prompt in self.splits[split]]
+        menu = self.menu()
+        scores = score_matrix(self.labeller.read(prompts, menu))
+        rows = self._features()
+        return Table(
+            prompts=prompts,
+            features=np.stack([rows[prompt.id] for prompt in prompts]),
+            scores=scores,
+            sufficient=sufficient_plans(scores, self.config.label.tolerance),
+            budgets=np.array(menu.budgets),
+        )
+
+    def _features(self) -> dict[str, NDArray[np.float32]]:
+        table = parquet.read_table(self.path("features.parquet"))
+        matrix = np.stack(table["features"].to_numpy())
+        return dict(zip(table["id"].to_pylist(), matrix, strict=True))

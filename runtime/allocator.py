@@ -1,0 +1,154 @@
+"""The saved artefact: prompt in, plan out; probe, controller, menu, calibrated threshold and certificate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from backbone.errors import InputError
+from backbone.loading import model_fingerprint
+from backbone.plan import LayerPlan, PlanMenu
+from controller.base import Controller, choose
+from controller.calibration import Certificate
+from controller.features import Projection, prompt_features
+from oracle.answering import Decoding
+from runtime.generation import decode_in_lanes
+
+logger = logging.getLogger(__name__)
+
+
+class WrongModelError(InputError):
+    """An allocator was used with a model that it was not made for."""
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """Chooses a layer plan for each prompt and generates with it.
+
+    Use `allocator.generate(model, **inputs, ...)`, or pass it to the model: `model.generate(**inputs,
+    custom_generate=allocator, ...)`. Both take and return what stock `generate()` does.
+
+    Attributes:
+        menu: the plans to choose from.
+        controller: predicts which plans are sufficient; `controller_name` is its name in `CONTROLLERS`.
+        projection: from raw features to the controller's.
+        certificate: its threshold decides; without a valid threshold every prompt runs the full plan.
+        decoding: how the answers behind the certificate were generated.
+        fingerprint: of the model it was made for.
+        model_source: where that model was loaded from.
+    """
+
+    menu: PlanMenu
+    controller: Controller
+    controller_name: str
+    projection: Projection
+    certificate: Certificate
+    decoding: Decoding
+    fingerprint: str
+    model_source: str
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Allocator:
+        """Load a saved allocator from a folder or from a repository on the hub.
+
+        Raises:
+            ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256).
+        """
+        from runtime.artefact import load_allocator
+
+        return load_allocator(source, revision)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save to a folder, replacing an allocator that is there; never half-written."""
+        from runtime.artefact import save_allocator
+
+        save_allocator(self, Path(folder))
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload to a repository on the hub, made where it is missing; returns its URL."""
+        from runtime.artefact import upload_allocator
+
+        return upload_allocator(self, repo_id, private, token)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises WrongModelError unless `model` has the weights that this allocator was made for."""
+        if (found := model_fingerprint(model)) != self.fingerprint:
+            raise WrongModelError(
+                f"this allocator was made for {self.fingerprint} ({self.model_source}), the model given is {found}"
+            )
+
+    def allocate(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> list[LayerPlan]:
+        """The plan of each prompt.
+
+        Args:
+            input_ids: [B, S], left-padded.
+            attention_mask: [B, S]; all ones if not given.
+
+        Raises:
+            WrongModelError: another model than the one this allocator was made for.
+        """
+        self.check_model(model)
+        if self.certificate.threshold is None:
+            return [self.menu.plans[-1]] * len(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        features = prompt_features(model, input_ids, mask, self.menu.probe_depth)
+        finite = np.asarray(np.isfinite(features).all(axis=1))
+        if not finite.all():
+            logger.warning("%d prompts have hidden states that are not finite; they run the full plan", (~finite).sum())
+        probabilities = self.controller.predict(self.projection(np.where(finite[:, None], features, 0.0)))
+        chosen = np.where(finite, choose(probabilities, self.certificate.threshold), len(self.menu) - 1)
+        return [self.menu.plans[index] for index in chosen]
+
+    def generate(
+        self, model: PreTrainedModel, *, streamer: Any = None, **arguments: Any
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """`model.generate(**arguments)`, each prompt under its plan.
+
+        With `return_dict_in_generate=True` the output has `layer_plans`, one a prompt, and `allocation_ms`. A streamer
+        works here only: transformers 5.23 does not hand it on to a `custom_generate`.
+        """
+        loop = partial(self, streamer=streamer)
+        return model.generate(**arguments, streamer=streamer, custom_generate=loop)  # type: ignore[operator, no-any-return]
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs."""
+        start = time.perf_counter()
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        mask = model_kwargs.get("attention_mask")
+        plans = self.allocate(model, input_ids[::copies], None if mask is None else mask[::copies])
+        allocation_ms = (time.perf_counter() - start) * 1000
+        output = decode_in_lanes(
+            model,
+            [plan for plan in plans for _ in range(copies)],
+            input_ids,
+            generation_config,
+            model_kwargs,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            synced_gpus=synced_gpus,
+        )
+        if not isinstance(output, torch.Tensor):
+            output["layer_plans"], output["allocation_ms"] = plans, allocation_ms
+        return output

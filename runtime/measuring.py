@@ -1,0 +1,89 @@
+"""Measure what plans cost on this machine: things compared are timed in turn, in one process, after a warm-up."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
+
+Name = TypeVar("Name")
+
+
+def median_seconds(
+    work: Mapping[Name, Callable[[], object]], rounds: int, advance: Callable[[], None]
+) -> dict[Name, float]:
+    """Median time of each piece of work over `rounds` rounds, all in turn in each; a round before them is warm-up."""
+    seconds: dict[Name, list[float]] = {name: [] for name in work}
+    for round_number in range(rounds + 1):
+        for name, run in work.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+            advance()
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def generation_under(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], plan: LayerPlan, n_tokens: int
+) -> Callable[[], object]:
+    """Greedy generation of exactly `n_tokens` for each row of `inputs` under a plan."""
+
+    def generate() -> object:
+        with apply_plan(model, plan):
+            return model.generate(**inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)  # type: ignore[operator]
+
+    return generate
+
+
+def plan_seconds(
+    model: PreTrainedModel,
+    inputs: Mapping[str, torch.Tensor],
+    plans: Sequence[LayerPlan],
+    n_tokens: int,
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Seconds that a batch takes under each plan, prefill and `n_tokens` decoding steps."""
+    work = {str(plan): generation_under(model, inputs, plan, n_tokens) for plan in plans}
+    seconds = median_seconds(work, rounds, advance)
+    return [seconds[str(plan)] for plan in plans]
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "device": device,
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
