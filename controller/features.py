@@ -68,7 +68,7 @@ class Projection:
         states = ((features - mean) / scale)[:, : -len(SCALARS)]
         pca = PCA(min(n_components, len(features) - 1, states.shape[1]), random_state=0, svd_solver="full").fit(states)
         spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
-        return cls(mean, scale, (pca.components_ / spread[:, None]).astype(np.float32))
+        return cls(mean, scale, np.ascontiguousarray(pca.components_ / spread[:, None], dtype=np.float32))
 
     def __call__(self, features: Floats) -> Floats:
         """[N, 2 * D + 5] -> [N, C + 5]."""
@@ -77,7 +77,8 @@ class Projection:
         return np.concatenate([states @ self.components.T, scalars], axis=1)
 
     def save(self, path: Path) -> None:
-        save_file({"mean": self.mean, "scale": self.scale, "components": self.components}, path)
+        arrays = {"mean": self.mean, "scale": self.scale, "components": self.components}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)  # others are torn
 
     @classmethod
     def load(cls, path: Path) -> Projection:

@@ -79,8 +79,17 @@ class Labeller:
             advance(len(batch))
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-        """Batches of prompts of like length, longest first, so that too little memory shows at once."""
-        ordered = sorted(prompts, key=lambda prompt: (-len(self._tokenizer(prompt.prompt).input_ids), prompt.id))
+        """Batches of like prompts, longest first, so that too little memory shows at once.
+
+        Like in length, so that little is padded, and in the power of two of the reference's length, since a batch
+        decodes until its longest answer ends.
+        """
+
+        def effort(prompt: Prompt) -> tuple[int, int, str]:
+            expected = len(self._tokenizer(prompt.reference).input_ids).bit_length()
+            return -expected, -len(self._tokenizer(prompt.prompt).input_ids), prompt.id
+
+        ordered = sorted(prompts, key=effort)
         for start in range(0, len(ordered), self._batch_size):
             yield ordered[start : start + self._batch_size]
 

@@ -33,6 +33,7 @@ class MenuTask:
         probe_depth: layers that every plan runs.
         n_plans: K, the full plan included.
         cheapest_budget: share of the decoder's bytes that the cheapest plan should run.
+        given: texts of the plans, for the method `given`.
     """
 
     model: PreTrainedModel
@@ -42,10 +43,16 @@ class MenuTask:
     probe_depth: int
     n_plans: int
     cheapest_budget: float
+    given: Sequence[str] = ()
 
     @property
     def n_layers(self) -> int:
         return len(decoder_layers(self.model))
+
+
+def given(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """The plans that the user wrote down."""
+    return [LayerPlan.parse(text, task.n_layers) for text in task.given]
 
 
 def evenly(task: MenuTask, advance: Advance) -> list[LayerPlan]:
@@ -83,6 +90,7 @@ def _sublayer_removals(task: MenuTask) -> list[Removal]:
 
 
 MENUS: dict[str, Callable[[MenuTask, Advance], list[LayerPlan]]] = {
+    "given": given,
     "evenly": evenly,
     "exiting": exiting,
     "greedy_layers": greedy_layers,

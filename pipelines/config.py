@@ -63,6 +63,8 @@ class DecodingSection(Section):
 class MenuSection(Section):
     method: str = "greedy_layers"
     probe_depth: int = Field(4, ge=1)
+    given: list[str] = []
+    """Plans in their text form, such as 0-12,16, for the method `given`; the full plan is added."""
     plans: int = Field(8, ge=2)
     """K, the full plan included."""
     cheapest_budget: float = Field(0.5, gt=0, lt=1)
@@ -73,6 +75,8 @@ class MenuSection(Section):
     def _check_method(self) -> MenuSection:
         if self.method not in MENUS:
             raise ValueError(f"unknown menu method {self.method!r}; known are {', '.join(MENUS)}")
+        if (self.method == "given") != bool(self.given):
+            raise ValueError(f"the method 'given' and a list of plans in menu.given go together, got {self.method!r}")
         return self
 
 
@@ -104,11 +108,12 @@ class CalibrationSection(Section):
 
 
 class EvaluationSection(Section):
-    speed_prompts: int = Field(16, ge=1)
-    """Test prompts in the batch that speeds are measured on."""
+    speed_prompts: int = Field(8, ge=1)
+    """Test prompts that speeds are measured on, as one batch and one at a time."""
     speed_tokens: int = Field(16, ge=2)
+    """New tokens of each."""
     speed_rounds: int = Field(3, ge=1)
-    """Times that every plan is measured, in turn."""
+    """Times that everything is measured, in turn, after a warm-up."""
 
 
 class TrackingSection(Section):

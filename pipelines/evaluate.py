@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controller.base import Controller, choose
 from controller.constant import MixtureController, OracleController
@@ -21,7 +24,7 @@ from pipelines.stages import write_atomically
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
 from runtime.allocator import Allocator
-from runtime.measuring import machine, median_seconds, plan_seconds
+from runtime.measuring import generation_under, machine, median_seconds
 
 RANDOM_DRAWS = 64
 """Draws over which policies that draw plans at random are averaged."""
@@ -100,12 +103,11 @@ def _best_static(config: Config, calibrate: Table) -> MixtureController:
     """The cheapest plan that, run by all, is certified like a controller's threshold; the full plan if none is."""
     n_plans = len(calibrate.budgets)
     features = np.zeros((len(calibrate.prompts), 1), dtype=np.float32)
-    for index in range(n_plans):
+    for index in range(n_plans - 1):
         static = MixtureController.static(n_plans, index)
-        certificate = certify(static.predict(features), calibrate, config)
-        if certificate.threshold is not None and certificate.threshold < 0.5:
+        if certify(static.predict(features), calibrate, config).threshold is not None:
             return static
-    raise AssertionError("the full plan loses nothing and is the last tried")
+    return MixtureController.static(n_plans, n_plans - 1)
 
 
 def _mixture_at(budget: float, table: Table) -> list[float]:
@@ -130,41 +132,44 @@ def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
 
 
 def _speeds(workspace: Workspace, allocator: Allocator, test: Table) -> dict[str, Any]:
-    """Times of one batch of test prompts: under every plan, with the allocator, and with stock `generate()`."""
+    """Times of some test prompts: under every plan, and with the allocator against stock `generate()`."""
     (model, tokenizer), settings = workspace.backbone, workspace.config.evaluation
     texts = [prompt.prompt for prompt in test.prompts[:: max(1, len(test.prompts) // settings.speed_prompts)]]
-    inputs = dict(tokenizer(texts[: settings.speed_prompts], return_tensors="pt", padding=True).to(model.device))
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    plans, n_tokens = allocator.menu.plans, settings.speed_tokens
+    texts, n_tokens = texts[: settings.speed_prompts], settings.speed_tokens
+    batch = _inputs(model, tokenizer, texts)
+    singles = [_inputs(model, tokenizer, [text]) for text in texts]
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
-    with progress("timings", (settings.speed_rounds + 1) * (len(plans) + 3)) as advance:
-        by_plan = plan_seconds(model, inputs, plans, n_tokens, settings.speed_rounds, lambda: advance(1))
-        ends = median_seconds(
-            {
-                "stock": lambda: model.generate(**inputs, **exact),  # type: ignore[operator]
-                "allocator": lambda: allocator.generate(model, **inputs, **exact),
-                "allocate": lambda: allocator.allocate(model, **inputs),
-            },
-            settings.speed_rounds,
-            lambda: advance(1),
-        )
-    batch = len(inputs["input_ids"])
+    plans = {str(plan): generation_under(model, batch, plan, n_tokens) for plan in allocator.menu.plans}
+    ends: dict[str, Callable[[], object]] = {
+        "stock, one batch": lambda: model.generate(**batch, **exact),  # type: ignore[operator]
+        "allocator, one batch": lambda: allocator.generate(model, **batch, **exact),
+        "stock, one at a time": lambda: [model.generate(**one, **exact) for one in singles],  # type: ignore[operator]
+        "allocator, one at a time": lambda: [allocator.generate(model, **one, **exact) for one in singles],
+        "allocation alone, one at a time": lambda: [allocator.allocate(model, **one) for one in singles],
+    }
+    with progress("timings", (settings.speed_rounds + 1) * (len(plans) + len(ends))) as advance:
+        seconds = median_seconds({**plans, **ends}, settings.speed_rounds, lambda: advance(1))
     return {
-        "batch": batch,
-        "prompt_tokens": float(inputs["attention_mask"].sum(-1).float().mean()),
+        "prompts": len(texts),
+        "prompt_tokens": float(batch["attention_mask"].sum(-1).float().mean()),
         "new_tokens": n_tokens,
         "dtype": str(model.dtype),
-        "plan_seconds": by_plan,
-        "stock_seconds": ends["stock"],
-        "allocator_seconds": ends["allocator"],
-        "allocator_speedup": ends["stock"] / ends["allocator"],
-        "overhead_ms": ends["allocate"] * 1000 / batch,
+        "plan_seconds": [seconds[name] for name in plans],
+        "seconds": {name: seconds[name] for name in ends},
+        "speedup_one_at_a_time": seconds["stock, one at a time"] / seconds["allocator, one at a time"],
+        "speedup_one_batch": seconds["stock, one batch"] / seconds["allocator, one batch"],
+        "overhead_ms": seconds["allocation alone, one at a time"] * 1000 / len(texts),
     }
+
+
+def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, torch.Tensor]:
+    encoded = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> float:
     """New tokens a second if every prompt ran in a full batch of its plan, from the times measured in this run."""
-    seconds = float(np.dot(card.plan_shares, speed["plan_seconds"])) / speed["batch"]
+    seconds = float(np.dot(card.plan_shares, speed["plan_seconds"])) / speed["prompts"]
     return float(config.evaluation.speed_tokens / seconds)
 
 

@@ -25,6 +25,7 @@ def run(config: Config) -> Path:
         probe_depth=settings.probe_depth,
         n_plans=settings.plans,
         cheapest_budget=settings.cheapest_budget,
+        given=settings.given,
     )
     with progress("plans tried", search_steps(settings.method, task)) as advance:
         menu = build_menu(settings.method, task, lambda: advance(1))

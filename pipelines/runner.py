@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from pipelines.config import Config, ConfigError
 from pipelines.progress import console
 from pipelines.stages import BY_NAME, STAGES, RunState, Stage, write_atomically
+from pipelines.workspace import Workspace
 
 
 def run_all(config: Config) -> None:
@@ -53,6 +54,7 @@ def _own_folder(config: Config) -> FileLock:
 
 def _begin(config: Config) -> RunState:
     state = RunState(config)
+    _ = Workspace.of(config).splits  # wrong prompts are refused before anything is written
     write_atomically(config.folder / "config.yaml", config.dump())
     return state
 

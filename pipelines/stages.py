@@ -102,8 +102,17 @@ class RunState:
         self._path = config.folder / "run.json"
         self._data: dict[str, Any] = {"config": config.file, "model": config.model.source, "stages": {}}
         if self._path.exists():
-            self._data = json.loads(self._path.read_text())
+            self._data = self._read()
         self._check_owner()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            data: dict[str, Any] = json.loads(self._path.read_text())
+            return {name: data[name] for name in self._data}
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{self._path} is damaged; delete it, and the stages are done again with the labels kept"
+            ) from None
 
     def _check_owner(self) -> None:
         for what, mine in (("config", self._config.file), ("model", self._config.model.source)):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from sqlalchemy.exc import SQLAlchemyError
 
 from controller.base import controller_class
 from controller.features import Projection
 from controller.report_card import budget_at_losses
-from pipelines.config import Config
+from pipelines.config import Config, ConfigError
 from pipelines.progress import progress
 from pipelines.stages import BY_NAME, stage_key, write_atomically
 from pipelines.train import fitted
@@ -63,7 +64,11 @@ def _study(config: Config, name: str) -> optuna.Study:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         retry = RetryHeartbeatStaleTrialCallback(max_retry=3)
-        storage = RDBStorage(url, heartbeat_interval=10, grace_period=60, heartbeat_stale_trial_callback=retry)
+        try:
+            storage = RDBStorage(url, heartbeat_interval=10, grace_period=60, heartbeat_stale_trial_callback=retry)
+        except (SQLAlchemyError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"cannot use tuning.storage {url!r}: {reason}") from error
     return optuna.create_study(
         study_name=f"{config.name}-{name}-{_space_key(config)}",
         storage=storage,

@@ -76,9 +76,10 @@ class Workspace:
         parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
         for prompt in self.prompts:
             parts[split_of(prompt, self.config.data.shares)].append(prompt)
-        if empty := [split for split, prompts in parts.items() if not prompts]:
+        if small := [split for split, prompts in parts.items() if len(prompts) < 2]:
             raise ConfigError(
-                f"{len(self.prompts)} prompts leave none for the split {empty[0]!r}: use more, or other data.shares"
+                f"{len(self.prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
+                "or more: use more prompts or other data.shares"
             )
         return parts
 

@@ -21,7 +21,7 @@ from controller.base import Controller, choose
 from controller.calibration import Certificate
 from controller.features import Projection, prompt_features
 from oracle.answering import Decoding
-from runtime.generation import decode_in_lanes
+from runtime.generation import UnsupportedGenerationError, decode_in_lanes, row_copies
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,10 @@ class Allocator:
         **model_kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs."""
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise UnsupportedGenerationError("an allocator reads input_ids; inputs_embeds cannot be used with it")
         start = time.perf_counter()
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        copies = row_copies(generation_config)
         mask = model_kwargs.get("attention_mask")
         plans = self.allocate(model, input_ids[::copies], None if mask is None else mask[::copies])
         allocation_ms = (time.perf_counter() - start) * 1000

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -45,13 +46,17 @@ def decode_in_lanes(
         Sequences [R', S'] or the usual output object, rows in input order (R' counts `num_return_sequences`).
 
     Raises:
-        UnsupportedGenerationError: assisted or other decoding, or outputs a step when rows run different plans.
+        UnsupportedGenerationError: assisted or other decoding, a cache that holds tokens, or outputs a step when rows
+            run different plans.
     """
     mode = generation_config.get_generation_mode()
     if mode not in _METHODS:
         raise UnsupportedGenerationError(
             f"an allocator works with greedy, sampling and beam decoding, not with {mode.value}"
         )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise UnsupportedGenerationError("an allocator cannot start from a cache that already holds tokens; pass none")
     loop = getattr(model, _METHODS[mode])
     lanes = _lanes(plans)
     if len(lanes) > 1:
@@ -105,22 +110,21 @@ def _empty_like(model: PreTrainedModel, cache: Cache) -> Cache:
 def _merged(
     outputs: Sequence[Any], rows_of_lanes: Sequence[Sequence[int]], config: GenerationConfig
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """Rows of all lanes in input order, shorter ones filled up with the padding token on the right."""
-    sequences = [output if isinstance(output, torch.Tensor) else output.sequences for output in outputs]
-    length = max(lane.shape[1] for lane in sequences)
-    n_rows = sum(len(rows) for rows in rows_of_lanes)
-    returned = sum(len(lane) for lane in sequences)
-    padding = config._pad_token_tensor
-    fill = 0 if padding is None else int(padding)
-    merged = sequences[0].new_full((returned, length), fill)
-    for lane, rows in zip(sequences, rows_of_lanes, strict=True):
-        merged[_returned_rows(rows, n_rows, returned, lane.device), : lane.shape[1]] = lane
+    """Sequences of all lanes in input order, shorter ones filled up with the padding token on the right."""
+    lanes = [output if isinstance(output, torch.Tensor) else output.sequences for output in outputs]
+    copies = row_copies(config)
+    returned = sum(map(len, lanes)) * copies // sum(map(len, rows_of_lanes))
+    order = [row // copies * returned + i for rows in rows_of_lanes for row in rows[::copies] for i in range(returned)]
+    fill = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    length = max(lane.shape[1] for lane in lanes)
+    joined = torch.cat([functional.pad(lane, (0, length - lane.shape[1]), value=fill) for lane in lanes])
+    merged = torch.empty_like(joined)
+    merged[torch.tensor(order, device=joined.device)] = joined
     if not config.return_dict_in_generate:
         return merged
     return GenerateDecoderOnlyOutput(sequences=merged)  # type: ignore[arg-type]
 
 
-def _returned_rows(rows: Sequence[int], n_rows: int, returned: int, device: torch.device) -> torch.Tensor:
-    """Where a lane's sequences belong: beams of one prompt are neighbouring rows, of which fewer may be returned."""
-    group = n_rows // returned
-    return torch.tensor([row // group for row in rows[::group]], device=device)
+def row_copies(config: GenerationConfig) -> int:
+    """Neighbouring rows that `generate()` made of each prompt: its beams or its samples."""
+    return max(config.num_beams or 1, config.num_return_sequences or 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -47,20 +47,6 @@ def generation_under(
             return model.generate(**inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)  # type: ignore[operator]
 
     return generate
-
-
-def plan_seconds(
-    model: PreTrainedModel,
-    inputs: Mapping[str, torch.Tensor],
-    plans: Sequence[LayerPlan],
-    n_tokens: int,
-    rounds: int,
-    advance: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Seconds that a batch takes under each plan, prefill and `n_tokens` decoding steps."""
-    work = {str(plan): generation_under(model, inputs, plan, n_tokens) for plan in plans}
-    seconds = median_seconds(work, rounds, advance)
-    return [seconds[str(plan)] for plan in plans]
 
 
 def machine() -> dict[str, str | int]:

@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny model whose layers change little, so that some prompts keep their answers when layers are skipped."""
+    """A saved tiny model whose layers change little, so that some prompts keep their answers under short plans."""
     folder = tmp_path_factory.mktemp("model")
     tiny_model("llama", layer_scale=0.5).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

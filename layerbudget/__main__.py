@@ -1,0 +1,5 @@
+"""`python -m layerbudget` is the `layerbudget` command."""
+
+from layerbudget.cli import main
+
+main()

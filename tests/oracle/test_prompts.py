@@ -1,0 +1,82 @@
+import json
+
+import pytest
+from datasets import Dataset
+
+from oracle.embedded import embedded_prompts
+from oracle.prompts import PromptError, load_prompts, split_of
+
+GOOD = {"id": "a", "task": "t", "prompt": "1 + 1 =", "reference": "2", "judge": "number"}
+SHARES = {"train": 0.4, "tune": 0.15, "calibrate": 0.25, "test": 0.2}
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, "{oops"], r"line 2: not JSON"),
+        ([GOOD, "[1]"], r"line 2: expected an object with id, task, prompt, reference, judge, got list"),
+        ([GOOD, {**GOOD, "id": "b", "prompt": "  "}], r"line 2: the prompt is empty"),
+        ([GOOD, GOOD], r"line 2: the id 'a' was used before, at .*line 1"),
+        ([{**GOOD, "judge": "exakt"}], r"line 1: unknown judge 'exakt'; did you mean 'exact'\?"),
+        ([{k: v for k, v in GOOD.items() if k != "reference"}], r"line 1: the field 'reference' is missing"),
+        ([], "there are no prompts"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, rows, message) -> None:
+    with pytest.raises(PromptError, match=message):
+        load_prompts(write(tmp_path / "prompts.jsonl", rows))
+
+
+def test_missing_sources_are_named(tmp_path) -> None:
+    with pytest.raises(PromptError, match="no prompts file"):
+        load_prompts(str(tmp_path / "none.jsonl"))
+    with pytest.raises(PromptError, match=r"neither a .jsonl file nor a data set"):
+        load_prompts(str(tmp_path / "nothing"))
+
+
+def test_a_default_judge_fills_in(tmp_path) -> None:
+    row = {k: v for k, v in GOOD.items() if k != "judge"}
+    (prompt,) = load_prompts(write(tmp_path / "prompts.jsonl", [row]), judge="contains")
+    assert prompt.judge == "contains"
+
+
+def test_a_data_set_with_other_column_names(tmp_path) -> None:
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    Dataset.from_dict({"question": ["1+1", "2+2"], "answer": ["2", "4"]}).to_parquet(str(folder / "data.parquet"))
+    prompts = load_prompts(str(folder), columns={"prompt": "question", "reference": "answer"}, judge="number")
+    assert [(p.id, p.prompt, p.reference, p.judge) for p in prompts] == [
+        ("train-0", "1+1", "2", "number"),
+        ("train-1", "2+2", "4", "number"),
+    ]
+    with pytest.raises(PromptError, match="has no column 'prompt'; it has question, answer"):
+        load_prompts(str(folder), judge="number")
+
+
+def test_a_larger_limit_only_adds_prompts() -> None:
+    small, large = load_prompts("embedded", limit=50), load_prompts("embedded", limit=120)
+    assert len(small) == 50
+    assert {p.id for p in small} < {p.id for p in large}
+    assert len({p.task for p in large}) == 12
+
+
+def test_splits_are_stable_and_near_their_shares() -> None:
+    prompts = load_prompts("embedded")
+    counts = {split: sum(split_of(p, SHARES) == split for p in prompts) / len(prompts) for split in SHARES}
+    assert all(abs(counts[split] - share) < 0.04 for split, share in SHARES.items())
+    kept = load_prompts("embedded", limit=100)
+    assert {p.id: split_of(p, SHARES) for p in kept}.items() <= {p.id: split_of(p, SHARES) for p in prompts}.items()
+
+
+def test_embedded_prompts_are_many_varied_and_unlike() -> None:
+    rows = embedded_prompts()
+    assert len(rows) >= 960
+    assert len({row["task"] for row in rows}) >= 8
+    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
+    assert rows == embedded_prompts()
+    assert not [row for row in rows if row["prompt"] != row["prompt"].rstrip() or not row["reference"].strip()]

