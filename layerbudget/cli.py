@@ -32,6 +32,9 @@ Settings = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: CUDA where there is one.")]
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 STAGES = {
     "menu": "Find the plans that prompts choose from.",
     "label": "Answer and judge every prompt under every plan; resumes where it stopped.",
@@ -188,6 +191,7 @@ def main() -> None:
             f"error: {error.name!r} is not installed; `pip install 'layerbudget[pipelines]'` brings it", err=True
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("stopped; the same command goes on from here", err=True)
+        raise

@@ -10,17 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How answers are generated: greedily, until a stop string, the end of text, or `max_new_tokens`."""
-
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"greedy max_new_tokens={self.max_new_tokens} stop={list(self.stop)!r}"
+from oracle.decoding import Decoding, cut_at_stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +51,6 @@ def _answer(
     end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
     text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
     return Answer(cut_at_stop(text, decoding.stop), ids[:end], prompt_tokens)
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first stop string, without outer white space."""
-    for string in stop:
-        text = text.split(string, 1)[0]
-    return text.strip()
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> frozenset[int]:

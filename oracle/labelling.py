@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
-from oracle.answering import Answer, Decoding, answer_batch
+from oracle.answering import Answer, answer_batch
+from oracle.decoding import Decoding
 from oracle.judges import JudgeError, score
 from oracle.labels import Label, LabelStore
 from oracle.prompts import Prompt

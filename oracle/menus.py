@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.families import decoder_layers, family_of, sublayer_bytes
 from backbone.plan import LayerPlan, PlanError, PlanMenu
 from backbone.running import apply_plan
-from oracle.answering import Decoding, answer_batch
+from oracle.answering import answer_batch
+from oracle.decoding import Decoding
 
 Advance = Callable[[], None]
 T = TypeVar("T")
@@ -34,6 +35,9 @@ class MenuTask:
         n_plans: K, the full plan included.
         cheapest_budget: share of the decoder's bytes that the cheapest plan should run.
         given: texts of the plans, for the method `given`.
+
+    Raises:
+        PlanError: a probe as deep as the model.
     """
 
     model: PreTrainedModel
@@ -44,6 +48,10 @@ class MenuTask:
     n_plans: int
     cheapest_budget: float
     given: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.probe_depth < self.n_layers:
+            raise PlanError(f"probe_depth must be from 1 to {self.n_layers - 1} for this model, got {self.probe_depth}")
 
     @property
     def n_layers(self) -> int:
@@ -114,8 +122,6 @@ def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> 
     Raises:
         PlanError: the task asks for plans that the model cannot have.
     """
-    if not 1 <= task.probe_depth < task.n_layers:
-        raise PlanError(f"probe_depth must be from 1 to {task.n_layers - 1} for this model, got {task.probe_depth}")
     return PlanMenu.build(MENUS[method](task, advance), sublayer_bytes(task.model), task.probe_depth)
 
 

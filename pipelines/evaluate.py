@@ -132,7 +132,10 @@ def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
 
 
 def _speeds(workspace: Workspace, allocator: Allocator, test: Table) -> dict[str, Any]:
-    """Times of some test prompts: under every plan, and with the allocator against stock `generate()`."""
+    """Times of some test prompts: under every plan, and with the allocator against stock `generate()`.
+
+    `batch` is all of them at once, `single` one after the other.
+    """
     (model, tokenizer), settings = workspace.backbone, workspace.config.evaluation
     texts = [prompt.prompt for prompt in test.prompts[:: max(1, len(test.prompts) // settings.speed_prompts)]]
     texts, n_tokens = texts[: settings.speed_prompts], settings.speed_tokens
@@ -141,11 +144,11 @@ def _speeds(workspace: Workspace, allocator: Allocator, test: Table) -> dict[str
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
     plans = {str(plan): generation_under(model, batch, plan, n_tokens) for plan in allocator.menu.plans}
     ends: dict[str, Callable[[], object]] = {
-        "stock, one batch": lambda: model.generate(**batch, **exact),  # type: ignore[operator]
-        "allocator, one batch": lambda: allocator.generate(model, **batch, **exact),
-        "stock, one at a time": lambda: [model.generate(**one, **exact) for one in singles],  # type: ignore[operator]
-        "allocator, one at a time": lambda: [allocator.generate(model, **one, **exact) for one in singles],
-        "allocation alone, one at a time": lambda: [allocator.allocate(model, **one) for one in singles],
+        "stock_batch": lambda: model.generate(**batch, **exact),  # type: ignore[operator]
+        "allocator_batch": lambda: allocator.generate(model, **batch, **exact),
+        "stock_single": lambda: [model.generate(**one, **exact) for one in singles],  # type: ignore[operator]
+        "allocator_single": lambda: [allocator.generate(model, **one, **exact) for one in singles],
+        "allocate_single": lambda: [allocator.allocate(model, **one) for one in singles],
     }
     with progress("timings", (settings.speed_rounds + 1) * (len(plans) + len(ends))) as advance:
         seconds = median_seconds({**plans, **ends}, settings.speed_rounds, lambda: advance(1))
@@ -156,9 +159,9 @@ def _speeds(workspace: Workspace, allocator: Allocator, test: Table) -> dict[str
         "dtype": str(model.dtype),
         "plan_seconds": [seconds[name] for name in plans],
         "seconds": {name: seconds[name] for name in ends},
-        "speedup_one_at_a_time": seconds["stock, one at a time"] / seconds["allocator, one at a time"],
-        "speedup_one_batch": seconds["stock, one batch"] / seconds["allocator, one batch"],
-        "overhead_ms": seconds["allocation alone, one at a time"] * 1000 / len(texts),
+        "speedup_single": seconds["stock_single"] / seconds["allocator_single"],
+        "speedup_batch": seconds["stock_batch"] / seconds["allocator_batch"],
+        "overhead_ms": seconds["allocate_single"] * 1000 / len(texts),
     }
 
 

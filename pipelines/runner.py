@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -39,20 +40,25 @@ def run_one(config: Config, name: str) -> Path:
         return _run_stage(config, stage, state)
 
 
-def _own_folder(config: Config) -> FileLock:
+@contextmanager
+def _own_folder(config: Config) -> Iterator[None]:
+    """One process at a time works on a run; the lock goes with the process, however it ends."""
     config.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(config.folder / ".lock", timeout=0)
     try:
         lock.acquire()
-        lock.release()
     except Timeout:
         raise ConfigError(
             f"another process is working on {config.folder}; wait for it or give this run another name"
         ) from None
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _begin(config: Config) -> RunState:
+    Workspace.forget()
     state = RunState(config)
     _ = Workspace.of(config).splits  # wrong prompts are refused before anything is written
     write_atomically(config.folder / "config.yaml", config.dump())

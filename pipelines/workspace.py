@@ -56,6 +56,11 @@ class Workspace:
         """The workspace of a configuration; the same object for an equal one."""
         return cls._known.setdefault(config.dump(), cls(config))
 
+    @classmethod
+    def forget(cls) -> None:
+        """Drop what was loaded, so that a run sees files as they are now."""
+        cls._known.clear()
+
     def path(self, name: str) -> Path:
         return self.config.folder / name
 

@@ -20,7 +20,7 @@ from backbone.plan import LayerPlan, PlanMenu
 from controller.base import Controller, choose
 from controller.calibration import Certificate
 from controller.features import Projection, prompt_features
-from oracle.answering import Decoding
+from oracle.decoding import Decoding
 from runtime.generation import UnsupportedGenerationError, decode_in_lanes, row_copies
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from backbone.plan import PlanMenu
 from controller.base import CONTROLLERS, controller_class
 from controller.calibration import Certificate
 from controller.features import Projection
-from oracle.answering import Decoding
+from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 
 FORMAT_VERSION = 1

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
-from oracle.answering import Decoding, cut_at_stop, stop_token_ids
+from oracle.answering import stop_token_ids
+from oracle.decoding import Decoding, cut_at_stop
 from runtime.allocator import Allocator
 
 

@@ -58,7 +58,7 @@ def prompts_file(tmp_path: Path) -> Path:
 def config_file(tmp_path: Path, model_folder: Path, prompts_file: Path) -> Callable[..., Path]:
     """Writes a configuration of a run that takes seconds; keyword arguments replace whole sections."""
 
-    def write(name: str = "tiny.yaml", **sections: object) -> Path:
+    def write(file: str = "tiny.yaml", **sections: object) -> Path:
         config = {
             "name": "tiny",
             "runs": str(tmp_path / "runs"),
@@ -73,7 +73,7 @@ def config_file(tmp_path: Path, model_folder: Path, prompts_file: Path) -> Calla
             "tracking": {"uri": f"sqlite:///{tmp_path}/mlruns/mlflow.db"},
             "try_prompts": ["abcabc", "hgfedcba"],
         }
-        path = tmp_path / name
+        path = tmp_path / file
         path.write_text(yaml.safe_dump({**config, **sections}))
         return path
 

@@ -60,6 +60,20 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path) -> None:
     assert set(names) == wanted
 
 
+NOT_IN_CORE = ("datasets", "jinja2", "mapie", "mlflow", "optuna", "pyarrow", "pydantic", "rouge_score", "sklearn")
+
+
+def test_without_the_pipelines_extra_generation_works_and_stages_say_what_to_install(tmp_path) -> None:
+    """As in an environment that has only the core dependencies: the others cannot be imported."""
+    block = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); sys.modules.update(dict.fromkeys({NOT_IN_CORE}))"
+    use = "import layerbudget, runtime.texts, runtime.offline, controller.gbdt, controller.mlp; layerbudget.Allocator"
+    subprocess.run([sys.executable, "-c", f"{block}; {use}"], check=True, cwd=tmp_path)
+    run = "from layerbudget.cli import main; sys.argv = ['layerbudget', 'run', 'x.yaml']; main()"
+    done = subprocess.run([sys.executable, "-c", f"{block}; {run}"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is not installed; `pip install 'layerbudget[pipelines]'` brings it" in done.stderr
+
+
 def test_readme_commands_exist() -> None:
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))

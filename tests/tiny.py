@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 256},
     "gpt_neox": {"intermediate_size": 64},
     "falcon": {},
-    "bloom": {},
+    "bloom": {"tie_word_embeddings": False, "initializer_range": 0.1},
 }
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
-from oracle.answering import Decoding, answer_batch, cut_at_stop, stop_token_ids
+from oracle.answering import answer_batch, stop_token_ids
+from oracle.decoding import Decoding, cut_at_stop
 from oracle.judges import JudgeError
 from oracle.labelling import Labeller, score_matrix
 from oracle.labels import Label, LabelStore, StoreError

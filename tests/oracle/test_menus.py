@@ -3,7 +3,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from backbone.plan import LayerPlan, PlanError
-from oracle.answering import Decoding
+from oracle.decoding import Decoding
 from oracle.menus import MENUS, AnswerDivergence, MenuTask, build_menu, search_steps
 
 
@@ -53,4 +53,4 @@ def test_progress_counts_the_plans_tried() -> None:
 
 def test_a_probe_as_deep_as_the_model_is_refused() -> None:
     with pytest.raises(PlanError, match="probe_depth must be from 1 to 5 for this model, got 6"):
-        build_menu("evenly", task_of(tiny_model("llama"), probe_depth=6))
+        task_of(tiny_model("llama"), probe_depth=6)

@@ -1,8 +1,11 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from pipelines.config import ConfigError, load_config
+from controller.base import CONTROLLERS
+from oracle.menus import MENUS
+from pipelines.config import ConfigError, LearnedController, MenuMethod, load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -14,6 +17,11 @@ def test_every_shipped_config_loads_and_says_its_command(path) -> None:
     assert path.stem == config.name
     first_lines = path.read_text().splitlines()[:3]
     assert any(f"layerbudget run configs/{path.name}" in line for line in first_lines)
+
+
+def test_names_in_configs_are_those_of_the_registries() -> None:
+    assert set(get_args(MenuMethod)) == set(MENUS)
+    assert set(get_args(LearnedController)) <= set(CONTROLLERS)
 
 
 def test_there_are_configs() -> None:
@@ -43,7 +51,7 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("tuning.trails=3", "the nearest valid key is 'tuning.trials'"),
         ("calibration.alpha=2", "calibration.alpha: Input should be less than 1, got 2"),
         ("tuning.controllers=[forest]", "got 'forest'"),
-        ("menu.method=magic", "menu: unknown menu method 'magic'; known are given"),
+        ("menu.method=magic", "menu.method: Input should be 'given', 'evenly', 'exiting', 'greedy_layers' or"),
         ("menu.method=given", "the method 'given' and a list of plans in menu.given go together"),
         ("data.shares={train: 1.0}", "data: shares must name train, tune, calibrate and test"),
         ("name=a/b", "name: String should match pattern"),

@@ -18,7 +18,7 @@ from controller.calibration import Certificate
 from controller.features import Projection, prompt_features
 from controller.gbdt import LightGBMController
 from controller.mlp import MLPController
-from oracle.answering import Decoding
+from oracle.decoding import Decoding
 from runtime.allocator import Allocator, WrongModelError
 from runtime.artefact import ArtefactError
 from runtime.generation import UnsupportedGenerationError

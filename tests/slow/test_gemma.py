@@ -7,7 +7,8 @@ from backbone.families import sublayer_bytes
 from backbone.loading import load_backbone, model_fingerprint
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
-from oracle.answering import Decoding, answer_batch
+from oracle.answering import answer_batch
+from oracle.decoding import Decoding
 from oracle.judges import score
 from oracle.prompts import load_prompts
 
