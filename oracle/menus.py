@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -156,33 +156,43 @@ class AnswerDivergence:
     MAX_TOKENS = 4
     """Tokens of each answer that count, so that one long answer does not outweigh many short ones."""
 
+    BATCH = 4
+    """Prompts of like length that run together, so that little is padded."""
+
     def __init__(self, task: MenuTask) -> None:
         self._model = task.model
-        answers = answer_batch(task.model, task.tokenizer, task.prompts, LayerPlan.full(task.n_layers), task.decoding)
-        self._inputs, self._counts = self._batch(task, [answer.token_ids[: self.MAX_TOKENS] for answer in answers])
-        self._full = self._log_probabilities(LayerPlan.full(task.n_layers))
+        full = LayerPlan.full(task.n_layers)
+        ordered = sorted(task.prompts, key=lambda text: len(task.tokenizer(text).input_ids))
+        groups = [ordered[i : i + self.BATCH] for i in range(0, len(ordered), self.BATCH)]
+        self._batches = [self._batch(task, group, full) for group in groups]
+        self._full = self._log_probabilities(full)
 
     def of(self, plan: LayerPlan) -> float:
         other = self._log_probabilities(plan)
         return float((self._full.exp() * (self._full - other)).sum(-1).mean())
 
-    def _batch(self, task: MenuTask, answers: Sequence[list[int]]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """Prompts with their answers [B, S], left-padded, so that all answers end in the last column."""
-        ids = [task.tokenizer(text).input_ids + answer for text, answer in zip(task.prompts, answers, strict=True)]
+    def _batch(
+        self, task: MenuTask, prompts: Sequence[str], full: LayerPlan
+    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Prompts with their answers [B, S], left-padded so that all answers end in the last column; answer lengths."""
+        found = answer_batch(task.model, task.tokenizer, prompts, full, task.decoding)
+        answers = [answer.token_ids[: self.MAX_TOKENS] for answer in found]
+        ids = [task.tokenizer(text).input_ids + answer for text, answer in zip(prompts, answers, strict=True)]
         batch = task.tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(task.model.device)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if "position_ids" in inspect.signature(task.model.forward).parameters:
             inputs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return inputs, [len(answer) for answer in answers]
 
-    @torch.inference_mode()
     def _log_probabilities(self, plan: LayerPlan) -> torch.Tensor:
         """[T, vocabulary] for the T answer tokens of all prompts, in float32."""
-        kept = max(self._counts) + 1
+        with apply_plan(self._model, plan):
+            return torch.cat([self._answer_logits(*batch) for batch in self._batches]).log_softmax(-1)
+
+    @torch.inference_mode()
+    def _answer_logits(self, inputs: dict[str, torch.Tensor], counts: list[int]) -> torch.Tensor:
         options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
-            options["logits_to_keep"] = kept
-        with apply_plan(self._model, plan):
-            logits = self._model(**self._inputs, **options).logits
-        rows: Iterable[torch.Tensor] = (row[-count - 1 : -1] for row, count in zip(logits, self._counts, strict=True))
-        return torch.cat(list(rows)).float().log_softmax(-1)
+            options["logits_to_keep"] = max(counts) + 1
+        logits = self._model(**inputs, **options).logits
+        return torch.cat([row[-count - 1 : -1] for row, count in zip(logits, counts, strict=True)]).float()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import signal
 import sqlite3
 import subprocess
@@ -17,6 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from layerbudget.cli import main
 
+ROOT = Path(__file__).parents[2]
 POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"]
 
 
@@ -130,6 +132,10 @@ def _check_inspect_and_generate(folder: Path) -> None:
         assert words in shown
     answered = layerbudget("generate", "--allocator", folder / "allocator", "abcabc", "--device", "cpu")
     assert "of 6 layers: " in answered.stdout, answered.stderr
+    example = runpy.run_path(str(ROOT / "examples" / "three_lines.py"))
+    with redirect_stdout(io.StringIO()) as printed:
+        example["main"](str(folder / "allocator"), "abcabc")
+    assert printed.getvalue().startswith("abcabc")
     prompts, out = folder.parent / "some.jsonl", folder.parent / "answers.jsonl"
     prompts.write_text("".join(json.dumps({"id": name, "prompt": name * 2}) + "\n" for name in ("ab", "cd", "efg")))
     arguments = ("--allocator", folder / "allocator", "--prompts", prompts, "--out", out, "--batch-size", 2)
