@@ -33,11 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma", help="gemma, or anything load_backbone takes")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.9, 0.75, 0.5, 0.25])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.75, 0.5])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     model, _ = load_backbone(MODELS.get(arguments.model, arguments.model), device=arguments.device)
     rows = [row for batch in arguments.batches for row in measure(model, batch, arguments)]

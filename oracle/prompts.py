@@ -63,7 +63,7 @@ def load_prompts(
     if source == EMBEDDED:
         rows = [(f"{EMBEDDED} prompt {i}", row) for i, row in enumerate(embedded_prompts(), 1)]
     elif source.endswith(".jsonl"):
-        rows = _read_jsonl(Path(source))
+        rows = read_jsonl(Path(source))
     else:
         rows = _read_dataset(source, columns or {}, dataset_split)
     prompts = _checked((place, {"judge": judge, **row} if judge else row) for place, row in rows)
@@ -91,7 +91,12 @@ def _uniform(salt: str, name: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{salt}:{name}".encode()).digest()[:8], "big") / 2**64
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, dict[str, str]]]:
+def read_jsonl(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """(place for error messages, row) of each line.
+
+    Raises:
+        PromptError: no such file, or a line that is not an object.
+    """
     if not path.is_file():
         raise PromptError(f"no prompts file {path}")
     rows = []
@@ -102,7 +107,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict[str, str]]]:
         except json.JSONDecodeError as error:
             raise PromptError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(row, dict):
-            raise PromptError(f"{place}: expected an object with {', '.join(FIELDS)}, got {type(row).__name__}")
+            raise PromptError(f"{place}: expected an object, got {type(row).__name__}")
         rows.append((place, row))
     return rows
 

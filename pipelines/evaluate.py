@@ -40,13 +40,12 @@ def run(config: Config) -> Path:
     calibration = json.loads(workspace.path("calibration.json").read_text())
     projection, controllers = load_trained(workspace)
     features = projection(test.features)
-    speed = _speeds(workspace, allocator, test)
-
     chosen = {
         name: _decide(controller, calibration["certificates"][name]["threshold"], features)
         for name, controller in controllers.items()
     }
     best = calibration["best"]
+    speed = _speeds(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, calibrate, features, chosen[best])
     cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
     metrics: dict[str, Any] = {
@@ -131,14 +130,16 @@ def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
     return report_card(chosen, scores, sufficient, test.budgets, layers)
 
 
-def _speeds(workspace: Workspace, allocator: Allocator, test: Table) -> dict[str, Any]:
+def _speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choices) -> dict[str, Any]:
     """Times of some test prompts: under every plan, and with the allocator against stock `generate()`.
 
-    `batch` is all of them at once, `single` one after the other.
+    `batch` is all of them at once, `single` one after the other. The prompts are picked evenly along the plans chosen
+    for them, so that a few stand for all.
     """
     (model, tokenizer), settings = workspace.backbone, workspace.config.evaluation
-    texts = [prompt.prompt for prompt in test.prompts[:: max(1, len(test.prompts) // settings.speed_prompts)]]
-    texts, n_tokens = texts[: settings.speed_prompts], settings.speed_tokens
+    n_prompts, n_tokens = min(settings.speed_prompts, len(chosen)), settings.speed_tokens
+    order = np.argsort(chosen, kind="stable")
+    texts = [test.prompts[order[int((i + 0.5) * len(order) / n_prompts)]].prompt for i in range(n_prompts)]
     batch = _inputs(model, tokenizer, texts)
     singles = [_inputs(model, tokenizer, [text]) for text in texts]
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.errors import InputError
+from oracle.prompts import PromptError, read_jsonl
 from runtime.allocator import Allocator
 from runtime.texts import generate_texts
 
@@ -25,7 +25,7 @@ def generate_file(
     """Write, for each line of a JSONL file, a line with id, prompt, answer, layers and plan, in the same order.
 
     Raises:
-        InputError: no such file, or a line without a prompt.
+        PromptError: no such file, or a line without a prompt.
     """
     rows = _read(prompts)
     target = out.open("w") if out else nullcontext(sys.stdout)
@@ -39,16 +39,10 @@ def generate_file(
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise InputError(f"no prompts file {path}")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            text = row["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise InputError(f"{path}, line {number}: expected an object with a prompt") from None
+    for number, (place, row) in enumerate(read_jsonl(path), 1):
+        text = row.get("prompt")
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{path}, line {number}: the prompt is empty")
+            raise PromptError(f"{place}: the prompt is missing or empty")
         rows.append({"id": str(row.get("id", number)), "prompt": text})
     return rows

@@ -19,7 +19,7 @@ def write(path, rows):
     ("rows", "message"),
     [
         ([GOOD, "{oops"], r"line 2: not JSON"),
-        ([GOOD, "[1]"], r"line 2: expected an object with id, task, prompt, reference, judge, got list"),
+        ([GOOD, "[1]"], r"line 2: expected an object, got list"),
         ([GOOD, {**GOOD, "id": "b", "prompt": "  "}], r"line 2: the prompt is empty"),
         ([GOOD, GOOD], r"line 2: the id 'a' was used before, at .*line 1"),
         ([{**GOOD, "judge": "exakt"}], r"line 1: unknown judge 'exakt'; did you mean 'exact'\?"),

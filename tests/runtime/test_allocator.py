@@ -19,9 +19,11 @@ from controller.features import Projection, prompt_features
 from controller.gbdt import LightGBMController
 from controller.mlp import MLPController
 from oracle.decoding import Decoding
+from oracle.prompts import PromptError
 from runtime.allocator import Allocator, WrongModelError
 from runtime.artefact import ArtefactError
 from runtime.generation import UnsupportedGenerationError
+from runtime.offline import generate_file
 from runtime.texts import generate_texts
 
 PLANS = [LayerPlan.skipping(N_LAYERS, {3, 4}), LayerPlan.skipping(N_LAYERS, {4})]
@@ -217,6 +219,23 @@ def test_push_to_hub_uploads_the_saved_folder(model, allocator, monkeypatch) -> 
     monkeypatch.setattr("runtime.artefact.HfApi", Api)
     assert allocator.push_to_hub("me/mine") == "hub/me/mine"
     assert uploads["me/mine"]["controller"] == "mlp"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no prompts file"),
+        ('{"id": "a"}\n', "line 1: the prompt is missing or empty"),
+        ("[]", "expected an object"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_read_is_named(model, allocator, tmp_path, text, message) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(PromptError, match=message):
+        generate_file(allocator, model, tiny_tokenizer(), path, tmp_path / "out.jsonl", 2)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_texts_come_with_their_plans(model, allocator) -> None:
