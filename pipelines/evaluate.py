@@ -29,6 +29,9 @@ from runtime.measuring import generation_under, machine, median_seconds
 RANDOM_DRAWS = 64
 """Draws over which policies that draw plans at random are averaged."""
 
+NOISE = 1.03
+"""A speed-up above what the layers left out allow, by more than this factor, is noise and is reported as such."""
+
 Choices = NDArray[np.intp]
 
 
@@ -139,7 +142,8 @@ def _speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Cho
     (model, tokenizer), settings = workspace.backbone, workspace.config.evaluation
     n_prompts, n_tokens = min(settings.speed_prompts, len(chosen)), settings.speed_tokens
     order = np.argsort(chosen, kind="stable")
-    texts = [test.prompts[order[int((i + 0.5) * len(order) / n_prompts)]].prompt for i in range(n_prompts)]
+    picked = [order[int((i + 0.5) * len(order) / n_prompts)] for i in range(n_prompts)]
+    texts = [test.prompts[index].prompt for index in picked]
     batch = _inputs(model, tokenizer, texts)
     singles = [_inputs(model, tokenizer, [text]) for text in texts]
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
@@ -153,6 +157,8 @@ def _speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Cho
     }
     with progress("timings", (settings.speed_rounds + 1) * (len(plans) + len(ends))) as advance:
         seconds = median_seconds({**plans, **ends}, settings.speed_rounds, lambda: advance(1))
+    speedup = seconds["stock_single"] / seconds["allocator_single"]
+    limit = 1 / float(test.budgets[chosen[picked]].mean())
     return {
         "prompts": len(texts),
         "prompt_tokens": float(batch["attention_mask"].sum(-1).float().mean()),
@@ -160,7 +166,9 @@ def _speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Cho
         "dtype": str(model.dtype),
         "plan_seconds": [seconds[name] for name in plans],
         "seconds": {name: seconds[name] for name in ends},
-        "speedup_single": seconds["stock_single"] / seconds["allocator_single"],
+        "speedup_single": speedup,
+        "speedup_limit": limit,
+        "credible": speedup <= limit * NOISE,
         "speedup_batch": seconds["stock_batch"] / seconds["allocator_batch"],
         "overhead_ms": seconds["allocate_single"] * 1000 / len(texts),
     }

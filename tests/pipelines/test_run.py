@@ -17,6 +17,7 @@ import yaml
 from tiny import tiny_model, tiny_tokenizer
 
 from layerbudget.cli import main
+from pipelines.evaluate import NOISE
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"]
@@ -101,6 +102,9 @@ def _check_metrics(metrics) -> None:
     assert metrics["certificate"]["n"] == metrics["prompts"]["calibrate"]
     assert metrics["labelling"]["forward_tokens"] > 0
     assert metrics["overhead_ms"] > 0
+    assert metrics["speed"]["credible"] == (
+        metrics["speed"]["speedup_single"] <= metrics["speed"]["speedup_limit"] * NOISE
+    )
     assert metrics["machine"]["torch"]
     assert "captured_headroom" in metrics
 
