@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -81,10 +81,6 @@ def split_of(prompt: Prompt, shares: Mapping[Split, float]) -> Split:
         if position < 0:
             return split
     return "test"
-
-
-def write_jsonl(prompts: Iterable[Prompt], path: Path) -> None:
-    path.write_text("".join(json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
 
 
 def _uniform(salt: str, name: str) -> float:
