@@ -1,8 +1,10 @@
 """The conformance suite of controllers: a test class that inherits it proves that its controller keeps the contract.
 
-class TestMine(ControllerConformance):
-    def make(self):
-        return MyController()
+    class TestMine(ControllerConformance):
+        def make(self):
+            return MyController()
+
+pytest then finds the tests below in `TestMine`.
 """
 
 from __future__ import annotations

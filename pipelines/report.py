@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
 
 from controller.calibration import fewest_prompts
 from controller.report_card import threshold_curve
@@ -33,7 +34,9 @@ def run(config: Config) -> Path:
     table = workspace.table("test")
     metrics = json.loads(workspace.path("metrics.json").read_text())
     choices = json.loads(workspace.path("choices.json").read_text())["chosen"]
-    drawn = _figures(workspace, table, metrics, choices)
+    chosen = np.array(choices[metrics["best"]])
+    tasks = _task_rows(workspace, table, chosen)
+    drawn = _figures(workspace, table, metrics, chosen, tasks)
     environment = Environment(loader=PackageLoader("pipelines", "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html.j2").render(
         config=config,
@@ -43,9 +46,9 @@ def run(config: Config) -> Path:
         colours=figures.COLOURS,
         policies=[name for name in POLICIES if name in metrics],
         plans=_plan_rows(workspace, table, metrics),
-        examples=_examples(workspace, table, choices[metrics["best"]]),
+        examples=_examples(workspace, table, chosen),
         tighter=_tighter(metrics["certificate"]),
-        tasks=_task_rows(workspace, table, choices[metrics["best"]]),
+        tasks=tasks,
         tuning=json.loads(workspace.path("tuning.json").read_text()),
         seconds=RunState(config).seconds(),
         n_layers=workspace.menu().n_layers,
@@ -58,7 +61,11 @@ def run(config: Config) -> Path:
 
 
 def _figures(
-    workspace: Workspace, table: Table, metrics: dict[str, Any], choices: dict[str, list[int]]
+    workspace: Workspace,
+    table: Table,
+    metrics: dict[str, Any],
+    chosen: NDArray[np.intp],
+    tasks: list[dict[str, Any]],
 ) -> dict[str, str]:
     projection, controllers = load_trained(workspace)
     features = projection(table.features)
@@ -72,24 +79,19 @@ def _figures(
     }
     statics = static_points(table.scores, table.budgets)
     cards = {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in POLICIES if name in metrics}
-    layers = np.array([plan.layers for plan in workspace.menu().plans])
-    by_task: dict[str, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(table.prompts):
-        by_task[prompt.task].append(row)
-    needed, used = layers[least_sufficient(table.sufficient)], layers[np.array(choices[metrics["best"]])]
-    n_layers = workspace.menu().n_layers
+    menu = workspace.menu()
+    used: dict[str, list[float]] = defaultdict(list)
+    for prompt, index in zip(table.prompts, chosen, strict=True):
+        used[prompt.task].append(menu.plans[index].layers)
     with matplotlib.rc_context(figures.STYLE):
         return {
             "quality": figures.quality_against_budget(
                 statics, upper_hull(statics), oracle_hull(table.scores, table.budgets), curves, cards
             ),
             "tasks": figures.layers_by_task(
-                {task: (float(needed[rows].mean()), float(used[rows].mean())) for task, rows in by_task.items()},
-                n_layers,
+                {row["task"]: (row["needed"], row["layers"]) for row in tasks}, menu.n_layers
             ),
-            "prompts": figures.layers_of_prompts(
-                {task: used[rows].tolist() for task, rows in by_task.items()}, n_layers
-            ),
+            "prompts": figures.layers_of_prompts(used, menu.n_layers),
             "reliability": figures.reliability({name: (p, table.sufficient) for name, p in predictions.items()}),
         }
 
@@ -115,10 +117,10 @@ def _plan_rows(workspace: Workspace, table: Table, metrics: dict[str, Any]) -> l
     ]
 
 
-def _task_rows(workspace: Workspace, table: Table, chosen: list[int]) -> list[dict[str, Any]]:
+def _task_rows(workspace: Workspace, table: Table, chosen: NDArray[np.intp]) -> list[dict[str, Any]]:
     """Each kind of prompt: how many, scores of the full model and of the allocator, layers."""
     layers = np.array([plan.layers for plan in workspace.menu().plans])
-    index, rows = np.array(chosen), []
+    rows = []
     for task in sorted({prompt.task for prompt in table.prompts}):
         of_task = np.array([i for i, prompt in enumerate(table.prompts) if prompt.task == task])
         rows.append(
@@ -126,15 +128,15 @@ def _task_rows(workspace: Workspace, table: Table, chosen: list[int]) -> list[di
                 "task": task,
                 "n": len(of_task),
                 "full": float(table.scores[of_task, -1].mean()),
-                "allocator": float(table.scores[of_task, index[of_task]].mean()),
-                "layers": float(layers[index[of_task]].mean()),
+                "allocator": float(table.scores[of_task, chosen[of_task]].mean()),
+                "layers": float(layers[chosen[of_task]].mean()),
                 "needed": float(layers[least_sufficient(table.sufficient)[of_task]].mean()),
             }
         )
     return sorted(rows, key=lambda row: row["layers"])
 
 
-def _examples(workspace: Workspace, table: Table, chosen: list[int], per_task: int = 2) -> list[dict[str, Any]]:
+def _examples(workspace: Workspace, table: Table, chosen: NDArray[np.intp], per_task: int = 2) -> list[dict[str, Any]]:
     """Some test prompts of every task, first those whose answer changed, with both answers."""
     menu = workspace.menu()
     labels = workspace.labeller.read(table.prompts, menu)

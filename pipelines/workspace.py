@@ -54,7 +54,7 @@ class Workspace:
     @classmethod
     def of(cls, config: Config) -> Workspace:
         """The workspace of a configuration; the same object for an equal one."""
-        return cls._known.setdefault(config.dump(), cls(config))
+        return cls._known.setdefault(config.model_dump_json(), cls(config))
 
     @classmethod
     def forget(cls) -> None:
