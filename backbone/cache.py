@@ -36,3 +36,14 @@ def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
                     f"this cache holds layer {index}, which plan {plan} skips; use a new one or the plan that filled it"
                 )
             cache.layers[index] = DummyLayer()  # type: ignore[no-untyped-call]
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a cache holds; a placeholder holds none."""
+    return sum(layer_bytes(layer) for layer in cache.layers)
+
+
+def layer_bytes(layer: object) -> int:
+    """Bytes of the keys and values of one layer of a cache."""
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(int(tensor.numel() * tensor.element_size()) for tensor in tensors if tensor is not None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,38 +25,46 @@ class Family:
     Attributes:
         decoder: path from the causal language model to the module that runs the layers.
         layers: name of the list of layers in that module.
-        attention: name of the attention block in a layer; it returns `(hidden, weights)`.
-        mlp: name of the MLP block in a layer, or None where it cannot be skipped by itself.
+        attention: name of the attention block in a layer, which returns `(hidden, weights)`; None where unknown,
+            and then only whole layers can be skipped.
+        mlp: names of the modules of a layer that make up its MLP, in the order in which they run.
         returns_tuple: a layer returns `(hidden, weights)` instead of `hidden`.
+        adds_residual: attention and MLP are called with `(hidden, residual)` and return their output plus the residual.
     """
 
     decoder: str
     layers: str
-    attention: str
-    mlp: str | None
+    attention: str | None
+    mlp: tuple[str, ...] = ()
     returns_tuple: bool = False
+    adds_residual: bool = False
 
 
-_LLAMA_LIKE = Family("model", "layers", "self_attn", "mlp")
+_LLAMA_LIKE = Family("model", "layers", "self_attn", ("mlp",))
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
-        ("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma2", "gemma3_text"),
+        (
+            *("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma2", "gemma3_text", "olmo2", "stablelm"),
+            *("granite", "cohere2", "smollm3", "mixtral", "qwen3_moe"),
+        ),
         _LLAMA_LIKE,
     ),
-    "opt": Family("model.decoder", "layers", "self_attn", None),
-    "gpt2": Family("transformer", "h", "attn", "mlp"),
-    "gpt_neox": Family("gpt_neox", "layers", "attention", "mlp"),
-    "falcon": Family("transformer", "h", "self_attention", "mlp", returns_tuple=True),
-    "bloom": Family("transformer", "h", "self_attention", None, returns_tuple=True),
+    "opt": Family("model.decoder", "layers", "self_attn", ("fc1", "fc2")),
+    "gpt2": Family("transformer", "h", "attn", ("mlp",)),
+    "gpt_neox": Family("gpt_neox", "layers", "attention", ("mlp",)),
+    "falcon": Family("transformer", "h", "self_attention", ("mlp",), returns_tuple=True),
+    "bloom": Family("transformer", "h", "self_attention", ("mlp",), returns_tuple=True, adds_residual=True),
 }
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The family of a causal language model.
+    """The family of a causal language model; an undeclared one is probed, and then only whole layers can be skipped.
+
+    That the plans of a probed model are exact is for `backbone.selftest` to say, before the first plan is applied.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, multimodal, KV-sharing and unknown models.
+        UnsupportedModelError: encoder-decoder, multimodal and KV-sharing models, and those without a list of layers.
     """
     config = model.config
     kind = config.model_type
@@ -67,9 +78,7 @@ def family_of(model: PreTrainedModel) -> Family:
         raise UnsupportedModelError(
             f"{kind} shares keys and values between layers, so a layer cannot be skipped exactly"
         )
-    if kind not in FAMILIES:
-        raise UnsupportedModelError(f"unknown model family {kind!r}; known are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind]
+    return FAMILIES[kind] if kind in FAMILIES else _probed_family(model)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -79,20 +88,68 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The L decoder layers of a model, in order."""
-    layers = getattr(decoder_of(model), family_of(model).layers)
+    family = family_of(model)
+    layers = getattr(model.get_submodule(family.decoder), family.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def sublayer_bytes(model: PreTrainedModel) -> SublayerBytes:
     """Parameter bytes of attention and of the MLP for each layer; what is not attention counts as MLP."""
-    family = family_of(model)
+    attention = family_of(model).attention
     sizes = []
     for layer in decoder_layers(model):
-        attention = _parameter_bytes(layer.get_submodule(family.attention))
-        sizes.append((attention, _parameter_bytes(layer) - attention))
+        part = 0 if attention is None else _parameter_bytes(layer.get_submodule(attention))
+        sizes.append((part, _parameter_bytes(layer) - part))
     return sizes
 
 
 def _parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+_probed: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
+
+
+def _probed_family(model: PreTrainedModel) -> Family:
+    """What can be seen of an undeclared model: where its layers are, and what one of them returns."""
+    if model not in _probed:
+        decoder, layers = _only_layer_list(model)
+        output = _output_of_first_layer(model.get_submodule(decoder), layers)
+        is_pair = isinstance(output, tuple) and len(output) == 2
+        if not is_pair and not isinstance(output, torch.Tensor):
+            raise _unknown(model, f"its layers return {type(output).__name__}, not hidden states")
+        _probed[model] = Family(decoder, layers, attention=None, returns_tuple=is_pair)
+    return _probed[model]
+
+
+def _only_layer_list(model: PreTrainedModel) -> tuple[str, str]:
+    n_layers = getattr(model.config, "num_hidden_layers", None)
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and "." in name
+    ]
+    if len(paths) != 1:
+        raise _unknown(model, f"it has {len(paths)} lists of {n_layers} modules where one list of layers is needed")
+    decoder, _, layers = paths[0].rpartition(".")
+    if "past_key_values" not in inspect.signature(model.get_submodule(decoder).forward).parameters:
+        raise _unknown(model, f"its {decoder} takes no past_key_values, so it keeps no key-value cache")
+    return decoder, layers
+
+
+@torch.no_grad()
+def _output_of_first_layer(decoder: nn.Module, layers: str) -> object:
+    outputs: list[object] = []
+    hook = getattr(decoder, layers)[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        device = next(decoder.parameters()).device
+        decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        hook.remove()
+    return outputs[0] if outputs else None
+
+
+def _unknown(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    known = ", ".join(sorted(FAMILIES))
+    return UnsupportedModelError(f"unknown model family {model.config.model_type!r}: {reason}; declared are {known}")

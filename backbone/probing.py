@@ -32,13 +32,13 @@ def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch
     def keep(module: Any, args: Any, output: Any) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    hook = layers[depth - 1].register_forward_hook(keep)
-    try:
-        with apply_plan(model, LayerPlan.exiting(len(layers), depth)):
+    with apply_plan(model, LayerPlan.exiting(len(layers), depth)):
+        hook = layers[depth - 1].register_forward_hook(keep)
+        try:
             positions = _positions(decoder, attention_mask)
             decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-    finally:
-        hook.remove()
+        finally:
+            hook.remove()
     return states[0]
 
 

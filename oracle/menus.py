@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.families import decoder_layers, family_of, sublayer_bytes
+from backbone.families import decoder_layers, sublayer_bytes
 from backbone.plan import LayerPlan, PlanError, PlanMenu
 from backbone.running import apply_plan
 from oracle.answering import answer_batch
@@ -93,7 +93,7 @@ def _layer_removals(task: MenuTask) -> list[Removal]:
 def _sublayer_removals(task: MenuTask) -> list[Removal]:
     layers = range(task.probe_depth, task.n_layers)
     attention: list[Removal] = [({i}, set()) for i in layers]
-    mlp: list[Removal] = [(set(), {i}) for i in layers] if family_of(task.model).mlp else []
+    mlp: list[Removal] = [(set(), {i}) for i in layers]
     return attention + mlp
 
 

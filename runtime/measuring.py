@@ -27,10 +27,10 @@ def median_seconds(
     seconds: dict[Name, list[float]] = {name: [] for name in work}
     for round_number in range(rounds + 1):
         for name, run in work.items():
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             run()
-            _synchronize()
+            synchronize()
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
             advance()
@@ -70,6 +70,7 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has done all that it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

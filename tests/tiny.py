@@ -1,4 +1,4 @@
-"""Tiny random models of every declared family; 6 layers, deterministic weights, built in milliseconds."""
+"""Tiny random models of every declared family and of some others: 6 layers, deterministic weights, fast."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "phi3": _LLAMA_LIKE,
     "gemma2": {**_HYBRID, "layer_types": _LAYER_KINDS},
     "gemma3_text": {**_HYBRID, "layer_types": _LAYER_KINDS},
+    "olmo2": _LLAMA_LIKE,
+    "stablelm": _LLAMA_LIKE,
+    "granite": {**_LLAMA_LIKE, "residual_multiplier": 0.7},
+    "cohere2": {**_HYBRID, "layer_types": _LAYER_KINDS},
+    "smollm3": {**_LLAMA_LIKE, "no_rope_layer_interval": 3},
+    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **_LLAMA_LIKE,
+        "head_dim": 8,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+    },
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt2": {"n_positions": 256},
     "gpt_neox": {"intermediate_size": 64},
@@ -43,9 +57,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bloom": {"tie_word_embeddings": False, "initializer_range": 0.1},
 }
 
+UNDECLARED: dict[str, dict[str, Any]] = {
+    "gemma": {**_LLAMA_LIKE, "head_dim": 8},
+    "gptj": {"n_positions": 256, "rotary_dim": 4},
+    "starcoder2": _LLAMA_LIKE,
+}
+"""Families without an entry in `backbone.families`."""
+
 
 def tiny_model(family: str, *, seed: int = 0, layer_scale: float = 1.0, **options: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **{**_COMMON, **OPTIONS[family], **options})
+    config = AutoConfig.for_model(family, **{**_COMMON, **{**OPTIONS, **UNDECLARED}[family], **options})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # spread the logits, so that greedy tokens do not hang on rounding

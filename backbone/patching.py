@@ -1,0 +1,139 @@
+"""Make a model run a plan: its own code goes on, with the skipped modules replaced and their cache left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from backbone.cache import drop_skipped_layers
+from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
+from backbone.plan import LayerPlan, PlanError
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def patched(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
+    """Within this block the skipped modules of `model` pass their input on. No check but those of the plan itself.
+
+    Raises:
+        PlanError: the plan is for another number of layers.
+        UnsupportedModelError: sub-layers of a family that is not declared, or a model compiled as a whole.
+    """
+    replacements = _replacements(model, plan)
+    with ExitStack() as undo:
+        for module, forward in replacements:
+            undo.callback(_restore, module, "forward", module.__dict__.get("forward"))
+            module.__dict__["forward"] = forward
+        undo.callback(_restore, model, "get_compiled_call", model.__dict__.get("get_compiled_call"))
+        model.__dict__["get_compiled_call"] = _compiled_calls(model, plan)
+        hook = decoder_of(model).register_forward_pre_hook(_cache_hook(plan), with_kwargs=True)
+        undo.callback(hook.remove)
+        yield
+
+
+def _replacements(model: PreTrainedModel, plan: LayerPlan) -> list[tuple[nn.Module, Forward]]:
+    family, layers = family_of(model), list(decoder_layers(model))
+    if plan.n_layers != len(layers):
+        raise PlanError(f"plan {plan} is for {plan.n_layers} layers, this model has {len(layers)}")
+    skipped = plan.skipped_layers
+    halves = (plan.skipped_attention | plan.skipped_mlp) - skipped
+    if halves and family.attention is None:
+        raise UnsupportedModelError(
+            f"plan {plan} runs half of layer {min(halves)}, but {model.config.model_type} is not a declared family: "
+            "only whole layers of it can be skipped"
+        )
+    _check_not_compiled(model, layers)
+    whole = _pass_on_with_none if family.returns_tuple else _pass_on
+    attention = _residual_with_none if family.adds_residual else _zeros_with_none
+    mlp = _residual if family.adds_residual else _zeros
+    replacements: list[tuple[nn.Module, Forward]] = [(layers[i], whole) for i in skipped]
+    for i in plan.skipped_attention - skipped:
+        replacements.append((getattr(layers[i], str(family.attention)), attention))
+    for i in plan.skipped_mlp - skipped:
+        *earlier, last = family.mlp
+        replacements += [(getattr(layers[i], name), _pass_on) for name in earlier]
+        replacements.append((getattr(layers[i], last), mlp))
+    return replacements
+
+
+def _check_not_compiled(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """A graph that was compiled before the plan came may go on as if there were none."""
+    for module in (model, decoder_of(model), *layers):
+        if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
+            raise UnsupportedModelError(
+                f"this model's {type(module).__name__} was compiled by hand, and no plan can change a compiled graph; "
+                "leave it uncompiled: generate() compiles each plan by itself when it uses a static cache"
+            )
+
+
+def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
+def _pass_on_with_none(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    return hidden_states, None
+
+
+def _zeros(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros_like(hidden_states)
+
+
+def _zeros_with_none(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    return torch.zeros_like(hidden_states), None
+
+
+def _residual(hidden_states: torch.Tensor, residual: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return residual
+
+
+def _residual_with_none(
+    hidden_states: torch.Tensor, residual: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    return residual, None
+
+
+def _restore(module: nn.Module, name: str, previous: object) -> None:
+    if previous is None:
+        del module.__dict__[name]
+    else:  # something else, such as accelerate's device hooks, had set it on the instance
+        module.__dict__[name] = previous
+
+
+def _compiled_calls(model: PreTrainedModel, plan: LayerPlan) -> Callable[[Any], Forward]:
+    """What `generate()` asks for when it compiles the decoding step: here one graph a plan, each kept.
+
+    In one shared cache of graphs the ninth plan would silently run uncompiled (`torch._dynamo.config.recompile_limit`).
+    """
+    graphs = model.__dict__.setdefault("_layerbudget_graphs", {})
+
+    def get_compiled_call(compile_config: Any) -> Forward:
+        config = compile_config or model._default_compile_config()
+        options = config.to_dict()
+        key = (plan, repr(sorted(options.items())))
+        if key not in graphs:
+            graphs[key] = torch.compile(model.__call__, **options, isolate_recompiles=True)  # type: ignore[call-overload]
+        return graphs[key]  # type: ignore[no-any-return]
+
+    return get_compiled_call
+
+
+def _cache_hook(plan: LayerPlan) -> Callable[..., Any]:
+    """Fits the cache to the plan on its way into the decoder, whoever made it."""
+
+    def fit_cache(
+        decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+        if cache is not None:
+            drop_skipped_layers(cache, plan)
+        return args, kwargs
+
+    return fit_cache

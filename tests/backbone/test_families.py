@@ -1,0 +1,96 @@
+"""Every declared family, and some that are only probed, pass the conformance suite; others are refused by name."""
+
+import pytest
+import torch
+from tiny import OPTIONS, UNDECLARED, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from backbone import patching
+from backbone.families import FAMILIES, UnsupportedModelError, decoder_layers, family_of, sublayer_bytes
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
+from backbone.selftest import InexactPlanError, check_exactness
+from backbone.testing import FamilyConformance
+
+
+def suite_of(family: str) -> type[FamilyConformance]:
+    return type(f"Test_{family}", (FamilyConformance,), {"make": lambda self: tiny_model(family)})
+
+
+for name in (*OPTIONS, *UNDECLARED):
+    globals()[f"Test_{name}"] = suite_of(name)
+
+
+def test_every_declared_family_is_tested() -> None:
+    assert set(OPTIONS) == set(FAMILIES)
+    assert not set(UNDECLARED) & set(FAMILIES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_the_self_test_sees_a_cache_that_was_not_fitted(family, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(patching, "drop_skipped_layers", lambda cache, plan: None)
+    with pytest.raises(InexactPlanError, match="a step with a cache differs by"):
+        check_exactness(tiny_model(family).to(dtype))
+
+
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_bytes_of_sublayers_add_up_to_the_layers(family) -> None:
+    model = tiny_model(family)
+    layers = sum(p.numel() * p.element_size() for layer in decoder_layers(model) for p in layer.parameters())
+    assert sum(attention + mlp for attention, mlp in sublayer_bytes(model)) == layers
+    assert all(attention > 0 and mlp > 0 for attention, mlp in sublayer_bytes(model))
+
+
+def test_of_an_undeclared_family_only_whole_layers_can_be_skipped() -> None:
+    model = tiny_model("gptj")
+    with (
+        pytest.raises(UnsupportedModelError, match=r"runs half of layer 2, but gptj is not a declared family"),
+        apply_plan(model, LayerPlan.skipping(6, attention={2})),
+    ):
+        pass
+
+
+def test_a_model_that_fails_its_self_test_is_refused_before_its_first_plan(monkeypatch) -> None:
+    model = tiny_model("gptj")
+    monkeypatch.setattr(patching, "drop_skipped_layers", lambda cache, plan: None)
+    for _ in range(2):
+        with pytest.raises(InexactPlanError, match="gptj"), apply_plan(model, LayerPlan.full(6)):
+            pass
+
+
+def test_the_self_test_leaves_the_training_mode_alone() -> None:
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    decoder_layers(model)[1].eval()
+    check_exactness(model)
+    assert model.training
+    assert not decoder_layers(model)[1].training
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"vision_config": {}}, "multimodal"),
+        ({"num_kv_shared_layers": 2}, "shares keys and values"),
+    ],
+)
+def test_models_that_cannot_skip_exactly_are_refused_by_name(changes, message) -> None:
+    odd = tiny_model("llama")
+    for name, value in changes.items():
+        setattr(odd.config, name, value)
+    with pytest.raises(UnsupportedModelError, match=message):
+        family_of(odd)
+
+
+def test_a_model_without_a_key_value_cache_is_refused() -> None:
+    config = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=4, state_size=4)
+    with pytest.raises(UnsupportedModelError, match=r"unknown model family 'mamba': its .* no key-value cache"):
+        family_of(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_without_one_list_of_layers_is_refused() -> None:
+    odd = tiny_model("llama")
+    odd.config.model_type, odd.config.num_hidden_layers = "mystery", 7
+    with pytest.raises(UnsupportedModelError, match="unknown model family 'mystery': it has 0 lists of 7 modules"):
+        family_of(odd)
