@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from weakref import WeakKeyDictionary
@@ -13,7 +15,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from backbone.errors import InputError
 from backbone.families import decoder_layers, family_of
@@ -37,21 +47,42 @@ def load_backbone(
         device: `auto` (CUDA where there is one, else CPU), or a torch device.
 
     Raises:
-        LoadError: no such model, package, file, dtype or device.
+        LoadError: no such model, package, file, dtype or device; weights that are quantised and not GGUF.
         UnsupportedModelError: see `backbone.families.family_of`.
     """
     place = _checked_device(device)
     folder = _resolve(source)
-    try:
+    with _naming(source):
+        config = AutoConfig.from_pretrained(folder)
+    _check_not_quantised(source, config)
+    checked_dtype = _checked_dtype(dtype, place)
+    with _naming(source):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_checked_dtype(dtype, place))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"cannot load the model {source!r}: {str(error).strip().splitlines()[0]}") from error
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=checked_dtype)
     family_of(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Turns the library's errors into one sentence that names the model."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise LoadError(f"cannot load the model {source!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _check_not_quantised(source: str, config: PreTrainedConfig) -> None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings.quant_method
+        raise LoadError(
+            f"the weights of {source!r} are quantised ({method}), and load_backbone loads floating-point weights or "
+            "GGUF; load them with AutoModelForCausalLM.from_pretrained and pass that model to apply_plan, which tests it"
+        )
 
 
 def _checked_device(device: str) -> torch.device:

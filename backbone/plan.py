@@ -138,6 +138,10 @@ class LayerPlan:
         """This plan less the given sub-layers."""
         return LayerPlan(self.n_layers, self.attention - set(attention), self.mlp - set(mlp))
 
+    def from_layer(self, first: int) -> LayerPlan:
+        """What this plan runs from layer `first` on."""
+        return self.without(attention=range(first), mlp=range(first))
+
     def budget(self, sublayer_bytes: SublayerBytes) -> float:
         """Share of the decoder's parameter bytes that this plan runs, in (0, 1]."""
         runs = sum(sublayer_bytes[i][0] for i in self.attention) + sum(sublayer_bytes[i][1] for i in self.mlp)

@@ -1,13 +1,13 @@
-"""Prefill and decode under plans, against the same model with those layers truly deleted, inside stock `generate()`.
+"""Prefill and decode under plans, against the same model with those layers truly deleted.
 
     python benchmarks/decode.py --model gemma                          # CPU, Gemma 3 270M with its weights
     python benchmarks/decode.py --model FOLDER --batches 1 8           # any model that load_backbone takes
     python benchmarks/decode.py --model gemma --modes compiled         # static cache, compiled decoding step
     python benchmarks/decode.py --model llama-3.1-8b --device cuda     # that shape, random bfloat16 weights
 
-In every round all variants run in turn (the order is reversed in every second round), so that a ratio compares
-neighbours in time; printed are medians over rounds of the paired ratios. Writes
-benchmarks/results/decode-NAME-DEVICE-MODE.json with the machine they were measured on.
+Stock model, plans and deleted models take turns at every single step (in reversed order in every second round), so
+that a ratio compares neighbours in time; printed are medians of these ratios. A plan is applied and lifted at each
+step, within the time measured. Writes benchmarks/results/decode-NAME-DEVICE-MODE.json with the machine they were measured on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -25,10 +24,11 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     CompileConfig,
+    DynamicCache,
     PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
+    StaticCache,
 )
 
 from backbone.cache import cache_bytes
@@ -107,87 +107,86 @@ def measure(model: PreTrainedModel, mode: str, batch: int, arguments: argparse.N
         budget: LayerPlan.evenly(n_layers, max(2, round(budget * n_layers))) if budget < 1 else LayerPlan.full(n_layers)
         for budget in arguments.budgets
     }
-    variants: dict[tuple[str, float], tuple[PreTrainedModel, LayerPlan | None]] = {("stock", 1.0): (model, None)}
+    variants = {("stock", 1.0): Variant(model, None, mode)}
     for budget, plan in plans.items():
-        variants["plan", budget] = (model, plan)
-        variants["deleted", budget] = (delete_layers(model, plan), None)
-    prompts = torch.randint(
-        3,
-        min(1000, model.config.vocab_size),
-        (batch, arguments.prompt_tokens),
-        generator=torch.Generator().manual_seed(0),
-    )
-    inputs = {"input_ids": prompts.to(model.device), "attention_mask": torch.ones_like(prompts).to(model.device)}
-    times: dict[tuple[str, float], list[dict[str, float]]] = defaultdict(list)
-    warm_ups = 2 if mode == "compiled" else 1
-    for number in range(warm_ups + arguments.rounds):
-        order = list(variants) if number % 2 else list(reversed(variants))
-        for key in order:
-            found = timed(*variants[key], inputs, arguments.new_tokens, mode)
-            if number >= warm_ups:
-                times[key].append(found)
-            else:
-                print(f"warm-up {key}: {found['total_s']:.1f} s", flush=True)
+        variants["plan", budget] = Variant(model, plan, mode)
+        variants["deleted", budget] = Variant(delete_layers(model, plan), None, mode)
+    shape = (batch, arguments.prompt_tokens)
+    prompts = torch.randint(3, min(1000, model.config.vocab_size), shape, generator=torch.Generator().manual_seed(0))
+    for number in range(1 + arguments.rounds):
+        if number == 1:  # the first round was warm-up
+            for variant in variants.values():
+                variant.prefill_ms.clear()
+                variant.decode_ms.clear()
+        order = list(variants.values()) if number % 2 else list(reversed(variants.values()))
+        for variant in order:
+            variant.prefill(prompts.to(model.device), arguments.new_tokens)
+        for _ in range(arguments.new_tokens - 1):
+            for variant in order:
+                variant.step()
     rows = []
     for budget, plan in plans.items():
-        rows.append(row_of(plan, batch, arguments.prompt_tokens, times, budget))
+        rows.append(row_of(budget, plan, prompts.numel(), batch, variants))
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-class Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each new token is there."""
+class Variant:
+    """One model under one plan, or under none, with the cache of the sequences that it is generating."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    def __init__(self, model: PreTrainedModel, plan: LayerPlan | None, mode: str) -> None:
+        self.model, self.plan, self.mode = model, plan, mode
+        self.prefill_ms: list[float] = []
+        self.decode_ms: list[float] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    @torch.inference_mode()
+    def prefill(self, prompts: torch.Tensor, new_tokens: int) -> None:
+        """Runs prompts [B, S] into a new cache."""
+        if self.mode == "compiled":
+            length = prompts.shape[1] + new_tokens
+            self.cache: Cache = StaticCache(config=self.model.config, max_cache_len=length)
+        else:
+            self.cache = DynamicCache(config=self.model.config)
+        self.prefill_ms.append(self._timed(prompts, compiled=False))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Decodes one token of each sequence."""
+        self.decode_ms.append(self._timed(self.tokens, compiled=self.mode == "compiled"))
+
+    def _timed(self, tokens: torch.Tensor, *, compiled: bool) -> float:
         synchronize()
-        self.seconds.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        start = time.perf_counter()
+        with nullcontext() if self.plan is None else apply_plan(self.model, self.plan):
+            call = self.model.get_compiled_call(compile_config(self.model.device)) if compiled else self.model
+            logits = call(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            self.tokens = logits[:, -1:].argmax(-1)
+        synchronize()
+        return (time.perf_counter() - start) * 1000
 
 
-def timed(
-    model: PreTrainedModel, plan: LayerPlan | None, inputs: dict[str, torch.Tensor], new_tokens: int, mode: str
-) -> dict[str, float]:
-    """Milliseconds of the prefill (with the first token) and of a later step, and bytes of the cache at the end."""
-    clock = Clock()
-    options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([clock]), "return_dict_in_generate": True}
-    if mode == "compiled":
-        config = CompileConfig(mode="reduce-overhead" if model.device.type == "cuda" else "default")
-        config._compile_all_devices = True
-        options |= {"cache_implementation": "static", "compile_config": config}
-    synchronize()
-    start = time.perf_counter()
-    with nullcontext() if plan is None else apply_plan(model, plan):
-        output = model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
-        )
-    steps = [later - earlier for earlier, later in zip(clock.seconds, clock.seconds[1:], strict=False)]
-    return {
-        "prefill": (clock.seconds[0] - start) * 1000,
-        "decode": median(steps) * 1000,
-        "cache_bytes": cache_bytes(output.past_key_values),
-        "total_s": time.perf_counter() - start,
-    }
+def compile_config(device: torch.device) -> CompileConfig:
+    return CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
 
 
-def row_of(plan: LayerPlan, batch: int, prompt_tokens: int, times: dict[Any, Any], budget: float) -> dict[str, Any]:
+def row_of(
+    budget: float, plan: LayerPlan, prompt_tokens: int, batch: int, variants: dict[tuple[str, float], Variant]
+) -> dict[str, Any]:
+    stock, planned, deleted = variants["stock", 1.0], variants["plan", budget], variants["deleted", budget]
     row: dict[str, Any] = {"budget": budget, "batch": batch, "layers": plan.layers}
-    stock, planned, deleted = times["stock", 1.0], times["plan", budget], times["deleted", budget]
-    for phase, tokens in (("prefill", batch * prompt_tokens), ("decode", batch)):
-        milliseconds = median(found[phase] for found in planned)
-        row[f"{phase}_ms"] = round(milliseconds, 2)
-        row[f"{phase}_tokens_per_s"] = round(tokens * 1000 / milliseconds, 1)
-        row[f"{phase}_to_stock"] = paired(planned, stock, phase)
-        row[f"{phase}_to_deleted"] = paired(planned, deleted, phase)
-    row["cache_bytes"] = planned[0]["cache_bytes"]
-    row["cache_bytes_deleted"] = deleted[0]["cache_bytes"]
+    for phase, tokens in (("prefill", prompt_tokens), ("decode", batch)):
+        times, of_stock, of_deleted = (getattr(variant, f"{phase}_ms") for variant in (planned, stock, deleted))
+        row[f"{phase}_ms"] = round(median(times), 2)
+        row[f"{phase}_tokens_per_s"] = round(tokens * 1000 / median(times), 1)
+        row[f"{phase}_to_stock"] = paired(times, of_stock)
+        row[f"{phase}_to_deleted"] = paired(times, of_deleted)
+    row["cache_bytes"], row["cache_bytes_deleted"] = cache_bytes(planned.cache), cache_bytes(deleted.cache)
     return row
 
 
-def paired(found: list[dict[str, float]], yardstick: list[dict[str, float]], phase: str) -> float:
-    return round(median(a[phase] / b[phase] for a, b in zip(found, yardstick, strict=True)), 3)
+def paired(times: list[float], yardstick: list[float]) -> float:
+    """Median of the ratios of neighbours in time."""
+    return round(median(a / b for a, b in zip(times, yardstick, strict=True)), 3)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,11 @@
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,24 +53,71 @@ def test_impossible_devices_and_dtypes_are_named(options, message, model_folder)
         load_backbone(str(model_folder), **options)
 
 
-def test_conversion_happens_once_and_a_half_made_one_is_not_trusted(tmp_path, monkeypatch) -> None:
+def test_quantised_weights_are_refused_by_the_name_of_their_method(model_folder, tmp_path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"are quantised \(bitsandbytes\), and load_backbone loads floating-point"):
+        load_backbone(str(folder))
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
-    weights, conversions = tmp_path / "weights.gguf", []
-    weights.write_bytes(b"weights")
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(b"weights")
+    return path
+
+
+def conversion(log: Path, *, killed: bool = False):
+    """Stands in for the conversion itself: half a folder, time for others to come in between, the other half."""
 
     def convert(gguf, folder):
         folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        conversions.append(gguf)
-        if len(conversions) == 1:
-            raise KeyboardInterrupt
+        (folder / "first half").touch()
+        with log.open("a") as file:
+            file.write("started\n")
+        time.sleep(0.2)
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        (folder / "second half").touch()
 
-    monkeypatch.setattr(loading, "_convert", convert)
-    with pytest.raises(KeyboardInterrupt):
-        loading._converted(weights)
+    return convert
+
+
+def in_processes(number: int, weights: Path) -> list[int | None]:
+    """Exit codes of processes that ask for the converted folder at once."""
+    processes = [multiprocessing.get_context("fork").Process(target=ask, args=(weights,)) for _ in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def ask(weights: Path) -> None:
+    assert sorted(path.name for path in loading._converted(weights).iterdir()) == ["first half", "second half"]
+
+
+def test_of_two_processes_one_converts_and_both_get_the_whole_folder(weights, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "_convert", conversion(tmp_path / "log"))
+    assert in_processes(2, weights) == [0, 0]
+    assert (tmp_path / "log").read_text() == "started\n"
+
+
+def test_a_conversion_that_was_killed_half_way_is_not_trusted(weights, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "_convert", conversion(tmp_path / "log", killed=True))
+    assert in_processes(1, weights) == [-signal.SIGKILL]
+    monkeypatch.setattr(loading, "_convert", conversion(tmp_path / "log"))
+    assert in_processes(1, weights) == [0]
+    assert (tmp_path / "log").read_text() == "started\nstarted\n"
+
+
+def test_a_conversion_is_kept_under_the_hash_of_the_file(weights, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "_convert", conversion(tmp_path / "log"))
     first = loading._converted(weights)
     assert loading._converted(weights) == first
-    assert len(conversions) == 2
     weights.write_bytes(b"other weights")
     assert loading._converted(weights) != first
 
