@@ -81,7 +81,7 @@ def _check_not_quantised(source: str, config: PreTrainedConfig) -> None:
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings.quant_method
         raise LoadError(
             f"the weights of {source!r} are quantised ({method}), and load_backbone loads floating-point weights or "
-            "GGUF; load them with AutoModelForCausalLM.from_pretrained and pass that model to apply_plan, which tests it"
+            "GGUF; load them with AutoModelForCausalLM.from_pretrained and pass that to apply_plan, which tests it"
         )
 
 

@@ -7,7 +7,8 @@
 
 Stock model, plans and deleted models take turns at every single step (in reversed order in every second round), so
 that a ratio compares neighbours in time; printed are medians of these ratios. A plan is applied and lifted at each
-step, within the time measured. Writes benchmarks/results/decode-NAME-DEVICE-MODE.json with the machine they were measured on.
+step, within the time measured. Writes benchmarks/results/decode-NAME-DEVICE-MODE.json with the machine that they were
+measured on.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class Variant:
             self.cache: Cache = StaticCache(config=self.model.config, max_cache_len=length)
         else:
             self.cache = DynamicCache(config=self.model.config)
+        self.length = 0
         self.prefill_ms.append(self._timed(prompts, compiled=False))
 
     @torch.inference_mode()
@@ -155,18 +157,22 @@ class Variant:
         self.decode_ms.append(self._timed(self.tokens, compiled=self.mode == "compiled"))
 
     def _timed(self, tokens: torch.Tensor, *, compiled: bool) -> float:
+        positions = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)[None]
+        self.length += tokens.shape[1]
         synchronize()
         start = time.perf_counter()
         with nullcontext() if self.plan is None else apply_plan(self.model, self.plan):
             call = self.model.get_compiled_call(compile_config(self.model.device)) if compiled else self.model
-            logits = call(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = call(
+                tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            ).logits
             self.tokens = logits[:, -1:].argmax(-1)
         synchronize()
         return (time.perf_counter() - start) * 1000
 
 
 def compile_config(device: torch.device) -> CompileConfig:
-    return CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+    return CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default")
 
 
 def row_of(

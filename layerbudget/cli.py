@@ -94,8 +94,29 @@ def _add_stage(name: str, text: str) -> None:
     app.command(name, help=text, rich_help_panel="Single stages")(stage)
 
 
+@app.command(help=STAGES["label"], rich_help_panel="Single stages")
+def label(
+    config: ConfigFile,
+    settings: Settings = None,
+    device: Device = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="N/OF", help="Label one part only, such as 3/8; other processes may label the others."),
+    ] = None,
+) -> None:
+    from oracle.prompts import Shard
+    from pipelines.runner import run_one, run_shard
+
+    loaded = _config(config, settings, device)
+    if shard is None:
+        run_one(loaded, "label")
+    else:
+        run_shard(loaded, Shard.parse(shard))
+
+
 for _name, _text in STAGES.items():
-    _add_stage(_name, _text)
+    if _name != "label":
+        _add_stage(_name, _text)
 
 
 @app.command()

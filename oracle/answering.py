@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
 from oracle.decoding import Decoding, cut_at_stop
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +35,59 @@ def answer_batch(
     decoding: Decoding,
 ) -> list[Answer]:
     """The answers to `prompts` [B], generated as one left-padded batch under `plan`."""
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    prompt_ids: list[list[int]] = [tokenizer(text).input_ids for text in prompts]
+    generated = continue_batch(model, tokenizer, prompt_ids, plan, decoding, decoding.max_new_tokens)
+    return [
+        Answer(answer_text(tokenizer, ids, decoding), ids, len(prompt))
+        for prompt, ids in zip(prompt_ids, generated, strict=True)
+    ]
+
+
+def continue_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: Sequence[list[int]],
+    plan: LayerPlan,
+    decoding: Decoding,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The tokens that follow each of B sequences, up to and with the first that stops; in smaller batches where
+    memory does not suffice."""
     stops = stop_token_ids(tokenizer, decoding.stop)
     options = {"do_sample": False, "eos_token_id": list(stops), "pad_token_id": tokenizer.pad_token_id}
-    with apply_plan(model, plan):
-        output = model.generate(  # type: ignore[operator]
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=decoding.max_new_tokens,
-            **options,
-        )
-    generated = output[:, inputs["input_ids"].shape[1] :].tolist()
-    lengths = inputs["attention_mask"].sum(-1).tolist()
-    return [_answer(tokenizer, ids, length, decoding, stops) for ids, length in zip(generated, lengths, strict=True)]
+
+    def generate(part: Sequence[list[int]]) -> list[list[int]]:
+        inputs = tokenizer.pad({"input_ids": list(part)}, return_tensors="pt", padding_side="left").to(model.device)
+        with apply_plan(model, plan):
+            output = model.generate(  # type: ignore[operator]
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+        return [_until(ids, stops) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    return in_halves(token_ids, generate)
 
 
-def _answer(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], prompt_tokens: int, decoding: Decoding, stops: frozenset[int]
-) -> Answer:
-    end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
-    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
-    return Answer(cut_at_stop(text, decoding.stop), ids[:end], prompt_tokens)
+def _until(ids: list[int], stops: frozenset[int]) -> list[int]:
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], decoding: Decoding) -> str:
+    """The text of an answer's tokens, cut at the stop string."""
+    return cut_at_stop(str(tokenizer.decode(list(ids), skip_special_tokens=True)), decoding.stop)
+
+
+def in_halves(rows: Sequence[Row], run: Callable[[Sequence[Row]], list[Result]]) -> list[Result]:
+    """`run(rows)`, or, where the device's memory does not suffice, the same half by half."""
+    try:
+        return run(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    middle = len(rows) // 2
+    return [*in_halves(rows[:middle], run), *in_halves(rows[middle:], run)]
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> frozenset[int]:

@@ -9,27 +9,31 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from backbone.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS labels (
     model TEXT NOT NULL, prompt TEXT NOT NULL, plan TEXT NOT NULL, decoding TEXT NOT NULL, judge TEXT NOT NULL,
-    answer TEXT NOT NULL, score REAL NOT NULL, prompt_tokens INTEGER NOT NULL, answer_tokens INTEGER NOT NULL,
-    seconds REAL NOT NULL,
+    answer TEXT NOT NULL, answer_ids TEXT NOT NULL, score REAL, prompt_tokens INTEGER NOT NULL,
+    forward_tokens REAL NOT NULL, seconds REAL NOT NULL,
     PRIMARY KEY (model, prompt, plan, decoding, judge)
 ) WITHOUT ROWID
 """
-_INSERT = "INSERT OR IGNORE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_SELECT = "SELECT * FROM labels WHERE model = ? AND plan = ? AND decoding = ?"
+_INSERT = "INSERT OR IGNORE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_SELECT = "SELECT {what} FROM labels WHERE model = ? AND plan = ? AND decoding = ?"
 
 
 class StoreError(InputError):
     """A file that is not a label store, or one of another version."""
+
+
+CUT = " …"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,12 @@ class Label:
         plan: text of the `LayerPlan`.
         decoding: text of the decoding settings.
         judge: name of the judge.
-        answer: the answer, cut at the stop string.
-        score: in [0, 1].
+        answer: the answer, cut at the stop string; ends with CUT where its score was certain before its end.
+        answer_ids: tokens of the answer, the stopping one included.
+        score: in [0, 1]; NaN where the judge failed.
         prompt_tokens: tokens of the prompt, padding not counted.
-        answer_tokens: tokens generated, the stopping one included.
+        forward_tokens: tokens that were passed through the network for this label, each weighted by the share of the
+            layers that it passed.
         seconds: this label's share of its batch's time.
     """
 
@@ -55,9 +61,10 @@ class Label:
     decoding: str
     judge: str
     answer: str
+    answer_ids: tuple[int, ...]
     score: float
     prompt_tokens: int
-    answer_tokens: int
+    forward_tokens: float
     seconds: float
 
 
@@ -93,15 +100,63 @@ class LabelStore:
     def add(self, labels: Iterable[Label]) -> None:
         """Keep these labels; one that is there already stays as it is."""
         with self._connection() as connection:
-            connection.executemany(_INSERT, [astuple(label) for label in labels])
+            connection.executemany(_INSERT, [_to_row(label) for label in labels])
 
     def read(self, model: str, plan: str, decoding: str) -> dict[tuple[str, str], Label]:
         """(prompt hash, judge) -> label, for one model, plan and decoding."""
         with self._connection() as connection:
-            found = [Label(*row) for row in connection.execute(_SELECT, (model, plan, decoding))]
+            found = [_from_row(row) for row in connection.execute(_SELECT.format(what="*"), (model, plan, decoding))]
         return {(label.prompt, label.judge): label for label in found}
+
+    def keys(self, model: str, plan: str, decoding: str) -> set[tuple[str, str]]:
+        """(prompt hash, judge) of all labels of one model, plan and decoding."""
+        with self._connection() as connection:
+            return set(connection.execute(_SELECT.format(what="prompt, judge"), (model, plan, decoding)))
+
+    def merge(self, other: Path) -> int:
+        """Take over what another store holds and this one does not; the number of labels taken.
+
+        Raises:
+            StoreError: the other file is not a label store of this version.
+        """
+        if not other.is_file():
+            raise StoreError(f"there is no label store {other}")
+        LabelStore(other)
+        before = len(self)
+        with self._connection() as connection:
+            connection.execute("ATTACH DATABASE ? AS other", (str(other),))
+            connection.execute("INSERT OR IGNORE INTO main.labels SELECT * FROM other.labels")
+        return len(self) - before
+
+    def to_parquet(self, path: Path) -> None:
+        """Write all labels to a Parquet file, which `datasets` and pandas read too (needs `layerbudget[pipelines]`)."""
+        import pyarrow
+        from pyarrow import parquet
+
+        with self._connection() as connection:
+            rows = [_from_row(row) for row in connection.execute("SELECT * FROM labels")]
+        columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Label)}
+        parquet.write_table(pyarrow.table(columns), path)
+
+    def add_parquet(self, path: Path) -> None:
+        """Add the labels of a file that `to_parquet` wrote; one that is there already stays as it is."""
+        from pyarrow import parquet
+
+        self.add(
+            Label(**{**row, "answer_ids": tuple(row["answer_ids"])}) for row in parquet.read_table(path).to_pylist()
+        )
 
     def __len__(self) -> int:
         with self._connection() as connection:
             (count,) = connection.execute("SELECT COUNT(*) FROM labels").fetchone()
         return int(count)
+
+
+def _to_row(label: Label) -> tuple[Any, ...]:
+    return astuple(replace(label, answer_ids=" ".join(map(str, label.answer_ids))))  # type: ignore[arg-type]
+
+
+def _from_row(row: tuple[Any, ...]) -> Label:
+    label = Label(*row)
+    score = float("nan") if label.score is None else label.score  # SQLite keeps NaN as NULL
+    return replace(label, answer_ids=tuple(map(int, str(label.answer_ids).split())), score=score)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -38,6 +39,24 @@ class Prompt:
     def hash(self) -> str:
         """Of what an answer and its score depend on, apart from model, plan, decoding and judge."""
         return hashlib.sha256(json.dumps([self.prompt, self.reference]).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of `of` parts of the prompts, counted from 1, split by the prompts' hashes. Written `3/8`."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise PromptError(f"a shard is written NUMBER/OF with numbers from 1, such as 3/8, got {text!r}")
+        return cls(int(match[1]), int(match[2]))
+
+    def select(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return [prompt for prompt in prompts if int(prompt.hash, 16) % self.of == self.number - 1]
 
 
 def load_prompts(

@@ -14,7 +14,17 @@ from backbone.errors import InputError
 from oracle.decoding import Decoding
 from oracle.prompts import Split
 
-MenuMethod = Literal["given", "evenly", "exiting", "greedy_layers", "greedy_sublayers"]
+MenuMethod = Literal[
+    "given",
+    "evenly",
+    "exiting",
+    "middle_block",
+    "random_routes",
+    "block_influence",
+    "greedy_layers",
+    "greedy_sublayers",
+    "beam_layers",
+]
 LearnedController = Literal["lightgbm", "mlp"]
 
 
@@ -80,6 +90,8 @@ class MenuSection(Section):
 
 class LabelSection(Section):
     batch_size: int = Field(32, ge=1)
+    shortcut: bool = True
+    """Follow the full model's answer with every plan and generate only what differs, instead of everything."""
     tolerance: float = Field(0.0, ge=0, lt=1)
     """A plan is sufficient if its score is at least the full plan's less this."""
 

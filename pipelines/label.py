@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from oracle.prompts import Shard
 from pipelines.config import Config
-from pipelines.progress import progress
+from pipelines.progress import console, progress
 from pipelines.workspace import Workspace
 
 
-def run(config: Config) -> Path:
-    """Fill `labels.db` with what is missing there."""
+def run(config: Config, shard: Shard | None = None) -> Path:
+    """Fill `labels.db` with what is missing there, or, of that, with the labels of one shard."""
     workspace = Workspace.of(config)
+    prompts = workspace.prompts if shard is None else shard.select(workspace.prompts)
     menu, labeller = workspace.menu(), workspace.labeller
-    missing = sum(len(labeller.missing(workspace.prompts, plan)) for plan in menu.plans)
+    missing = sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)
     with progress("labels", missing) as advance:
-        labeller.label(workspace.prompts, menu, advance)
+        labeller.label(prompts, menu, advance)
+    if labeller.failures:
+        console.print(f"[red]{len(labeller.failures)} labels have no score, the first since {labeller.failures[0]}[/]")
+        console.print("  prompts without a score under some plan are left out of everything that follows")
     return workspace.path("labels.db")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from oracle.prompts import Shard
+from pipelines import label
 from pipelines.config import Config, ConfigError
 from pipelines.progress import console
 from pipelines.stages import BY_NAME, STAGES, RunState, Stage, write_atomically
@@ -31,26 +33,38 @@ def run_one(config: Config, name: str) -> Path:
     """One stage, whether or not it was done before; the stages it follows must be done."""
     with _own_folder(config):
         state, stage = _begin(config), BY_NAME[name]
-        for earlier in _all_before(stage):
-            if not state.is_done(earlier):
-                raise ConfigError(
-                    f"the stage {name!r} needs {earlier.name!r} first: run `layerbudget {earlier.name} CONFIG`, "
-                    "or `layerbudget run CONFIG` for all of them"
-                )
+        _check_done_before(stage, state)
         return _run_stage(config, stage, state)
 
 
+def run_shard(config: Config, shard: Shard) -> Path:
+    """Label one part of the prompts; other processes may label other parts of the same run at the same time."""
+    with _own_folder(config, f".lock-{shard.number}-of-{shard.of}"):
+        _check_done_before(BY_NAME["label"], _begin(config))
+        path = label.run(config, shard)
+    console.print("When all shards are there, `layerbudget run CONFIG` goes on.")
+    return path
+
+
+def _check_done_before(stage: Stage, state: RunState) -> None:
+    for earlier in _all_before(stage):
+        if not state.is_done(earlier):
+            raise ConfigError(
+                f"the stage {stage.name!r} needs {earlier.name!r} first: run `layerbudget {earlier.name} CONFIG`, "
+                "or `layerbudget run CONFIG` for all of them"
+            )
+
+
 @contextmanager
-def _own_folder(config: Config) -> Iterator[None]:
-    """One process at a time works on a run; the lock goes with the process, however it ends."""
+def _own_folder(config: Config, name: str = ".lock") -> Iterator[None]:
+    """One process at a time works on a run, or on a shard of its labels; the lock goes with the process."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(config.folder / ".lock", timeout=0)
+    lock = FileLock(config.folder / name, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError(
-            f"another process is working on {config.folder}; wait for it or give this run another name"
-        ) from None
+        what = config.folder if name == ".lock" else f"this shard of {config.folder}"
+        raise ConfigError(f"another process is working on {what}; wait for it or give this run another name") from None
     try:
         yield
     finally:

@@ -116,16 +116,27 @@ class Workspace:
     def labeller(self) -> Labeller:
         model, tokenizer = self.backbone
         store = LabelStore(self.path("labels.db"))
-        return Labeller(model, tokenizer, self.config.decoding.settings(), store, self.config.label.batch_size)
+        label = self.config.label
+        return Labeller(
+            model, tokenizer, self.config.decoding.settings(), store, label.batch_size, shortcut=label.shortcut
+        )
 
     def menu(self) -> PlanMenu:
         return PlanMenu.load(self.path("menu.json"))
 
     def table(self, *splits: Split) -> Table:
-        """The prompts of some splits with their features and labels."""
+        """The prompts of some splits with their features and labels, less those that a judge failed on.
+
+        Raises:
+            ConfigError: too few of them are left.
+        """
         prompts = [prompt for split in splits for prompt in self.splits[split]]
         menu = self.menu()
         scores = score_matrix(self.labeller.read(prompts, menu))
+        judged: NDArray[np.bool_] = ~np.isnan(scores).any(axis=1)
+        prompts, scores = [prompt for prompt, kept in zip(prompts, judged, strict=True) if kept], scores[judged]
+        if len(prompts) < 2:
+            raise ConfigError(f"the judges failed on all but {len(prompts)} prompts of {' and '.join(splits)}")
         rows = self._features()
         return Table(
             prompts=prompts,

@@ -6,17 +6,20 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
+from tiny import tiny_model
 
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
-from oracle.answering import answer_batch, stop_token_ids
+from oracle.answering import answer_batch, in_halves, stop_token_ids
 from oracle.decoding import Decoding, cut_at_stop
-from oracle.judges import JudgeError
-from oracle.labelling import Labeller, score_matrix
-from oracle.labels import Label, LabelStore, StoreError
-from oracle.prompts import Prompt
+from oracle.following import follow
+from oracle.labelling import Draft, Labeller, key_of, score_matrix
+from oracle.labels import CUT, Label, LabelStore, StoreError
+from oracle.prompts import Prompt, PromptError, Shard
 
 DECODING = Decoding(4)
 PROMPTS = [Prompt(f"p{i}", "t", "abcdefgh"[: i % 7 + 1] + str(i), "", "agreement") for i in range(11)]
@@ -28,23 +31,101 @@ def menu_of(model) -> PlanMenu:
 
 def label(number: int, **changes) -> Label:
     values = {"model": "m", "prompt": f"p{number}", "plan": "0-5", "decoding": "d", "judge": "exact", "answer": "a"}
-    return Label(**{**values, "score": 1.0, "prompt_tokens": 3, "answer_tokens": 2, "seconds": 0.1, **changes})
+    costs = {"prompt_tokens": 3, "forward_tokens": 5.0, "seconds": 0.1}
+    return Label(**{**values, "answer_ids": (7, 2), "score": 1.0, **costs, **changes})
 
 
 def test_labels_equal_generating_each_prompt_alone(model, tokenizer, tmp_path) -> None:
     menu, steps = menu_of(model), []
-    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), batch_size=4)
+    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), batch_size=4, shortcut=False)
     labeller.label(PROMPTS, menu, steps.append)
     assert sum(steps) == len(PROMPTS) * len(menu)
     labels = labeller.read(PROMPTS, menu)
     for prompt, row in zip(PROMPTS, labels, strict=True):
         answers = [answer_batch(model, tokenizer, [prompt.prompt], plan, DECODING)[0] for plan in menu.plans]
         assert [found.answer for found in row] == [answer.text for answer in answers]
+        assert [list(found.answer_ids) for found in row] == [answer.token_ids for answer in answers]
         assert [found.score for found in row] == [float(answer.text == answers[-1].text) for answer in answers]
         assert row[0].prompt_tokens == len(prompt.prompt)
+        assert row[0].forward_tokens == (len(prompt.prompt) + len(answers[0].token_ids)) * 0.5
     scores = score_matrix(labels)
     assert scores.shape == (11, 3)
     assert (scores[:, -1] == 1).all()
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "gpt2"])
+def gentle(request):
+    """A model whose layers change little, so that plans follow the full model for some tokens or for all."""
+    return tiny_model(request.param, layer_scale=0.35)
+
+
+@pytest.mark.parametrize("judge", ["agreement", "exact", "rouge_l", "contains"])
+@pytest.mark.parametrize("stop", [(), ("e", "hg")])
+def test_the_shortcut_gives_the_labels_of_plain_generation(gentle, tokenizer, tmp_path, judge, stop) -> None:
+    prompts = [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "abc", judge) for i in range(24)]
+    plans = [LayerPlan.skipping(6, {5}), LayerPlan.skipping(6, {4}, attention={2}), LayerPlan.skipping(6, {3, 5})]
+    menu = PlanMenu.build([*plans, LayerPlan.exiting(6, 2)], sublayer_bytes(gentle), probe_depth=2)
+    rows = {}
+    for shortcut in (False, True):
+        store = LabelStore(tmp_path / f"{shortcut}.db")
+        labeller = Labeller(gentle, tokenizer, Decoding(6, stop), store, batch_size=5, shortcut=shortcut)
+        labeller.label(prompts, menu)
+        assert len(store) == len(prompts) * len(menu)
+        rows[shortcut] = [label for row in labeller.read(prompts, menu) for label in row]
+    for plain, short in zip(rows[False], rows[True], strict=True):
+        assert short.score == plain.score
+        if short.answer.endswith(CUT):
+            assert judge == "agreement"
+            assert short.answer_ids == plain.answer_ids[: len(short.answer_ids)]
+        else:
+            assert (short.answer, short.answer_ids) == (plain.answer, plain.answer_ids)
+    assert sum(label.answer == row.answer for label, row in zip(rows[True][3::5], rows[True][4::5], strict=True)) > 0
+    if judge == "agreement":
+        assert sum(label.forward_tokens for label in rows[True]) < sum(label.forward_tokens for label in rows[False])
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "parted"),
+    [
+        ("abx", (), True),
+        ("ab", (), False),
+        ("ab ", (), False),
+        ("abcd", (), True),
+        ("abE", ("END",), False),
+        ("x\nab", ("\n",), True),
+        ("ab\nx", ("\n",), False),
+    ],
+)
+def test_a_text_has_parted_when_no_continuation_can_agree(text, stops, parted, model, tokenizer, tmp_path) -> None:
+    labeller = Labeller(model, tokenizer, Decoding(9, stops), LabelStore(tmp_path / "labels.db"), 4)
+    prompt = PROMPTS[0]
+    draft = Draft(prompt, LayerPlan.full(6), tokenizer(text).input_ids, 0.0, 0.0)
+    assert labeller._has_parted(draft, {key_of(prompt): label(0, answer="abc")}) == parted
+
+
+def test_following_says_how_far_a_plan_repeats_an_answer(gentle, tokenizer) -> None:
+    plan = LayerPlan.skipping(6, {4})
+    own = answer_batch(gentle, tokenizer, ["abcd"], plan, Decoding(4))[0].token_ids
+    other = [*own[:2], own[2] + 1, 9]
+    (whole,), (part,) = (follow(gentle, tokenizer, ["abcd"], [answer], [plan]) for answer in (own, other))
+    assert (whole[plan].agreed, whole[plan].token) == (len(own), None)
+    assert (part[plan].agreed, part[plan].token) == (2, own[2])
+    assert whole[plan].forward_tokens == pytest.approx((4 + 3) * 5 / 6)
+
+
+def test_batches_that_do_not_fit_are_halved_until_they_do() -> None:
+    sizes = []
+
+    def run(rows):
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+        return [row * 10 for row in rows]
+
+    assert in_halves([1, 2, 3, 4, 5], run) == [10, 20, 30, 40, 50]
+    assert sizes == [5, 2, 3, 1, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        in_halves([1], lambda rows: run([1, 2, 3]))
 
 
 def test_labelling_goes_on_where_it_stopped(model, tokenizer, tmp_path) -> None:
@@ -73,13 +154,75 @@ def test_labels_of_other_decodings_do_not_mix(model, tokenizer, tmp_path) -> Non
     assert len(other.missing(PROMPTS, menu.plans[0])) == len(PROMPTS)
 
 
-def test_a_judge_that_fails_names_the_prompt(model, tokenizer, tmp_path, monkeypatch) -> None:
-    (tmp_path / "broken_judge.py").write_text("def judge(answer, reference, full):\n    raise OSError('no disk')\n")
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_a_judge_that_fails_on_one_prompt_does_not_stop_the_run(
+    model, tokenizer, tmp_path, monkeypatch, shortcut
+) -> None:
+    (tmp_path / "fussy_judge.py").write_text(
+        "def judge(answer, reference, full):\n"
+        "    if reference == 'no':\n        raise OSError('no disk')\n"
+        "    return float('nan') if reference == 'nan' else 1.0\n"
+    )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    prompts = [Prompt("p0", "t", "abc", "", "broken_judge:judge")]
-    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), 4)
-    with pytest.raises(JudgeError, match="'broken_judge:judge' failed on prompt 'p0': no disk"):
-        labeller.label(prompts, menu_of(model))
+    prompts = [
+        Prompt(f"p{i}", "t", "abc" * (i + 1), word, "fussy_judge:judge") for i, word in enumerate(("no", "nan", "ok"))
+    ]
+    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), 4, shortcut=shortcut)
+    labeller.label(prompts, menu_of(model))
+    scores = score_matrix(labeller.read(prompts, menu_of(model)))
+    np.testing.assert_array_equal(np.isnan(scores).all(axis=1), [True, True, False])
+    assert len(labeller.failures) == 6
+    assert "the judge 'fussy_judge:judge' failed on prompt 'p0': no disk" in labeller.failures
+    assert any("scored nan" in failure for failure in labeller.failures)
+    labeller.label(prompts, menu_of(model), lambda n: pytest.fail("labelled again"))
+
+
+def test_shards_label_one_store_together(model, tokenizer, tmp_path) -> None:
+    menu, store = menu_of(model), LabelStore(tmp_path / "labels.db")
+    shards = [Shard(number, 3).select(PROMPTS) for number in (1, 2, 3)]
+    assert sorted(prompt.id for shard in shards for prompt in shard) == sorted(prompt.id for prompt in PROMPTS)
+    for shard in shards:
+        Labeller(model, tokenizer, DECODING, store, 4).label(shard, menu)
+    whole = LabelStore(tmp_path / "whole.db")
+    Labeller(model, tokenizer, DECODING, whole, 4).label(PROMPTS, menu)
+    assert content(store) == content(whole)
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b"])
+def test_a_shard_that_cannot_be_is_named(text) -> None:
+    with pytest.raises(PromptError, match=f"a shard is written NUMBER/OF .* got '{text}'"):
+        Shard.parse(text)
+
+
+def content(store: LabelStore) -> list[tuple[object, ...]]:
+    """Everything but what it cost."""
+    with sqlite3.connect(store.path) as connection:
+        return sorted(connection.execute("SELECT model, prompt, plan, decoding, judge, answer, score FROM labels"))
+
+
+def test_stores_are_merged_without_doubles(tmp_path) -> None:
+    first, second = LabelStore(tmp_path / "first.db"), LabelStore(tmp_path / "second.db")
+    first.add([label(1, score=0.25), label(2)])
+    second.add([label(1, score=0.75), label(3)])
+    assert first.merge(second.path) == 1
+    assert first.merge(second.path) == 0
+    assert first.keys("m", "0-5", "d") == {("p1", "exact"), ("p2", "exact"), ("p3", "exact")}
+    assert first.read("m", "0-5", "d")["p1", "exact"].score == 0.25
+    with pytest.raises(StoreError, match="there is no label store"):
+        first.merge(tmp_path / "third.db")
+
+
+def test_labels_go_through_parquet_and_datasets(tmp_path) -> None:
+    store, copy = LabelStore(tmp_path / "labels.db"), LabelStore(tmp_path / "copy.db")
+    store.add([label(1), label(2, score=float("nan"), answer_ids=())])
+    store.to_parquet(tmp_path / "labels.parquet")
+    copy.add_parquet(tmp_path / "labels.parquet")
+    assert content(copy) == content(store)
+    found = copy.read("m", "0-5", "d")
+    assert found["p1", "exact"] == label(1)
+    assert np.isnan(found["p2", "exact"].score)
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "labels.parquet"), split="train")
+    assert rows["answer_ids"][0] == [7, 2]
 
 
 WRITER = """
@@ -128,7 +271,7 @@ def test_files_that_are_no_store_are_refused(tmp_path) -> None:
         LabelStore(tmp_path / "text.db")
     with sqlite3.connect(tmp_path / "newer.db") as connection:
         connection.execute("PRAGMA user_version=9")
-    with pytest.raises(StoreError, match="has label format 9, this version reads 1"):
+    with pytest.raises(StoreError, match="has label format 9, this version reads 2"):
         LabelStore(tmp_path / "newer.db")
 
 

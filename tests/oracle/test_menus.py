@@ -4,7 +4,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 from backbone.plan import LayerPlan, PlanError
 from oracle.decoding import Decoding
-from oracle.menus import MENUS, AnswerDivergence, MenuTask, build_menu, search_steps
+from oracle.menus import MENUS, MenuTask, build_menu, search_steps
+from oracle.menus.greedy import AnswerDivergence
+from oracle.menus.influence import layer_influence
 
 
 def task_of(model, **changes) -> MenuTask:
@@ -38,10 +40,37 @@ def test_greedy_removes_first_what_the_answers_miss_least() -> None:
     menu = build_menu("greedy_layers", task)
     assert menu.plans[-2] == LayerPlan.skipping(6, {3})
     assert all(small <= large for small, large in zip(menu.plans, menu.plans[1:], strict=False))
+    full, best, worst = AnswerDivergence(task).of([LayerPlan.full(6), menu.plans[-2], menu.plans[0]])
+    assert full == 0
+    assert best == pytest.approx(0, abs=1e-5)
+    assert worst > 0.01
+
+
+def test_divergence_does_not_depend_on_the_company() -> None:
+    task = task_of(tiny_model("gemma3_text"))
     divergence = AnswerDivergence(task)
-    assert divergence.of(LayerPlan.full(6)) == 0
-    assert divergence.of(menu.plans[-2]) == pytest.approx(0, abs=1e-5)
-    assert divergence.of(menu.plans[0]) > 0.01
+    plans = [LayerPlan.skipping(6, {5}), LayerPlan.skipping(6, {2, 4}), LayerPlan.exiting(6, 2)]
+    assert divergence.of(plans) == [divergence.of([plan])[0] for plan in plans]
+
+
+def test_block_influence_is_zero_for_a_layer_that_does_nothing() -> None:
+    model = tiny_model("falcon")
+    with torch.no_grad():
+        model.transformer.h[4].self_attention.dense.weight.zero_()
+        model.transformer.h[4].mlp.dense_4h_to_h.weight.zero_()
+    task = task_of(model)
+    influence = layer_influence(task)
+    assert influence[4] == pytest.approx(0, abs=1e-6)
+    assert min(influence[:4]) > 0.01
+    assert 4 in build_menu("block_influence", task).plans[-2].skipped_layers
+
+
+def test_a_beam_is_at_least_as_close_to_the_full_model_as_a_greedy_search() -> None:
+    task = task_of(tiny_model("llama", seed=3), n_plans=3, cheapest_budget=0.5)
+    divergence = AnswerDivergence(task)
+    greedy, beam = (build_menu(method, task).plans[0] for method in ("greedy_layers", "beam_layers"))
+    assert greedy.layers == beam.layers
+    assert divergence.of([beam])[0] <= divergence.of([greedy])[0]
 
 
 def test_progress_counts_the_plans_tried() -> None:

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from filelock import FileLock
 from tiny import tiny_model, tiny_tokenizer
 
 from layerbudget.cli import main
@@ -107,10 +108,23 @@ def _check_metrics(metrics) -> None:
     )
     assert metrics["machine"]["torch"]
     assert "captured_headroom" in metrics
+    _check_frontier(metrics)
+
+
+def _check_frontier(metrics) -> None:
+    frontier = metrics["frontier"]
+    figures = [frontier[name] for name in ("equal_mean_budget", "own_score_budget", "headroom")]
+    assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in figures)
+    assert (
+        frontier["equal_mean_budget"]["value"] <= metrics["oracle"]["budget"] <= frontier["own_score_budget"]["value"]
+    )
+    assert frontier["captured_headroom"]["value"] == pytest.approx(metrics["captured_headroom"])
+    assert "flatter" in frontier["caveat"]
 
 
 def _check_report(page: str) -> None:
     assert page.count("<svg") == 4
+    assert "The oracle's frontier" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
@@ -204,6 +218,41 @@ def test_ctrl_c_says_that_the_run_goes_on_and_a_second_process_waits_its_turn(co
     assert run.returncode == 130
     assert "stopped; the same command goes on from here" in errors
     assert layerbudget("run", path).returncode == 0
+
+
+def test_shards_label_one_run_together(config_file, tmp_path) -> None:
+    path = config_file()
+    assert "the stage 'label' needs 'menu' first" in refused("label", path, "--shard", "1/2")
+    assert layerbudget("menu", path).returncode == 0
+    assert "a shard is written NUMBER/OF" in refused("label", path, "--shard", "3/2")
+    with FileLock(tmp_path / "runs" / "tiny" / ".lock-1-of-2"):
+        assert "another process is working on this shard of" in refused("label", path, "--shard", "1/2")
+    counts = []
+    for shard in ("1/2", "2/2", "2/2"):
+        assert layerbudget("label", path, "--shard", shard).returncode == 0
+        with sqlite3.connect(tmp_path / "runs" / "tiny" / "labels.db") as connection:
+            counts += connection.execute("SELECT COUNT(*) FROM labels").fetchone()
+    assert 0 < counts[0] < counts[1] == counts[2]
+    assert layerbudget("run", path).returncode == 0
+    with sqlite3.connect(tmp_path / "runs" / "tiny" / "labels.db") as connection:
+        assert connection.execute("SELECT COUNT(*) FROM labels").fetchone() == (counts[2],)
+
+
+def test_prompts_that_a_judge_fails_on_are_left_out(config_file, prompts_file, tmp_path, monkeypatch) -> None:
+    (tmp_path / "fussy.py").write_text(
+        "def judge(answer, reference, full):\n    best = 1 / len(reference)\n    return best if answer == full else 0.0\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"judge": "fussy:judge", "reference": "" if number % 20 == 0 else "ab"}
+    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = layerbudget("run", config_file())
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = " ".join(done.stdout.split())
+    assert "32 labels have no score, the first since the judge 'fussy:judge' failed on prompt" in output
+    metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
+    assert metrics["full"]["quality"] == 0.5
 
 
 def test_a_single_stage_names_the_one_it_needs(config_file) -> None:

@@ -1,0 +1,86 @@
+"""How far does a plan follow the full model's answer? Greedy decoding need not be run to know.
+
+If, over the full model's answer, the plan's arg-max is the answer's next token at each of the first n places, then the
+plan, decoding by itself, would have produced these n tokens and then its own next one. One pass over the known answer
+finds n, as a pass of the large model verifies a draft in speculative decoding (Leviathan et al. 2023, arXiv 2211.17192,
+section 2). Plans that begin with the same layers share those layers' computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.plan import LayerPlan
+from backbone.resuming import SharedPasses, sharing_order
+from oracle.answering import in_halves
+from oracle.forcing import ForcedAnswers
+
+LOGITS_BYTES = 2**28
+"""Logits of one pass, at most; with a large vocabulary they outweigh everything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """One plan along one known answer.
+
+    Attributes:
+        matches: for each token of the answer, whether the plan would say it there.
+        token: the plan's own token at the first place where it would not; None where it repeats the whole answer.
+        forward_tokens: tokens passed through the network, each weighted by the share of the layers that it passed.
+    """
+
+    matches: tuple[bool, ...]
+    token: int | None
+    forward_tokens: float
+
+    @property
+    def agreed(self) -> int:
+        """Tokens of the answer that the plan, decoding by itself, repeats."""
+        return len(self.matches) if self.token is None else self.matches.index(False)
+
+
+def follow(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[int]],
+    plans: Sequence[LayerPlan],
+) -> list[dict[LayerPlan, Followed]]:
+    """For each of B prompts, how far each plan follows its known answer (token ids)."""
+    longest = max(len(answer) for answer in answers)
+    row_bytes = longest * model.config.get_text_config().vocab_size * 4
+    size = max(1, LOGITS_BYTES // row_bytes)
+    rows = list(zip(prompts, answers, strict=True))
+    found = []
+    for start in range(0, len(rows), size):
+        found += in_halves(rows[start : start + size], lambda part: _follow(model, tokenizer, part, plans))
+    return found
+
+
+def _follow(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[str, Sequence[int]]],
+    plans: Sequence[LayerPlan],
+) -> list[dict[LayerPlan, Followed]]:
+    prompts, answers = zip(*rows, strict=True)
+    forced = ForcedAnswers(model, tokenizer, prompts, answers)
+    order = sharing_order(plans)
+    shared = SharedPasses(model, order)
+    found: list[dict[LayerPlan, Followed]] = [{} for _ in rows]
+    for plan in order:
+        before = shared.layers_run
+        with shared.next_plan():
+            tokens = [logits.argmax(-1).tolist() for logits in forced.logits()]
+        share = (shared.layers_run - before) / plan.n_layers
+        for row, (answer, own) in enumerate(zip(answers, tokens, strict=True)):
+            found[row][plan] = _compared(answer, own, share * forced.tokens[row])
+    return found
+
+
+def _compared(answer: Sequence[int], own: Sequence[int], forward_tokens: float) -> Followed:
+    matches = tuple(a == b for a, b in zip(answer, own, strict=True))
+    return Followed(matches, None if all(matches) else own[matches.index(False)], forward_tokens)

@@ -1,0 +1,35 @@
+"""Menus: the plans that all prompts of a run choose from. Each method proposes shortened plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from backbone.families import sublayer_bytes
+from backbone.plan import LayerPlan, PlanMenu
+from oracle.menus.fixed import evenly, exiting, given, middle_block, random_routes
+from oracle.menus.greedy import beam_layers, greedy_layers, greedy_sublayers, search_steps
+from oracle.menus.influence import block_influence
+from oracle.menus.task import Advance, MenuTask
+
+__all__ = ["MENUS", "MenuTask", "build_menu", "search_steps"]
+
+MENUS: dict[str, Callable[[MenuTask, Advance], list[LayerPlan]]] = {
+    "given": given,
+    "evenly": evenly,
+    "exiting": exiting,
+    "middle_block": middle_block,
+    "random_routes": random_routes,
+    "block_influence": block_influence,
+    "greedy_layers": greedy_layers,
+    "greedy_sublayers": greedy_sublayers,
+    "beam_layers": beam_layers,
+}
+
+
+def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> PlanMenu:
+    """The menu of a method's plans and the full plan; `advance` is called at every step of a search.
+
+    Raises:
+        PlanError: the task asks for plans that the model cannot have.
+    """
+    return PlanMenu.build(MENUS[method](task, advance), sublayer_bytes(task.model), task.probe_depth)

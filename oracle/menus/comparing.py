@@ -1,0 +1,67 @@
+"""Which method's plans are best when all prompts run them? Quality against budget, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from oracle.frontier import upper_hull
+from oracle.labelling import Labeller, score_matrix
+from oracle.menus import MenuTask, build_menu
+from oracle.prompts import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPlan:
+    """One plan that all prompts run.
+
+    Attributes:
+        method: the menu that it comes from.
+        plan: its text.
+        budget: share of the decoder's parameter bytes that it runs.
+        quality: mean score.
+        quality_ratio: to the full model's.
+    """
+
+    method: str
+    plan: str
+    budget: float
+    quality: float
+    quality_ratio: float
+
+
+def compare(
+    methods: Sequence[str],
+    task: MenuTask,
+    labeller: Labeller,
+    prompts: Sequence[Prompt],
+    done: Callable[[str], None] = lambda method: None,
+) -> list[StaticPlan]:
+    """Make the menu of each method and label `prompts`, which should not be the task's own, under its plans.
+
+    Returns:
+        The plans of all methods, method by method, cheapest first. `done` is called after each.
+    """
+    found = []
+    for method in methods:
+        menu = build_menu(method, task)
+        labeller.label(prompts, menu)
+        qualities = score_matrix(labeller.read(prompts, menu)).mean(axis=0)
+        for plan, budget, quality in zip(menu.plans, menu.budgets, qualities.tolist(), strict=True):
+            found.append(StaticPlan(method, str(plan), budget, quality, quality / max(qualities[-1], 1e-9)))
+        done(method)
+    return found
+
+
+def quality_at(plans: Sequence[StaticPlan], budget: float) -> float:
+    """The best quality ratio of a mixture of one method's plans at a mean budget; that of the cheapest below it."""
+    points = [(plan.budget, plan.quality_ratio) for plan in plans]
+    hull = upper_hull(points)
+    reachable = [point for point in hull if point[0] <= budget]
+    if not reachable:
+        return hull[0][1]
+    (x0, y0), rest = reachable[-1], hull[len(reachable) :]
+    if not rest:
+        return y0
+    (x1, y1) = rest[0]
+    return y0 + (y1 - y0) * (budget - x0) / (x1 - x0)

@@ -1,0 +1,44 @@
+"""Plans that follow from the number of layers alone, and those that the user wrote down."""
+
+from __future__ import annotations
+
+import random
+
+from backbone.plan import LayerPlan, PlanError
+from oracle.menus.task import Advance, MenuTask, spread
+
+
+def given(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """The plans that the user wrote down."""
+    return [LayerPlan.parse(text, task.n_layers) for text in task.given]
+
+
+def evenly(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """Evenly spread skips (Unified Layer Skipping, Liu et al. 2024, arXiv 2404.06954, section 3)."""
+    shortest = max(task.probe_depth + 1, task.fewest_layers)
+    counts = spread(range(shortest, task.n_layers), task.n_plans - 1)
+    return [LayerPlan.evenly(task.n_layers, count, probe_depth=task.probe_depth) for count in counts]
+
+
+def exiting(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """Early exits: prefixes of the model."""
+    return [LayerPlan.exiting(task.n_layers, count) for count in task.counts]
+
+
+def middle_block(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """One gap of neighbouring layers, centred between the probe layers and the last layer."""
+    plans = []
+    for count in task.counts:
+        skipped = task.n_layers - count
+        if skipped > task.n_layers - 1 - task.probe_depth:
+            raise PlanError(f"cannot skip a block of {skipped} layers between layer {task.probe_depth} and the last")
+        first = task.probe_depth + (task.n_layers - 1 - task.probe_depth - skipped) // 2
+        plans.append(LayerPlan.skipping(task.n_layers, range(first, first + skipped)))
+    return plans
+
+
+def random_routes(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """Layers drawn at random, nested, as a yardstick (Glavas et al. 2024, arXiv 2410.20022, section 4); seed 0."""
+    order = list(range(task.probe_depth, task.n_layers))
+    random.Random(0).shuffle(order)
+    return [LayerPlan.skipping(task.n_layers, order[: task.n_layers - count]) for count in task.counts]

@@ -1,0 +1,126 @@
+"""Search: remove, step by step, what changes the full model's next-token distributions least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from backbone.families import sublayer_bytes
+from backbone.plan import LayerPlan
+from backbone.resuming import SharedPasses, sharing_order
+from oracle.answering import answer_batch
+from oracle.forcing import ForcedAnswers
+from oracle.menus.task import Advance, MenuTask, spread
+
+Removal = tuple[set[int], set[int]]
+"""Layers whose attention goes, and layers whose MLP goes."""
+
+
+def greedy_layers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """Removes layers, one at a time."""
+    return _search(task, layer_removals(task), advance, width=1)
+
+
+def greedy_sublayers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """As `greedy_layers`, but attention and MLP of a layer go one at a time."""
+    return _search(task, sublayer_removals(task), advance, width=1)
+
+
+def beam_layers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """As `greedy_layers`, but the best three plans are kept at every step, at about three times the price."""
+    return _search(task, layer_removals(task), advance, width=3)
+
+
+def layer_removals(task: MenuTask) -> list[Removal]:
+    return [({i}, {i}) for i in range(task.probe_depth, task.n_layers)]
+
+
+def sublayer_removals(task: MenuTask) -> list[Removal]:
+    layers = range(task.probe_depth, task.n_layers)
+    attention: list[Removal] = [({i}, set()) for i in layers]
+    mlp: list[Removal] = [(set(), {i}) for i in layers]
+    return attention + mlp
+
+
+def search_steps(method: str, task: MenuTask) -> int:
+    """At most how often a search will call `advance`; 0 for methods that do not search."""
+    searches = {"greedy_layers": (layer_removals, 1), "greedy_sublayers": (sublayer_removals, 1)}
+    searches["beam_layers"] = (layer_removals, 3)
+    if method not in searches:
+        return 0
+    removals, width = searches[method]
+    n = len(removals(task))
+    removed = min(n, math.ceil((1 - task.cheapest_budget) / (1 - task.probe_depth / task.n_layers) * n))
+    return n + width * sum(n - i for i in range(1, removed))
+
+
+def _search(task: MenuTask, removals: Sequence[Removal], advance: Advance, *, width: int) -> list[LayerPlan]:
+    """The plans on the way from the full one to the best of the last step, each a part of the one before."""
+    sizes = sublayer_bytes(task.model)
+    divergence = AnswerDivergence(task)
+    paths: list[list[LayerPlan]] = [[LayerPlan.full(task.n_layers)]]
+    while paths[0][-1].budget(sizes) > task.cheapest_budget:
+        longer = {plan: path for path in paths for plan in _shortened(path[-1], removals)}
+        if not longer:
+            break
+        plans = sharing_order(list(longer))
+        costs = dict(zip(plans, divergence.of(plans, advance), strict=True))
+        best = sorted(plans, key=lambda plan: (costs[plan], str(plan)))[:width]
+        paths = [[*longer[plan], plan] for plan in best]
+    return spread(paths[0][1:], task.n_plans - 1)
+
+
+def _shortened(plan: LayerPlan, removals: Sequence[Removal]) -> list[LayerPlan]:
+    return [
+        plan.without(attention=attention, mlp=mlp)
+        for attention, mlp in removals
+        if attention <= plan.attention and mlp <= plan.mlp
+    ]
+
+
+class AnswerDivergence:
+    """How far a plan's next-token distributions lie from the full model's, along the full model's own answers.
+
+    Mean KL(full || plan) in nats over the answer tokens of a few prompts. Plans that are measured together share the
+    computation of the layers with which they begin.
+    """
+
+    MAX_TOKENS = 4
+    """Tokens of each answer that count, so that one long answer does not outweigh many short ones."""
+
+    BATCH = 4
+    """Prompts of like length that run together, so that little is padded."""
+
+    def __init__(self, task: MenuTask) -> None:
+        self._model = task.model
+        ordered = sorted(task.prompts, key=lambda text: len(task.tokenizer(text).input_ids))
+        groups = [ordered[i : i + self.BATCH] for i in range(0, len(ordered), self.BATCH)]
+        self._batches = [self._forced(task, group) for group in groups]
+        full = [LayerPlan.full(task.n_layers)]
+        self._full = [self._log_probabilities(batch, SharedPasses(self._model, full)) for batch in self._batches]
+
+    def of(self, plans: Sequence[LayerPlan], advance: Advance = lambda: None) -> list[float]:
+        """The divergence of each plan; `advance` is called once a plan."""
+        sums = [0.0] * len(plans)
+        for number, (batch, full) in enumerate(zip(self._batches, self._full, strict=True)):
+            shared = SharedPasses(self._model, plans)
+            for index in range(len(plans)):
+                other = self._log_probabilities(batch, shared)
+                sums[index] += float((full.exp() * (full - other)).sum())
+                if number == len(self._batches) - 1:
+                    advance()
+        return [total / sum(map(len, self._full)) for total in sums]
+
+    def _forced(self, task: MenuTask, prompts: Sequence[str]) -> ForcedAnswers:
+        full = LayerPlan.full(task.n_layers)
+        answers = answer_batch(task.model, task.tokenizer, prompts, full, task.decoding)
+        return ForcedAnswers(
+            task.model, task.tokenizer, prompts, [answer.token_ids[: self.MAX_TOKENS] for answer in answers]
+        )
+
+    def _log_probabilities(self, batch: ForcedAnswers, shared: SharedPasses) -> torch.Tensor:
+        """[T, vocabulary] for the T answer tokens of a batch under the next plan, in float32."""
+        with shared.next_plan():
+            return torch.cat(batch.logits()).float().log_softmax(-1)
