@@ -45,6 +45,10 @@ class Draft:
     seconds: float
 
 
+TRIAL, WORTH = 32, 0.25
+"""A plan that was led along TRIAL answers and settled less than this share of them is no longer led but generated."""
+
+
 class Labeller:
     """Fills a store with the label of every (prompt, plan), going on where an earlier run stopped.
 
@@ -141,11 +145,13 @@ class Labeller:
         """All plans along the full model's answers at once; what differs is generated when there is a batch of it."""
         wanted = {plan: {key_of(prompt) for prompt in without} for plan, without in missing.items()}
         unfinished: dict[LayerPlan, list[Draft]] = defaultdict(list)
+        settled: dict[LayerPlan, list[bool]] = defaultdict(list)
         todo = [prompt for prompt in prompts if any(key_of(prompt) in keys for keys in wanted.values())]
         for batch in self._batches(todo, full):
             labels = []
             for draft, followed in self._followed(batch, wanted, full):
-                if self._is_certain(draft, followed, full):
+                settled[draft.plan].append(self._is_certain(draft, followed, full))
+                if settled[draft.plan][-1]:
                     labels.append(self._known(draft, full))
                 else:
                     unfinished[draft.plan].append(draft)
@@ -153,13 +159,19 @@ class Labeller:
             advance(len(labels))
             for plan in [plan for plan, drafts in unfinished.items() if len(drafts) >= self._batch_size]:
                 self._finish(unfinished.pop(plan), full, advance)
+            for plan in [plan for plan, known in settled.items() if len(known) >= TRIAL and np.mean(known) < WORTH]:
+                wanted.pop(plan, None)
         for drafts in unfinished.values():
             self._finish(drafts, full, advance)
+        for plan, without in missing.items():
+            self._generate(self.missing(without, plan), plan, full, advance)
 
     def _followed(
         self, batch: Sequence[Prompt], wanted: Mapping[LayerPlan, Collection[Key]], full: Mapping[Key, Label]
     ) -> Iterator[tuple[Draft, Followed]]:
         plans = [plan for plan, keys in wanted.items() if any(key_of(prompt) in keys for prompt in batch)]
+        if not plans:
+            return
         answers = [full[key_of(prompt)].answer_ids for prompt in batch]
         start = time.perf_counter()
         rows = follow(self._model, self._tokenizer, [prompt.prompt for prompt in batch], answers, plans)

@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS labels (
     model TEXT NOT NULL, prompt TEXT NOT NULL, plan TEXT NOT NULL, decoding TEXT NOT NULL, judge TEXT NOT NULL,
     answer TEXT NOT NULL, answer_ids TEXT NOT NULL, score REAL, prompt_tokens INTEGER NOT NULL,
     forward_tokens REAL NOT NULL, seconds REAL NOT NULL,
-    PRIMARY KEY (model, prompt, plan, decoding, judge)
+    PRIMARY KEY (model, decoding, plan, prompt, judge)
 ) WITHOUT ROWID
 """
 _INSERT = "INSERT OR IGNORE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
