@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
-from oracle.answering import answer_batch, answer_text, continue_batch, stop_token_ids
-from oracle.decoding import Decoding, cut_at_stop
-from oracle.following import Followed, follow
+from oracle.answering import answer_batch
+from oracle.decoding import Decoding
 from oracle.judges import score
-from oracle.labels import CUT, Label, LabelStore
+from oracle.labels import Label, LabelStore
 from oracle.prompts import Prompt
+from oracle.shortcut import Draft, Shortcut
 
 Advance = Callable[[int], None]
 Key = tuple[str, str]
@@ -27,22 +26,6 @@ Key = tuple[str, str]
 
 def key_of(prompt: Prompt) -> Key:
     return prompt.hash, prompt.judge
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """An answer, or the beginning of one, before it is judged, and what it cost.
-
-    Attributes:
-        ids: tokens of the answer so far.
-        forward_tokens, seconds: see `Label`.
-    """
-
-    prompt: Prompt
-    plan: LayerPlan
-    ids: list[int]
-    forward_tokens: float
-    seconds: float
 
 
 TRIAL, WORTH = 32, 0.25
@@ -77,6 +60,7 @@ class Labeller:
         self._model, self._tokenizer = model, tokenizer
         self._decoding, self._store, self._batch_size = decoding, store, batch_size
         self._shortcut = shortcut
+        self._follower = Shortcut(model, tokenizer, decoding)
         self.failures: list[str] = []
         self.model_key = f"{model_fingerprint(model)} {model.dtype}"
 
@@ -142,90 +126,48 @@ class Labeller:
         full: Mapping[Key, Label],
         advance: Advance,
     ) -> None:
-        """All plans along the full model's answers at once; what differs is generated when there is a batch of it."""
+        """All plans along the full model's answers at once; what that leaves open is generated, a batch at a time."""
         wanted = {plan: {key_of(prompt) for prompt in without} for plan, without in missing.items()}
         unfinished: dict[LayerPlan, list[Draft]] = defaultdict(list)
         settled: dict[LayerPlan, list[bool]] = defaultdict(list)
         todo = [prompt for prompt in prompts if any(key_of(prompt) in keys for keys in wanted.values())]
         for batch in self._batches(todo, full):
-            labels = []
-            for draft, followed in self._followed(batch, wanted, full):
-                settled[draft.plan].append(self._is_certain(draft, followed, full))
-                if settled[draft.plan][-1]:
-                    labels.append(self._known(draft, full))
-                else:
-                    unfinished[draft.plan].append(draft)
-            self._store.add(labels)
-            advance(len(labels))
+            known: list[Draft] = []
+            for draft in self._begun(batch, wanted, full):
+                settled[draft.plan].append(self._follower.is_settled(draft, full[key_of(draft.prompt)].answer))
+                (known if settled[draft.plan][-1] else unfinished[draft.plan]).append(draft)
+            self._add(known, full, advance)
             for plan in [plan for plan, drafts in unfinished.items() if len(drafts) >= self._batch_size]:
                 self._finish(unfinished.pop(plan), full, advance)
-            for plan in [plan for plan, known in settled.items() if len(known) >= TRIAL and np.mean(known) < WORTH]:
+            for plan in [plan for plan, found in settled.items() if len(found) >= TRIAL and np.mean(found) < WORTH]:
                 wanted.pop(plan, None)
         for drafts in unfinished.values():
             self._finish(drafts, full, advance)
         for plan, without in missing.items():
             self._generate(self.missing(without, plan), plan, full, advance)
 
-    def _followed(
+    def _begun(
         self, batch: Sequence[Prompt], wanted: Mapping[LayerPlan, Collection[Key]], full: Mapping[Key, Label]
-    ) -> Iterator[tuple[Draft, Followed]]:
+    ) -> list[Draft]:
+        """Drafts of what is wanted for the prompts of a batch."""
         plans = [plan for plan, keys in wanted.items() if any(key_of(prompt) in keys for prompt in batch)]
         if not plans:
-            return
-        answers = [full[key_of(prompt)].answer_ids for prompt in batch]
-        start = time.perf_counter()
-        rows = follow(self._model, self._tokenizer, [prompt.prompt for prompt in batch], answers, plans)
-        seconds = (time.perf_counter() - start) / (len(batch) * len(plans))
-        for prompt, answer, row in zip(batch, answers, rows, strict=True):
-            for plan, followed in row.items():
-                if key_of(prompt) in wanted[plan]:
-                    own = [] if followed.token is None else [followed.token]
-                    ids = [*answer[: followed.agreed], *own]
-                    yield Draft(prompt, plan, ids, followed.forward_tokens, seconds), followed
-
-    def _is_certain(self, draft: Draft, followed: Followed, full: Mapping[Key, Label]) -> bool:
-        """Whether the score follows from the tokens so far."""
-        if followed.token is None or len(draft.ids) == self._decoding.max_new_tokens:
-            return True
-        if followed.token in stop_token_ids(self._tokenizer, self._decoding.stop):
-            return True
-        return draft.prompt.judge == "agreement" and self._has_parted(draft, full)
-
-    def _has_parted(self, draft: Draft, full: Mapping[Key, Label]) -> bool:
-        """Whether no continuation of the text so far can be the full model's answer."""
-        text = str(self._tokenizer.decode(draft.ids, skip_special_tokens=True))
-        may_change = "\ufffd" in text or getattr(self._tokenizer, "clean_up_tokenization_spaces", False)
-        stops = self._decoding.stop
-        may_stop = any(text.endswith(stop[:i]) for stop in stops for i in range(1, len(stop)))
-        begun = cut_at_stop(text, stops)
-        return not may_change and not may_stop and not full[key_of(draft.prompt)].answer.startswith(begun)
-
-    def _known(self, draft: Draft, full: Mapping[Key, Label]) -> Label:
-        text, label = answer_text(self._tokenizer, draft.ids, self._decoding), full[key_of(draft.prompt)]
-        stops = stop_token_ids(self._tokenizer, self._decoding.stop)
-        is_whole = draft.ids[-1] in stops or len(draft.ids) == self._decoding.max_new_tokens
-        return self._judged(draft, text if is_whole else text + CUT, label.prompt_tokens, full)
+            return []
+        drafts = self._follower.begin(batch, [full[key_of(prompt)].answer_ids for prompt in batch], plans)
+        return [draft for draft in drafts if key_of(draft.prompt) in wanted[draft.plan]]
 
     def _finish(self, drafts: Sequence[Draft], full: Mapping[Key, Label], advance: Advance) -> None:
-        """Generate the rest of answers of one plan."""
-        limit = self._decoding.max_new_tokens
         ordered = sorted(drafts, key=lambda draft: (len(draft.ids), full[key_of(draft.prompt)].prompt_tokens))
         for first in range(0, len(ordered), self._batch_size):
-            part = ordered[first : first + self._batch_size]
-            plan = part[0].plan
-            start = time.perf_counter()
-            sequences = [[*self._tokenizer(draft.prompt.prompt).input_ids, *draft.ids] for draft in part]
-            most = limit - min(len(draft.ids) for draft in part)
-            rests = continue_batch(self._model, self._tokenizer, sequences, plan, self._decoding, most)
-            seconds = (time.perf_counter() - start) / len(part)
-            labels = []
-            for draft, sequence, rest in zip(part, sequences, rests, strict=True):
-                ids = [*draft.ids, *rest][:limit]
-                tokens = (len(sequence) + len(ids) - len(draft.ids)) * plan.layers / plan.n_layers
-                whole = Draft(draft.prompt, plan, ids, draft.forward_tokens + tokens, draft.seconds + seconds)
-                labels.append(self._known(whole, full))
-            self._store.add(labels)
-            advance(len(labels))
+            self._add(self._follower.finish(ordered[first : first + self._batch_size]), full, advance)
+
+    def _add(self, drafts: Sequence[Draft], full: Mapping[Key, Label], advance: Advance) -> None:
+        labels = [
+            self._judged(draft, self._follower.text(draft), full[key_of(draft.prompt)].prompt_tokens, full)
+            for draft in drafts
+        ]
+        self._store.add(labels)
+        advance(len(labels))
 
     def _batches(self, prompts: Sequence[Prompt], full: Mapping[Key, Label] | None) -> Iterator[list[Prompt]]:
         """Batches of like prompts, longest first, so that too little memory shows at once.

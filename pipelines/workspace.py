@@ -133,8 +133,8 @@ class Workspace:
         prompts = [prompt for split in splits for prompt in self.splits[split]]
         menu = self.menu()
         scores = score_matrix(self.labeller.read(prompts, menu))
-        judged: NDArray[np.bool_] = ~np.isnan(scores).any(axis=1)
-        prompts, scores = [prompt for prompt, kept in zip(prompts, judged, strict=True) if kept], scores[judged]
+        judged = ~np.any(np.isnan(scores), axis=1)
+        prompts, scores = [prompt for prompt, kept in zip(prompts, judged.tolist(), strict=True) if kept], scores[judged]
         if len(prompts) < 2:
             raise ConfigError(f"the judges failed on all but {len(prompts)} prompts of {' and '.join(splits)}")
         rows = self._features()

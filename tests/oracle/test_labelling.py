@@ -18,9 +18,10 @@ from oracle import labelling
 from oracle.answering import answer_batch, in_halves, stop_token_ids
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.following import follow
-from oracle.labelling import Draft, Labeller, key_of, score_matrix
+from oracle.labelling import Labeller, score_matrix
 from oracle.labels import CUT, Label, LabelStore, StoreError
 from oracle.prompts import Prompt, PromptError, Shard
+from oracle.shortcut import Draft, Shortcut
 
 DECODING = Decoding(4)
 PROMPTS = [Prompt(f"p{i}", "t", "abcdefgh"[: i % 7 + 1] + str(i), "", "agreement") for i in range(11)]
@@ -102,11 +103,9 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
         ("ab\nx", ("\n",), False),
     ],
 )
-def test_a_text_has_parted_when_no_continuation_can_agree(text, stops, parted, model, tokenizer, tmp_path) -> None:
-    labeller = Labeller(model, tokenizer, Decoding(9, stops), LabelStore(tmp_path / "labels.db"), 4)
-    prompt = PROMPTS[0]
-    draft = Draft(prompt, LayerPlan.full(6), tokenizer(text).input_ids, 0.0, 0.0)
-    assert labeller._has_parted(draft, {key_of(prompt): label(0, answer="abc")}) == parted
+def test_a_text_has_parted_when_no_continuation_can_agree(text, stops, parted, model, tokenizer) -> None:
+    draft = Draft(PROMPTS[0], LayerPlan.full(6), tokenizer(text).input_ids, 0.0, 0.0)
+    assert Shortcut(model, tokenizer, Decoding(9, stops)).has_parted(draft, "abc") == parted
 
 
 def test_following_says_how_far_a_plan_repeats_an_answer(gentle, tokenizer) -> None:
