@@ -190,8 +190,8 @@ def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> fl
 def _labelling(workspace: Workspace) -> dict[str, float]:
     """What the labels cost, beside generating every answer under every plan.
 
-    Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison as
-    far as they are known, so that the true ratio is a little lower.
+    Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison
+    as far as they are known, so that the true ratio is a little lower.
     """
     menu = workspace.menu()
     shares = [plan.layers / plan.n_layers for plan in menu.plans]

@@ -134,7 +134,8 @@ class Workspace:
         menu = self.menu()
         scores = score_matrix(self.labeller.read(prompts, menu))
         judged = ~np.any(np.isnan(scores), axis=1)
-        prompts, scores = [prompt for prompt, kept in zip(prompts, judged.tolist(), strict=True) if kept], scores[judged]
+        prompts = [prompt for prompt, kept in zip(prompts, judged.tolist(), strict=True) if kept]
+        scores = scores[judged]
         if len(prompts) < 2:
             raise ConfigError(f"the judges failed on all but {len(prompts)} prompts of {' and '.join(splits)}")
         rows = self._features()

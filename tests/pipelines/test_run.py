@@ -240,7 +240,7 @@ def test_shards_label_one_run_together(config_file, tmp_path) -> None:
 
 def test_prompts_that_a_judge_fails_on_are_left_out(config_file, prompts_file, tmp_path, monkeypatch) -> None:
     (tmp_path / "fussy.py").write_text(
-        "def judge(answer, reference, full):\n    best = 1 / len(reference)\n    return best if answer == full else 0.0\n"
+        "def judge(answer, reference, full):\n    best = 1 / len(reference)\n    return best * (answer == full)\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
