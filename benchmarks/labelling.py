@@ -58,13 +58,14 @@ def main() -> None:
     parser.add_argument("--judges", nargs="+", choices=["agreement", "reference"], default=["agreement", "reference"])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--stop", nargs="*", default=[], help="strings that end an answer")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         robustness = {"kills": kills(Path(folder)), "million": million(Path(folder))}
         print(json.dumps(robustness), flush=True)
         costs = measure(arguments, Path(folder))
     data = Path(arguments.data).name
-    settings = {**vars(arguments), "data": data, "stop": "newline"}
+    settings = {**vars(arguments), "data": data}
     result = {"settings": settings, "machine": machine(), **costs, **robustness}
     path = RESULTS / "labelling.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
@@ -73,7 +74,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, tokenizer = load_backbone(arguments.model, device=arguments.device)
-    decoding = Decoding(arguments.max_new_tokens, ("\n",))
+    decoding = Decoding(arguments.max_new_tokens, tuple(arguments.stop))
     everything = load_prompts(arguments.data, limit=arguments.prompts + 16)
     searched, rest = everything[:: len(everything) // 16][:16], []
     rest = [prompt for prompt in everything if prompt not in searched][: arguments.prompts]
@@ -171,6 +172,7 @@ def forward_tokens(store: LabelStore) -> float:
 
 def kills(folder: Path) -> dict[str, Any]:
     """Kill a labelling run of a tiny model again and again; compare with a run that was left alone."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -199,7 +201,7 @@ def kills(folder: Path) -> dict[str, Any]:
             break
     label(disturbed)
     label(folder / "alone.db")
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     hashes = [content_hash(folder / name) for name in ("disturbed.db", "alone.db")]
     return {"kills": killed, "labels": len(LabelStore(disturbed)), "expected": len(prompts) * len(menu)} | {
         "hash_equal": hashes[0] == hashes[1]

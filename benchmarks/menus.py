@@ -61,10 +61,11 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=8)
     parser.add_argument("--cheapest-budget", type=float, default=0.5)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--stop", nargs="*", default=[], help="strings that end an answer")
     parser.add_argument("--batch-size", type=int, default=32)
     arguments = parser.parse_args()
     model, tokenizer = load_backbone(arguments.model, device=arguments.device)
-    decoding = Decoding(arguments.max_new_tokens, ("\n",))
+    decoding = Decoding(arguments.max_new_tokens, tuple(arguments.stop))
     searched, prompts = split(arguments)
     task = MenuTask(model, tokenizer, searched, decoding, 4, arguments.plans, arguments.cheapest_budget)
     start, seconds = time.perf_counter(), {}

@@ -45,3 +45,32 @@ def test_frontier_writes_time_and_gap_of_every_problem(tmp_path, monkeypatch, ca
     assert len(result["rows"]) == 4
     assert all(row["seconds"] >= 0 and row["gap"] < 1 / 200 for row in result["rows"])
     assert "from the bound" in capsys.readouterr().out
+
+
+def test_menus_are_compared_as_static_plans(model_folder, prompts_file, tmp_path, monkeypatch) -> None:
+    menus = script("menus")
+    monkeypatch.setattr(menus, "RESULTS", tmp_path)
+    options = "--name tiny --prompts 12 --search-prompts 4 --plans 3 --max-new-tokens 3 --cheapest-budget 0.7"
+    data = ["--model", str(model_folder), "--data", str(prompts_file)]
+    monkeypatch.setattr(sys, "argv", ["menus.py", *data, *options.split(), "--methods", "exiting", "greedy_layers"])
+    menus.main()
+    result = json.loads((tmp_path / "menus-tiny.json").read_text())
+    assert {row["method"] for row in result["plans"]} == {"exiting", "greedy_layers"}
+    assert all(row["quality_ratio"] == 1 for row in result["plans"] if row["budget"] == 1)
+    assert 0.6 < result["oracle"]["equal_mean_budget"] <= result["oracle"]["own_score_budget"] <= 1
+
+
+def test_labelling_compares_its_ways(model_folder, prompts_file, tmp_path, monkeypatch) -> None:
+    labelling = script("labelling")
+    monkeypatch.setattr(labelling, "RESULTS", tmp_path)
+    monkeypatch.setattr(labelling, "KILLS", 1)
+    monkeypatch.setattr(labelling, "million", lambda folder: {})
+    options = "--prompts 16 --plans 3 --max-new-tokens 3 --alone 2 --judges agreement --device cpu"
+    data = ["--model", str(model_folder), "--data", str(prompts_file)]
+    monkeypatch.setattr(sys, "argv", ["labelling.py", *data, *options.split()])
+    labelling.main()
+    result = json.loads((tmp_path / "labelling.json").read_text())
+    assert result["kills"]["hash_equal"]
+    assert result["kills"]["labels"] == result["kills"]["expected"]
+    assert result["agreement"]["shortcut"]["equal_scores"] == 1
+    assert result["agreement"]["shortcut"]["forward_tokens_to_exhaustive"] < 1
