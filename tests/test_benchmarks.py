@@ -69,7 +69,7 @@ def test_labelling_compares_its_ways(model_folder, prompts_file, tmp_path, monke
     data = ["--model", str(model_folder), "--data", str(prompts_file)]
     monkeypatch.setattr(sys, "argv", ["labelling.py", *data, *options.split()])
     labelling.main()
-    result = json.loads((tmp_path / "labelling.json").read_text())
+    result = json.loads((tmp_path / "labelling-embedded.json").read_text())
     assert result["kills"]["hash_equal"]
     assert result["kills"]["labels"] == result["kills"]["expected"]
     assert result["agreement"]["shortcut"]["equal_scores"] == 1
