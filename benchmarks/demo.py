@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-KEPT = ("best", "captured_headroom", "certificate", "prompts", "labelling", "overhead_ms", "speed", "model", "machine")
+KEPT = (
+    *("best", "captured_headroom", "frontier", "certificate", "prompts"),
+    *("labelling", "overhead_ms", "speed", "model", "machine"),
+)
 POLICIES = ("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp")
 
 
