@@ -120,7 +120,8 @@ def oracle_of(
         curves = {
             "static_mixture": upper_hull(static_points(whole, budgets)),
             "oracle": oracle_hull(whole, budgets),
-            "oracle_split_half": split_half(even, odd, budgets),
+            # its picks alone may never get there: they are mixed with the full plan, whose loss is 0
+            "oracle_split_half": [*split_half(even, odd, budgets), (1.0, 1.0)],
         }
         at_loss.append({"loss": loss} | {name: round(budget_at(curve, 1 - loss), 4) for name, curve in curves.items()})
     return {

@@ -17,7 +17,7 @@ from backbone.loading import PACKAGE_PREFIX
 from pipelines.config import Config, ConfigError
 from pipelines.workspace import Workspace
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when a change of code makes the stages' earlier files wrong."""
 
 
