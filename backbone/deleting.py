@@ -21,8 +21,7 @@ def delete_layers(model: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
         PlanError: the plan is for another number of layers, or runs half of a layer.
     """
     n_layers = len(decoder_layers(model))
-    if plan.n_layers != n_layers:
-        raise PlanError(f"plan {plan} is for {plan.n_layers} layers, this model has {n_layers}")
+    plan.check_fits(n_layers)
     if plan.attention != plan.mlp:
         raise PlanError(f"plan {plan} runs half of a layer; only whole layers can be deleted")
     kept = sorted(plan.attention)

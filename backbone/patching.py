@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from backbone.cache import drop_skipped_layers
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
-from backbone.plan import LayerPlan, PlanError
+from backbone.plan import LayerPlan
 
 Forward = Callable[..., Any]
 
@@ -39,8 +39,7 @@ def patched(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
 
 def _replacements(model: PreTrainedModel, plan: LayerPlan) -> list[tuple[nn.Module, Forward]]:
     family, layers = family_of(model), list(decoder_layers(model))
-    if plan.n_layers != len(layers):
-        raise PlanError(f"plan {plan} is for {plan.n_layers} layers, this model has {len(layers)}")
+    plan.check_fits(len(layers))
     skipped = plan.skipped_layers
     halves = (plan.skipped_attention | plan.skipped_mlp) - skipped
     if halves and family.attention is None:

@@ -147,6 +147,11 @@ class LayerPlan:
         runs = sum(sublayer_bytes[i][0] for i in self.attention) + sum(sublayer_bytes[i][1] for i in self.mlp)
         return runs / sum(attention + mlp for attention, mlp in sublayer_bytes)
 
+    def check_fits(self, n_layers: int) -> None:
+        """Raises PlanError unless this plan is for a model of `n_layers` layers."""
+        if self.n_layers != n_layers:
+            raise PlanError(f"plan {self} is for {self.n_layers} layers, this model has {n_layers}")
+
     def __or__(self, other: LayerPlan) -> LayerPlan:
         self._check_same_model(other)
         return LayerPlan(self.n_layers, self.attention | other.attention, self.mlp | other.mlp)

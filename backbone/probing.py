@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.families import decoder_layers, decoder_of
 from backbone.plan import LayerPlan
+from backbone.positions import position_inputs
 from backbone.running import apply_plan
 
 
@@ -35,15 +34,8 @@ def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch
     with apply_plan(model, LayerPlan.exiting(len(layers), depth)):
         hook = layers[depth - 1].register_forward_hook(keep)
         try:
-            positions = _positions(decoder, attention_mask)
+            positions = position_inputs(decoder, attention_mask)
             decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
         finally:
             hook.remove()
     return states[0]
-
-
-def _positions(decoder: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Position ids as `generate()` gives them, for the models that take them."""
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        return {}
-    return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}

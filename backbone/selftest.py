@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
 from backbone.patching import patched
 from backbone.plan import LayerPlan
+from backbone.positions import position_inputs
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.1
@@ -73,9 +73,7 @@ def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     ids = torch.arange(1, 2 * length + 1).reshape(2, length) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[1, :PADDING] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in inspect.signature(decoder_of(model).forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, **position_inputs(decoder_of(model), mask)}
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

@@ -34,6 +34,7 @@ from backbone.families import sublayer_bytes
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu, SublayerBytes
 from oracle.decoding import Decoding
+from oracle.frontier import least_sufficient, sufficient_plans
 from oracle.labelling import Labeller, score_matrix
 from oracle.labels import Label, LabelStore
 from oracle.menus import MenuTask, build_menu
@@ -65,8 +66,7 @@ def main() -> None:
         robustness = {"kills": kills(Path(folder)), "million": million(Path(folder))}
         print(json.dumps(robustness), flush=True)
         costs = measure(arguments, Path(folder))
-    data = Path(arguments.data).name
-    settings = {**vars(arguments), "data": data}
+    settings = {**vars(arguments), "data": Path(arguments.data).name}
     result = {"settings": settings, "machine": machine(), **costs, **robustness}
     path = RESULTS / f"labelling-{arguments.name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, tokenizer = load_backbone(arguments.model, device=arguments.device)
     decoding = Decoding(arguments.max_new_tokens, tuple(arguments.stop))
     everything = load_prompts(arguments.data, limit=arguments.prompts + 16)
-    searched, rest = everything[:: len(everything) // 16][:16], []
+    searched = everything[:: len(everything) // 16][:16]
     rest = [prompt for prompt in everything if prompt not in searched][: arguments.prompts]
     start = time.perf_counter()
     menu = menu_of(model, tokenizer, searched, decoding, arguments.plans)
@@ -125,7 +125,7 @@ def compared(
         else:
             labeller.label(some, menu)
             scores[name] = score_matrix(labeller.read(some, menu))
-            least[name] = (scores[name] >= scores[name][:, -1:]).argmax(axis=1).tolist()
+            least[name] = least_sufficient(sufficient_plans(scores[name])).tolist()
         seconds = time.perf_counter() - start
         found[name] = {"seconds": round(seconds, 1), "labels": len(store), "forward_tokens": forward_tokens(store)}
         found[name]["seconds_per_label"] = round(seconds / len(store), 4)

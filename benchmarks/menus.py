@@ -109,8 +109,8 @@ def oracle_of(
 ) -> dict[str, Any]:
     """The oracle over the plans of all methods together."""
     budgets = np.array(menu.budgets)
-    scores = score_matrix(labeller.read(prompts, menu))
-    answers = [row[-1].answer_ids for row in labeller.read(prompts, menu)]
+    labels = labeller.read(prompts, menu)
+    scores, answers = score_matrix(labels), [row[-1].answer_ids for row in labels]
     rows = follow(model, tokenizer, [prompt.prompt for prompt in prompts], answers, menu.plans)
     matches = [[row[plan].matches for plan in menu.plans] for row in rows if len(row[menu.plans[-1]].matches) > 1]
     even, odd = (np.array([[np.mean(m[half::2]) for m in row] for row in matches]) for half in (0, 1))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.positions import position_inputs
+
 
 class ForcedAnswers:
     """Prompts with their known answers, as one left-padded batch in which all answers end in the last column.
@@ -29,14 +31,12 @@ class ForcedAnswers:
         self._model = model
         self.counts = [len(answer) for answer in answers]
         prompt_ids: list[list[int]] = [tokenizer(text).input_ids for text in prompts]
-        self.prompt_tokens = [len(ids) for ids in prompt_ids]
         ids = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompt_ids, answers, strict=True)]
         self.tokens = [len(row) for row in ids]
         """Tokens of each row that are passed through the network."""
         batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(model.device)
-        self._inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            self._inputs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        mask = batch["attention_mask"]
+        self._inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, **position_inputs(model, mask)}
 
     @cached_property
     def _options(self) -> dict[str, Any]:

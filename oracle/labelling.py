@@ -143,8 +143,8 @@ class Labeller:
                 wanted.pop(plan, None)
         for drafts in unfinished.values():
             self._finish(drafts, full, advance)
-        for plan, without in missing.items():
-            self._generate(self.missing(without, plan), plan, full, advance)
+        for plan in [plan for plan in missing if plan not in wanted]:
+            self._generate(self.missing(missing[plan], plan), plan, full, advance)
 
     def _begun(
         self, batch: Sequence[Prompt], wanted: Mapping[LayerPlan, Collection[Key]], full: Mapping[Key, Label]

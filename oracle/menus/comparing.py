@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from oracle.frontier import upper_hull
 from oracle.labelling import Labeller, score_matrix
 from oracle.menus import MenuTask, build_menu
@@ -55,13 +57,6 @@ def compare(
 
 def quality_at(plans: Sequence[StaticPlan], budget: float) -> float:
     """The best quality ratio of a mixture of one method's plans at a mean budget; that of the cheapest below it."""
-    points = [(plan.budget, plan.quality_ratio) for plan in plans]
-    hull = upper_hull(points)
-    reachable = [point for point in hull if point[0] <= budget]
-    if not reachable:
-        return hull[0][1]
-    (x0, y0), rest = reachable[-1], hull[len(reachable) :]
-    if not rest:
-        return y0
-    (x1, y1) = rest[0]
-    return y0 + (y1 - y0) * (budget - x0) / (x1 - x0)
+    hull = upper_hull([(plan.budget, plan.quality_ratio) for plan in plans])
+    budgets, qualities = zip(*hull, strict=True)
+    return float(np.interp(budget, budgets, qualities))
