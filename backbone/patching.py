@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,29 +10,46 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from backbone.bridges import Bridge
 from backbone.cache import drop_skipped_layers
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
 from backbone.plan import LayerPlan
+from backbone.stand_ins import Attached, Swap
 
 Forward = Callable[..., Any]
 
 
 @contextmanager
-def patched(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
+def patched(
+    model: PreTrainedModel, plan: LayerPlan, *, first_layer: int = 0, attached: Attached | None = None
+) -> Iterator[None]:
     """Within this block the skipped modules of `model` pass their input on. No check but those of the plan itself.
+
+    Args:
+        first_layer: the layers before it pass their input on whatever the plan says.
+        attached: what stands in for skipped layers, and the weights that the others run with.
 
     Raises:
         PlanError: the plan is for another number of layers.
         UnsupportedModelError: sub-layers of a family that is not declared, or a model compiled as a whole.
     """
-    replacements = _replacements(model, plan)
+    rest = plan.from_layer(first_layer)
+    replacements = _replacements(model, rest)
+    swaps: list[Swap] = []
+    if attached is not None:
+        bridges = attached.bridges.get(plan, {})
+        replacements += _bridging(model, {i: bridge for i, bridge in bridges.items() if i >= first_layer})
+        swaps = list(attached.swaps)
     with ExitStack() as undo:
         for module, forward in replacements:
             undo.callback(_restore, module, "forward", module.__dict__.get("forward"))
             module.__dict__["forward"] = forward
+        for swap in swaps:
+            undo.callback(swap.module._parameters.__setitem__, swap.name, swap.module._parameters[swap.name])
+            swap.module._parameters[swap.name] = swap.weight
         undo.callback(_restore, model, "get_compiled_call", model.__dict__.get("get_compiled_call"))
-        model.__dict__["get_compiled_call"] = _compiled_calls(model, plan)
-        hook = decoder_of(model).register_forward_pre_hook(_cache_hook(plan), with_kwargs=True)
+        model.__dict__["get_compiled_call"] = _compiled_calls(model, rest, attached)
+        hook = decoder_of(model).register_forward_pre_hook(_cache_hook(rest), with_kwargs=True)
         undo.callback(hook.remove)
         yield
 
@@ -59,6 +76,22 @@ def _replacements(model: PreTrainedModel, plan: LayerPlan) -> list[tuple[nn.Modu
         replacements += [(getattr(layers[i], name), _pass_on) for name in earlier]
         replacements.append((getattr(layers[i], last), mlp))
     return replacements
+
+
+def _bridging(model: PreTrainedModel, bridges: Mapping[int, Bridge]) -> list[tuple[nn.Module, Forward]]:
+    """The first layer of a gap does what its bridge does; the others of the gap pass their input on."""
+    returns_tuple, layers = family_of(model).returns_tuple, decoder_layers(model)
+
+    def crossing(bridge: Bridge) -> Forward:
+        def cross(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return bridge(hidden_states)
+
+        def cross_with_none(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+            return bridge(hidden_states), None
+
+        return cross_with_none if returns_tuple else cross
+
+    return [(layers[first], crossing(bridge)) for first, bridge in bridges.items()]
 
 
 def _check_not_compiled(model: PreTrainedModel, layers: list[nn.Module]) -> None:
@@ -104,7 +137,7 @@ def _restore(module: nn.Module, name: str, previous: object) -> None:
         module.__dict__[name] = previous
 
 
-def _compiled_calls(model: PreTrainedModel, plan: LayerPlan) -> Callable[[Any], Forward]:
+def _compiled_calls(model: PreTrainedModel, plan: LayerPlan, attached: Attached | None) -> Callable[[Any], Forward]:
     """What `generate()` asks for when it compiles the decoding step: here one graph a plan, each kept.
 
     In one shared cache of graphs the ninth plan would silently run uncompiled (`torch._dynamo.config.recompile_limit`).
@@ -114,7 +147,7 @@ def _compiled_calls(model: PreTrainedModel, plan: LayerPlan) -> Callable[[Any], 
     def get_compiled_call(compile_config: Any) -> Forward:
         config = compile_config or model._default_compile_config()
         options = config.to_dict()
-        key = (plan, repr(sorted(options.items())))
+        key = (plan, attached.digest if attached else "", repr(sorted(options.items())))
         if key not in graphs:
             graphs[key] = torch.compile(model.__call__, **options, isolate_recompiles=True)  # type: ignore[call-overload]
         return graphs[key]  # type: ignore[no-any-return]

@@ -134,6 +134,15 @@ class LayerPlan:
         """Layers of which nothing runs."""
         return self.skipped_attention & self.skipped_mlp
 
+    @property
+    def gaps(self) -> tuple[range, ...]:
+        """Runs of neighbouring layers of which nothing runs."""
+        skipped = sorted(self.skipped_layers)
+        runs = [
+            [layer for _, layer in run] for _, run in groupby(enumerate(skipped), key=lambda item: item[1] - item[0])
+        ]
+        return tuple(range(run[0], run[-1] + 1) for run in runs)
+
     def without(self, *, attention: Collection[int] = (), mlp: Collection[int] = ()) -> LayerPlan:
         """This plan less the given sub-layers."""
         return LayerPlan(self.n_layers, self.attention - set(attention), self.mlp - set(mlp))

@@ -31,7 +31,7 @@ def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch
     def keep(module: Any, args: Any, output: Any) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    with apply_plan(model, LayerPlan.exiting(len(layers), depth)):
+    with apply_plan(model, LayerPlan.exiting(len(layers), depth), frozen=True):
         hook = layers[depth - 1].register_forward_hook(keep)
         try:
             positions = position_inputs(decoder, attention_mask)

@@ -17,17 +17,34 @@ from transformers import PreTrainedModel
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
+from backbone.stand_ins import attached_to
 
 
-def common_depth(first: LayerPlan, second: LayerPlan) -> int:
+Treatment = tuple[bool, bool, int, bool]
+"""Of one layer under a plan: whether attention and MLP run, which bridge takes its place (0: none), whether its weights
+are changed."""
+
+
+def treatments(model: PreTrainedModel, plan: LayerPlan) -> list[Treatment]:
+    """What a plan does with each layer of a model, with the stand-ins that are attached now."""
+    attached = attached_to(model, plan)
+    bridges = {} if attached is None else attached.bridges.get(plan, {})
+    changed = frozenset() if attached is None else attached.changed
+    return [
+        (i in plan.attention, i in plan.mlp, id(bridges[i]) if i in bridges else 0, i in changed)
+        for i in range(plan.n_layers)
+    ]
+
+
+def common_depth(model: PreTrainedModel, first: LayerPlan, second: LayerPlan) -> int:
     """How many layers, counted from the first, both plans treat alike."""
-    different = (first.attention ^ second.attention) | (first.mlp ^ second.mlp)
-    return min(different, default=first.n_layers)
+    pairs = zip(treatments(model, first), treatments(model, second), strict=True)
+    return next((depth for depth, (a, b) in enumerate(pairs) if a != b), first.n_layers)
 
 
-def sharing_order(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+def sharing_order(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """The plans ordered so that each has as much as any earlier one in common with the one just before it."""
-    return sorted(plans, key=lambda plan: [(i in plan.attention, i in plan.mlp) for i in range(plan.n_layers)])
+    return sorted(plans, key=lambda plan: treatments(model, plan))
 
 
 class SharedPasses:
@@ -44,7 +61,7 @@ class SharedPasses:
     def __init__(self, model: PreTrainedModel, plans: Sequence[LayerPlan]) -> None:
         self._model, self._plans = model, list(plans)
         self._layers = decoder_layers(model)
-        self._starts = [0] + [min(common_depth(a, b), max(b.attention | b.mlp)) for a, b in pairwise(plans)]
+        self._starts = [0] + [min(common_depth(model, a, b), max(b.attention | b.mlp)) for a, b in pairwise(plans)]
         self._states: dict[int, torch.Tensor] = {}
         self._next = 0
         self.layers_run = 0.0
@@ -57,15 +74,14 @@ class SharedPasses:
         later = self._starts[self._next + 1 :]
         self._next += 1
         states = {depth: state for depth, state in self._states.items() if depth <= start}
-        rest = plan if start == 0 else plan.from_layer(start)
-        with apply_plan(self._model, rest), ExitStack() as undo:
+        with apply_plan(self._model, plan, first_layer=start), ExitStack() as undo:
             if start:
                 undo.callback(self._layers[start].register_forward_pre_hook(_giving(states[start])).remove)
             for depth in {depth for depth in later if depth > start}:
                 hook = self._layers[depth].register_forward_pre_hook(_keeping(states, depth), with_kwargs=True)
                 undo.callback(hook.remove)
             yield plan
-        self.layers_run += rest.layers
+        self.layers_run += plan.from_layer(start).layers
         self._states = {depth: state for depth, state in states.items() if depth in later}
 
 

@@ -14,6 +14,7 @@ from backbone.errors import InputError
 from backbone.patching import patched
 from backbone.plan import LayerPlan
 from backbone.selftest import check_exactness
+from backbone.stand_ins import attached_to
 
 
 class NestedPlanError(InputError):
@@ -21,14 +22,21 @@ class NestedPlanError(InputError):
 
 
 @contextmanager
-def apply_plan(model: PreTrainedModel, plan: LayerPlan) -> Iterator[PreTrainedModel]:
+def apply_plan(
+    model: PreTrainedModel, plan: LayerPlan, *, first_layer: int = 0, frozen: bool = False
+) -> Iterator[PreTrainedModel]:
     """Within this block, `model` runs `plan`: `model.generate()` and `model()` with their stock arguments and outputs.
 
     The model's layers are told to pass their input on; the model's own code runs otherwise unchanged, and on leaving
     the block, also by an exception, everything is as before. With the full plan the output is bit-equal to the stock
     model's. A second thread that applies a plan to the same model waits until the first has left its block. A model's
     first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its decoding step
-    (static cache), each plan is compiled once, at its first use.
+    (static cache), each plan is compiled once, at its first use. A shortened plan runs with the stand-ins that are
+    attached to the model (see `backbone.stand_ins.attach`).
+
+    Args:
+        first_layer: for passes that go on from known states: the layers before it pass their input on.
+        frozen: leave the attached stand-ins out.
 
     Raises:
         PlanError: the plan is for another number of layers.
@@ -41,7 +49,8 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan) -> Iterator[PreTrainedMo
         if not reservation.tested:
             check_exactness(model)
             reservation.tested = True
-        with patched(model, plan):
+        attached = None if frozen else attached_to(model, plan)
+        with patched(model, plan, first_layer=first_layer, attached=attached):
             yield model
 
 

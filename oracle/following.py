@@ -68,7 +68,7 @@ def _follow(
 ) -> list[dict[LayerPlan, Followed]]:
     prompts, answers = zip(*rows, strict=True)
     forced = ForcedAnswers(model, tokenizer, prompts, answers)
-    order = sharing_order(plans)
+    order = sharing_order(model, plans)
     shared = SharedPasses(model, order)
     found: list[dict[LayerPlan, Followed]] = [{} for _ in rows]
     for plan in order:

@@ -65,7 +65,7 @@ def _search(task: MenuTask, removals: Sequence[Removal], advance: Advance, *, wi
         longer = {plan: path for path in paths for plan in _shortened(path[-1], removals)}
         if not longer:
             break
-        plans = sharing_order(list(longer))
+        plans = sharing_order(task.model, list(longer))
         costs = dict(zip(plans, divergence.of(plans, advance), strict=True))
         best = sorted(plans, key=lambda plan: (costs[plan], str(plan)))[:width]
         paths = [[*longer[plan], plan] for plan in best]

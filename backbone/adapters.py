@@ -1,0 +1,60 @@
+"""Adapters: small changes of some weights that all shortened plans of a menu share; the full plan keeps its own weights.
+
+A change is a low-rank product, LoRA (Hu et al. 2021, arXiv 2106.09685, section 4), or, for a norm's weight or a bias, a
+vector. It is merged into a copy of the weight, so that an adapted layer costs no more time than any other, at the price
+of one more copy of the adapted weights in memory, however many plans use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from backbone.errors import InputError
+
+
+class AdapterError(InputError):
+    """An adapter that does not fit a model's weights."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """Changes of a model's weights.
+
+    Attributes:
+        changes: by parameter name; (up [out, r], down [r, in]), whose product is added, or (vector,), added as it is.
+    """
+
+    changes: Mapping[str, tuple[torch.Tensor, ...]]
+
+    def merged(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """By parameter name, copies of the changed weights, in the model's dtype and on its devices.
+
+        Raises:
+            AdapterError: a weight that the model lacks, of another shape, quantised, or not in memory.
+        """
+        return {name: self._merged(model, name) for name in self.changes}
+
+    @torch.no_grad()
+    def _merged(self, model: nn.Module, name: str) -> nn.Parameter:
+        owner, _, own_name = name.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+            weight = getattr(module, own_name)
+        except AttributeError:
+            raise AdapterError(f"this adapter changes {name}, which the model does not have") from None
+        if not weight.is_floating_point() or weight.is_meta:
+            kind = "is not in memory" if weight.is_meta else f"is kept as {weight.dtype} (quantised)"
+            raise AdapterError(f"this adapter changes {name}, which {kind}; load the model unquantised, on one device")
+        factors = [factor.to(weight.device, torch.float32) for factor in self.changes[name]]
+        change = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+        change = change.T if isinstance(module, Conv1D) and change.dim() == 2 else change
+        if change.shape != weight.shape:
+            raise AdapterError(
+                f"this adapter changes {name} of shape {tuple(change.shape)}, the model's is {tuple(weight.shape)}"
+            )
+        return nn.Parameter((weight.float() + change).to(weight.dtype), requires_grad=False)

@@ -1,0 +1,200 @@
+"""Stand-ins: the bridges and the adapter that make one model survive skipped layers; attached to it, saved, loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from backbone.adapters import Adapter
+from backbone.bridges import Bridge, Bridges
+from backbone.errors import InputError
+from backbone.families import decoder_layers, sublayer_bytes
+from backbone.loading import model_fingerprint
+from backbone.plan import LayerPlan
+
+FORMAT_VERSION = 1
+_SEPARATOR = "|"
+
+
+class StandInsError(InputError):
+    """Stand-ins of another model, or a file that holds none."""
+
+
+@dataclass(frozen=True, eq=False)
+class StandIns:
+    """Bridges and an adapter for the shortened plans of one model. The full plan never sees them.
+
+    Attributes:
+        fingerprint: of the model that they were made for.
+        bridges: for each plan its bridges, by the first layer of the gap. A plan without an entry has none.
+        adapter: changes of weights for every plan but the full one.
+    """
+
+    fingerprint: str
+    bridges: Bridges = field(default_factory=lambda: MappingProxyType({}))
+    adapter: Adapter | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name the content."""
+        content = hashlib.sha256(self.fingerprint.encode())
+        for name, tensor in sorted(self._tensors().items()):
+            content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            content.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return content.hexdigest()[:12]
+
+    def cost(self, model: PreTrainedModel, plan: LayerPlan) -> float:
+        """What the bridges of a plan add to its budget: their parameters as a share of the decoder's.
+
+        Merged changes of weights add nothing.
+        """
+        layer = decoder_layers(model)[0]
+        item = next(layer.parameters()).element_size()
+        numbers = sum(p.numel() for bridge in self.bridges.get(plan, {}).values() for p in bridge.parameters)
+        return numbers * item / sum(sum(pair) for pair in sublayer_bytes(model))
+
+    def save(self, path: Path) -> None:
+        """One safetensors file."""
+        described = {"version": FORMAT_VERSION, "fingerprint": self.fingerprint}
+        save_file(self._tensors(), path, {"layerbudget": json.dumps(described)})
+
+    @classmethod
+    def load(cls, path: Path) -> StandIns:
+        """Raises StandInsError: no such file, or one that holds something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                described = json.loads((file.metadata() or {})["layerbudget"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise StandInsError(f"{path} holds no stand-ins: {error}") from None
+        if described["version"] != FORMAT_VERSION:
+            raise StandInsError(
+                f"{path} has stand-ins of format {described['version']}, this version reads {FORMAT_VERSION}"
+            )
+        return cls._of(described["fingerprint"], tensors)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for plan, bridges in self.bridges.items():
+            for first, bridge in bridges.items():
+                for name, tensor in bridge.tensors().items():
+                    tensors[_joined("bridge", plan.n_layers, plan, first, name)] = tensor.detach().contiguous()
+        for parameter, factors in (self.adapter.changes if self.adapter else {}).items():
+            for index, factor in enumerate(factors):
+                tensors[_joined("change", parameter, index)] = factor.detach().contiguous()
+        return tensors
+
+    @classmethod
+    def _of(cls, fingerprint: str, tensors: Mapping[str, torch.Tensor]) -> StandIns:
+        parts: dict[tuple[LayerPlan, int], dict[str, torch.Tensor]] = defaultdict(dict)
+        changes: dict[str, tuple[torch.Tensor, ...]] = {}
+        for name in sorted(tensors):
+            kind, *rest = name.split(_SEPARATOR)
+            if kind == "bridge":
+                n_layers, plan, first, tensor = rest
+                parts[LayerPlan.parse(plan, int(n_layers)), int(first)][tensor] = tensors[name]
+            else:
+                changes[rest[0]] = (*changes.get(rest[0], ()), tensors[name])
+        bridges: dict[LayerPlan, dict[int, Bridge]] = defaultdict(dict)
+        for (where, layer), named in parts.items():
+            bridges[where][layer] = Bridge.from_tensors(named)
+        return cls(fingerprint, dict(bridges), Adapter(changes) if changes else None)
+
+
+def _joined(*parts: object) -> str:
+    return _SEPARATOR.join(str(part) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A weight that is replaced while a shortened plan runs: `module`'s parameter `name`, by `weight`."""
+
+    module: nn.Module
+    name: str
+    weight: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attached:
+    """Stand-ins made ready for a model: on its devices, in its dtype, merged.
+
+    Attributes:
+        digest: of the stand-ins.
+        bridges: see `StandIns`.
+        swaps: the weights to replace.
+        changed: the layers whose weights are not the full plan's.
+    """
+
+    digest: str
+    bridges: Bridges
+    swaps: tuple[Swap, ...] = ()
+    changed: frozenset[int] = frozenset()
+
+
+_ATTACHED = "_layerbudget_stand_ins"
+
+
+def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
+    """From now on `apply_plan` runs the shortened plans of `model` with these, in place of any attached before.
+
+    Without a plan and under the full one, the model stays what it is, bit for bit.
+
+    Raises:
+        StandInsError: they were made for another model.
+        AdapterError: the model's weights cannot be changed, for example since they are quantised.
+    """
+    if (found := model_fingerprint(model)) != stand_ins.fingerprint:
+        raise StandInsError(f"these stand-ins were made for {stand_ins.fingerprint}, the model given is {found}")
+    layers = decoder_layers(model)
+    devices = [next(layer.parameters()).device for layer in layers]
+    bridges = {
+        plan: {first: bridge.to(devices[first], model.dtype) for first, bridge in of_plan.items()}
+        for plan, of_plan in stand_ins.bridges.items()
+    }
+    merged = {} if stand_ins.adapter is None else stand_ins.adapter.merged(model)
+    set_attached(model, Attached(stand_ins.digest, bridges, swaps_of(model, merged), changed_layers(model, merged)))
+
+
+def swaps_of(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> tuple[Swap, ...]:
+    """The swaps that put these weights in the place of the parameters of these names."""
+    places = [(name.rpartition("."), weight) for name, weight in weights.items()]
+    return tuple(Swap(model.get_submodule(owner), own_name, weight) for (owner, _, own_name), weight in places)
+
+
+def changed_layers(model: PreTrainedModel, parameters: Collection[str]) -> frozenset[int]:
+    """The layers that parameters of these names belong to."""
+    owners = {id(model.get_submodule(name.rpartition(".")[0])) for name in parameters}
+    layers = enumerate(decoder_layers(model))
+    return frozenset(index for index, layer in layers if any(id(module) in owners for module in layer.modules()))
+
+
+def set_attached(model: PreTrainedModel, attached: Attached) -> None:
+    model.__dict__[_ATTACHED] = attached
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Shortened plans of `model` run frozen again."""
+    model.__dict__.pop(_ATTACHED, None)
+
+
+def attached_to(model: PreTrainedModel, plan: LayerPlan) -> Attached | None:
+    """What stands in for the layers that `plan` leaves out; None for the full plan, and where nothing is attached."""
+    return None if plan.is_full else model.__dict__.get(_ATTACHED)
+
+
+def attached_digest(model: PreTrainedModel, plan: LayerPlan) -> str:
+    """The digest of the stand-ins that `plan` runs with; empty for none."""
+    attached = attached_to(model, plan)
+    return "" if attached is None else attached.digest

@@ -1,0 +1,213 @@
+import pytest
+import torch
+from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
+
+from backbone.bridges import Bridge
+from backbone.bridging import bridges_of, fit_bridges
+from backbone.fitting import Moments, fit_bridge
+from backbone.loading import model_fingerprint
+from backbone.plan import LayerPlan
+from backbone.resuming import SharedPasses, sharing_order
+from backbone.running import apply_plan
+from backbone.stand_ins import StandIns, StandInsError, attach, attached_digest, detach
+
+PLANS = [
+    LayerPlan.exiting(N_LAYERS, 3),
+    LayerPlan.exiting(N_LAYERS, 2),
+    LayerPlan.skipping(N_LAYERS, {2}),
+    LayerPlan.skipping(N_LAYERS, {2, 3}),
+    LayerPlan.skipping(N_LAYERS, {1, 3, 4}),
+]
+
+
+def sequences(count: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 97, (4 + i % 9,), generator=generator).tolist() for i in range(count)]
+
+
+def moments(x: torch.Tensor, y: torch.Tensor) -> Moments:
+    sums = Moments(x.shape[1], x.device)
+    sums.add(x, y)
+    return sums
+
+
+def affine(rank: int, tokens: int = 400, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(tokens, size, dtype=torch.float64)
+    change = torch.randn(size, rank, dtype=torch.float64) @ torch.randn(rank, size, dtype=torch.float64)
+    return x, x + x @ change + torch.randn(size, dtype=torch.float64)
+
+
+def test_a_full_bridge_recovers_an_affine_map() -> None:
+    x, y = affine(rank=12)
+    fit = fit_bridge(moments(x[:300], y[:300]), moments(x[300:], y[300:]), "full", 4)
+    assert torch.allclose(fit.bridge(x.float()).double(), y, atol=1e-3)
+    assert fit.form == "full"
+    assert fit.error < 1e-9 < 0.1 < fit.skipping_error
+
+
+@pytest.mark.parametrize("form", ["low_rank", "diagonal_low_rank"])
+def test_a_low_rank_bridge_recovers_a_map_of_its_rank_and_not_a_richer_one(form) -> None:
+    x, y = affine(rank=3)
+    if form == "diagonal_low_rank":
+        y = y + x * torch.linspace(-1, 1, 12, dtype=torch.float64)
+    good = fit_bridge(moments(x[:300], y[:300]), moments(x[300:], y[300:]), form, 11)
+    poor = fit_bridge(moments(x[:300], y[:300]), moments(x[300:], y[300:]), form, 1)
+    assert good.bridge.rank == 11 and poor.bridge.rank == 1
+    assert (good.bridge.diagonal is None) == (form == "low_rank")
+    assert good.error < 0.05 * poor.error
+
+
+def test_the_error_of_the_sums_is_the_error_of_the_map() -> None:
+    x, y = affine(rank=12)
+    y = y + 0.3 * torch.randn_like(y)
+    fit = fit_bridge(moments(x[:300], y[:300]), moments(x[300:], y[300:]), "full", 4)
+    weights = y[300:].pow(2).mean(-1, keepdim=True)
+    expected = ((fit.bridge(x[300:].float()) - y[300:]).pow(2) / weights).mean()
+    assert fit.error == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_held_tokens_choose_the_ridge() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(40, 12, dtype=torch.float64)
+    noise = x + 3 * torch.randn(40, 12, dtype=torch.float64)
+    fit = fit_bridge(moments(x[:30], noise[:30]), moments(x[30:], noise[30:]), "full", 4)
+    exact_x, exact_y = affine(rank=12)
+    exact = fit_bridge(moments(exact_x[:300], exact_y[:300]), moments(exact_x[300:], exact_y[300:]), "full", 4)
+    assert fit.ridge > exact.ridge
+
+
+def test_too_few_tokens_for_a_full_bridge_give_a_low_rank_and_say_so() -> None:
+    x, y = affine(rank=12)
+    fit = fit_bridge(moments(x[:20], y[:20]), moments(x[300:], y[300:]), "full", 64)
+    assert fit.form == "low_rank"
+    assert fit.bridge.rank == 10
+
+
+def test_states_that_are_not_finite_are_refused() -> None:
+    x, y = affine(rank=12)
+    y[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fit_bridge(moments(x, y), moments(x, y), "full", 4)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_bridged_plans_are_nearer_to_the_full_model(in_order) -> None:
+    model, batch = tiny_model("llama", layer_scale=0.5), padded_batch()
+    fits = fit_bridges(model, sequences(200), PLANS, in_order=in_order)
+    assert {plan: sorted(of_plan) for plan, of_plan in fits.items()} == {
+        plan: [gap.start for gap in plan.gaps] for plan in PLANS
+    }
+    stand_ins = StandIns(model_fingerprint(model), bridges_of(fits))
+    with torch.no_grad():
+        full = model(**batch).logits[:, -1]
+        for plan in PLANS:
+            with apply_plan(model, plan):
+                frozen = model(**batch).logits[:, -1]
+            attach(model, stand_ins)
+            with apply_plan(model, plan):
+                bridged = model(**batch).logits[:, -1]
+            detach(model)
+            assert (bridged - full).norm() < (frozen - full).norm()
+
+
+def test_in_order_fits_later_gaps_on_what_the_shortened_model_produces() -> None:
+    model, plan = tiny_model("llama"), LayerPlan.skipping(N_LAYERS, {1, 4})
+    once = fit_bridges(model, sequences(), [plan])[plan]
+    ordered = fit_bridges(model, sequences(), [plan], in_order=True)[plan]
+    assert torch.equal(once[1].bridge.factors[0], ordered[1].bridge.factors[0])
+    assert not torch.allclose(once[4].bridge.factors[0], ordered[4].bridge.factors[0])
+
+
+def attached_model(family: str, **options: object):
+    model = tiny_model(family, **options)
+    attach(model, StandIns(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), PLANS, rank=8))))
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_generation_over_bridges_equals_the_uncached_computation(family) -> None:
+    model, batch = attached_model(family), padded_batch()
+    for plan in PLANS:
+        with apply_plan(model, plan), torch.no_grad():
+            generated = model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            for _ in range(3):
+                positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if family != "bloom" else {}
+                token = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[:, -1].argmax(-1)
+                ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        assert torch.equal(generated, ids)
+
+
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_shared_passes_over_bridges_equal_separate_ones(family) -> None:
+    model, batch = attached_model(family), padded_batch()
+    order = sharing_order(model, [*PLANS, LayerPlan.full(N_LAYERS)])
+    shared = SharedPasses(model, order)
+    with torch.no_grad():
+        for plan in order:
+            with apply_plan(model, plan):
+                expected = model(**batch, use_cache=False).logits
+            with shared.next_plan():
+                assert torch.equal(model(**batch, use_cache=False).logits, expected)
+    assert shared.layers_run < sum(plan.layers for plan in order)
+
+
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_the_full_plan_and_the_model_itself_are_bit_equal_with_bridges_attached(family) -> None:
+    plain, model, batch = tiny_model(family), attached_model(family), padded_batch()
+    with torch.no_grad():
+        expected = plain(**batch).logits
+        assert torch.equal(model(**batch).logits, expected)
+        with apply_plan(model, LayerPlan.full(N_LAYERS)):
+            assert torch.equal(model(**batch).logits, expected)
+        with apply_plan(model, PLANS[0]):
+            assert not torch.equal(model(**batch).logits, expected)
+        with apply_plan(model, PLANS[0], frozen=True):
+            bare = model(**batch).logits
+        with apply_plan(plain, PLANS[0]):
+            assert torch.equal(plain(**batch).logits, bare)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+
+
+def test_stand_ins_survive_saving(tmp_path) -> None:
+    model = tiny_model("llama")
+    for form in ("full", "low_rank", "diagonal_low_rank"):
+        made = StandIns(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), PLANS, form=form, rank=4)))
+        made.save(tmp_path / "stand_ins.safetensors")
+        loaded = StandIns.load(tmp_path / "stand_ins.safetensors")
+        assert loaded.digest == made.digest
+        assert loaded.fingerprint == made.fingerprint
+        state = torch.randn(2, 3, 32)
+        for plan, bridges in made.bridges.items():
+            for first, bridge in bridges.items():
+                assert torch.equal(loaded.bridges[plan][first](state), bridge(state))
+
+
+def test_stand_ins_of_another_model_and_other_files_are_refused(tmp_path) -> None:
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    with pytest.raises(StandInsError, match="made for llama-6x32-.*, the model given is llama-6x32-"):
+        attach(other, StandIns(model_fingerprint(model)))
+    with pytest.raises(StandInsError, match="holds no stand-ins"):
+        StandIns.load(tmp_path / "missing.safetensors")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(StandInsError, match="holds no stand-ins"):
+        StandIns.load(tmp_path / "text")
+
+
+def test_the_digest_names_what_a_plan_runs_with() -> None:
+    model = attached_model("llama")
+    assert len(attached_digest(model, PLANS[0])) == 12
+    assert attached_digest(model, LayerPlan.full(N_LAYERS)) == ""
+    detach(model)
+    assert attached_digest(model, PLANS[0]) == ""
+
+
+def test_bridges_cost_what_their_parameters_weigh() -> None:
+    model, plan = tiny_model("llama"), LayerPlan.exiting(N_LAYERS, 3)
+    bridge = Bridge((torch.zeros(32, 32),), torch.zeros(32))
+    stand_ins = StandIns(model_fingerprint(model), {plan: {3: bridge}})
+    parameters = sum(p.numel() for p in model.model.layers.parameters())
+    assert stand_ins.cost(model, plan) == pytest.approx((32 * 32 + 32) / parameters)
+    assert stand_ins.cost(model, LayerPlan.full(N_LAYERS)) == 0
