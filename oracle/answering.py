@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
@@ -16,6 +16,8 @@ from oracle.decoding import Decoding, cut_at_stop
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
+Enough = Callable[[list[int]], bool]
+"""Whether the tokens generated for one sequence so far are all that is needed of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +52,51 @@ def continue_batch(
     plan: LayerPlan,
     decoding: Decoding,
     max_new_tokens: int,
+    enough: Sequence[Enough] | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow each of B sequences, up to and with the first that stops; in smaller batches where
-    memory does not suffice."""
+    """The tokens that follow each of B sequences, up to and with the first that stops or after which there are
+    `enough` (one condition a sequence); in smaller batches where memory does not suffice."""
     stops = stop_token_ids(tokenizer, decoding.stop)
     options = {"do_sample": False, "eos_token_id": list(stops), "pad_token_id": tokenizer.pad_token_id}
 
-    def generate(part: Sequence[list[int]]) -> list[list[int]]:
-        inputs = tokenizer.pad({"input_ids": list(part)}, return_tensors="pt", padding_side="left").to(model.device)
+    def generate(part: Sequence[tuple[list[int], Enough]]) -> list[list[int]]:
+        sequences = [sequence for sequence, _ in part]
+        inputs = tokenizer.pad({"input_ids": sequences}, return_tensors="pt", padding_side="left").to(model.device)
+        ends = _RowEnds([condition for _, condition in part], inputs["input_ids"].shape[1])
         with apply_plan(model, plan):
             output = model.generate(  # type: ignore[operator]
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=max_new_tokens,
+                stopping_criteria=StoppingCriteriaList([ends] if enough else []),
                 **options,
             )
-        return [_until(ids, stops) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [_until(ids[:length], stops) for ids, length in zip(rows, ends.lengths, strict=True)]
 
-    return in_halves(token_ids, generate)
+    return in_halves(list(zip(token_ids, enough or [_never] * len(token_ids), strict=True)), generate)
+
+
+def _never(ids: list[int]) -> bool:
+    return False
+
+
+class _RowEnds(StoppingCriteria):
+    """Ends each row of a batch as soon as its own condition holds; `generate()` fills it up with padding from there.
+
+    Attributes:
+        lengths: new tokens of each row when its condition came to hold; None where it has not.
+    """
+
+    def __init__(self, conditions: Sequence[Enough], prompt_width: int) -> None:
+        self._conditions, self._width = conditions, prompt_width
+        self.lengths: list[int | None] = [None] * len(conditions)
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **options: object) -> torch.Tensor:
+        for row, ids in enumerate(input_ids[:, self._width :].tolist()):
+            if self.lengths[row] is None and self._conditions[row](ids):
+                self.lengths[row] = len(ids)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
 
 def _until(ids: list[int], stops: frozenset[int]) -> list[int]:

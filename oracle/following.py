@@ -8,7 +8,7 @@ section 2). Plans that begin with the same layers share those layers' computatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +17,9 @@ from backbone.plan import LayerPlan
 from backbone.resuming import SharedPasses, sharing_order
 from oracle.answering import in_halves
 from oracle.forcing import ForcedAnswers
+
+Forced = tuple[str, Sequence[int]]
+"""A prompt and its known answer."""
 
 LOGITS_BYTES = 2**28
 """Logits of one pass, at most; with a large vocabulary they outweigh everything else."""
@@ -41,6 +44,10 @@ class Followed:
         """Tokens of the answer that the plan, decoding by itself, repeats."""
         return len(self.matches) if self.token is None else self.matches.index(False)
 
+    def repeated(self, answer: Sequence[int]) -> list[int]:
+        """What the plan, decoding by itself, says: of the known answer what it repeats, then its own token."""
+        return [*answer[: self.agreed], *([] if self.token is None else [self.token])]
+
 
 def follow(
     model: PreTrainedModel,
@@ -50,20 +57,24 @@ def follow(
     plans: Sequence[LayerPlan],
 ) -> list[dict[LayerPlan, Followed]]:
     """For each of B prompts, how far each plan follows its known answer (token ids)."""
-    longest = max(len(answer) for answer in answers)
-    row_bytes = longest * model.config.get_text_config().vocab_size * 4
-    size = max(1, LOGITS_BYTES // row_bytes)
-    rows = list(zip(prompts, answers, strict=True))
     found = []
-    for start in range(0, len(rows), size):
-        found += in_halves(rows[start : start + size], lambda part: _follow(model, tokenizer, part, plans))
+    for rows in fitting(model, list(zip(prompts, answers, strict=True))):
+        found += in_halves(rows, lambda part: _follow(model, tokenizer, part, plans))
     return found
+
+
+def fitting(model: PreTrainedModel, rows: Sequence[Forced]) -> Iterator[Sequence[Forced]]:
+    """The rows in parts whose logits fit into LOGITS_BYTES."""
+    longest = max(len(answer) for _, answer in rows)
+    size = max(1, LOGITS_BYTES // (longest * model.config.get_text_config().vocab_size * 4))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _follow(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[str, Sequence[int]]],
+    rows: Sequence[Forced],
     plans: Sequence[LayerPlan],
 ) -> list[dict[LayerPlan, Followed]]:
     prompts, answers = zip(*rows, strict=True)

@@ -55,17 +55,24 @@ JUDGES: dict[str, Judge] = {
 }
 
 
+KL = "kl"
+"""The one judge that reads no answer but compares distributions: see `oracle.divergence`. It needs no reference."""
+
+
 def check_judge(name: str) -> None:
     """Raises JudgeError unless `name` is a judge or names an importable `module:function`."""
-    _judge(name)
+    if name != KL:
+        _judge(name)
 
 
 def score(judge: str, answer: str, reference: str, full_answer: str) -> float:
-    """The score of one answer.
+    """The score of one answer, by any judge but KL.
 
     Raises:
-        JudgeError: unknown judge, or one that gives a score outside [0, 1].
+        JudgeError: unknown judge, or one that gives a score outside [0, 1]; KL, which no text can be scored by.
     """
+    if judge == KL:
+        raise JudgeError(f"the judge {KL!r} scores distributions, not answers")
     value = float(_judge(judge)(answer, reference, full_answer))
     if not 0.0 <= value <= 1.0:
         raise JudgeError(f"judge {judge!r} scored {value} for the answer {answer[:60]!r}; scores lie in [0, 1]")
@@ -78,9 +85,9 @@ def _judge(name: str) -> Judge:
         return JUDGES[name]
     module, colon, function = name.partition(":")
     if not colon:
-        nearest = get_close_matches(name, JUDGES, n=1)
+        nearest = get_close_matches(name, [*JUDGES, KL], n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise JudgeError(f"unknown judge {name!r}{hint} Known: {', '.join(JUDGES)}, or module:function")
+        raise JudgeError(f"unknown judge {name!r}{hint} Known: {', '.join([*JUDGES, KL])}, or module:function")
     try:
         found: Judge = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

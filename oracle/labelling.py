@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,20 @@ from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.answering import answer_batch
 from oracle.decoding import Decoding
-from oracle.judges import score
-from oracle.labels import Label, LabelStore
+from oracle.divergence import diverge
+from oracle.judges import KL, score
+from oracle.labels import CUT, Label, LabelStore
+from oracle.packing import packed
 from oracle.prompts import Prompt
 from oracle.shortcut import Draft, Shortcut
 
 Advance = Callable[[int], None]
 Key = tuple[str, str]
 """(prompt hash, judge)."""
+Full = Mapping[Prompt, Label]
+"""The labels under the full plan."""
+Missing = Mapping[LayerPlan, Sequence[Prompt]]
+"""Prompts that have no label under a plan."""
 
 
 def key_of(prompt: Prompt) -> Key:
@@ -41,7 +48,7 @@ class Labeller:
         store: where labels are kept; one transaction a batch.
         batch_size: prompts generated together.
         shortcut: follow the full model's answer with every plan and generate only what differs (see
-            `oracle.following`); otherwise generate everything.
+            `oracle.following`); otherwise generate everything. The judge `kl` generates nothing either way.
 
     Attributes:
         failures: one sentence for each label whose judge failed; its score is NaN.
@@ -73,20 +80,30 @@ class Labeller:
         """Label all prompts under all plans of the menu, the full plan first since others are compared with it."""
         full_plan = menu.plans[-1]
         self._generate(self.missing(prompts, full_plan), full_plan, None, advance)
-        full = self._read(full_plan)
-        missing = {plan: self.missing(prompts, plan) for plan in menu.plans[:-1]}
-        if self._shortcut:
-            self._follow(prompts, missing, full, advance)
-        else:
-            for plan, without in missing.items():
-                self._generate(without, plan, full, advance)
+        self._compare({plan: self.missing(prompts, plan) for plan in menu.plans[:-1]}, full_plan, advance)
 
     def label_some(self, wanted: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan) -> None:
         """Label some prompts under some plans, as a search asks for them; their full plans' labels must be there."""
-        full = self._read(full_plan)
-        for plan, prompts in wanted.items():
-            without = self.missing(prompts, plan)
-            self._follow(without, {plan: without}, full, lambda done: None)
+        missing = {plan: self.missing(prompts, plan) for plan, prompts in wanted.items()}
+        self._compare(missing, full_plan, lambda done: None)
+
+    def _compare(self, missing: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance) -> None:
+        """The labels that are missing under shortened plans, each in the cheapest way that its judge allows."""
+        labels = self._read(full_plan)
+        full = {prompt: labels[key_of(prompt)] for prompts in missing.values() for prompt in prompts}
+        forced, free = (
+            {
+                plan: [prompt for prompt in prompts if (prompt.judge == KL) == wanted]
+                for plan, prompts in missing.items()
+            }
+            for wanted in (True, False)
+        )
+        self._diverge(forced, full, advance)
+        if self._shortcut:
+            self._follow(free, full, advance)
+        else:
+            for plan, without in free.items():
+                self._generate(without, plan, full, advance)
 
     def scores(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[float]:
         """The scores of prompts that were labelled under `plan`."""
@@ -101,9 +118,7 @@ class Labeller:
     def _read(self, plan: LayerPlan) -> dict[Key, Label]:
         return self._store.read(self.model_key, str(plan), str(self._decoding))
 
-    def _generate(
-        self, prompts: Sequence[Prompt], plan: LayerPlan, full: Mapping[Key, Label] | None, advance: Advance
-    ) -> None:
+    def _generate(self, prompts: Sequence[Prompt], plan: LayerPlan, full: Full | None, advance: Advance) -> None:
         """Plain generation under one plan."""
         for batch in self._batches(prompts, full):
             start = time.perf_counter()
@@ -115,26 +130,20 @@ class Labeller:
             for prompt, answer in zip(batch, answers, strict=True):
                 tokens = (answer.prompt_tokens + len(answer.token_ids)) * plan.layers / plan.n_layers
                 draft = Draft(prompt, plan, answer.token_ids, tokens, seconds)
-                labels.append(self._judged(draft, answer.text, answer.prompt_tokens, full))
-            self._store.add(labels)
-            advance(len(labels))
+                value = self._judged(prompt, answer.text, answer.text if full is None else full[prompt].answer)
+                labels.append(self._labelled(draft, answer.text, answer.prompt_tokens, value))
+            self._keep(labels, advance)
 
-    def _follow(
-        self,
-        prompts: Sequence[Prompt],
-        missing: Mapping[LayerPlan, Sequence[Prompt]],
-        full: Mapping[Key, Label],
-        advance: Advance,
-    ) -> None:
+    def _follow(self, missing: Missing, full: Full, advance: Advance) -> None:
         """All plans along the full model's answers at once; what that leaves open is generated, a batch at a time."""
-        wanted = {plan: {key_of(prompt) for prompt in without} for plan, without in missing.items()}
+        wanted = {plan: set(prompts) for plan, prompts in missing.items()}
         unfinished: dict[LayerPlan, list[Draft]] = defaultdict(list)
         settled: dict[LayerPlan, list[bool]] = defaultdict(list)
-        todo = [prompt for prompt in prompts if any(key_of(prompt) in keys for keys in wanted.values())]
-        for batch in self._batches(todo, full):
+        for batch in self._batches(_together(missing), full):
+            begun = [Draft(prompt, plan) for plan, some in wanted.items() for prompt in batch if prompt in some]
             known: list[Draft] = []
-            for draft in self._begun(batch, wanted, full):
-                settled[draft.plan].append(self._follower.is_settled(draft, full[key_of(draft.prompt)].answer))
+            for draft in self._follower.lead(begun, full):
+                settled[draft.plan].append(self._follower.is_settled(draft, full[draft.prompt].answer))
                 (known if settled[draft.plan][-1] else unfinished[draft.plan]).append(draft)
             self._add(known, full, advance)
             for plan in [plan for plan, drafts in unfinished.items() if len(drafts) >= self._batch_size]:
@@ -144,63 +153,82 @@ class Labeller:
         for drafts in unfinished.values():
             self._finish(drafts, full, advance)
         for plan in [plan for plan in missing if plan not in wanted]:
-            self._generate(self.missing(missing[plan], plan), plan, full, advance)
+            self._finish([Draft(prompt, plan) for prompt in self.missing(missing[plan], plan)], full, advance)
 
-    def _begun(
-        self, batch: Sequence[Prompt], wanted: Mapping[LayerPlan, Collection[Key]], full: Mapping[Key, Label]
-    ) -> list[Draft]:
-        """Drafts of what is wanted for the prompts of a batch."""
-        plans = [plan for plan, keys in wanted.items() if any(key_of(prompt) in keys for prompt in batch)]
-        if not plans:
-            return []
-        drafts = self._follower.begin(batch, [full[key_of(prompt)].answer_ids for prompt in batch], plans)
-        return [draft for draft in drafts if key_of(draft.prompt) in wanted[draft.plan]]
+    def _finish(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
+        def tokens(draft: Draft) -> int:
+            return full[draft.prompt].prompt_tokens + self._decoding.max_new_tokens
 
-    def _finish(self, drafts: Sequence[Draft], full: Mapping[Key, Label], advance: Advance) -> None:
-        ordered = sorted(drafts, key=lambda draft: (len(draft.ids), full[key_of(draft.prompt)].prompt_tokens))
-        for first in range(0, len(ordered), self._batch_size):
-            self._add(self._follower.finish(ordered[first : first + self._batch_size]), full, advance)
+        ordered = sorted(drafts, key=lambda draft: (len(draft.ids), -tokens(draft)))
+        for batch in packed(ordered, tokens, self._batch_size):
+            self._add(self._follower.finish(batch, full), full, advance)
 
-    def _add(self, drafts: Sequence[Draft], full: Mapping[Key, Label], advance: Advance) -> None:
-        labels = [
-            self._judged(draft, self._follower.text(draft), full[key_of(draft.prompt)].prompt_tokens, full)
-            for draft in drafts
-        ]
+    def _add(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
+        labels = []
+        for draft in drafts:
+            text, whole = self._follower.text(draft), full[draft.prompt]
+            value = self._judged(draft.prompt, text, whole.answer)
+            labels.append(self._labelled(draft, text, whole.prompt_tokens, value))
+        self._keep(labels, advance)
+
+    def _diverge(self, missing: Missing, full: Full, advance: Advance) -> None:
+        """Labels of the judge `kl`: all plans along the full model's answers, nothing generated."""
+        wanted = {plan: set(prompts) for plan, prompts in missing.items()}
+        for batch in self._batches(_together(missing), full):
+            plans = [plan for plan, prompts in wanted.items() if not prompts.isdisjoint(batch)]
+            texts, answers = [prompt.prompt for prompt in batch], [full[prompt].answer_ids for prompt in batch]
+            start = time.perf_counter()
+            found = diverge(self._model, self._tokenizer, texts, answers, plans)
+            seconds = (time.perf_counter() - start) / (len(batch) * len(plans))
+            labels = []
+            for prompt, row in zip(batch, found, strict=True):
+                for plan in [plan for plan in plans if prompt in wanted[plan]]:
+                    draft = Draft(prompt, plan, list(full[prompt].answer_ids), row[plan].forward_tokens, seconds)
+                    value = self._checked(prompt, row[plan].score)
+                    labels.append(self._labelled(draft, CUT, full[prompt].prompt_tokens, value))
+            self._keep(labels, advance)
+
+    def _checked(self, prompt: Prompt, value: float) -> float:
+        """The score as it is; NaN is noted."""
+        if math.isnan(value):
+            self.failures.append(f"the judge {KL!r} failed on prompt {prompt.id!r}: the model's logits are NaN")
+        return value
+
+    def _keep(self, labels: Sequence[Label], advance: Advance) -> None:
         self._store.add(labels)
         advance(len(labels))
 
-    def _batches(self, prompts: Sequence[Prompt], full: Mapping[Key, Label] | None) -> Iterator[list[Prompt]]:
+    def _batches(self, prompts: Sequence[Prompt], full: Full | None) -> Iterator[list[Prompt]]:
         """Batches of like prompts, longest first, so that too little memory shows at once.
 
         Like in length, so that little is padded, and in the power of two of the expected answer's length (the full
         model's, or the reference's as long as that is not known), since a batch decodes until its longest answer ends.
         """
+        lengths = {prompt: len(self._tokenizer(prompt.prompt).input_ids) for prompt in prompts}
 
-        def effort(prompt: Prompt) -> tuple[int, int, str]:
-            if full is None:
-                expected = len(self._tokenizer(prompt.reference).input_ids)
-            else:
-                expected = len(full[key_of(prompt)].answer_ids)
-            return -expected.bit_length(), -len(self._tokenizer(prompt.prompt).input_ids), prompt.id
+        def expected(prompt: Prompt) -> int:
+            return len(self._tokenizer(prompt.reference).input_ids if full is None else full[prompt].answer_ids)
 
-        ordered = sorted(prompts, key=effort)
-        for start in range(0, len(ordered), self._batch_size):
-            yield ordered[start : start + self._batch_size]
+        ordered = sorted(lengths, key=lambda prompt: (-expected(prompt).bit_length(), -lengths[prompt], prompt.id))
+        return packed(ordered, lambda prompt: lengths[prompt] + self._decoding.max_new_tokens, self._batch_size)
 
-    def _judged(self, draft: Draft, answer: str, prompt_tokens: int, full: Mapping[Key, Label] | None) -> Label:
-        prompt = draft.prompt
-        full_answer = answer if full is None else full[key_of(prompt)].answer
+    def _judged(self, prompt: Prompt, answer: str, full_answer: str) -> float:
+        """The score, or NaN where the judge fails, which is noted."""
+        if prompt.judge == KL:
+            return 1.0  # only the full plan has an answer of its own to judge, and it is compared with itself
         try:
-            value = score(prompt.judge, answer, prompt.reference, full_answer)
+            return score(prompt.judge, answer, prompt.reference, full_answer)
         except Exception as error:  # a judge may be the user's own code: one prompt must not end a night's run
             self.failures.append(f"the judge {prompt.judge!r} failed on prompt {prompt.id!r}: {error}")
-            value = float("nan")
+            return float("nan")
+
+    def _labelled(self, draft: Draft, answer: str, prompt_tokens: int, value: float) -> Label:
         return Label(
             model=self.model_key,
-            prompt=prompt.hash,
+            prompt=draft.prompt.hash,
             plan=str(draft.plan),
             decoding=str(self._decoding),
-            judge=prompt.judge,
+            judge=draft.prompt.judge,
             answer=answer,
             answer_ids=tuple(draft.ids),
             score=value,
@@ -208,6 +236,11 @@ class Labeller:
             forward_tokens=draft.forward_tokens,
             seconds=draft.seconds,
         )
+
+
+def _together(missing: Missing) -> list[Prompt]:
+    """Every prompt that is missing under some plan, once."""
+    return list(dict.fromkeys(prompt for prompts in missing.values() for prompt in prompts))
 
 
 def score_matrix(labels: Sequence[Sequence[Label]]) -> NDArray[np.float64]:

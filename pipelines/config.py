@@ -93,7 +93,8 @@ class LabelSection(Section):
     shortcut: bool = True
     """Follow the full model's answer with every plan and generate only what differs, instead of everything."""
     tolerance: float = Field(0.0, ge=0, lt=1)
-    """A plan is sufficient if its score is at least the full plan's less this."""
+    """A plan is sufficient if its score is at least the full plan's less this. With the judge `kl`, under which a
+    shortened plan hardly ever scores the full plan's 1, it has to be above 0."""
 
 
 class FeaturesSection(Section):

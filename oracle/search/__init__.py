@@ -1,6 +1,7 @@
 """Which plan is the least that is sufficient for one prompt? Searchers on one contract, from one budget of evaluations.
 
-`base.py` has the contract, `driving.py` runs searchers, `testing.py` proves that one keeps the contract.
+`base.py` has the contract, `driving.py` runs searchers, `measuring.py` answers them with a model's labels, `testing.py`
+proves that a searcher keeps the contract.
 """
 
 from __future__ import annotations

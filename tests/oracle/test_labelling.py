@@ -15,11 +15,13 @@ from tiny import tiny_model
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
 from oracle import labelling
-from oracle.answering import answer_batch, in_halves, stop_token_ids
+from oracle import shortcut as leading
+from oracle.answering import answer_batch, continue_batch, in_halves, stop_token_ids
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.following import follow
 from oracle.labelling import Labeller, score_matrix
 from oracle.labels import CUT, Label, LabelStore, StoreError
+from oracle.packing import packed
 from oracle.prompts import Prompt, PromptError, Shard
 from oracle.shortcut import Draft, Shortcut
 
@@ -106,6 +108,67 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
 def test_a_text_has_parted_when_no_continuation_can_agree(text, stops, parted, model, tokenizer) -> None:
     draft = Draft(PROMPTS[0], LayerPlan.full(6), tokenizer(text).input_ids, 0.0, 0.0)
     assert Shortcut(model, tokenizer, Decoding(9, stops)).has_parted(draft, "abc") == parted
+
+
+@pytest.mark.parametrize(("first", "looks"), [(1, 1), (1, 3), (2, 2), (9, 3)])
+def test_the_looks_change_what_labels_cost_but_not_what_they_say(
+    gentle, tokenizer, tmp_path, first, looks, monkeypatch
+) -> None:
+    monkeypatch.setattr(leading, "FIRST_LOOK", first)
+    monkeypatch.setattr(leading, "LOOKS", looks)
+    prompts = [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "abc", "agreement") for i in range(12)]
+    plans = [LayerPlan.exiting(6, 2), *(LayerPlan.skipping(6, skipped) for skipped in ({5}, {4}, {3, 5}))]
+    menu = PlanMenu.build(plans, sublayer_bytes(gentle), probe_depth=2)
+    scores = []
+    for short in (False, True):
+        store = LabelStore(tmp_path / f"{short}.db")
+        labeller = Labeller(gentle, tokenizer, Decoding(8), store, batch_size=3, shortcut=short)
+        labeller.label(prompts, menu)
+        scores.append(score_matrix(labeller.read(prompts, menu)))
+    np.testing.assert_array_equal(*scores)
+    assert scores[0][:, :-1].mean() > 0
+
+
+def test_a_row_ends_when_there_is_enough_of_it_and_the_others_go_on(model, tokenizer) -> None:
+    plan, prompts = LayerPlan.exiting(6, 4), [tokenizer(text).input_ids for text in ("abc", "hgfed", "b")]
+    whole = continue_batch(model, tokenizer, prompts, plan, Decoding(6), 6)
+    wanted = (2, 7, 1)
+    enough = [lambda ids, n=n: len(ids) >= n for n in wanted]
+    part = continue_batch(model, tokenizer, prompts, plan, Decoding(6), 6, enough)
+    assert part == [ids[:n] for ids, n in zip(whole, wanted, strict=True)]
+    assert [len(ids) for ids in part] == [2, 6, 1]
+
+
+def test_no_more_is_generated_than_shows_that_texts_have_parted(model, tokenizer, tmp_path) -> None:
+    plan, follower = LayerPlan.exiting(6, 3), Shortcut(model, tokenizer, Decoding(6))
+    labeller = Labeller(model, tokenizer, Decoding(6), LabelStore(tmp_path / "labels.db"), 4)
+    menu = PlanMenu.build([plan], sublayer_bytes(model), 2)
+    labeller.label(PROMPTS, menu)
+    full = {prompt: row[-1] for prompt, row in zip(PROMPTS, labeller.read(PROMPTS, menu), strict=True)}
+    plain = [answer_batch(model, tokenizer, [prompt.prompt], plan, Decoding(6))[0] for prompt in PROMPTS]
+    finished = follower.finish([Draft(prompt, plan) for prompt in PROMPTS], full)
+    assert any(len(draft.ids) < 6 for draft in finished)
+    for draft, answer in zip(finished, plain, strict=True):
+        assert draft.ids == answer.token_ids[: len(draft.ids)]
+        assert follower.is_settled(draft, full[draft.prompt].answer)
+        assert not any(
+            follower.is_settled(Draft(draft.prompt, plan, draft.ids[:n]), full[draft.prompt].answer)
+            for n in range(1, len(draft.ids))
+        )
+        assert draft.forward_tokens == (len(draft.prompt.prompt) + len(draft.ids)) * 0.5
+    judged = [Prompt(prompt.id, "t", prompt.prompt, "", "rouge_l") for prompt in PROMPTS]
+    whole = follower.finish([Draft(prompt, plan) for prompt in judged], dict(zip(judged, full.values(), strict=True)))
+    assert [draft.ids for draft in whole] == [answer.token_ids for answer in plain]
+
+
+def test_batches_hold_about_the_same_tokens() -> None:
+    lengths = [30, 20, 10, 10, 10, 10, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    batches = list(packed(lengths, int, batch_size=3))
+    assert [length for batch in batches for length in batch] == lengths
+    assert batches == [[30], [20], *([[10]] * 4), *([[2, 2, 2]] * 3), [2]]  # the median is 2: room for 6
+    assert [len(batch) for batch in packed([9] * 2 + [1] * 30 + [9] * 40, int, batch_size=2)][:4] == [2, 8, 8, 8]
+    assert max(len(batch) for batch in packed([9] * 9 + [0] * 100, int, 2)) == 8
+    assert list(packed([], int, 3)) == []
 
 
 def test_following_says_how_far_a_plan_repeats_an_answer(gentle, tokenizer) -> None:

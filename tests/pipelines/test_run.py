@@ -18,6 +18,7 @@ from filelock import FileLock
 from tiny import tiny_model, tiny_tokenizer
 
 from layerbudget.cli import main
+from oracle.labels import CUT
 from pipelines.evaluate import NOISE
 
 ROOT = Path(__file__).parents[2]
@@ -253,6 +254,25 @@ def test_prompts_that_a_judge_fails_on_are_left_out(config_file, prompts_file, t
     assert "32 labels have no score, the first since the judge 'fussy:judge' failed on prompt" in output
     metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
     assert metrics["full"]["quality"] == 0.5
+
+
+def test_the_judge_kl_needs_no_reference_and_generates_the_full_answers_only(config_file, prompts_file) -> None:
+    rows = [json.loads(line) | {"judge": "kl"} for line in prompts_file.read_text().splitlines()[:80]]
+    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = config_file(label={"tolerance": 0.1})
+    done = layerbudget("run", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
+    with sqlite3.connect(folder / "labels.db") as store:
+        labels = store.execute("SELECT plan, answer, score FROM labels").fetchall()
+    assert {score for plan, _, score in labels if plan == "0-5"} == {1.0}
+    assert all(answer == CUT and 0 < score < 1 for plan, answer, score in labels if plan != "0-5")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["full"]["quality"] == 1
+    assert metrics["random"]["quality"] <= 1
+    assert metrics["oracle"]["loss"] == 0
+    assert metrics["oracle"]["budget"] < 1
+    assert metrics["labelling"]["ratio_to_exhaustive"] < 1
 
 
 def test_a_single_stage_names_the_one_it_needs(config_file) -> None:

