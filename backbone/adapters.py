@@ -1,4 +1,4 @@
-"""Adapters: small changes of some weights that all shortened plans of a menu share; the full plan keeps its own weights.
+"""Adapters: small changes of some weights that all shortened plans share; the full plan keeps its own weights.
 
 A change is a low-rank product, LoRA (Hu et al. 2021, arXiv 2106.09685, section 4), or, for a norm's weight or a bias, a
 vector. It is merged into a copy of the weight, so that an adapted layer costs no more time than any other, at the price

@@ -1,8 +1,8 @@
 """Bridges: affine maps that stand in for the layers that a plan leaves out.
 
-A bridge takes the state before a gap of a plan to about the state after it. Sources: linear short-cuts between layers, Din
-et al. 2023 (arXiv 2303.09435, section 3); closed-form replacement of a block of layers, ReplaceMe, Shopkhoev et al. 2025
-(arXiv 2505.02819, section 3).
+A bridge takes the state before a gap of a plan to about the state after it. Sources: linear short-cuts between layers,
+Din et al. 2023 (arXiv 2303.09435, section 3); closed-form replacement of a block of layers, ReplaceMe, Shopkhoev et al.
+2025 (arXiv 2505.02819, section 3).
 
 Shapes: `T` tokens, `D` hidden size, `r` rank.
 """
@@ -10,8 +10,7 @@ Shapes: `T` tokens, `D` hidden size, `r` rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 

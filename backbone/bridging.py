@@ -93,17 +93,19 @@ def _sums(
         inputs = padded_inputs(model, [tokens for _, tokens in batch])
         full = _states(model, inputs, ends)
         before = (
-            {gap: full[gap[1].start] for gap in wanted} if fits is None else _shortened(model, inputs, wanted, fits)
+            {place: full[place[1].start] for place in wanted}
+            if fits is None
+            else _shortened(model, inputs, wanted, fits)
         )
         mask = inputs["attention_mask"].bool()
         held = torch.tensor([index % HELD == 0 for index, _ in batch], device=device)[:, None]
         added: set[int] = set()
-        for gap, (for_fit, for_choice) in sums.items():
+        for place, (for_fit, for_choice) in sums.items():
             if id(for_fit) in added:
                 continue
             added.add(id(for_fit))
             for moments, rows in ((for_fit, mask & ~held), (for_choice, mask & held)):
-                moments.add(before[gap][rows], full[gap[1].stop].to(device)[rows])
+                moments.add(before[place][rows], full[place[1].stop].to(device)[rows])
         advance(len(batch))
     return sums
 

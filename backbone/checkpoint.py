@@ -1,4 +1,4 @@
-"""Where a training run stands, as one safetensors file that is replaced at once: a kill leaves the old or the new one."""
+"""Where a training run stands: one safetensors file, replaced at once, so that a kill leaves the old or the new."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ class Checkpoint:
         self._best: dict[str, torch.Tensor] = {}
 
     def save(
-        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any], *, better: bool
-    ) -> None:  # fmt: skip
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        *,
+        better: bool,
+    ) -> None:
         """`better`: the parameters as they are now are the best so far."""
         now = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         if better:

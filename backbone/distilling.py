@@ -3,8 +3,8 @@
 At every step some plans run over prompts with the full model's answers and are moved towards its next-token
 distributions there (KL divergence; Hinton et al. 2015, arXiv 1503.02531). Which plans: the cheapest, the largest
 shortened one and some drawn at random (the sandwich rule, Yu and Huang 2019, arXiv 1903.05134, section 3.2). What they
-have in common is computed once, the layers of the probe without gradient. References can be mixed in as targets of their
-own (Sorted Fine-Tuning, Valipour et al. 2023, arXiv 2309.08968).
+have in common is computed once, the layers of the probe without gradient. References can be mixed in as targets of
+their own (Sorted Fine-Tuning, Valipour et al. 2023, arXiv 2309.08968).
 
 Shapes: `A` answer tokens of a batch, `V` vocabulary, `v` sampled vocabulary.
 """
@@ -168,11 +168,12 @@ class _Run:
 
     def go(self) -> History:
         history, best, losses = History(), math.inf, list[float]()
-        bad, first = 0, 0
+        bad, first, looked_at = 0, 0, -1
         if (resumed := self._checkpoint.load(self._trainable.parameters, self._optimizer)) is not None:
             history, best, bad, first = History(**resumed["history"]), resumed["best"], resumed["bad"], resumed["step"]
+            looked_at = first
         for step in range(first, self._steps + 1):
-            if step and (step % self._settings.evaluate_every == 0 or step == self._steps) or step == 0:
+            if step != looked_at and (step % self._settings.evaluate_every == 0 or step == self._steps):
                 held = self._look()
                 mean = sum(held.values()) / len(held)
                 better = mean < best
@@ -249,7 +250,7 @@ class _Run:
         losses = self._losses(part, plans, step)
         loss = torch.stack(list(losses.values())).sum() / (len(plans) * sum(example.answer for example in whole))
         if torch.isfinite(loss):
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     @torch.no_grad()
@@ -293,7 +294,7 @@ class _Run:
             return torch.arange(size, device=taught.device)
         generator = torch.Generator().manual_seed(hash((self._settings.seed, step)) % 2**31)
         drawn = torch.randint(size, (self._settings.vocabulary,), generator=generator).to(taught.device)
-        return torch.cat([taught.topk(16, dim=-1).indices.flatten(), said, drawn]).unique()
+        return torch.cat([taught.topk(16, dim=-1).indices.flatten(), said, drawn]).unique()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], answers: Sequence[int]) -> torch.Tensor:
@@ -314,7 +315,7 @@ def _plain(history: History) -> dict[str, Any]:
 @contextmanager
 def _head_on(model: PreTrainedModel, kept: torch.Tensor) -> Iterator[None]:
     """Within this block the head computes the logits of the tokens `kept` [v] only."""
-    head: Any = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     before = dict(head._parameters)
     head._parameters.update({name: None if p is None else p[kept] for name, p in before.items()})
     try:
@@ -326,7 +327,7 @@ def _head_on(model: PreTrainedModel, kept: torch.Tensor) -> Iterator[None]:
 @contextmanager
 def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
     """A frozen head on a CPU is a hundred times slower on a slice of a tensor than on a contiguous one."""
-    head: Any = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
     try:
         yield

@@ -119,7 +119,9 @@ def _diagonal(moments: Moments) -> torch.Tensor:
 def _solve(moments: Moments, diagonal: torch.Tensor, ridge: float, rank: int | None) -> torch.Tensor | None:
     """[D + 1, D]: ridge regression of what the diagonal leaves; of that, the best approximation of a given rank.
 
-    None where the ridge is too small for the sums to be positive definite. The latter is reduced-rank regression (Izenman 1975): a truncated singular value decomposition of the predictions.
+    The latter is reduced-rank regression (Izenman 1975, Reduced-rank regression for the multivariate linear model): a
+    truncated singular value decomposition of the predictions. None where the ridge is too small for the sums to be
+    positive definite.
     """
     size = moments.cross.shape[1]
     cross = moments.cross - moments.inputs[:, :size] * diagonal
@@ -133,7 +135,8 @@ def _solve(moments: Moments, diagonal: torch.Tensor, ridge: float, rank: int | N
         return solution
     left, values, right = torch.linalg.svd(lower.T @ solution, full_matrices=False)
     predictions = left[:, :rank] * values[:rank] @ right[:rank]
-    return torch.linalg.solve_triangular(lower.T, predictions, upper=True)
+    truncated: torch.Tensor = torch.linalg.solve_triangular(lower.T, predictions, upper=True)
+    return truncated
 
 
 def _as_bridge(solution: torch.Tensor, diagonal: torch.Tensor, form: Form, rank: int) -> Bridge:

@@ -46,7 +46,7 @@ def patched(
             module.__dict__["forward"] = forward
         for swap in swaps:
             undo.callback(swap.module._parameters.__setitem__, swap.name, swap.module._parameters[swap.name])
-            swap.module._parameters[swap.name] = swap.weight
+            swap.module._parameters[swap.name] = swap.weight  # type: ignore[assignment]  # in training, no leaf
         undo.callback(_restore, model, "get_compiled_call", model.__dict__.get("get_compiled_call"))
         model.__dict__["get_compiled_call"] = _compiled_calls(model, rest, attached)
         hook = decoder_of(model).register_forward_pre_hook(_cache_hook(rest), with_kwargs=True)

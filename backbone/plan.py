@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -229,6 +229,12 @@ class PlanMenu:
         distinct = {*plans, LayerPlan.full(n_layers)}
         ordered = sorted(distinct, key=lambda plan: (plan.budget(sublayer_bytes), str(plan)))
         return cls(tuple(ordered), tuple(plan.budget(sublayer_bytes) for plan in ordered), probe_depth)
+
+    def with_added(self, costs: Mapping[str, float]) -> PlanMenu:
+        """This menu with something added to the budgets of some plans, named by their texts; sorted again."""
+        added = [budget + costs.get(str(plan), 0.0) for plan, budget in zip(self.plans, self.budgets, strict=True)]
+        order = sorted(range(len(self)), key=lambda index: (self.plans[index].is_full, added[index]))
+        return PlanMenu(tuple(self.plans[i] for i in order), tuple(min(added[i], 1.0) for i in order), self.probe_depth)
 
     @property
     def n_layers(self) -> int:

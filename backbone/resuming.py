@@ -19,7 +19,6 @@ from backbone.plan import LayerPlan
 from backbone.running import apply_plan
 from backbone.stand_ins import attached_to
 
-
 Treatment = tuple[bool, bool, int, bool]
 """Of one layer under a plan: whether attention and MLP run, which bridge takes its place (0: none), whether its weights
 are changed."""

@@ -55,6 +55,10 @@ class StandIns:
             content.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return content.hexdigest()[:12]
 
+    @property
+    def is_empty(self) -> bool:
+        return not self.bridges and self.adapter is None
+
     def cost(self, model: PreTrainedModel, plan: LayerPlan) -> float:
         """What the bridges of a plan add to its budget: their parameters as a share of the decoder's.
 
@@ -164,7 +168,8 @@ def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
         for plan, of_plan in stand_ins.bridges.items()
     }
     merged = {} if stand_ins.adapter is None else stand_ins.adapter.merged(model)
-    set_attached(model, Attached(stand_ins.digest, bridges, swaps_of(model, merged), changed_layers(model, merged)))
+    digest = "" if stand_ins.is_empty else stand_ins.digest
+    set_attached(model, Attached(digest, bridges, swaps_of(model, merged), changed_layers(model, merged)))
 
 
 def swaps_of(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> tuple[Swap, ...]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +19,9 @@ from backbone.stand_ins import Attached, detach, set_attached, swaps_of
 
 Where = Literal["all", "beside_gaps", "vectors", "nowhere"]
 """Weights that an adapter changes: all matrices, those of the layers next to a gap, norms and biases, or none."""
+
+LORA_SCALE = 2.0
+"""What the product of the LoRA matrices is multiplied with."""
 
 
 def adapted_layers(plans: Sequence[LayerPlan], probe_depth: int, where: Where) -> list[int]:
@@ -41,17 +42,24 @@ class Trainable:
     """
 
     def __init__(
-        self, model: PreTrainedModel, plans: Sequence[LayerPlan], bridges: Bridges, layers: Sequence[int],
-        where: Where, rank: int, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        plans: Sequence[LayerPlan],
+        bridges: Bridges,
+        layers: Sequence[int],
+        where: Where,
+        rank: int,
+        seed: int,
+    ) -> None:
         self._model, self.plans, self._layers = model, list(plans), layers
-        self._wrapped = _with_lora(model, layers, rank, seed) if where in ("all", "beside_gaps") else None
+        targets = _matrix_modules(model, layers) if where in ("all", "beside_gaps") else []
+        self._wrapped = _with_lora(model, targets, rank, seed) if targets else None
+        self._lora = {name: model.get_submodule(name) for name in targets}
         self._vectors = _vectors(model, layers) if where == "vectors" else {}
         self._bridges = {plan: {i: _copied(b, model) for i, b in of_plan.items()} for plan, of_plan in bridges.items()}
         self.parameters: dict[str, nn.Parameter] = {}
-        for name, layer in self._lora():
-            self.parameters[f"{name}.up"] = layer.lora_B["default"].weight
-            self.parameters[f"{name}.down"] = layer.lora_A["default"].weight
+        for name, layer in self._lora.items():
+            self.parameters[f"{name}.up"], self.parameters[f"{name}.down"] = _matrices(layer)
         for plan, of_plan in self._bridges.items():
             for first, bridge in of_plan.items():
                 for part, tensor in bridge.tensors().items():
@@ -77,15 +85,15 @@ class Trainable:
 
     def off(self) -> AbstractContextManager[None]:
         """Within this block the model computes as it did before."""
-        return nullcontext() if self._wrapped is None else self._wrapped.disable_adapter()  # type: ignore[no-any-return]
+        return nullcontext() if self._wrapped is None else self._wrapped.disable_adapter()
 
     @torch.no_grad()
     def result(self) -> tuple[Adapter | None, Bridges]:
         """What was trained: copies on the CPU, matrices in bfloat16, vectors in float32."""
         changes: dict[str, tuple[torch.Tensor, ...]] = {}
-        for name, layer in self._lora():
-            up = layer.lora_B["default"].weight * layer.scaling["default"]
-            changes[f"{name}.weight"] = (_stored(up), _stored(layer.lora_A["default"].weight))
+        for name, layer in self._lora.items():
+            up, down = _matrices(layer)
+            changes[f"{name}.weight"] = (_stored(up * LORA_SCALE), _stored(down))
         changes |= {name: (delta.detach().cpu().clone(),) for name, delta in self._vectors.items()}
         bridges = {
             plan: {first: bridge.to(torch.device("cpu"), torch.bfloat16) for first, bridge in of_plan.items()}
@@ -99,11 +107,17 @@ class Trainable:
             self._wrapped.unload()
             self._wrapped = None
 
-    def _lora(self) -> list[tuple[str, LoraLayer]]:
-        return [(name, module) for name, module in self._model.named_modules() if isinstance(module, LoraLayer)]
+
+def _matrices(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Up [out, r] and down [r, in] of a layer that PEFT wrapped."""
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    assert isinstance(up, nn.Parameter)
+    assert isinstance(down, nn.Parameter)
+    return up, down
 
 
-def _with_lora(model: PreTrainedModel, layers: Sequence[int], rank: int, seed: int) -> PeftModel:
+def _matrix_modules(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
+    """Names of the modules in some layers whose matrices LoRA can change."""
     names = {id(module): name for name, module in model.named_modules()}
     chosen = [module for i in layers for module in decoder_layers(model)[i].modules()]
     targets = [names[id(module)] for module in chosen if isinstance(module, nn.Linear | Conv1D)]
@@ -112,8 +126,16 @@ def _with_lora(model: PreTrainedModel, layers: Sequence[int], rank: int, seed: i
             f"{type(model).__name__} has no floating-point matrices in layers {layers} that LoRA could be trained on "
             "(a quantised model cannot be trained through): load it unquantised, or use adapt.method=bridges"
         )
+    return targets
+
+
+def _with_lora(model: PreTrainedModel, targets: Sequence[str], rank: int, seed: int) -> Any:
+    """PEFT's model around this one, whose modules it replaces until `unload`."""
+    from peft import LoraConfig, get_peft_model  # slow, and needed for training alone
+
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))  # type: ignore[return-value]
+    config = LoraConfig(r=rank, lora_alpha=int(LORA_SCALE * rank), target_modules=list(targets))
+    return get_peft_model(model, config)
 
 
 def _vectors(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, nn.Parameter]:

@@ -14,16 +14,20 @@ if TYPE_CHECKING:
     from backbone.loading import load_backbone
     from backbone.plan import LayerPlan, PlanMenu
     from backbone.running import apply_plan
+    from backbone.stand_ins import StandIns, attach, detach
     from runtime.allocator import Allocator
 
-__all__ = ["Allocator", "LayerPlan", "PlanMenu", "apply_plan", "load_backbone"]
+__all__ = ["Allocator", "LayerPlan", "PlanMenu", "StandIns", "apply_plan", "attach", "detach", "load_backbone"]
 
 PACKAGES = ("backbone", "oracle", "controller", "runtime", "pipelines")
 _HOMES = {
     "Allocator": "runtime.allocator",
     "LayerPlan": "backbone.plan",
     "PlanMenu": "backbone.plan",
+    "StandIns": "backbone.stand_ins",
     "apply_plan": "backbone.running",
+    "attach": "backbone.stand_ins",
+    "detach": "backbone.stand_ins",
     "load_backbone": "backbone.loading",
 }
 

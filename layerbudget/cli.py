@@ -37,6 +37,7 @@ INTERRUPTED = 130
 
 STAGES = {
     "menu": "Find the plans that prompts choose from.",
+    "adapt": "Make the shortened plans better: bridges, adapters.",
     "label": "Answer and judge every prompt under every plan; resumes where it stopped.",
     "features": "Read the states of the first layers of every prompt.",
     "tune": "Search the controllers' settings with Optuna; resumes where it stopped.",
@@ -69,7 +70,7 @@ def _answer_try_prompts(config: Config) -> None:
 
     if config.try_prompts:
         allocator = Allocator.from_pretrained(config.folder / "allocator")
-        _print_answers(allocator, *Workspace.of(config).backbone, config.try_prompts)
+        _print_answers(allocator, *Workspace.of(config).adapted, config.try_prompts)
     typer.echo(f"Report: {config.folder / 'report.html'}")
 
 

@@ -61,7 +61,7 @@ def _diverge(
 ) -> list[dict[LayerPlan, Divergence]]:
     forced = ForcedAnswers(model, tokenizer, *zip(*rows, strict=True))
     full = LayerPlan.full(plans[0].n_layers)
-    order = [full, *reversed(sharing_order([plan for plan in plans if plan != full]))]
+    order = [full, *reversed(sharing_order(model, [plan for plan in plans if plan != full]))]
     shared = SharedPasses(model, order)
     with shared.next_plan():
         expected = [logits.float().log_softmax(-1) for logits in forced.logits()]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
+from backbone.stand_ins import attached_digest
 from oracle.answering import answer_batch
 from oracle.decoding import Decoding
 from oracle.divergence import diverge
@@ -69,18 +70,26 @@ class Labeller:
         self._shortcut = shortcut
         self._follower = Shortcut(model, tokenizer, decoding)
         self.failures: list[str] = []
-        self.model_key = f"{model_fingerprint(model)} {model.dtype}"
+
+    def model_key(self, plan: LayerPlan) -> str:
+        """What answers under a plan: the model, its dtype, and the stand-ins attached to it, if the plan has any."""
+        digest = attached_digest(self._model, plan)
+        return f"{model_fingerprint(self._model)} {self._model.dtype}" + (f" with {digest}" if digest else "")
 
     def missing(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[Prompt]:
         """The prompts that have no label under `plan` yet."""
-        found = self._store.keys(self.model_key, str(plan), str(self._decoding))
+        found = self._store.keys(self.model_key(plan), str(plan), str(self._decoding))
         return [prompt for prompt in prompts if key_of(prompt) not in found]
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
         """Label all prompts under all plans of the menu, the full plan first since others are compared with it."""
         full_plan = menu.plans[-1]
-        self._generate(self.missing(prompts, full_plan), full_plan, None, advance)
+        self.label_full(prompts, full_plan, advance)
         self._compare({plan: self.missing(prompts, plan) for plan in menu.plans[:-1]}, full_plan, advance)
+
+    def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
+        """Label all prompts under the full plan alone."""
+        self._generate(self.missing(prompts, full_plan), full_plan, None, advance)
 
     def label_some(self, wanted: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan) -> None:
         """Label some prompts under some plans, as a search asks for them; their full plans' labels must be there."""
@@ -89,7 +98,7 @@ class Labeller:
 
     def _compare(self, missing: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance) -> None:
         """The labels that are missing under shortened plans, each in the cheapest way that its judge allows."""
-        labels = self._read(full_plan)
+        labels = self.labels(full_plan)
         full = {prompt: labels[key_of(prompt)] for prompts in missing.values() for prompt in prompts}
         forced, free = (
             {
@@ -107,16 +116,17 @@ class Labeller:
 
     def scores(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[float]:
         """The scores of prompts that were labelled under `plan`."""
-        labels = self._read(plan)
+        labels = self.labels(plan)
         return [labels[key_of(prompt)].score for prompt in prompts]
 
     def read(self, prompts: Sequence[Prompt], menu: PlanMenu) -> list[list[Label]]:
         """For each prompt its K labels, cheapest plan first."""
-        by_plan = [self._read(plan) for plan in menu.plans]
+        by_plan = [self.labels(plan) for plan in menu.plans]
         return [[labels[key_of(prompt)] for labels in by_plan] for prompt in prompts]
 
-    def _read(self, plan: LayerPlan) -> dict[Key, Label]:
-        return self._store.read(self.model_key, str(plan), str(self._decoding))
+    def labels(self, plan: LayerPlan) -> dict[Key, Label]:
+        """All labels under `plan` that the store holds."""
+        return self._store.read(self.model_key(plan), str(plan), str(self._decoding))
 
     def _generate(self, prompts: Sequence[Prompt], plan: LayerPlan, full: Full | None, advance: Advance) -> None:
         """Plain generation under one plan."""
@@ -224,7 +234,7 @@ class Labeller:
 
     def _labelled(self, draft: Draft, answer: str, prompt_tokens: int, value: float) -> Label:
         return Label(
-            model=self.model_key,
+            model=self.model_key(draft.plan),
             prompt=draft.prompt.hash,
             plan=str(draft.plan),
             decoding=str(self._decoding),

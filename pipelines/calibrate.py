@@ -42,6 +42,7 @@ def run(config: Config) -> Path:
         decoding=config.decoding.settings(),
         fingerprint=workspace.fingerprint,
         model_source=config.model.source,
+        stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
     )
     allocator.save_pretrained(workspace.path("allocator"))
     data = {"best": best, "certificates": {name: asdict(c) for name, c in certificates.items()}}

@@ -10,7 +10,10 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from backbone.distilling import DistillSettings
 from backbone.errors import InputError
+from backbone.fitting import Form
+from backbone.trainable import Where
 from oracle.decoding import Decoding
 from oracle.prompts import Split
 
@@ -26,6 +29,7 @@ MenuMethod = Literal[
     "beam_layers",
 ]
 LearnedController = Literal["lightgbm", "mlp"]
+AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
 
 class ConfigError(InputError):
@@ -88,6 +92,44 @@ class MenuSection(Section):
         return self
 
 
+class AdaptSection(Section):
+    method: AdaptMethod = "bridges"
+    """What makes the menu's plans better: closed-form bridges over their gaps, a trained adapter, both, or nothing;
+    `best` makes all of them and keeps what does best on the tune split for the time it takes."""
+    prompts: int = Field(400, ge=8)
+    """Train prompts, with the full model's answers, to fit and train on."""
+    form: Form = "full"
+    rank: int = Field(64, ge=1)
+    """Of bridges that are `low_rank` or `diagonal_low_rank`."""
+    in_order: bool = False
+    """Fit a plan's later gaps on the states that it produces with its bridges so far."""
+    where: Where = "all"
+    """Weights that the adapter changes; `nowhere` trains the bridges alone."""
+    lora_rank: int = Field(16, ge=1)
+    epochs: float = Field(2.0, gt=0)
+    batch_tokens: int = Field(1024, ge=16)
+    plans_per_step: int = Field(3, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    references: bool = False
+    """Train towards the references too, where prompts have one; otherwise towards the full model alone."""
+
+    @model_validator(mode="after")
+    def _check_trained(self) -> AdaptSection:
+        if self.method == "adapter" and self.where == "nowhere":
+            raise ValueError("an adapter that sits 'nowhere' changes nothing; with the method 'both' it trains bridges")
+        return self
+
+    def settings(self) -> DistillSettings:
+        return DistillSettings(
+            where=self.where,
+            rank=self.lora_rank,
+            epochs=self.epochs,
+            batch_tokens=self.batch_tokens,
+            plans_per_step=self.plans_per_step,
+            learning_rate=self.learning_rate,
+        )
+
+
 class LabelSection(Section):
     batch_size: int = Field(32, ge=1)
     shortcut: bool = True
@@ -141,6 +183,7 @@ class Config(Section):
     data: DataSection = DataSection()
     decoding: DecodingSection = DecodingSection()
     menu: MenuSection = MenuSection()
+    adapt: AdaptSection = AdaptSection()
     label: LabelSection = LabelSection()
     features: FeaturesSection = FeaturesSection()
     tuning: TuningSection = TuningSection()

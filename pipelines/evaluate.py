@@ -141,7 +141,7 @@ def _speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Cho
     `batch` is all of them at once, `single` one after the other. The prompts are picked evenly along the plans chosen
     for them, so that a few stand for all.
     """
-    (model, tokenizer), settings = workspace.backbone, workspace.config.evaluation
+    (model, tokenizer), settings = workspace.adapted, workspace.config.evaluation
     n_prompts, n_tokens = min(settings.speed_prompts, len(chosen)), settings.speed_tokens
     order = np.argsort(chosen, kind="stable")
     picked = [order[int((i + 0.5) * len(order) / n_prompts)] for i in range(n_prompts)]

@@ -17,7 +17,7 @@ from backbone.loading import PACKAGE_PREFIX
 from pipelines.config import Config, ConfigError
 from pipelines.workspace import Workspace
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when a change of code makes the stages' earlier files wrong."""
 
 
@@ -37,7 +37,14 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("menu", "find the plans to choose from", ("menu", "decoding"), (), ("menu.json",)),
-    Stage("label", "answer and judge every prompt under every plan", ("label.batch_size",), ("menu",), ("labels.db",)),
+    Stage(
+        "adapt",
+        "make the shortened plans better",
+        ("adapt", "label.batch_size"),
+        ("menu",),
+        ("stand_ins.safetensors", "adapt.json"),
+    ),
+    Stage("label", "answer and judge every prompt under every plan", ("label.batch_size",), ("adapt",), ("labels.db",)),
     Stage(
         "features",
         "read the first layers' states of every prompt",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.loading import load_backbone, model_fingerprint
 from backbone.plan import PlanMenu
+from backbone.stand_ins import StandIns, attach
 from oracle.frontier import sufficient_plans
 from oracle.labelling import Labeller, score_matrix
 from oracle.labels import LabelStore
@@ -113,16 +114,36 @@ class Workspace:
         return self.path("model.txt").read_text()
 
     @cached_property
-    def labeller(self) -> Labeller:
+    def stand_ins(self) -> StandIns:
+        """What the stage `adapt` made."""
+        return StandIns.load(self.path("stand_ins.safetensors"))
+
+    @cached_property
+    def adapted(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model with its stand-ins attached."""
         model, tokenizer = self.backbone
+        attach(model, self.stand_ins)
+        return model, tokenizer
+
+    @cached_property
+    def labeller(self) -> Labeller:
+        """Labels answers of the adapted model."""
+        return self.labeller_of(*self.adapted)
+
+    def labeller_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Labeller:
         store = LabelStore(self.path("labels.db"))
         label = self.config.label
         return Labeller(
             model, tokenizer, self.config.decoding.settings(), store, label.batch_size, shortcut=label.shortcut
         )
 
-    def menu(self) -> PlanMenu:
+    def frozen_menu(self) -> PlanMenu:
+        """The menu as the stage `menu` made it."""
         return PlanMenu.load(self.path("menu.json"))
+
+    def menu(self) -> PlanMenu:
+        """The menu whose budgets count the bridges too."""
+        return self.frozen_menu().with_added(json.loads(self.path("adapt.json").read_text())["added_budget"])
 
     def table(self, *splits: Split) -> Table:
         """The prompts of some splits with their features and labels, less those that a judge failed on.

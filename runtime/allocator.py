@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from backbone.errors import InputError
 from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
+from backbone.stand_ins import StandIns, attach, attached_digest
 from controller.base import Controller, choose
 from controller.calibration import Certificate
 from controller.features import Projection, prompt_features
@@ -24,6 +26,7 @@ from oracle.decoding import Decoding
 from runtime.generation import UnsupportedGenerationError, decode_in_lanes, row_copies
 
 logger = logging.getLogger(__name__)
+_attaching = threading.Lock()
 
 
 class WrongModelError(InputError):
@@ -45,6 +48,8 @@ class Allocator:
         decoding: how the answers behind the certificate were generated.
         fingerprint: of the model it was made for.
         model_source: where that model was loaded from.
+        stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
+            which without a plan stays what it is, bit for bit.
     """
 
     menu: PlanMenu
@@ -55,6 +60,7 @@ class Allocator:
     decoding: Decoding
     fingerprint: str
     model_source: str
+    stand_ins: StandIns | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Allocator:
@@ -80,11 +86,29 @@ class Allocator:
         return upload_allocator(self, repo_id, private, token)
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raises WrongModelError unless `model` has the weights that this allocator was made for."""
+        """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no stand-ins of
+        others."""
         if (found := model_fingerprint(model)) != self.fingerprint:
             raise WrongModelError(
                 f"this allocator was made for {self.fingerprint} ({self.model_source}), the model given is {found}"
             )
+        own, others = (
+            "" if self.stand_ins is None else self.stand_ins.digest,
+            attached_digest(model, self.menu.plans[0]),
+        )
+        if others not in ("", own):
+            raise WrongModelError(
+                f"this model has stand-ins {others} attached, this allocator comes with {own or 'none'}: "
+                "call layerbudget.detach(model) first, or load the model a second time"
+            )
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Check the model and attach the stand-ins to it, once; takes a moment and memory for the changed weights."""
+        self.check_model(model)
+        if self.stand_ins is not None:
+            with _attaching:
+                if not attached_digest(model, self.menu.plans[0]):
+                    attach(model, self.stand_ins)
 
     def allocate(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
@@ -98,7 +122,7 @@ class Allocator:
         Raises:
             WrongModelError: another model than the one this allocator was made for.
         """
-        self.check_model(model)
+        self.prepare(model)
         if self.certificate.threshold is None:
             return [self.menu.plans[-1]] * len(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

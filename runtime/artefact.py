@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from backbone.errors import InputError
 from backbone.plan import PlanMenu
+from backbone.stand_ins import StandIns
 from controller.base import CONTROLLERS, controller_class
 from controller.calibration import Certificate
 from controller.features import Projection
@@ -23,6 +24,7 @@ from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 
 FORMAT_VERSION = 1
+STAND_INS = "stand_ins.safetensors"
 
 
 class ArtefactError(InputError):
@@ -57,6 +59,7 @@ def load_allocator(source: str | Path, revision: str | None) -> Allocator:
         decoding=Decoding(manifest["decoding"]["max_new_tokens"], tuple(manifest["decoding"]["stop"])),
         fingerprint=manifest["model"]["fingerprint"],
         model_source=manifest["model"]["source"],
+        stand_ins=StandIns.load(folder / STAND_INS) if STAND_INS in manifest["files"] else None,
     )
 
 
@@ -76,6 +79,8 @@ def _write(allocator: Allocator, folder: Path) -> None:
     allocator.projection.save(folder / "projection.safetensors")
     allocator.certificate.save(folder / "certificate.json")
     allocator.controller.save(folder)
+    if allocator.stand_ins is not None:
+        allocator.stand_ins.save(folder / STAND_INS)
     (folder / "README.md").write_text(_model_card(allocator))
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -89,7 +89,7 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished) -> None:
     _check_inspect_and_generate(folder)
     before = snapshot(folder)
     again = layerbudget("run", path)
-    assert again.stdout.count("done before") == 8
+    assert again.stdout.count("done before") == 9
     assert snapshot(folder) == before
     _check_changes(path, folder)
 

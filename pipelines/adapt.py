@@ -1,0 +1,229 @@
+"""Stage 2: stand-ins that make shortened plans better, fitted and trained on the full model's own answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbone.bridging import Fits, bridges_of, bridging_rounds, fit_bridges
+from backbone.distilling import Example, History, distil
+from backbone.plan import LayerPlan
+from backbone.stand_ins import StandIns, attach, detach
+from oracle.frontier import static_points, upper_hull
+from oracle.labelling import key_of, score_matrix
+from oracle.prompts import Prompt
+from pipelines.config import AdaptMethod, Config
+from pipelines.progress import console, progress
+from pipelines.stages import BY_NAME, stage_key, write_atomically
+from pipelines.workspace import Workspace
+from runtime.measuring import generation_under, median_seconds
+
+
+def run(config: Config) -> Path:
+    """Writes `stand_ins.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
+    workspace = Workspace.of(config)
+    model, _ = workspace.backbone
+    detach(model)
+    made = _Making(workspace)
+    wanted: list[AdaptMethod] = [config.adapt.method]
+    if config.adapt.method == "best":
+        wanted = ["none", "bridges", "adapter", "both"]
+    candidates = {method: made.stand_ins(method) for method in wanted}
+    curves = _compared(workspace, candidates) if len(candidates) > 1 else {}
+    chosen = max(curves, key=lambda method: curves[method]["area"]) if curves else wanted[0]
+    stand_ins = candidates[chosen]
+    unfinished = workspace.path(".stand_ins.unfinished")
+    stand_ins.save(unfinished)
+    unfinished.replace(workspace.path("stand_ins.safetensors"))
+    plans = workspace.frozen_menu().plans
+    record = {
+        "method": chosen,
+        "digest": stand_ins.digest,
+        "added_budget": {str(plan): stand_ins.cost(model, plan) for plan in plans},
+        "compared": curves,
+        **made.record,
+    }
+    write_atomically(workspace.path("adapt.json"), json.dumps(record, indent=2) + "\n")
+    shutil.rmtree(workspace.path("adapt"), ignore_errors=True)
+    return workspace.path("stand_ins.safetensors")
+
+
+class _Making:
+    """Makes stand-ins by each method; what methods share is made once.
+
+    Attributes:
+        record: how they were made, for `adapt.json`.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._settings = workspace, workspace.config.adapt
+        self._plans = workspace.frozen_menu().plans[:-1]
+        self._examples: list[Example] = []
+        self._fits: Fits | None = None
+        self.record: dict[str, Any] = {}
+
+    def stand_ins(self, method: AdaptMethod) -> StandIns:
+        fingerprint = self._workspace.fingerprint
+        if method == "none":
+            return StandIns(fingerprint)
+        bridges = {} if method == "adapter" else bridges_of(self._fitted())
+        if method == "bridges":
+            return StandIns(fingerprint, bridges)
+        model, _ = self._workspace.backbone
+        examples = self._answered() + (self._references() if self._settings.references else [])
+        start = time.perf_counter()
+        with progress(f"training ({method})", 1) as advance:
+            stand_ins, history = distil(
+                model,
+                examples,
+                self._plans,
+                bridges,
+                self._workspace.frozen_menu().probe_depth,
+                self._settings.settings(),
+                self._workspace.path("adapt") / stage_key(self._workspace.config, BY_NAME["adapt"]) / method,
+                fingerprint,
+                _showing(advance),
+            )
+        if not history.ended.startswith("all"):
+            console.print(f"  training {history.ended}")
+        self.record[f"training_{method}"] = {**asdict(history), "seconds": time.perf_counter() - start}
+        return stand_ins
+
+    def _fitted(self) -> Fits:
+        if self._fits is None:
+            model, _ = self._workspace.backbone
+            sequences = [example.tokens[:-1] for example in self._answered()]
+            start, settings = time.perf_counter(), self._settings
+            rounds = bridging_rounds(self._plans, settings.in_order)
+            with progress("sequences for bridges", rounds * len(sequences)) as advance:
+                self._fits = fit_bridges(
+                    model,
+                    sequences,
+                    self._plans,
+                    form=settings.form,
+                    rank=settings.rank,
+                    in_order=settings.in_order,
+                    advance=advance,
+                )
+            self.record["bridges"] = _described(self._fits, time.perf_counter() - start)
+            forms = {fit["form"] for fit in self.record["bridges"]["fits"]}
+            if settings.form not in forms:
+                tokens = self.record["bridges"]["fits"][0]["tokens"]
+                console.print(f"  {tokens} tokens are too few for full bridges of this model: they have a low rank")
+        return self._fits
+
+    def _answered(self) -> list[Example]:
+        """Train prompts with the full model's answers, which are labels that the stage `label` finds done."""
+        if not self._examples:
+            model, tokenizer = self._workspace.backbone
+            prompts = self._prompts()
+            labeller = self._workspace.labeller_of(model, tokenizer)
+            full = LayerPlan.full(self._workspace.frozen_menu().n_layers)
+            with progress("answers of the full model", len(labeller.missing(prompts, full))) as advance:
+                labeller.label_full(prompts, full, advance)
+            labels = labeller.labels(full)
+            answers = [labels[key_of(prompt)].answer_ids for prompt in prompts]
+            self._examples = [
+                Example((*tokenizer(prompt.prompt).input_ids, *answer), len(answer))
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+        return self._examples
+
+    def _references(self) -> list[Example]:
+        """Train prompts with their references, ended as the model's own answers end."""
+        _, tokenizer = self._workspace.backbone
+        settings = self._workspace.config.decoding
+        examples = []
+        for prompt in self._prompts():
+            if prompt.reference:
+                text = f" {prompt.reference}" + (settings.stop[0] if settings.stop else "")
+                ids = tokenizer(text, add_special_tokens=False).input_ids
+                ids = ids if settings.stop else [*ids, tokenizer.eos_token_id]
+                ids = ids[: settings.max_new_tokens]
+                examples.append(Example((*tokenizer(prompt.prompt).input_ids, *ids), len(ids), from_reference=True))
+        return examples
+
+    def _prompts(self) -> list[Prompt]:
+        train = self._workspace.splits["train"]
+        return train[:: max(1, len(train) // self._settings.prompts)][: self._settings.prompts]
+
+
+def _showing(advance: Callable[[int], None]) -> Callable[[History], None]:
+    def show(history: History) -> None:
+        held = history.held[-1]
+        console.print(
+            f"  step {history.steps[-1]}: KL on held prompts "
+            + ", ".join(f"{loss:.2f} ({plan})" for plan, loss in held.items())
+        )
+        advance(1 if history.ended else 0)
+
+    return show
+
+
+def _described(fits: Fits, seconds: float) -> dict[str, Any]:
+    rows = [
+        {
+            "plan": str(plan),
+            "first_layer": first,
+            "form": fit.form,
+            "rank": fit.bridge.rank,
+            "ridge": fit.ridge,
+            "error": fit.error,
+            "skipping_error": fit.skipping_error,
+            "tokens": fit.tokens,
+        }
+        for plan, of_plan in fits.items()
+        for first, fit in of_plan.items()
+    ]
+    return {"fits": rows, "seconds": seconds}
+
+
+def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> dict[AdaptMethod, dict[str, Any]]:
+    """For each method its static plans on the tune split: time a token, mean score, and the area under their hull.
+
+    The area is between the fastest plan of all methods and the full model's time, over milliseconds a token: mean
+    quality at a time that one is ready to spend.
+    """
+    model, tokenizer = workspace.backbone
+    menu, prompts = workspace.frozen_menu(), workspace.splits["tune"]
+    texts = [prompt.prompt for prompt in prompts[:4]]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+    batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    n_tokens = workspace.config.evaluation.speed_tokens
+    scores, times = {}, {}
+    for method, stand_ins in candidates.items():
+        attach(model, stand_ins)
+        labeller = workspace.labeller_of(model, tokenizer)
+        with progress(f"answers with {method}", sum(len(labeller.missing(prompts, p)) for p in menu.plans)) as advance:
+            labeller.label(prompts, menu, advance)
+        scores[method] = score_matrix(labeller.read(prompts, menu))
+        work = {plan: generation_under(model, batch, plan, n_tokens) for plan in menu.plans}
+        seconds = median_seconds(work, workspace.config.evaluation.speed_rounds, lambda: None)
+        times[method] = np.array([seconds[plan] * 1000 / n_tokens for plan in menu.plans])
+        detach(model)
+    return _areas(scores, times)
+
+
+def _areas(
+    scores: dict[AdaptMethod, np.ndarray], times: dict[AdaptMethod, np.ndarray]
+) -> dict[AdaptMethod, dict[str, Any]]:
+    fastest, slowest = min(t.min() for t in times.values()), min(t[-1] for t in times.values())
+    grid = np.linspace(fastest, slowest, 101)
+    found: dict[AdaptMethod, dict[str, Any]] = {}
+    for method, matrix in scores.items():
+        judged = matrix[~np.isnan(matrix).any(axis=1)]
+        hull = upper_hull(static_points(judged, times[method]))
+        spent, quality = (np.array(values) for values in zip(*hull, strict=True))
+        found[method] = {
+            "ms_per_token": times[method].tolist(),
+            "quality": judged.mean(axis=0).tolist(),
+            "area": float(np.interp(grid, spent, quality, left=0.0).mean()),
+        }
+    return found
