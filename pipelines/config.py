@@ -27,6 +27,7 @@ MenuMethod = Literal[
     "greedy_layers",
     "greedy_sublayers",
     "beam_layers",
+    "bridged_layers",
 ]
 LearnedController = Literal["lightgbm", "mlp"]
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
@@ -161,6 +162,8 @@ class CalibrationSection(Section):
 
 
 class EvaluationSection(Section):
+    frozen: bool = True
+    """Also label the test prompts under the plans without stand-ins, to show what these are worth."""
     speed_prompts: int = Field(8, ge=1)
     """Test prompts that speeds are measured on, as one batch and one at a time."""
     speed_tokens: int = Field(16, ge=2)

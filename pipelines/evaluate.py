@@ -20,6 +20,7 @@ from controller.report_card import ReportCard, report_card
 from oracle.frontier import static_points, upper_hull
 from pipelines.calibrate import certify
 from pipelines.config import Config
+from pipelines.frozen import before_and_after
 from pipelines.progress import progress
 from pipelines.stages import write_atomically
 from pipelines.train import load_trained
@@ -59,6 +60,7 @@ def run(config: Config) -> Path:
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
         "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
+        "stand_ins": before_and_after(workspace, test),
         "certificate": {**calibration["certificates"][best], "sentence": allocator.certificate.sentence},
         "prompts": {split: len(prompts) for split, prompts in workspace.splits.items()},
         "labelling": _labelling(workspace),

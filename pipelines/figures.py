@@ -57,11 +57,15 @@ def quality_against_budget(
     oracle: Sequence[Point],
     curves: Mapping[str, Sequence[Point]],
     cards: Mapping[str, Point],
+    frozen: Mapping[str, Any] | None,
 ) -> str:
     """Mean score against mean budget: static plans and their mixtures, the oracle, each controller at all thresholds,
-    and each policy where it was set to work."""
+    each policy where it was set to work, and, where it is known, what the model's plans are worth without stand-ins."""
     figure = Figure(figsize=(7.6, 4.6))
     axes = figure.subplots()
+    if frozen is not None:
+        axes.plot(*_columns(frozen["oracle_hull"]), color=MUTED, lw=1.2, label="oracle frontier, frozen model")
+        axes.plot(*_columns(frozen["static_hull"]), color=MUTED, lw=1.2, ls="--", label="mixtures, frozen model")
     axes.plot(*_columns(oracle), color=COLOURS["oracle"], lw=2, label="oracle frontier (optimistic)")
     axes.plot(*_columns(mixture), color=COLOURS["static_mixture"], lw=1.5, ls="--", label="mixtures of static plans")
     axes.scatter(*_columns(statics), color=COLOURS["static_mixture"], s=22, label="static plans", zorder=3)

@@ -38,6 +38,7 @@ def run(config: Config) -> Path:
     tasks = _task_rows(workspace, table, chosen)
     drawn = _figures(workspace, table, metrics, chosen, tasks)
     environment = Environment(loader=PackageLoader("pipelines", "."), autoescape=True, undefined=StrictUndefined)
+    environment.filters["zip"] = zip
     page = environment.get_template("report.html.j2").render(
         config=config,
         metrics=metrics,
@@ -86,7 +87,12 @@ def _figures(
     with matplotlib.rc_context(figures.STYLE):
         return {
             "quality": figures.quality_against_budget(
-                statics, upper_hull(statics), oracle_hull(table.scores, table.budgets), curves, cards
+                statics,
+                upper_hull(statics),
+                oracle_hull(table.scores, table.budgets),
+                curves,
+                cards,
+                metrics["stand_ins"].get("before"),
             ),
             "tasks": figures.layers_by_task(
                 {row["task"]: (row["needed"], row["layers"]) for row in tasks}, menu.n_layers

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
             mlflow.log_params(dict(_flat(config.model_dump(mode="json"))))
             numbers = {key: float(value) for key, value in _flat(metrics) if isinstance(value, int | float)}
             mlflow.log_metrics(numbers)
+            for key, value, step in _training(json.loads((folder / "adapt.json").read_text())):
+                mlflow.log_metric(key, value, step=step)
             for name, text in figures.items():
                 mlflow.log_text(text, f"figures/{name}.svg")
             for name in ("config.yaml", "metrics.json", "report.html"):
@@ -54,6 +57,18 @@ def _experiment(config: Config) -> str:
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").resolve().as_uri()
     return str(mlflow.create_experiment(config.tracking.experiment, artifact_location=location))
+
+
+def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """Name, value and step of what an adapter's training went through: its loss, and the held one of every plan."""
+    for name, history in record.items():
+        if not name.startswith("training_"):
+            continue
+        for step, loss, held in zip(history["steps"], history["losses"], history["held"], strict=True):
+            if step:
+                yield f"{name}/loss", loss, step
+            for plan, value in held.items():
+                yield f"{name}/held_kl/{plan.replace(',', ' ')}", value, step
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

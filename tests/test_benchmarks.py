@@ -77,3 +77,26 @@ def test_labelling_compares_its_ways(model_folder, prompts_file, tmp_path, monke
     for menu in ("exiting", "greedy_layers"):
         assert result[menu]["agreement"]["shortcut"]["equal_scores"] == 1
         assert result[menu]["agreement"]["shortcut"]["forward_tokens_to_exhaustive"] < 1
+
+
+def test_stand_ins_are_compared_on_the_same_prompts(model_folder, tmp_path, monkeypatch) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        {"id": str(i), "task": "ab"[i % 2], "prompt": f"{i} abcdef", "reference": "", "judge": "agreement"}
+        for i in range(40)
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapt = script("adapt")
+    monkeypatch.setattr(adapt, "RESULTS", tmp_path)
+    options = "--name tiny --train 20 --test 10 --plans 3 --probe-depth 2 --max-new-tokens 3 --search-prompts 4"
+    steps = "--decode-steps 4 --leave-out a --epochs 1 --menus exiting --methods none bridges both --stop"
+    data = ["--model", str(model_folder), "--data", str(prompts), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", ["adapt.py", *data, *options.split(), *steps.split()])
+    adapt.main()
+    result = json.loads((tmp_path / "adapt-tiny.json").read_text())
+    frozen, bridged, _ = result["rows"]
+    assert frozen["quality"][-1] == bridged["quality"][-1] == 1
+    assert all(after > before for before, after in zip(frozen["budgets"][:-1], bridged["budgets"][:-1], strict=True))
+    assert result["other_tasks"][0]["with"][-1] == result["other_tasks"][0]["without"][-1] == 1
+    assert set(result["decode"][0]["to_deleted"]) == {"none", "bridges", "both"}
+    assert "work" not in result["settings"]

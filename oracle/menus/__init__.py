@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
+from oracle.menus.bridged import bridged_layers
 from oracle.menus.fixed import evenly, exiting, given, middle_block, random_routes
 from oracle.menus.greedy import beam_layers, greedy_layers, greedy_sublayers, search_steps
 from oracle.menus.influence import block_influence
@@ -23,6 +24,7 @@ MENUS: dict[str, Callable[[MenuTask, Advance], list[LayerPlan]]] = {
     "greedy_layers": greedy_layers,
     "greedy_sublayers": greedy_sublayers,
     "beam_layers": beam_layers,
+    "bridged_layers": bridged_layers,
 }
 
 

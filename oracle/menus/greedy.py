@@ -47,7 +47,7 @@ def sublayer_removals(task: MenuTask) -> list[Removal]:
 def search_steps(method: str, task: MenuTask) -> int:
     """At most how often a search will call `advance`; 0 for methods that do not search."""
     searches = {"greedy_layers": (layer_removals, 1), "greedy_sublayers": (sublayer_removals, 1)}
-    searches["beam_layers"] = (layer_removals, 3)
+    searches |= {"beam_layers": (layer_removals, 3), "bridged_layers": (layer_removals, 1)}
     if method not in searches:
         return 0
     removals, width = searches[method]
@@ -62,7 +62,7 @@ def _search(task: MenuTask, removals: Sequence[Removal], advance: Advance, *, wi
     divergence = AnswerDivergence(task)
     paths: list[list[LayerPlan]] = [[LayerPlan.full(task.n_layers)]]
     while paths[0][-1].budget(sizes) > task.cheapest_budget:
-        longer = {plan: path for path in paths for plan in _shortened(path[-1], removals)}
+        longer = {plan: path for path in paths for plan in shortened(path[-1], removals)}
         if not longer:
             break
         plans = sharing_order(task.model, list(longer))
@@ -72,7 +72,8 @@ def _search(task: MenuTask, removals: Sequence[Removal], advance: Advance, *, wi
     return spread(paths[0][1:], task.n_plans - 1)
 
 
-def _shortened(plan: LayerPlan, removals: Sequence[Removal]) -> list[LayerPlan]:
+def shortened(plan: LayerPlan, removals: Sequence[Removal]) -> list[LayerPlan]:
+    """The plan less each of the removals that it still runs."""
     return [
         plan.without(attention=attention, mlp=mlp)
         for attention, mlp in removals

@@ -221,6 +221,59 @@ def test_ctrl_c_says_that_the_run_goes_on_and_a_second_process_waits_its_turn(co
     assert layerbudget("run", path, "--set", "tuning.trials=2").returncode == 0
 
 
+ADAPTED = {"epochs": 4, "batch_tokens": 256, "lora_rank": 4, "prompts": 40}
+
+
+@pytest.mark.parametrize("method", ["none", "bridges", "adapter", "both"])
+def test_shortened_plans_are_adapted_in_every_way(config_file, method) -> None:
+    path = config_file(adapt={"method": method, **ADAPTED})
+    done = layerbudget("run", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
+    record = json.loads((folder / "adapt.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert record["method"] == metrics["stand_ins"]["method"] == method
+    assert ("bridges" in record) == (method in ("bridges", "both"))
+    assert (f"training_{method}" in record) == (method in ("adapter", "both"))
+    added = sum(record["added_budget"].values())
+    assert (added > 0) == (method in ("bridges", "both"))
+    assert (folder / "allocator" / "stand_ins.safetensors").exists() == (method != "none")
+    page = (folder / "report.html").read_text()
+    assert ("Before and after" in page) == ("before" in metrics["stand_ins"]) == (method != "none")
+    with sqlite3.connect(folder.parent.parent / "mlruns" / "mlflow.db") as connection:
+        keys = {key for (key,) in connection.execute("SELECT DISTINCT key FROM metrics")}
+    assert any(key.startswith(f"training_{method}/held_kl/0-") for key in keys) == (method in ("adapter", "both"))
+    if method != "none":
+        before, after = (metrics["stand_ins"][when]["static"] for when in ("before", "after"))
+        assert before[-1] == after[-1]
+        assert before != after
+    budgets = [budget for budget, _ in metrics["stand_ins"]["after"]["static"]]
+    frozen = [plan["budget"] for plan in json.loads((folder / "menu.json").read_text())["plans"]]
+    assert sum(budgets) == pytest.approx(sum(frozen) + added)
+
+
+def test_the_best_way_to_adapt_is_measured_on_the_tune_split(config_file) -> None:
+    path = config_file(adapt={"method": "best", **ADAPTED})
+    done = layerbudget("adapt", path, "--set", "menu.plans=3")
+    assert done.returncode == 2
+    done = layerbudget("menu", path)
+    done = layerbudget("adapt", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
+    record = json.loads((folder / "adapt.json").read_text())
+    areas = {method: row["area"] for method, row in record["compared"].items()}
+    assert set(areas) == {"none", "bridges", "adapter", "both"}
+    assert record["method"] == max(areas, key=lambda method: areas[method])
+
+
+def test_too_few_tokens_for_full_bridges_are_said(config_file) -> None:
+    path = config_file(adapt={"method": "bridges", "prompts": 8})
+    layerbudget("menu", path)
+    with patch("backbone.fitting.TOKENS_PER_INPUT", 50):
+        done = layerbudget("adapt", path)
+    assert "too few for full bridges" in done.stdout
+
+
 def test_shards_label_one_run_together(config_file, tmp_path) -> None:
     path = config_file()
     assert "the stage 'label' needs 'menu' first" in refused("label", path, "--shard", "1/2")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ from tiny import N_LAYERS, padded_batch, tiny_model, tiny_tokenizer
 from transformers import TextStreamer
 
 import controller.features
+from backbone.adapters import Adapter
+from backbone.bridges import Bridge
 from backbone.families import sublayer_bytes
 from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.running import apply_plan
+from backbone.stand_ins import StandIns, attach, attached_digest, detach
 from controller.calibration import Certificate
 from controller.features import Projection, prompt_features
 from controller.gbdt import LightGBMController
@@ -244,3 +248,60 @@ def test_texts_come_with_their_plans(model, allocator) -> None:
     for text, prompt in zip(texts, ["abcdefgh", "ab"], strict=True):
         single = generate_texts(allocator, model, tiny_tokenizer(), [prompt], Decoding(5))[0]
         assert single == text
+
+
+def with_stand_ins(model, scale: float = 0.3) -> Allocator:
+    """An allocator with a bridge for each plan's gap and a change of a weight behind the probe."""
+    torch.manual_seed(0)
+    bridges = {plan: {plan.gaps[0].start: Bridge((scale * torch.randn(32, 32),), torch.zeros(32))} for plan in PLANS}
+    adapter = Adapter({"model.layers.2.mlp.down_proj.weight": (scale * torch.randn(32, 2), torch.randn(2, 64))})
+    return replace(make_allocator(model), stand_ins=StandIns(model_fingerprint(model), bridges, adapter))
+
+
+def test_rows_run_their_plans_with_the_allocators_stand_ins() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    stock = model.generate(**batch, **GREEDY)
+    allocator = with_stand_ins(model)
+    plans = allocator.allocate(model, **batch)
+    assert len(set(plans)) > 1
+    output = allocator.generate(model, **batch, **GREEDY)
+    assert output[:, batch["input_ids"].shape[1] :].tolist() == alone(model, plans, batch, **GREEDY)
+    assert torch.equal(model.generate(**batch, **GREEDY), stock), "without a plan the model is what it was"
+    detach(model)
+    assert output[:, batch["input_ids"].shape[1] :].tolist() != alone(model, plans, batch, **GREEDY)
+
+
+def test_stand_ins_do_not_change_what_the_probe_sees() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    before = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2)
+    with_stand_ins(model).prepare(model)
+    assert np.array_equal(prompt_features(model, batch["input_ids"], batch["attention_mask"], 2), before)
+
+
+def test_stand_ins_are_saved_with_the_allocator(tmp_path) -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    allocator = with_stand_ins(model)
+    expected = allocator.generate(model, **batch, **GREEDY)
+    detach(model)
+    allocator.save_pretrained(tmp_path / "allocator")
+    loaded = Allocator.from_pretrained(tmp_path / "allocator")
+    assert loaded.stand_ins.digest == allocator.stand_ins.digest
+    assert torch.equal(loaded.generate(model, **batch, **GREEDY), expected)
+    assert attached_digest(model, PLANS[0]) == allocator.stand_ins.digest
+    (tmp_path / "allocator" / "stand_ins.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtefactError, match=r"stand_ins\.safetensors does not match its SHA-256"):
+        Allocator.from_pretrained(tmp_path / "allocator")
+
+
+def test_a_model_with_the_stand_ins_of_others_is_refused() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    allocator, other = with_stand_ins(model), with_stand_ins(model, scale=0.1)
+    allocator.prepare(model)
+    with pytest.raises(WrongModelError, match=r"stand-ins .* attached, this allocator comes with"):
+        other.generate(model, **batch, **GREEDY)
+    with pytest.raises(WrongModelError, match="comes with none"):
+        make_allocator(model).generate(model, **batch, **GREEDY)
+    detach(model)
+    other.generate(model, **batch, **GREEDY)
+    attach(model, allocator.stand_ins)
+    allocator.generate(model, **batch, **GREEDY)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from backbone.bridging import bridges_of, fit_bridges
 from backbone.families import sublayer_bytes
 from backbone.loading import load_backbone, model_fingerprint
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
+from backbone.stand_ins import StandIns, attach, detach
 from oracle.answering import answer_batch
 from oracle.decoding import Decoding
 from oracle.judges import score
@@ -32,6 +34,32 @@ def test_plans_are_exact_on_real_weights(gemma, plan) -> None:
     with apply_plan(model, plan):
         cached = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert torch.equal(cached, model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+def test_a_bridge_brings_an_early_exit_back_and_the_full_model_stays_bit_equal(gemma) -> None:
+    model, tokenizer = gemma
+    prompts = load_prompts("embedded", limit=96)
+    plan, full = LayerPlan.exiting(18, 14), LayerPlan.full(18)
+    sequences = [tokenizer(prompt.prompt + " " + prompt.reference).input_ids for prompt in prompts]
+    inputs = tokenizer(["cat -> animal\nhammer -> tool\nbread -> food\nhorse ->"], return_tensors="pt")
+
+    def distance() -> float:
+        with torch.no_grad():
+            expected = model(**inputs).logits[0, -1].log_softmax(-1)
+            with apply_plan(model, plan):
+                own = model(**inputs).logits[0, -1].log_softmax(-1)
+        return float((expected.exp() * (expected - own)).sum())
+
+    with torch.no_grad():
+        stock = model(**inputs).logits
+    frozen = distance()
+    attach(model, StandIns(model_fingerprint(model), bridges_of(fit_bridges(model, sequences, [plan]))))
+    try:
+        assert distance() < 0.5 * frozen
+        with apply_plan(model, full), torch.no_grad():
+            assert torch.equal(model(**inputs).logits, stock)
+    finally:
+        detach(model)
 
 
 def test_the_full_model_does_the_embedded_work_and_a_stump_does_not(gemma) -> None:
