@@ -1,9 +1,10 @@
-"""Token sequences as left-padded batches of like length."""
+"""Token sequences as left-padded batches of like length, in parts where memory does not suffice."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 from backbone.positions import position_inputs
 
 T = TypeVar("T")
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 
 
 def padded_inputs(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
@@ -39,3 +42,26 @@ def by_tokens(items: Sequence[T], lengths: Sequence[int], batch_tokens: int) -> 
             longest = lengths[index]
         batches[-1].append(items[index])
     return batches
+
+
+def last_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
+    """For each of B rows the logits [A, V] of its last A tokens; the head runs for few others where the model allows.
+
+    Args:
+        counts: A of each row.
+    """
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": max(counts)} if keeps else {}
+    logits = model(**inputs, use_cache=False, **options).logits
+    return [row[-count:] for row, count in zip(logits, counts, strict=True)]
+
+
+def in_halves(rows: Sequence[Row], run: Callable[[Sequence[Row]], list[Result]]) -> list[Result]:
+    """`run(rows)`, or, where the device's memory does not suffice, the same half by half."""
+    try:
+        return run(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    middle = len(rows) // 2
+    return [*in_halves(rows[:middle], run), *in_halves(rows[middle:], run)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbone.batches import by_tokens, padded_inputs
+from backbone.batches import by_tokens, in_halves, padded_inputs
 from backbone.bridges import Bridge
 from backbone.families import decoder_layers, decoder_of
 from backbone.fitting import Fit, Form, Moments, fit_bridge
@@ -25,6 +25,9 @@ HELD = 8
 """Every so many-th sequence is held out, to choose the ridge strength by."""
 
 Gap = tuple[LayerPlan, range]
+Passed = tuple[dict[int, torch.Tensor], dict[Gap, torch.Tensor], torch.Tensor, torch.Tensor]
+"""Of one batch: the full model's states by depth, the states before each gap, which places hold tokens [B, S], and
+which rows are held out [B, 1]."""
 
 
 @torch.no_grad()
@@ -88,24 +91,22 @@ def _sums(
         same = gap if fits is None else (plan, gap)
         sums[plan, gap] = made.setdefault(same, (Moments(size, device), Moments(size, device)))
     ends = {layer for _, gap in wanted for layer in (gap.start, gap.stop)}
-    items = list(enumerate(sequences))
-    for batch in by_tokens(items, [len(tokens) for tokens in sequences], batch_tokens):
+    places = {id(fitted): place for place, (fitted, _) in sums.items()}.values()
+
+    def passed(batch: Sequence[tuple[int, Sequence[int]]]) -> list[Passed]:
         inputs = padded_inputs(model, [tokens for _, tokens in batch])
         full = _states(model, inputs, ends)
-        before = (
-            {place: full[place[1].start] for place in wanted}
-            if fits is None
-            else _shortened(model, inputs, wanted, fits)
-        )
-        mask = inputs["attention_mask"].bool()
+        before = {(plan, gap): full[gap.start] for plan, gap in wanted}
+        if fits is not None:
+            before = _shortened(model, inputs, wanted, fits)
         held = torch.tensor([index % HELD == 0 for index, _ in batch], device=device)[:, None]
-        added: set[int] = set()
-        for place, (for_fit, for_choice) in sums.items():
-            if id(for_fit) in added:
-                continue
-            added.add(id(for_fit))
-            for moments, rows in ((for_fit, mask & ~held), (for_choice, mask & held)):
-                moments.add(before[place][rows], full[place[1].stop].to(device)[rows])
+        return [(full, before, inputs["attention_mask"].bool(), held)]
+
+    for batch in by_tokens(list(enumerate(sequences)), [len(tokens) for tokens in sequences], batch_tokens):
+        for full, before, mask, held in in_halves(batch, passed):
+            for place in places:
+                for moments, rows in zip(sums[place], (mask & ~held, mask & held), strict=True):
+                    moments.add(before[place][rows].to(device), full[place[1].stop][rows].to(device))
         advance(len(batch))
     return sums
 

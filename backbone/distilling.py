@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbone.batches import by_tokens, padded_inputs
+from backbone.batches import by_tokens, last_logits, padded_inputs
 from backbone.bridges import Bridges
 from backbone.checkpoint import Checkpoint
 from backbone.plan import LayerPlan
@@ -274,14 +274,14 @@ class _Run:
             order = sharing_order(self._model, plans)
             shared = SharedPasses(self._model, [full, *order])
             with torch.no_grad(), self._trainable.off(), shared.next_plan():
-                taught = _logits(self._model, inputs, answers)
+                taught = torch.cat(last_logits(self._model, inputs, answers))
             kept = self._vocabulary(taught, said, step)
             target = taught[:, kept].float().log_softmax(-1)
             place = torch.searchsorted(kept, said)
             losses = {}
             for plan in order:
                 with shared.next_plan(), _head_on(self._model, kept):
-                    own = _logits(self._model, inputs, answers).float().log_softmax(-1)
+                    own = torch.cat(last_logits(self._model, inputs, answers)).float().log_softmax(-1)
                 divergence = (target.exp() * (target - own)).sum(-1)
                 surprise = -own.gather(-1, place[:, None])[:, 0]
                 losses[plan] = torch.where(fixed, surprise, divergence).sum()
@@ -295,12 +295,6 @@ class _Run:
         generator = torch.Generator().manual_seed(hash((self._settings.seed, step)) % 2**31)
         drawn = torch.randint(size, (self._settings.vocabulary,), generator=generator).to(taught.device)
         return torch.cat([taught.topk(16, dim=-1).indices.flatten(), said, drawn]).unique()  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], answers: Sequence[int]) -> torch.Tensor:
-    """[A, v] from which the answers' tokens are predicted."""
-    logits = model(**inputs, use_cache=False, logits_to_keep=max(answers)).logits
-    return torch.cat([row[-count:] for row, count in zip(logits, answers, strict=True)])
 
 
 def _split(batch: Sequence[Example], parts: int) -> Iterator[Sequence[Example]]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from backbone.batches import in_halves
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
 from oracle.decoding import Decoding, cut_at_stop
 
-Row = TypeVar("Row")
-Result = TypeVar("Result")
 Enough = Callable[[list[int]], bool]
 """Whether the tokens generated for one sequence so far are all that is needed of it."""
 
@@ -106,17 +104,6 @@ def _until(ids: list[int], stops: frozenset[int]) -> list[int]:
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], decoding: Decoding) -> str:
     """The text of an answer's tokens, cut at the stop string."""
     return cut_at_stop(str(tokenizer.decode(list(ids), skip_special_tokens=True)), decoding.stop)
-
-
-def in_halves(rows: Sequence[Row], run: Callable[[Sequence[Row]], list[Result]]) -> list[Result]:
-    """`run(rows)`, or, where the device's memory does not suffice, the same half by half."""
-    try:
-        return run(rows)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
-    middle = len(rows) // 2
-    return [*in_halves(rows[:middle], run), *in_halves(rows[middle:], run)]
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> frozenset[int]:

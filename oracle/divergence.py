@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.batches import in_halves
 from backbone.plan import LayerPlan
 from backbone.resuming import SharedPasses, sharing_order
-from oracle.answering import in_halves
 from oracle.following import Forced, fitting
 from oracle.forcing import ForcedAnswers
 

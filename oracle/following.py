@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.batches import in_halves
 from backbone.plan import LayerPlan
 from backbone.resuming import SharedPasses, sharing_order
-from oracle.answering import in_halves
 from oracle.forcing import ForcedAnswers
 
 Forced = tuple[str, Sequence[int]]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.positions import position_inputs
+from backbone.batches import last_logits, padded_inputs
 
 
 class ForcedAnswers:
@@ -34,18 +31,9 @@ class ForcedAnswers:
         ids = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompt_ids, answers, strict=True)]
         self.tokens = [len(row) for row in ids]
         """Tokens of each row that are passed through the network."""
-        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(model.device)
-        mask = batch["attention_mask"]
-        self._inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, **position_inputs(model, mask)}
-
-    @cached_property
-    def _options(self) -> dict[str, Any]:
-        """Where the model allows it, the head runs for the answers' tokens only."""
-        keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        return {"use_cache": False, **({"logits_to_keep": max(self.counts)} if keeps else {})}
+        self._inputs = padded_inputs(model, ids)
 
     @torch.inference_mode()
     def logits(self) -> list[torch.Tensor]:
         """For each row the logits [A, vocabulary] from which its A answer tokens are predicted."""
-        logits = self._model(**self._inputs, **self._options).logits
-        return [row[-count:] for row, count in zip(logits, self.counts, strict=True)]
+        return last_logits(self._model, self._inputs, self.counts)

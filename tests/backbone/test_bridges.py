@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
 
+from backbone import bridging
 from backbone.bridges import Bridge
 from backbone.bridging import bridges_of, fit_bridges
 from backbone.fitting import Moments, fit_bridge
@@ -117,6 +118,26 @@ def test_in_order_fits_later_gaps_on_what_the_shortened_model_produces() -> None
     ordered = fit_bridges(model, sequences(), [plan], in_order=True)[plan]
     assert torch.equal(once[1].bridge.factors[0], ordered[1].bridge.factors[0])
     assert not torch.allclose(once[4].bridge.factors[0], ordered[4].bridge.factors[0])
+
+
+def test_too_little_memory_makes_smaller_batches_with_the_same_bridges(monkeypatch) -> None:
+    model, refused = tiny_model("llama"), []
+    whole = fit_bridges(model, sequences(), PLANS, rank=4)
+    real = bridging.padded_inputs
+
+    def scarce(model, rows):
+        if len(rows) > 5:
+            refused.append(len(rows))
+            raise torch.OutOfMemoryError
+        return real(model, rows)
+
+    monkeypatch.setattr(bridging, "padded_inputs", scarce)
+    parts = fit_bridges(model, sequences(), PLANS, rank=4)
+    assert refused
+    state = torch.randn(7, 32)
+    for plan, of_plan in bridges_of(whole).items():
+        for first, bridge in of_plan.items():
+            assert torch.allclose(bridge(state), bridges_of(parts)[plan][first](state), atol=1e-3)
 
 
 def attached_model(family: str, **options: object):

@@ -12,11 +12,12 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from backbone.batches import in_halves
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
 from oracle import labelling
 from oracle import shortcut as leading
-from oracle.answering import answer_batch, continue_batch, in_halves, stop_token_ids
+from oracle.answering import answer_batch, continue_batch, stop_token_ids
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.following import follow
 from oracle.labelling import Labeller, score_matrix
