@@ -2,18 +2,14 @@
 
 At every step some plans run over prompts with the full model's answers and are moved towards its next-token
 distributions there (KL divergence; Hinton et al. 2015, arXiv 1503.02531). Which plans: the cheapest, the largest
-shortened one and some drawn at random (the sandwich rule, Yu and Huang 2019, arXiv 1903.05134, section 3.2). What they
-have in common is computed once, the layers of the probe without gradient. References can be mixed in as targets of
-their own (Sorted Fine-Tuning, Valipour et al. 2023, arXiv 2309.08968).
-
-Shapes: `A` answer tokens of a batch, `V` vocabulary, `v` sampled vocabulary.
+shortened one and some drawn at random (the sandwich rule, Yu and Huang 2019, arXiv 1903.05134, section 3.2). References
+can be mixed in as targets of their own (Sorted Fine-Tuning, Valipour et al. 2023, arXiv 2309.08968).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,28 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbone.batches import by_tokens, last_logits, padded_inputs
+from backbone.batches import by_tokens
 from backbone.bridges import Bridges
 from backbone.checkpoint import Checkpoint
 from backbone.plan import LayerPlan
-from backbone.resuming import SharedPasses, sharing_order
 from backbone.stand_ins import StandIns
+from backbone.teaching import Example, Lesson, contiguous_head
 from backbone.trainable import Trainable, Where, adapted_layers
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt with an answer.
-
-    Attributes:
-        tokens: ids of prompt and answer.
-        answer: how many of them, at the end, are the answer.
-        from_reference: the answer's tokens are the target themselves; otherwise the full model's distributions are.
-    """
-
-    tokens: tuple[int, ...]
-    answer: int
-    from_reference: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +65,14 @@ class History:
     """What happened: one entry a look, in order.
 
     Attributes:
-        steps, losses: training steps done, and the mean training loss since the look before.
+        steps, losses: training steps done, and the mean training loss since the look before (None at the first).
         held: mean KL in nats on held examples, by plan.
         tokens: tokens that passed, each plan counted.
         ended: why training ended.
     """
 
     steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
     held: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     ended: str = ""
@@ -125,7 +106,7 @@ def distil(
         parameter.requires_grad_(False)
     trainable = Trainable(model, plans, bridges, layers, settings.where, settings.rank, settings.seed)
     try:
-        with _contiguous_head(model):
+        with contiguous_head(model):
             history = _Run(
                 model, trainable, examples, settings, Checkpoint(folder / "checkpoint.safetensors"), looked
             ).go()
@@ -163,6 +144,7 @@ class _Run:
         ]
         self._optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self._lesson = Lesson(model, trainable, settings.vocabulary, settings.seed)
         self._parts = 1
         self._cheapest, *_ = self._ordered = sorted(trainable.plans, key=lambda plan: (plan.layers, str(plan)))
 
@@ -179,7 +161,7 @@ class _Run:
                 better = mean < best
                 best, bad = (mean, 0) if better else (best, bad + 1)
                 history.steps.append(step)
-                history.losses.append(sum(losses) / len(losses) if losses else math.nan)
+                history.losses.append(sum(losses) / len(losses) if losses else None)
                 history.held.append(held)
                 losses.clear()
                 history.ended = self._ended(step, mean, bad)
@@ -247,7 +229,7 @@ class _Run:
     def _backward(
         self, part: Sequence[Example], plans: Sequence[LayerPlan], step: int, whole: Sequence[Example]
     ) -> float:
-        losses = self._losses(part, plans, step)
+        losses = self._lesson.losses(part, plans, step)
         loss = torch.stack(list(losses.values())).sum() / (len(plans) * sum(example.answer for example in whole))
         if torch.isfinite(loss):
             loss.backward()  # type: ignore[no-untyped-call]
@@ -258,43 +240,10 @@ class _Run:
         """Mean loss of every plan on the held examples."""
         sums = {str(plan): 0.0 for plan in self._ordered}
         for number, batch in enumerate(self._held):
-            for plan, loss in self._losses(batch, self._ordered, -1 - number).items():
+            for plan, loss in self._lesson.losses(batch, self._ordered, -1 - number).items():
                 sums[str(plan)] += float(loss)
         answers = sum(example.answer for batch in self._held for example in batch)
         return {plan: total / answers for plan, total in sums.items()}
-
-    def _losses(self, batch: Sequence[Example], plans: Sequence[LayerPlan], step: int) -> dict[LayerPlan, torch.Tensor]:
-        """For each plan the sum of the loss over the answers' tokens."""
-        inputs = padded_inputs(self._model, [example.tokens[:-1] for example in batch])
-        answers = [example.answer for example in batch]
-        said = torch.cat([torch.tensor(example.tokens[-example.answer :]) for example in batch]).to(self._model.device)
-        fixed = torch.cat([torch.full((e.answer,), e.from_reference) for e in batch]).to(self._model.device)
-        full = LayerPlan.full(plans[0].n_layers)
-        with self._trainable.attached():
-            order = sharing_order(self._model, plans)
-            shared = SharedPasses(self._model, [full, *order])
-            with torch.no_grad(), self._trainable.off(), shared.next_plan():
-                taught = torch.cat(last_logits(self._model, inputs, answers))
-            kept = self._vocabulary(taught, said, step)
-            target = taught[:, kept].float().log_softmax(-1)
-            place = torch.searchsorted(kept, said)
-            losses = {}
-            for plan in order:
-                with shared.next_plan(), _head_on(self._model, kept):
-                    own = torch.cat(last_logits(self._model, inputs, answers)).float().log_softmax(-1)
-                divergence = (target.exp() * (target - own)).sum(-1)
-                surprise = -own.gather(-1, place[:, None])[:, 0]
-                losses[plan] = torch.where(fixed, surprise, divergence).sum()
-        return losses
-
-    def _vocabulary(self, taught: torch.Tensor, said: torch.Tensor, step: int) -> torch.Tensor:
-        """[v], ascending: the tokens that the loss ranges over: the likely ones, the said ones, and some at random."""
-        size = taught.shape[-1]
-        if size <= 2 * self._settings.vocabulary:
-            return torch.arange(size, device=taught.device)
-        generator = torch.Generator().manual_seed(hash((self._settings.seed, step)) % 2**31)
-        drawn = torch.randint(size, (self._settings.vocabulary,), generator=generator).to(taught.device)
-        return torch.cat([taught.topk(16, dim=-1).indices.flatten(), said, drawn]).unique()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _split(batch: Sequence[Example], parts: int) -> Iterator[Sequence[Example]]:
@@ -304,26 +253,3 @@ def _split(batch: Sequence[Example], parts: int) -> Iterator[Sequence[Example]]:
 
 def _plain(history: History) -> dict[str, Any]:
     return {name: getattr(history, name) for name in ("steps", "losses", "held", "tokens", "ended")}
-
-
-@contextmanager
-def _head_on(model: PreTrainedModel, kept: torch.Tensor) -> Iterator[None]:
-    """Within this block the head computes the logits of the tokens `kept` [v] only."""
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    before = dict(head._parameters)
-    head._parameters.update({name: None if p is None else p[kept] for name, p in before.items()})
-    try:
-        yield
-    finally:
-        head._parameters.update(before)
-
-
-@contextmanager
-def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """A frozen head on a CPU is a hundred times slower on a slice of a tensor than on a contiguous one."""
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()

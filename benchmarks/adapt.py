@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.bridging import bridges_of, fit_bridges
 from backbone.deleting import delete_layers
-from backbone.distilling import DistillSettings, Example, distil
+from backbone.distilling import DistillSettings, distil
 from backbone.loading import load_backbone, model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins import StandIns, attach, attached_to, detach, set_attached
+from backbone.teaching import Example
 from oracle.frontier import budget_at, equal_mean_budget, own_score_budget, static_points, sufficient_plans, upper_hull
 from oracle.labelling import Labeller, key_of, score_matrix
 from oracle.labels import LabelStore

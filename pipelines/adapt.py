@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from backbone.bridging import Fits, bridges_of, bridging_rounds, fit_bridges
-from backbone.distilling import Example, History, distil
+from backbone.distilling import History, distil
 from backbone.plan import LayerPlan
 from backbone.stand_ins import StandIns, attach, detach
+from backbone.teaching import Example
 from oracle.frontier import static_points, upper_hull
 from oracle.labelling import key_of, score_matrix
 from oracle.prompts import Prompt
