@@ -49,7 +49,7 @@ class Lesson:
         self._model, self._trainable, self._size, self._seed = model, trainable, vocabulary, seed
 
     def losses(self, batch: Sequence[Example], plans: Sequence[LayerPlan], step: int) -> dict[LayerPlan, torch.Tensor]:
-        """For each plan the sum over the answers' tokens of KL(full || plan), or of the surprise of a reference, in nats.
+        """For each plan the sum over the answers' tokens of KL(full || plan), or of a reference's surprise, in nats.
 
         Args:
             step: a number for the draw of the vocabulary.

@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = (
-    *("best", "captured_headroom", "frontier", "certificate", "prompts"),
+    *("best", "captured_headroom", "frontier", "stand_ins", "certificate", "prompts"),
     *("labelling", "overhead_ms", "speed", "model", "machine"),
 )
 POLICIES = ("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp")
