@@ -167,7 +167,7 @@ def _check_inspect_and_generate(folder: Path) -> None:
 def _check_changes(path: Path, folder: Path) -> None:
     """What a setting changes is done again, what it does not is kept, and going back keeps the labels."""
     changed = layerbudget("run", path, "--set", "calibration.delta=0.3").stdout
-    assert changed.count("done before") == 5
+    assert changed.count("done before") == 6
     assert "calibrate: certify" in changed
     (folder / "metrics.json").write_text("{}")
     repaired = layerbudget("run", path, "--set", "calibration.delta=0.3").stdout
@@ -199,7 +199,8 @@ def test_kills_at_any_stage_lose_nothing(config_file, tmp_path) -> None:
         (labels,) = connection.execute("SELECT COUNT(*) FROM labels").fetchone()
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     distinct = len({json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()})
-    assert labels == distinct * len(menu["plans"])
+    frozen = json.loads((folder / "metrics.json").read_text())["prompts"]["test"] * (len(menu["plans"]) - 1)
+    assert labels == distinct * len(menu["plans"]) + frozen
     assert not [file for file in folder.iterdir() if "unfinished" in file.name]
     undisturbed = config_file("other.yaml", name="other", tuning={"trials": 6})
     assert layerbudget("run", undisturbed).returncode == 0
@@ -278,6 +279,8 @@ def test_shards_label_one_run_together(config_file, tmp_path) -> None:
     path = config_file()
     assert "the stage 'label' needs 'menu' first" in refused("label", path, "--shard", "1/2")
     assert layerbudget("menu", path).returncode == 0
+    assert "the stage 'label' needs 'adapt' first" in refused("label", path, "--shard", "1/2")
+    assert layerbudget("adapt", path).returncode == 0
     assert "a shard is written NUMBER/OF" in refused("label", path, "--shard", "3/2")
     with FileLock(tmp_path / "runs" / "tiny" / ".lock-1-of-2"):
         assert "another process is working on this shard of" in refused("label", path, "--shard", "1/2")
