@@ -51,7 +51,7 @@ class DistillSettings:
     epochs: float = 1.0
     batch_tokens: int = 1024
     plans_per_step: int = 3
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     bridge_learning_rate: float = 2e-4
     vocabulary: int = 8192
     evaluate_every: int = 25
@@ -65,7 +65,8 @@ class History:
     """What happened: one entry a look, in order.
 
     Attributes:
-        steps, losses: training steps done, and the mean training loss since the look before (None at the first).
+        steps, losses: training steps done, and the mean training loss since the look before (None at the first), each
+            plan's as a share of its held loss before training.
         held: mean KL in nats on held examples, by plan.
         tokens: tokens that passed, each plan counted.
         ended: why training ended.
@@ -146,6 +147,7 @@ class _Run:
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
         self._lesson = Lesson(model, trainable, settings.vocabulary, settings.seed)
         self._parts = 1
+        self._before: dict[str, float] = {}
         self._cheapest, *_ = self._ordered = sorted(trainable.plans, key=lambda plan: (plan.layers, str(plan)))
 
     def go(self) -> History:
@@ -153,11 +155,12 @@ class _Run:
         bad, first, looked_at = 0, 0, -1
         if (resumed := self._checkpoint.load(self._trainable.parameters, self._optimizer)) is not None:
             history, best, bad, first = History(**resumed["history"]), resumed["best"], resumed["bad"], resumed["step"]
-            looked_at = first
+            looked_at, self._before = first, history.held[0]
         for step in range(first, self._steps + 1):
             if step != looked_at and (step % self._settings.evaluate_every == 0 or step == self._steps):
                 held = self._look()
-                mean = sum(held.values()) / len(held)
+                self._before = self._before or held
+                mean = sum(self._relative(plan, loss) for plan, loss in held.items()) / len(held)
                 better = mean < best
                 best, bad = (mean, 0) if better else (best, bad + 1)
                 history.steps.append(step)
@@ -178,6 +181,10 @@ class _Run:
                 break
         self._checkpoint.load_best(self._trainable.parameters)
         return history
+
+    def _relative(self, plan: str, loss: Any) -> Any:
+        """A plan's loss as a share of its held loss before training, so that no good plan is given up for poor ones."""
+        return loss / max(self._before[plan], 1e-3)
 
     def _ended(self, step: int, mean: float, bad: int) -> str:
         if not math.isfinite(mean):
@@ -230,7 +237,8 @@ class _Run:
         self, part: Sequence[Example], plans: Sequence[LayerPlan], step: int, whole: Sequence[Example]
     ) -> float:
         losses = self._lesson.losses(part, plans, step)
-        loss = torch.stack(list(losses.values())).sum() / (len(plans) * sum(example.answer for example in whole))
+        relative = [self._relative(str(plan), loss) for plan, loss in losses.items()]
+        loss = torch.stack(relative).sum() / (len(plans) * sum(example.answer for example in whole))
         if torch.isfinite(loss):
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())

@@ -110,7 +110,7 @@ class AdaptSection(Section):
     epochs: float = Field(2.0, gt=0)
     batch_tokens: int = Field(1024, ge=16)
     plans_per_step: int = Field(3, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(3e-4, gt=0)
     references: bool = False
     """Train towards the references too, where prompts have one; otherwise towards the full model alone."""
 
