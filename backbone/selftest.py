@@ -21,6 +21,10 @@ HALF_TOLERANCE = 0.1
 
 PROMPT_TOKENS, STEPS, PADDING = 6, 2, 3
 
+ATTEMPTS = 3
+"""Times that the stock model and the full plan are compared bit by bit. Once in some dozens of runs, a library's first
+passes in a process differ in rounding on a CPU; a plan that changes something differs every time."""
+
 
 class InexactPlanError(UnsupportedModelError):
     """A plan changes more of this model than the layers that it skips."""
@@ -40,9 +44,8 @@ def check_exactness(model: PreTrainedModel) -> None:
     with _evaluating(model):
         inputs = _inputs(model)
         stock = _uncached(model, inputs)
-        with patched(model, LayerPlan.full(len(decoder_layers(model)))):
-            if not torch.equal(_uncached(model, inputs), stock):
-                raise InexactPlanError(f"{_name(model)}: two passes over the same tokens differ, so no plan is exact")
+        if not any(_full_plan_is_equal(model, inputs) for _ in range(ATTEMPTS)):
+            raise InexactPlanError(f"{_name(model)}: two passes over the same tokens differ, so no plan is exact")
         for plan in _plans(model):
             with patched(model, plan):
                 difference = _difference(_cached(model, inputs), _uncached(model, inputs)[:, -STEPS:])
@@ -52,6 +55,12 @@ def check_exactness(model: PreTrainedModel) -> None:
                     f"{_name(model)}: under plan {plan} a step with a cache differs by {difference:.1%} from the same "
                     f"computation without one (at most {limit:.1%} is rounding), so its layers cannot be skipped"
                 )
+
+
+def _full_plan_is_equal(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
+    stock = _uncached(model, inputs)
+    with patched(model, LayerPlan.full(len(decoder_layers(model)))):
+        return torch.equal(_uncached(model, inputs), stock)
 
 
 def _name(model: PreTrainedModel) -> str:
