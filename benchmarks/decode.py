@@ -83,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load(arguments.model, arguments.device)
     for mode in arguments.modes:
-        result = {"model": arguments.model, "mode": mode, "dtype": str(model.dtype), "machine": machine()}
+        result = {"model": Path(arguments.model).name, "mode": mode, "dtype": str(model.dtype), "machine": machine()}
         rows = [row for batch in arguments.batches for row in measure(model, mode, batch, arguments)]
         name = arguments.name or Path(arguments.model).name
         path = RESULTS / f"decode-{name}-{model.device.type}-{mode}.json"
