@@ -43,13 +43,13 @@ def check_exactness(model: PreTrainedModel) -> None:
     """
     with _evaluating(model):
         inputs = _inputs(model)
-        stock = _uncached(model, inputs)
         if not any(_full_plan_is_equal(model, inputs) for _ in range(ATTEMPTS)):
             raise InexactPlanError(f"{_name(model)}: two passes over the same tokens differ, so no plan is exact")
         for plan in _plans(model):
             with patched(model, plan):
-                difference = _difference(_cached(model, inputs), _uncached(model, inputs)[:, -STEPS:])
-            limit = TOLERANCE.get(stock.dtype, HALF_TOLERANCE)
+                uncached = _uncached(model, inputs)[:, -STEPS:]
+                difference = _difference(_cached(model, inputs), uncached)
+            limit = TOLERANCE.get(uncached.dtype, HALF_TOLERANCE)
             if not difference <= limit:
                 raise InexactPlanError(
                     f"{_name(model)}: under plan {plan} a step with a cache differs by {difference:.1%} from the same "

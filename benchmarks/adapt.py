@@ -32,8 +32,9 @@ from backbone.loading import load_backbone, model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins import StandIns, attach, attached_to, detach, set_attached
 from backbone.teaching import Example
+from oracle.examples import answered_examples, reference_examples
 from oracle.frontier import budget_at, equal_mean_budget, own_score_budget, static_points, sufficient_plans, upper_hull
-from oracle.labelling import Labeller, key_of, score_matrix
+from oracle.labelling import Labeller, score_matrix
 from oracle.labels import LabelStore
 from oracle.menus import MENUS, MenuTask, build_menu
 from oracle.prompts import Prompt, load_prompts
@@ -168,7 +169,7 @@ class Bench:
             evaluate_every=20,
         )
         if method == "both+references":
-            examples += self.references(prompts)
+            examples += reference_examples(self.tokenizer, prompts, self.decoding)
         stand_ins, history = distil(
             self.model, examples, plans, bridges, menu.probe_depth, settings, folder, fingerprint,
             lambda h: print(h.steps[-1], {plan: round(loss, 3) for plan, loss in h.held[-1].items()}, flush=True),
@@ -177,21 +178,7 @@ class Bench:
 
     def examples(self, prompts: Sequence[Prompt]) -> list[Example]:
         full = LayerPlan.full(self.menu(self.arguments.menus[0]).n_layers)
-        self.labeller.label_full(prompts, full)
-        labels = self.labeller.labels(full)
-        answers = [labels[key_of(prompt)].answer_ids for prompt in prompts]
-        return [
-            Example((*self.tokenizer(prompt.prompt).input_ids, *answer), len(answer))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-
-    def references(self, prompts: Sequence[Prompt]) -> list[Example]:
-        rows = []
-        for prompt in prompts:
-            text = f" {prompt.reference}{self.decoding.stop[0] if self.decoding.stop else ''}"
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids[: self.decoding.max_new_tokens]
-            rows.append(Example((*self.tokenizer(prompt.prompt).input_ids, *ids), len(ids), from_reference=True))
-        return rows
+        return answered_examples(self.labeller, self.tokenizer, prompts, full)
 
     def other_tasks(self) -> list[dict[str, Any]]:
         """Methods of the first menu, made without some tasks, on these tasks: quality ratios with and without them."""

@@ -17,14 +17,15 @@ from backbone.distilling import History, distil
 from backbone.plan import LayerPlan
 from backbone.stand_ins import StandIns, attach, detach
 from backbone.teaching import Example
+from oracle.examples import answered_examples, reference_examples
 from oracle.frontier import static_points, upper_hull
-from oracle.labelling import key_of, score_matrix
+from oracle.labelling import score_matrix
 from oracle.prompts import Prompt
 from pipelines.config import AdaptMethod, Config
 from pipelines.progress import console, progress
 from pipelines.stages import BY_NAME, stage_key, write_atomically
 from pipelines.workspace import Workspace
-from runtime.measuring import generation_under, median_seconds
+from runtime.measuring import generation_under, median_seconds, prompt_inputs
 
 
 def run(config: Config) -> Path:
@@ -128,28 +129,12 @@ class _Making:
             labeller = self._workspace.labeller_of(model, tokenizer)
             full = LayerPlan.full(self._workspace.frozen_menu().n_layers)
             with progress("answers of the full model", len(labeller.missing(prompts, full))) as advance:
-                labeller.label_full(prompts, full, advance)
-            labels = labeller.labels(full)
-            answers = [labels[key_of(prompt)].answer_ids for prompt in prompts]
-            self._examples = [
-                Example((*tokenizer(prompt.prompt).input_ids, *answer), len(answer))
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ]
+                self._examples = answered_examples(labeller, tokenizer, prompts, full, advance)
         return self._examples
 
     def _references(self) -> list[Example]:
-        """Train prompts with their references, ended as the model's own answers end."""
         _, tokenizer = self._workspace.backbone
-        settings = self._workspace.config.decoding
-        examples = []
-        for prompt in self._prompts():
-            if prompt.reference:
-                text = f" {prompt.reference}" + (settings.stop[0] if settings.stop else "")
-                ids = tokenizer(text, add_special_tokens=False).input_ids
-                ids = ids if settings.stop else [*ids, tokenizer.eos_token_id]
-                ids = ids[: settings.max_new_tokens]
-                examples.append(Example((*tokenizer(prompt.prompt).input_ids, *ids), len(ids), from_reference=True))
-        return examples
+        return reference_examples(tokenizer, self._prompts(), self._workspace.config.decoding.settings())
 
     def _prompts(self) -> list[Prompt]:
         train = self._workspace.splits["train"]
@@ -194,9 +179,7 @@ def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> 
     """
     model, tokenizer = workspace.backbone
     menu, prompts = workspace.frozen_menu(), workspace.splits["tune"]
-    texts = [prompt.prompt for prompt in prompts[:4]]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-    batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    batch = prompt_inputs(model, tokenizer, [prompt.prompt for prompt in prompts[:4]])
     n_tokens = workspace.config.evaluation.speed_tokens
     scores, times = {}, {}
     for method, stand_ins in candidates.items():

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controller.base import Controller, choose
 from controller.constant import MixtureController, OracleController
@@ -26,7 +24,7 @@ from pipelines.stages import write_atomically
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
 from runtime.allocator import Allocator
-from runtime.measuring import generation_under, machine, median_seconds
+from runtime.measuring import generation_under, machine, median_seconds, prompt_inputs
 
 RANDOM_DRAWS = 64
 """Draws over which policies that draw plans at random are averaged."""
@@ -148,8 +146,8 @@ def _speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Cho
     order = np.argsort(chosen, kind="stable")
     picked = [order[int((i + 0.5) * len(order) / n_prompts)] for i in range(n_prompts)]
     texts = [test.prompts[index].prompt for index in picked]
-    batch = _inputs(model, tokenizer, texts)
-    singles = [_inputs(model, tokenizer, [text]) for text in texts]
+    batch = prompt_inputs(model, tokenizer, texts)
+    singles = [prompt_inputs(model, tokenizer, [text]) for text in texts]
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
     plans = {str(plan): generation_under(model, batch, plan, n_tokens) for plan in allocator.menu.plans}
     ends: dict[str, Callable[[], object]] = {
@@ -176,11 +174,6 @@ def _speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Cho
         "speedup_batch": seconds["stock_batch"] / seconds["allocator_batch"],
         "overhead_ms": seconds["allocate_single"] * 1000 / len(texts),
     }
-
-
-def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, torch.Tensor]:
-    encoded = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> float:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
@@ -47,6 +47,14 @@ def generation_under(
             return model.generate(**inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)  # type: ignore[operator]
 
     return generate
+
+
+def prompt_inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Texts as one left-padded batch [B, S]: `input_ids` and `attention_mask`, on the model's device."""
+    encoded = tokenizer(list(texts), return_tensors="pt", padding=True).to(model.device)
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def machine() -> dict[str, str | int]:
