@@ -66,6 +66,7 @@ def load_prompts(
     columns: Mapping[str, str] | None = None,
     dataset_split: str = "train",
     judge: str | None = None,
+    force_judge: str | None = None,
 ) -> list[Prompt]:
     """The prompts of a source, in its order.
 
@@ -75,6 +76,7 @@ def load_prompts(
         columns: for a data set, our field -> its column; fields not named keep their own names.
         dataset_split: which split of the data set to read.
         judge: the judge of prompts that name none.
+        force_judge: the judge of all prompts, whatever they name.
 
     Raises:
         PromptError: a missing or malformed source, with the line; an empty prompt, a double id, an unknown judge.
@@ -85,7 +87,8 @@ def load_prompts(
         rows = read_jsonl(Path(source))
     else:
         rows = _read_dataset(source, columns or {}, dataset_split)
-    prompts = _checked((place, {"judge": judge, **row} if judge else row) for place, row in rows)
+    default, forced = ({"judge": name} if name else {} for name in (judge, force_judge))
+    prompts = _checked((place, {**default, **row, **forced}) for place, row in rows)
     if limit is None or limit >= len(prompts):
         return prompts
     kept = set(sorted((p.id for p in prompts), key=lambda name: _uniform("limit", name))[:limit])

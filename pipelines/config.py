@@ -58,6 +58,8 @@ class DataSection(Section):
     """For a data set: which of its splits to read."""
     judge: str | None = None
     """For prompts that name no judge."""
+    force_judge: str | None = None
+    """For all prompts, whatever judge they name; `kl` and `agreement` hold answers against the full model's own."""
     shares: dict[Split, float] = {"train": 0.4, "tune": 0.15, "calibrate": 0.25, "test": 0.2}
 
     @model_validator(mode="after")

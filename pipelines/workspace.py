@@ -69,7 +69,12 @@ class Workspace:
     def prompts(self) -> list[Prompt]:
         data = self.config.data
         return load_prompts(
-            data.path, limit=data.limit, columns=data.columns, dataset_split=data.split, judge=data.judge
+            data.path,
+            limit=data.limit,
+            columns=data.columns,
+            dataset_split=data.split,
+            judge=data.judge,
+            force_judge=data.force_judge,
         )
 
     @cached_property
