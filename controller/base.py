@@ -9,6 +9,7 @@ Shapes: `N` prompts, `F` features, `K` plans, cheapest first, the last full.
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,12 +103,15 @@ class Controller(ABC):
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:
-        """Constructor arguments to try, drawn from the trial; none where there is nothing to tune.
-
-        Each argument is drawn under its own name, and its default lies in the range, so that the search can begin with
-        the defaults.
-        """
+        """Constructor arguments to try, drawn from the trial, each under its own name; none where there is nothing to
+        tune."""
         return {}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Default of each constructor argument; those that are tuned lie in the range of `suggest`."""
+        arguments = inspect.signature(cls.__init__).parameters.values()
+        return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
 def choose(kept: Floats, budgets: NDArray[Any], price: float) -> NDArray[np.intp]:

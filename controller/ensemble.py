@@ -36,6 +36,10 @@ class EnsembleController(Controller):
             found |= {f"{name}_{key}": value for key, value in settings.items()}
         return found
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {f"{name}_{key}": value for name, member in _MEMBERS.items() for key, value in member.defaults().items()}
+
     def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
         for member in self._members:
             member.fit(features, kept, budgets)

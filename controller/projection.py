@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from controller.base import LearningError
-from controller.features import WIDE, Features, Floats, check_sets
+from controller.features import WIDE, Features, Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,6 @@ class Projection:
         """
         from sklearn.decomposition import PCA
 
-        check_sets(sets)
         ordered = tuple(sorted(sets, key=lambda name: name not in WIDE))
         raw = _joined(features, ordered)
         _check(raw, ordered)
