@@ -70,15 +70,14 @@ class Controller(ABC):
         return {}
 
 
-def choose(probabilities: Floats, threshold: float) -> NDArray[np.intp]:
-    """The decision: for each row of [N, K] the cheapest plan whose probability reaches `threshold`, else the full one.
+def choose(kept: Floats, budgets: NDArray[np.floating], price: float) -> NDArray[np.intp]:
+    """The decision: for each row of [N, K] the plan with the least budget + price * expected loss, ties to the cheaper.
 
     A row with a value that is not finite gets the full plan.
     """
-    allowed = probabilities >= threshold
-    allowed[~np.isfinite(probabilities).all(axis=1)] = False
-    allowed[:, -1] = True
-    return np.asarray(allowed.argmax(axis=1))
+    finite = np.isfinite(kept).all(axis=1)
+    cost = np.asarray(budgets, dtype=np.float64) + price * (1.0 - kept.astype(np.float64))
+    return np.asarray(np.where(finite, cost.argmin(axis=1), kept.shape[1] - 1))
 
 
 def controller_class(name: str) -> type[Controller]:
