@@ -1,4 +1,4 @@
-"""The saved artefact: prompt in, plan out; probe, controller, menu, calibrated threshold and certificate."""
+"""The saved artefact: prompt in, plan out; probe, controller, menu, certified price and drift alarm."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins import StandIns, attach, attached_digest
 from controller.base import Controller, choose
-from controller.calibration import Certificate
-from controller.features import Projection, prompt_features
+from controller.certificate import Certificate
+from controller.drift import DriftAlarm
+from controller.features import prompt_features
+from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.generation import UnsupportedGenerationError, decode_in_lanes, row_copies
 
@@ -42,14 +44,16 @@ class Allocator:
 
     Attributes:
         menu: the plans to choose from.
-        controller: predicts which plans are sufficient; `controller_name` is its name in `CONTROLLERS`.
+        controller: predicts what each plan keeps; `controller_name` is its name in `CONTROLLERS`.
         projection: from raw features to the controller's.
-        certificate: its threshold decides; without a valid threshold every prompt runs the full plan.
+        certificate: its price decides; without a valid price every prompt runs the full plan.
         decoding: how the answers behind the certificate were generated.
         fingerprint: of the model it was made for.
         model_source: where that model was loaded from.
         stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
             which without a plan stays what it is, bit for bit.
+        drift: watches whether prompts are like those of the certificate. Once it has rung every prompt runs the full
+            plan, until `drift.reset()`.
     """
 
     menu: PlanMenu
@@ -61,6 +65,7 @@ class Allocator:
     fingerprint: str
     model_source: str
     stand_ins: StandIns | None = None
+    drift: DriftAlarm | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Allocator:
@@ -123,15 +128,20 @@ class Allocator:
             WrongModelError: another model than the one this allocator was made for.
         """
         self.prepare(model)
-        if self.certificate.threshold is None:
+        if self.certificate.price is None or (self.drift is not None and self.drift.rung):
             return [self.menu.plans[-1]] * len(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        features = prompt_features(model, input_ids, mask, self.menu.probe_depth)
-        finite = np.asarray(np.isfinite(features).all(axis=1))
-        if not finite.all():
-            logger.warning("%d prompts have hidden states that are not finite; they run the full plan", (~finite).sum())
-        probabilities = self.controller.predict(self.projection(np.where(finite[:, None], features, 0.0)))
-        chosen = np.where(finite, choose(probabilities, self.certificate.threshold), len(self.menu) - 1)
+        sets = self.projection.sets
+        projected = self.projection(prompt_features(model, input_ids, mask, self.menu.probe_depth, sets))
+        if broken := int((~np.isfinite(projected).all(axis=1)).sum()):
+            logger.warning("%d prompts have hidden states that are not finite; they run the full plan", broken)
+        budgets = np.array(self.menu.budgets)
+        chosen = choose(self.controller.predict(projected), budgets, self.certificate.price)
+        if self.drift is not None and self.drift.observe(projected, budgets[chosen]):
+            logger.warning(
+                "prompts are no longer like those of the certificate; from here on all run the full plan"
+            )
+            return [self.menu.plans[-1]] * len(input_ids)
         return [self.menu.plans[index] for index in chosen]
 
     def generate(

@@ -18,7 +18,7 @@ from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.running import apply_plan
 from backbone.stand_ins import StandIns, attach, attached_digest, detach
-from controller.calibration import Certificate
+from controller.certificate import Certificate
 from controller.features import Projection, prompt_features
 from controller.gbdt import LightGBMController
 from controller.mlp import MLPController
