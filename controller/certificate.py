@@ -61,7 +61,7 @@ class Certificate:
             return f"No saving could be certified: {self._reason}, so all prompts run the full model."
         return (
             f"With {_percent(1 - self.delta)} confidence, {self._bound}, on prompts like the {self.n} calibration "
-            f"prompts (observed: {self._amount(self.observed_risk)}{self._worst_task})."
+            f"prompts (observed: {self._seen(self.observed_risk)}{self._worst_task})."
         )
 
     def too_small(self) -> dict[str, int]:
@@ -107,14 +107,17 @@ class Certificate:
         return f"{self.n} calibration prompts do not suffice for {claim}, with this controller"
 
     def _amount(self, risk: float) -> str:
-        return _percent(risk) if self.risk == "insufficient" else f"{risk:.3g} of a score that runs from 0 to 1"
+        return self._seen(risk) + ("" if self.risk == "insufficient" else " of a score that runs from 0 to 1")
+
+    def _seen(self, risk: float) -> str:
+        return _percent(risk) if self.risk == "insufficient" else f"{risk:.3g}"
 
     @property
     def _worst_task(self) -> str:
         if not self.per_task:
             return ""
         worst = max(self.per_task, key=lambda task: self.per_task[task]["observed_risk"])
-        return f"; {worst!r}, the worst task: {self._amount(self.per_task[worst]['observed_risk'])}"
+        return f"; {worst!r}, the worst task: {self._seen(self.per_task[worst]['observed_risk'])}"
 
 
 def exclusions(date: str, per_task: dict[str, dict[str, float]]) -> tuple[str, ...]:

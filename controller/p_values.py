@@ -70,7 +70,7 @@ def betting_p_values(losses: Floats, alpha: float, delta: float) -> Floats:
     1 / p with probability at most p. Unlike Hoeffding-Bentkus this gains from a small variance.
 
     Source: Waudby-Smith and Ramdas 2024, Estimating means of bounded random variables by betting (JRSS-B 86(1), arXiv
-    2010.09686), section 4.1, with the one-sided bets of Bates et al. 2021, Distribution-free, risk-controlling
+    2010.09686), section 4, with the one-sided bets of Bates et al. 2021, Distribution-free, risk-controlling
     prediction sets (arXiv 2101.02703), section 3.1.3.
     """
     losses = losses[:, _order(losses.shape[1])]

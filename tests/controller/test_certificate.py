@@ -22,7 +22,7 @@ TASKS = {"sums": {"n": 150, "observed_risk": 0.01}, "code": {"n": 100, "observed
         (replace(COUNTED, delta=0.005), "With 99.5% confidence"),
         (LOST, "answers lose on average at most 0.02 of a score that runs from 0 to 1 against the full model's"),
         (replace(LOST, per_task=TASKS), "answers, in each task, lose"),
-        (replace(LOST, per_task=TASKS), "'sums', the worst task: 0.01 of a score"),
+        (replace(LOST, per_task=TASKS), "'sums', the worst task: 0.01)."),
         (replace(COUNTED, price=None), "250 calibration prompts do not suffice"),
         (replace(COUNTED, price=None), "so all prompts run the full model"),
         (replace(COUNTED, price=None, n=80), "takes at least 114 calibration prompts, and there are 80"),

@@ -48,11 +48,12 @@ def test_another_population_rings(change, within) -> None:
         assert watched.state.capital >= 100
 
 
-def test_a_change_after_a_long_quiet_time_still_rings() -> None:
-    random = np.random.default_rng(3)
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_change_after_a_long_quiet_time_rings_as_soon(seed) -> None:
+    random = np.random.default_rng(seed)
     watched = alarm(random)
     assert not watched.observe(*prompts(random, 5000))
-    assert watched.observe(*prompts(random, 300, scale=1.4))
+    assert watched.observe(*prompts(random, 100, scale=1.4)), "a stake put down at once takes 110 to 125 prompts"
 
 
 def test_memory_does_not_grow() -> None:
@@ -99,7 +100,7 @@ def test_rows_of_one_call_may_be_sorted() -> None:
 
 def test_threads_lose_no_prompt() -> None:
     random = np.random.default_rng(3)
-    watched = alarm(random)
+    watched = alarm(random, rate=1e-9)  # the order is not ours, so no seed rules out a false alarm
     batches = [drift_scores(*prompts(random, 10)) for _ in range(40)]
     workers = [
         threading.Thread(target=lambda part: [watched.observe_scores(b) for b in part], args=(batches[i::4],))
