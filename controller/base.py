@@ -78,7 +78,7 @@ class Controller(ABC):
 
         A row with a feature that is not finite is NaN under every shortened plan, and gets the full one from `choose`.
         """
-        finite = np.isfinite(features).all(axis=1)
+        finite = np.asarray(np.isfinite(features).all(axis=1))
         kept = self._predict(np.where(finite[:, None], features, 0.0).astype(np.float32)).astype(np.float32)
         kept[~finite] = np.nan
         kept[:, -1] = 1.0

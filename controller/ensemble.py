@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from controller.base import Controller, Floats, Trial
 from controller.gbdt import LightGBMController
 from controller.mlp import MLPController
@@ -30,7 +32,7 @@ class EnsembleController(Controller):
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for name, member in _MEMBERS.items():
             settings = member.suggest(_Prefixed(trial, f"{name}_"))
             found |= {f"{name}_{key}": value for key, value in settings.items()}
@@ -46,7 +48,8 @@ class EnsembleController(Controller):
 
     def _predict(self, features: Floats) -> Floats:
         first, second = (member.predict(features) for member in self._members)
-        return (first + second) / 2
+        mean: Floats = (first + second) * np.float32(0.5)
+        return mean
 
     def save(self, folder: Path) -> None:
         for member in self._members:

@@ -125,7 +125,7 @@ def lens(probed: Probed) -> torch.Tensor:
     The logit lens (Belrose et al. 2023, arXiv 2303.08112, section 2): final norm and head on an early state. Runs the
     head once for every prompt, which for a large vocabulary costs as much as several layers.
     """
-    norm, head = final_norm(probed.model), probed.model.get_output_embeddings()
+    norm, head = final_norm(probed.model), probed.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     logs = head(norm(probed.states[-1][:, -1].to(probed.model.dtype))).float().log_softmax(-1)
     return torch.stack([-(logs.exp() * logs).sum(-1), logs.amax(-1).exp()], dim=-1)
 

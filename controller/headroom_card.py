@@ -66,4 +66,5 @@ def _captured(value: float, redrawn: Floats, rival: Floats | None) -> Captured:
     defined = redrawn[~np.isnan(redrawn)]
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(defined) else (np.nan, np.nan)
     beats = None if rival is None else float((np.nan_to_num(redrawn, nan=-np.inf) > rival).mean())
-    return Captured(*(None if np.isnan(number) else float(number) for number in (value, low, high)), beats=beats)
+    whole = [None if np.isnan(number) else float(number) for number in (value, low, high)]
+    return Captured(whole[0], whole[1], whole[2], beats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import Floats, choose
-from controller.features import Features
+from controller.features import Features, rows_of
 from controller.headroom_card import captured_by
 from controller.learning import Learned, Settings, learn
 from controller.report_card import price_for_loss
@@ -24,6 +25,8 @@ from pipelines.workspace import Table, Workspace
 CONTROLS = ("shuffled", "length", "task", "embedding")
 """The best controller's settings with features that know less: another prompt's, the length alone, the task's name
 alone, the mean embedding alone."""
+
+TASK_COLUMNS = 64
 
 Choices = NDArray[np.intp]
 Rows = list[dict[str, Any]]
@@ -57,21 +60,24 @@ def comparison(workspace: Workspace, best: str) -> dict[str, Any]:
 
 
 def _control(name: str, settings: Settings, fit: Table) -> Learned:
-    features, sets = _features(name, fit), settings.sets
-    if name == "shuffled":
-        order = np.random.default_rng(0).permutation(len(fit.prompts))
-        features = {key: values[order] for key, values in features.items()}
-    else:
-        sets = (name,)
+    features, sets = control_features(name, fit, settings.sets)
     return learn(replace(settings, sets=sets), features, fit.kept, fit.budgets)
 
 
+def control_features(name: str, table: Table, sets: tuple[str, ...]) -> tuple[Features, tuple[str, ...]]:
+    """What a control learns from: features and the sets of them, where the controller reads `sets`."""
+    if name == "shuffled":
+        order = np.random.default_rng(0).permutation(len(table.prompts))
+        return rows_of(table.features, order), sets
+    return _features(name, table), (name,)
+
+
 def _features(name: str, table: Table) -> Features:
-    """The table's features; for the control that knows the task, a column for each of twelve hashes of its name."""
+    """The table's features; for the control that knows the task, its name, hashed to one of TASK_COLUMNS columns."""
     if name != "task":
         return table.features
-    hashed = [sum(task.encode()) % 12 for task in table.tasks]
-    return {"task": np.eye(12, dtype=np.float32)[hashed]}
+    hashed = [zlib.crc32(task.encode()) % TASK_COLUMNS for task in table.tasks]
+    return {"task": np.eye(TASK_COLUMNS, dtype=np.float32)[hashed]}
 
 
 def _both(name: str, learned: Learned, calibrate: Table, test: Table) -> tuple[Floats, Floats]:

@@ -138,9 +138,7 @@ class Allocator:
         budgets = np.array(self.menu.budgets)
         chosen = choose(self.controller.predict(projected), budgets, self.certificate.price)
         if self.drift is not None and self.drift.observe(projected, budgets[chosen]):
-            logger.warning(
-                "prompts are no longer like those of the certificate; from here on all run the full plan"
-            )
+            logger.warning("prompts are no longer like those of the certificate; from here on all run the full plan")
             return [self.menu.plans[-1]] * len(input_ids)
         return [self.menu.plans[index] for index in chosen]
 

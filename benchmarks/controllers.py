@@ -1,0 +1,226 @@
+"""What controllers capture of the headroom, whether their certificate holds, and what they cost in time.
+
+    python benchmarks/controllers.py --run runs/demo --name demo
+
+Reads a finished run. All of its prompts are predicted out of fold by every controller and every control, with the
+settings that the run found, and a price is picked on one random half of them and measured on the other, both ways: more
+prompts than a test split, and none of them seen. The certificate is made anew on random splits of these predictions,
+and on simulated losses whose mean is known. Times are of this machine, a decision against the prefill and 64 new tokens
+of one of the run's prompts. Writes benchmarks/results/controllers-NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import workload
+from numpy.typing import NDArray
+
+from backbone.plan import LayerPlan
+from controller.base import Floats, choose
+from controller.calibration import valid_price
+from controller.features import Features
+from controller.headroom_card import captured_by
+from controller.learning import CrossFit, Settings, learn
+from controller.p_values import Risk
+from controller.report_card import price_for_loss, regret
+from controller.resampling import resampled_violations
+from oracle.prompts import SPLITS
+from pipelines.comparing import CONTROLS, control_features
+from pipelines.config import Config, TuningSection, load_config
+from pipelines.searching import Search, Work, search
+from pipelines.speeds import feature_ms
+from pipelines.train import tuned_settings
+from pipelines.workspace import Table, Workspace
+from runtime.allocator import Allocator
+from runtime.measuring import generation_under, median_seconds, prompt_inputs
+
+RESULTS = Path(__file__).parent / "results"
+FOLDS = 5
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of a finished run")
+    options.add_argument("--name", default="demo", help="name in the result's file")
+    options.add_argument("--alphas", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1])
+    options.add_argument("--splits", type=int, default=500)
+    options.add_argument("--new-tokens", type=int, default=64)
+    options.add_argument("--tuning-prompts", type=int, default=5000, help="0 leaves the tuning out")
+    options.add_argument("--tuning-trials", type=int, default=100)
+    options.add_argument("--workers", type=int, default=2)
+    arguments = options.parse_args()
+    config = load_config(arguments.run / "config.yaml")
+    config = config.model_copy(update={"runs": arguments.run.parent, "name": arguments.run.name})
+    workspace = Workspace.of(config)
+    table = workspace.table(*SPLITS)
+    settings = tuned_settings(workspace)
+    predicted = out_of_fold(config, table, settings)
+    result = {
+        "prompts": len(table.prompts),
+        "captured": [row for alpha in arguments.alphas for row in captured(predicted, table, alpha)],
+        "regret": {name: regret(kept, table.kept, table.budgets, arguments.alphas) for name, kept in predicted.items()},
+        "certificate": certificates(config, table, {name: predicted[name] for name in settings}, arguments),
+        "simulated": [simulated(risk, n, arguments.splits) for risk in get_args(Risk) for n in (100, 250, 1000)],
+        "milliseconds": milliseconds(workspace, table, settings, arguments.new_tokens),
+        "tuning": tuning(arguments) if arguments.tuning_prompts else None,
+    }
+    model = {"model": workspace.config.model.source, "data": workspace.config.data.path}
+    workload.write(
+        RESULTS / f"controllers-{arguments.name}.json",
+        argparse.Namespace(**vars(arguments) | model | {"run": arguments.run.name}),
+        result,
+    )
+
+
+def out_of_fold(config: Config, table: Table, settings: Mapping[str, Settings]) -> dict[str, Floats]:
+    """What each controller and, with the settings of the best one, each control expects of prompts it did not see."""
+    best = settings[best_of(config)]
+    found = {name: _predictions(own, table.features, table) for name, own in settings.items()}
+    for name in CONTROLS:
+        features, sets = control_features(name, table, best.sets)
+        found[name] = _predictions(replace(best, sets=sets), features, table)
+    return found
+
+
+def best_of(config: Config) -> str:
+    return Allocator.from_pretrained(config.folder / "allocator").controller_name
+
+
+def _predictions(settings: Settings, features: Features, table: Table) -> Floats:
+    *_, (predicted, _) = CrossFit(features, table.kept, table.budgets, FOLDS, settings.components).predict(settings)
+    return predicted
+
+
+def captured(predicted: Mapping[str, Floats], table: Table, alpha: float) -> list[dict[str, Any]]:
+    """What each policy captures at a mean loss, with the price picked on the other half of the prompts."""
+    order = np.random.default_rng(0).permutation(len(table.prompts))
+    halves = np.array_split(order, 2)
+    chosen = {name: np.zeros(len(order), dtype=np.intp) for name in predicted}
+    for name, kept in predicted.items():
+        for seen, unseen in (halves, halves[::-1]):
+            price = price_for_loss(kept[seen], table.kept[seen], table.budgets, alpha)
+            chosen[name][unseen] = choose(kept[unseen], table.budgets, price)
+    found, rows = captured_by(chosen, table.scores, table.budgets, frozenset(CONTROLS)), np.arange(len(order))
+    return [
+        {
+            "alpha": alpha,
+            "policy": name,
+            "budget": float(table.budgets[choice].mean()),
+            "loss": 1 - float(table.kept[rows, choice].mean()),
+            **asdict(found[name]),
+        }
+        for name, choice in chosen.items()
+    ]
+
+
+def certificates(
+    config: Config, table: Table, predicted: Mapping[str, Floats], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """How often a certificate is broken over random splits of the prompts, at each bound."""
+    calibration, n = config.calibration, len(table.prompts) // 2
+    return [
+        {
+            "controller": name,
+            "alpha": alpha,
+            **asdict(
+                resampled_violations(
+                    kept,
+                    1 - table.kept,
+                    table.budgets,
+                    alpha,
+                    calibration.delta,
+                    n,
+                    arguments.splits,
+                    risk=calibration.risk,
+                )
+            ),
+        }
+        for name, kept in predicted.items()
+        for alpha in arguments.alphas
+    ]
+
+
+def simulated(risk: Risk, n: int, repeats: int, alpha: float = 0.05, delta: float = 0.1) -> dict[str, Any]:
+    """Where the truth is known: a shortened plan whose mean loss is `alpha` to a hair above, so that every certificate
+    which lets a prompt run it is wrong, and may be given with probability `delta` at most."""
+    random, budgets, mean, wrong = np.random.default_rng(0), np.array([0.5, 1.0]), alpha * 1.001, 0
+    kept = np.tile(np.array([[0.9, 1.0]], dtype=np.float32), (n, 1))
+    for _ in range(repeats):
+        lost = random.random(n) < mean if risk == "insufficient" else random.beta(0.3, 0.3 * (1 / mean - 1), n)
+        price = valid_price(partial(_losses, kept, lost, budgets), alpha, delta, risk=risk)
+        wrong += price is not None and bool((choose(kept, budgets, price) == 0).any())
+    return {"risk": risk, "n": n, "alpha": alpha, "delta": delta, "repeats": repeats, "violations": wrong / repeats}
+
+
+def _losses(kept: Floats, lost: NDArray[Any], budgets: NDArray[np.float64], price: float) -> NDArray[np.float64]:
+    return np.where(choose(kept, budgets, price) == 0, lost, 0.0)
+
+
+def milliseconds(
+    workspace: Workspace, table: Table, settings: Mapping[str, Settings], new_tokens: int
+) -> dict[str, Any]:
+    """A row's prediction by each controller on one thread, features, and both against stock generation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = {name: values[:1] for name, values in table.features.items()}
+        learned = {name: learn(own, table.features, table.kept, table.budgets) for name, own in settings.items()}
+        rows = median_seconds(
+            {name: lambda found=found: found.predict(one) for name, found in learned.items()}, 50, _no
+        )  # type: ignore[misc]
+    finally:
+        torch.set_num_threads(threads)
+    model, tokenizer = workspace.backbone
+    text = sorted((prompt.prompt for prompt in table.prompts), key=len)[len(table.prompts) // 2]
+    inputs = prompt_inputs(model, tokenizer, [text])
+    full = LayerPlan.full(workspace.menu().n_layers)
+    stock = median_seconds({"stock": generation_under(model, inputs, full, new_tokens)}, 3, _no)["stock"] * 1000
+    features = feature_ms(workspace, text, 10)
+    sets = settings[best_of(workspace.config)].sets
+    decision = sum(features[name] for name in sets) + rows[best_of(workspace.config)] * 1000
+    return {
+        "prediction": {name: round(seconds * 1000, 3) for name, seconds in rows.items()},
+        "features": features,
+        "decision": round(decision, 3),
+        "generation": round(stock, 1),
+        "prompt_tokens": int(inputs["attention_mask"].sum()),
+        "new_tokens": new_tokens,
+        "decision_share": round(decision / stock, 5),
+    }
+
+
+def _no() -> None:
+    """Nothing to report."""
+
+
+def tuning(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a search on random prompts, half the trials LightGBM and half the MLP."""
+    random, n, k = np.random.default_rng(0), arguments.tuning_prompts, 8
+    states = random.normal(size=(n, 1280)).astype(np.float32)
+    needed = 0.2 * states[:, :1] + np.linspace(-1, 1.5, k)
+    kept = np.clip(0.5 + needed, 0, 1)
+    kept[:, -1] = 1
+    features = {"length": states[:, :1].copy(), "path": states[:, 1:19].copy(), "states": states}
+    trials = arguments.tuning_trials // 2
+    section = TuningSection(trials=trials, workers=arguments.workers, feature_sets=[["length", "path", "states"]])
+    work, seconds = Work(features, kept, np.linspace(0.5, 1, k), (0.02,), section), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("lightgbm", "mlp"):
+            start = time.perf_counter()
+            search(Search(f"sqlite:///{folder}/tuning.db", name, name), work, lambda done: None)
+            seconds[name] = round(time.perf_counter() - start, 1)
+    return {"prompts": n, "plans": k, "trials_each": trials, "folds": section.folds, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    main()
