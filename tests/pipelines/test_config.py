@@ -34,7 +34,7 @@ def test_settings_go_over_the_file_over_the_defaults() -> None:
     )
     assert (config.data.limit, config.name, config.decoding.stop, config.label.tolerance) == (64, "mixed", [], 0.1)
     assert config.menu.probe_depth == 4
-    assert config.features.components == 24
+    assert config.tuning.components == [12, 24, 48]
 
 
 def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
@@ -51,6 +51,12 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("tuning.trails=3", "the nearest valid key is 'tuning.trials'"),
         ("calibration.alpha=2", "calibration.alpha: Input should be less than 1, got 2"),
         ("tuning.controllers=[forest]", "got 'forest'"),
+        ("features.sets=[length, moods]", "features: unknown features 'moods'; known are length"),
+        ("features.sets=[length, states]", "features: sets must hold 'embedding', which the report's controls need"),
+        ("tuning.feature_sets=[[length, lens]]", "tuning.feature_sets names 'lens', which features.sets does not hold"),
+        ("tuning.given={mlps: {}}", "given holds settings of 'mlps', which is not among tuning.controllers"),
+        ("tuning.objectives=[decision_ms]", "objectives must hold 'regret', got ['decision_ms']"),
+        ("calibration.risk=doubt", "calibration.risk: Input should be 'insufficient' or 'score_lost', got 'doubt'"),
         ("menu.method=magic", "menu.method: Input should be 'given', 'evenly', 'exiting',"),
         ("menu.method=given", "the method 'given' and a list of plans in menu.given go together"),
         ("data.shares={train: 1.0}", "data: shares must name train, tune, calibrate and test"),

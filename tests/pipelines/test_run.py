@@ -109,6 +109,7 @@ def _check_metrics(metrics) -> None:
     )
     assert metrics["machine"]["torch"]
     assert "captured_headroom" in metrics
+    _check_comparison(metrics)
     _check_frontier(metrics)
 
 
@@ -123,6 +124,18 @@ def _check_frontier(metrics) -> None:
     assert "flatter" in frontier["caveat"]
 
 
+def _check_comparison(metrics) -> None:
+    rows = metrics["comparison"]["at_losses"]
+    assert {row["alpha"] for row in rows} == {0.01, 0.02, 0.05, 0.1}
+    assert {row["policy"] for row in rows} == {"lightgbm", "mlp", "shuffled", "length", "task", "embedding"}
+    assert all(0 < row["budget"] <= 1 and row["loss"] >= 0 for row in rows)
+    assert [row["alpha"] for row in metrics["comparison"]["certified"]] == [0.01, 0.02, 0.05, 0.1]
+    assert len(metrics["comparison"]["unseen_tasks"]) == 4
+    assert metrics["comparison"]["knows_the_prompt"] in (True, False)
+    assert metrics["feature_ms"].keys() == {"length", "tokens", "embedding", "states", "windows", "path"}
+    assert metrics["lightgbm"]["regret"] >= -1e-9
+
+
 def _check_report(page: str) -> None:
     assert page.count("<svg") == 5
     assert "The oracle's frontier" in page
@@ -132,6 +145,8 @@ def _check_report(page: str) -> None:
     assert "https://" not in page.replace("https://matplotlib.org", "")
     assert "<script" not in page
     assert "confidence" in page
+    assert "Does the controller know the prompt?" in page
+    assert "control: shuffled features" in page
 
 
 def _check_mlflow(folder: Path) -> None:
@@ -204,7 +219,7 @@ def test_kills_at_any_stage_lose_nothing(config_file, tmp_path) -> None:
     assert not [file for file in folder.iterdir() if "unfinished" in file.name]
     undisturbed = config_file("other.yaml", name="other", tuning={"trials": 6})
     assert layerbudget("run", undisturbed).returncode == 0
-    for name in ("menu.json", "features.parquet", "controllers/projection.safetensors"):
+    for name in ("menu.json", "features.parquet"):
         assert (folder / name).read_bytes() == (tmp_path / "runs" / "other" / name).read_bytes(), name
 
 
@@ -220,6 +235,52 @@ def test_ctrl_c_says_that_the_run_goes_on_and_a_second_process_waits_its_turn(co
     assert run.returncode == 130
     assert "stopped; the same command goes on from here" in errors
     assert layerbudget("run", path, "--set", "tuning.trials=2").returncode == 0
+
+
+def test_the_winner_is_made_again_without_a_search(finished, tmp_path) -> None:
+    _, folder, _ = finished
+    winner = tmp_path / "winner.yaml"
+    winner.write_text((folder / "winner.yaml").read_text())
+    done = layerbudget("run", winner)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = folder.parent / "tiny-winner"
+    found, made = (json.loads((path / "tuning.json").read_text()) for path in (folder, again))
+    best = found["best"]
+    assert made["controllers"].keys() == {best}
+    assert made["controllers"][best]["settings"] == found["controllers"][best]["settings"]
+    assert made["controllers"][best]["regret"] == pytest.approx(found["controllers"][best]["regret"])
+    for name in (file.name for file in (folder / "controllers" / best).iterdir()):
+        assert (folder / "controllers" / best / name).read_bytes() == (again / "controllers" / best / name).read_bytes()
+
+
+def test_every_controller_and_option_of_the_report_card(config_file) -> None:
+    path = config_file(
+        tuning={"controllers": ["logistic", "ensemble"], "trials": 2, "components": [4], "folds": 2},
+        calibration={"risk": "insufficient", "alpha": 0.3, "delta": 0.2, "per_task": True},
+        evaluation={
+            "template": "Q: {prompt} A:",
+            "template_prompts": 8,
+            "alphas": [0.1],
+            "speed_prompts": 2,
+            "speed_tokens": 2,
+            "speed_rounds": 1,
+        },
+    )
+    done = layerbudget("run", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["best"] in ("logistic", "ensemble")
+    assert [row["policy"] for row in metrics["comparison"]["template"]] == ["template"]
+    assert metrics["certificate"]["risk"] == "insufficient"
+    assert metrics["certificate"]["per_task"].keys() == {"short", "long"}
+    assert "in each task," in metrics["certificate"]["sentence"]
+    page = (folder / "report.html").read_text()
+    assert "best controller, another template" in page
+    assert (
+        "captures no more than the same controller with shuffled features" in page
+        or metrics["comparison"]["knows_the_prompt"]
+    )
 
 
 ADAPTED = {"epochs": 4, "batch_tokens": 256, "lora_rank": 4, "prompts": 40}

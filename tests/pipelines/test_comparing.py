@@ -1,0 +1,59 @@
+"""Controls know less than the controller, and the report says so when the controller knows nothing."""
+
+import numpy as np
+import pytest
+
+from controller.learning import Settings
+from oracle.prompts import Prompt
+from pipelines.comparing import _knows_the_prompt, _unseen_tasks, control_features
+from pipelines.workspace import Table, quality_kept
+
+
+def table(n: int, seed: int) -> Table:
+    """The first state decides what the shortened plan keeps, whatever the task."""
+    random = np.random.default_rng(seed)
+    states = random.normal(size=(n, 6)).astype(np.float32)
+    scores = np.column_stack([np.clip(states[:, 0] + 0.5, 0, 1), np.ones(n)])
+    prompts = [Prompt(str(i), "abc"[i % 3], "text", "", "kl") for i in range(n)]
+    features = {"states": states, "length": random.normal(size=(n, 1)).astype(np.float32)}
+    return Table(prompts, features, scores, scores >= 1, scores, np.array([0.5, 1.0]))
+
+
+def test_the_loss_is_what_the_certificate_bounds() -> None:
+    scores = np.array([[0.2, 0.9, 0.6], [0.6, 0.5, 0.6]])
+    sufficient = scores >= scores[:, -1:]
+    np.testing.assert_allclose(quality_kept("score_lost", scores, sufficient), [[0.6, 1, 1], [1, 0.9, 1]])
+    np.testing.assert_array_equal(quality_kept("insufficient", scores, sufficient), [[0, 1, 1], [1, 0, 1]])
+
+
+def test_controls_see_what_they_are_named_after() -> None:
+    some = table(30, 0)
+    shuffled, sets = control_features("shuffled", some, ("states",))
+    assert sets == ("states",)
+    assert sorted(shuffled["states"][:, 0]) == sorted(some.features["states"][:, 0])
+    assert (shuffled["states"] != some.features["states"]).any()
+    task, sets = control_features("task", some, ("states",))
+    assert sets == ("task",)
+    assert len(np.unique(task["task"], axis=0)) == 3
+    assert control_features("length", some, ("states",))[1] == ("length",)
+
+
+def test_tasks_that_were_never_seen_are_decided_without_them() -> None:
+    settings = Settings("logistic", ("states",), 6)
+    fit, calibrate, test = table(300, 0), table(150, 1), table(150, 2)
+    (row,) = _unseen_tasks(settings, fit, calibrate, test, [0.05])
+    assert row["value"] > 0.6
+    one = test.rows(np.flatnonzero(test.tasks == "a"))
+    assert _unseen_tasks(settings, fit, calibrate, one, [0.05]) == []
+
+
+@pytest.mark.parametrize(
+    ("mine", "shuffled", "knows"), [(0.4, 0.1, True), (0.1, 0.1, False), (None, 0.1, False), (0.2, None, True)]
+)
+def test_a_controller_that_does_not_beat_shuffled_features_is_found_out(mine, shuffled, knows) -> None:
+    rows = [
+        {"alpha": alpha, "policy": policy, "value": value if alpha == 0.1 else 1 - (value or 0)}
+        for alpha in (0.01, 0.1)
+        for policy, value in (("mlp", mine), ("shuffled", shuffled))
+    ]
+    assert _knows_the_prompt(rows, "mlp", 0.09) is knows
