@@ -19,7 +19,7 @@ from backbone.plan import LayerPlan
 from backbone.running import apply_plan
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Prefix:
     """What the first layers of a model made of B prompts.
 
@@ -30,6 +30,10 @@ class Prefix:
 
     states: tuple[torch.Tensor, ...]
     keys_values: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+    def release(self) -> None:
+        """Give the memory back; nothing can go on from this prefix any more."""
+        self.states, self.keys_values = (), ()
 
 
 @torch.no_grad()
@@ -74,7 +78,9 @@ def _keeping(states: list[torch.Tensor]) -> Callable[..., None]:
 
 
 @contextmanager
-def replaying(model: PreTrainedModel, prefix: Prefix, rows: torch.Tensor | None = None) -> Iterator[None]:
+def replaying(
+    model: PreTrainedModel, prefix: Prefix, rows: torch.Tensor | None = None, *, release: bool = False
+) -> Iterator[None]:
     """Within this block, inside `apply_plan`, the model's first layers do not compute the prompt: they give the kept
     states and write the kept keys and values into whatever cache the pass has. The model's own code does the rest.
 
@@ -84,8 +90,9 @@ def replaying(model: PreTrainedModel, prefix: Prefix, rows: torch.Tensor | None 
     Args:
         prefix: of the same prompts, made with `keep_cache=True`.
         rows: which of its prompts the passes' rows are [R]; None for all, in order.
+        release: give the prefix's memory back as soon as its last token was replayed.
     """
-    replay = _Replay(model, prefix, rows)
+    replay = _Replay(model, prefix, rows, release)
     previous = model.__dict__.get("get_compiled_call")
     model.__dict__["get_compiled_call"] = replay.deferring(model.get_compiled_call)
     try:
@@ -100,8 +107,8 @@ def replaying(model: PreTrainedModel, prefix: Prefix, rows: torch.Tensor | None 
 
 
 class _Replay:
-    def __init__(self, model: PreTrainedModel, prefix: Prefix, rows: torch.Tensor | None) -> None:
-        self._model, self._prefix, self._rows = model, prefix, rows
+    def __init__(self, model: PreTrainedModel, prefix: Prefix, rows: torch.Tensor | None, release: bool) -> None:
+        self._model, self._prefix, self._rows, self._release = model, prefix, rows, release
         self._layers = list(decoder_layers(model))[: len(prefix.keys_values)]
         self._returns_tuple = family_of(model).returns_tuple
         self._done, self._total = 0, prefix.states[-1].shape[1]
@@ -115,6 +122,8 @@ class _Replay:
     def stop(self) -> None:
         self._undo.close()
         self._done = self._total
+        if self._release:
+            self._prefix.release()
 
     def deferring(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled`, the model's `get_compiled_call`, whose result runs the plain model while the replay goes on."""
