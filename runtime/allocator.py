@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from backbone.errors import InputError
@@ -30,6 +31,9 @@ from runtime.lanes import Lane, lane_a_plan, least_time_lanes, plans_of
 from runtime.moments import Moment
 from runtime.request import Request, check_handed_on, with_stop_strings
 from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
+
+if TYPE_CHECKING:
+    from runtime.texts import AllocatedText
 
 _attaching = threading.Lock()
 
@@ -171,6 +175,35 @@ class Allocator:
         loop = partial(self, streamer=streamer)
         stock = with_stop_strings(arguments)
         return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator, no-any-return]
+
+    def generate_many(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        batch_size: int = 32,
+        advance: Callable[[int], None] = lambda done: None,
+        **options: Any,
+    ) -> list[AllocatedText]:
+        """Continue many prompts [N], as fast as possible: all are allocated first, then generated in full batches, each
+        under one plan, the largest plan and the longest prompts first.
+
+        Args:
+            batch_size: prompts generated together, at most.
+            advance: called with the number of prompts that were answered.
+            options: arguments of `generate()`, in place of the decoding that the allocator was calibrated with.
+
+        Returns:
+            A text and its plan for each prompt, in their order.
+
+        Raises:
+            UnsupportedGenerationError: an option that would give other than one answer a prompt.
+            WrongModelError: another model than the one this allocator was made for.
+        """
+        from runtime.offline import generate_many
+
+        return generate_many(self, model, tokenizer, prompts, batch_size=batch_size, advance=advance, **options)
 
     def __call__(
         self,
