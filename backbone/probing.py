@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
-from backbone.families import decoder_layers, decoder_of
-from backbone.plan import LayerPlan
+from backbone.families import decoder_of
 from backbone.positions import position_inputs
-from backbone.running import apply_plan
+from backbone.prefix import run_prefix
+
+
+def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, depth: int) -> torch.Tensor:
+    """Hidden states after the first `depth` layers [B, S, D]; see `probe_states`."""
+    return probe_states(model, input_ids, attention_mask, depth)[-1]
 
 
 @torch.inference_mode()
-def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, depth: int) -> torch.Tensor:
-    """Hidden states after the first `depth` layers; no later layer and no head is computed.
+def probe_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, depth: int
+) -> list[torch.Tensor]:
+    """Hidden states before and after each of the first `depth` layers; no later layer and no head is computed.
 
     Args:
         input_ids: prompt tokens, int64 [B, S], left-padded.
@@ -23,19 +27,8 @@ def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch
         depth: number of layers that run, at least 1.
 
     Returns:
-        States [B, S, D] in the model's dtype; those of padding are meaningless.
+        depth + 1 states [B, S, D] in the model's dtype: the embeddings, then after each layer; those of padding are
+        meaningless.
     """
-    decoder, layers = decoder_of(model), decoder_layers(model)
-    states: list[torch.Tensor] = []
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    with apply_plan(model, LayerPlan.exiting(len(layers), depth), frozen=True):
-        hook = layers[depth - 1].register_forward_hook(keep)
-        try:
-            positions = position_inputs(decoder, attention_mask)
-            decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-        finally:
-            hook.remove()
-    return states[0]
+    positions = position_inputs(decoder_of(model), attention_mask)
+    return list(run_prefix(model, input_ids, attention_mask, depth, keep_cache=False, **positions).states)

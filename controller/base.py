@@ -2,11 +2,14 @@
 
 To add one: a file here with a class that keeps this contract, its line in `CONTROLLERS`, and a test class that inherits
 `controller.testing.ControllerConformance`.
+
+Shapes: `N` prompts, `F` features, `K` plans, cheapest first, the last full.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,16 +17,23 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from backbone.errors import InputError
+
 Floats = NDArray[np.float32]
-Bools = NDArray[np.bool_]
 
 CONTROLLERS: dict[str, str] = {
     "lightgbm": "controller.gbdt:LightGBMController",
     "mlp": "controller.mlp:MLPController",
+    "logistic": "controller.logistic:LogisticController",
+    "ensemble": "controller.ensemble:EnsembleController",
     "mixture": "controller.constant:MixtureController",
     "oracle": "controller.constant:OracleController",
 }
 """Name -> module:class; the name is written in a saved allocator."""
+
+
+class LearningError(InputError):
+    """Prompts that nothing can be learned from; the message says why."""
 
 
 class Trial(Protocol):
@@ -31,29 +41,56 @@ class Trial(Protocol):
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
 
 
 class Controller(ABC):
-    """Predicts, for each prompt and plan, the probability that the plan is sufficient.
+    """Predicts, for each prompt and plan, the share of quality that the plan keeps.
+
+    What is kept is 1 - loss. For the loss "the answer is no longer sufficient", 0 or 1, it is the probability that the
+    plan is sufficient; for a loss between 0 and 1, its expectation.
 
     `fit` is called once, by the tune and train stages, `predict` any number of times, also while serving, from several
     threads. `predict` gives the same numbers for the same row whatever the other rows, their order and their number,
-    and after `save` and `load` the same bits. A controller keeps no reference to the arrays it is given.
+    and after `save` and `load` the same bits. A controller keeps no reference to the arrays it is given. A new one
+    implements `_fit` and `_predict`, which see finite numbers only.
     """
 
-    @abstractmethod
-    def fit(self, features: Floats, sufficient: Bools, budgets: Floats) -> None:
+    def fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
         """Learn from N prompts.
 
         Args:
             features: projected features [N, F].
-            sufficient: whether each plan is sufficient for each prompt [N, K]; the last column is True.
+            kept: share of quality that each plan keeps for each prompt, in [0, 1], [N, K]; the last column is 1.
             budgets: share of the decoder that each plan runs [K], ascending, the last 1.
+
+        Raises:
+            LearningError: features that are not finite, or a share outside [0, 1].
         """
+        if bad := int((~np.isfinite(features).all(axis=1)).sum()):
+            raise LearningError(f"{bad} of {len(features)} prompts have features that are not finite; leave them out")
+        if not ((kept >= 0) & (kept <= 1)).all():
+            raise LearningError("the shares of quality to learn from must lie in [0, 1]")
+        self._fit(np.array(features, np.float32), np.array(kept, np.float32), np.array(budgets, np.float32))
+
+    def predict(self, features: Floats) -> Floats:
+        """[N, F] -> expected shares in [0, 1], [N, K]; the last column, the full plan, is 1.
+
+        A row with a feature that is not finite is NaN under every shortened plan, and gets the full one from `choose`.
+        """
+        finite = np.isfinite(features).all(axis=1)
+        kept = self._predict(np.where(finite[:, None], features, 0.0).astype(np.float32)).astype(np.float32)
+        kept[~finite] = np.nan
+        kept[:, -1] = 1.0
+        return kept
 
     @abstractmethod
-    def predict(self, features: Floats) -> Floats:
-        """[N, F] -> probabilities in [0, 1], [N, K]; the last column, the full plan, is 1."""
+    def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
+        """See `fit`."""
+
+    @abstractmethod
+    def _predict(self, features: Floats) -> Floats:
+        """See `predict`; the last column is overwritten."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -66,19 +103,35 @@ class Controller(ABC):
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:
-        """Constructor arguments to try, drawn from the trial; none where there is nothing to tune."""
+        """Constructor arguments to try, drawn from the trial, each under its own name; none where there is nothing to
+        tune."""
         return {}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Default of each constructor argument; those that are tuned lie in the range of `suggest`."""
+        arguments = inspect.signature(cls.__init__).parameters.values()
+        return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
-def choose(probabilities: Floats, threshold: float) -> NDArray[np.intp]:
-    """The decision: for each row of [N, K] the cheapest plan whose probability reaches `threshold`, else the full one.
 
-    A row with a value that is not finite gets the full plan.
+def choose(kept: Floats, budgets: NDArray[Any], price: float) -> NDArray[np.intp]:
+    """The decision: for each row of `kept` [N, K] the plan that costs least when loss is paid for.
+
+    The cost of a plan is its budget plus `price` times what it loses, 1 - kept: the Lagrangian of "the least mean
+    budget whose mean loss is at most alpha" (the multiple-choice knapsack of Glavas et al. 2024, arXiv 2410.20022,
+    section 4, with predictions for scores). Of equally costly plans the cheaper one.
+
+    Args:
+        kept: expected share of quality that each plan keeps; a row with a value that is not finite gets the full plan.
+        budgets: of each plan [K].
+        price: what all of the quality is worth, in decoders; inf accepts no expected loss at all.
     """
-    allowed = probabilities >= threshold
-    allowed[~np.isfinite(probabilities).all(axis=1)] = False
-    allowed[:, -1] = True
-    return np.asarray(allowed.argmax(axis=1))
+    lost = np.maximum(1.0 - kept.astype(np.float64), 0.0)
+    with np.errstate(invalid="ignore"):
+        cost = np.asarray(budgets, dtype=np.float64) + np.where(lost > 0, price * lost, 0.0)
+    cost[~np.isfinite(kept).all(axis=1), :-1] = np.inf
+    cost[:, -1] = budgets[-1]
+    return np.asarray(cost.argmin(axis=1))
 
 
 def controller_class(name: str) -> type[Controller]:

@@ -1,122 +1,121 @@
-"""A threshold with a guarantee: Learn-then-Test on the calibrate split, and the certificate that says what it means.
+"""A price with a guarantee: Learn-then-Test on the calibrate split, over the prices of one unit of expected loss.
 
-Source: Angelopoulos et al. 2021, Learn then Test (arXiv 2110.01052), sections 2 and 3.2; fixed-sequence testing as in
-CALM (Schuster et al. 2022, arXiv 2207.07061, section 4). P-values and the test are MAPIE's.
+Source: Angelopoulos et al. 2021, Learn then Test (arXiv 2110.01052), section 2; fixed-sequence testing as in CALM
+(Schuster et al. 2022, arXiv 2207.07061, section 4). The test is MAPIE's.
+
+Shapes: `T` prices, `n` calibration prompts.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.certificate import Certificate
+from controller.p_values import CalibrationError, Risk, fewest_prompts, p_values
+
 Floats = NDArray[np.float64]
+Groups = Sequence[str] | NDArray[np.str_]
 
-THRESHOLDS: Floats = 1.0 / (1.0 + np.exp(-np.linspace(9.0, -9.0, 145)))
-"""Probabilities to demand, safest first. Fixed before any data is seen, as the test requires."""
-
-MAX_PROMPTS = 10_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """What the calibrate split supports: with probability at least 1 - `delta`, the risk is at most `alpha`.
-
-    Attributes:
-        risk: what is bounded.
-        alpha: the bound.
-        delta: how often the bound may fail, over draws of the calibration prompts.
-        n: calibration prompts.
-        threshold: probability that a plan must reach to be chosen; None where no threshold is valid.
-        observed_risk: on the calibration prompts, at the threshold (0 where there is none).
-        prompts_hash: of the calibration prompts.
-        date: when it was made, ISO 8601.
-        fewest_prompts: below this many calibration prompts no threshold can be valid at `alpha` and `delta`.
-    """
-
-    risk: str
-    alpha: float
-    delta: float
-    n: int
-    threshold: float | None
-    observed_risk: float
-    prompts_hash: str
-    date: str
-    fewest_prompts: int
-
-    @property
-    def sentence(self) -> str:
-        """The certificate in one plain sentence."""
-        if self.threshold is None:
-            return (
-                f"No threshold could be certified: {self.n} calibration prompts do not show, with {1 - self.delta:.0%} "
-                f"confidence, that at most {self.alpha:.1%} of prompts would lose quality, so all run the full model."
-            )
-        return (
-            f"With {1 - self.delta:.0%} confidence, at most {self.alpha:.1%} of prompts like the {self.n} calibration "
-            f"prompts get an answer that scores lower than the full model's (observed: {self.observed_risk:.1%})."
-        )
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({**asdict(self), "sentence": self.sentence}, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Certificate:
-        data = json.loads(path.read_text())
-        data.pop("sentence")
-        return cls(**data)
+PRICES: Floats = np.geomspace(1000.0, 0.01, 145)
+"""What one unit of expected loss may be worth, in shares of the decoder, safest first [T]. Fixed before any data is
+seen, as the test requires; that the risk grows along them is likely, and helps, but the guarantee does not need it."""
 
 
-def valid_threshold(losses: Callable[[float], Floats], alpha: float, delta: float) -> float | None:
-    """The lowest threshold whose risk is at most `alpha` with probability 1 - `delta`, or None.
+def valid_price(
+    losses: Callable[[float], Floats],
+    alpha: float,
+    delta: float,
+    groups: Groups | None = None,
+    *,
+    risk: Risk = "insufficient",
+) -> float | None:
+    """The lowest price whose mean loss is at most `alpha` with probability 1 - `delta`, or None.
 
     Args:
-        losses: threshold -> loss, 0 or 1, of each of the n calibration prompts under the plans it chooses.
-        alpha: bound on the mean loss.
-        delta: family-wise error rate over all thresholds.
-    """
-    from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
-
-    samples = [losses(float(threshold)) for threshold in THRESHOLDS]
-    risks = np.array([sample.mean() for sample in samples])
-    valid = control_fwer(p_values(risks, len(samples[0]), alpha), delta, FWERFixedSequenceTesting(n_starts=1))
-    return float(THRESHOLDS[valid[-1]]) if len(valid) else None
-
-
-def p_values(risks: Floats, n: int, alpha: float) -> Floats:
-    """Hoeffding-Bentkus p-values [T] of "the risk exceeds alpha", from observed mean 0/1 losses [T] of n prompts."""
-    from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
-
-    values: Floats = compute_hoeffding_bentkus_p_value(np.asarray(risks, dtype=float), n, alpha, binary=True)[:, 0]
-    return values
-
-
-def fewest_prompts(alpha: float, delta: float, observed_risk: float = 0.0) -> int:
-    """How many calibration prompts it takes to certify `alpha` at `delta` when the loss observed is `observed_risk`.
+        losses: price -> loss [n] of each calibration prompt under the plans that this price chooses.
+        alpha: bound on the mean loss; with `groups`, on the mean loss of each task.
+        delta: how often the bound may fail, over draws of the prompts: family-wise, over all prices (and tasks).
+        groups: task of each prompt [n], for a bound that holds in every task; None for the mean over all prompts.
+        risk: which loss it is.
 
     Raises:
-        ValueError: the observed risk is not below alpha, so that no number suffices.
+        CalibrationError: a bound or losses that cannot be; as many groups as there are not prompts.
     """
-    if observed_risk >= alpha:
-        raise ValueError(f"an observed risk of {observed_risk:.3f} can never certify a bound of {alpha:.3f}")
-    low, high = 0, math.ceil(math.log(delta) / math.log(1 - alpha))
-    while not _certifies(high, alpha, delta, observed_risk):
-        low, high = high, high * 2
-        if high > MAX_PROMPTS:
-            raise ValueError(
-                f"certifying {alpha:.3f} at an observed risk of {observed_risk:.3f} takes over {MAX_PROMPTS} prompts"
-            )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _certifies(middle, alpha, delta, observed_risk) else (middle, high)
-    return high
+    samples = np.stack([np.asarray(losses(float(price)), dtype=np.float64) for price in PRICES])
+    index = last_valid(price_p_values(samples, alpha, delta, risk, groups), delta)
+    return None if index is None else float(PRICES[index])
 
 
-def _certifies(n: int, alpha: float, delta: float, observed_risk: float) -> bool:
-    lost = math.ceil(observed_risk * n)
-    return bool(p_values(np.array([lost / n]), n, alpha)[0] <= delta)
+def price_p_values(losses: Floats, alpha: float, delta: float, risk: Risk, groups: Groups | None = None) -> Floats:
+    """P-values [T] of "the mean loss exceeds alpha", or with `groups` of "in some task it does", from losses [T, n].
+
+    The second is the largest of the tasks' p-values, an intersection-union test (Berger 1982, Technometrics 24(4),
+    theorem 1). To be wrong it must be wrong about the one task whose mean does exceed alpha, and that happens with
+    probability delta however many tasks there are: so one price for all tasks costs no correction, but must suit the
+    hardest task. A price per task (Mondrian) makes one claim a task, any of which may be the wrong one: each would have
+    to hold at delta / tasks.
+    """
+    if groups is None:
+        return p_values(losses, alpha, delta, risk)
+    names = np.asarray(groups)
+    if names.shape != losses.shape[1:]:
+        raise CalibrationError(f"{len(names)} task names were given for {losses.shape[1]} prompts; give one a prompt")
+    of_tasks = [p_values(losses[:, names == name], alpha, delta, risk) for name in np.unique(names)]
+    return np.asarray(np.max(of_tasks, axis=0)) if of_tasks else p_values(losses, alpha, delta, risk)
+
+
+def last_valid(values: Floats, delta: float) -> int | None:
+    """The last price before the first whose p-value [T] exceeds delta, or None where the first does."""
+    from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
+
+    valid = control_fwer(values, delta, FWERFixedSequenceTesting(n_starts=1))
+    return int(valid[-1]) if len(valid) else None
+
+
+def certify(
+    losses: Callable[[float], Floats],
+    *,
+    alpha: float,
+    delta: float,
+    risk: Risk,
+    tasks: Groups,
+    per_task: bool = False,
+    tolerance: float = 0.0,
+    prompts_hash: str = "",
+) -> Certificate:
+    """Finds the price and says what it is worth.
+
+    Args:
+        losses, alpha, delta, risk: as in `valid_price`.
+        tasks: task of each calibration prompt [n].
+        per_task: whether the bound is to hold in every task.
+        tolerance: how much lower than the full model's the score of a sufficient answer may be.
+        prompts_hash: of the calibration prompts.
+    """
+    names = np.asarray(tasks)
+    price = valid_price(losses, alpha, delta, names if per_task else None, risk=risk)
+    observed = np.zeros(len(names)) if price is None else losses(price)  # without a price all run the full plan
+    return Certificate(
+        risk=risk,
+        alpha=alpha,
+        delta=delta,
+        n=len(names),
+        price=price,
+        observed_risk=float(observed.mean()),
+        prompts_hash=prompts_hash,
+        date=datetime.now(UTC).date().isoformat(),
+        fewest_prompts=fewest_prompts(alpha, delta, risk),
+        per_task=_per_task(observed, names) if per_task else {},
+        tolerance=tolerance,
+    )
+
+
+def _per_task(losses: Floats, names: NDArray[np.str_]) -> dict[str, dict[str, float]]:
+    return {
+        str(name): {"n": int((names == name).sum()), "observed_risk": float(losses[names == name].mean())}
+        for name in np.unique(names)
+    }

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from controller.base import Bools, Controller, Floats
+from controller.base import Controller, Floats
 
 
 class MixtureController(Controller):
     """Draws each prompt's plan with fixed probabilities, whatever the prompt; one plan with probability 1 is static.
 
+    It says that the plan drawn keeps everything and the others nothing, so that any price of 1 or more chooses it.
     The draw is a hash of the row, so it is the same wherever the row stands.
 
     Args:
@@ -29,16 +30,15 @@ class MixtureController(Controller):
         """All prompts run plan `index`."""
         return cls([float(i == index) for i in range(n_plans)])
 
-    def fit(self, features: Floats, sufficient: Bools, budgets: Floats) -> None:
+    def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
         """Nothing to learn."""
 
-    def predict(self, features: Floats) -> Floats:
+    def _predict(self, features: Floats) -> Floats:
         draws = np.array([_uniform(row, self.seed) for row in features])
         chosen = np.minimum(np.searchsorted(np.cumsum(self.weights), draws, side="right"), len(self.weights) - 1)
-        probabilities = np.zeros((len(features), len(self.weights)), dtype=np.float32)
-        probabilities[np.arange(len(features)), chosen] = 1.0
-        probabilities[:, -1] = 1.0
-        return probabilities
+        kept = np.zeros((len(features), len(self.weights)), dtype=np.float32)
+        kept[np.arange(len(features)), chosen] = 1.0
+        return kept
 
     def save(self, folder: Path) -> None:
         (folder / "controller.json").write_text(json.dumps({"weights": self.weights, "seed": self.seed}))
@@ -49,19 +49,19 @@ class MixtureController(Controller):
 
 
 class OracleController(Controller):
-    """Looks the answer up: knows which plans are sufficient for the prompts it was fitted on, full plan elsewhere."""
+    """Looks the answer up: knows what each plan keeps for the prompts it was fitted on, full plan elsewhere."""
 
     def __init__(self) -> None:
-        self._known: dict[str, list[bool]] = {}
+        self._known: dict[str, list[float]] = {}
         self._n_plans = 0
 
-    def fit(self, features: Floats, sufficient: Bools, budgets: Floats) -> None:
-        self._n_plans = sufficient.shape[1]
-        self._known = {_row_hash(row): plans.tolist() for row, plans in zip(features, sufficient, strict=True)}
+    def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
+        self._n_plans = kept.shape[1]
+        self._known = {_row_hash(row): plans.tolist() for row, plans in zip(features, kept, strict=True)}
 
-    def predict(self, features: Floats) -> Floats:
-        full_only = [False] * (self._n_plans - 1) + [True]
-        return np.array([self._known.get(_row_hash(row), full_only) for row in features], dtype=np.float32)
+    def _predict(self, features: Floats) -> Floats:
+        nothing = [0.0] * self._n_plans
+        return np.array([self._known.get(_row_hash(row), nothing) for row in features], dtype=np.float32)
 
     def save(self, folder: Path) -> None:
         (folder / "controller.json").write_text(json.dumps({"n_plans": self._n_plans, "known": self._known}))

@@ -1,85 +1,194 @@
-"""Features of a prompt: its pooled hidden states after the probe layers, and a few scalars; then a learned projection.
+"""Features of a prompt, from the states that its first layers give anyway; one extractor for training and for serving.
 
-One extractor serves training and generation. Shapes: `B` or `N` prompts, `S` tokens, `D` hidden size.
+Shapes: `B` or `N` prompts, `S` tokens, `D` hidden size, `P` probe layers. Prompts are padded on the left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
-from backbone.probing import probe
+from backbone.errors import InputError
+from backbone.families import decoder_of
+from backbone.probing import probe_states
 
 Floats = NDArray[np.float32]
+Features = dict[str, Floats]
+"""Set of features -> its values [N, F]."""
 
-SCALARS = ("log_tokens", "last_norm", "mean_norm", "norm_spread", "last_to_mean_cosine")
-
-
-def prompt_features(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_depth: int
-) -> Floats:
-    """Features [B, 2 * D + 5] of prompts [B, S] (left-padded), from one pass through the first `probe_depth` layers."""
-    states = probe(model, input_ids, attention_mask, probe_depth)
-    return pool(states, attention_mask)
+WINDOW = 16
+"""Last tokens of a prompt that the set `windows` looks at."""
 
 
-def pool(states: torch.Tensor, attention_mask: torch.Tensor) -> Floats:
-    """Mean state, last state and `SCALARS` of each prompt: [B, S, D] and [B, S] -> float32 [B, 2 * D + 5]."""
-    states, mask = states.float(), attention_mask.to(states.device).float()
-    tokens = mask.sum(-1)
-    mean = (states * mask[..., None]).sum(1) / tokens[:, None]
-    last = states[:, -1]
-    norms = states.norm(dim=-1)
-    mean_norm = (norms * mask).sum(-1) / tokens
-    spread = (((norms - mean_norm[:, None]) ** 2 * mask).sum(-1) / tokens).sqrt()
-    cosine = torch.cosine_similarity(last, mean, dim=-1)
-    scalars = torch.stack([tokens.log(), last.norm(dim=-1), mean_norm, spread, cosine], dim=-1)
-    pooled: Floats = torch.cat([mean, last, scalars], dim=-1).cpu().numpy()
-    return pooled
+class FeatureError(InputError):
+    """An unknown set of features, or one that this model cannot give."""
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
-    """Standardises features, then reduces the states to their principal components; the scalars stay.
+class Probed:
+    """What the probe layers saw of B prompts.
 
     Attributes:
-        mean: of each raw feature [2 * D + 5].
-        scale: standard deviation of each raw feature, 1 where it is constant.
-        components: [C, 2 * D], each divided by the standard deviation of the training prompts along it.
+        model: the model.
+        states: P + 1 states float32 [B, S, D]: the embeddings, then after each probe layer; padding is zero.
+        input_ids: [B, S].
+        mask: float32 [B, S], 1 for tokens.
     """
 
-    mean: Floats
-    scale: Floats
-    components: Floats
+    model: PreTrainedModel
+    states: Sequence[torch.Tensor]
+    input_ids: torch.Tensor
+    mask: torch.Tensor
 
     @classmethod
-    def fit(cls, features: Floats, n_components: int) -> Projection:
-        """Fit on training prompts [N, 2 * D + 5]; keeps at most N - 1 components."""
-        from sklearn.decomposition import PCA
+    def of(
+        cls, model: PreTrainedModel, states: Sequence[torch.Tensor], input_ids: torch.Tensor, mask: torch.Tensor
+    ) -> Probed:
+        weights = mask.to(states[0].device).float()
+        return cls(model, [state.float() * weights[..., None] for state in states], input_ids, weights)
 
-        mean, scale = features.mean(0), features.std(0)
-        scale = np.where(scale > 1e-6, scale, 1.0).astype(np.float32)
-        states = ((features - mean) / scale)[:, : -len(SCALARS)]
-        pca = PCA(min(n_components, len(features) - 1, states.shape[1]), random_state=0, svd_solver="full").fit(states)
-        spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
-        return cls(mean, scale, np.ascontiguousarray(pca.components_ / spread[:, None], dtype=np.float32))
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Tokens of each prompt [B, 1]."""
+        return self.mask.sum(-1, keepdim=True)
 
-    def __call__(self, features: Floats) -> Floats:
-        """[N, 2 * D + 5] -> [N, C + 5]."""
-        standardised = (features - self.mean) / self.scale
-        states, scalars = standardised[:, : -len(SCALARS)], standardised[:, -len(SCALARS) :]
-        return np.concatenate([states @ self.components.T, scalars], axis=1)
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over each prompt's tokens: [B, S, ...] -> [B, ...]."""
+        weights = self.mask.reshape(*self.mask.shape, *[1] * (values.dim() - 2))
+        return (values * weights).sum(1) / weights.sum(1)
 
-    def save(self, path: Path) -> None:
-        arrays = {"mean": self.mean, "scale": self.scale, "components": self.components}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)  # others are torn
 
-    @classmethod
-    def load(cls, path: Path) -> Projection:
-        return cls(**load_file(path))
+def length(probed: Probed) -> torch.Tensor:
+    """Logarithm of the number of tokens [B, 1]."""
+    return probed.tokens.log()
+
+
+def tokens(probed: Probed) -> torch.Tensor:
+    """What the token ids say by themselves [B, 4]: share of different ones, share that repeat their neighbour, mean and
+    spread of the logarithm of the id (in most vocabularies small ids are common tokens)."""
+    ids, mask = probed.input_ids.to(probed.mask.device), probed.mask
+    marked = torch.where(mask.bool(), ids, -1).sort(-1).values
+    different = (((marked[:, 1:] != marked[:, :-1]) & (marked[:, 1:] >= 0)).sum(-1) + (marked[:, 0] >= 0)).float()
+    repeated = ((ids[:, 1:] == ids[:, :-1]).float() * mask[:, 1:] * mask[:, :-1]).sum(-1)
+    logs = (ids.float() + 1).log()
+    mean = probed.mean(logs)
+    spread = probed.mean((logs - mean[:, None]) ** 2).sqrt()
+    count = probed.tokens[:, 0]
+    return torch.stack([different / count, repeated / count, mean, spread], dim=-1)
+
+
+def embedding(probed: Probed) -> torch.Tensor:
+    """Mean token embedding [B, D]: what can be known without running a layer."""
+    return probed.mean(probed.states[0])
+
+
+def states(probed: Probed) -> torch.Tensor:
+    """Mean and last state after the probe layers [B, 2 * D]."""
+    last = probed.states[-1]
+    return torch.cat([probed.mean(last), last[:, -1]], dim=-1)
+
+
+def windows(probed: Probed) -> torch.Tensor:
+    """Mean state of the last `WINDOW` tokens after the probe layers, and after half of them [B, 2 * D]."""
+    weights = probed.mask[:, -WINDOW:, None]
+    found = [probed.states[-1], probed.states[len(probed.states) // 2]]
+    return torch.cat([state[:, -WINDOW:].sum(1) / weights.sum(1) for state in found], dim=-1)
+
+
+def path(probed: Probed) -> torch.Tensor:
+    """How the states move through the probe layers [B, 4 * P + 2].
+
+    For each layer the logarithm of the norm of the last state and of the mean norm, and the cosine to the state before
+    it, of the last token and on average; at the end the spread of the norms and the cosine of last and mean state.
+    """
+    columns = []
+    for before, after in zip(probed.states, probed.states[1:], strict=False):
+        norms = after.norm(dim=-1)
+        turns = torch.cosine_similarity(before, after, dim=-1)
+        columns += [norms[:, -1].log1p(), probed.mean(norms).log1p(), turns[:, -1], probed.mean(turns)]
+    last, norms = probed.states[-1], probed.states[-1].norm(dim=-1)
+    mean = probed.mean(norms)
+    spread = probed.mean((norms - mean[:, None]) ** 2).sqrt() / mean.clamp(min=1e-6)
+    cosine = torch.cosine_similarity(last[:, -1], probed.mean(last), dim=-1)
+    return torch.stack([*columns, spread, cosine], dim=-1)
+
+
+def lens(probed: Probed) -> torch.Tensor:
+    """Entropy in nats and highest probability of the next token, read from the last state of the probe layers [B, 2].
+
+    The logit lens (Belrose et al. 2023, arXiv 2303.08112, section 2): final norm and head on an early state. Runs the
+    head once for every prompt, which for a large vocabulary costs as much as several layers.
+    """
+    norm, head = final_norm(probed.model), probed.model.get_output_embeddings()
+    logs = head(norm(probed.states[-1][:, -1].to(probed.model.dtype))).float().log_softmax(-1)
+    return torch.stack([-(logs.exp() * logs).sum(-1), logs.amax(-1).exp()], dim=-1)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last layer and the head: the last norm among the decoder's own modules.
+
+    Raises:
+        FeatureError: there is none.
+    """
+    decoder = decoder_of(model)
+    norms = [module for name, module in decoder.named_children() if "norm" in name or name.startswith("ln_")]
+    if not norms:
+        raise FeatureError(f"the features 'lens' need a final norm, and {type(model).__name__} has none")
+    return norms[-1]
+
+
+SETS: dict[str, Callable[[Probed], torch.Tensor]] = {
+    function.__name__: function for function in (length, tokens, embedding, states, windows, path, lens)
+}
+WIDE = ("embedding", "states", "windows")
+"""Sets as wide as the hidden size, of which controllers see principal components."""
+
+
+def check_sets(sets: Sequence[str]) -> None:
+    """Raises FeatureError for names that are no sets of features."""
+    if unknown := [name for name in sets if name not in SETS]:
+        raise FeatureError(f"unknown features {unknown[0]!r}; known are {', '.join(SETS)}")
+
+
+@torch.inference_mode()
+def extract(
+    model: PreTrainedModel,
+    states: Sequence[torch.Tensor],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    sets: Sequence[str],
+) -> Features:
+    """Some sets of features of prompts [B, S], in one transfer from the device.
+
+    Args:
+        states: P + 1 states [B, S, D]: the embeddings, then after each probe layer.
+        attention_mask: 1 for tokens [B, S].
+        sets: names in `SETS`.
+
+    Returns:
+        float32 [B, F] for each set; not finite where the states are not.
+    """
+    probed = Probed.of(model, states, input_ids, attention_mask)
+    parts = [SETS[name](probed).float() for name in sets]
+    values = torch.cat(parts, dim=-1).cpu().numpy()
+    ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
+    return dict(zip(sets, np.split(values, ends, axis=1), strict=True))
+
+
+def prompt_features(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_depth: int, sets: Sequence[str]
+) -> Features:
+    """Some sets of features of prompts [B, S] (left-padded), from one pass through the first `probe_depth` layers."""
+    states = probe_states(model, input_ids, attention_mask, probe_depth)
+    return extract(model, states, input_ids, attention_mask, sets)
+
+
+def rows_of(features: Mapping[str, Floats], rows: NDArray[np.intp]) -> Features:
+    """The features of some prompts."""
+    return {name: values[rows] for name, values in features.items()}

@@ -1,4 +1,4 @@
-"""LightGBM over (features, budget): one model for all plans, more sure of a plan the more of the model it runs."""
+"""LightGBM: gradient-boosted trees from features to the share of quality that each plan keeps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import lightgbm
 import numpy as np
 
-from controller.base import Bools, Controller, Floats, Trial
+from controller.base import Controller, Floats, Trial
 
 
 class LightGBMController(Controller):
-    """Gradient-boosted trees on rows (prompt features, plan budget) -> is the plan sufficient?
+    """Boosted trees on rows (prompt features, plan budget), or one model of its own for each plan.
 
-    A monotone constraint keeps the probability from falling as the budget grows.
+    Learns shares in [0, 1] by cross-entropy. One model for all plans has a monotone constraint: what is kept never
+    falls as the budget grows, which holds noise down where the menu is nested.
 
     Source: Ke et al. 2017, LightGBM, NeurIPS 30.
 
@@ -23,25 +24,27 @@ class LightGBMController(Controller):
         n_trees: boosting rounds.
         learning_rate: shrinkage of each tree.
         n_leaves: leaves of a tree.
-        min_leaf_rows: (prompt, plan) rows that a leaf must hold.
+        min_leaf_rows: rows that a leaf must hold.
         feature_share: share of the features that each tree sees.
         l2: penalty on leaf values.
+        per_plan: a model for each plan instead of one for all.
         seed: of the feature draws.
     """
 
     def __init__(
         self,
-        n_trees: int = 150,
+        n_trees: int = 100,
         learning_rate: float = 0.05,
-        n_leaves: int = 8,
+        n_leaves: int = 6,
         min_leaf_rows: int = 20,
         feature_share: float = 0.5,
         l2: float = 1.0,
+        per_plan: bool = False,
         seed: int = 0,
     ) -> None:
-        self._n_trees = n_trees
+        self._n_trees, self._per_plan = n_trees, per_plan
         self._parameters = {
-            "objective": "binary",
+            "objective": "cross_entropy",
             "learning_rate": learning_rate,
             "num_leaves": n_leaves,
             "min_data_in_leaf": min_leaf_rows,
@@ -50,29 +53,35 @@ class LightGBMController(Controller):
             "seed": seed,
             "deterministic": True,
             "force_row_wise": True,
+            "num_threads": 1,  # rows are few: more threads only wait for each other
             "verbosity": -1,
         }
-        self._booster: lightgbm.Booster | None = None
+        self._boosters: list[lightgbm.Booster] = []
         self._budgets = np.zeros(0, dtype=np.float32)
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:
         return {
-            "n_trees": trial.suggest_int("n_trees", 40, 400, log=True),
+            "n_trees": trial.suggest_int("n_trees", 40, 300, log=True),
             "learning_rate": trial.suggest_float("learning_rate", 0.02, 0.2, log=True),
-            "n_leaves": trial.suggest_int("n_leaves", 3, 31, log=True),
+            "n_leaves": trial.suggest_int("n_leaves", 3, 24, log=True),
             "min_leaf_rows": trial.suggest_int("min_leaf_rows", 5, 100, log=True),
             "feature_share": trial.suggest_float("feature_share", 0.2, 1.0),
             "l2": trial.suggest_float("l2", 0.1, 30.0, log=True),
+            "per_plan": trial.suggest_categorical("per_plan", [False, True]),
         }
 
-    def fit(self, features: Floats, sufficient: Bools, budgets: Floats) -> None:
-        self._budgets = np.array(budgets, dtype=np.float32)
-        rows = self._rows(features)
-        constraints = [0] * features.shape[1] + [1]
-        data = lightgbm.Dataset(rows, label=sufficient[:, :-1].reshape(-1).astype(np.float32))
-        parameters = {**self._parameters, "monotone_constraints": constraints}
-        self._booster = lightgbm.train(parameters, data, num_boost_round=self._n_trees)
+    def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
+        self._budgets = budgets.copy()
+        if self._per_plan:
+            self._boosters = [self._trained(features, kept[:, k], {}) for k in range(len(budgets) - 1)]
+        else:
+            constraints = {"monotone_constraints": [0] * features.shape[1] + [1]}
+            self._boosters = [self._trained(self._rows(features), kept[:, :-1].reshape(-1), constraints)]
+
+    def _trained(self, rows: Floats, kept: Floats, more: dict[str, Any]) -> lightgbm.Booster:
+        data = lightgbm.Dataset(rows, label=np.ascontiguousarray(kept))
+        return lightgbm.train({**self._parameters, **more}, data, num_boost_round=self._n_trees)
 
     def _rows(self, features: Floats) -> Floats:
         """[N, F] -> [N * (K - 1), F + 1]: each prompt with the budget of each shortened plan."""
@@ -80,24 +89,29 @@ class LightGBMController(Controller):
         repeated = np.repeat(features, len(shortened), axis=0)
         return np.column_stack([repeated, np.tile(shortened, len(features))])
 
-    def predict(self, features: Floats) -> Floats:
-        if self._booster is None:
+    def _predict(self, features: Floats) -> Floats:
+        if not self._boosters:
             raise RuntimeError("this controller was not fitted")
-        sure = np.asarray(self._booster.predict(self._rows(features)), dtype=np.float32).reshape(len(features), -1)
-        return np.column_stack([sure, np.ones(len(features), dtype=np.float32)])
+        rows = features if self._per_plan else self._rows(features)
+        kept = [np.asarray(booster.predict(rows, num_threads=1)) for booster in self._boosters]
+        columns = kept if self._per_plan else list(kept[0].reshape(len(features), -1).T)
+        return np.column_stack([*columns, np.ones(len(features))])
 
     def save(self, folder: Path) -> None:
-        if self._booster is None:
+        if not self._boosters:
             raise RuntimeError("this controller was not fitted")
-        (folder / "controller.txt").write_text(self._booster.model_to_string())
-        (folder / "controller.json").write_text(json.dumps({"budgets": [float(b) for b in self._budgets]}))
+        for index, booster in enumerate(self._boosters):
+            (folder / f"controller.{index}.txt").write_text(booster.model_to_string())
+        data = {"budgets": [float(budget) for budget in self._budgets], "per_plan": self._per_plan}
+        (folder / "controller.json").write_text(json.dumps(data))
 
     @classmethod
     def load(cls, folder: Path) -> LightGBMController:
-        """Reads `controller.txt`, which must be intact: LightGBM ends the process on a damaged one. The allocator
-        checks its SHA-256 first."""
-        controller = cls()
-        controller._booster = lightgbm.Booster(model_str=(folder / "controller.txt").read_text())
-        budgets = json.loads((folder / "controller.json").read_text())["budgets"]
-        controller._budgets = np.array(budgets, dtype=np.float32)
+        """Reads `controller.*.txt`, which must be intact: LightGBM ends the process on a damaged one. The allocator
+        checks their SHA-256 first."""
+        data = json.loads((folder / "controller.json").read_text())
+        controller = cls(per_plan=data["per_plan"])
+        paths = sorted(folder.glob("controller.*.txt"), key=lambda path: int(path.name.split(".")[1]))
+        controller._boosters = [lightgbm.Booster(model_str=path.read_text()) for path in paths]
+        controller._budgets = np.array(data["budgets"], dtype=np.float32)
         return controller

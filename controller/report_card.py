@@ -1,6 +1,7 @@
 """How good a policy is: quality, budget, loss, and the share of the headroom it captures.
 
-Shapes: `N` prompts, `K` plans, cheapest first.
+Shapes: `N` prompts, `K` plans, cheapest first, the last full. `predicted` and `kept` are shares of quality [N, K],
+expected by a controller and true; a loss is 1 - kept.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import choose
-from controller.calibration import THRESHOLDS
+from controller.calibration import PRICES
+from oracle.climbing import climb, path
 from oracle.frontier import captured_headroom
 
 Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
+Predicted = NDArray[np.float32]
 Choices = NDArray[np.intp]
 
 
@@ -29,7 +31,7 @@ class ReportCard:
         quality_ratio: to the full model's.
         budget: mean share of the decoder that ran.
         layers: mean number of layers that ran.
-        loss: share of prompts whose answer scored lower than the full model's (less the tolerance).
+        loss: mean loss, of the kind that the certificate bounds.
         captured_headroom: see `oracle.frontier.captured_headroom`; None where it is not defined.
         plan_shares: share of the prompts that ran each plan [K].
     """
@@ -43,12 +45,10 @@ class ReportCard:
     plan_shares: list[float]
 
 
-def report_card(
-    chosen: Choices, scores: Floats, sufficient: Bools, budgets: Floats, layers: Sequence[float]
-) -> ReportCard:
+def report_card(chosen: Choices, scores: Floats, kept: Floats, budgets: Floats, layers: Sequence[float]) -> ReportCard:
     """The card of a policy that runs plan `chosen[i]` [N] for prompt i.
 
-    Several draws of a random policy can be given as one array [R * N] with `scores` and `sufficient` repeated R times.
+    Several draws of a random policy can be given as one array [R * N] with `scores` and `kept` repeated R times.
     """
     rows = np.arange(len(chosen))
     quality, full_quality = float(scores[rows, chosen].mean()), float(scores[:, -1].mean())
@@ -59,34 +59,49 @@ def report_card(
         quality_ratio=quality / full_quality if full_quality else float("nan"),
         budget=budget,
         layers=float(np.asarray(layers)[chosen].mean()),
-        loss=1.0 - float(sufficient[rows, chosen].mean()),
+        loss=1.0 - float(kept[rows, chosen].mean()),
         captured_headroom=None if np.isnan(captured) else captured,
         plan_shares=(np.bincount(chosen, minlength=len(budgets)) / len(chosen)).tolist(),
     )
 
 
-def threshold_losses(probabilities: NDArray[np.float32], sufficient: Bools, threshold: float) -> Floats:
-    """[N]: 1 where the plan chosen at `threshold` is not sufficient, else 0."""
-    chosen = choose(probabilities, threshold)
-    return 1.0 - sufficient[np.arange(len(chosen)), chosen].astype(np.float64)
+def losses_at(predicted: Predicted, kept: Floats, budgets: Floats, price: float) -> Floats:
+    """[N]: the loss of each prompt under the plan chosen at `price`."""
+    chosen = choose(predicted, budgets, price)
+    losses: Floats = 1.0 - kept[np.arange(len(chosen)), chosen]
+    return losses
 
 
-def threshold_curve(
-    probabilities: NDArray[np.float32], sufficient: Bools, scores: Floats, budgets: Floats
-) -> list[tuple[float, float, float]]:
-    """(mean budget, mean score, loss) at every threshold, safest first."""
+def price_curve(predicted: Predicted, scores: Floats, budgets: Floats) -> list[tuple[float, float]]:
+    """(mean budget, mean score) at every price, safest first."""
     rows, points = np.arange(len(scores)), []
-    for threshold in THRESHOLDS:
-        chosen = choose(probabilities, float(threshold))
-        loss = 1.0 - sufficient[rows, chosen].mean()
-        points.append((float(budgets[chosen].mean()), float(scores[rows, chosen].mean()), float(loss)))
+    for price in PRICES:
+        chosen = choose(predicted, budgets, float(price))
+        points.append((float(budgets[chosen].mean()), float(scores[rows, chosen].mean())))
     return points
 
 
-def budget_at_losses(
-    probabilities: NDArray[np.float32], sufficient: Bools, budgets: Floats, losses: Sequence[float]
-) -> float:
-    """Mean, over some bounds on the loss, of the least mean budget at which a threshold keeps within the bound."""
-    points = threshold_curve(probabilities, sufficient, sufficient.astype(np.float64), budgets)
-    least = [min([budget for budget, _, loss in points if loss <= bound] + [1.0]) for bound in losses]
-    return float(np.mean(least))
+def price_for_loss(predicted: Predicted, kept: Floats, budgets: Floats, bound: float) -> float:
+    """The lowest price whose mean loss on these prompts, and that of every safer one, is at most `bound`; inf if none.
+
+    What the prompts show, with no guarantee for others: see `controller.calibration` for that.
+    """
+    found = float("inf")
+    for price in PRICES:
+        if losses_at(predicted, kept, budgets, float(price)).mean() > bound:
+            break
+        found = float(price)
+    return found
+
+
+def regret(predicted: Predicted, kept: Floats, budgets: Floats, bounds: Sequence[float]) -> float:
+    """How much more of the decoder a controller spends than the oracle at equal mean loss, averaged over some bounds.
+
+    The budget at a bound lies on the line between the last price that keeps within it and the first that does not.
+    """
+    curve = np.array([(1.0, 1.0), *price_curve(predicted, kept, budgets)])
+    spent = np.minimum.accumulate(curve[:, 0])
+    lost = np.maximum.accumulate(1 - curve[:, 1])
+    oracle = path(climb(kept, budgets), kept, budgets)
+    excess = [np.interp(bound, lost, spent) - np.interp(1 - bound, oracle[:, 1], oracle[:, 0]) for bound in bounds]
+    return float(np.mean(excess))

@@ -12,8 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from controller.base import Bools, Controller, Floats
+from controller.base import Controller, Floats, LearningError, choose
 
 
 class ControllerConformance:
@@ -25,27 +26,27 @@ class ControllerConformance:
         """A new controller that was not fitted."""
         raise NotImplementedError
 
-    def data(self, n: int = 120, seed: int = 0) -> tuple[Floats, Bools]:
-        """Features [n, 6] and sufficiency [n, 3]: the first feature decides which plans are sufficient."""
+    def data(self, n: int = 120, seed: int = 0) -> tuple[Floats, Floats]:
+        """Features [n, 6] and what is kept [n, 3]: the first feature decides how much of its quality a plan keeps."""
         random = np.random.default_rng(seed)
         features = random.normal(size=(n, 6)).astype(np.float32)
-        sufficient = np.column_stack([features[:, 0] > 0.5, features[:, 0] > -0.5, np.ones(n, dtype=bool)])
-        return features, sufficient
+        kept = np.clip(features[:, :1] * 2 + np.array([-0.5, 1.5, 99.0]), 0, 1)
+        return features, kept.astype(np.float32)
 
     def fitted(self) -> tuple[Controller, Floats]:
-        features, sufficient = self.data()
+        features, kept = self.data()
         controller = self.make()
-        controller.fit(features, sufficient, self.budgets)
+        controller.fit(features, kept, self.budgets)
         return controller, features
 
-    def test_probabilities_have_the_right_shape_and_range(self) -> None:
+    def test_predictions_have_the_right_shape_and_range(self) -> None:
         controller, features = self.fitted()
-        probabilities = controller.predict(features)
-        assert probabilities.shape == (len(features), len(self.budgets))
-        assert np.isfinite(probabilities).all()
-        assert (probabilities >= 0).all()
-        assert (probabilities <= 1).all()
-        assert (probabilities[:, -1] == 1).all()
+        predicted = controller.predict(features)
+        assert predicted.shape == (len(features), len(self.budgets))
+        assert np.isfinite(predicted).all()
+        assert (predicted >= 0).all()
+        assert (predicted <= 1).all()
+        assert (predicted[:, -1] == 1).all()
 
     def test_fitting_twice_gives_the_same_predictions(self) -> None:
         (first, features), (second, _) = self.fitted(), self.fitted()
@@ -68,11 +69,25 @@ class ControllerConformance:
         np.testing.assert_array_equal(controller.predict(features), loaded.predict(features))
         assert all(path.name.startswith("controller.") for path in tmp_path.iterdir())
 
+    def test_a_row_that_is_not_finite_gets_the_full_plan_and_disturbs_no_other(self) -> None:
+        controller, features = self.fitted()
+        broken = features.copy()
+        broken[3, 1], broken[7, 0] = np.nan, np.inf
+        predicted, sound = controller.predict(broken), np.delete(np.arange(len(features)), [3, 7])
+        np.testing.assert_allclose(predicted[sound], controller.predict(features)[sound], atol=1e-6)
+        assert (choose(predicted, self.budgets, 0.01)[[3, 7]] == len(self.budgets) - 1).all()
+
+    def test_features_that_are_not_finite_are_not_learned_from(self) -> None:
+        features, kept = self.data()
+        features[5, 2] = np.nan
+        with pytest.raises(LearningError, match="1 of 120 prompts have features that are not finite"):
+            self.make().fit(features, kept, self.budgets)
+
     def test_inputs_are_left_alone(self) -> None:
-        features, sufficient = self.data()
-        before = features.copy(), sufficient.copy()
+        features, kept = self.data()
+        before = features.copy(), kept.copy()
         controller = self.make()
-        controller.fit(features, sufficient, self.budgets)
+        controller.fit(features, kept, self.budgets)
         controller.predict(features)
         np.testing.assert_array_equal(features, before[0])
-        np.testing.assert_array_equal(sufficient, before[1])
+        np.testing.assert_array_equal(kept, before[1])

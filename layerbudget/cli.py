@@ -42,7 +42,7 @@ STAGES = {
     "features": "Read the states of the first layers of every prompt.",
     "tune": "Search the controllers' settings with Optuna; resumes where it stopped.",
     "train": "Train the controllers.",
-    "calibrate": "Certify a threshold and save the allocator.",
+    "calibrate": "Certify a price and save the allocator.",
     "evaluate": "Measure all policies on unseen prompts.",
     "report": "Write report.html and log the run to MLflow.",
 }
@@ -175,19 +175,22 @@ def generate(
 def inspect(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or hub repository of a saved allocator.")],
 ) -> None:
-    """Show a saved allocator: its model, menu, threshold, certificate and report card."""
+    """Show a saved allocator: its model, menu, price, certificate and report card."""
     from layerbudget import Allocator
 
     allocator = Allocator.from_pretrained(folder)
     certificate = allocator.certificate
     typer.echo(f"Model        {allocator.model_source} ({allocator.fingerprint})")
-    typer.echo(f"Controller   {allocator.controller_name}, reads the states after {allocator.menu.probe_depth} layers")
-    typer.echo(f"Decoding     {allocator.decoding}")
-    threshold = (
-        "none: every prompt runs the full model" if certificate.threshold is None else f"{certificate.threshold:.4f}"
+    typer.echo(
+        f"Controller   {allocator.controller_name}, reads {', '.join(allocator.projection.sets)} "
+        f"from the first {allocator.menu.probe_depth} layers"
     )
-    typer.echo(f"Threshold    {threshold}")
+    typer.echo(f"Decoding     {allocator.decoding}")
+    price = "none: every prompt runs the full model" if certificate.price is None else f"{certificate.price:.4g}"
+    typer.echo(f"Price        {price}")
     typer.echo(f"Certificate  {certificate.sentence} Made on {certificate.date}.")
+    for sentence in certificate.does_not_cover:
+        typer.echo(f"  does not cover: {sentence}")
     typer.echo(f"\nMenu of {len(allocator.menu)} plans:")
     for plan, budget in zip(allocator.menu.plans, allocator.menu.budgets, strict=True):
         typer.echo(f"  {budget:6.1%}  {plan.layers:4g} layers  {plan}")

@@ -14,6 +14,7 @@ from backbone.distilling import DistillSettings
 from backbone.errors import InputError
 from backbone.fitting import Form
 from backbone.trainable import Where
+from controller.features import check_sets
 from oracle.decoding import Decoding
 from oracle.prompts import Split
 
@@ -29,7 +30,9 @@ MenuMethod = Literal[
     "beam_layers",
     "bridged_layers",
 ]
-LearnedController = Literal["lightgbm", "mlp"]
+LearnedController = Literal["lightgbm", "mlp", "logistic", "ensemble"]
+Objective = Literal["regret", "decision_ms"]
+Risk = Literal["insufficient", "score_lost"]
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
 
@@ -144,26 +147,74 @@ class LabelSection(Section):
 
 class FeaturesSection(Section):
     batch_size: int = Field(32, ge=1)
-    components: int = Field(24, ge=1)
-    """Principal components of the pooled states that controllers see."""
+    sets: list[str] = ["length", "tokens", "embedding", "states", "windows", "path"]
+    """Sets of features to read from the probe layers; `lens` is dearer, since it runs the output head."""
+
+    @model_validator(mode="after")
+    def _check_sets(self) -> FeaturesSection:
+        check_sets(self.sets)
+        if missing := {"length", "embedding"} - set(self.sets):
+            raise ValueError(f"sets must hold {min(missing)!r}, which the report's controls need, got {self.sets}")
+        return self
 
 
 class TuningSection(Section):
     controllers: list[LearnedController] = Field(["lightgbm", "mlp"], min_length=1)
     trials: int = Field(20, ge=1)
-    """Finished trials of each controller."""
+    """Finished trials of each controller; the first one tries the defaults."""
+    objectives: list[Objective] = Field(["regret", "decision_ms"], min_length=1, max_length=2)
+    """What to make small. With `regret` alone, trials that fall behind after some folds are given up."""
+    max_decision_ms: float = Field(1.0, gt=0)
+    """The winner is the trial of least regret among those whose decision takes no longer than this, one prompt at a
+    time, features not counted."""
+    feature_sets: list[list[str]] = Field(
+        [["length", "path", "states"], ["length", "tokens", "path", "states"], ["length", "path", "states", "windows"]],
+        min_length=1,
+    )
+    """Combinations of sets of features to choose from."""
+    components: list[int] = Field([12, 24, 48], min_length=1)
+    """Numbers of principal components of the wide sets to choose from."""
+    folds: int = Field(4, ge=2)
+    """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
+    workers: int = Field(1, ge=1)
+    """Processes that try settings at the same time."""
+    given: dict[str, dict[str, Any]] = {}
+    """Settings of controllers for which nothing is searched, as in a run's tuning.json."""
     storage: str | None = None
     """Any URL that Optuna takes; default: tuning.db in the run folder."""
 
+    @model_validator(mode="after")
+    def _check_names(self) -> TuningSection:
+        for sets in self.feature_sets:
+            check_sets(sets)
+        if unknown := set(self.given) - set(self.controllers):
+            raise ValueError(f"given holds settings of {min(unknown)!r}, which is not among tuning.controllers")
+        if "regret" not in self.objectives:
+            raise ValueError(f"objectives must hold 'regret', got {self.objectives}")
+        return self
+
 
 class CalibrationSection(Section):
+    risk: Risk = "score_lost"
+    """What is bounded: the mean of the score that answers lose, or the share of answers that are no longer sufficient
+    (`label.tolerance`)."""
     alpha: float = Field(0.1, gt=0, lt=1)
-    """Share of prompts that may lose quality."""
+    """The bound."""
     delta: float = Field(0.1, gt=0, lt=1)
     """Probability that the bound fails."""
+    per_task: bool = False
+    """Bound the loss of every task instead of their mean."""
+    false_alarms: float = Field(0.01, gt=0, lt=1)
+    """Probability that the drift alarm ever rings although the prompts are like the calibration prompts."""
 
 
 class EvaluationSection(Section):
+    alphas: list[float] = [0.01, 0.02, 0.05, 0.1]
+    """Mean losses at which the controllers and the controls are compared."""
+    template: str | None = None
+    """Another template, with {prompt} in it, into which some test prompts are put to see whether a controller still
+    works; their labels are made in addition."""
+    template_prompts: int = Field(64, ge=8)
     frozen: bool = True
     """Also label the test prompts under the plans without stand-ins, to show what these are worth."""
     speed_prompts: int = Field(8, ge=1)
@@ -199,6 +250,15 @@ class Config(Section):
     """Prompts that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)
     """Name of the YAML file this came from."""
+
+    @model_validator(mode="after")
+    def _check_features(self) -> Config:
+        wanted = {name for sets in self.tuning.feature_sets for name in sets}
+        if missing := wanted - set(self.features.sets):
+            raise ValueError(
+                f"tuning.feature_sets names {min(missing)!r}, which features.sets does not hold: {self.features.sets}"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

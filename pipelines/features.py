@@ -1,36 +1,50 @@
-"""Stage 3: the features of every prompt."""
+"""Stage 4: the features of every prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 
-from controller.features import prompt_features
+from controller.features import Features, prompt_features, rows_of
+from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.progress import progress
 from pipelines.workspace import Workspace
+from runtime.measuring import prompt_inputs
 
 
 def run(config: Config) -> Path:
-    """Probe all prompts; writes `features.parquet` with the columns id, task and features."""
+    """Probe all prompts; writes `features.parquet` with the columns id, task and one for each set of features."""
     workspace = Workspace.of(config)
-    model, tokenizer = workspace.backbone
-    prompts, rows = workspace.prompts, []
-    ordered = sorted(prompts, key=lambda prompt: -len(prompt.prompt))
+    prompts = workspace.prompts
     with progress("prompts", len(prompts)) as advance:
-        for start in range(0, len(ordered), config.features.batch_size):
-            batch = ordered[start : start + config.features.batch_size]
-            inputs = tokenizer([prompt.prompt for prompt in batch], return_tensors="pt", padding=True).to(model.device)
-            rows.append(prompt_features(model, inputs["input_ids"], inputs["attention_mask"], config.menu.probe_depth))
-            advance(len(batch))
-    columns = {
-        "id": [prompt.id for prompt in ordered],
-        "task": [prompt.task for prompt in ordered],
-        "features": list(np.concatenate(rows)),
+        features = features_of(workspace, prompts, advance)
+    columns: dict[str, list[Any]] = {
+        "id": [prompt.id for prompt in prompts],
+        "task": [prompt.task for prompt in prompts],
+        **{name: list(values) for name, values in features.items()},
     }
     unfinished = workspace.path(".features.parquet.unfinished")
     parquet.write_table(pyarrow.table(columns), unfinished)
     return unfinished.rename(workspace.path("features.parquet"))
+
+
+def features_of(
+    workspace: Workspace, prompts: Sequence[Prompt], advance: Callable[[int], None] = lambda done: None
+) -> Features:
+    """The sets `features.sets` of some prompts, in their order, read from the model as it came."""
+    (model, tokenizer), config = workspace.backbone, workspace.config
+    order = np.array(sorted(range(len(prompts)), key=lambda row: -len(prompts[row].prompt)))
+    found: list[Features] = []
+    for rows in np.array_split(order, range(config.features.batch_size, len(order), config.features.batch_size)):
+        inputs = prompt_inputs(model, tokenizer, [prompts[row].prompt for row in rows])
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        found.append(prompt_features(model, ids, mask, config.menu.probe_depth, config.features.sets))
+        advance(len(rows))
+    joined = {name: np.concatenate([features[name] for features in found]) for name in config.features.sets}
+    return rows_of(joined, order.argsort())

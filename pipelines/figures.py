@@ -23,6 +23,8 @@ COLOURS = {
     "oracle": "#2a9d6f",
     "lightgbm": "#d1495b",
     "mlp": "#3066be",
+    "logistic": "#7b5ea7",
+    "ensemble": "#e08e45",
 }
 NAMES = {
     "full": "full model",
@@ -32,6 +34,14 @@ NAMES = {
     "oracle": "oracle",
     "lightgbm": "LightGBM",
     "mlp": "MLP",
+    "logistic": "logistic regression",
+    "ensemble": "LightGBM and MLP",
+    "shuffled": "control: shuffled features",
+    "length": "control: prompt length alone",
+    "task": "control: name of the task alone",
+    "embedding": "control: mean embedding alone",
+    "unseen_tasks": "best controller, task never seen",
+    "template": "best controller, another template",
 }
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -59,7 +69,7 @@ def quality_against_budget(
     cards: Mapping[str, Point],
     frozen: Mapping[str, Any] | None,
 ) -> str:
-    """Mean score against mean budget: static plans and their mixtures, the oracle, each controller at all thresholds,
+    """Mean score against mean budget: static plans and their mixtures, the oracle, each controller at all prices,
     each policy where it was set to work, and, where it is known, what the model's plans are worth without stand-ins."""
     figure = Figure(figsize=(7.6, 4.6))
     axes = figure.subplots()
@@ -70,7 +80,7 @@ def quality_against_budget(
     axes.plot(*_columns(mixture), color=COLOURS["static_mixture"], lw=1.5, ls="--", label="mixtures of static plans")
     axes.scatter(*_columns(statics), color=COLOURS["static_mixture"], s=22, label="static plans", zorder=3)
     for name, curve in curves.items():
-        axes.plot(*_columns(curve), color=COLOURS[name], lw=1.8, label=f"{NAMES[name]}, all thresholds")
+        axes.plot(*_columns(curve), color=COLOURS[name], lw=1.8, label=f"{NAMES[name]}, all prices")
     for name, (budget, quality) in cards.items():
         axes.scatter([budget], [quality], color=COLOURS[name], s=70, edgecolor="white", lw=1.2, zorder=4)
     axes.axhline(cards["full"][1], color=MUTED, lw=0.8, ls=":")
@@ -121,23 +131,35 @@ def layers_of_prompts(layers: Mapping[str, Sequence[float]], n_layers: int) -> s
     return _svg(figure, "prompts")
 
 
-def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.bool_]]]) -> str:
-    """Predicted probability that a shortened plan is sufficient, against how often it was."""
+def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float64]]]) -> str:
+    """Predicted share of quality that a shortened plan keeps, against what it kept."""
     figure = Figure(figsize=(4.8, 4.2))
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
-    for name, (probabilities, sufficient) in predictions.items():
-        predicted, observed, counts = _bins(probabilities[:, :-1].ravel(), sufficient[:, :-1].ravel())
+    for name, (expected, kept) in predictions.items():
+        predicted, observed, counts = _bins(expected[:, :-1].ravel(), kept[:, :-1].ravel())
         axes.plot(predicted, observed, color=COLOURS[name], lw=1.2)
         axes.scatter(
             predicted, observed, color=COLOURS[name], s=12 + 300 * counts / counts.sum(), alpha=0.8, label=NAMES[name]
         )
-    axes.set(xlabel="predicted: plan is sufficient", ylabel="observed share", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlabel="predicted: share kept", ylabel="observed share", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(fontsize=9, loc="upper left", markerscale=0.7)
     return _svg(figure, "reliability")
 
 
-def _bins(predicted: NDArray[np.float32], observed: NDArray[np.bool_]) -> tuple[NDArray[np.float64], ...]:
+def importance(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """For each controller, the share of the variance of the regret that each of its settings explains."""
+    rows = [(name, key, share) for name, found in shares.items() for key, share in list(found.items())[:8]]
+    figure = Figure(figsize=(4.8, 0.9 + 0.26 * max(len(rows), 1)))
+    axes = figure.subplots()
+    places = np.arange(len(rows))[::-1]
+    axes.barh(places, [share for _, _, share in rows], color=[COLOURS[name] for name, _, _ in rows], height=0.7)
+    axes.set(xlabel="share of the variance of the regret", yticks=places, yticklabels=[key for _, key, _ in rows])
+    axes.grid(axis="y", visible=False)
+    return _svg(figure, "importance")
+
+
+def _bins(predicted: NDArray[np.float32], observed: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
     """Means of both, and counts, in the ten bins of equal width that are not empty."""
     index = np.minimum((predicted * 10).astype(int), 9)
     used = np.unique(index)

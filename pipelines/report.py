@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
-from controller.calibration import fewest_prompts
-from controller.report_card import threshold_curve
+from controller.p_values import fewest_prompts
+from controller.report_card import price_curve
 from oracle.frontier import least_sufficient, oracle_hull, static_points, upper_hull
 from oracle.labels import Label
 from pipelines import figures
@@ -25,7 +26,7 @@ from pipelines.tracking import log_run
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
 
-POLICIES = ("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp")
+YARDSTICKS = ("full", "best_static", "static_mixture", "random", "oracle")
 
 
 def run(config: Config) -> Path:
@@ -36,7 +37,10 @@ def run(config: Config) -> Path:
     choices = json.loads(workspace.path("choices.json").read_text())["chosen"]
     chosen = np.array(choices[metrics["best"]])
     tasks = _task_rows(workspace, table, chosen)
-    drawn = _figures(workspace, table, metrics, chosen, tasks)
+    tuning = json.loads(workspace.path("tuning.json").read_text())
+    policies = [*YARDSTICKS, *tuning["controllers"]]
+    drawn = _figures(workspace, table, metrics, chosen, tasks, policies)
+    drawn["importance"] = figures.importance({name: f["importance"] for name, f in tuning["controllers"].items()})
     environment = Environment(loader=PackageLoader("pipelines", "."), autoescape=True, undefined=StrictUndefined)
     environment.filters["zip"] = zip
     page = environment.get_template("report.html.j2").render(
@@ -45,12 +49,13 @@ def run(config: Config) -> Path:
         figures=drawn,
         names=figures.NAMES,
         colours=figures.COLOURS,
-        policies=[name for name in POLICIES if name in metrics],
+        policies=policies,
         plans=_plan_rows(workspace, table, metrics),
         examples=_examples(workspace, table, chosen),
         tighter=_tighter(metrics["certificate"]),
         tasks=tasks,
-        tuning=json.loads(workspace.path("tuning.json").read_text()),
+        tuning=tuning,
+        compared=_compared(metrics["comparison"]),
         seconds=RunState(config).seconds(),
         n_layers=workspace.menu().n_layers,
         today=date.today().isoformat(),
@@ -67,19 +72,12 @@ def _figures(
     metrics: dict[str, Any],
     chosen: NDArray[np.intp],
     tasks: list[dict[str, Any]],
+    policies: Sequence[str],
 ) -> dict[str, str]:
-    projection, controllers = load_trained(workspace)
-    features = projection(table.features)
-    predictions = {name: controller.predict(features) for name, controller in controllers.items()}
-    curves = {
-        name: [
-            (budget, quality)
-            for budget, quality, _ in threshold_curve(p, table.sufficient, table.scores, table.budgets)
-        ]
-        for name, p in predictions.items()
-    }
+    predictions = {name: learned.predict(table.features) for name, learned in load_trained(workspace).items()}
+    curves = {name: price_curve(kept, table.scores, table.budgets) for name, kept in predictions.items()}
     statics = static_points(table.scores, table.budgets)
-    cards = {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in POLICIES if name in metrics}
+    cards = {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in policies}
     menu = workspace.menu()
     used: dict[str, list[float]] = defaultdict(list)
     for prompt, index in zip(table.prompts, chosen, strict=True):
@@ -98,8 +96,16 @@ def _figures(
                 {row["task"]: (row["needed"], row["layers"]) for row in tasks}, menu.n_layers
             ),
             "prompts": figures.layers_of_prompts(used, menu.n_layers),
-            "reliability": figures.reliability({name: (p, table.sufficient) for name, p in predictions.items()}),
+            "reliability": figures.reliability({name: (p, table.kept) for name, p in predictions.items()}),
         }
+
+
+def _compared(comparison: dict[str, Any]) -> dict[str, dict[float, dict[str, Any]]]:
+    """Policy -> mean loss asked for -> what it captures there."""
+    found: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
+    for row in [*comparison["at_losses"], *comparison["unseen_tasks"], *comparison.get("template", [])]:
+        found[row["policy"]][row["alpha"]] = row
+    return dict(found)
 
 
 def _plan_rows(workspace: Workspace, table: Table, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -172,9 +178,12 @@ def _example(task: str, prompt: str, reference: str, layers: float, label: Label
 
 def _tighter(certificate: dict[str, Any]) -> list[dict[str, Any]]:
     """How many calibration prompts tighter bounds take: at least, and if the loss seen were half the bound."""
-    delta = certificate["delta"]
-    bounds = [certificate["alpha"] / 2, certificate["alpha"] / 5, certificate["alpha"] / 10]
+    delta, risk = certificate["delta"], certificate["risk"]
     return [
-        {"alpha": alpha, "least": fewest_prompts(alpha, delta), "half": fewest_prompts(alpha, delta, alpha / 2)}
-        for alpha in bounds
+        {
+            "alpha": alpha,
+            "least": fewest_prompts(alpha, delta, risk),
+            "half": fewest_prompts(alpha, delta, risk, alpha / 2),
+        }
+        for alpha in (certificate["alpha"] / part for part in (2, 5, 10))
     ]

@@ -48,19 +48,19 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "features",
         "read the first layers' states of every prompt",
-        ("features.batch_size",),
+        ("features",),
         ("menu",),
         ("features.parquet",),
     ),
     Stage(
         "tune",
         "search each controller's settings",
-        ("tuning", "features.components", "label.tolerance", "calibration.alpha"),
+        ("tuning", "label.tolerance", "calibration.alpha", "calibration.risk"),
         ("label", "features"),
-        ("tuning.json",),
+        ("tuning.json", "winner.yaml"),
     ),
     Stage("train", "train the controllers", (), ("tune",), ("controllers",)),
-    Stage("calibrate", "certify a threshold", ("calibration",), ("train",), ("calibration.json", "allocator")),
+    Stage("calibrate", "certify a price", ("calibration",), ("train",), ("calibration.json", "allocator")),
     Stage(
         "evaluate",
         "measure all policies on unseen prompts",

@@ -1,4 +1,4 @@
-"""Stage 5: the controllers, trained with the tuned settings on the train and tune splits."""
+"""Stage 6: each controller with its best settings, fitted on the prompts to train and to tune."""
 
 from __future__ import annotations
 
@@ -6,43 +6,45 @@ import json
 import shutil
 from pathlib import Path
 
-from controller.base import Controller, controller_class
-from controller.features import Projection
+from controller.base import controller_class
+from controller.learning import Learned, Settings, learn
+from controller.projection import Projection
 from pipelines.config import Config
 from pipelines.progress import progress
-from pipelines.workspace import Table, Workspace
+from pipelines.workspace import Workspace
+
+PROJECTION = "projection.safetensors"
 
 
 def run(config: Config) -> Path:
-    """Writes `controllers/`: the projection, and a folder for each controller."""
+    """Fit every controller; writes `controllers/<name>/`."""
     workspace = Workspace.of(config)
-    settings = json.loads(workspace.path("tuning.json").read_text())["controllers"]
     table = workspace.table("train", "tune")
     unfinished = workspace.path(".controllers.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    projection = Projection.fit(table.features, config.features.components)
-    projection.save(unfinished / "projection.safetensors")
-    with progress("controllers", len(settings)) as advance:
-        for name, found in settings.items():
-            (unfinished / name).mkdir()
-            fitted(name, found["parameters"], projection, table).save(unfinished / name)
+    found = tuned_settings(workspace)
+    with progress("controllers", len(found)) as advance:
+        for name, settings in found.items():
+            learned = learn(settings, table.features, table.kept, table.budgets)
+            (unfinished / name).mkdir(parents=True)
+            learned.projection.save(unfinished / name / PROJECTION)
+            learned.controller.save(unfinished / name)
             advance(1)
     target = workspace.path("controllers")
     shutil.rmtree(target, ignore_errors=True)
     return unfinished.rename(target)
 
 
-def fitted(name: str, parameters: dict[str, float], projection: Projection, table: Table) -> Controller:
-    """A new controller, fitted on a table."""
-    controller = controller_class(name)(**parameters)
-    controller.fit(projection(table.features), table.sufficient, table.budgets.astype("float32"))
-    return controller
+def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
+    """The best settings of each controller, as the stage `tune` found them."""
+    tuning = json.loads(workspace.path("tuning.json").read_text())["controllers"]
+    return {name: Settings.from_dict(found["settings"]) for name, found in tuning.items()}
 
 
-def load_trained(workspace: Workspace) -> tuple[Projection, dict[str, Controller]]:
+def load_trained(workspace: Workspace) -> dict[str, Learned]:
     """What this stage saved."""
-    folder = workspace.path("controllers")
-    names = json.loads(workspace.path("tuning.json").read_text())["controllers"]
-    controllers = {name: controller_class(name).load(folder / name) for name in names}
-    return Projection.load(folder / "projection.safetensors"), controllers
+    folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
+    return {
+        name: Learned(Projection.load(folder / PROJECTION), controller_class(name).load(folder))
+        for name, folder in folders.items()
+    }

@@ -1,87 +1,105 @@
-"""Stage 4: the settings of each controller, searched with Optuna on the tune split."""
+"""Stage 5: the settings of each controller, searched with Optuna on the prompts to train and to tune."""
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from sqlalchemy.exc import SQLAlchemyError
 
-from controller.base import controller_class
-from controller.features import Projection
-from controller.report_card import budget_at_losses
-from pipelines.config import Config, ConfigError
-from pipelines.progress import progress
+from controller.learning import Settings
+from pipelines.config import Config
+from pipelines.progress import console, progress
+from pipelines.searching import Search, Work, finished, search, settings_of
 from pipelines.stages import BY_NAME, stage_key, write_atomically
-from pipelines.train import fitted
-from pipelines.workspace import Table, Workspace
+from pipelines.workspace import Workspace
 
 
 def run(config: Config) -> Path:
-    """Search each controller; writes `tuning.json` with the best settings of each and which controller is best.
+    """Search each controller; writes `tuning.json` with the best settings of each and which controller is best, and
+    `winner.yaml`, a configuration that makes the same controller without a search.
 
-    The objective is the mean budget on the tune split at which a threshold loses at most half, once and one and a half
-    times `calibration.alpha` of the prompts: what calibration will ask for, smoothed. Lower is better.
+    The regret that is made small is `controller.report_card.regret` at half, once and one and a half times
+    `calibration.alpha`: around what calibration will ask for.
     """
     workspace = Workspace.of(config)
-    train, tune = workspace.table("train"), workspace.table("tune")
-    projection = Projection.fit(train.features, config.features.components)
-    studies = {name: _study(config, name) for name in config.tuning.controllers}
-    left = {name: config.tuning.trials - len(_finished(study)) for name, study in studies.items()}
-    with progress("trials", sum(max(0, n) for n in left.values())) as advance:
-        for name, study in studies.items():
-            if left[name] > 0:
-                objective = _objective(name, projection, train, tune, config.calibration.alpha)
-                study.optimize(objective, n_trials=left[name], callbacks=[lambda study, trial: advance(1)])
-    found = {name: {"parameters": s.best_params, "budget": s.best_value} for name, s in studies.items()}
-    best = min(studies, key=lambda name: studies[name].best_value)
-    text = json.dumps({"controllers": found, "best": best}, indent=2) + "\n"
-    write_atomically(workspace.path("tuning.json"), text)
+    table = workspace.table("train", "tune")
+    alpha, tuning = config.calibration.alpha, config.tuning
+    work = Work(table.features, table.kept, table.budgets, (alpha / 2, alpha, 1.5 * alpha), tuning)
+    url, key = tuning.storage or f"sqlite:///{config.folder / 'tuning.db'}", _space_key(config)
+    found = {
+        name: _given(work, name)
+        if name in tuning.given
+        else _searched(Search(url, f"{config.name}-{name}-{key}", name), work)
+        for name in tuning.controllers
+    }
+    best = min(found, key=lambda name: found[name]["regret"])
+    write_atomically(workspace.path("tuning.json"), json.dumps({"controllers": found, "best": best}, indent=2) + "\n")
+    _save_winner(config, found[best]["settings"])
     return workspace.path("tuning.json")
 
 
-def _objective(
-    name: str, projection: Projection, train: Table, tune: Table, alpha: float
-) -> Callable[[optuna.Trial], float]:
-    features = projection(tune.features)
+def _searched(wanted: Search, work: Work) -> dict[str, Any]:
+    """The settings that won, what they cost, and how much each setting mattered."""
+    with progress(f"trials of {wanted.controller}", work.tuning.trials) as advance:
+        study = search(wanted, work, advance)
+    trial = _winner(study, work)
+    return {
+        "settings": settings_of(wanted.controller, trial, work.tuning).to_dict(),
+        "regret": trial.values[0],
+        "decision_ms": trial.user_attrs["decision_ms"],
+        "trials": len(finished(study)),
+        "importance": _importance(study),
+    }
 
-    def objective(trial: optuna.Trial) -> float:
-        controller = fitted(name, controller_class(name).suggest(trial), projection, train)
-        losses = (alpha / 2, alpha, 1.5 * alpha)
-        return budget_at_losses(controller.predict(features), tune.sufficient, tune.budgets, losses)
 
-    return objective
+def _winner(study: optuna.Study, work: Work) -> optuna.trial.FrozenTrial:
+    """The trial of least regret among those that decide fast enough; the fastest if none does."""
+    trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    limit = work.tuning.max_decision_ms
+    fast = [trial for trial in trials if trial.user_attrs["decision_ms"] <= limit]
+    if not fast:
+        fastest = min(trials, key=lambda trial: float(trial.user_attrs["decision_ms"]))
+        console.print(
+            f"  [red]no trial decides within tuning.max_decision_ms = {limit:g}; "
+            f"the fastest takes {fastest.user_attrs['decision_ms']:.2f} ms[/]"
+        )
+        return fastest
+    return min(fast, key=lambda trial: (float(trial.values[0]), trial.number))
 
 
-def _study(config: Config, name: str) -> optuna.Study:
-    """The study of this controller on exactly these inputs: resumed where it stopped, new where the inputs changed."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = config.tuning.storage or f"sqlite:///{config.folder / 'tuning.db'}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        retry = RetryHeartbeatStaleTrialCallback(max_retry=3)
-        try:
-            storage = RDBStorage(url, heartbeat_interval=10, grace_period=60, heartbeat_stale_trial_callback=retry)
-        except (SQLAlchemyError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"cannot use tuning.storage {url!r}: {reason}") from error
-    return optuna.create_study(
-        study_name=f"{config.name}-{name}-{_space_key(config)}",
-        storage=storage,
-        sampler=optuna.samplers.TPESampler(seed=0),
-        load_if_exists=True,
-    )
+def _given(work: Work, name: str) -> dict[str, Any]:
+    settings = Settings.from_dict({"name": name, **work.tuning.given[name]})
+    regret, decision_ms = work.judge(settings)
+    return {
+        "settings": settings.to_dict(),
+        "regret": regret,
+        "decision_ms": decision_ms,
+        "trials": 0,
+        "importance": {},
+    }
+
+
+def _importance(study: optuna.Study) -> dict[str, float]:
+    """Share of the variance of the regret that each setting explains (PED-ANOVA, Watanabe et al. 2023, arXiv 2304.10255); empty for too few trials."""
+    try:
+        found = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[0])
+    except (RuntimeError, ValueError):  # fewer than two trials, or all of equal regret
+        return {}
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def _save_winner(config: Config, settings: dict[str, Any]) -> None:
+    name = settings["name"]
+    given = {name: {key: value for key, value in settings.items() if key != "name"}}
+    tuning = config.tuning.model_copy(update={"controllers": [name], "given": given, "storage": None})
+    winner = config.model_copy(update={"tuning": tuning, "name": f"{config.name}-winner"})
+    text = "# The best controller of this run, to be made again without a search: layerbudget run winner.yaml\n"
+    write_atomically(config.folder / "winner.yaml", text + winner.dump())
 
 
 def _space_key(config: Config) -> str:
-    """As the stage's key, but more trials of the same search go on with the same study."""
-    same = config.model_copy(update={"tuning": config.tuning.model_copy(update={"trials": 1, "storage": None})})
-    return stage_key(same, BY_NAME["tune"])
-
-
-def _finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    """As the stage's key, but more trials or workers of the same search go on with the same study."""
+    same = config.tuning.model_copy(update={"trials": 1, "workers": 1, "storage": None, "given": {}})
+    return stage_key(config.model_copy(update={"tuning": same}), BY_NAME["tune"])

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.loading import load_backbone, model_fingerprint
 from backbone.plan import PlanMenu
 from backbone.stand_ins import StandIns, attach
+from controller.features import Features, rows_of
 from oracle.frontier import sufficient_plans
 from oracle.labelling import Labeller, score_matrix
 from oracle.labels import LabelStore
 from oracle.prompts import SPLITS, Prompt, Split, load_prompts, split_of
-from pipelines.config import Config, ConfigError
+from pipelines.config import Config, ConfigError, Risk
 from pipelines.progress import waiting
 
 
@@ -31,17 +32,35 @@ class Table:
 
     Attributes:
         prompts: the N prompts.
-        features: raw features [N, F].
+        features: each set of raw features [N, F].
         scores: under each plan [N, K].
         sufficient: whether each plan is sufficient [N, K].
+        kept: share of quality that each plan keeps [N, K]: 1 less the loss that the certificate bounds.
         budgets: of each plan [K].
     """
 
     prompts: list[Prompt]
-    features: NDArray[np.float32]
+    features: Features
     scores: NDArray[np.float64]
     sufficient: NDArray[np.bool_]
+    kept: NDArray[np.float64]
     budgets: NDArray[np.float64]
+
+    def rows(self, rows: NDArray[np.intp]) -> Table:
+        """Some of the prompts."""
+        return Table(
+            prompts=[self.prompts[row] for row in rows],
+            features=rows_of(self.features, rows),
+            scores=self.scores[rows],
+            sufficient=self.sufficient[rows],
+            kept=self.kept[rows],
+            budgets=self.budgets,
+        )
+
+    @property
+    def tasks(self) -> NDArray[np.str_]:
+        """Task of each prompt [N]."""
+        return np.array([prompt.task for prompt in self.prompts])
 
 
 class Workspace:
@@ -159,21 +178,38 @@ class Workspace:
         prompts = [prompt for split in splits for prompt in self.splits[split]]
         menu = self.menu()
         scores = score_matrix(self.labeller.read(prompts, menu))
-        judged = ~np.any(np.isnan(scores), axis=1)
-        prompts = [prompt for prompt, kept in zip(prompts, judged.tolist(), strict=True) if kept]
-        scores = scores[judged]
-        if len(prompts) < 2:
-            raise ConfigError(f"the judges failed on all but {len(prompts)} prompts of {' and '.join(splits)}")
-        rows = self._features()
+        rows, features = self._features()
+        picked = np.array([rows[prompt.id] for prompt in prompts])
+        table = self.table_of(prompts, scores, rows_of(features, picked))
+        if len(table.prompts) < 2:
+            raise ConfigError(f"the judges failed on all but {len(table.prompts)} prompts of {' and '.join(splits)}")
+        return table
+
+    def table_of(self, prompts: list[Prompt], scores: NDArray[np.float64], features: Features) -> Table:
+        """Prompts with their scores [N, K] and features, less those with a score that is NaN."""
+        judged = np.flatnonzero(~np.isnan(scores).any(axis=1))
+        known = scores[judged]
+        sufficient = sufficient_plans(known, self.config.label.tolerance)
         return Table(
-            prompts=prompts,
-            features=np.stack([rows[prompt.id] for prompt in prompts]),
-            scores=scores,
-            sufficient=sufficient_plans(scores, self.config.label.tolerance),
-            budgets=np.array(menu.budgets),
+            prompts=[prompts[row] for row in judged],
+            features=rows_of(features, judged),
+            scores=known,
+            sufficient=sufficient,
+            kept=quality_kept(self.config.calibration.risk, known, sufficient),
+            budgets=np.array(self.menu().budgets),
         )
 
-    def _features(self) -> dict[str, NDArray[np.float32]]:
+    def _features(self) -> tuple[dict[str, int], Features]:
+        """Row of each prompt's id, and all features."""
         table = parquet.read_table(self.path("features.parquet"))
-        matrix = np.stack(table["features"].to_numpy())
-        return dict(zip(table["id"].to_pylist(), matrix, strict=True))
+        names = [name for name in table.column_names if name not in ("id", "task")]
+        features = {name: np.stack(table[name].to_numpy()) for name in names}
+        return {name: row for row, name in enumerate(table["id"].to_pylist())}, features
+
+
+def quality_kept(risk: Risk, scores: NDArray[np.float64], sufficient: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[N, K]: 1 less the loss of each plan. `insufficient`: 1 where the plan is not sufficient, else 0. `score_lost`:
+    how far its score lies below the full plan's; what it wins does not count."""
+    if risk == "insufficient":
+        return sufficient.astype(np.float64)
+    return 1.0 - np.clip(scores[:, -1:] - scores, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""The saved artefact: prompt in, plan out; probe, controller, menu, calibrated threshold and certificate."""
+"""The saved artefact: prompt in, plan out; probe, controller, menu, certified price and drift alarm."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from backbone.positions import position_inputs
 from backbone.prefix import Prefix
 from backbone.stand_ins import StandIns, attach, attached_digest, attached_to
 from controller.base import Controller
-from controller.calibration import Certificate
-from controller.features import Projection
+from controller.certificate import Certificate
+from controller.drift import DriftAlarm
+from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.deciding import Decider
 from runtime.generation import decode_in_lanes
@@ -51,14 +52,16 @@ class Allocator:
 
     Attributes:
         menu: the plans to choose from.
-        controller: predicts which plans are sufficient; `controller_name` is its name in `CONTROLLERS`.
+        controller: predicts what each plan keeps; `controller_name` is its name in `CONTROLLERS`.
         projection: from raw features to the controller's.
-        certificate: its threshold decides; without a valid threshold every prompt runs the full plan.
+        certificate: its price decides; without a valid price every prompt runs the full plan.
         decoding: how the answers behind the certificate were generated.
         fingerprint: of the model it was made for.
         model_source: where that model was loaded from.
         stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
             which without a plan stays what it is, bit for bit.
+        drift: watches whether prompts are like those of the certificate. Once it has rung every prompt runs the full
+            plan, until `drift.reset()`.
     """
 
     menu: PlanMenu
@@ -70,6 +73,7 @@ class Allocator:
     fingerprint: str
     model_source: str
     stand_ins: StandIns | None = None
+    drift: DriftAlarm | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Allocator:
@@ -140,7 +144,7 @@ class Allocator:
         self.prepare(model)
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
         positions = position_inputs(decoder_of(model), mask)
-        decision = self._decider(None).decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
+        decision = self.decider().decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
@@ -226,11 +230,8 @@ class Allocator:
             allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
         """
         start, began = Moment(model.device), time.perf_counter()
-        loop = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-        }
-        if streamer is not None:  # the library's loop for beams takes none
+        loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        if streamer is not None:  # the library's loop for beams takes none, not even None
             loop["streamer"] = streamer
         request = Request(model, input_ids, generation_config, model_kwargs, loop)
         request.check_lanes(max_lanes, round_up)
@@ -248,7 +249,7 @@ class Allocator:
     ) -> tuple[list[Lane], Prefix | None]:
         if (plan := request.plan_of_cache()) is not None:
             return [Lane(plan, tuple(range(request.n_prompts)))], None
-        decision = self._decider(limit_ms).decide(
+        decision = self.decider(limit_ms).decide(
             request.model, **request.prompts(), keep_cache=not request.captures_layers
         )
         if not round_up:
@@ -258,5 +259,6 @@ class Allocator:
         most = 1 if request.one_lane_reason else max_lanes
         return least_time_lanes(self.menu, decision.chosen, lane_ms, max_lanes=most), decision.prefix
 
-    def _decider(self, limit_ms: float | None) -> Decider:
-        return Decider(self.menu, self.controller, self.projection, self.certificate.threshold, limit_ms)
+    def decider(self, limit_ms: float | None = None) -> Decider:
+        """What chooses plans for prompts, with a limit to the time it may take."""
+        return Decider(self.menu, self.controller, self.projection, self.certificate.price, self.drift, limit_ms)

@@ -119,7 +119,7 @@ def _settings(allocator: Allocator) -> str:
         allocator.fingerprint,
         allocator.menu.to_json(),
         allocator.controller_name,
-        allocator.certificate.threshold,
+        allocator.certificate.price,
         str(allocator.decoding),
         allocator.stand_ins.digest if allocator.stand_ins else "",
     )

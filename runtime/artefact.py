@@ -18,13 +18,14 @@ from backbone.errors import InputError
 from backbone.plan import PlanMenu
 from backbone.stand_ins import StandIns
 from controller.base import CONTROLLERS, controller_class
-from controller.calibration import Certificate
-from controller.features import Projection
+from controller.certificate import Certificate
+from controller.drift import DriftAlarm
+from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 
-FORMAT_VERSION = 1
-STAND_INS = "stand_ins.safetensors"
+FORMAT_VERSION = 2
+STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
 
 
 class ArtefactError(InputError):
@@ -60,6 +61,7 @@ def load_allocator(source: str | Path, revision: str | None) -> Allocator:
         fingerprint=manifest["model"]["fingerprint"],
         model_source=manifest["model"]["source"],
         stand_ins=StandIns.load(folder / STAND_INS) if STAND_INS in manifest["files"] else None,
+        drift=DriftAlarm.load(folder / DRIFT) if DRIFT in manifest["files"] else None,
     )
 
 
@@ -81,6 +83,8 @@ def _write(allocator: Allocator, folder: Path) -> None:
     allocator.controller.save(folder)
     if allocator.stand_ins is not None:
         allocator.stand_ins.save(folder / STAND_INS)
+    if allocator.drift is not None:
+        allocator.drift.save(folder / DRIFT)
     (folder / "README.md").write_text(_model_card(allocator))
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -14,6 +14,7 @@ from backbone.batches import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
 from runtime.allocator import Allocator
+from runtime.deciding import Decider, Decision
 from runtime.lanes import Lane, least_time_lanes
 from runtime.request import UnsupportedGenerationError
 from runtime.step_costs import known_step_costs
@@ -106,11 +107,13 @@ def _lanes(
     allocator: Allocator, model: PreTrainedModel, tokens: list[list[int]], batch_size: int, new_tokens: int
 ) -> list[Lane]:
     lengths = [len(ids) for ids in tokens]
-    chosen = [0] * len(tokens)
-    for part in by_tokens(range(len(tokens)), lengths, PROBE_TOKENS):
-        inputs = padded_inputs(model, [tokens[index] for index in part])
-        plans = allocator.allocate(model, inputs["input_ids"], inputs["attention_mask"])
-        for index, plan in zip(part, plans, strict=True):
-            chosen[index] = allocator.menu.plans.index(plan)
+
+    def decide(part: Sequence[int], decider: Decider) -> Decision:
+        rows = [tokens[index] for index in part]
+        return decider.decide(model, **padded_inputs(model, rows), keep_cache=False)
+
+    allocator.prepare(model)
+    parts = by_tokens(range(len(tokens)), lengths, PROBE_TOKENS)
+    chosen = allocator.decider().decide_in_parts((part, partial(decide, part)) for part in parts)
     lane_ms = known_step_costs(model).generation_ms(int(np.mean(lengths)), new_tokens, 1)
     return least_time_lanes(allocator.menu, chosen, lane_ms, max_prompts=batch_size, sizes=lengths)

@@ -64,7 +64,7 @@ class Request:
         loop: what it prepared for the decoding loop: logits processors, stopping criteria, streamer.
 
     Raises:
-        UnsupportedGenerationError: assisted or other decoding, or embeddings without tokens.
+        UnsupportedGenerationError: assisted or other decoding, a streamer of beams, or embeddings without tokens.
     """
 
     model: PreTrainedModel
@@ -78,6 +78,8 @@ class Request:
             raise UnsupportedGenerationError(
                 f"an allocator works with greedy, sampling and beam decoding, not with {self.mode.value}"
             )
+        if self.loop.get("streamer") is not None and (self.config.num_beams or 1) > 1:
+            raise UnsupportedGenerationError("a streamer cannot follow beam search; leave one of them out")
         if self.kwargs.get("inputs_embeds") is not None:
             raise UnsupportedGenerationError("an allocator reads input_ids; inputs_embeds cannot be used with it")
 

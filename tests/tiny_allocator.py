@@ -16,12 +16,14 @@ from backbone.plan import LayerPlan, PlanMenu
 from backbone.running import apply_plan
 from backbone.stand_ins import StandIns
 from controller.base import Controller
-from controller.calibration import Certificate
-from controller.features import Projection, prompt_features
+from controller.certificate import Certificate
+from controller.features import prompt_features
 from controller.mlp import MLPController
+from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 
+SETS = ("states", "path", "length")
 PLANS = [LayerPlan.skipping(N_LAYERS, {3, 4}), LayerPlan.skipping(N_LAYERS, {4})]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -29,11 +31,11 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 class ByLength(Controller):
     """Full plan for the longest prompt of `padded_batch`, the middle one for the next, the cheapest for the others."""
 
-    def fit(self, features, sufficient, budgets) -> None:
+    def _fit(self, features, kept, budgets) -> None:
         pass
 
-    def predict(self, features):
-        tokens = features[:, -5]  # log_tokens, standardised
+    def _predict(self, features):
+        tokens = features[:, -1]  # the set `length`, standardised
         return np.stack([tokens < 0.2, tokens < 0.8, tokens == tokens], axis=1).astype("float32")
 
     def save(self, folder) -> None:
@@ -44,16 +46,16 @@ class ByLength(Controller):
         raise NotImplementedError
 
 
-def make_allocator(model, threshold=0.5, controller=None, name="mlp") -> Allocator:
+def make_allocator(model, price=1.0, controller=None, name="mlp") -> Allocator:
     """An allocator whose controller tells the prompts of `padded_batch` apart by their length."""
     batch = padded_batch()
     menu = PlanMenu.build(PLANS, sublayer_bytes(model), probe_depth=2)
-    features = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2)
-    projection = Projection.fit(features, 3)
-    sufficient = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]], dtype=bool)
+    features = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2, SETS)
+    projection = Projection.fit(features, SETS, 3)
+    sufficient = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]], dtype="float32")
     fitted = controller or MLPController(epochs=300, dropout=0.0, learning_rate=0.01, hidden=16)
     fitted.fit(np.tile(projection(features), (20, 1)), np.tile(sufficient, (20, 1)), np.array(menu.budgets, "float32"))
-    certificate = Certificate("risk", 0.1, 0.1, 100, threshold, 0.05, "abc", "2026-01-01", 22)
+    certificate = Certificate("insufficient", 0.1, 0.1, 100, price, 0.05, "abc", "2026-01-01", 22)
     return Allocator(menu, fitted, name, projection, certificate, Decoding(6), model_fingerprint(model), "tiny")
 
 

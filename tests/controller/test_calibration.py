@@ -1,60 +1,118 @@
 """The guarantee itself is tested, on cases whose true risk is known in closed form."""
 
-import math
-
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from controller.calibration import THRESHOLDS, Certificate, fewest_prompts, p_values, valid_threshold
+from controller.calibration import PRICES, certify, price_p_values, valid_price
+from controller.p_values import CalibrationError, fewest_prompts
 
 ALPHA, DELTA = 0.1, 0.1
 
 
-def losses_of(difficulty: np.ndarray):
-    """A prompt of difficulty u in (0, 1) is lost by every threshold below u, so the true risk at t is 1 - t."""
-    return lambda threshold: (difficulty > threshold).astype(float)
+def share_of(price: float) -> float:
+    """0 at the safest price, 1 at the lowest."""
+    return float(np.log(PRICES[0] / price) / np.log(PRICES[0] / PRICES[-1]))
 
 
-def test_violations_stay_below_delta() -> None:
-    random, runs, violations, used = np.random.default_rng(0), 400, 0, 0
-    for _ in range(runs):
-        threshold = valid_threshold(losses_of(random.random(200)), ALPHA, DELTA)
-        if threshold is not None:
-            used += 1
-            violations += 1 - threshold > ALPHA
-    assert used > 0.95 * runs, "the bound is useless if it is never reached"
-    assert violations <= binom.ppf(0.999, runs, DELTA)
+def counted(difficulty: np.ndarray):
+    """A prompt of difficulty u in (0, 1) is lost by every price with a share above u, so the true risk is the share."""
+    return lambda price: (difficulty < share_of(price)).astype(float)
 
 
-def test_the_threshold_nears_the_true_one_with_many_prompts() -> None:
-    threshold = valid_threshold(losses_of(np.random.default_rng(0).random(50_000)), ALPHA, DELTA)
-    assert threshold is not None
-    assert 0.9 <= threshold < 0.92
+def lost(size: np.ndarray):
+    """A prompt loses 0.4 share(price) u where u has mean 1/2 and a small variance: the true risk is share / 5."""
+    return lambda price: 0.4 * share_of(price) * size
 
 
-def test_too_few_prompts_certify_nothing() -> None:
-    needed = fewest_prompts(ALPHA, DELTA)
-    assert valid_threshold(lambda threshold: np.zeros(needed - 1), ALPHA, DELTA) is None
-    assert valid_threshold(lambda threshold: np.zeros(needed), ALPHA, DELTA) == pytest.approx(THRESHOLDS[-1])
+def violations(runs: int, price_of, risk_of) -> tuple[int, int]:
+    prices = [price for price in (price_of() for _ in range(runs)) if price is not None]
+    return len(prices), sum(risk_of(price) > ALPHA for price in prices)
 
 
-def test_fewest_prompts_is_the_closed_form_when_nothing_is_lost() -> None:
-    for alpha, delta in [(0.1, 0.1), (0.05, 0.1), (0.02, 0.05), (0.01, 0.05)]:
-        assert fewest_prompts(alpha, delta) == math.ceil(math.log(delta) / math.log(1 - alpha))
-    assert fewest_prompts(0.1, 0.1, 0.05) > fewest_prompts(0.1, 0.1)
-    with pytest.raises(ValueError, match="can never certify"):
-        fewest_prompts(0.1, 0.1, 0.1)
+def test_counted_losses_exceed_alpha_at_most_delta_of_the_time() -> None:
+    random = np.random.default_rng(0)
+    used, broken = violations(300, lambda: valid_price(counted(random.random(200)), ALPHA, DELTA), share_of)
+    assert used > 290, "the bound is useless if it is never reached"
+    assert 0 < broken <= binom.ppf(0.999, 300, DELTA)
 
 
-def test_p_values_are_never_below_the_exact_binomial_ones() -> None:
-    lost = np.arange(0, 21)
-    assert (p_values(lost / 200, 200, ALPHA) >= binom.cdf(lost, 200, ALPHA) - 1e-12).all()
+def test_lost_scores_exceed_alpha_at_most_delta_of_the_time() -> None:
+    random = np.random.default_rng(0)
+    used, broken = violations(
+        300,
+        lambda: valid_price(lost(random.beta(0.3, 0.3, 200)), ALPHA, DELTA, risk="score_lost"),
+        lambda price: share_of(price) / 5,
+    )
+    assert used > 290
+    assert broken <= binom.ppf(0.999, 300, DELTA)
 
 
-@pytest.mark.parametrize(("threshold", "words"), [(0.7, "at most 10.0% of prompts"), (None, "all run the full model")])
-def test_certificates_speak_plainly_and_survive_a_file(tmp_path, threshold, words) -> None:
-    certificate = Certificate("risk", ALPHA, DELTA, 200, threshold, 0.05, "abc", "2026-01-01", 22)
-    assert words in certificate.sentence
-    certificate.save(tmp_path / "certificate.json")
-    assert Certificate.load(tmp_path / "certificate.json") == certificate
+def test_the_price_nears_the_true_one_with_many_prompts() -> None:
+    random = np.random.default_rng(0)
+    by_count = valid_price(counted(random.random(50_000)), ALPHA, DELTA)
+    by_score = valid_price(lost(random.random(20_000)), ALPHA, DELTA, risk="score_lost")
+    assert by_count is not None
+    assert 0.085 < share_of(by_count) <= 0.1
+    assert by_score is not None
+    assert 0.09 < share_of(by_score) / 5 <= 0.1
+
+
+def test_prices_start_safe_and_the_test_stops_at_the_first_failure() -> None:
+    assert (np.diff(PRICES) < 0).all()
+    hump = lambda price: np.full(100, float(0.3 < share_of(price) < 0.4))  # noqa: E731
+    price = valid_price(hump, ALPHA, DELTA)
+    assert price is not None
+    assert share_of(price) <= 0.3
+
+
+def test_the_bound_of_every_task_is_that_of_the_hardest() -> None:
+    random = np.random.default_rng(0)
+    tasks = np.array(["easy", "hard"] * 400)
+    ease = np.where(tasks == "easy", 10.0, 1.0)  # risk: share / 10 and share
+
+    def price_of():
+        return valid_price(counted(random.random(800) * ease), ALPHA, DELTA, tasks)
+
+    used, broken = violations(150, price_of, share_of)
+    assert used > 145
+    assert broken <= binom.ppf(0.999, 150, DELTA)
+    overall = valid_price(counted(random.random(800) * ease), ALPHA, DELTA)
+    assert overall is not None
+    assert share_of(overall) > ALPHA, "the mean hides the hard task"
+
+
+def test_a_task_is_tested_as_if_it_were_alone() -> None:
+    losses = (np.random.default_rng(0).random((3, 300)) < 0.03).astype(float)
+    tasks = np.array(["a", "b", "b"] * 100)
+    alone = [price_p_values(losses[:, tasks == task], ALPHA, DELTA, "insufficient") for task in "ab"]
+    np.testing.assert_array_equal(price_p_values(losses, ALPHA, DELTA, "insufficient", tasks), np.max(alone, axis=0))
+    with pytest.raises(CalibrationError, match="3 task names were given for 300 prompts"):
+        price_p_values(losses, ALPHA, DELTA, "insufficient", ["a", "b", "b"])
+
+
+@pytest.mark.parametrize("risk", ["insufficient", "score_lost"])
+def test_too_few_prompts_certify_nothing_and_are_told_how_many_it_takes(risk) -> None:
+    needed = fewest_prompts(ALPHA, DELTA, risk)
+
+    def certificate(n, **options):
+        tasks = ["a"] * (n - 5) + ["b"] * 5
+        return certify(lambda price: np.zeros(n), alpha=ALPHA, delta=DELTA, risk=risk, tasks=tasks, **options)
+
+    enough, few, few_of_b = certificate(needed), certificate(needed - 1), certificate(100, per_task=True)
+    assert (enough.price, few.price, few_of_b.price) == (PRICES[-1], None, None)
+    assert f"takes at least {needed} calibration prompts, and there are {needed - 1}" in few.sentence
+    assert f"takes at least {needed} calibration prompts of each task ('b' has 5)" in few_of_b.sentence
+    assert few_of_b.too_small() == {"b": 5}
+
+
+def test_a_certificate_says_what_was_seen_in_each_task() -> None:
+    tasks = np.array(["a"] * 100 + ["b"] * 100)
+    losses = 0.02 * (tasks == "b")
+    found = certify(lambda price: losses, alpha=ALPHA, delta=DELTA, risk="score_lost", tasks=tasks, per_task=True)
+    assert found.per_task == {
+        "a": {"n": 100, "observed_risk": 0.0},
+        "b": {"n": 100, "observed_risk": pytest.approx(0.02)},
+    }
+    assert found.observed_risk == pytest.approx(0.01)
+    assert (found.n, found.price, found.fewest_prompts) == (200, PRICES[-1], fewest_prompts(ALPHA, DELTA, "score_lost"))

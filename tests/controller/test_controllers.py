@@ -1,11 +1,20 @@
-import numpy as np
-import pytest
+import warnings
 
-from controller.base import CONTROLLERS, choose, controller_class
+import numpy as np
+import optuna
+import pytest
+import torch
+
+from controller.base import CONTROLLERS, LearningError, choose, controller_class
 from controller.constant import MixtureController, OracleController
+from controller.ensemble import EnsembleController
 from controller.gbdt import LightGBMController
-from controller.mlp import MLPController
+from controller.logistic import LogisticController
+from controller.mlp import MLPController, soft_regret
 from controller.testing import ControllerConformance
+
+LEARNED = ["lightgbm", "mlp", "logistic", "ensemble"]
+ONE = 1.0  # a price at which mixtures and the oracle choose what they say keeps everything
 
 
 class TestLightGBM(ControllerConformance):
@@ -13,9 +22,29 @@ class TestLightGBM(ControllerConformance):
         return LightGBMController(n_trees=30)
 
 
+class TestLightGBMPerPlan(ControllerConformance):
+    def make(self):
+        return LightGBMController(n_trees=30, per_plan=True)
+
+
 class TestMLP(ControllerConformance):
     def make(self):
         return MLPController(epochs=20)
+
+
+class TestOrdinalMLP(ControllerConformance):
+    def make(self):
+        return MLPController(epochs=20, ordinal=True)
+
+
+class TestLogistic(ControllerConformance):
+    def make(self):
+        return LogisticController()
+
+
+class TestEnsemble(ControllerConformance):
+    def make(self):
+        return EnsembleController(lightgbm_n_trees=30, mlp_epochs=20)
 
 
 class TestMixture(ControllerConformance):
@@ -28,62 +57,121 @@ class TestOracle(ControllerConformance):
         return OracleController()
 
 
-@pytest.mark.parametrize("name", ["lightgbm", "mlp"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_learned_controllers_learn(name) -> None:
     suite = ControllerConformance()
-    features, sufficient = suite.data(400)
+    features, kept = suite.data(400)
     controller = controller_class(name)()
-    controller.fit(features, sufficient, suite.budgets)
+    controller.fit(features, kept, suite.budgets)
     fresh, truth = suite.data(400, seed=1)
-    assert ((controller.predict(fresh) > 0.5) == truth).mean() > 0.9
+    assert np.abs(controller.predict(fresh) - truth).mean() < 0.13
+    shuffled = controller_class(name)()
+    shuffled.fit(np.random.default_rng(0).permutation(features), kept, suite.budgets)
+    assert np.abs(shuffled.predict(fresh) - truth).mean() > 0.2
 
 
-@pytest.mark.parametrize("name", ["lightgbm", "mlp"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_one_class_only_is_learned_too(name) -> None:
     suite = ControllerConformance()
-    features, sufficient = suite.data()
+    features, kept = suite.data()
     controller = controller_class(name)()
-    controller.fit(features, np.ones_like(sufficient), suite.budgets)
+    controller.fit(features, np.ones_like(kept), suite.budgets)
     assert (controller.predict(features) > 0.9).all()
 
 
-def test_lightgbm_is_never_less_sure_of_a_larger_budget() -> None:
+@pytest.mark.parametrize("name", LEARNED)
+def test_constant_features_give_the_mean(name) -> None:
+    suite = ControllerConformance()
+    features, kept = suite.data(400)
+    controller = controller_class(name)()
+    controller.fit(np.ones_like(features), kept, suite.budgets)
+    np.testing.assert_allclose(controller.predict(np.ones_like(features))[0], kept.mean(0), atol=0.06)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_search_may_begin_with_the_defaults(name) -> None:
+    study = optuna.create_study()
+    study.enqueue_trial(controller_class(name).defaults())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a default outside the range is a warning
+        settings = controller_class(name).suggest(study.ask())
+    assert settings
+    assert settings.items() <= controller_class(name).defaults().items()
+    controller_class(name)(**settings)
+
+
+def test_shares_outside_their_range_are_refused() -> None:
+    features, kept = ControllerConformance().data()
+    with pytest.raises(LearningError, match=r"must lie in \[0, 1\]"):
+        LogisticController().fit(features, kept * 2, ControllerConformance.budgets)
+
+
+def test_lightgbm_never_expects_less_of_a_larger_budget() -> None:
     suite = TestLightGBM()
     controller, features = suite.fitted()
     assert (np.diff(controller.predict(features), axis=1) >= 0).all()
 
 
+def test_an_ensemble_is_the_mean_of_its_members() -> None:
+    features, kept = ControllerConformance().data()
+    ensemble, trees, network = EnsembleController(mlp_epochs=5), LightGBMController(), MLPController(epochs=5)
+    for controller in (ensemble, trees, network):
+        controller.fit(features, kept, ControllerConformance.budgets)
+    mean = (trees.predict(features) + network.predict(features)) / 2
+    np.testing.assert_allclose(ensemble.predict(features), mean, atol=1e-6)
+
+
+def test_regret_is_least_for_the_true_shares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.cat([torch.rand(500, 2, generator=generator), torch.ones(500, 1)], dim=1)
+    budgets = torch.tensor([0.5, 0.75, 1.0])
+    torch.manual_seed(0)
+    right = soft_regret(kept[:, :-1], kept, budgets)
+    wrong = [
+        soft_regret(shares, kept, budgets) for shares in (torch.ones(500, 2), torch.zeros(500, 2), kept[:, [1, 0]])
+    ]
+    assert all(right < other for other in wrong)
+
+
 def test_oracle_knows_its_prompts_and_no_others() -> None:
     suite = TestOracle()
-    features, sufficient = suite.data()
+    features, kept = suite.data()
     controller, _ = suite.fitted()
-    np.testing.assert_array_equal(controller.predict(features), sufficient)
+    np.testing.assert_array_equal(controller.predict(features), kept)
     assert controller.predict(features + 1)[:, :-1].max() == 0
 
 
 def test_mixture_draws_with_its_weights() -> None:
     features = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32)
-    chosen = choose(MixtureController([0.2, 0.3, 0.5]).predict(features), 0.5)
+    budgets = [0.4, 0.6, 1.0]
+    chosen = choose(MixtureController([0.2, 0.3, 0.5]).predict(features), budgets, ONE)
     np.testing.assert_allclose(np.bincount(chosen) / 4000, [0.2, 0.3, 0.5], atol=0.03)
-    other = choose(MixtureController([0.2, 0.3, 0.5], seed=1).predict(features), 0.5)
+    other = choose(MixtureController([0.2, 0.3, 0.5], seed=1).predict(features), budgets, ONE)
     assert (chosen != other).mean() > 0.4
 
 
 def test_static_plans_are_mixtures_of_one() -> None:
-    features = np.zeros((5, 2), dtype=np.float32)
-    assert (choose(MixtureController.static(4, 1).predict(features), 0.5) == 1).all()
-    assert (choose(MixtureController.static(4, 3).predict(features), 0.5) == 3).all()
+    features, budgets = np.zeros((5, 2), dtype=np.float32), [0.25, 0.5, 0.75, 1.0]
+    assert (choose(MixtureController.static(4, 1).predict(features), budgets, ONE) == 1).all()
+    assert (choose(MixtureController.static(4, 3).predict(features), budgets, ONE) == 3).all()
 
 
-def test_the_decision_is_the_cheapest_plan_that_is_sure_enough() -> None:
-    probabilities = np.array([[0.9, 0.1, 1.0], [0.1, 0.6, 1.0], [0.2, 0.3, 1.0], [np.nan, 0.9, 1.0]])
-    np.testing.assert_array_equal(choose(probabilities, 0.5), [0, 1, 2, 2])
-    np.testing.assert_array_equal(choose(probabilities, float("inf")), [2, 2, 2, 2])
+def test_the_decision_weighs_what_is_lost_against_what_is_saved() -> None:
+    kept = np.array([[0.9, 0.95, 1.0], [0.1, 0.8, 1.0], [0.2, 0.3, 1.0], [np.nan, 0.9, 1.0], [1.0, 0.5, 1.0]])
+    budgets = np.array([0.5, 0.75, 1.0])
+    np.testing.assert_array_equal(choose(kept, budgets, 0.0), [0, 0, 0, 2, 0])
+    np.testing.assert_array_equal(choose(kept, budgets, 1.0), [0, 1, 2, 2, 0])
+    np.testing.assert_array_equal(choose(kept, budgets, 5.5), [2, 2, 2, 2, 0])
+    np.testing.assert_array_equal(choose(kept, budgets, 5.1), [2, 2, 2, 2, 0])
+    np.testing.assert_array_equal(choose(kept, budgets, 4.9), [0, 2, 2, 2, 0])
+    np.testing.assert_array_equal(choose(kept, budgets, float("inf")), [2, 2, 2, 2, 0])
 
 
 def test_every_registered_name_resolves() -> None:
     assert {controller_class(name).__name__ for name in CONTROLLERS} == {
+        "EnsembleController",
         "LightGBMController",
+        "LogisticController",
         "MLPController",
         "MixtureController",
         "OracleController",

@@ -1,28 +1,52 @@
 import numpy as np
 import pytest
 
-from controller.report_card import budget_at_losses, report_card, threshold_curve, threshold_losses
+from controller.headroom_card import captured_by
+from controller.report_card import losses_at, price_curve, price_for_loss, regret, report_card
 
 BUDGETS = np.array([0.5, 1.0])
 SCORES = np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
-SUFFICIENT = SCORES[:, -1:] <= SCORES
+KEPT = 1 - (SCORES[:, -1:] - SCORES)
+PREDICTED = np.array([[0.9, 1], [0.2, 1], [0.6, 1], [0.7, 1]], dtype=np.float32)
 
 
 def test_a_card_says_quality_budget_and_loss() -> None:
-    card = report_card(np.array([0, 0, 0, 1]), SCORES, SUFFICIENT, BUDGETS, [3, 6])
+    card = report_card(np.array([0, 0, 0, 1]), SCORES, KEPT, BUDGETS, [3, 6])
     assert (card.quality, card.budget, card.layers, card.loss) == (0.5, 0.625, 3.75, 0.25)
     assert card.quality_ratio == pytest.approx(0.5 / 0.75)
     assert card.plan_shares == [0.75, 0.25]
-    best = report_card(np.array([0, 1, 0, 0]), SCORES, SUFFICIENT, BUDGETS, [3, 6])
+    best = report_card(np.array([0, 1, 0, 0]), SCORES, KEPT, BUDGETS, [3, 6])
     assert best.captured_headroom == pytest.approx(1)
 
 
-def test_losses_and_curves_follow_the_threshold() -> None:
-    probabilities = np.array([[0.9, 1], [0.2, 1], [0.6, 1], [0.7, 1]], dtype=np.float32)
-    np.testing.assert_array_equal(threshold_losses(probabilities, SUFFICIENT, 0.5), [0, 0, 0, 0])
-    np.testing.assert_array_equal(threshold_losses(probabilities, SUFFICIENT, 0.1), [0, 1, 0, 0])
-    curve = threshold_curve(probabilities, SUFFICIENT, SCORES, BUDGETS)
-    assert curve[0] == (1.0, 0.75, 0.0)
-    assert curve[-1] == (0.5, 0.5, 0.25)
-    assert budget_at_losses(probabilities, SUFFICIENT, BUDGETS, [0.0]) == 0.625
-    assert budget_at_losses(probabilities, SUFFICIENT, BUDGETS, [0.0, 0.3]) == pytest.approx((0.625 + 0.5) / 2)
+def test_losses_and_curves_follow_the_price() -> None:
+    np.testing.assert_array_equal(losses_at(PREDICTED, KEPT, BUDGETS, 1.0), [0, 0, 0, 0])
+    np.testing.assert_array_equal(losses_at(PREDICTED, KEPT, BUDGETS, 0.6), [0, 1, 0, 0])
+    curve = price_curve(PREDICTED, SCORES, BUDGETS)
+    assert curve[0] == (1.0, 0.75)
+    assert curve[-1] == (0.5, 0.5)
+    assert 0.625 < price_for_loss(PREDICTED, KEPT, BUDGETS, 0.0) < 0.7
+    assert price_for_loss(PREDICTED, KEPT, BUDGETS, 0.25) == pytest.approx(0.01)
+    assert price_for_loss(1 - PREDICTED[:, ::-1], KEPT, BUDGETS, -0.1) == float("inf")
+
+
+def test_regret_is_what_the_oracle_would_have_saved() -> None:
+    assert regret(PREDICTED, KEPT, BUDGETS, [0.0]) == pytest.approx(0, abs=1e-9)
+    blind = np.tile(np.array([[0.6, 1.0]], dtype=np.float32), (4, 1))
+    assert regret(blind, KEPT, BUDGETS, [0.0]) == pytest.approx(1 - 0.625)
+    assert regret(blind, KEPT, BUDGETS, [0.25]) == pytest.approx(0)
+    assert regret(blind, KEPT, BUDGETS, [0.0, 0.25]) == pytest.approx((1 - 0.625) / 2)
+
+
+def test_what_is_captured_has_an_interval_and_a_comparison_with_the_controls() -> None:
+    random = np.random.default_rng(0)
+    scores = np.column_stack([random.random(200) < 0.5, np.ones(200)]).astype(float)
+    known = np.where(scores[:, 0] == 1, 0, 1)
+    half = np.where(random.random(200) < 0.5, known, 1)
+    blind = (random.random(200) < 0.5).astype(int)
+    found = captured_by({"known": known, "half": half, "blind": blind}, scores, BUDGETS, frozenset({"blind"}))
+    assert found["known"].value == pytest.approx(1)
+    assert found["half"].low < found["half"].value < found["half"].high < 1
+    assert abs(found["blind"].value) < 0.3
+    assert found["known"].beats == 1
+    assert found["blind"].beats is None

@@ -19,7 +19,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from layerbudget.cli import main
 from oracle.labels import CUT
-from pipelines.evaluate import NOISE
+from pipelines.speeds import NOISE
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"]
@@ -125,7 +125,7 @@ def _check_frontier(metrics) -> None:
 
 
 def _check_report(page: str) -> None:
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "The oracle's frontier" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
@@ -148,7 +148,7 @@ def _check_mlflow(folder: Path) -> None:
 
 def _check_inspect_and_generate(folder: Path) -> None:
     shown = layerbudget("inspect", folder / "allocator").stdout
-    for words in ("Threshold", "Certificate", "Menu of", "Report card", "oracle"):
+    for words in ("Price", "Certificate", "Menu of", "Report card", "oracle"):
         assert words in shown
     answered = layerbudget("generate", "--allocator", folder / "allocator", "abcabc", "--device", "cpu")
     assert "of 6 layers: " in answered.stdout, answered.stderr

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import GREEDY, PLANS, alone, make_allocator, with_stand_ins
+from tiny_allocator import GREEDY, PLANS, SETS, alone, make_allocator, with_stand_ins
 
 from backbone.stand_ins import attach, attached_digest, detach
 from controller.features import prompt_features
@@ -29,7 +29,7 @@ def test_another_model_is_refused(allocator) -> None:
 
 
 def test_without_a_certificate_every_prompt_runs_the_full_model(model) -> None:
-    allocator, batch = make_allocator(model, threshold=None), padded_batch()
+    allocator, batch = make_allocator(model, price=None), padded_batch()
     assert all(plan.is_full for plan in allocator.allocate(model, **batch))
     assert torch.equal(allocator.generate(model, **batch, **GREEDY), model.generate(**batch, **GREEDY))
 
@@ -79,7 +79,7 @@ def test_folders_without_an_allocator_and_newer_formats_are_refused(model, tmp_p
     monkeypatch.setattr("runtime.artefact.FORMAT_VERSION", 7)
     make_allocator(model).save_pretrained(tmp_path / "newer")
     monkeypatch.undo()
-    with pytest.raises(ArtefactError, match="has allocator format 7, this version reads 1"):
+    with pytest.raises(ArtefactError, match="has allocator format 7, this version reads 2"):
         Allocator.from_pretrained(tmp_path / "newer")
 
 
@@ -124,9 +124,10 @@ def test_rows_run_their_plans_with_the_allocators_stand_ins() -> None:
 
 def test_stand_ins_do_not_change_what_the_probe_sees() -> None:
     model, batch = tiny_model("llama"), padded_batch()
-    before = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2)
+    before = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2, SETS)["states"]
     with_stand_ins(model).prepare(model)
-    assert np.array_equal(prompt_features(model, batch["input_ids"], batch["attention_mask"], 2), before)
+    after = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2, SETS)["states"]
+    assert np.array_equal(after, before)
 
 
 def test_stand_ins_are_saved_with_the_allocator(tmp_path) -> None:

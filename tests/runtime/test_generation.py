@@ -299,6 +299,7 @@ def test_every_lane_is_compiled_and_equal() -> None:
     [
         ({"prompt_lookup_num_tokens": 3}, "not with assisted_generation"),
         ({"synced_gpus": True}, "synced_gpus=True"),
+        ({"streamer": Recorder(), "num_beams": 2}, "a streamer cannot follow beam search"),
         ({"assistant_model": object()}, "an assistant_model"),
         ({"max_lanes": 0}, "max_lanes must be at least 1, got 0"),
         ({"max_lanes": 2, "round_up": False}, "give one of them"),

@@ -2,19 +2,21 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny import N_LAYERS, padded_batch, tiny_model
+from tiny import N_LAYERS, VOCABULARY, padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_stand_ins
 
 from backbone.plan import LayerPlan
 from backbone.prefix import run_prefix
 from backbone.running import NestedPlanError, apply_plan
 from backbone.testing import patches
-from controller.features import pool
-from runtime import deciding
+from controller.drift import DriftAlarm, drift_scores
+from controller.features import extract
+from runtime import deciding, offline
 from runtime.allocator import WrongModelError
 
 FULL = LayerPlan.full(N_LAYERS)
@@ -23,24 +25,24 @@ DICT = {"return_dict_in_generate": True}
 
 
 class Broken(ByLength):
-    def predict(self, features):
+    def _predict(self, features):
         raise ZeroDivisionError("a broken controller")
 
 
 class Silent(ByLength):
-    def predict(self, features):
-        probabilities = super().predict(features)
-        probabilities[3] = np.nan
-        return probabilities
+    def _predict(self, features):
+        kept = super()._predict(features)
+        kept[3] = np.nan
+        return kept
 
 
 class Slow(ByLength):
     def __init__(self) -> None:
         self.may_go_on = threading.Event()
 
-    def predict(self, features):
+    def _predict(self, features):
         self.may_go_on.wait(30)
-        return super().predict(features)
+        return super()._predict(features)
 
 
 def check_all_run_full(model, allocator, **options) -> None:
@@ -87,18 +89,18 @@ def test_a_probe_that_breaks_off_half_way_leaves_nothing_behind(model, caplog) -
 
 def test_states_that_are_not_finite_get_the_full_plan(model, monkeypatch, caplog) -> None:
     def broken(*args):
-        features = pool(*args)
-        features[2, 0] = np.nan
+        features = extract(*args)
+        features["states"][2, 0] = np.nan
         return features
 
     allocator = make_allocator(model, controller=ByLength())
-    monkeypatch.setattr(deciding, "pool", broken)
+    monkeypatch.setattr(deciding, "extract", broken)
     plans = allocator.allocate(model, **padded_batch())
     assert plans == [FULL, PLANS[1], FULL, PLANS[0]]
     assert "1 prompts have hidden states that are not finite" in caplog.text
 
 
-def test_probabilities_that_are_not_finite_get_the_full_plan(model, caplog) -> None:
+def test_predictions_that_are_not_finite_get_the_full_plan(model, caplog) -> None:
     plans = make_allocator(model, controller=Silent()).allocate(model, **padded_batch())
     assert plans == [FULL, PLANS[1], PLANS[0], FULL]
     assert "the controller gave 1 prompts no number" in caplog.text
@@ -198,7 +200,7 @@ def test_the_decision_waits_for_the_device_once(model, monkeypatch) -> None:
     batch = padded_batch()
     with apply_plan(model, FULL):
         pass
-    decider = allocator._decider(None)
+    decider = allocator.decider()
     for name in ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "numpy"):
         original = getattr(torch.Tensor, name)
 
@@ -214,3 +216,48 @@ def test_the_decision_waits_for_the_device_once(model, monkeypatch) -> None:
     own = waits[of_the_library:]
     assert own.count("cpu") == 1
     assert set(own) <= {"cpu", "numpy"}
+
+
+def with_alarm(model, seed=0):
+    """An allocator whose alarm has prompts of random letters as its reference."""
+    allocator = make_allocator(model, controller=ByLength())
+    draw = torch.Generator().manual_seed(seed)
+    scores = []
+    for _ in range(50):
+        ids = torch.randint(3, VOCABULARY, (4, 8), generator=draw)
+        decision = allocator.decider().decide(model, ids, None, keep_cache=False)
+        scores.append(drift_scores(decision.projected, np.array(allocator.menu.budgets)[decision.chosen]))
+    return replace(allocator, drift=DriftAlarm(np.concatenate(scores)))
+
+
+def test_once_the_alarm_has_rung_every_prompt_runs_the_full_plan(model, caplog) -> None:
+    allocator, odd = with_alarm(model), torch.full((4, 8), 5)
+    for _ in range(200):
+        plans = allocator.allocate(model, odd)
+        if allocator.drift.rung:
+            break
+        assert plans != [FULL] * 4
+    assert allocator.drift.rung
+    assert plans == [FULL] * 4
+    assert "no longer like those of the certificate" in caplog.text
+    check_all_run_full(model, allocator)
+    allocator.drift.reset()
+    assert allocator.allocate(model, odd) != [FULL] * 4
+
+
+def test_prompts_that_are_probed_by_length_arrive_together(model, monkeypatch) -> None:
+    """Sorted prompts would look like drift; a set is one arrival, whatever the order in which its parts are probed."""
+    allocator, seen = make_allocator(model, controller=ByLength()), []
+
+    class Watch(DriftAlarm):
+        def observe(self, features, budgets):
+            seen.append(len(features))
+            return False
+
+    watched = replace(allocator, drift=Watch(np.ones((5, 2))))
+    prompts = ["abcdefgh"[: 1 + i % 8] for i in range(40)]
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(offline, "PROBE_TOKENS", 64)
+    texts = watched.generate_many(model, tokenizer, prompts, batch_size=8, max_new_tokens=2)
+    assert seen == [40]
+    assert texts == allocator.generate_many(model, tokenizer, prompts, batch_size=8, max_new_tokens=2)

@@ -1,0 +1,158 @@
+"""What calibration found, as a file and as sentences: what is promised, and what is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from backbone.errors import InputError
+from controller.p_values import RISKS, Risk
+
+
+class CertificateError(InputError):
+    """A file that is no certificate of this version, or a damaged one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """With probability at least 1 - `delta`, the mean loss is at most `alpha` on prompts like the calibration prompts.
+
+    Attributes:
+        risk: which loss; see `controller.p_values.Risk`.
+        alpha: the bound, in (0, 1).
+        delta: how often the bound may fail, over draws of the calibration prompts.
+        n: calibration prompts.
+        price: worth of one unit of expected loss, in shares of the decoder, that decides; None where no price is valid
+            and every prompt runs the full plan.
+        observed_risk: mean loss of the calibration prompts at the price (0 where there is none).
+        prompts_hash: of the calibration prompts.
+        date: when it was made, ISO 8601.
+        fewest_prompts: with fewer calibration prompts (in each task, where `per_task` is given) no price can be valid,
+            whatever the controller.
+        per_task: task -> {"n", "observed_risk"} where the bound holds in every task, empty where only overall.
+        tolerance: how much lower than the full model's the score of a sufficient answer may be.
+        does_not_cover: what is not promised, in sentences.
+    """
+
+    risk: Risk
+    alpha: float
+    delta: float
+    n: int
+    price: float | None
+    observed_risk: float
+    prompts_hash: str
+    date: str
+    fewest_prompts: int
+    per_task: dict[str, dict[str, float]] = field(default_factory=dict)
+    tolerance: float = 0.0
+    does_not_cover: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.does_not_cover:
+            object.__setattr__(self, "does_not_cover", exclusions(self.date, self.per_task))
+
+    @property
+    def sentence(self) -> str:
+        """The certificate in plain words."""
+        if self.price is None:
+            return f"No saving could be certified: {self._reason}, so all prompts run the full model."
+        return (
+            f"With {_percent(1 - self.delta)} confidence, {self._bound}, on prompts like the {self.n} calibration "
+            f"prompts (observed: {self._seen(self.observed_risk)}{self._worst_task})."
+        )
+
+    def too_small(self) -> dict[str, int]:
+        """Task -> its prompts, where they are too few for the bound; of an overall bound "all tasks" -> all prompts."""
+        sizes = {task: int(seen["n"]) for task, seen in self.per_task.items()} or {"all tasks": self.n}
+        return {task: n for task, n in sizes.items() if n < self.fewest_prompts}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({**asdict(self), "sentence": self.sentence}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Certificate:
+        """Raises CertificateError for a file that `save` of this version did not write."""
+        try:
+            data = json.loads(path.read_text())
+            data.pop("sentence")
+            _check_values(data)
+            return cls(**{**data, "does_not_cover": tuple(data["does_not_cover"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CertificateError(
+                f"{path} is not a certificate that this version can read ({error}): "
+                "make it again with the calibrate stage"
+            ) from None
+
+    @property
+    def _bound(self) -> str:
+        each = ", in each task," if self.per_task else ""
+        if self.risk == "insufficient":
+            prompts = f"at most {_percent(self.alpha)} of prompts{each}"
+            less = f"over {self.tolerance:g} lower" if self.tolerance else "lower"
+            return f"{prompts} get an answer that scores {less} than the full model's"
+        return f"answers{each} lose on average at most {self._amount(self.alpha)} against the full model's"
+
+    @property
+    def _reason(self) -> str:
+        claim = f"showing with {_percent(1 - self.delta)} confidence that {self._bound}"
+        small = self.too_small()
+        if small and self.per_task:
+            tasks = ", ".join(f"{task!r} has {n}" for task, n in small.items())
+            return f"{claim} takes at least {self.fewest_prompts} calibration prompts of each task ({tasks})"
+        if small:
+            return f"{claim} takes at least {self.fewest_prompts} calibration prompts, and there are {self.n}"
+        return f"{self.n} calibration prompts do not suffice for {claim}, with this controller"
+
+    def _amount(self, risk: float) -> str:
+        return self._seen(risk) + ("" if self.risk == "insufficient" else " of a score that runs from 0 to 1")
+
+    def _seen(self, risk: float) -> str:
+        return _percent(risk) if self.risk == "insufficient" else f"{risk:.3g}"
+
+    @property
+    def _worst_task(self) -> str:
+        if not self.per_task:
+            return ""
+        worst = max(self.per_task, key=lambda task: self.per_task[task]["observed_risk"])
+        return f"; {worst!r}, the worst task: {self._seen(self.per_task[worst]['observed_risk'])}"
+
+
+def exclusions(date: str, per_task: dict[str, dict[str, float]]) -> tuple[str, ...]:
+    """What a certificate does not promise, in sentences."""
+    tasks = (
+        f"Tasks other than {', '.join(sorted(per_task))}."
+        if per_task
+        else "Single tasks, or another mixture of them: a rare or hard task may lose more than the bound."
+    )
+    return (
+        "Other kinds of prompts: other lengths, languages or templates.",
+        tasks,
+        "Single prompts: a mean is bounded, and any one prompt may lose everything.",
+        "Other decoding settings: sampling, longer answers, other stop strings.",
+        "Another data type, device or batch size, whose rounding can change an answer.",
+        "Prompts that run a larger plan than their own to share a lane: a larger plan usually loses less, not always.",
+        "Quality that the judge does not see.",
+        f"Drift: prompts that have changed since {date}.",
+        "Prompts that are not independent draws: copies of one another, or of the training prompts.",
+        "A choice among several certificates: each fails with probability delta, the best of them more often.",
+    )
+
+
+def _check_values(data: dict[str, Any]) -> None:
+    if (found := set(data)) != (known := {field.name for field in fields(Certificate)}):
+        raise ValueError(f"missing: {sorted(known - found)}, unknown: {sorted(found - known)}")
+    if data["risk"] not in RISKS:
+        raise ValueError(f"risk is {data['risk']!r}")
+    for name in ("alpha", "delta"):
+        if not 0 < data[name] < 1:
+            raise ValueError(f"{name} is {data[name]}")
+    price = data["price"]
+    if price is not None and not (math.isfinite(price) and price > 0):
+        raise ValueError(f"price is {price}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"

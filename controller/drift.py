@@ -1,0 +1,209 @@
+"""Rings when the prompts that are served no longer look like those that the certificate was made with.
+
+A conformal test martingale: a gambler bets against "these prompts and the calibration prompts come in no particular
+order" and the alarm rings when the gambler has become rich. Needs numpy and no labels.
+
+Shapes: `N` prompts, `F` projected features, `C` channels (two ways to look odd).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from backbone.errors import InputError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+SLOPES: Floats = np.array([-1.0, 0.0, 1.0])
+"""The gambler's opinions: p-values are too small, uniform, too large."""
+
+JUMP = 0.01
+"""Share of the capital that changes its opinion before each prompt, as in the source."""
+
+DROPPED_BITS = 2
+"""Of the ten mantissa bits of a 16-bit float: scores are told apart to 0.4%, and counting is four times as fast."""
+
+CELLS = (0x7C00 >> DROPPED_BITS) + 1
+"""From zero to infinity."""
+
+
+class DriftError(InputError):
+    """Scores or a file that no alarm can be made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class DriftState:
+    """Attributes:
+    capital: what the gambler owns, having started with 1.
+    seen: prompts observed since the start or the last reset.
+    rung: whether the alarm has rung.
+    """
+
+    capital: float
+    seen: int
+    rung: bool
+
+
+def drift_scores(features: NDArray[np.floating], budgets: NDArray[np.floating]) -> Floats:
+    """How odd each prompt is, [N, 2]: the mean square of its projected features [N, F], and its chosen budget [N].
+
+    The projection whitened the features on the training prompts, so the first is the squared Mahalanobis distance from
+    their centre, divided by F. Nothing here is fitted on the calibration prompts, which must stay exchangeable with the
+    served ones. A prompt with features that are not finite is infinitely far.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = np.square(features, dtype=np.float64).mean(axis=1)
+    return np.stack([np.where(np.isfinite(distance), distance, np.inf), np.asarray(budgets, dtype=np.float64)], axis=1)
+
+
+class DriftAlarm:
+    """Watches a stream of prompts; may be shared by threads.
+
+    While the prompts served are exchangeable with the calibration prompts (independent draws from one population are),
+    the probability that the alarm *ever* rings, over an endless stream, is at most `false_alarm_rate`: under
+    exchangeability the p-values are independent and uniform, the capital is a martingale, and Ville's inequality bounds
+    its maximum.
+
+    Rank, not size, counts; so a change of the population shows within some hundred prompts, or not at all where neither
+    score changes its distribution. Order is part of exchangeability: a service that sorts its prompts by length or
+    task, or repeats one, is not exchangeable and will ring although the mixture is the same. Rows of one call are
+    shuffled first, which mends sorting within a call, not among calls.
+
+    Sources: Vovk, Gammerman and Shafer 2005, Algorithmic Learning in a Random World, section 7.1 (smoothed p-values);
+    Vovk et al. 2021, Retrain or not retrain: conformal test martingales for change-point detection (arXiv 2102.10439),
+    algorithm 1 (the Simple Jumper).
+    """
+
+    def __init__(self, reference_scores: Floats, false_alarm_rate: float = 0.01, seed: int = 0) -> None:
+        """Args:
+            reference_scores: `drift_scores` [n, C] of the calibration prompts.
+            false_alarm_rate: bound on the probability of ever ringing without cause, in (0, 1).
+            seed: of the tie-breaks.
+
+        Raises:
+            DriftError: no scores, negative or NaN ones, or a rate that is no probability.
+        """
+        scores = np.asarray(reference_scores, dtype=np.float64)
+        if scores.ndim != 2 or 0 in scores.shape or not (scores >= 0).all():
+            raise DriftError(
+                f"reference scores of shape {scores.shape} cannot be watched: "
+                "they must be non-negative numbers, [prompts, channels]"
+            )
+        if not 0 < false_alarm_rate < 1:
+            raise DriftError(f"the false-alarm rate is {false_alarm_rate}; it must lie between 0 and 1, both excluded")
+        self.reference_scores = scores
+        self.false_alarm_rate = false_alarm_rate
+        self._random = np.random.default_rng(seed)
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was served and start anew; the bound on false alarms starts anew as well."""
+        cells = _cells(self.reference_scores)
+        with self._lock:
+            self._counts: Ints = np.stack([np.bincount(channel, minlength=CELLS) for channel in cells.T])
+            self._gambler = _Gambler(self._counts.shape[0])
+            self._seen, self._rung = 0, False
+
+    def observe(self, features: NDArray[np.floating], budgets: NDArray[np.floating]) -> bool:
+        """Take note of N prompts, in order of arrival; True from the moment the alarm rings until `reset`.
+
+        Args:
+            features: projected features [N, F], as the controller gets them.
+            budgets: share of the decoder [N] that the certified price chooses for them, before any rounding up
+                to a lane or reversion to the full plan.
+        """
+        return self.observe_scores(drift_scores(features, budgets))
+
+    def observe_scores(self, scores: Floats) -> bool:
+        """As `observe`, from scores [N, C]."""
+        if scores.ndim != 2 or scores.shape[1] != self.reference_scores.shape[1]:
+            raise DriftError(
+                f"scores have shape {scores.shape}, the reference has {self.reference_scores.shape[1]} channels"
+            )
+        cells = _cells(scores)
+        with self._lock:
+            for row in self._random.permutation(len(cells)):
+                if self._rung:
+                    break
+                self._gambler.bet(self._p_values(cells[row]))
+                self._seen += 1
+                self._rung = self._gambler.capital >= 1 / self.false_alarm_rate
+            return self._rung
+
+    @property
+    def rung(self) -> bool:
+        return self._rung
+
+    @property
+    def state(self) -> DriftState:
+        with self._lock:
+            return DriftState(self._gambler.capital, self._seen, self._rung)
+
+    def save(self, path: Path) -> None:
+        """Write the reference and the rate, not what was observed."""
+        arrays = {"reference_scores": np.ascontiguousarray(self.reference_scores)}
+        save_file(arrays, path, {"false_alarm_rate": repr(self.false_alarm_rate)})
+
+    @classmethod
+    def load(cls, path: Path, seed: int = 0) -> DriftAlarm:
+        """Raises DriftError for a file that `save` did not write."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                rate, scores = float(file.metadata()["false_alarm_rate"]), file.get_tensor("reference_scores")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DriftError(
+                f"{path} holds no drift reference ({error}): make it again with the calibrate stage"
+            ) from None
+        return cls(scores, rate, seed)
+
+    def _p_values(self, cells: Ints) -> Floats:
+        """[C]: how many of all scores so far, the new one included, are larger, ties broken at random; exactly
+        uniform."""
+        channels = np.arange(len(cells))
+        self._counts[channels, cells] += 1
+        larger = np.array([self._counts[channel, cells[channel] + 1 :].sum() for channel in channels])
+        tied, total = self._counts[channels, cells], len(self.reference_scores) + self._seen + 1
+        return np.asarray((larger + self._random.random(len(cells)) * tied) / total)
+
+
+class _Gambler:
+    """The Simple Jumper on each of C channels, its capital the mean over them.
+
+    The stake is not put down at once but 1 / (t (t + 1)) of it at prompt t. Otherwise a long quiet stretch, which costs
+    a jumper a little at every prompt, would make it too poor to notice a change after it: here it owns at least 1 / t^2
+    at any time. A sum of martingales is one, so Ville's inequality holds as before; and no logarithms are needed, since
+    the capital is bounded below and the game ends when it is high.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._pots = np.zeros((channels, len(SLOPES)))
+        self._time = 0
+
+    @property
+    def capital(self) -> float:
+        return float(self._pots.sum(axis=1).mean() + 1 / (self._time + 1))
+
+    def bet(self, p_values: Floats) -> None:
+        """Bet on p-values [C]."""
+        self._time += 1
+        own = self._pots.sum(axis=1, keepdims=True)
+        stake = 1 / (self._time * (self._time + 1))
+        pots = (1 - JUMP) * self._pots + (JUMP * own + stake) / len(SLOPES)
+        self._pots = pots * (1 + SLOPES * (p_values[:, None] - 0.5))
+
+
+def _cells(scores: Floats) -> Ints:
+    """Scores as places in a row of counters [N, C]: the bits of a non-negative 16-bit float order as the floats do, so
+    that 8 thousand counters hold every score ever seen, however long the stream is."""
+    with np.errstate(over="ignore"):  # beyond 65,504 all are equally odd; abs, for -0.0 has other bits than 0.0
+        halves = np.abs(np.nan_to_num(scores, nan=np.inf, posinf=np.inf)).astype(np.float16)
+    return halves.view(np.uint16).astype(np.int64) >> DROPPED_BITS

@@ -1,0 +1,91 @@
+"""From features to what controllers see: standardised, wide sets reduced to their principal components."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from controller.base import LearningError
+from controller.features import WIDE, Features, Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Fitted on training prompts, saved with the allocator.
+
+    Attributes:
+        sets: the sets of features that it reads, in order.
+        mean: of each raw feature [F].
+        scale: standard deviation of each raw feature, 1 where it is constant.
+        wide: number of leading raw features that the components reduce; the others stay.
+        components: [C, wide], each divided by the standard deviation of the training prompts along it.
+    """
+
+    sets: tuple[str, ...]
+    mean: Floats
+    scale: Floats
+    wide: int
+    components: Floats
+
+    @classmethod
+    def fit(cls, features: Features, sets: Sequence[str], n_components: int) -> Projection:
+        """Fit on N training prompts; keeps at most N - 1 components, and none without wide sets.
+
+        Raises:
+            LearningError: features that are not finite, or the same for all prompts.
+        """
+        from sklearn.decomposition import PCA
+
+        ordered = tuple(sorted(sets, key=lambda name: name not in WIDE))
+        raw = _joined(features, ordered)
+        _check(raw, ordered)
+        mean, scale = raw.mean(0), raw.std(0)
+        scale = np.where(scale > 1e-6, scale, 1.0).astype(np.float32)
+        wide = sum(features[name].shape[1] for name in ordered if name in WIDE)
+        components = np.zeros((0, 0), dtype=np.float32)
+        if wide:
+            states = ((raw - mean) / scale)[:, :wide]
+            pca = PCA(min(n_components, len(raw) - 1, wide), random_state=0, svd_solver="full").fit(states)
+            spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
+            components = (pca.components_ / spread[:, None]).astype(np.float32)
+        return cls(ordered, mean, scale, wide, np.ascontiguousarray(components))
+
+    def __call__(self, features: Features) -> Floats:
+        """N prompts' features, which may hold more sets -> [N, C + narrow]."""
+        standardised = (_joined(features, self.sets) - self.mean) / self.scale
+        states, narrow = standardised[:, : self.wide], standardised[:, self.wide :]
+        return np.concatenate([states @ self.components.T, narrow], axis=1) if self.wide else narrow
+
+    def save(self, path: Path) -> None:
+        arrays = {"mean": self.mean, "scale": self.scale, "components": self.components}
+        metadata = {"sets": json.dumps(self.sets), "wide": str(self.wide)}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Projection:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in ("mean", "scale", "components")}
+        return cls(sets=tuple(json.loads(metadata["sets"])), wide=int(metadata["wide"]), **arrays)
+
+
+def _joined(features: Features, sets: Sequence[str]) -> Floats:
+    return np.concatenate([features[name] for name in sets], axis=1)
+
+
+def _check(raw: Floats, sets: Sequence[str]) -> None:
+    if bad := int((~np.isfinite(raw).all(axis=1)).sum()):
+        raise LearningError(
+            f"{bad} of {len(raw)} prompts have features that are not finite: the first layers overflow on them; "
+            "leave them out, or load the model in bfloat16 or float32"
+        )
+    if not (raw.std(0) > 1e-6).any():
+        raise LearningError(
+            f"all {len(raw)} prompts have the same features ({', '.join(sets)}), so nothing tells them apart"
+        )

@@ -1,0 +1,212 @@
+"""One controller's settings, tried by one process or by several at once; a killed one loses no trial."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from numpy.typing import NDArray
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.study import MaxTrialsCallback
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from backbone.errors import InputError
+from controller.base import Floats, controller_class
+from controller.features import Features, rows_of
+from controller.learning import Settings, cross_fit, learn
+from controller.report_card import regret
+from pipelines.config import ConfigError, TuningSection
+
+HEARTBEAT_S, GRACE_S = 10, 60
+"""A trial whose worker was killed is tried again by another one after GRACE_S without a sign of life."""
+
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Where the trials of one controller are kept: the storage's URL and the study's name."""
+
+    url: str
+    study: str
+    controller: str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What settings are tried on.
+
+    Attributes:
+        features: of N prompts.
+        kept: share of quality that each plan keeps [N, K].
+        budgets: of the plans [K].
+        bounds: mean losses at which the regret counts.
+        tuning: how to search.
+    """
+
+    features: Features
+    kept: NDArray[np.float64]
+    budgets: NDArray[np.float64]
+    bounds: Sequence[float]
+    tuning: TuningSection
+
+    def judge(
+        self, settings: Settings, after_fold: Callable[[int, float], None] = lambda fold, regret: None
+    ) -> tuple[float, float]:
+        """Regret of out-of-fold predictions, and milliseconds of a decision; `after_fold` is told the regret so far."""
+        counts: list[int] = []
+
+        def report(predicted: Floats, rows: NDArray[np.intp]) -> None:
+            counts.append(len(rows))
+            after_fold(len(counts), regret(predicted[rows], self.kept[rows], self.budgets, self.bounds))
+
+        predicted = cross_fit(settings, self.features, self.kept, self.budgets, self.tuning.folds, report)
+        return regret(predicted, self.kept, self.budgets, self.bounds), self.decision_ms(settings)
+
+    def decision_ms(self, settings: Settings, repeats: int = 20) -> float:
+        """Median time of one prompt's prediction, from features in hand."""
+        rows = np.arange(min(64, len(self.kept)))
+        learned = learn(settings, rows_of(self.features, rows), self.kept[rows], self.budgets)
+        one = rows_of(self.features, rows[:1])
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            learned.predict(one)
+            times.append((time.perf_counter() - start) * 1000)
+        return statistics.median(times)
+
+
+def settings_of(name: str, trial: Any, tuning: TuningSection) -> Settings:
+    """The settings that a trial stands for; also of a finished one."""
+    asked = optuna.trial.FixedTrial(trial.params) if isinstance(trial, optuna.trial.FrozenTrial) else trial
+    sets = ["+".join(names) for names in tuning.feature_sets]
+    chosen = asked.suggest_categorical("features", sets)
+    components = asked.suggest_categorical("components", tuning.components)
+    return Settings(name, tuple(chosen.split("+")), components, controller_class(name).suggest(asked))
+
+
+def _defaults(name: str, tuning: TuningSection) -> dict[str, Any]:
+    """What the first trial tries."""
+    middle = tuning.components[len(tuning.components) // 2]
+    return {"features": "+".join(tuning.feature_sets[0]), "components": middle, **controller_class(name).defaults()}
+
+
+def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.Study:
+    """The study of a search, as far as it came.
+
+    Raises:
+        ConfigError: the storage cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        retry = RetryHeartbeatStaleTrialCallback(max_retry=3)
+        try:
+            storage = RDBStorage(
+                wanted.url,
+                heartbeat_interval=HEARTBEAT_S,
+                grace_period=GRACE_S,
+                heartbeat_stale_trial_callback=retry,
+            )
+        except (SQLAlchemyError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"cannot use tuning.storage {wanted.url!r}: {reason}") from error
+    return optuna.create_study(
+        study_name=wanted.study,
+        storage=storage,
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=1),
+        directions=["minimize"] * len(tuning.objectives),
+        load_if_exists=True,
+    )
+
+
+def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna.Study:
+    """Try settings until the study has `tuning.trials` finished trials; one already there is not tried again."""
+    study = open_study(wanted, work.tuning)
+    if not study.get_trials(deepcopy=False):
+        study.enqueue_trial(_defaults(wanted.controller, work.tuning))
+    while (left := work.tuning.trials - len(finished(study))) > 0:
+        if work.tuning.workers == 1:
+            _try(wanted, work, 0, lambda study, trial: advance(1))
+        else:
+            _try_in_processes(wanted, work, min(work.tuning.workers, left), study, advance)
+    return study
+
+
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=ENDED)
+
+
+def _try(wanted: Search, work: Work, seed: int, *callbacks: Callable[..., None]) -> None:
+    """Finish trials in this process until there are enough."""
+    study = open_study(wanted, work.tuning, seed)
+    enough = MaxTrialsCallback(work.tuning.trials, states=ENDED)
+    study.optimize(partial(_objective, wanted.controller, work), callbacks=[enough, *callbacks])
+
+
+def _objective(name: str, work: Work, trial: optuna.Trial) -> tuple[float, ...]:
+    alone = len(work.tuning.objectives) == 1
+
+    def after_fold(fold: int, regret_so_far: float) -> None:
+        if alone:
+            trial.report(regret_so_far, fold)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+    found = dict(
+        zip(("regret", "decision_ms"), work.judge(settings_of(name, trial, work.tuning), after_fold), strict=True)
+    )
+    trial.set_user_attr("decision_ms", found["decision_ms"])
+    return tuple(found[objective] for objective in work.tuning.objectives)
+
+
+def _try_in_processes(
+    wanted: Search, work: Work, workers: int, study: optuna.Study, advance: Callable[[int], None]
+) -> None:
+    """The same in several processes. One that is killed leaves its trial to the others, which try it again once it has
+    given no sign of life for `GRACE_S`.
+
+    Raises:
+        InputError: what a worker found wrong.
+    """
+    context, done = multiprocessing.get_context("spawn"), len(finished(study))
+    errors = context.SimpleQueue()
+    started = random.randrange(2**31)
+    processes = [
+        context.Process(target=_worker, args=(wanted, work, started + number, errors), daemon=True)
+        for number in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.2)
+            advance(len(finished(study)) - done)
+            done = len(finished(study))
+    finally:
+        for process in processes:
+            process.terminate()
+    if not errors.empty():
+        raise InputError(errors.get())
+    if failed := [process.exitcode for process in processes if process.exitcode and process.exitcode > 0]:
+        raise RuntimeError(f"a tuning worker failed with exit code {failed[0]}; its traceback is above")
+
+
+def _worker(wanted: Search, work: Work, seed: int, errors: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        _try(wanted, work, seed)
+    except InputError as error:
+        errors.put(str(error))

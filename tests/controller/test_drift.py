@@ -1,0 +1,140 @@
+import threading
+
+import numpy as np
+import pytest
+from scipy.stats import binom, kstest
+
+from controller.drift import DriftAlarm, DriftError, drift_scores
+
+PLANS, SHARES = [0.7, 0.85, 1.0], [0.3, 0.4, 0.3]
+
+
+def prompts(random, n, scale=1.0, shares=SHARES) -> tuple[np.ndarray, np.ndarray]:
+    """Projected features [n, 16] with heavy tails, and the budgets chosen."""
+    return scale * random.standard_t(6, (n, 16)).astype(np.float32), random.choice(PLANS, n, p=shares)
+
+
+def alarm(random, rate=0.01, n=300) -> DriftAlarm:
+    return DriftAlarm(drift_scores(*prompts(random, n)), rate, seed=int(random.integers(1 << 31)))
+
+
+def test_false_alarms_are_as_rare_as_promised() -> None:
+    random, runs, rate = np.random.default_rng(0), 100, 0.1
+    rung = [alarm(random, rate, 100).observe(*prompts(random, 400)) for _ in range(runs)]
+    assert 0 < sum(rung) <= binom.ppf(0.999, runs, rate)
+
+
+def test_p_values_are_independent_and_uniform_also_with_ties() -> None:
+    random, found = np.random.default_rng(0), []
+    watched = alarm(random, n=50)
+    watched._gambler.bet = found.append  # type: ignore[method-assign]
+    watched.observe(*prompts(random, 3000))
+    for channel in np.array(found).T:
+        assert kstest(channel, "uniform").pvalue > 0.01
+        assert abs(np.corrcoef(channel[1:], channel[:-1])[0, 1]) < 4 / np.sqrt(3000)
+
+
+@pytest.mark.parametrize(
+    ("change", "within"),
+    [({"scale": 1.3}, 200), ({"scale": 0.85}, 200), ({"shares": [0.05, 0.15, 0.8]}, 300)],
+    ids=["further out", "a mild shrink", "larger plans"],
+)
+def test_another_population_rings(change, within) -> None:
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        watched = alarm(random)
+        assert watched.observe(*prompts(random, within, **change))
+        assert watched.rung
+        assert watched.state.capital >= 100
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_change_after_a_long_quiet_time_rings_as_soon(seed) -> None:
+    random = np.random.default_rng(seed)
+    watched = alarm(random)
+    assert not watched.observe(*prompts(random, 5000))
+    assert watched.observe(*prompts(random, 100, scale=1.4)), "a stake put down at once takes 110 to 125 prompts"
+
+
+def test_memory_does_not_grow() -> None:
+    random = np.random.default_rng(3)
+    watched = alarm(random)
+    before = watched._counts.nbytes
+    watched.observe(*prompts(random, 2000))
+    assert watched._counts.nbytes == before
+    assert watched.state.seen == 2000
+
+
+def test_it_rings_until_it_is_reset() -> None:
+    random = np.random.default_rng(0)
+    watched = alarm(random)
+    watched.observe(*prompts(random, 300, scale=2))
+    assert watched.observe(*prompts(random, 10)), "once rung, also for ordinary prompts"
+    watched.reset()
+    assert watched.state == type(watched.state)(1.0, 0, False)
+    assert not watched.observe(*prompts(random, 50))
+
+
+def test_states_that_are_not_finite_are_the_oddest() -> None:
+    random = np.random.default_rng(0)
+    watched = alarm(random)
+    features, budgets = prompts(random, 60)
+    features[:, 3] = np.nan
+    assert watched.observe(features, budgets)
+
+
+def test_constant_scores_never_ring_without_a_change() -> None:
+    watched = DriftAlarm(np.ones((100, 2)), 0.01)
+    assert not watched.observe_scores(np.ones((1000, 2)))
+    assert watched.observe_scores(np.full((100, 2), 2.0))
+
+
+def test_rows_of_one_call_may_be_sorted() -> None:
+    random, rung = np.random.default_rng(0), 0
+    for _ in range(20):
+        features, budgets = prompts(random, 400)
+        order = np.square(features).mean(1).argsort()
+        rung += alarm(random).observe(features[order], budgets[order])
+    assert rung <= binom.ppf(0.999, 20, 0.01)
+
+
+def test_threads_lose_no_prompt() -> None:
+    random = np.random.default_rng(3)
+    watched = alarm(random, rate=1e-9)  # the order is not ours, so no seed rules out a false alarm
+    batches = [drift_scores(*prompts(random, 10)) for _ in range(40)]
+    workers = [
+        threading.Thread(target=lambda part: [watched.observe_scores(b) for b in part], args=(batches[i::4],))
+        for i in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert watched.state.seen == 400
+    assert watched._counts.sum() == 2 * (300 + 400)
+
+
+def test_a_saved_alarm_rings_at_the_same_prompt(tmp_path) -> None:
+    random = np.random.default_rng(0)
+    first = DriftAlarm(drift_scores(*prompts(random, 300)), 0.02)
+    first.save(tmp_path / "drift.safetensors")
+    second = DriftAlarm.load(tmp_path / "drift.safetensors")
+    assert second.false_alarm_rate == 0.02
+    served = prompts(random, 200, scale=1.3)
+    assert first.observe(*served) == second.observe(*served)
+    assert first.state == second.state
+
+
+def test_bad_input_is_one_sentence(tmp_path) -> None:
+    with pytest.raises(DriftError, match=r"shape \(0, 2\)"):
+        DriftAlarm(np.zeros((0, 2)))
+    with pytest.raises(DriftError, match="non-negative"):
+        DriftAlarm(np.array([[np.nan, 1.0]]))
+    with pytest.raises(DriftError, match="rate is 0"):
+        DriftAlarm(np.ones((3, 2)), 0)
+    with pytest.raises(DriftError, match="2 channels"):
+        DriftAlarm(np.ones((3, 2))).observe_scores(np.ones((3, 1)))
+    (tmp_path / "drift.safetensors").write_bytes(b"not a tensor")
+    for name in ("drift.safetensors", "missing.safetensors"):
+        with pytest.raises(DriftError, match="make it again"):
+            DriftAlarm.load(tmp_path / name)

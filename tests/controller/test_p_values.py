@@ -1,0 +1,98 @@
+"""Valid on the hardest case, a mean loss of exactly alpha, and useful on the easy ones."""
+
+import math
+
+import numpy as np
+import pytest
+from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
+from scipy.stats import binom
+
+from controller.p_values import (
+    CalibrationError,
+    betting_p_values,
+    binomial_p_values,
+    fewest_prompts,
+    p_values,
+)
+
+ALPHA, DELTA, RUNS, N = 0.05, 0.1, 3000, 200
+
+LOSSES = {  # mean ALPHA exactly
+    "small variance": lambda random, size: random.beta(2, 2 / ALPHA - 2, size),
+    "skewed": lambda random, size: random.beta(0.2, 0.2 / ALPHA - 0.2, size),
+    "uniform": lambda random, size: random.uniform(0, 2 * ALPHA, size),
+    "all or nothing": lambda random, size: (random.random(size) < ALPHA).astype(float),
+    "constant": lambda random, size: np.full(size, ALPHA),
+    "mostly nothing": lambda random, size: np.where(random.random(size) < 2 * ALPHA, random.random(size), 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_betting_is_wrong_at_most_delta_of_the_time(kind) -> None:
+    losses = LOSSES[kind](np.random.default_rng(0), (RUNS, N))
+    values = betting_p_values(losses, ALPHA, DELTA)
+    for level in (0.02, DELTA, 0.3):
+        assert (values <= level).sum() <= binom.ppf(0.999, RUNS, level)
+
+
+def test_sorting_the_table_does_not_fool_the_gambler() -> None:
+    losses = np.sort(LOSSES["skewed"](np.random.default_rng(1), (RUNS, N)), axis=1)
+    values = betting_p_values(losses[:, np.random.default_rng(2).permutation(N)], ALPHA, DELTA)
+    by_task = betting_p_values(losses, ALPHA, DELTA)  # easiest prompts first: in this order nearly every run would win
+    for found in (values, by_task):
+        assert (found <= DELTA).sum() <= binom.ppf(0.999, RUNS, DELTA)
+
+
+@pytest.mark.parametrize(("mean", "deviation", "alpha"), [(0.02, 0.03, 0.04), (0.01, 0.01, 0.022)])
+def test_betting_certifies_small_variances_where_hoeffding_bentkus_does_not(mean, deviation, alpha) -> None:
+    shape = (mean / deviation) ** 2
+    losses = np.clip(np.random.default_rng(0).gamma(shape, mean / shape, (300, 250)), 0, 1)
+    betting = betting_p_values(losses, alpha, DELTA) <= DELTA
+    hoeffding_bentkus = compute_hoeffding_bentkus_p_value(losses.mean(1), 250, alpha)[:, 0] <= DELTA
+    assert betting.mean() > 0.95
+    assert hoeffding_bentkus.mean() < 0.2
+
+
+def test_binomial_p_values_are_the_binomial_tail() -> None:
+    for n in (7, 93, N, 250):
+        lost = np.arange(0, int(ALPHA * n) + 1)
+        values = binomial_p_values((np.arange(n) < lost[:, None]).astype(float), ALPHA)
+        np.testing.assert_allclose(values, binom.cdf(lost, n, ALPHA), rtol=1e-9)
+
+
+def test_fewest_prompts_is_the_closed_form_when_nothing_is_lost() -> None:
+    for alpha, delta in [(0.1, 0.1), (0.05, 0.1), (0.02, 0.05), (0.01, 0.05)]:
+        assert fewest_prompts(alpha, delta) == math.ceil(math.log(delta) / math.log(1 - alpha))
+    assert fewest_prompts(0.1, 0.1, observed_risk=0.05) > fewest_prompts(0.1, 0.1)
+
+
+@pytest.mark.parametrize("observed", [0.0, 0.01])
+def test_fewest_prompts_is_where_betting_begins_to_certify(observed) -> None:
+    needed = fewest_prompts(0.05, 0.1, "score_lost", observed)
+    assert betting_p_values(np.full((1, needed), observed), 0.05, 0.1) <= 0.1
+    assert betting_p_values(np.full((1, needed - 1), observed), 0.05, 0.1) > 0.1
+    assert needed >= fewest_prompts(0.05, 0.1)
+
+
+def test_numbers_that_never_suffice_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="can never certify"):
+        fewest_prompts(0.1, 0.1, observed_risk=0.1)
+    with pytest.raises(CalibrationError, match="takes over"):
+        fewest_prompts(0.1, 0.1, observed_risk=0.1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("losses", "alpha", "delta", "risk", "words"),
+    [
+        ([0.0, 1.0], 0.0, 0.1, "insufficient", "alpha is 0.0"),
+        ([0.0, 1.0], 0.1, 1.5, "insufficient", "delta is 1.5"),
+        ([0.0, 1.0], 0.1, 0.1, "regret", "no risk 'regret'"),
+        ([], 0.1, 0.1, "score_lost", "no calibration prompts"),
+        ([0.0, 1.2], 0.1, 0.1, "score_lost", "the first is 1.2"),
+        ([0.0, np.nan], 0.1, 0.1, "score_lost", "the first is nan"),
+        ([0.0, 0.5], 0.1, 0.1, "insufficient", "ask for 'score_lost'"),
+    ],
+)
+def test_bad_input_is_one_sentence(losses, alpha, delta, risk, words) -> None:
+    with pytest.raises(CalibrationError, match=words):
+        p_values(np.array([losses], dtype=float), alpha, delta, risk)

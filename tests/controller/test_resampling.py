@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from controller.p_values import CalibrationError
+from controller.resampling import resampled_violations
+
+BUDGETS = np.array([0.6, 0.8, 1.0])
+
+
+def pool(n: int, noise: float, risk: str = "score_lost", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Kept expected and losses [n, 3] of prompts whose need is known up to noise."""
+    random = np.random.default_rng(seed)
+    need = random.random((n, 1))
+    lack = need - np.array([[0.5, 0.8, 1.0]])
+    seen = lack + noise * random.normal(size=(n, 1))
+    counted = risk == "insufficient"
+    kept = 1 / (1 + np.exp(seen / noise)) if counted else 1 - np.clip(seen, 0, 1)
+    kept[:, -1] = 1
+    return kept.astype(np.float32), (lack > 0).astype(float) if counted else np.clip(lack, 0, 1)
+
+
+@pytest.mark.parametrize("risk", ["insufficient", "score_lost"])
+def test_certificates_on_splits_hold_and_save_something(risk) -> None:
+    kept, losses = pool(500, 0.1, risk)
+    found = resampled_violations(kept, losses, BUDGETS, 0.06, 0.1, 250, 100, risk=risk)
+    assert found.certified > 0.9
+    assert found.of_pool.low <= 0.1
+    assert found.of_pool.low <= found.of_pool.value <= found.of_pool.high
+    assert found.mean_budget < 0.97
+    assert 0 < found.mean_risk <= 0.06
+
+
+def test_losses_that_no_price_avoids_leave_the_full_plan() -> None:
+    kept = np.ones((300, 3), dtype=np.float32)  # a controller that sees no danger
+    losses = np.tile([0.5, 0.5, 0.0], (300, 1))
+    found = resampled_violations(kept, losses, BUDGETS, 0.06, 0.1, 150, 20, risk="score_lost")
+    assert (found.certified, found.of_pool.value, found.mean_budget, found.mean_risk) == (0, 0, 1, 0)
+
+
+def test_the_rest_is_a_harder_judge_than_the_pool() -> None:
+    kept, losses = pool(300, 0.1, "insufficient")
+    found = resampled_violations(kept, losses, BUDGETS, 0.1, 0.1, 150, 200)
+    assert found.of_rest.value > found.of_pool.value
+
+
+def test_the_same_seed_draws_the_same_splits() -> None:
+    kept, losses = pool(300, 0.1)
+    runs = [resampled_violations(kept, losses, BUDGETS, 0.05, 0.1, 150, 20, s, risk="score_lost") for s in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("n_calibrate", [0, 300, 301])
+def test_a_split_has_two_sides(n_calibrate) -> None:
+    kept, losses = pool(300, 0.1)
+    with pytest.raises(CalibrationError, match="both sides"):
+        resampled_violations(kept, losses, BUDGETS, 0.05, 0.1, n_calibrate, risk="score_lost")
