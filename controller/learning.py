@@ -5,7 +5,7 @@ Shapes: `N` prompts, `K` plans, cheapest first, the last full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,9 +53,16 @@ class Learned:
         return self.controller.predict(self.projection(features))
 
 
-def learn(settings: Settings, features: Features, kept: NDArray[np.float64], budgets: NDArray[np.float64]) -> Learned:
-    """Fit on N prompts with what each plan keeps of them [N, K]."""
-    projection = Projection.fit(features, settings.sets, settings.components)
+def learn(
+    settings: Settings,
+    features: Features,
+    kept: NDArray[np.float64],
+    budgets: NDArray[np.float64],
+    projection: Projection | None = None,
+) -> Learned:
+    """Fit on N prompts with what each plan keeps of them [N, K]; `projection`, if it was fitted on them before."""
+    if projection is None:
+        projection = Projection.fit(features, settings.sets, settings.components)
     controller = controller_class(settings.name)(**settings.parameters)
     controller.fit(projection(features), kept.astype(np.float32), budgets.astype(np.float32))
     return Learned(projection, controller)
@@ -68,24 +75,40 @@ def folds(n: int, n_folds: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.i
         yield np.setdiff1d(order, held), held
 
 
-def cross_fit(
-    settings: Settings,
-    features: Features,
-    kept: NDArray[np.float64],
-    budgets: NDArray[np.float64],
-    n_folds: int = 4,
-    after_fold: Callable[[Floats, NDArray[np.intp]], None] = lambda predicted, rows: None,
-) -> Floats:
-    """[N, K]: predictions for every prompt by a controller that did not see it.
+class CrossFit:
+    """Predictions for N prompts, each by a controller that did not see it; projections are fitted once for a set.
 
     Args:
-        after_fold: called after each fold with all predictions so far and the rows that have one; it may raise to stop.
+        features: of the prompts.
+        kept: share of quality that each plan keeps [N, K].
+        budgets: of the plans [K].
+        n_folds: parts of the prompts that are held out in turn.
+        most_components: most components that settings will ask for.
     """
-    predicted = np.zeros(kept.shape, dtype=np.float32)
-    done: list[NDArray[np.intp]] = []
-    for fitted, held in folds(len(kept), n_folds):
-        learned = learn(settings, rows_of(features, fitted), kept[fitted], budgets)
-        predicted[held] = learned.predict(rows_of(features, held))
-        done.append(held)
-        after_fold(predicted, np.concatenate(done))
-    return predicted
+
+    def __init__(
+        self,
+        features: Features,
+        kept: NDArray[np.float64],
+        budgets: NDArray[np.float64],
+        n_folds: int,
+        most_components: int,
+    ) -> None:
+        self._features, self._kept, self._budgets = features, kept, budgets
+        self._folds, self._most = list(folds(len(kept), n_folds)), most_components
+        self._projections: dict[tuple[tuple[str, ...], int], Projection] = {}
+
+    def predict(self, settings: Settings) -> Iterator[tuple[Floats, NDArray[np.intp]]]:
+        """After each fold: predictions [N, K], and the rows that have one by now."""
+        predicted = np.zeros(self._kept.shape, dtype=np.float32)
+        for fold, (fitted, held) in enumerate(self._folds):
+            features = rows_of(self._features, fitted)
+            projection = self._projection(settings.sets, fold, features).first(settings.components)
+            learned = learn(settings, features, self._kept[fitted], self._budgets, projection)
+            predicted[held] = learned.predict(rows_of(self._features, held))
+            yield predicted, np.concatenate([held for _, held in self._folds[: fold + 1]])
+
+    def _projection(self, sets: tuple[str, ...], fold: int, features: Features) -> Projection:
+        if (sets, fold) not in self._projections:
+            self._projections[sets, fold] = Projection.fit(features, sets, self._most)
+        return self._projections[sets, fold]

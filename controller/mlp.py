@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,13 @@ class MLPController(Controller):
         seed: of weights, order, dropout and prices.
     """
 
-    BATCH, STEPS = 32, 32
+    BATCH, STEPS = 64, 8
     """Rows of a batch, and the batches of an epoch above which batches grow instead."""
 
     def __init__(
         self,
         hidden: int = 16,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 5e-3,
         weight_decay: float = 0.5,
         dropout: float = 0.2,
         epochs: int = 50,
@@ -57,10 +58,10 @@ class MLPController(Controller):
     def suggest(trial: Trial) -> dict[str, Any]:
         return {
             "hidden": trial.suggest_int("hidden", 8, 128, log=True),
-            "learning_rate": trial.suggest_float("learning_rate", 5e-4, 1e-2, log=True),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-3, 2e-2, log=True),
             "weight_decay": trial.suggest_float("weight_decay", 1e-2, 3.0, log=True),
             "dropout": trial.suggest_float("dropout", 0.0, 0.6),
-            "epochs": trial.suggest_int("epochs", 15, 90, log=True),
+            "epochs": trial.suggest_int("epochs", 15, 80, log=True),
             "regret": trial.suggest_float("regret", 0.0, 0.9),
             "ordinal": trial.suggest_categorical("ordinal", [False, True]),
         }
@@ -72,7 +73,7 @@ class MLPController(Controller):
             torch.manual_seed(self._seed)
             network = _Network(inputs.shape[1], self._hidden, targets.shape[1] - 1, self._ordinal, self._dropout)
             network.start_at(targets[:, :-1].mean(0))
-            optimizer = torch.optim.AdamW(network.groups(self._weight_decay), lr=self._learning_rate)
+            optimizer = torch.optim.AdamW(network.groups(self._weight_decay), lr=self._learning_rate, fused=True)
             for _ in range(self._epochs):
                 for rows in torch.split(torch.randperm(len(inputs)), size):
                     optimizer.zero_grad()
@@ -125,8 +126,7 @@ def soft_regret(shares: torch.Tensor, kept: torch.Tensor, budgets: torch.Tensor)
         kept: true shares [N, K].
         budgets: of the plans [K].
     """
-    ends = torch.tensor([LOWEST, HIGHEST]).log()
-    prices = torch.empty(len(kept), 1).uniform_(float(ends[0]), float(ends[1])).exp()
+    prices = torch.empty(len(kept), 1).uniform_(math.log(LOWEST), math.log(HIGHEST)).exp()
     expected = budgets + prices * (1 - torch.cat([shares, torch.ones(len(shares), 1)], dim=1))
     true = (budgets + prices * (1 - kept)) / (1 + prices)
     weights = torch.softmax(-expected / (SOFTNESS * (1 + prices)), dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ class Projection:
         components = np.zeros((0, 0), dtype=np.float32)
         if wide:
             states = ((raw - mean) / scale)[:, :wide]
-            pca = PCA(min(n_components, len(raw) - 1, wide), random_state=0, svd_solver="full").fit(states)
+            pca = PCA(min(n_components, len(raw) - 1, wide), random_state=0).fit(states)
             spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
             components = (pca.components_ / spread[:, None]).astype(np.float32)
         return cls(ordered, mean, scale, wide, np.ascontiguousarray(components))
@@ -61,6 +61,10 @@ class Projection:
         standardised = (_joined(features, self.sets) - self.mean) / self.scale
         states, narrow = standardised[:, : self.wide], standardised[:, self.wide :]
         return np.concatenate([states @ self.components.T, narrow], axis=1) if self.wide else narrow
+
+    def first(self, n_components: int) -> Projection:
+        """The same with at most so many components."""
+        return replace(self, components=np.ascontiguousarray(self.components[:n_components]))
 
     def save(self, path: Path) -> None:
         arrays = {"mean": self.mean, "scale": self.scale, "components": self.components}

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from backbone.errors import InputError
-from controller.base import Floats, controller_class
+from controller.base import controller_class
 from controller.features import Features, rows_of
-from controller.learning import Settings, cross_fit, learn
+from controller.learning import CrossFit, Settings, learn
 from controller.report_card import regret
 from pipelines.config import ConfigError, TuningSection
 
@@ -43,7 +43,7 @@ class Search:
     controller: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Work:
     """What settings are tried on.
 
@@ -61,18 +61,20 @@ class Work:
     bounds: Sequence[float]
     tuning: TuningSection
 
+    @cached_property
+    def _cross_fit(self) -> CrossFit:
+        most = max(self.tuning.components)
+        return CrossFit(self.features, self.kept, self.budgets, self.tuning.folds, most)
+
     def judge(
         self, settings: Settings, after_fold: Callable[[int, float], None] = lambda fold, regret: None
     ) -> tuple[float, float]:
         """Regret of out-of-fold predictions, and milliseconds of a decision; `after_fold` is told the regret so far."""
-        counts: list[int] = []
-
-        def report(predicted: Floats, rows: NDArray[np.intp]) -> None:
-            counts.append(len(rows))
-            after_fold(len(counts), regret(predicted[rows], self.kept[rows], self.budgets, self.bounds))
-
-        predicted = cross_fit(settings, self.features, self.kept, self.budgets, self.tuning.folds, report)
-        return regret(predicted, self.kept, self.budgets, self.bounds), self.decision_ms(settings)
+        found = float("nan")
+        for fold, (predicted, rows) in enumerate(self._cross_fit.predict(settings), 1):
+            found = regret(predicted[rows], self.kept[rows], self.budgets, self.bounds)
+            after_fold(fold, found)
+        return found, self.decision_ms(settings)
 
     def decision_ms(self, settings: Settings, repeats: int = 20) -> float:
         """Median time of one prompt's prediction, from features in hand."""

@@ -82,7 +82,10 @@ def _given(work: Work, name: str) -> dict[str, Any]:
 
 
 def _importance(study: optuna.Study) -> dict[str, float]:
-    """Share of the variance of the regret that each setting explains (PED-ANOVA, Watanabe et al. 2023, arXiv 2304.10255); empty for too few trials."""
+    """Share of the variance of the regret that each setting explains; empty for too few trials.
+
+    Source: PED-ANOVA, Watanabe et al. 2023 (arXiv 2304.10255).
+    """
     try:
         found = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[0])
     except (RuntimeError, ValueError):  # fewer than two trials, or all of equal regret

@@ -1,0 +1,117 @@
+"""The search of a controller's settings: resumed, in several processes, with one of them killed."""
+
+import multiprocessing
+import threading
+import time
+
+import numpy as np
+import optuna
+import pytest
+
+from backbone.errors import InputError
+from controller.base import LearningError
+from controller.learning import Settings
+from pipelines import searching
+from pipelines.config import TuningSection
+from pipelines.searching import Search, Work, finished, open_study, search, settings_of
+
+
+def some_work(**tuning) -> Work:
+    """80 prompts whose length decides what the shortened plan keeps."""
+    length = np.random.default_rng(0).normal(size=(80, 1)).astype(np.float32)
+    kept = np.column_stack([np.clip(length[:, 0] + 0.5, 0, 1), np.ones(80)])
+    section = {"trials": 4, "feature_sets": [["length"]], "components": [3], "folds": 2, **tuning}
+    return Work({"length": length}, kept, np.array([0.5, 1.0]), (0.1,), TuningSection(**section))
+
+
+@pytest.fixture
+def wanted(tmp_path) -> Search:
+    return Search(f"sqlite:///{tmp_path / 'tuning.db'}", "study", "logistic")
+
+
+def test_a_search_begins_with_the_defaults_and_goes_on_where_it_stopped(wanted) -> None:
+    advanced: list[int] = []
+    study = search(wanted, some_work(), advanced.append)
+    first = [trial.params for trial in study.trials]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    assert study.trials[0].params == {"features": "length", "components": 3, "l2": 0.03}
+    assert sum(advanced) == 4
+    again = search(wanted, some_work(), advanced.append)
+    assert len(again.trials) == 4
+    more = search(wanted, some_work(trials=6), advanced.append)
+    assert len(more.trials) == 6
+    assert [trial.params for trial in more.trials[:4]] == first
+
+
+def test_a_finished_trial_gives_its_settings_back(wanted) -> None:
+    work = some_work()
+    trial = search(wanted, work, lambda done: None).trials[2]
+    settings = settings_of("logistic", trial, work.tuning)
+    assert (settings.sets, settings.components) == (("length",), 3)
+    assert settings.parameters == {"l2": trial.params["l2"]}
+    regret, decision_ms = work.judge(settings)
+    assert regret == pytest.approx(trial.values[0])
+    assert decision_ms > 0
+
+
+def test_the_length_is_worth_more_than_noise() -> None:
+    work, settings = some_work(), Settings("logistic", ("length",), 3)
+    shuffled = {"length": np.random.default_rng(1).permutation(work.features["length"])}
+    blind = Work(shuffled, work.kept, work.budgets, work.bounds, work.tuning)
+    assert work.judge(settings)[0] < blind.judge(settings)[0] - 0.1
+
+
+def test_trials_that_fall_behind_are_given_up_with_one_objective(wanted, monkeypatch) -> None:
+    seen: list[str] = []
+
+    class Behind(optuna.pruners.BasePruner):
+        def prune(self, study, trial) -> bool:
+            seen.append(f"{trial.number}:{len(trial.intermediate_values)}")
+            return trial.number == 2
+
+    monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: Behind())
+    study = search(wanted, some_work(objectives=["regret"]), lambda done: None)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
+    assert "1:2" in seen
+    assert "2:2" not in seen
+
+
+def test_a_trial_whose_worker_died_is_tried_again(wanted, monkeypatch) -> None:
+    monkeypatch.setattr(searching, "HEARTBEAT_S", 1)
+    monkeypatch.setattr(searching, "GRACE_S", 1)
+    work = some_work()
+    study = open_study(wanted, work.tuning)
+    trial = study.ask()
+    settings_of("logistic", trial, work.tuning)
+    study._storage.record_heartbeat(trial._trial_id)
+    time.sleep(2.1)
+    trials = search(wanted, work, lambda done: None).trials
+    assert trials[0].state.name == "FAIL"
+    retried = [other for other in trials if other.system_attrs.get("failed_trial") == 0]
+    assert [other.params for other in retried] == [trial.params]
+    assert retried[0].state.name == "COMPLETE"
+
+
+def test_workers_share_a_search_and_one_that_is_killed_loses_no_trial(wanted) -> None:
+    def kill_one() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.05)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    advanced: list[int] = []
+    study = search(wanted, some_work(trials=8, workers=2), advanced.append)
+    killer.join()
+    assert len(finished(study)) >= 8
+    assert sum(advanced) == len(finished(study))
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_worker_finds_wrong_is_said_once(wanted) -> None:
+    work = some_work(workers=2)
+    work.features["length"][5] = np.nan
+    with pytest.raises(InputError, match="prompts have features that are not finite"):
+        search(wanted, work, lambda done: None)
+    with pytest.raises(LearningError, match="features that are not finite"):
+        search(wanted, Work(work.features, work.kept, work.budgets, work.bounds, some_work().tuning), lambda done: None)
