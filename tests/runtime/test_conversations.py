@@ -73,7 +73,9 @@ def test_a_prefilled_cache_may_be_copied_and_its_plan_be_none_of_the_menu(model,
         assert torch.equal(output.sequences, expected)
 
 
-def test_a_batch_with_a_cache_of_its_own_stays_in_one_lane_for_all_turns(model, allocator) -> None:
+def test_a_batch_with_a_cache_of_its_own_stays_in_one_lane_for_all_turns(model, allocator, monkeypatch) -> None:
+    dear_rows = lambda *_, **__: lambda budget, prompts: budget * prompts  # noqa: E731
+    monkeypatch.setattr("runtime.step_costs.StepCosts.generation_ms", dear_rows)
     batch, cache = padded_batch(), DynamicCache(config=model.config)
     keep = {name: tensor[1:] for name, tensor in batch.items()}
     first = allocator.generate(model, **keep, **GREEDY, **DICT, past_key_values=cache)

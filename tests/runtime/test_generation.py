@@ -35,6 +35,14 @@ def allocator(model):
     return make_allocator(model, controller=ByLength())
 
 
+@pytest.fixture
+def dear_rows(monkeypatch) -> None:
+    """Passes cost nothing but their rows, so that by time alone every plan gets a lane of its own."""
+    monkeypatch.setattr(
+        "runtime.step_costs.StepCosts.generation_ms", lambda *_, **__: lambda budget, prompts: budget * prompts
+    )
+
+
 def cut(output, expected) -> list[list[int]]:
     """The new tokens of the rows, as far as the expected ones go; the rest must be padding."""
     rows = output[:, S:].tolist()
@@ -92,10 +100,7 @@ def test_by_default_few_rows_run_together_under_the_largest_plan(model, allocato
         assert torch.equal(output.sequences, model.generate(**cheap, **GREEDY))
 
 
-def test_lanes_follow_the_costs_and_the_limit(model, allocator, monkeypatch) -> None:
-    monkeypatch.setattr(
-        "runtime.step_costs.StepCosts.generation_ms", lambda *_, **__: lambda budget, prompts: budget * prompts
-    )
+def test_lanes_follow_the_costs_and_the_limit(model, allocator, dear_rows) -> None:
     batch = padded_batch()
     assert allocator.generate(model, **batch, **GREEDY, **DICT).layer_plans == CHOSEN
     two = allocator.generate(model, **batch, **GREEDY, **DICT, max_lanes=2).layer_plans
@@ -201,14 +206,14 @@ class Recorder:
         self.ended = True
 
 
-def test_a_streamer_of_many_rows_gets_them_in_one_lane(model, allocator) -> None:
+def test_a_streamer_of_many_rows_gets_them_in_one_lane(model, allocator, dear_rows) -> None:
     recorder, batch = Recorder(), padded_batch()
     output = allocator.generate(model, **batch, **GREEDY, streamer=recorder)
     assert recorder.put_[1:] == output[:, S:].T.tolist()
     assert recorder.ended
 
 
-def test_prompts_may_be_captured_layer_by_layer(model, allocator) -> None:
+def test_prompts_may_be_captured_layer_by_layer(model, allocator, dear_rows) -> None:
     batch = padded_batch()
     model.set_attn_implementation("eager")
     try:
@@ -251,7 +256,7 @@ def test_stopping_criteria_and_logits_processors_hold_in_every_lane(model, alloc
     assert cut(output, expected) == expected
 
 
-def test_processors_that_count_rows_see_the_whole_batch(model, allocator) -> None:
+def test_processors_that_count_rows_see_the_whole_batch(model, allocator, dear_rows) -> None:
     batch, seen = padded_batch(), set()
 
     def allowed(row, tokens):
