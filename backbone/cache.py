@@ -38,6 +38,23 @@ def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
             cache.layers[index] = DummyLayer()  # type: ignore[no-untyped-call]
 
 
+_FILLED_UNDER = "_layerbudget_filled_under"
+
+
+def remember_plan(cache: Cache, plan: LayerPlan, stand_ins: str) -> None:
+    """Note on a cache what fills it, for whoever gets the cache later; copies of the cache keep the note.
+
+    Args:
+        stand_ins: digest of the stand-ins that the plan runs with, empty for none.
+    """
+    setattr(cache, _FILLED_UNDER, (plan, stand_ins))
+
+
+def remembered_plan(cache: Cache) -> tuple[LayerPlan, str] | None:
+    """The plan that a cache was filled under and the digest of its stand-ins; None if no plan was applied."""
+    return getattr(cache, _FILLED_UNDER, None)
+
+
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that a cache holds; a placeholder holds none."""
     return sum(layer_bytes(layer) for layer in cache.layers)

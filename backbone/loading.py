@@ -131,7 +131,7 @@ def _resolve(source: str) -> str:
 def _package_gguf(name: str) -> Path:
     package = _imported_package(name)
     if hasattr(package, "assemble"):  # weights published in parts that the package itself joins and checks
-        return Path(package.assemble(_cache_folder() / f"{name}.gguf"))
+        return Path(package.assemble(cache_folder() / f"{name}.gguf"))
     root = Path(str(package.__file__)).parent
     found = sorted(root.rglob("*.gguf"))
     if len(found) != 1:
@@ -147,7 +147,8 @@ def _imported_package(name: str) -> ModuleType:
         raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it") from None
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where layerbudget keeps what it made once: `$LAYERBUDGET_CACHE`, by default `~/.cache/layerbudget`."""
     folder = Path(os.environ.get("LAYERBUDGET_CACHE", "~/.cache/layerbudget")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -161,7 +162,7 @@ def _converted(gguf: Path) -> Path:
     """
     with gguf.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()
-    target = _cache_folder() / key
+    target = cache_folder() / key
     with FileLock(f"{target}.lock"):
         if not target.exists():
             unfinished = target.with_suffix(".unfinished")

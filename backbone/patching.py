@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backbone.bridges import Bridge
-from backbone.cache import drop_skipped_layers
+from backbone.cache import drop_skipped_layers, remember_plan
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
 from backbone.plan import LayerPlan
 from backbone.stand_ins import Attached, Swap
@@ -49,7 +49,7 @@ def patched(
             swap.module._parameters[swap.name] = swap.weight  # type: ignore[assignment]  # in training, no leaf
         undo.callback(_restore, model, "get_compiled_call", model.__dict__.get("get_compiled_call"))
         model.__dict__["get_compiled_call"] = _compiled_calls(model, rest, attached)
-        hook = decoder_of(model).register_forward_pre_hook(_cache_hook(rest), with_kwargs=True)
+        hook = decoder_of(model).register_forward_pre_hook(_cache_hook(rest, attached), with_kwargs=True)
         undo.callback(hook.remove)
         yield
 
@@ -155,8 +155,8 @@ def _compiled_calls(model: PreTrainedModel, plan: LayerPlan, attached: Attached 
     return get_compiled_call
 
 
-def _cache_hook(plan: LayerPlan) -> Callable[..., Any]:
-    """Fits the cache to the plan on its way into the decoder, whoever made it."""
+def _cache_hook(plan: LayerPlan, attached: Attached | None) -> Callable[..., Any]:
+    """Fits the cache to the plan on its way into the decoder, whoever made it, and notes the plan on it."""
 
     def fit_cache(
         decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -166,6 +166,8 @@ def _cache_hook(plan: LayerPlan) -> Callable[..., Any]:
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
         if cache is not None:
             drop_skipped_layers(cache, plan)
+            if not torch.compiler.is_compiling():  # the first pass over a prompt never is
+                remember_plan(cache, plan, attached.digest if attached else "")
         return args, kwargs
 
     return fit_cache

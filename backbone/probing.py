@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
-from backbone.families import decoder_layers, decoder_of
-from backbone.plan import LayerPlan
+from backbone.families import decoder_of
 from backbone.positions import position_inputs
-from backbone.running import apply_plan
+from backbone.prefix import run_prefix
 
 
 def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, depth: int) -> torch.Tensor:
@@ -33,22 +30,5 @@ def probe_states(
         depth + 1 states [B, S, D] in the model's dtype: the embeddings, then after each layer; those of padding are
         meaningless.
     """
-    decoder, layers = decoder_of(model), decoder_layers(model)
-    states: list[torch.Tensor] = []
-
-    def keep_input(module: Any, args: Any, kwargs: Any) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
-
-    def keep_output(module: Any, args: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    with apply_plan(model, LayerPlan.exiting(len(layers), depth), frozen=True):
-        hooks = [layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
-        hooks += [layer.register_forward_hook(keep_output) for layer in layers[:depth]]
-        try:
-            positions = position_inputs(decoder, attention_mask)
-            decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return states
+    positions = position_inputs(decoder_of(model), attention_mask)
+    return list(run_prefix(model, input_ids, attention_mask, depth, keep_cache=False, **positions).states)

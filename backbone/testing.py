@@ -145,14 +145,14 @@ class FamilyConformance:
             assert held == plan.attention, name
 
     def test_everything_is_restored(self) -> None:
-        stock, before = self.logits(self.model), _patches(self.model)
+        stock, before = self.logits(self.model), patches(self.model)
         for plan in self.plans().values():
             try:
                 with apply_plan(self.model, plan):
                     raise _InterruptionError
             except _InterruptionError:
                 pass
-            assert _patches(self.model) == before
+            assert patches(self.model) == before
         assert torch.equal(self.logits(self.model), stock)
 
     def test_the_self_test_passes(self) -> None:
@@ -163,7 +163,7 @@ class _InterruptionError(Exception):
     pass
 
 
-def _patches(model: PreTrainedModel) -> list[tuple[str, str]]:
+def patches(model: PreTrainedModel) -> list[tuple[str, str]]:
     """Where a module's own forward, compiled call or hooks were set."""
     found = []
     for name, module in model.named_modules():

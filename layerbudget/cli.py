@@ -137,13 +137,17 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
     device: Device = None,
 ) -> None:
-    """Continue one prompt, or a file of prompts, each with the layers that the allocator chooses for it."""
+    """Continue one prompt, or a file of prompts, each with the layers that the allocator chooses for it.
+
+    A run over a file that was stopped goes on where it was, when the same command is given again.
+    """
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give either a prompt or --prompts FILE.jsonl")
     from dataclasses import replace
 
     from layerbudget import Allocator, load_backbone
-    from runtime.offline import generate_file
+    from runtime.answer_files import answer_file
+    from runtime.step_costs import known_step_costs
 
     loaded = Allocator.from_pretrained(allocator)
     if max_new_tokens:
@@ -153,7 +157,18 @@ def generate(
         _print_answers(loaded, network, tokenizer, [prompt])
     else:
         assert prompts is not None
-        generate_file(loaded, network, tokenizer, prompts, out, batch_size)
+        if not known_step_costs(network).measured:
+            typer.echo("Timing this model's passes, once on this machine", err=True)
+            loaded.measure(network)
+        with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
+
+            def begin(done: int, total: int) -> None:
+                bar.length = total
+                bar.update(done)
+
+            answer_file(
+                loaded, network, tokenizer, prompts, out, batch_size=batch_size, begin=begin, advance=bar.update
+            )
 
 
 @app.command()

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from backbone.errors import InputError
+from backbone.families import decoder_of
 from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins import StandIns, attach, attached_digest
-from controller.base import Controller, choose
+from backbone.positions import position_inputs
+from backbone.prefix import Prefix
+from backbone.stand_ins import StandIns, attach, attached_digest, attached_to
+from controller.base import Controller
 from controller.certificate import Certificate
 from controller.drift import DriftAlarm
-from controller.features import prompt_features
 from controller.projection import Projection
 from oracle.decoding import Decoding
-from runtime.generation import UnsupportedGenerationError, decode_in_lanes, row_copies
+from runtime.deciding import Decider
+from runtime.generation import decode_in_lanes
+from runtime.lanes import Lane, lane_a_plan, least_time_lanes, plans_of
+from runtime.moments import Moment
+from runtime.request import Request, check_handed_on, with_stop_strings
+from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from runtime.texts import AllocatedText
+
 _attaching = threading.Lock()
 
 
@@ -114,11 +122,17 @@ class Allocator:
             with _attaching:
                 if not attached_digest(model, self.menu.plans[0]):
                     attach(model, self.stand_ins)
+        attached = attached_to(model, self.menu.plans[0])
+        if attached is not None and min(attached.changed, default=self.menu.probe_depth) < self.menu.probe_depth:
+            raise WrongModelError(
+                f"this allocator's stand-ins change layer {min(attached.changed)}, but every plan goes on from what "
+                f"the full model's first {self.menu.probe_depth} layers (probe_depth) made of the prompt"
+            )
 
     def allocate(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
     ) -> list[LayerPlan]:
-        """The plan of each prompt.
+        """The plan of each prompt. `generate` may run a larger one, where that makes the batch faster.
 
         Args:
             input_ids: [B, S], left-padded.
@@ -128,30 +142,72 @@ class Allocator:
             WrongModelError: another model than the one this allocator was made for.
         """
         self.prepare(model)
-        if self.certificate.price is None or (self.drift is not None and self.drift.rung):
-            return [self.menu.plans[-1]] * len(input_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        sets = self.projection.sets
-        projected = self.projection(prompt_features(model, input_ids, mask, self.menu.probe_depth, sets))
-        if broken := int((~np.isfinite(projected).all(axis=1)).sum()):
-            logger.warning("%d prompts have hidden states that are not finite; they run the full plan", broken)
-        budgets = np.array(self.menu.budgets)
-        chosen = choose(self.controller.predict(projected), budgets, self.certificate.price)
-        if self.drift is not None and self.drift.observe(projected, budgets[chosen]):
-            logger.warning("prompts are no longer like those of the certificate; from here on all run the full plan")
-            return [self.menu.plans[-1]] * len(input_ids)
-        return [self.menu.plans[index] for index in chosen]
+        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
+        positions = position_inputs(decoder_of(model), mask)
+        decision = self.decider().decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
+        return [self.menu.plans[index] for index in decision.chosen]
+
+    def measure(self, model: PreTrainedModel) -> StepCosts:
+        """Time this model's passes on its device, so that lanes are chosen by milliseconds instead of an estimate.
+
+        Once for a model, device and dtype: the numbers are kept (under `$LAYERBUDGET_CACHE`) and found again by later
+        processes, and what is there is not measured again. Takes as long as some 120 decoding steps; `generate` never
+        does it by itself, so that no request pays for it.
+        """
+        self.prepare(model)
+        costs = known_step_costs(model)
+        if not costs.measured:
+            costs = measure_step_costs(model)
+            keep_step_costs(model, costs)
+        return costs
 
     def generate(
         self, model: PreTrainedModel, *, streamer: Any = None, **arguments: Any
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """`model.generate(**arguments)`, each prompt under its plan.
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+        """`model.generate(**arguments)`, each prompt under its plan or, where that is faster, a larger one of the menu.
 
-        With `return_dict_in_generate=True` the output has `layer_plans`, one a prompt, and `allocation_ms`. A streamer
-        works here only: transformers 5.23 does not hand it on to a `custom_generate`.
+        Besides all stock arguments it takes `max_lanes`, `round_up` and `allocation_limit_ms` (see `__call__`). With
+        `return_dict_in_generate=True` the output has `layer_plans`, the plan that each prompt ran, `allocation_ms`, and
+        `time_to_first_token_ms`, one a prompt. `past_key_values=` goes on under the plan that filled the cache.
+        `streamer` and `stop_strings` work here only: transformers 5.23 does not hand them on to a `custom_generate`.
+
+        Raises:
+            UnsupportedGenerationError: a way of generating that no allocator can work with; the message names it.
+            WrongModelError: another model than the one this allocator was made for.
         """
+        check_handed_on(arguments)
         loop = partial(self, streamer=streamer)
-        return model.generate(**arguments, streamer=streamer, custom_generate=loop)  # type: ignore[operator, no-any-return]
+        stock = with_stop_strings(arguments)
+        return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator, no-any-return]
+
+    def generate_many(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        batch_size: int = 32,
+        advance: Callable[[int], None] = lambda done: None,
+        **options: Any,
+    ) -> list[AllocatedText]:
+        """Continue many prompts [N], as fast as possible: all are allocated first, then generated in full batches, each
+        under one plan, the largest plan and the longest prompts first.
+
+        Args:
+            batch_size: prompts generated together, at most.
+            advance: called with the number of prompts that were answered.
+            options: arguments of `generate()`, in place of the decoding that the allocator was calibrated with.
+
+        Returns:
+            A text and its plan for each prompt, in their order.
+
+        Raises:
+            UnsupportedGenerationError: an option that would give other than one answer a prompt.
+            WrongModelError: another model than the one this allocator was made for.
+        """
+        from runtime.offline import generate_many
+
+        return generate_many(self, model, tokenizer, prompts, batch_size=batch_size, advance=advance, **options)
 
     def __call__(
         self,
@@ -161,28 +217,48 @@ class Allocator:
         stopping_criteria: Any,
         generation_config: GenerationConfig,
         streamer: Any = None,
-        synced_gpus: bool = False,
+        max_lanes: int | None = None,
+        round_up: bool = True,
+        allocation_limit_ms: float | None = None,
         **model_kwargs: Any,
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs."""
-        if model_kwargs.get("inputs_embeds") is not None:
-            raise UnsupportedGenerationError("an allocator reads input_ids; inputs_embeds cannot be used with it")
-        start = time.perf_counter()
-        copies = row_copies(generation_config)
-        mask = model_kwargs.get("attention_mask")
-        plans = self.allocate(model, input_ids[::copies], None if mask is None else mask[::copies])
-        allocation_ms = (time.perf_counter() - start) * 1000
-        output = decode_in_lanes(
-            model,
-            [plan for plan in plans for _ in range(copies)],
-            input_ids,
-            generation_config,
-            model_kwargs,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            synced_gpus=synced_gpus,
-        )
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+        """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs.
+
+        Args:
+            max_lanes: run the batch in at most so many lanes, one after the other.
+            round_up: False runs every prompt under exactly its own plan, however many lanes that takes.
+            allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
+        """
+        start, began = Moment(model.device), time.perf_counter()
+        loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        if streamer is not None:  # the library's loop for beams takes none, not even None
+            loop["streamer"] = streamer
+        request = Request(model, input_ids, generation_config, model_kwargs, loop)
+        request.check_lanes(max_lanes, round_up)
+        self.prepare(model)
+        lanes, prefix = self._lanes(request, max_lanes, round_up, allocation_limit_ms)
+        allocation_ms = (time.perf_counter() - began) * 1000
+        output, first_token_ms = decode_in_lanes(request, lanes, prefix, start)
         if not isinstance(output, torch.Tensor):
-            output["layer_plans"], output["allocation_ms"] = plans, allocation_ms
+            output["layer_plans"] = plans_of(lanes)
+            output["allocation_ms"], output["time_to_first_token_ms"] = allocation_ms, first_token_ms
         return output
+
+    def _lanes(
+        self, request: Request, max_lanes: int | None, round_up: bool, limit_ms: float | None
+    ) -> tuple[list[Lane], Prefix | None]:
+        if (plan := request.plan_of_cache()) is not None:
+            return [Lane(plan, tuple(range(request.n_prompts)))], None
+        decision = self.decider(limit_ms).decide(
+            request.model, **request.prompts(), keep_cache=not request.captures_layers
+        )
+        if not round_up:
+            return lane_a_plan(self.menu, decision.chosen), decision.prefix
+        costs = known_step_costs(request.model)
+        lane_ms = costs.generation_ms(request.input_ids.shape[1], request.max_new_tokens, request.copies)
+        most = 1 if request.one_lane_reason else max_lanes
+        return least_time_lanes(self.menu, decision.chosen, lane_ms, max_lanes=most), decision.prefix
+
+    def decider(self, limit_ms: float | None = None) -> Decider:
+        """What chooses plans for prompts, with a limit to the time it may take."""
+        return Decider(self.menu, self.controller, self.projection, self.certificate.price, self.drift, limit_ms)

@@ -1,130 +1,81 @@
-"""Run the rows of one prepared `generate()` call in lanes: the rows that share a plan decode together."""
+"""Run the rows of one prepared `generate()` call in lanes, with the model's own decoding loops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.nn import functional
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from backbone.errors import InputError
-from backbone.plan import LayerPlan
+from backbone.prefix import Prefix, replaying
 from backbone.running import apply_plan
-
-_METHODS = {
-    GenerationMode.GREEDY_SEARCH: "_sample",
-    GenerationMode.SAMPLE: "_sample",
-    GenerationMode.BEAM_SEARCH: "_beam_search",
-    GenerationMode.BEAM_SAMPLE: "_beam_search",
-}
-
-
-class UnsupportedGenerationError(InputError):
-    """A way of generating that cannot be combined with an allocator; the message names it."""
+from runtime.lanes import Lane
+from runtime.merging import Output, merged
+from runtime.moments import FirstToken, Moment
+from runtime.request import Request
 
 
 def decode_in_lanes(
-    model: PreTrainedModel,
-    plans: Sequence[LayerPlan],
-    input_ids: torch.Tensor,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    **loop_arguments: Any,
-) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """Decode rows [R, S], each under its plan, with the model's own decoding loop.
+    request: Request, lanes: Sequence[Lane], prefix: Prefix | None, start: Moment
+) -> tuple[Output, list[float]]:
+    """Decode every lane under its plan, one after the other.
 
     Args:
-        plans: one plan a row of `input_ids`.
-        model_kwargs: what `generate()` prepared for the loop: attention mask, cache, position ids and so on.
-        loop_arguments: logits processors, stopping criteria, streamer.
+        prefix: what the first layers made of the prompts, from which the lanes go on; None to run them again. Its
+            memory is given back.
+        start: when the call began.
 
     Returns:
-        Sequences [R', S'] or the usual output object, rows in input order (R' counts `num_return_sequences`).
-
-    Raises:
-        UnsupportedGenerationError: assisted or other decoding, a cache that holds tokens, or outputs a step when rows
-            run different plans.
+        The output, rows in input order, and for each prompt the milliseconds from `start` to its first token.
     """
-    mode = generation_config.get_generation_mode()
-    if mode not in _METHODS:
-        raise UnsupportedGenerationError(
-            f"an allocator works with greedy, sampling and beam decoding, not with {mode.value}"
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise UnsupportedGenerationError("an allocator cannot start from a cache that already holds tokens; pass none")
-    loop = getattr(model, _METHODS[mode])
-    lanes = _lanes(plans)
-    if len(lanes) > 1:
-        _check_mixable(generation_config, loop_arguments)
-    outputs = []
-    for plan, rows in lanes.items():
-        index = torch.tensor(rows, device=input_ids.device)
-        whole = len(rows) == len(plans)
-        kwargs = model_kwargs if whole else _lane_kwargs(model, model_kwargs, index, len(plans))
-        with apply_plan(model, plan):
-            outputs.append(loop(input_ids[index], generation_config=generation_config, **loop_arguments, **kwargs))
-    return outputs[0] if len(outputs) == 1 else _merged(outputs, list(lanes.values()), generation_config)
+    clocks = [FirstToken(request.model.device) for _ in lanes]
+    outputs = [
+        _decoded(request, lane, len(lanes) == 1, prefix, lane is lanes[-1], clock)
+        for lane, clock in zip(lanes, clocks, strict=True)
+    ]
+    first_token_ms = [0.0] * request.n_prompts
+    for lane, clock in zip(lanes, clocks, strict=True):
+        for prompt in lane.prompts:
+            first_token_ms[prompt] = clock.moment.ms_since(start) if clock.moment else 0.0
+    output: Output = outputs[0] if len(outputs) == 1 else merged(outputs, lanes, request)
+    return output, first_token_ms
 
 
-def _lanes(plans: Sequence[LayerPlan]) -> dict[LayerPlan, list[int]]:
-    lanes: dict[LayerPlan, list[int]] = {}
-    for row, plan in enumerate(plans):
-        lanes.setdefault(plan, []).append(row)
-    return lanes
+def _decoded(
+    request: Request, lane: Lane, is_only: bool, prefix: Prefix | None, is_last: bool, clock: FirstToken
+) -> Output:
+    rows = torch.tensor([prompt * request.copies + i for prompt in lane.prompts for i in range(request.copies)])
+    input_ids, kwargs = (request.input_ids, request.kwargs) if is_only else _rows_of(request, rows)
+    processors = [_for_rows(processor, rows) for processor in request.loop["logits_processor"]]
+    loop = {**request.loop, "logits_processor": LogitsProcessorList([*processors, clock])}
+    with apply_plan(request.model, lane.plan), ExitStack() as stack:
+        if prefix is not None:
+            repeated = None if is_only and request.copies == 1 else (rows // request.copies).to(request.model.device)
+            stack.enter_context(replaying(request.model, prefix, repeated, release=is_last))
+        output: Output = request.decoding_loop(input_ids, generation_config=request.config, **loop, **kwargs)
+        return output
 
 
-def _check_mixable(config: GenerationConfig, loop_arguments: dict[str, Any]) -> None:
-    for name in ("output_scores", "output_logits", "output_hidden_states", "output_attentions"):
-        if getattr(config, name):
-            raise UnsupportedGenerationError(
-                f"{name}=True needs all rows on one plan; this batch's rows run different plans"
-            )
-    if loop_arguments.get("streamer") is not None:
-        raise UnsupportedGenerationError("a streamer takes one prompt at a time; this batch's rows run different plans")
+def _for_rows(processor: Any, rows: torch.Tensor) -> Any:
+    """A logits processor for some rows: of those that work in lanes, one of the library's holds a number for each."""
+    lengths = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(lengths, torch.Tensor):
+        return RepetitionPenaltyLogitsProcessor(processor.penalty, lengths[rows.to(lengths.device)])
+    return processor
 
 
-def _lane_kwargs(model: PreTrainedModel, kwargs: dict[str, Any], index: torch.Tensor, n_rows: int) -> dict[str, Any]:
-    """The rows of one lane out of the prepared arguments, with an empty cache of the same kind."""
-    lane = {
-        name: value[index] if isinstance(value, torch.Tensor) and value.dim() and len(value) == n_rows else value
-        for name, value in kwargs.items()
+def _rows_of(request: Request, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Some rows of the prepared arguments, with an empty cache of the kind that `generate()` made for all."""
+    index = rows.to(request.input_ids.device)
+    kwargs = {
+        name: value[index] if isinstance(value, torch.Tensor) and len(value) == len(request.input_ids) else value
+        for name, value in request.kwargs.items()
+        if name != "past_key_values"
     }
-    if kwargs.get("past_key_values") is not None:
-        lane["past_key_values"] = _empty_like(model, kwargs["past_key_values"])
-    return lane
-
-
-def _empty_like(model: PreTrainedModel, cache: Cache) -> Cache:
-    if isinstance(cache, StaticCache):
-        return StaticCache(config=model.config, max_cache_len=cache.get_max_length())
-    if type(cache) is DynamicCache:
-        return DynamicCache(config=model.config, offloading=cache.offloading)
-    raise UnsupportedGenerationError(f"a {type(cache).__name__} cannot serve rows that run different plans")
-
-
-def _merged(
-    outputs: Sequence[Any], rows_of_lanes: Sequence[Sequence[int]], config: GenerationConfig
-) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """Sequences of all lanes in input order, shorter ones filled up with the padding token on the right."""
-    lanes = [output if isinstance(output, torch.Tensor) else output.sequences for output in outputs]
-    copies = row_copies(config)
-    returned = sum(map(len, lanes)) * copies // sum(map(len, rows_of_lanes))
-    order = [row // copies * returned + i for rows in rows_of_lanes for row in rows[::copies] for i in range(returned)]
-    fill = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-    length = max(lane.shape[1] for lane in lanes)
-    joined = torch.cat([functional.pad(lane, (0, length - lane.shape[1]), value=fill) for lane in lanes])
-    merged = torch.empty_like(joined)
-    merged[torch.tensor(order, device=joined.device)] = joined
-    if not config.return_dict_in_generate:
-        return merged
-    return GenerateDecoderOnlyOutput(sequences=merged)  # type: ignore[arg-type]
-
-
-def row_copies(config: GenerationConfig) -> int:
-    """Neighbouring rows that `generate()` made of each prompt: its beams or its samples."""
-    return max(config.num_beams or 1, config.num_return_sequences or 1)
+    if request.cache is not None:
+        # The library's own method, since it knows all kinds: dynamic, static, offloaded, quantised.
+        prompts, length = len(rows) // request.copies, int(request.config.max_length or 0) - 1
+        request.model._prepare_cache_for_generation(request.config, kwargs, request.mode, prompts, length)  # type: ignore[operator]
+    return request.input_ids[index], kwargs

@@ -1,48 +1,119 @@
-"""Answer a file of prompts."""
+"""Large sets of prompts: all are allocated first, then generated in full batches, each under one plan."""
 
 from __future__ import annotations
 
-import json
-import sys
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oracle.prompts import PromptError, read_jsonl
+from backbone.batches import by_tokens, in_halves, padded_inputs
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
 from runtime.allocator import Allocator
-from runtime.texts import generate_texts
+from runtime.deciding import Decider, Decision
+from runtime.lanes import Lane, least_time_lanes
+from runtime.request import UnsupportedGenerationError
+from runtime.step_costs import known_step_costs
+from runtime.texts import AllocatedText, decoding_options, new_texts
+
+PROBE_TOKENS = 8192
+"""Prompt tokens, with padding, that are probed together."""
+
+_ONE_ANSWER_A_PROMPT = ("num_return_sequences", "past_key_values", "return_dict_in_generate", "streamer")
 
 
-def generate_file(
+def finished_texts(
     allocator: Allocator,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Path,
-    out: Path | None,
+    prompts: Sequence[str],
+    *,
     batch_size: int,
-) -> None:
-    """Write, for each line of a JSONL file, a line with id, prompt, answer, layers and plan, in the same order.
+    **options: Any,
+) -> Iterator[list[tuple[int, AllocatedText]]]:
+    """Continue prompts [N] in batches of one plan each, the largest plan and the longest prompts first.
+
+    Lanes are filled up as `runtime.lanes` tells: the last, small batch of a plan may run under a larger plan. Here the
+    first layers run twice over a prompt, once to allocate it and once to answer it: to keep what they made of all
+    prompts would take too much memory. A batch for which memory does not suffice is run half by half.
+
+    Args:
+        batch_size: prompts generated together, at most.
+        options: arguments of `generate()`, in place of those that the allocator was calibrated with.
+
+    Yields:
+        For each batch its places in `prompts` with their texts.
 
     Raises:
-        PromptError: no such file, or a line without a prompt.
+        UnsupportedGenerationError: an option that would give other than one answer a prompt, or an empty prompt.
+        WrongModelError: another model than the one this allocator was made for.
     """
-    rows = _read(prompts)
-    target = out.open("w") if out else nullcontext(sys.stdout)
-    with target as file:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            answers = generate_texts(allocator, model, tokenizer, [row["prompt"] for row in batch], allocator.decoding)
-            for row, answer in zip(batch, answers, strict=True):
-                line = {"answer": answer.text, "layers": answer.plan.layers, "plan": str(answer.plan)}
-                file.write(json.dumps({"id": row["id"], "prompt": row["prompt"], **line}, ensure_ascii=False) + "\n")
+    _check(batch_size, options)
+    if not prompts:
+        return
+    tokens = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    if empty := [index for index, ids in enumerate(tokens) if not ids]:
+        raise UnsupportedGenerationError(f"prompt {empty[0]} is empty: there is nothing to continue")
+    settings = {**decoding_options(tokenizer, allocator.decoding), **options}
+
+    def run(plan: LayerPlan, part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
+        inputs = padded_inputs(model, [tokens[index] for index in part])
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with apply_plan(model, plan):
+            output: torch.Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
+        texts = new_texts(tokenizer, output, inputs["input_ids"].shape[1], allocator.decoding)
+        return [(index, AllocatedText(text, plan)) for index, text in zip(part, texts, strict=True)]
+
+    lanes = _lanes(allocator, model, tokens, batch_size, int(settings.get("max_new_tokens") or 1))
+    for lane in reversed(lanes):
+        longest_first = sorted(lane.prompts, key=lambda index: -len(tokens[index]))
+        for start in range(0, len(longest_first), batch_size):
+            yield in_halves(longest_first[start : start + batch_size], partial(run, lane.plan))
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    rows = []
-    for number, (place, row) in enumerate(read_jsonl(path), 1):
-        text = row.get("prompt")
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"{place}: the prompt is missing or empty")
-        rows.append({"id": str(row.get("id", number)), "prompt": text})
-    return rows
+def generate_many(
+    allocator: Allocator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None],
+    **options: Any,
+) -> list[AllocatedText]:
+    """See `Allocator.generate_many`."""
+    texts: dict[int, AllocatedText] = {}
+    for batch in finished_texts(allocator, model, tokenizer, prompts, batch_size=batch_size, **options):
+        texts.update(batch)
+        advance(len(batch))
+    return [texts[index] for index in range(len(prompts))]
+
+
+def _check(batch_size: int, options: dict[str, Any]) -> None:
+    if batch_size < 1:
+        raise UnsupportedGenerationError(f"batch_size must be at least 1, got {batch_size}")
+    for name in _ONE_ANSWER_A_PROMPT:
+        if options.get(name) not in (None, False) and not (name == "num_return_sequences" and options[name] == 1):
+            raise UnsupportedGenerationError(
+                f"generate_many gives one text a prompt, which {name} does not fit; use allocator.generate"
+            )
+
+
+def _lanes(
+    allocator: Allocator, model: PreTrainedModel, tokens: list[list[int]], batch_size: int, new_tokens: int
+) -> list[Lane]:
+    lengths = [len(ids) for ids in tokens]
+
+    def decide(part: Sequence[int], decider: Decider) -> Decision:
+        rows = [tokens[index] for index in part]
+        return decider.decide(model, **padded_inputs(model, rows), keep_cache=False)
+
+    allocator.prepare(model)
+    parts = by_tokens(range(len(tokens)), lengths, PROBE_TOKENS)
+    chosen = allocator.decider().decide_in_parts((part, partial(decide, part)) for part in parts)
+    lane_ms = known_step_costs(model).generation_ms(int(np.mean(lengths)), new_tokens, 1)
+    return least_time_lanes(allocator.menu, chosen, lane_ms, max_prompts=batch_size, sizes=lengths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,20 +30,34 @@ def generate_texts(
     prompts: Sequence[str],
     decoding: Decoding,
 ) -> list[AllocatedText]:
-    """Continue each of `prompts` [B] under the plan that the allocator chooses for it, as one batch."""
+    """Continue each of `prompts` [B] under exactly the plan that the allocator chooses for it, as one batch."""
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     output = allocator.generate(
         model,
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(stop_token_ids(tokenizer, decoding.stop)),
-        pad_token_id=tokenizer.pad_token_id,
         return_dict_in_generate=True,
+        round_up=False,
+        **decoding_options(tokenizer, decoding),
     )
     assert not isinstance(output, torch.Tensor)
-    new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    pairs = zip(texts, output["layer_plans"], strict=True)
-    return [AllocatedText(cut_at_stop(text, decoding.stop), plan) for text, plan in pairs]
+    texts = new_texts(tokenizer, output.sequences, inputs["input_ids"].shape[1], decoding)
+    return [AllocatedText(text, plan) for text, plan in zip(texts, output["layer_plans"], strict=True)]
+
+
+def decoding_options(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
+    """The arguments of `generate()` for the decoding that an allocator was made with."""
+    return {
+        "max_new_tokens": decoding.max_new_tokens,
+        "do_sample": False,
+        "eos_token_id": list(stop_token_ids(tokenizer, decoding.stop)),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def new_texts(
+    tokenizer: PreTrainedTokenizerBase, sequences: torch.Tensor, prompt_width: int, decoding: Decoding
+) -> list[str]:
+    """The texts that follow the prompts in sequences [B, S], cut at the stop string."""
+    texts = tokenizer.batch_decode(sequences[:, prompt_width:], skip_special_tokens=True)
+    return [cut_at_stop(text, decoding.stop) for text in texts]

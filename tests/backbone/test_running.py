@@ -1,5 +1,6 @@
 """What a plan promises beside exactness (for that see test_families.py): threads, nesting, caches, compiled steps."""
 
+import copy
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
-from backbone.cache import CacheMismatchError
+from backbone.cache import CacheMismatchError, remembered_plan
 from backbone.families import UnsupportedModelError, decoder_layers
 from backbone.plan import LayerPlan, PlanError
 from backbone.probing import probe
@@ -94,6 +95,14 @@ def test_a_conversation_goes_on_in_the_cache_of_its_plan(model) -> None:
         cache = model(input_ids=ids[:, :6]).past_key_values
         continued = model(input_ids=ids[:, 6:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(continued, whole)
+
+
+def test_a_cache_remembers_its_plan(model) -> None:
+    batch = padded_batch()
+    assert remembered_plan(model(**batch).past_key_values) is None
+    with torch.no_grad(), apply_plan(model, PLANS["middle"]):
+        cache = model(**batch).past_key_values
+    assert remembered_plan(copy.deepcopy(cache)) == (PLANS["middle"], "")
 
 
 def test_a_plan_of_another_model_is_refused(model) -> None:

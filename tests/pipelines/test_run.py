@@ -64,7 +64,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_leaves_everything_and_repeats_nothing(finished) -> None:
+def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> None:
     path, folder, output = finished
     for name in (
         "config.yaml",
@@ -86,6 +86,7 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished) -> None:
     _check_metrics(json.loads((folder / "metrics.json").read_text()))
     _check_report((folder / "report.html").read_text())
     _check_mlflow(folder.parent.parent / "mlruns")
+    monkeypatch.setenv("LAYERBUDGET_CACHE", str(folder.parent / "cache"))
     _check_inspect_and_generate(folder)
     before = snapshot(folder)
     again = layerbudget("run", path)

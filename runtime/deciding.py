@@ -1,0 +1,177 @@
+"""The decision at serving time: a plan for each prompt of a batch; if anything fails, the full plan and a log line."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from backbone.errors import InputError
+from backbone.plan import PlanMenu
+from backbone.prefix import Prefix, run_prefix
+from controller.base import Controller, Floats, choose
+from controller.drift import DriftAlarm
+from controller.features import Features, extract
+from controller.projection import Projection
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The decision for B prompts.
+
+    Attributes:
+        chosen: the plan of each in the menu.
+        prefix: what the first layers made of the prompts, where that is kept.
+        projected: what the controller saw of the prompts [B, F]; None where it saw nothing.
+    """
+
+    chosen: list[int]
+    prefix: Prefix | None = None
+    projected: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decider:
+    """Probe, controller, price and alarm.
+
+    Attributes:
+        price: None sends every prompt to the full plan, without a probe.
+        drift: once it has rung, the same.
+        limit_ms: time for the whole decision; a probe that runs is waited for, a controller that runs is not.
+    """
+
+    menu: PlanMenu
+    controller: Controller
+    projection: Projection
+    price: float | None
+    drift: DriftAlarm | None = None
+    limit_ms: float | None = None
+
+    def decide(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        keep_cache: bool,
+        **inputs: torch.Tensor,
+    ) -> Decision:
+        """The plans of prompts [B, S]. Waits for the device once, when the features are there.
+
+        Args:
+            keep_cache: keep what the first layers made, for the passes that go on from it.
+
+        Raises:
+            InputError: a model that cannot be probed at all. Whatever else goes wrong sends prompts to the full plan.
+        """
+        full = Decision(self._all_full(len(input_ids)))
+        if self.price is None or (self.drift is not None and self.drift.rung):
+            return full
+        start = time.perf_counter()
+        try:
+            prefix = run_prefix(
+                model, input_ids, attention_mask, self.menu.probe_depth, keep_cache=keep_cache, **inputs
+            )
+        except InputError:
+            raise
+        except Exception:
+            logger.exception("the probe failed; %d prompts run the full plan", len(input_ids))
+            return full
+        kept = replace(prefix, states=prefix.states[-1:]) if keep_cache else None
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        try:
+            features = extract(model, prefix.states, input_ids, mask, self.projection.sets)
+            projected, chosen = self._in_time(features, start)
+        except Exception:
+            logger.exception("the controller failed; %d prompts run the full plan", len(input_ids))
+            return replace(full, prefix=kept)
+        return Decision(self._watched(projected, chosen), kept, projected)
+
+    def _in_time(self, features: Features, start: float) -> tuple[Floats, list[int]]:
+        if self.limit_ms is None:
+            return self._plans(features)
+        left = self.limit_ms / 1000 - (time.perf_counter() - start)
+        return _within(left, f"the decision took longer than {self.limit_ms:g} ms", lambda: self._plans(features))
+
+    def _plans(self, features: Features) -> tuple[Floats, list[int]]:
+        """Projected features [B, F] and plans in the menu; rows with a value that is not finite get the full plan."""
+        assert self.price is not None
+        projected = self.projection(features)
+        finite = np.isfinite(projected).all(axis=1)
+        if broken := int((~finite).sum()):
+            logger.warning("%d prompts have hidden states that are not finite; they run the full plan", broken)
+        predicted = self.controller.predict(projected)
+        if silent := int((finite & ~np.isfinite(predicted).all(axis=1)).sum()):
+            logger.warning("the controller gave %d prompts no number; they run the full plan", silent)
+        return projected, choose(predicted, np.array(self.menu.budgets), self.price).tolist()
+
+    def _watched(self, projected: Floats, chosen: list[int]) -> list[int]:
+        """The plans, or the full one for all if the alarm rings with these prompts, which come in order of arrival."""
+        if self.drift is None or not self.drift.observe(projected, np.array(self.menu.budgets)[chosen]):
+            return chosen
+        logger.warning("prompts are no longer like those of the certificate; from here on all run the full plan")
+        return self._all_full(len(chosen))
+
+    def decide_in_parts(self, parts: Iterable[tuple[Sequence[int], Callable[[Decider], Decision]]]) -> list[int]:
+        """The plans of N prompts that are probed in several parts but have arrived together.
+
+        The alarm sees them as one: parts that were sorted, by length or otherwise, would look like drift.
+
+        Args:
+            parts: for each part the places of its prompts, and how the decider it is given decides about them.
+        """
+        unwatched = replace(self, drift=None)
+        chosen: dict[int, int] = {}
+        projected: dict[int, Floats] = {}
+        for places, decide in parts:
+            if self.drift is not None and self.drift.rung:
+                chosen.update(zip(places, self._all_full(len(places)), strict=True))
+                continue
+            decision = decide(unwatched)
+            chosen.update(zip(places, decision.chosen, strict=True))
+            if decision.projected is not None:
+                projected.update(zip(places, decision.projected, strict=True))
+        ordered = [chosen[place] for place in range(len(chosen))]
+        if not projected:
+            return ordered
+        seen = sorted(projected)
+        watched = self._watched(np.stack([projected[place] for place in seen]), [ordered[place] for place in seen])
+        for place, index in zip(seen, watched, strict=True):
+            ordered[place] = index
+        return ordered
+
+    def _all_full(self, count: int) -> list[int]:
+        return [len(self.menu) - 1] * count
+
+
+def _within(seconds: float, message: str, work: Callable[[], T]) -> T:
+    """`work()`, or TimeoutError if that takes longer; the work is then left to itself, in a thread."""
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(work())
+        except Exception as error:
+            results.put(error)
+
+    if seconds > 0:
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        found = results.get(timeout=max(seconds, 0))
+    except queue.Empty:
+        raise TimeoutError(message) from None
+    if isinstance(found, Exception):
+        raise found
+    return found  # type: ignore[no-any-return]

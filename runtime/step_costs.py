@@ -1,0 +1,174 @@
+"""What a pass of a model costs: milliseconds as a function of the plan's budget and of the tokens in the pass.
+
+A pass is taken to cost `fixed(tokens) + budget * layers(tokens)`: the output head and the overhead of a call, and the
+decoder's layers. What attention adds for long contexts is left out. The numbers decide about lanes only, never about
+outputs, so an estimate serves until somebody measures.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from backbone.families import decoder_layers, sublayer_bytes
+from backbone.loading import cache_folder, model_fingerprint
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
+from runtime.measuring import machine, median_seconds
+
+logger = logging.getLogger(__name__)
+
+BALANCE_TOKENS = {"cuda": 256, "cpu": 32}
+"""Tokens at which computing takes as long as reading the weights, for the estimate: what an H100's peak rates give in
+bfloat16, roughly, and between what two models showed on a CPU (16 for Gemma 3 270M, 43 for Qwen2.5 1.5B, 2 cores)."""
+
+DECODE_ROWS, PROMPT_TOKENS = (1, 2, 4, 8, 16, 32, 64), 256
+PASSES, ROUNDS = 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Times of passes at a few numbers of tokens, read in between and beyond them along straight lines.
+
+    Attributes:
+        tokens: ascending, at least two.
+        full_ms: of a pass of the full model with so many tokens.
+        fixed_ms: the part of it that does not depend on the layers that run.
+        measured: whether these are milliseconds; an estimate has ratios only.
+    """
+
+    tokens: tuple[int, ...]
+    full_ms: tuple[float, ...]
+    fixed_ms: tuple[float, ...]
+    measured: bool
+
+    def ms(self, budget: float, tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """Time of passes with [N] tokens under a plan of this budget [N]."""
+        at_grid = np.array(self.fixed_ms) + budget * (np.array(self.full_ms) - np.array(self.fixed_ms))
+        last = (at_grid[-1] - at_grid[-2]) / (self.tokens[-1] - self.tokens[-2])
+        beyond = np.maximum(tokens - self.tokens[-1], 0) * max(last, 0.0)
+        return np.asarray(np.interp(tokens, self.tokens, at_grid) + beyond)
+
+    def generation_ms(
+        self, prompt_tokens: int, new_tokens: int, copies: int
+    ) -> Callable[[float, NDArray[np.intp]], NDArray[np.float64]]:
+        """The `LaneTime` of prompts of one length: their prefill, then a step for each new token.
+
+        Args:
+            copies: rows of each prompt: its beams or samples.
+        """
+
+        def lane_ms(budget: float, prompts: NDArray[np.intp]) -> NDArray[np.float64]:
+            rows = prompts * copies
+            return self.ms(budget, rows * prompt_tokens) + (new_tokens - 1) * self.ms(budget, rows)
+
+        return lane_ms
+
+
+def estimated_step_costs(model: PreTrainedModel) -> StepCosts:
+    """From the bytes that a pass reads, growing linearly in the tokens: doubled at `BALANCE_TOKENS`."""
+    decoder = float(sum(sum(pair) for pair in sublayer_bytes(model)))
+    head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    fixed = 0.0 if head is None else float(sum(p.numel() * p.element_size() for p in head.parameters()))
+    tokens = (1, BALANCE_TOKENS.get(model.device.type, 32))
+    factors = [1 + count / tokens[1] for count in tokens]
+    full_ms, fixed_ms = [(decoder + fixed) * factor for factor in factors], [fixed * factor for factor in factors]
+    return StepCosts(tokens, tuple(full_ms), tuple(fixed_ms), measured=False)
+
+
+@torch.no_grad()
+def measure_step_costs(model: PreTrainedModel, advance: Callable[[], None] = lambda: None) -> StepCosts:
+    """Time passes of the full model and of its first half in turn, at several numbers of tokens, without stand-ins.
+
+    Takes as long as some 120 decoding steps and a few prompts.
+    """
+    n_layers = len(decoder_layers(model))
+    half = LayerPlan.exiting(n_layers, (n_layers + 1) // 2)
+    share = half.budget(sublayer_bytes(model))
+    full_ms, fixed_ms = [], []
+    shapes = [(rows, 1) for rows in DECODE_ROWS] + [(1, PROMPT_TOKENS)]
+    for shape in shapes:
+        work = {plan: _passes(model, plan, shape) for plan in (LayerPlan.full(n_layers), half)}
+        full, short = (1000 * seconds / PASSES for seconds in median_seconds(work, ROUNDS, advance).values())
+        layers = 0.0 if share == 1 else max(full - short, 0.0) / (1 - share)
+        full_ms.append(full)
+        fixed_ms.append(max(full - layers, 0.0))
+    tokens = tuple(rows * length for rows, length in shapes)
+    return StepCosts(tokens, tuple(np.maximum.accumulate(full_ms).tolist()), tuple(fixed_ms), measured=True)
+
+
+def _passes(model: PreTrainedModel, plan: LayerPlan, shape: tuple[int, int]) -> Callable[[], None]:
+    ids = torch.ones(shape, dtype=torch.long, device=model.device)
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
+
+    def run() -> None:
+        with apply_plan(model, plan, frozen=True):
+            for _ in range(PASSES):
+                model(input_ids=ids, use_cache=True, **options)
+
+    return run
+
+
+_known: dict[str, StepCosts] = {}
+
+
+def known_step_costs(model: PreTrainedModel) -> StepCosts:
+    """What was measured for this model, device and dtype, in this process or an earlier one; else the estimate."""
+    key = _key(model)
+    if key not in _known:
+        _known[key] = _read(key) or estimated_step_costs(model)
+    return _known[key]
+
+
+def keep_step_costs(model: PreTrainedModel, costs: StepCosts) -> None:
+    """Keep measured costs for this process, and, where that can be written, in the cache folder for later ones."""
+    key = _key(model)
+    _known[key] = costs
+    try:
+        path = _path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(json.dumps(asdict(costs), indent=2) + "\n")
+        Path(file.name).replace(path)
+    except OSError as error:
+        logger.warning("step times cannot be kept for later processes (%s)", error)
+
+
+def _key(model: PreTrainedModel) -> str:
+    parts = (model_fingerprint(model), model.dtype, model.config._attn_implementation, *_device(model.device))
+    return re.sub(r"[^\w.-]+", "-", "_".join(map(str, parts)))
+
+
+def _device(device: torch.device) -> tuple[object, ...]:
+    if device.type == "cuda":
+        return (torch.cuda.get_device_name(device),)
+    return (device.type, machine()["cores"], torch.get_num_threads())
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / "step_costs" / f"{key}.json"
+
+
+def _read(key: str) -> StepCosts | None:
+    try:
+        found = json.loads(_path(key).read_text())
+        tokens, full_ms, fixed_ms = (tuple(found[name]) for name in ("tokens", "full_ms", "fixed_ms"))
+        return StepCosts(tokens, full_ms, fixed_ms, measured=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("the measured step times cannot be read (%s); they are estimated until measured again", error)
+        return None

@@ -1,0 +1,109 @@
+"""A cache that is passed on keeps its plan from turn to turn."""
+
+import copy
+
+import pytest
+import torch
+from tiny import N_LAYERS, padded_batch, tiny_model
+from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_stand_ins
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DummyLayer
+
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
+from backbone.stand_ins import detach
+from runtime.request import UnsupportedGenerationError
+
+DICT = {"return_dict_in_generate": True}
+FULL = LayerPlan.full(N_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def allocator(model):
+    return make_allocator(model, controller=ByLength())
+
+
+def prompt(row: int) -> torch.Tensor:
+    batch = padded_batch()
+    return batch["input_ids"][row : row + 1, batch["attention_mask"][row].bool()]
+
+
+def next_turn(sequences: torch.Tensor) -> torch.Tensor:
+    return torch.cat([sequences, prompt(0).expand(len(sequences), -1)], dim=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "bloom"])
+@pytest.mark.parametrize("own_cache", [None, "dynamic", "static"])
+def test_a_second_turn_goes_on_under_the_plan_of_the_first(family, own_cache) -> None:
+    model = tiny_model(family)
+    allocator = make_allocator(model, controller=ByLength())
+    cache = {
+        None: lambda: None,
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=64),
+    }[own_cache]()
+    first = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, past_key_values=cache)
+    assert first.layer_plans == [PLANS[0]]
+    longer = next_turn(first.sequences)
+    second = allocator.generate(model, input_ids=longer, **GREEDY, **DICT, past_key_values=first.past_key_values)
+    assert second.layer_plans == [PLANS[0]]
+    with apply_plan(model, PLANS[0]):
+        assert torch.equal(second.sequences, model.generate(input_ids=longer, **GREEDY))
+    assert allocator.allocate(model, longer) == [FULL], "without the cache the turn would have run another plan"
+
+
+def test_a_cache_of_the_full_model_goes_on_in_full(model, allocator) -> None:
+    ids = prompt(3)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    longer = torch.cat([ids, ids], 1)
+    output = allocator.generate(model, input_ids=longer, past_key_values=cache, **GREEDY, **DICT)
+    assert output.layer_plans == [FULL]
+    assert torch.equal(output.sequences, model.generate(input_ids=longer, **GREEDY))
+
+
+def test_a_prefilled_cache_may_be_copied_and_its_plan_be_none_of_the_menu(model, allocator) -> None:
+    plan, ids = LayerPlan.skipping(N_LAYERS, mlp={3}), prompt(0)
+    with torch.no_grad(), apply_plan(model, plan):
+        cache = model(ids[:, :5]).past_key_values
+        expected = model.generate(input_ids=ids, **GREEDY)
+    for _ in range(2):
+        output = allocator.generate(model, input_ids=ids, past_key_values=copy.deepcopy(cache), **GREEDY, **DICT)
+        assert output.layer_plans == [plan]
+        assert torch.equal(output.sequences, expected)
+
+
+def test_a_batch_with_a_cache_of_its_own_stays_in_one_lane_for_all_turns(model, allocator, monkeypatch) -> None:
+    dear_rows = lambda *_, **__: lambda budget, prompts: budget * prompts  # noqa: E731
+    monkeypatch.setattr("runtime.step_costs.StepCosts.generation_ms", dear_rows)
+    batch, cache = padded_batch(), DynamicCache(config=model.config)
+    keep = {name: tensor[1:] for name, tensor in batch.items()}
+    first = allocator.generate(model, **keep, **GREEDY, **DICT, past_key_values=cache)
+    assert first.layer_plans == [PLANS[1]] * 3
+    longer = next_turn(first.sequences)
+    mask = torch.cat([keep["attention_mask"], torch.ones(3, longer.shape[1] - 11, dtype=torch.long)], 1)
+    second = allocator.generate(model, input_ids=longer, attention_mask=mask, **GREEDY, past_key_values=cache)
+    with apply_plan(model, PLANS[1]):
+        assert torch.equal(second, model.generate(input_ids=longer, attention_mask=mask, **GREEDY))
+
+
+def test_a_cache_whose_plan_is_not_known_is_refused(model, allocator) -> None:
+    ids = prompt(0)
+    with torch.no_grad(), apply_plan(model, PLANS[0]):
+        cache = model(ids).past_key_values
+    del cache._layerbudget_filled_under
+    assert any(isinstance(layer, DummyLayer) for layer in cache.layers)
+    with pytest.raises(UnsupportedGenerationError, match="it is not known which plan filled it"):
+        allocator.generate(model, input_ids=next_turn(ids), past_key_values=cache, **GREEDY)
+
+
+def test_a_cache_filled_with_other_stand_ins_is_refused() -> None:
+    model = tiny_model("llama")
+    allocator = with_stand_ins(model)
+    output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT)
+    assert output.layer_plans == [PLANS[0]]
+    detach(model)
+    with pytest.raises(UnsupportedGenerationError, match=r"was filled under plan .* stand-ins, .* go on with none"):
+        make_allocator(model).generate(
+            model, input_ids=next_turn(output.sequences), past_key_values=output.past_key_values, **GREEDY
+        )

@@ -1,0 +1,226 @@
+"""Many prompts: full batches of one plan, results in input order, files that a killed run goes on with."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import N_LAYERS, tiny_model, tiny_tokenizer
+from tiny_allocator import PLANS, ByLength, make_allocator
+
+from backbone.families import decoder_of
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
+from oracle.decoding import Decoding
+from oracle.prompts import PromptError
+from runtime import step_costs
+from runtime.allocator import WrongModelError
+from runtime.answer_files import AnswersError, answer_file
+from runtime.request import UnsupportedGenerationError
+from runtime.step_costs import StepCosts
+
+FULL = LayerPlan.full(N_LAYERS)
+PROMPTS = ["abcdefghijk"[: 3 + i % 9] + "xyz"[: i % 4] for i in range(23)]
+
+
+@pytest.fixture(autouse=True)
+def cheap_passes(tmp_path, monkeypatch):
+    """Rows cost, passes do not: so no plan is rounded up, unless a test says otherwise."""
+    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(step_costs, "estimated_step_costs", lambda model: StepCosts((1, 2), (1, 2), (0, 0), False))
+    monkeypatch.setattr(step_costs, "_known", {})
+
+
+@pytest.fixture(scope="module")
+def allocator(model):
+    return replace(make_allocator(model, controller=ByLength()), decoding=Decoding(5))
+
+
+def single(model, prompt, plan) -> str:
+    inputs = tiny_tokenizer()([prompt], return_tensors="pt")
+    with apply_plan(model, plan):
+        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    return tiny_tokenizer().decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def batches_of(model):
+    """Rows and tokens of every prompt pass of the whole model; the probe runs its decoder only."""
+    seen = []
+
+    def note(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] > 1:
+            seen.append(tuple(kwargs["input_ids"].shape))
+
+    return seen, model.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def test_texts_come_in_input_order_each_under_its_own_plan(model, allocator) -> None:
+    done = []
+    texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=4, advance=done.append)
+    assert sum(done) == len(PROMPTS)
+    assert max(done) == 4
+    assert {text.plan for text in texts} == {FULL, *PLANS}
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        ids = tiny_tokenizer()([prompt], return_tensors="pt")["input_ids"]
+        assert text.plan == allocator.allocate(model, ids)[0]
+        assert text.text == single(model, prompt, text.plan)
+
+
+def test_the_largest_plan_and_the_longest_prompts_come_first(model, allocator) -> None:
+    seen, hook = batches_of(model)
+    try:
+        texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=4)
+    finally:
+        hook.remove()
+    for plan in (FULL, PLANS[1], PLANS[0]):
+        lengths = sorted((len(p) for p, text in zip(PROMPTS, texts, strict=True) if text.plan == plan), reverse=True)
+        for start in range(0, len(lengths), 4):
+            assert seen.pop(0) == (len(lengths[start : start + 4]), lengths[start])
+    assert seen == []
+
+
+def test_batches_that_are_not_full_are_filled_up(model, allocator, monkeypatch) -> None:
+    monkeypatch.setattr(step_costs, "estimated_step_costs", lambda model: StepCosts((1, 2), (1, 1), (0, 0), False))
+    own = [text.plan for text in allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=1)]
+    seen, hook = batches_of(model)
+    try:
+        texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=4)
+    finally:
+        hook.remove()
+    assert len(seen) == 6, "23 prompts fit into 6 batches of 4"
+    assert all(text.plan.layers >= plan.layers for text, plan in zip(texts, own, strict=True))
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        assert text.text == single(model, prompt, text.plan)
+
+
+def test_too_little_memory_halves_a_batch(model, allocator) -> None:
+    expected = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=8)
+
+    def scarce(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 2 and kwargs.get("use_cache"):
+            raise torch.OutOfMemoryError
+
+    hook = decoder_of(model).register_forward_pre_hook(scarce, with_kwargs=True)
+    try:
+        assert allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=8) == expected
+    finally:
+        hook.remove()
+
+
+def test_options_go_to_generate(model, allocator) -> None:
+    texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=2)
+    assert all(len(text.text) <= 2 for text in texts)
+    assert allocator.generate_many(model, tiny_tokenizer(), []) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (["a"], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (["a"], {"num_return_sequences": 2}, "which num_return_sequences does not fit"),
+        (["a"], {"return_dict_in_generate": True}, "which return_dict_in_generate does not fit"),
+        (["a", ""], {}, "prompt 1 is empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(model, allocator, prompts, options, message) -> None:
+    with pytest.raises(UnsupportedGenerationError, match=message):
+        allocator.generate_many(model, tiny_tokenizer(), prompts, **options)
+
+
+def test_another_model_is_refused(allocator) -> None:
+    with pytest.raises(WrongModelError):
+        allocator.generate_many(tiny_model("llama", seed=5), tiny_tokenizer(), PROMPTS)
+
+
+@pytest.fixture
+def prompts_path(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": text}) + "\n" for i, text in enumerate(PROMPTS)))
+    return path
+
+
+def answered(allocator, model, prompts_path, name, **options):
+    out = prompts_path.with_name(name)
+    answer_file(allocator, model, tiny_tokenizer(), prompts_path, out, batch_size=4, **options)
+    assert not out.with_name(f"{name}.partial").exists()
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_a_killed_run_goes_on_where_it_was(model, allocator, prompts_path, batches, torn) -> None:
+    expected = answered(allocator, model, prompts_path, "whole.jsonl")
+    assert [row["id"] for row in expected] == [f"p{i}" for i in range(len(PROMPTS))]
+    assert [row["answer"] for row in expected] == [
+        single(model, row["prompt"], LayerPlan.parse(row["plan"], 6)) for row in expected
+    ]
+    done: list[int] = []
+
+    def kill(count: int) -> None:
+        done.append(count)
+        if len(done) > batches:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        answered(allocator, model, prompts_path, "out.jsonl", advance=kill)
+    assert not prompts_path.with_name("out.jsonl").exists()
+    partial = prompts_path.with_name("out.jsonl.partial")
+    if torn:
+        partial.write_bytes(partial.read_bytes()[:-7])
+    begun, rest = [], []
+    again = answered(
+        allocator, model, prompts_path, "out.jsonl", begin=lambda *counts: begun.append(counts), advance=rest.append
+    )
+    assert again == expected
+    assert begun == [(sum(done) - torn, len(PROMPTS))]
+    assert sum(rest) == len(PROMPTS) - sum(done) + torn
+
+
+def test_answers_of_other_settings_are_not_mixed_in(model, allocator, prompts_path) -> None:
+    def kill(count: int) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        answered(allocator, model, prompts_path, "out.jsonl", advance=kill)
+    other = replace(allocator, decoding=Decoding(3))
+    with pytest.raises(AnswersError, match=r"out\.jsonl\.partial was begun with another allocator or other settings"):
+        answered(other, model, prompts_path, "out.jsonl")
+    partial = prompts_path.with_name("out.jsonl.partial")
+    partial.write_text("what is this\n")
+    with pytest.raises(AnswersError, match="is damaged"):
+        answered(allocator, model, prompts_path, "out.jsonl")
+
+
+def test_lines_that_are_there_twice_are_answered_once(model, allocator, prompts_path) -> None:
+    prompts_path.write_text(prompts_path.read_text() * 2)
+    done: list[int] = []
+    rows = answered(allocator, model, prompts_path, "out.jsonl", advance=done.append)
+    assert rows[: len(PROMPTS)] == rows[len(PROMPTS) :]
+    assert sum(done) == len(PROMPTS)
+
+
+def test_without_a_file_answers_go_to_the_terminal(model, allocator, prompts_path, capsys) -> None:
+    answer_file(allocator, model, tiny_tokenizer(), prompts_path, None, batch_size=4)
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == answered(allocator, model, prompts_path, "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no prompts file"),
+        ('{"id": "a"}\n', "line 1: the prompt is missing or empty"),
+        ("[]", "expected an object"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_read_is_named(model, allocator, tmp_path, text, message) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(PromptError, match=message):
+        answer_file(allocator, model, tiny_tokenizer(), path, tmp_path / "out.jsonl", batch_size=2)
+    assert not list(tmp_path.glob("out*"))

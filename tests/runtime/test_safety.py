@@ -1,0 +1,265 @@
+"""Whatever fails in the decision costs speed, never a request; nothing is left on the model."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import N_LAYERS, VOCABULARY, padded_batch, tiny_model, tiny_tokenizer
+from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_stand_ins
+
+from backbone.plan import LayerPlan
+from backbone.prefix import run_prefix
+from backbone.running import NestedPlanError, apply_plan
+from backbone.testing import patches
+from controller.drift import DriftAlarm, drift_scores
+from controller.features import extract
+from runtime import deciding, offline
+from runtime.allocator import WrongModelError
+
+FULL = LayerPlan.full(N_LAYERS)
+APART = {**GREEDY, "round_up": False}
+DICT = {"return_dict_in_generate": True}
+
+
+class Broken(ByLength):
+    def _predict(self, features):
+        raise ZeroDivisionError("a broken controller")
+
+
+class Silent(ByLength):
+    def _predict(self, features):
+        kept = super()._predict(features)
+        kept[3] = np.nan
+        return kept
+
+
+class Slow(ByLength):
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+
+    def _predict(self, features):
+        self.may_go_on.wait(30)
+        return super()._predict(features)
+
+
+def check_all_run_full(model, allocator, **options) -> None:
+    batch = padded_batch()
+    output = allocator.generate(model, **batch, **APART, **DICT, **options)
+    assert output.layer_plans == [FULL] * 4
+    assert torch.equal(output.sequences, model.generate(**batch, **GREEDY))
+
+
+def test_a_controller_that_raises_means_the_full_plan(model, caplog) -> None:
+    check_all_run_full(model, make_allocator(model, controller=Broken()))
+    assert "the controller failed; 4 prompts run the full plan" in caplog.text
+    assert "a broken controller" in caplog.text
+
+
+def test_a_probe_that_raises_means_the_full_plan(model, monkeypatch, caplog) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("no memory for the probe")
+
+    allocator = make_allocator(model, controller=ByLength())
+    monkeypatch.setattr(deciding, "run_prefix", broken)
+    check_all_run_full(model, allocator)
+    assert "no memory for the probe" in caplog.text
+
+
+def test_a_probe_that_breaks_off_half_way_leaves_nothing_behind(model, caplog) -> None:
+    allocator, before = make_allocator(model, controller=ByLength()), patches(model)
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(module)
+        if len(calls) == 1:
+            raise RuntimeError("interrupted")
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+    try:
+        output = allocator.generate(model, **padded_batch(), **APART, **DICT)
+    finally:
+        hook.remove()
+    assert output.layer_plans == [FULL] * 4
+    assert "interrupted" in caplog.text
+    assert patches(model) == before
+
+
+def test_states_that_are_not_finite_get_the_full_plan(model, monkeypatch, caplog) -> None:
+    def broken(*args):
+        features = extract(*args)
+        features["states"][2, 0] = np.nan
+        return features
+
+    allocator = make_allocator(model, controller=ByLength())
+    monkeypatch.setattr(deciding, "extract", broken)
+    plans = allocator.allocate(model, **padded_batch())
+    assert plans == [FULL, PLANS[1], FULL, PLANS[0]]
+    assert "1 prompts have hidden states that are not finite" in caplog.text
+
+
+def test_predictions_that_are_not_finite_get_the_full_plan(model, caplog) -> None:
+    plans = make_allocator(model, controller=Silent()).allocate(model, **padded_batch())
+    assert plans == [FULL, PLANS[1], PLANS[0], FULL]
+    assert "the controller gave 1 prompts no number" in caplog.text
+
+
+def test_a_controller_that_is_too_slow_means_the_full_plan(model, caplog) -> None:
+    controller = Slow()
+    allocator = make_allocator(model, controller=controller)
+    start = time.monotonic()
+    check_all_run_full(model, allocator, allocation_limit_ms=200)
+    assert time.monotonic() - start < 25, "the controller was waited for"
+    assert "the decision took longer than 200 ms" in caplog.text
+    controller.may_go_on.set()
+    output = allocator.generate(model, **padded_batch(), **APART, **DICT, allocation_limit_ms=60_000)
+    assert output.layer_plans == [FULL, PLANS[1], PLANS[0], PLANS[0]]
+
+
+def test_a_limit_that_the_probe_has_used_up_is_over(model, caplog) -> None:
+    check_all_run_full(model, make_allocator(model, controller=ByLength()), allocation_limit_ms=1e-6)
+    assert "the decision took longer than" in caplog.text
+
+
+def test_a_controller_that_fails_in_time_is_named(model, caplog) -> None:
+    check_all_run_full(model, make_allocator(model, controller=Broken()), allocation_limit_ms=60_000)
+    assert "a broken controller" in caplog.text
+
+
+def test_a_wrong_model_is_still_an_error(model) -> None:
+    with pytest.raises(WrongModelError, match="was made for"):
+        make_allocator(model, controller=Broken()).generate(tiny_model("llama", seed=3), **padded_batch(), **GREEDY)
+
+
+def test_stand_ins_of_the_probe_layers_are_refused() -> None:
+    model = tiny_model("llama")
+    allocator = with_stand_ins(model, changed="model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(WrongModelError, match=r"stand-ins change layer 1, .* first 2 layers"):
+        allocator.generate(model, **padded_batch(), **GREEDY)
+
+
+def test_inside_a_plan_no_allocator_can_work(model, caplog) -> None:
+    allocator = make_allocator(model, controller=ByLength())
+    with apply_plan(model, PLANS[0]), pytest.raises(NestedPlanError):
+        allocator.generate(model, **padded_batch(), **GREEDY)
+    assert caplog.text == "", "what is the caller's fault is no failure of the probe"
+
+
+class InterruptionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("call", range(1, 40, 3))
+def test_an_exception_anywhere_leaves_the_model_as_it_was(call) -> None:
+    """Some layer's attention raises at its n-th call, in the probe or in any lane, in a prefill or a step."""
+    model, batch = tiny_model("llama"), padded_batch()
+    allocator = make_allocator(model, controller=ByLength())
+    stock = model.generate(**batch, **GREEDY)
+    allocator.generate(model, **batch, **APART)
+    before, calls = patches(model), []
+
+    def interrupt(module, args, kwargs):
+        calls.append(module)
+        if len(calls) == call:
+            raise InterruptionError
+
+    hooks = [layer.self_attn.register_forward_pre_hook(interrupt, with_kwargs=True) for layer in model.model.layers]
+    try:
+        allocator.generate(model, **batch, **APART)
+    except InterruptionError:
+        assert call > 2, "the probe's failures cost no request"
+    for hook in hooks:
+        hook.remove()
+    assert patches(model) == before
+    assert torch.equal(model.generate(**batch, **GREEDY), stock)
+
+
+def test_threads_on_one_model_get_what_they_get_alone() -> None:
+    model = tiny_model("gemma3_text")
+    allocator = make_allocator(model, controller=ByLength())
+    batch = padded_batch()
+    inputs = [{name: tensor[rows] for name, tensor in batch.items()} for rows in ([0, 3], [1, 2], [3, 2], [0, 1, 2])]
+    expected = [allocator.generate(model, **one, **APART) for one in inputs]
+    found: dict[int, list[torch.Tensor]] = {i: [] for i in range(4)}
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            found[i].append(allocator.generate(model, **inputs[i], **APART))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(found[i]) == 3 and all(torch.equal(one, expected[i]) for one in found[i]) for i in range(4))
+
+
+def test_the_decision_waits_for_the_device_once(model, monkeypatch) -> None:
+    """Everything that waits reads a value on the host; only the features may."""
+    allocator, waits = make_allocator(model, controller=ByLength()), []
+    batch = padded_batch()
+    with apply_plan(model, FULL):
+        pass
+    decider = allocator.decider()
+    for name in ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, name=name, original=original, **kwargs):
+            waits.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    run_prefix(model, **batch, depth=2, keep_cache=True)
+    of_the_library = len(waits)  # building masks looks at the padding
+    waits.clear()
+    decider.decide(model, **batch, keep_cache=True)
+    own = waits[of_the_library:]
+    assert own.count("cpu") == 1
+    assert set(own) <= {"cpu", "numpy"}
+
+
+def with_alarm(model, seed=0):
+    """An allocator whose alarm has prompts of random letters as its reference."""
+    allocator = make_allocator(model, controller=ByLength())
+    draw = torch.Generator().manual_seed(seed)
+    scores = []
+    for _ in range(50):
+        ids = torch.randint(3, VOCABULARY, (4, 8), generator=draw)
+        decision = allocator.decider().decide(model, ids, None, keep_cache=False)
+        scores.append(drift_scores(decision.projected, np.array(allocator.menu.budgets)[decision.chosen]))
+    return replace(allocator, drift=DriftAlarm(np.concatenate(scores)))
+
+
+def test_once_the_alarm_has_rung_every_prompt_runs_the_full_plan(model, caplog) -> None:
+    allocator, odd = with_alarm(model), torch.full((4, 8), 5)
+    for _ in range(200):
+        plans = allocator.allocate(model, odd)
+        if allocator.drift.rung:
+            break
+        assert plans != [FULL] * 4
+    assert allocator.drift.rung
+    assert plans == [FULL] * 4
+    assert "no longer like those of the certificate" in caplog.text
+    check_all_run_full(model, allocator)
+    allocator.drift.reset()
+    assert allocator.allocate(model, odd) != [FULL] * 4
+
+
+def test_prompts_that_are_probed_by_length_arrive_together(model, monkeypatch) -> None:
+    """Sorted prompts would look like drift; a set is one arrival, whatever the order in which its parts are probed."""
+    allocator, seen = make_allocator(model, controller=ByLength()), []
+
+    class Watch(DriftAlarm):
+        def observe(self, features, budgets):
+            seen.append(len(features))
+            return False
+
+    watched = replace(allocator, drift=Watch(np.ones((5, 2))))
+    prompts = ["abcdefgh"[: 1 + i % 8] for i in range(40)]
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(offline, "PROBE_TOKENS", 64)
+    texts = watched.generate_many(model, tokenizer, prompts, batch_size=8, max_new_tokens=2)
+    assert seen == [40]
+    assert texts == allocator.generate_many(model, tokenizer, prompts, batch_size=8, max_new_tokens=2)
