@@ -89,6 +89,11 @@ def load_prompts(
         rows = _read_dataset(source, columns or {}, dataset_split)
     default, forced = ({"judge": name} if name else {} for name in (judge, force_judge))
     prompts = _checked((place, {**default, **row, **forced}) for place, row in rows)
+    return limited(prompts, limit)
+
+
+def limited(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    """So many of the prompts, chosen by a hash of the id, so that a larger limit only adds prompts; None keeps all."""
     if limit is None or limit >= len(prompts):
         return prompts
     kept = set(sorted((p.id for p in prompts), key=lambda name: _uniform("limit", name))[:limit])

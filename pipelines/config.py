@@ -138,6 +138,8 @@ class AdaptSection(Section):
 
 class LabelSection(Section):
     batch_size: int = Field(32, ge=1)
+    limit: int | None = Field(None, ge=8)
+    """Label this many of the prompts, chosen by a hash of the id; the stages before make use of all of them."""
     shortcut: bool = True
     """Follow the full model's answer with every plan and generate only what differs, instead of everything."""
     tolerance: float = Field(0.0, ge=0, lt=1)

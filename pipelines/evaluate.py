@@ -57,7 +57,7 @@ def run(config: Config) -> Path:
         "comparison": comparison(workspace, best),
         "stand_ins": before_and_after(workspace, test),
         "certificate": calibration["certificates"][best],
-        "prompts": {split: len(prompts) for split, prompts in workspace.splits.items()},
+        "prompts": {split: len(prompts) for split, prompts in workspace.labelled_splits.items()},
         "labelling": _labelling(workspace),
         "overhead_ms": speed["overhead_ms"],
         "feature_ms": feature_ms(workspace, test.prompts[0].prompt, config.evaluation.speed_rounds),
@@ -141,7 +141,7 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
     """
     menu = workspace.menu()
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
-    labels = workspace.labeller.read(workspace.prompts, menu)
+    labels = workspace.labeller.read(workspace.labelled, menu)
     spent = sum(label.forward_tokens for row in labels for label in row)
     exhaustive = sum(
         (label.prompt_tokens + len(label.answer_ids)) * share

@@ -19,9 +19,9 @@ from runtime.measuring import prompt_inputs
 
 
 def run(config: Config) -> Path:
-    """Probe all prompts; writes `features.parquet` with the columns id, task and one for each set of features."""
+    """Probe the labelled prompts; writes `features.parquet`: columns id, task and one for each set of features."""
     workspace = Workspace.of(config)
-    prompts = workspace.prompts
+    prompts = workspace.labelled
     with progress("prompts", len(prompts)) as advance:
         features = features_of(workspace, prompts, advance)
     columns: dict[str, list[Any]] = {

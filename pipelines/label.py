@@ -13,7 +13,7 @@ from pipelines.workspace import Workspace
 def run(config: Config, shard: Shard | None = None) -> Path:
     """Fill `labels.db` with what is missing there, or, of that, with the labels of one shard."""
     workspace = Workspace.of(config)
-    prompts = workspace.prompts if shard is None else shard.select(workspace.prompts)
+    prompts = workspace.labelled if shard is None else shard.select(workspace.labelled)
     menu, labeller = workspace.menu(), workspace.labeller
     missing = sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)
     with progress("labels", missing) as advance:

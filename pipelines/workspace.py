@@ -21,7 +21,7 @@ from controller.features import Features, rows_of
 from oracle.frontier import sufficient_plans
 from oracle.labelling import Labeller, score_matrix
 from oracle.labels import LabelStore
-from oracle.prompts import SPLITS, Prompt, Split, load_prompts, split_of
+from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from pipelines.config import Config, ConfigError, Risk
 from pipelines.progress import waiting
 
@@ -102,6 +102,11 @@ class Workspace:
         return hashlib.sha256(json.dumps([astuple(prompt) for prompt in self.prompts]).encode()).hexdigest()
 
     @cached_property
+    def labelled(self) -> list[Prompt]:
+        """The prompts that are labelled and learned from: all, or as many as `label.limit` says."""
+        return limited(self.prompts, self.config.label.limit)
+
+    @cached_property
     def splits(self) -> dict[Split, list[Prompt]]:
         parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
         for prompt in self.prompts:
@@ -112,6 +117,13 @@ class Workspace:
                 "or more: use more prompts or other data.shares"
             )
         return parts
+
+    @cached_property
+    def labelled_splits(self) -> dict[Split, list[Prompt]]:
+        labelled = {prompt.id for prompt in self.labelled}
+        return {
+            split: [prompt for prompt in prompts if prompt.id in labelled] for split, prompts in self.splits.items()
+        }
 
     @cached_property
     def backbone(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -175,7 +187,9 @@ class Workspace:
         Raises:
             ConfigError: too few of them are left.
         """
-        prompts = [prompt for split in splits for prompt in self.splits[split]]
+        prompts = [prompt for split in splits for prompt in self.labelled_splits[split]]
+        if len(prompts) < 2:
+            raise ConfigError(f"only {len(prompts)} labelled prompts are in {' and '.join(splits)}: raise label.limit")
         menu = self.menu()
         scores = score_matrix(self.labeller.read(prompts, menu))
         rows, features = self._features()
