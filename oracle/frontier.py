@@ -123,9 +123,11 @@ class Frontiers:
     def captured(self, quality: float, budget: float) -> float:
         """Share of what the oracle saves over the best mixture, at `quality`, that a policy of that `budget` saves.
 
-        1 is the oracle, 0 the mixture, NaN where the two do not differ or the quality is out of their reach.
+        1 is the oracle, 0 the mixture, NaN where the two do not differ. A quality above that of every mixture is held
+        against the best of them, so that what such a policy captures is not overstated.
         """
-        mixture, oracle = budget_at(self.mixture, quality), budget_at(self.oracle, quality)
+        reached = min(quality, self.mixture[-1][1])
+        mixture, oracle = budget_at(self.mixture, reached), budget_at(self.oracle, reached)
         return (mixture - budget) / (mixture - oracle) if mixture - oracle > ROUNDING else float("nan")
 
 

@@ -213,6 +213,8 @@ class CalibrationSection(Section):
 class EvaluationSection(Section):
     alphas: list[float] = [0.01, 0.02, 0.05, 0.1]
     """Mean losses at which the controllers and the controls are compared."""
+    own_judges: bool = False
+    """With `data.force_judge`: also judge the test prompts as they say themselves, to see what the loss means there."""
     template: str | None = None
     """Another template, with {prompt} in it, into which some test prompts are put to see whether a controller still
     works; their labels are made in addition."""

@@ -19,6 +19,7 @@ from pipelines.calibrate import certified, price_of
 from pipelines.comparing import comparison
 from pipelines.config import Config
 from pipelines.frozen import before_and_after
+from pipelines.own_judges import by_own_judges
 from pipelines.speeds import feature_ms, speeds
 from pipelines.stages import write_atomically
 from pipelines.train import load_trained
@@ -55,6 +56,9 @@ def run(config: Config) -> Path:
         "captured_headroom": cards[best].captured_headroom,
         "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
         "comparison": comparison(workspace, best),
+        "own_judges": by_own_judges(workspace, test, {best: chosen[best], "oracle": chosen["oracle"]})
+        if config.evaluation.own_judges
+        else None,
         "stand_ins": before_and_after(workspace, test),
         "certificate": calibration["certificates"][best],
         "prompts": {split: len(prompts) for split, prompts in workspace.labelled_splits.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def _importance(study: optuna.Study) -> dict[str, float]:
     Source: PED-ANOVA, Watanabe et al. 2023 (arXiv 2304.10255).
     """
     try:
-        found = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that low regret is meant, and that few trials say little
+            found = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[0])
     except (RuntimeError, ValueError):  # fewer than two trials, or all of equal regret
         return {}
     return {name: round(float(value), 4) for name, value in found.items()}

@@ -86,6 +86,14 @@ class Workspace:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
+        return self._loaded(self.config.data.force_judge)
+
+    @cached_property
+    def prompts_as_judged(self) -> list[Prompt]:
+        """The prompts with the judges that they came with."""
+        return self._loaded(None)
+
+    def _loaded(self, force_judge: str | None) -> list[Prompt]:
         data = self.config.data
         return load_prompts(
             data.path,
@@ -93,7 +101,7 @@ class Workspace:
             columns=data.columns,
             dataset_split=data.split,
             judge=data.judge,
-            force_judge=data.force_judge,
+            force_judge=force_judge,
         )
 
     @cached_property

@@ -59,6 +59,14 @@ def test_captured_headroom_is_one_for_the_oracle_and_nought_for_a_mixture() -> N
     assert np.isnan(captured_headroom(0.5, 0.5, np.ones((4, 3)), BUDGETS))
 
 
+def test_a_policy_better_than_every_mixture_is_held_against_the_best_of_them() -> None:
+    scores = np.array([[1.0, 0.0, 0.0], [0.0, 0.5, 1.0], [0.0, 0.0, 1.0]])
+    best = max(scores.mean(axis=0))
+    at_best = captured_headroom(best, 0.8, scores, BUDGETS)
+    assert captured_headroom(1.0, 0.8, scores, BUDGETS) == at_best
+    assert 0 < at_best < 1
+
+
 def test_a_lucky_plan_is_not_surely_sufficient() -> None:
     sufficient = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], dtype=bool)
     np.testing.assert_array_equal(surely_sufficient(sufficient), [[0, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]])

@@ -254,11 +254,14 @@ def test_the_winner_is_made_again_without_a_search(finished, tmp_path) -> None:
         assert (folder / "controllers" / best / name).read_bytes() == (again / "controllers" / best / name).read_bytes()
 
 
-def test_every_controller_and_option_of_the_report_card(config_file) -> None:
+def test_every_controller_and_option_of_the_report_card(config_file, prompts_file) -> None:
     path = config_file(
         tuning={"controllers": ["logistic", "ensemble"], "trials": 2, "components": [4], "folds": 2},
         calibration={"risk": "insufficient", "alpha": 0.3, "delta": 0.2, "per_task": True},
+        data={"path": str(prompts_file), "force_judge": "kl"},
+        label={"tolerance": 0.3},
         evaluation={
+            "own_judges": True,
             "template": "Q: {prompt} A:",
             "template_prompts": 8,
             "alphas": [0.1],
@@ -276,7 +279,12 @@ def test_every_controller_and_option_of_the_report_card(config_file) -> None:
     assert metrics["certificate"]["risk"] == "insufficient"
     assert metrics["certificate"]["per_task"].keys() == {"short", "long"}
     assert "in each task," in metrics["certificate"]["sentence"]
+    own = metrics["own_judges"]
+    assert own["full"] == own["static"][-1][1] == 1, "every full answer agrees with itself"
+    assert own["prompts"] == metrics["prompts"]["test"]
+    assert 0 <= own["policies"][metrics["best"]]["quality_ratio"] <= 1
     page = (folder / "report.html").read_text()
+    assert "In the prompts' own scores" in page
     assert "best controller, another template" in page
     assert (
         "captures no more than the same controller with shuffled features" in page
