@@ -20,8 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = (
-    *("best", "captured_headroom", "frontier", "stand_ins", "certificate", "prompts"),
-    *("labelling", "overhead_ms", "speed", "model", "machine"),
+    *("best", "captured_headroom", "frontier", "comparison", "stand_ins", "certificate", "prompts"),
+    *("labelling", "overhead_ms", "feature_ms", "speed", "model", "machine"),
 )
 POLICIES = ("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp")
 
@@ -54,7 +54,7 @@ def main() -> None:
 def results_table(result: dict[str, Any]) -> str:
     """The README's table, in Markdown."""
     lines = [
-        "| policy | layers of 18 | mean score, of full | answers that lost | headroom captured |",
+        "| policy | layers of 18 | mean score, of full | loss | headroom captured |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name in POLICIES:

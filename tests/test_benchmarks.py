@@ -5,6 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+from pipelines.config import load_config
+from pipelines.runner import run_all
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -100,3 +103,20 @@ def test_stand_ins_are_compared_on_the_same_prompts(model_folder, tmp_path, monk
     assert result["other_tasks"][0]["with"][-1] == result["other_tasks"][0]["without"][-1] == 1
     assert set(result["decode"][0]["to_deleted"]) == {"none", "bridges", "both"}
     assert "work" not in result["settings"]
+
+
+def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monkeypatch) -> None:
+    run_all(load_config(config_file()))
+    controllers = script("controllers")
+    monkeypatch.setattr(controllers, "RESULTS", tmp_path)
+    options = "--name tiny --alphas 0.1 --splits 20 --new-tokens 3 --tuning-prompts 120 --tuning-trials 4 --workers 1"
+    monkeypatch.setattr(sys, "argv", ["controllers.py", "--run", str(tmp_path / "runs" / "tiny"), *options.split()])
+    controllers.main()
+    result = json.loads((tmp_path / "controllers-tiny.json").read_text())
+    assert result["prompts"] == 160
+    assert {row["policy"] for row in result["captured"]} >= {"lightgbm", "mlp", "shuffled"}
+    assert {row["controller"] for row in result["certificate"]} == {"lightgbm", "mlp"}
+    assert all(row["of_pool"]["low"] <= 0.2 for row in result["certificate"]), "delta is 0.2"
+    assert all(row["violations"] <= 0.3 for row in result["simulated"])
+    assert 0 < result["milliseconds"]["decision"] < result["milliseconds"]["generation"] * 100
+    assert result["tuning"]["trials_each"] == 2
