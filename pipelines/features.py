@@ -30,7 +30,7 @@ def run(config: Config) -> Path:
         **{name: list(values) for name, values in features.items()},
     }
     unfinished = workspace.path(".features.parquet.unfinished")
-    parquet.write_table(pyarrow.table(columns), unfinished)
+    parquet.write_table(pyarrow.table(columns, metadata={"model": workspace.fingerprint}), unfinished)
     return unfinished.rename(workspace.path("features.parquet"))
 
 

@@ -222,8 +222,17 @@ class Workspace:
         )
 
     def _features(self) -> tuple[dict[str, int], Features]:
-        """Row of each prompt's id, and all features."""
+        """Row of each prompt's id, and all features.
+
+        Raises:
+            ConfigError: they were made with another model.
+        """
         table = parquet.read_table(self.path("features.parquet"))
+        if (made_with := (table.schema.metadata or {}).get(b"model", b"").decode()) != self.fingerprint:
+            raise ConfigError(
+                f"{self.path('features.parquet')} was made with the model {made_with or 'unknown'}, this run's is "
+                f"{self.fingerprint}; make it again with `layerbudget features`"
+            )
         names = [name for name in table.column_names if name not in ("id", "task")]
         features = {name: np.stack(table[name].to_numpy()) for name in names}
         return {name: row for row, name in enumerate(table["id"].to_pylist())}, features

@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import pyarrow.parquet as parquet
 import pytest
 import yaml
 from filelock import FileLock
@@ -20,6 +21,7 @@ from tiny import tiny_model, tiny_tokenizer
 from layerbudget.cli import main
 from oracle.labels import CUT
 from pipelines.speeds import NOISE
+from pipelines.stages import content_hash
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"]
@@ -252,6 +254,16 @@ def test_the_winner_is_made_again_without_a_search(finished, tmp_path) -> None:
     assert made["controllers"][best]["regret"] == pytest.approx(found["controllers"][best]["regret"])
     for name in (file.name for file in (folder / "controllers" / best).iterdir()):
         assert (folder / "controllers" / best / name).read_bytes() == (again / "controllers" / best / name).read_bytes()
+
+
+def test_features_of_another_model_are_refused(finished) -> None:
+    path, folder, _ = finished
+    table = parquet.read_table(folder / "features.parquet")
+    parquet.write_table(table.replace_schema_metadata({"model": "llama-6x32-other"}), folder / "features.parquet")
+    state = json.loads((folder / "run.json").read_text())
+    state["stages"]["features"]["files"]["features.parquet"] = content_hash(folder / "features.parquet")
+    (folder / "run.json").write_text(json.dumps(state))
+    assert "was made with the model llama-6x32-other, this run's is llama-6x32-" in refused("tune", path)
 
 
 def test_every_controller_and_option_of_the_report_card(config_file, prompts_file) -> None:
