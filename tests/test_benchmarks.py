@@ -5,6 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+from tiny_allocator import make_allocator
+
+from backbone.loading import load_backbone
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -100,3 +104,49 @@ def test_stand_ins_are_compared_on_the_same_prompts(model_folder, tmp_path, monk
     assert result["other_tasks"][0]["with"][-1] == result["other_tasks"][0]["without"][-1] == 1
     assert set(result["decode"][0]["to_deleted"]) == {"none", "bridges", "both"}
     assert "work" not in result["settings"]
+
+
+def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:
+    model, _ = load_backbone(str(model_folder))
+    make_allocator(model).save_pretrained(tmp_path / "allocator")
+    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
+    runtime = script("runtime")
+    monkeypatch.setattr(runtime, "RESULTS", tmp_path)
+    data = ["--model", str(model_folder), "--allocator", str(tmp_path / "allocator"), "--data", str(prompts_file)]
+    options = "--prompts 8 --new-tokens 4 --rounds 2 --batches 1 4 --name tiny"
+    monkeypatch.setattr(sys, "argv", ["runtime.py", *data, *options.split()])
+    runtime.main()
+    result = json.loads((tmp_path / "runtime-tiny.json").read_text())
+    assert result["differing"] == {"rows": 8, "tokens": 0, "rows_parted_at_a_near_tie": 0}
+    assert [run["batch"] for run in result["runs"]] == [1, 4, "offline"]
+    chosen = result["allocator"]["layers_chosen"]
+    assert 4 <= chosen < 6, "some prompts must skip layers, or nothing is compared"
+    for run in result["runs"]:
+        rows = run["contestants"]
+        assert {"stock", "static", "allocator", "known", "ideal"} <= rows.keys()
+        assert rows["stock"]["layers"] == 6
+        assert rows["stock"]["quality"] == rows["stock"]["speedup"] == 1
+        assert all(row["ms"] > 0 or row["ttft_ms"] > 0 for row in rows.values() if "not_run" not in row)
+        assert all(row["not_run"] for name, row in rows.items() if name in ("tide", "calm"))
+    single = result["runs"][0]["contestants"]
+    assert single["allocator"]["layers"] == single["known"]["layers"] == single["ideal"]["layers"]
+    assert single["allocator"]["quality"] == single["known"]["quality"] == single["ideal"]["quality"]
+    assert single["early_exit"]["quality"] == 1, "drafting is lossless"
+    assert single["early_exit"]["credible"] is None
+    assert "allocator" not in result["settings"], "no paths"
+    assert "0 differing tokens" in capsys.readouterr().out
+
+
+def test_speed_beyond_the_layers_left_out_is_marked() -> None:
+    runtime = script("runtime")
+    measured = sys.modules["timing"].Measured
+    answers = sys.modules["timing"].Answers()
+    found = {name: measured(answers, 50, 0, [1.0]) for name in ("known", "ideal", "allocator", "layer_skip")}
+    found["stock"] = measured(answers, 100, 0, [1.9])
+    found["known"].seconds = [0.9]
+    found["layer_skip"].seconds = [0.5]
+    rows = runtime.rows_of(found, dict.fromkeys(found, 1.0), 6, 1, 1)["contestants"]
+    assert rows["allocator"]["layers"] == 3
+    assert rows["allocator"]["credible"] is True
+    assert rows["known"]["credible"] is False, "2.1 times the speed with half of the layers"
+    assert rows["layer_skip"]["credible"] is None
