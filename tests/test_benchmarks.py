@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_allocator import make_allocator
 
 from backbone.loading import load_backbone
@@ -110,7 +112,7 @@ def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path,
     model, _ = load_backbone(str(model_folder))
     make_allocator(model).save_pretrained(tmp_path / "allocator")
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
-    runtime = script("runtime")
+    runtime = script("end_to_end")
     monkeypatch.setattr(runtime, "RESULTS", tmp_path)
     data = ["--model", str(model_folder), "--allocator", str(tmp_path / "allocator"), "--data", str(prompts_file)]
     options = "--prompts 8 --new-tokens 4 --rounds 2 --batches 1 4 --name tiny"
@@ -138,7 +140,7 @@ def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path,
 
 
 def test_speed_beyond_the_layers_left_out_is_marked() -> None:
-    runtime = script("runtime")
+    runtime = script("end_to_end")
     measured = sys.modules["timing"].Measured
     answers = sys.modules["timing"].Answers()
     found = {name: measured(answers, 50, 0, [1.0]) for name in ("known", "ideal", "allocator", "layer_skip")}
@@ -150,3 +152,9 @@ def test_speed_beyond_the_layers_left_out_is_marked() -> None:
     assert rows["allocator"]["credible"] is True
     assert rows["known"]["credible"] is False, "2.1 times the speed with half of the layers"
     assert rows["layer_skip"]["credible"] is None
+
+
+@pytest.mark.parametrize("name", ["runtime", "decode"])
+def test_the_script_named_like_a_package_hides_it_from_nobody(name) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]
+    assert "--new-tokens" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
