@@ -84,7 +84,7 @@ def measure(
     model.generation_config.eos_token_id = None  # every answer gets all its tokens
     contest = Contest(model, tokenizer, allocator, prompts, arguments.new_tokens)
     plans = contest.plans
-    singles = [contest.batch([index]) for index in range(min(4, len(prompts)))]
+    singles = [contest.batch([index]) for index in range(min(2, len(prompts)))]
     layers = sum(plan.layers for plan in plans) / len(plans)
     texts = [prompt.prompt for prompt in prompts]
     peers = Peers(model, tokenizer, contest.static, layers, texts, singles, arguments.new_tokens)
@@ -148,6 +148,7 @@ def rows_of(
             "quality": None if judged[name] is None else round(float(judged[name] or 0), 4),
             "peak_mib": round(value.peak_bytes / 2**20),
             "speedup": round(speedup, 3),
+            "rounds": len(value.seconds),
             "credible": None if name in SPECULATIVE else speedup <= max(limit, 1) * NOISE,
         }
     seconds = {name: found[name].median_seconds for name in ("stock", "allocator", "known", "ideal")}

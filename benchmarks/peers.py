@@ -26,14 +26,14 @@ from backbone.plan import LayerPlan
 Batch = dict[str, torch.Tensor]
 Contestant = Callable[[Sequence[Batch]], Answers]
 
-CALM_THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99)
+CALM_THRESHOLDS = (0.9, 0.95, 0.98)
 NOTES = {
     "early_exit": "transformers' assistant_early_exit: lossless; made for models trained to exit early, which this one "
     "need not be",
     "tide": "tide-inference: runs every layer and picks one afterwards; sees no attention mask; decodes with an end "
     "token of its own",
     "calm": "economize's calm: confidence of states, at the threshold whose layers come nearest to the allocator's; "
-    "the prompt runs every layer",
+    "the prompt runs every layer, and the head for every token of it",
     "layer_skip": "economize's layer_skip: lossless; drafts without the layers that the static plan leaves out",
 }
 """What a reader of the numbers must know."""

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, StoppingCriteria
 from backbone.families import decoder_layers
 from runtime.measuring import synchronize
 
+SLOW = 5.0
+
 
 @dataclass(slots=True)
 class Answers:
@@ -66,23 +68,32 @@ def in_turn(
     """Every contestant `rounds` times, all in turn in each round, in reversed order in every second one.
 
     Args:
-        may_fail: contestants that are not ours: if the warm-up of one fails, the others go on without it.
+        may_fail: contestants that are not ours: if the warm-up of one fails, the others go on without it, and if it
+            takes more than `SLOW` times as long as the first contestant's, it is the only round.
 
     Returns:
         For each name a `Measured`, or the reason as a text.
     """
     found: dict[str, Any] = {}
+    slowest = 0.0
     for name, run in contestants.items():
         try:
+            start = time.perf_counter()
             with counting(model) as counted, peak_memory() as peak:
                 answers = run()
+                synchronize()
+            seconds = time.perf_counter() - start
+            slowest = SLOW * seconds if not found else slowest
             found[name] = Measured(answers, counted[0], peak[0])
+            if name in may_fail and seconds > slowest:
+                found[name].seconds.append(seconds)
+                found[name].first_token_ms += [mean(answers.first_token_ms)] if answers.first_token_ms else []
         except Exception as error:
             if name not in may_fail:
                 raise
             found[name] = f"it failed on this model: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    names = [name for name, value in found.items() if isinstance(value, Measured) and not value.seconds]
     for number in range(rounds):
-        names = [name for name, value in found.items() if isinstance(value, Measured)]
         for name in reversed(names) if number % 2 else names:
             synchronize()
             start = time.perf_counter()
