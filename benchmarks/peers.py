@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Answers, FirstTokens, counting
+from timing import Answers, FirstTokens
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.deleting import delete_layers
@@ -26,14 +26,14 @@ from backbone.plan import LayerPlan
 Batch = dict[str, torch.Tensor]
 Contestant = Callable[[Sequence[Batch]], Answers]
 
-CALM_THRESHOLDS = (0.9, 0.95, 0.98)
+CALM_THRESHOLDS = (0.9, 0.95, 0.98, 0.99)
 NOTES = {
     "early_exit": "transformers' assistant_early_exit: lossless; made for models trained to exit early, which this one "
     "need not be",
     "tide": "tide-inference: runs every layer and picks one afterwards; sees no attention mask; decodes with an end "
     "token of its own",
-    "calm": "economize's calm: confidence of states, at the threshold whose layers come nearest to the allocator's; "
-    "the prompt runs every layer, and the head for every token of it",
+    "calm": "economize's calm: confidence of states, the lowest threshold that keeps as many of the full model's tokens "
+    "as the allocator does; the head runs for every token of the prompt; its layers cannot be counted from outside",
     "layer_skip": "economize's layer_skip: lossless; drafts without the layers that the static plan leaves out",
 }
 """What a reader of the numbers must know."""
@@ -52,19 +52,19 @@ class Peers:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         static: LayerPlan,
-        layers: float,
+        allocated: Sequence[list[int]],
         texts: Sequence[str],
         sample: Sequence[Batch],
         new_tokens: int,
     ) -> None:
-        """`layers` is what the allocator runs in the mean; `texts` and `sample`, single prompts, set the peers up."""
+        """`texts` and `sample`, single prompts, set the peers up; `allocated`: the allocator's tokens for the sample."""
         self._model, self._static, self._new_tokens = model, static, new_tokens
         self._ready: dict[str, Contestant] = {}
         self.refused: dict[str, str] = {}
         makers: dict[str, Callable[[], Contestant]] = {
             "early_exit": self._early_exit,
             "tide": lambda: self._tide(tokenizer, texts),
-            "calm": lambda: self._calm(layers, sample),
+            "calm": lambda: self._calm(allocated, sample),
             "layer_skip": self._layer_skip,
         }
         for name, make in makers.items():
@@ -97,34 +97,29 @@ class Peers:
         skipped = tuple(sorted(layer + 1 for layer in self._static.skipped_layers))
         if not skipped:
             raise MissingError("the static plan skips no layer, so there is nothing to draft with")
-        return self._generating(economize.apply(self._copy(), LayerSkipConfig(skip_layers=skipped)))
+        return self._generating(economize.apply(self._copy(), LayerSkipConfig(skip_layers=skipped)), False)
 
-    def _calm(self, layers: float, sample: Sequence[Batch]) -> Contestant:
-        """At the threshold that runs about as many layers as the allocator."""
+    def _calm(self, allocated: Sequence[list[int]], sample: Sequence[Batch]) -> Contestant:
+        """At the lowest threshold that keeps as many of the full model's tokens as the allocator does on the sample."""
         economize = imported("economize", "economize")
         from economize.techniques.dynamic_depth import CalmConfig
 
-        def at(threshold: float) -> Contestant:
-            return self._generating(
-                economize.apply(self._copy(), CalmConfig(confidence="state", threshold=threshold, min_layer=2))
-            )
-
-        def distance(threshold: float) -> float:
-            return abs(layers - self._layers_of(at(threshold), sample))
-
-        return at(min(CALM_THRESHOLDS, key=distance))
-
-    def _layers_of(self, contestant: Contestant, sample: Sequence[Batch]) -> float:
-        with counting(self._model) as counted:
-            contestant(sample)
-        with counting(self._model) as of_stock:
-            self._generating(self._model)(sample)
-        return len(decoder_layers(self._model)) * counted[0] / of_stock[0]
+        full = self._generating(self._model)(sample).tokens
+        for threshold in CALM_THRESHOLDS:
+            config = CalmConfig(confidence="state", threshold=threshold, min_layer=2)
+            found = self._generating(economize.apply(self._copy(), config), first_token_shows=False)
+            if agreement(found(sample).tokens, full) >= agreement(allocated, full):
+                break
+        return found
 
     def _tide(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Contestant:
         tide, copy = imported("TIDE", "tide-inference"), self._copy()
         with tempfile.TemporaryDirectory() as folder:
-            rows = [json.dumps({"text": text}) for text in texts if len(text.strip()) > 100]  # it leaves out shorter
+            several = max(1, 1 + 200 // min(map(len, texts)))  # it leaves out texts of up to 100 characters
+            joined = ["\n".join(texts[start : start + several]) for start in range(0, len(texts), several)]
+            rows = [json.dumps({"text": text}) for text in joined if len(text.strip()) > 100]
+            if not rows:
+                raise MissingError("these prompts are too few or too short for its calibration")
             (Path(folder) / "train.jsonl").write_text("\n".join(rows) + "\n")
             path = str(Path(folder) / "router.pt")
             config = tide.TIDEConfig(min_layers=min(8, len(decoder_layers(copy)) // 2))
@@ -140,7 +135,7 @@ class Peers:
 
         return answer
 
-    def _generating(self, model: Any, **options: Any) -> Contestant:
+    def _generating(self, model: Any, first_token_shows: bool = True, **options: Any) -> Contestant:
         """By the model's own `generate()`, exactly T tokens for every prompt."""
 
         def answer(batches: Sequence[Batch]) -> Answers:
@@ -156,10 +151,16 @@ class Peers:
                     **options,
                 )
                 found.tokens += output[:, batch["input_ids"].shape[1] :].tolist()
-                found.first_token_ms += [clock.ms or 0.0] * len(output)
+                found.first_token_ms += [clock.ms or 0.0] * len(output) if first_token_shows else []
             return found
 
         return answer
+
+
+def agreement(tokens: Sequence[list[int]], full: Sequence[list[int]]) -> float:
+    """Share of tokens that are the full model's, place by place."""
+    pairs = [pair for row, of_full in zip(tokens, full, strict=True) for pair in zip(row, of_full, strict=False)]
+    return sum(one == other for one, other in pairs) / len(pairs)
 
 
 class MissingError(Exception):
