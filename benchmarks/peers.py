@@ -32,8 +32,8 @@ NOTES = {
     "need not be",
     "tide": "tide-inference: runs every layer and picks one afterwards; sees no attention mask; decodes with an end "
     "token of its own",
-    "calm": "economize's calm: confidence of states, the lowest threshold that keeps as many of the full model's tokens "
-    "as the allocator does; the head runs for every token of the prompt; its layers cannot be counted from outside",
+    "calm": "economize's calm: confidence of states, the lowest threshold that keeps as many tokens of the full "
+    "model as the allocator does; the head runs for every token of the prompt; its layers cannot be counted",
     "layer_skip": "economize's layer_skip: lossless; drafts without the layers that the static plan leaves out",
 }
 """What a reader of the numbers must know."""
@@ -57,7 +57,7 @@ class Peers:
         sample: Sequence[Batch],
         new_tokens: int,
     ) -> None:
-        """`texts` and `sample`, single prompts, set the peers up; `allocated`: the allocator's tokens for the sample."""
+        """`texts` and `sample`, single prompts, set the peers up; `allocated`: the allocator's tokens for it."""
         self._model, self._static, self._new_tokens = model, static, new_tokens
         self._ready: dict[str, Contestant] = {}
         self.refused: dict[str, str] = {}
