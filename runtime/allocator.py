@@ -29,6 +29,7 @@ from oracle.decoding import Decoding
 from runtime.deciding import Decider
 from runtime.generation import decode_in_lanes
 from runtime.lanes import Lane, lane_a_plan, least_time_lanes, plans_of
+from runtime.lossless import check_lossless, generate_losslessly
 from runtime.moments import Moment
 from runtime.request import Request, check_handed_on, with_stop_strings
 from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
@@ -166,9 +167,10 @@ class Allocator:
     ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
         """`model.generate(**arguments)`, each prompt under its plan or, where that is faster, a larger one of the menu.
 
-        Besides all stock arguments it takes `max_lanes`, `round_up` and `allocation_limit_ms` (see `__call__`). With
-        `return_dict_in_generate=True` the output has `layer_plans`, the plan that each prompt ran, `allocation_ms`, and
-        `time_to_first_token_ms`, one a prompt. `past_key_values=` goes on under the plan that filled the cache.
+        Besides all stock arguments it takes `max_lanes`, `round_up`, `allocation_limit_ms` and `lossless` (see
+        `__call__`). With `return_dict_in_generate=True` the output has `layer_plans`, the plan that each prompt ran,
+        `allocation_ms`, and `time_to_first_token_ms`, one a prompt. `past_key_values=` goes on under the plan that
+        filled the cache.
         `streamer` and `stop_strings` work here only: transformers 5.23 does not hand them on to a `custom_generate`.
 
         Raises:
@@ -220,6 +222,7 @@ class Allocator:
         max_lanes: int | None = None,
         round_up: bool = True,
         allocation_limit_ms: float | None = None,
+        lossless: bool = False,
         **model_kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
         """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs.
@@ -228,6 +231,7 @@ class Allocator:
             max_lanes: run the batch in at most so many lanes, one after the other.
             round_up: False runs every prompt under exactly its own plan, however many lanes that takes.
             allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
+            lossless: give the full model's own answer; the plan only drafts it (see `runtime.lossless`).
         """
         start, began = Moment(model.device), time.perf_counter()
         loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
@@ -235,10 +239,15 @@ class Allocator:
             loop["streamer"] = streamer
         request = Request(model, input_ids, generation_config, model_kwargs, loop)
         request.check_lanes(max_lanes, round_up)
+        if lossless:
+            check_lossless(request)
         self.prepare(model)
         lanes, prefix = self._lanes(request, max_lanes, round_up, allocation_limit_ms)
         allocation_ms = (time.perf_counter() - began) * 1000
-        output, first_token_ms = decode_in_lanes(request, lanes, prefix, start)
+        if lossless:
+            output, first_token_ms = generate_losslessly(request, lanes[0].plan, prefix, start)
+        else:
+            output, first_token_ms = decode_in_lanes(request, lanes, prefix, start)
         if not isinstance(output, torch.Tensor):
             output["layer_plans"] = plans_of(lanes)
             output["allocation_ms"], output["time_to_first_token_ms"] = allocation_ms, first_token_ms

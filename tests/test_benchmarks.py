@@ -2,9 +2,14 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from tiny_allocator import make_allocator
+
+from backbone.loading import load_backbone
 from pipelines.config import load_config
 from pipelines.runner import run_all
 
@@ -120,3 +125,55 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     assert all(row["violations"] <= 0.3 for row in result["simulated"])
     assert 0 < result["milliseconds"]["decision"] < result["milliseconds"]["generation"] * 100
     assert result["tuning"]["trials_each"] == 2
+
+
+def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:
+    model, _ = load_backbone(str(model_folder))
+    make_allocator(model).save_pretrained(tmp_path / "allocator")
+    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
+    runtime = script("end_to_end")
+    monkeypatch.setattr(runtime, "RESULTS", tmp_path)
+    data = ["--model", str(model_folder), "--allocator", str(tmp_path / "allocator"), "--data", str(prompts_file)]
+    options = "--prompts 8 --new-tokens 4 --rounds 2 --batches 1 4 --name tiny"
+    monkeypatch.setattr(sys, "argv", ["runtime.py", *data, *options.split()])
+    runtime.main()
+    result = json.loads((tmp_path / "runtime-tiny.json").read_text())
+    assert result["differing"] == {"rows": 8, "tokens": 0, "rows_parted_at_a_near_tie": 0}
+    assert [run["batch"] for run in result["runs"]] == [1, 4, "offline"]
+    chosen = result["allocator"]["layers_chosen"]
+    assert 4 <= chosen < 6, "some prompts must skip layers, or nothing is compared"
+    for run in result["runs"]:
+        rows = run["contestants"]
+        assert {"stock", "static", "allocator", "known", "ideal"} <= rows.keys()
+        assert rows["stock"]["layers"] == 6
+        assert rows["stock"]["quality"] == rows["stock"]["speedup"] == 1
+        assert all(row["ms"] > 0 or row["ttft_ms"] > 0 for row in rows.values() if "not_run" not in row)
+        assert all(rows[name].get("not_run") or rows[name]["ms"] > 0 for name in ("tide", "calm", "layer_skip"))
+    single = result["runs"][0]["contestants"]
+    assert single["allocator"]["layers"] == single["known"]["layers"] == single["ideal"]["layers"]
+    assert single["allocator"]["quality"] == single["known"]["quality"] == single["ideal"]["quality"]
+    assert single["early_exit"]["quality"] == 1, "drafting is lossless"
+    assert single["early_exit"]["credible"] is None
+    assert "allocator" not in result["settings"], "no paths"
+    assert "0 differing tokens" in capsys.readouterr().out
+
+
+def test_speed_beyond_the_layers_left_out_is_marked() -> None:
+    runtime = script("end_to_end")
+    measured = sys.modules["timing"].Measured
+    answers = sys.modules["timing"].Answers()
+    found = {name: measured(answers, 50, 0, [1.0]) for name in ("known", "ideal", "allocator", "layer_skip")}
+    found["stock"] = measured(answers, 100, 0, [1.9])
+    found["known"].seconds = [0.9]
+    found["layer_skip"].seconds = [0.5]
+    rows = runtime.rows_of(found, dict.fromkeys(found, 1.0), 6, 1, 1)["contestants"]
+    assert rows["allocator"]["layers"] == 3
+    assert rows["allocator"]["credible"] is True
+    assert rows["known"]["credible"] is False, "2.1 times the speed with half of the layers"
+    assert rows["layer_skip"]["credible"] is None
+
+
+@pytest.mark.parametrize("name", ["runtime", "decode"])
+def test_the_script_named_like_a_package_hides_it_from_nobody(name) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]
+    assert "--new-tokens" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

