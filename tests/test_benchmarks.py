@@ -125,6 +125,15 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     assert all(row["violations"] <= 0.3 for row in result["simulated"])
     assert 0 < result["milliseconds"]["decision"] < result["milliseconds"]["generation"] * 100
     assert result["tuning"]["trials_each"] == 2
+    keep = script("keep")
+    monkeypatch.setattr(keep, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["keep.py", "--run", str(tmp_path / "runs" / "tiny")])
+    keep.main()
+    assert "settings" in json.loads((tmp_path / "tiny.json").read_text())["tuning"]["controllers"]["mlp"]
+    page = (tmp_path / "tiny.html").read_text()
+    assert "Certificate" in page
+    assert "Examples" not in page
+    assert str(tmp_path) not in page
 
 
 def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:
