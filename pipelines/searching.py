@@ -193,10 +193,13 @@ def _try_in_processes(
     for process in processes:
         process.start()
     try:
-        while any(process.is_alive() for process in processes):
+        working = True
+        while working:
             time.sleep(0.2)
-            advance(len(finished(study)) - done)
-            done = len(finished(study))
+            working = any(process.is_alive() for process in processes)  # before counting, so that the last is counted
+            now = len(finished(study))
+            advance(now - done)
+            done = now
     finally:
         for process in processes:
             process.terminate()
