@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,11 +73,12 @@ def main() -> None:
 
 
 def prompts_of(source: str, count: int) -> list[Prompt]:
-    """Prompts of the test split, as runs split them by default; all prompts where that is too small."""
+    """Prompts drawn from the test split, as runs split them by default; from all where that is too small."""
     everything = [prompt for prompt in load_prompts(source) if prompt.judge != KL]
     shares = DataSection(path=source).shares
     unseen = [prompt for prompt in everything if split_of(prompt, shares) == "test"]
-    return (unseen if len(unseen) >= count else everything)[:count]
+    pool = unseen if len(unseen) >= count else everything
+    return random.Random(0).sample(pool, min(count, len(pool)))  # files tend to be sorted by task
 
 
 def measure(
