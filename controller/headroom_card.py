@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from oracle.bootstrap import percentile_interval
 from oracle.climbing import climb
 from oracle.frontier import Frontiers
 
@@ -63,8 +64,7 @@ def captured_by(
 
 
 def _captured(value: float, redrawn: Floats, rival: Floats | None) -> Captured:
-    defined = redrawn[~np.isnan(redrawn)]
-    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(defined) else (np.nan, np.nan)
+    low, high = percentile_interval(redrawn, LEVEL)
     beats = None if rival is None else float((np.nan_to_num(redrawn, nan=-np.inf) > rival).mean())
     whole = [None if np.isnan(number) else float(number) for number in (value, low, high)]
     return Captured(whole[0], whole[1], whole[2], beats)

@@ -34,6 +34,11 @@ def bootstrap_interval(
     """
     draws = np.random.default_rng(seed)
     values = np.array([statistic(draws.integers(0, n, n)) for _ in range(repeats)])
+    return percentile_interval(values, level)
+
+
+def percentile_interval(values: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """The middle share `level` of the values that are not NaN, (low, high); NaN where all are."""
     defined = values[~np.isnan(values)]
     if not len(defined):
         return float("nan"), float("nan")

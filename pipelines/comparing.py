@@ -15,10 +15,8 @@ from controller.features import Features, rows_of
 from controller.headroom_card import captured_by
 from controller.learning import Learned, Settings, learn
 from controller.report_card import price_for_loss
-from oracle.labelling import score_matrix
 from pipelines.calibrate import certified, price_of
 from pipelines.features import features_of
-from pipelines.progress import progress
 from pipelines.train import load_trained, tuned_settings
 from pipelines.workspace import Table, Workspace
 
@@ -32,7 +30,7 @@ Choices = NDArray[np.intp]
 Rows = list[dict[str, Any]]
 
 
-def comparison(workspace: Workspace, best: str) -> dict[str, Any]:
+def comparison(workspace: Workspace, best: str, calibrate: Table, test: Table) -> dict[str, Any]:
     """What is captured at each of `evaluation.alphas`, by controllers, controls and the best one on unseen tasks.
 
     A price is picked on the calibrate split so that the mean loss there is the bound, without a guarantee, which would
@@ -40,8 +38,7 @@ def comparison(workspace: Workspace, best: str) -> dict[str, Any]:
     controller with the guarantee.
     """
     alphas = workspace.config.evaluation.alphas
-    fit, calibrate, test = workspace.table("train", "tune"), workspace.table("calibrate"), workspace.table("test")
-    settings = tuned_settings(workspace)[best]
+    fit, settings = workspace.table("train", "tune"), tuned_settings(workspace)[best]
     learned = {**load_trained(workspace), **{name: _control(name, settings, fit) for name in CONTROLS}}
     predicted = {name: _both(name, found, calibrate, test) for name, found in learned.items()}
     rows: Rows = []
@@ -144,16 +141,14 @@ def _unseen_tasks(settings: Settings, fit: Table, calibrate: Table, test: Table,
 
 def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibrate: Table, test: Table) -> Rows:
     """Some test prompts put into another template, with labels and features of their own."""
-    evaluation, menu = workspace.config.evaluation, workspace.menu()
+    evaluation = workspace.config.evaluation
     assert evaluation.template is not None
     prompts = [
         replace(prompt, id=f"{prompt.id} in template", prompt=evaluation.template.format(prompt=prompt.prompt))
         for prompt in test.prompts[: evaluation.template_prompts]
     ]
-    labeller = workspace.labeller
-    with progress("labels in another template", sum(len(labeller.missing(prompts, p)) for p in menu.plans)) as advance:
-        labeller.label(prompts, menu, advance)
-    table = workspace.table_of(prompts, score_matrix(labeller.read(prompts, menu)), features_of(workspace, prompts))
+    scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels in another template")
+    table = workspace.table_of(prompts, scores, features_of(workspace, prompts))
     predicted = learned.predict(table.features)
     return [
         row

@@ -55,7 +55,7 @@ def run(config: Config) -> Path:
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
         "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
-        "comparison": comparison(workspace, best),
+        "comparison": comparison(workspace, best, calibrate, test),
         "own_judges": by_own_judges(workspace, test, {best: chosen[best], "oracle": chosen["oracle"]})
         if config.evaluation.own_judges
         else None,

@@ -17,8 +17,6 @@ from oracle.frontier import (
     sufficient_plans,
     upper_hull,
 )
-from oracle.labelling import score_matrix
-from pipelines.progress import progress
 from pipelines.workspace import Table, Workspace
 
 
@@ -37,10 +35,7 @@ def before_and_after(workspace: Workspace, test: Table) -> dict[str, Any]:
     detach(model)
     try:
         labeller = workspace.labeller_of(model, tokenizer)
-        missing = sum(len(labeller.missing(test.prompts, plan)) for plan in menu.plans)
-        with progress("labels without stand-ins", missing) as advance:
-            labeller.label(test.prompts, menu, advance)
-        scores = score_matrix(labeller.read(test.prompts, menu))
+        scores = workspace.label_anew(labeller, test.prompts, menu, "labels without stand-ins")
     finally:
         attach(model, workspace.stand_ins)
     judged = scores[~np.isnan(scores).any(axis=1)]

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oracle.frontier import equal_mean_budget, static_points
-from oracle.labelling import score_matrix
-from pipelines.progress import progress
 from pipelines.workspace import Table, Workspace
 
 
@@ -23,10 +21,8 @@ def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArra
         chosen: plan of each test prompt [N], for each policy.
     """
     own = {prompt.id: prompt for prompt in workspace.prompts_as_judged}
-    prompts, menu, labeller = [own[prompt.id] for prompt in test.prompts], workspace.menu(), workspace.labeller
-    with progress("labels by own judges", sum(len(labeller.missing(prompts, p)) for p in menu.plans)) as advance:
-        labeller.label(prompts, menu, advance)
-    scores = score_matrix(labeller.read(prompts, menu))
+    prompts = [own[prompt.id] for prompt in test.prompts]
+    scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels by own judges")
     judged = np.flatnonzero(~np.isnan(scores).any(axis=1))
     scores, full = scores[judged], max(float(scores[judged, -1].mean()), 1e-12)
     return {

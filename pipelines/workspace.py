@@ -23,7 +23,7 @@ from oracle.labelling import Labeller, score_matrix
 from oracle.labels import LabelStore
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from pipelines.config import Config, ConfigError, Risk
-from pipelines.progress import waiting
+from pipelines.progress import progress, waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +180,12 @@ class Workspace:
         return Labeller(
             model, tokenizer, self.config.decoding.settings(), store, label.batch_size, shortcut=label.shortcut
         )
+
+    def label_anew(self, labeller: Labeller, prompts: list[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
+        """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
+        with progress(title, sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)) as advance:
+            labeller.label(prompts, menu, advance)
+        return score_matrix(labeller.read(prompts, menu))
 
     def frozen_menu(self) -> PlanMenu:
         """The menu as the stage `menu` made it."""
