@@ -12,8 +12,9 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/installed
 	$(BIN)/layerbudget run configs/demo.yaml
 
+# A process for each core, each with one thread; a file's tests stay together, since they share what is slow to make.
 test: $(VENV)/installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

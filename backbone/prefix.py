@@ -5,7 +5,7 @@ Shapes: `B` prompts, `S` tokens, `D` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,50 @@ class Prefix:
     def release(self) -> None:
         """Give the memory back; nothing can go on from this prefix any more."""
         self.states, self.keys_values = (), ()
+
+    @property
+    def bytes(self) -> int:
+        """What it holds, in bytes."""
+        return sum(tensor.nbytes for tensor in (*self.states, *(one for pair in self.keys_values for one in pair)))
+
+    def by_row(self, lengths: Sequence[int]) -> list[Prefix]:
+        """Each of the B prompts by itself and without its padding, in the computer's main memory.
+
+        Args:
+            lengths: tokens of each prompt.
+        """
+
+        def kept(tensor: torch.Tensor, row: int) -> torch.Tensor:
+            return tensor[row : row + 1, ..., -lengths[row] :, :].to("cpu", copy=True)
+
+        return [
+            Prefix(
+                tuple(kept(state, row) for state in self.states),
+                tuple((kept(keys, row), kept(values, row)) for keys, values in self.keys_values),
+            )
+            for row in range(len(lengths))
+        ]
+
+
+def joined(rows: Sequence[Prefix], device: torch.device) -> Prefix:
+    """One batch of prompts that lie by themselves, left-padded with zeros: the opposite of `Prefix.by_row`."""
+    longest = max(row.states[-1].shape[1] for row in rows)
+
+    def padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        *outer, _, width = tensors[0].shape[1:]
+        batch = torch.zeros((len(tensors), *outer, longest, width), dtype=tensors[0].dtype)
+        for row, tensor in zip(batch, tensors, strict=True):
+            row[..., -tensor.shape[-2] :, :] = tensor[0]
+        return batch.to(device)
+
+    first = rows[0]
+    return Prefix(
+        tuple(padded([row.states[i] for row in rows]) for i in range(len(first.states))),
+        tuple(
+            (padded([row.keys_values[i][0] for row in rows]), padded([row.keys_values[i][1] for row in rows]))
+            for i in range(len(first.keys_values))
+        ),
+    )
 
 
 @torch.no_grad()

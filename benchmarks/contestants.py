@@ -87,12 +87,14 @@ class Contest:
         groups = self._of_one_plan(places, size)
         for plan, _ in groups:
             self._without(plan)
+        lossless = {"lossless": lambda: self._joined(batches, self._lossless)} if size == 1 else {}
         return {
             "stock": lambda: self._joined(batches, lambda batch: self._stock(self.model, batch)),
             "static": lambda: self._joined(batches, self._static),
             "allocator": lambda: self._joined(batches, self._allocated),
             "known": lambda: self._joined(batches, lambda batch: self._known(batch, lanes[batches.index(batch)])),
             "ideal": lambda: self._ideal(groups),
+            **lossless,
         }
 
     def offline(self) -> dict[str, Callable[[], Answers]]:
@@ -164,6 +166,15 @@ class Contest:
             output.sequences[:, inputs["input_ids"].shape[1] :].tolist(), list(output["time_to_first_token_ms"])
         )
 
+    def _lossless(self, places: Places) -> Answers:
+        inputs = self.batch(places)
+        output = self.allocator.generate(
+            self.model, **inputs, **self._exact, return_dict_in_generate=True, lossless=True
+        )
+        assert not isinstance(output, torch.Tensor)
+        new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        return Answers(new, list(output["time_to_first_token_ms"]), acceptance=[output["acceptance"]])
+
     def _known(self, places: Places, lanes: Sequence[Lane]) -> Answers:
         """All that the allocator does but the decision: no probe, so no prefix to go on from."""
 
@@ -226,11 +237,13 @@ class Contest:
 
     def _joined(self, batches: Sequence[Places], answer: Callable[[Places], Answers]) -> Answers:
         found: dict[int, tuple[list[int], float]] = {}
+        acceptance: list[float | None] = []
         for batch in batches:
             one = answer(batch)
+            acceptance += one.acceptance
             found.update(zip(batch, zip(one.tokens, one.first_token_ms, strict=True), strict=True))
         ordered = [found[place] for place in sorted(found)]
-        return Answers([tokens for tokens, _ in ordered], [ms for _, ms in ordered])
+        return Answers([tokens for tokens, _ in ordered], [ms for _, ms in ordered], acceptance=acceptance)
 
 
 def _cut(lane: Lane, lengths: Sequence[int], size: int) -> list[tuple[LayerPlan, Places]]:

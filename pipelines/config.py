@@ -174,7 +174,7 @@ class TuningSection(Section):
         min_length=1,
     )
     """Combinations of sets of features to choose from."""
-    components: list[int] = Field([12, 24, 48], min_length=1)
+    components: list[int] = Field([12, 24, 48, 96], min_length=1)
     """Numbers of principal components of the wide sets to choose from."""
     folds: int = Field(4, ge=2)
     """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
@@ -213,8 +213,9 @@ class CalibrationSection(Section):
 class EvaluationSection(Section):
     alphas: list[float] = [0.01, 0.02, 0.05, 0.1]
     """Mean losses at which the controllers and the controls are compared."""
-    own_judges: bool = False
-    """With `data.force_judge`: also judge the test prompts as they say themselves, to see what the loss means there."""
+    own_judges: int = Field(0, ge=0)
+    """With `data.force_judge`: also judge so many of the test prompts as they say themselves, to see what the
+    loss means there."""
     template: str | None = None
     """Another template, with {prompt} in it, into which some test prompts are put to see whether a controller still
     works; their labels are made in addition."""

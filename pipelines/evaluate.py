@@ -56,9 +56,7 @@ def run(config: Config) -> Path:
         "captured_headroom": cards[best].captured_headroom,
         "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
         "comparison": comparison(workspace, best, calibrate, test),
-        "own_judges": by_own_judges(workspace, test, {best: chosen[best], "oracle": chosen["oracle"]})
-        if config.evaluation.own_judges
-        else None,
+        "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
         "stand_ins": before_and_after(workspace, test),
         "certificate": calibration["certificates"][best],
         "prompts": {split: len(prompts) for split, prompts in workspace.labelled_splits.items()},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.batches import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
+from backbone.prefix import Prefix, joined, replaying
 from backbone.running import apply_plan
 from runtime.allocator import Allocator
 from runtime.deciding import Decider, Decision
@@ -23,6 +26,11 @@ from runtime.texts import AllocatedText, decoding_options, new_texts
 PROBE_TOKENS = 8192
 """Prompt tokens, with padding, that are probed together."""
 
+KEPT_BYTES = 2 * 2**30
+"""Main memory for what the first layers made of prompts that wait to be answered; prompts for which it does not suffice
+run these layers again."""
+
+_SEVERAL_TOKENS_AT_ONCE = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 _ONE_ANSWER_A_PROMPT = ("num_return_sequences", "past_key_values", "return_dict_in_generate", "streamer")
 
 
@@ -37,9 +45,9 @@ def finished_texts(
 ) -> Iterator[list[tuple[int, AllocatedText]]]:
     """Continue prompts [N] in batches of one plan each, the largest plan and the longest prompts first.
 
-    Lanes are filled up as `runtime.lanes` tells: the last, small batch of a plan may run under a larger plan. Here the
-    first layers run twice over a prompt, once to allocate it and once to answer it: to keep what they made of all
-    prompts would take too much memory. A batch for which memory does not suffice is run half by half.
+    Lanes are filled up as `runtime.lanes` tells: the last, small batch of a plan may run under a larger plan. Batches
+    go on from what the first layers made of their prompts when these were allocated, as far as `KEPT_BYTES` suffice. A
+    batch for which the device's memory does not suffice is run half by half.
 
     Args:
         batch_size: prompts generated together, at most.
@@ -63,16 +71,47 @@ def finished_texts(
     def run(plan: LayerPlan, part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
         inputs = padded_inputs(model, [tokens[index] for index in part])
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with apply_plan(model, plan):
+        with apply_plan(model, plan), kept.replayed(model, part, copies):
             output: torch.Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
         texts = new_texts(tokenizer, output, inputs["input_ids"].shape[1], allocator.decoding)
         return [(index, AllocatedText(text, plan)) for index, text in zip(part, texts, strict=True)]
 
-    lanes = _lanes(allocator, model, tokens, batch_size, int(settings.get("max_new_tokens") or 1))
+    copies = int(settings.get("num_beams") or getattr(model.generation_config, "num_beams", None) or 1)
+    kept = _Kept(0 if any(settings.get(name) for name in _SEVERAL_TOKENS_AT_ONCE) else KEPT_BYTES)
+    lanes = _lanes(allocator, model, tokens, batch_size, int(settings.get("max_new_tokens") or 1), kept)
     for lane in reversed(lanes):
         longest_first = sorted(lane.prompts, key=lambda index: -len(tokens[index]))
         for start in range(0, len(longest_first), batch_size):
-            yield in_halves(longest_first[start : start + batch_size], partial(run, lane.plan))
+            part = longest_first[start : start + batch_size]
+            yield in_halves(part, partial(run, lane.plan))
+            kept.drop(part)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What the first layers made of prompts that wait, by their place among all prompts."""
+
+    room: int
+    rows: dict[int, Prefix] = field(default_factory=dict)
+
+    def keep(self, part: Sequence[int], prefix: Prefix, lengths: Sequence[int]) -> None:
+        """Keep the prompts of a batch, if there is room for all of them."""
+        if prefix.bytes <= self.room:
+            rows = prefix.by_row(lengths)
+            self.room -= sum(row.bytes for row in rows)
+            self.rows.update(zip(part, rows, strict=True))
+
+    def replayed(self, model: PreTrainedModel, part: Sequence[int], copies: int) -> AbstractContextManager[None]:
+        """`replaying` for a batch, each prompt in as many rows as it has beams; nothing unless all of it is kept."""
+        rows = [self.rows[index] for index in part if index in self.rows]
+        if len(rows) < len(part):
+            return nullcontext()
+        repeated = torch.arange(len(part), device=model.device).repeat_interleave(copies)
+        return replaying(model, joined(rows, model.device), repeated if copies > 1 else None, release=True)
+
+    def drop(self, part: Sequence[int]) -> None:
+        for index in part:
+            self.rows.pop(index, None)
 
 
 def generate_many(
@@ -104,13 +143,22 @@ def _check(batch_size: int, options: dict[str, Any]) -> None:
 
 
 def _lanes(
-    allocator: Allocator, model: PreTrainedModel, tokens: list[list[int]], batch_size: int, new_tokens: int
+    allocator: Allocator,
+    model: PreTrainedModel,
+    tokens: list[list[int]],
+    batch_size: int,
+    new_tokens: int,
+    kept: _Kept,
 ) -> list[Lane]:
+    """The lanes of all prompts; fills `kept`."""
     lengths = [len(ids) for ids in tokens]
 
     def decide(part: Sequence[int], decider: Decider) -> Decision:
         rows = [tokens[index] for index in part]
-        return decider.decide(model, **padded_inputs(model, rows), keep_cache=False)
+        decision = decider.decide(model, **padded_inputs(model, rows), keep_cache=kept.room > 0)
+        if decision.prefix is not None:
+            kept.keep(part, decision.prefix, [len(row) for row in rows])
+        return replace(decision, prefix=None)
 
     allocator.prepare(model)
     parts = by_tokens(range(len(tokens)), lengths, PROBE_TOKENS)

@@ -11,7 +11,7 @@ from backbone.batches import padded_inputs
 from backbone.families import decoder_layers, decoder_of
 from backbone.plan import LayerPlan
 from backbone.positions import position_inputs
-from backbone.prefix import replaying, run_prefix
+from backbone.prefix import joined, replaying, run_prefix
 from backbone.probing import probe
 from backbone.running import apply_plan
 from backbone.testing import patches
@@ -87,6 +87,25 @@ def test_rows_may_be_chosen_and_repeated() -> None:
 def prefix_of_outside(model, batch):
     """A prefix cannot be run inside `apply_plan`, so this one is made on a second model with the same weights."""
     return prefix_of(tiny_model(model.config.model_type), batch)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "bloom", "falcon", "gpt2", "mistral"])
+def test_prompts_may_be_kept_by_themselves_and_joined_anew(family) -> None:
+    model, batch = tiny_model(family), padded_batch()
+    lengths = batch["attention_mask"].sum(1).tolist()
+    kept = prefix_of(model, batch).by_row(lengths)
+    assert [row.states[-1].shape[1] for row in kept] == lengths
+    shorter = sorted(range(len(lengths)), key=lengths.__getitem__)[:3][::-1]
+    rows = [batch["input_ids"][row, -lengths[row] :].tolist() for row in shorter]
+    others = {name: padded_inputs(model, rows)[name] for name in ("input_ids", "attention_mask")}
+    assert others["input_ids"].shape[1] < batch["input_ids"].shape[1], "the new batch has another width"
+    with apply_plan(model, PLANS[1]):
+        expected = model.generate(**others, **GREEDY)
+        anew = joined([kept[row] for row in shorter], model.device)
+        with counted_tokens(model) as counts, replaying(model, anew):
+            found = model.generate(**others, **GREEDY)
+    assert torch.equal(found, expected)
+    assert counts[:DEPTH] == [7] * DEPTH, "only new tokens pass the first layers"
 
 
 def test_no_layer_computes_a_token_twice() -> None:

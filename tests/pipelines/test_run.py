@@ -273,7 +273,7 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
         data={"path": str(prompts_file), "force_judge": "kl"},
         label={"tolerance": 0.3},
         evaluation={
-            "own_judges": True,
+            "own_judges": 4,
             "template": "Q: {prompt} A:",
             "template_prompts": 8,
             "alphas": [0.1],
@@ -293,7 +293,7 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
     assert "in each task," in metrics["certificate"]["sentence"]
     own = metrics["own_judges"]
     assert own["full"] == own["static"][-1][1] == 1, "every full answer agrees with itself"
-    assert own["prompts"] == metrics["prompts"]["test"]
+    assert own["prompts"] == 4 < metrics["prompts"]["test"]
     assert 0 <= own["policies"][metrics["best"]]["quality_ratio"] <= 1
     page = (folder / "report.html").read_text()
     assert "In the prompts' own scores" in page

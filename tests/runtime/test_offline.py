@@ -1,19 +1,21 @@
 """Many prompts: full batches of one plan, results in input order, files that a killed run goes on with."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tiny import N_LAYERS, tiny_model, tiny_tokenizer
 from tiny_allocator import PLANS, ByLength, make_allocator
 
-from backbone.families import decoder_of
+from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
-from runtime import step_costs
+from runtime import offline, step_costs
 from runtime.allocator import WrongModelError
 from runtime.answer_files import AnswersError, answer_file
 from runtime.request import UnsupportedGenerationError
@@ -66,6 +68,44 @@ def test_texts_come_in_input_order_each_under_its_own_plan(model, allocator) -> 
         assert text.text == single(model, prompt, text.plan)
 
 
+@contextmanager
+def first_layer_tokens(model):
+    """Prompt tokens, with their padding, that the first layer computes."""
+    counts = [0]
+
+    def count(module, args, output):
+        counts[0] += output.shape[:-1].numel() if output.shape[-2] > 1 else 0
+
+    hook = decoder_layers(model)[0].mlp.register_forward_hook(count)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_first_layers_see_a_prompt_once_as_long_as_memory_suffices(model, allocator, monkeypatch, beams) -> None:
+    many = partial(allocator.generate_many, model, tiny_tokenizer(), PROMPTS, batch_size=4, num_beams=beams)
+    with first_layer_tokens(model) as once:
+        expected = many()
+    probed = len(PROMPTS) * max(map(len, PROMPTS))  # they are probed in one batch
+    assert once == [probed]
+    for room in (0, 20_000):
+        monkeypatch.setattr(offline, "KEPT_BYTES", room)
+        monkeypatch.setattr(offline, "PROBE_TOKENS", 20)
+        with first_layer_tokens(model) as again:
+            assert many() == expected
+        assert again > once
+
+
+def test_assisted_decoding_computes_prompts_again(model, allocator) -> None:
+    expected = allocator.generate_many(model, tiny_tokenizer(), PROMPTS[:5], batch_size=1)
+    assert (
+        allocator.generate_many(model, tiny_tokenizer(), PROMPTS[:5], batch_size=1, prompt_lookup_num_tokens=2)
+        == expected
+    )
+
+
 def test_the_largest_plan_and_the_longest_prompts_come_first(model, allocator) -> None:
     seen, hook = batches_of(model)
     try:
@@ -97,10 +137,10 @@ def test_too_little_memory_halves_a_batch(model, allocator) -> None:
     expected = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=8)
 
     def scarce(module, args, kwargs):
-        if len(kwargs["input_ids"]) > 2 and kwargs.get("use_cache"):
+        if len(kwargs["input_ids"]) > 2:
             raise torch.OutOfMemoryError
 
-    hook = decoder_of(model).register_forward_pre_hook(scarce, with_kwargs=True)
+    hook = model.register_forward_pre_hook(scarce, with_kwargs=True)  # the probe runs its decoder only
     try:
         assert allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=8) == expected
     finally:
