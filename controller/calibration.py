@@ -20,9 +20,11 @@ from controller.p_values import CalibrationError, Risk, fewest_prompts, p_values
 Floats = NDArray[np.float64]
 Groups = Sequence[str] | NDArray[np.str_]
 
-PRICES: Floats = np.geomspace(1000.0, 0.01, 145)
+PRICES: Floats = np.geomspace(1000.0, 0.01, 577)
 """What one unit of expected loss may be worth, in shares of the decoder, safest first [T]. Fixed before any data is
-seen, as the test requires; that the risk grows along them is likely, and helps, but the guarantee does not need it."""
+seen, as the test requires; that the risk grows along them is likely, and helps, but the guarantee does not need it. In
+a fixed sequence more steps cost no confidence; with steps of 8% instead of 2% one step could change half of the choices
+where prompts are alike."""
 
 
 def valid_price(
