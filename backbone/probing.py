@@ -10,11 +10,6 @@ from backbone.positions import position_inputs
 from backbone.prefix import run_prefix
 
 
-def probe(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, depth: int) -> torch.Tensor:
-    """Hidden states after the first `depth` layers [B, S, D]; see `probe_states`."""
-    return probe_states(model, input_ids, attention_mask, depth)[-1]
-
-
 @torch.inference_mode()
 def probe_states(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, depth: int

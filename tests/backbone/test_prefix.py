@@ -12,7 +12,7 @@ from backbone.families import decoder_layers, decoder_of
 from backbone.plan import LayerPlan
 from backbone.positions import position_inputs
 from backbone.prefix import joined, replaying, run_prefix
-from backbone.probing import probe
+from backbone.probing import probe_states
 from backbone.running import apply_plan
 from backbone.testing import patches
 
@@ -126,7 +126,7 @@ def test_states_are_those_of_every_depth() -> None:
     assert len(states) == DEPTH + 1
     mask = batch["attention_mask"].bool()
     for depth in range(1, DEPTH + 1):
-        expected = probe(model, batch["input_ids"], batch["attention_mask"], depth)
+        expected = probe_states(model, batch["input_ids"], batch["attention_mask"], depth)[-1]
         torch.testing.assert_close(states[depth][mask], expected[mask])
     assert prefix_of(model, batch, keep_cache=False).keys_values == ()
 

@@ -12,7 +12,7 @@ from transformers import CompileConfig, DynamicCache
 from backbone.cache import CacheMismatchError, remembered_plan
 from backbone.families import UnsupportedModelError, decoder_layers
 from backbone.plan import LayerPlan, PlanError
-from backbone.probing import probe
+from backbone.probing import probe_states
 from backbone.running import NestedPlanError, apply_plan
 
 PLANS = {
@@ -112,7 +112,7 @@ def test_a_plan_of_another_model_is_refused(model) -> None:
 
 def test_probe_gives_the_states_after_its_last_layer(any_model) -> None:
     batch = padded_batch()
-    states = probe(any_model, batch["input_ids"], batch["attention_mask"], 2)
+    states = probe_states(any_model, batch["input_ids"], batch["attention_mask"], 2)[-1]
     captured = []
     hook = decoder_layers(any_model)[1].register_forward_hook(lambda m, a, output: captured.append(output))
     with torch.inference_mode():
