@@ -53,7 +53,8 @@ class LightGBMController(Controller):
             "lambda_l2": l2,
             "seed": seed,
             "deterministic": True,
-            "force_row_wise": True,
+            "force_col_wise": True,
+            "max_bin": 63,
             "num_threads": 1,  # rows are few: more threads only wait for each other
             "verbosity": -1,
         }
@@ -75,14 +76,19 @@ class LightGBMController(Controller):
     def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
         self._budgets = budgets.copy()
         if self._per_plan:
-            self._boosters = [self._trained(features, kept[:, k], {}) for k in range(len(budgets) - 1)]
+            self._boosters = self._trained(features, list(kept[:, :-1].T), self._parameters)
         else:
             constraints = {"monotone_constraints": [0] * features.shape[1] + [1]}
-            self._boosters = [self._trained(self._rows(features), kept[:, :-1].reshape(-1), constraints)]
+            targets = kept[:, :-1].reshape(-1)
+            self._boosters = self._trained(self._rows(features), [targets], {**self._parameters, **constraints})
 
-    def _trained(self, rows: Floats, kept: Floats, more: dict[str, Any]) -> lightgbm.Booster:
-        data = lightgbm.Dataset(rows, label=np.ascontiguousarray(kept))
-        return lightgbm.train({**self._parameters, **more}, data, num_boost_round=self._n_trees)
+    def _trained(self, rows: Floats, targets: list[Floats], parameters: dict[str, Any]) -> list[lightgbm.Booster]:
+        """A model for each of the targets [N], which share the sorting of the rows [N, F] into bins."""
+        data = lightgbm.Dataset(rows, params=parameters)
+        return [
+            lightgbm.train(parameters, data.set_label(np.ascontiguousarray(target)), num_boost_round=self._n_trees)
+            for target in targets
+        ]
 
     def _rows(self, features: Floats) -> Floats:
         """[N, F] -> [N * (K - 1), F + 1]: each prompt with the budget of each shortened plan."""

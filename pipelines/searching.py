@@ -66,14 +66,13 @@ class Work:
         most = max(self.tuning.components)
         return CrossFit(self.features, self.kept, self.budgets, self.tuning.folds, most)
 
-    def judge(
-        self, settings: Settings, after_fold: Callable[[int, float], None] = lambda fold, regret: None
-    ) -> tuple[float, float]:
+    def judge(self, settings: Settings, after_fold: Callable[[int, float], None] | None = None) -> tuple[float, float]:
         """Regret of out-of-fold predictions, and milliseconds of a decision; `after_fold` is told the regret so far."""
-        found = float("nan")
         for fold, (predicted, rows) in enumerate(self._cross_fit.predict(settings), 1):
-            found = regret(predicted[rows], self.kept[rows], self.budgets, self.bounds)
-            after_fold(fold, found)
+            if after_fold or fold == self.tuning.folds:
+                found = regret(predicted[rows], self.kept[rows], self.budgets, self.bounds)
+            if after_fold:
+                after_fold(fold, found)
         return found, self.decision_ms(settings)
 
     def decision_ms(self, settings: Settings, repeats: int = 20) -> float:
@@ -159,17 +158,14 @@ def _try(wanted: Search, work: Work, seed: int, *callbacks: Callable[..., None])
 
 
 def _objective(name: str, work: Work, trial: optuna.Trial) -> tuple[float, ...]:
-    alone = len(work.tuning.objectives) == 1
-
     def after_fold(fold: int, regret_so_far: float) -> None:
-        if alone:
-            trial.report(regret_so_far, fold)
-            if trial.should_prune():
-                raise optuna.TrialPruned
+        trial.report(regret_so_far, fold)
+        if trial.should_prune():
+            raise optuna.TrialPruned
 
-    found = dict(
-        zip(("regret", "decision_ms"), work.judge(settings_of(name, trial, work.tuning), after_fold), strict=True)
-    )
+    prunes = len(work.tuning.objectives) == 1
+    judged = work.judge(settings_of(name, trial, work.tuning), after_fold if prunes else None)
+    found = dict(zip(("regret", "decision_ms"), judged, strict=True))
     trial.set_user_attr("decision_ms", found["decision_ms"])
     return tuple(found[objective] for objective in work.tuning.objectives)
 

@@ -34,7 +34,7 @@ def test_settings_go_over_the_file_over_the_defaults() -> None:
     )
     assert (config.data.limit, config.name, config.decoding.stop, config.label.tolerance) == (64, "mixed", [], 0.1)
     assert config.menu.probe_depth == 4
-    assert config.tuning.components == [12, 24, 48]
+    assert config.tuning.components == [12, 24, 48, 96]
 
 
 def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
