@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 from controller.base import LearningError
 from controller.features import WIDE, Features, Floats
 
+LEAST_VARIANCE = 1e-4
+
 
 @dataclass(frozen=True, slots=True)
 class Projection:
@@ -24,7 +26,8 @@ class Projection:
         mean: of each raw feature [F].
         scale: standard deviation of each raw feature, 1 where it is constant.
         wide: number of leading raw features that the components reduce; the others stay.
-        components: [C, wide], each divided by the standard deviation of the training prompts along it.
+        components: [C, wide], each divided by the standard deviation of the training prompts along it, or by that of
+            `LEAST_VARIANCE` of the first one's variance where it is larger: what hardly varies is mostly rounding.
     """
 
     sets: tuple[str, ...]
@@ -52,7 +55,8 @@ class Projection:
         if wide:
             states = ((raw - mean) / scale)[:, :wide]
             pca = PCA(min(n_components, len(raw) - 1, wide), random_state=0).fit(states)
-            spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
+            variance = pca.explained_variance_
+            spread = np.sqrt(np.maximum(variance, max(LEAST_VARIANCE * variance[0], 1e-12)))
             components = (pca.components_ / spread[:, None]).astype(np.float32)
         return cls(ordered, mean, scale, wide, np.ascontiguousarray(components))
 

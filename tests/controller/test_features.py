@@ -97,6 +97,16 @@ def test_a_projection_reads_its_own_sets_only() -> None:
     )
 
 
+def test_rounding_in_features_that_hardly_vary_stays_small() -> None:
+    random = np.random.default_rng(0)
+    states = (random.normal(size=(30, 2)) @ random.normal(size=(2, 12))).astype(np.float32)  # two directions, no more
+    projection = Projection.fit({"states": states}, ["states"], 8)
+    rounded = states + random.normal(size=states.shape).astype(np.float32) * 1e-6
+    found, again = projection({"states": states}), projection({"states": rounded})
+    np.testing.assert_allclose(found[:, :2].std(0, ddof=1), 1, rtol=1e-3)
+    np.testing.assert_allclose(again, found, atol=1e-3)
+
+
 def test_features_that_say_nothing_are_refused() -> None:
     features = some_features()
     with pytest.raises(LearningError, match=r"all 50 prompts have the same features \(length\)"):
