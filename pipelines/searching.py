@@ -99,7 +99,7 @@ def settings_of(name: str, trial: Any, tuning: TuningSection) -> Settings:
 
 def _defaults(name: str, tuning: TuningSection) -> dict[str, Any]:
     """What the first trial tries."""
-    middle = tuning.components[(len(tuning.components) - 1) // 2]
+    middle = tuning.components[len(tuning.components) // 2]
     return {"features": "+".join(tuning.feature_sets[0]), "components": middle, **controller_class(name).defaults()}
 
 
