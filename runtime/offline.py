@@ -23,8 +23,8 @@ from runtime.request import UnsupportedGenerationError
 from runtime.step_costs import known_step_costs
 from runtime.texts import AllocatedText, decoding_options, new_texts
 
-PROBE_TOKENS = 8192
-"""Prompt tokens, with padding, that are probed together."""
+PROBE_TOKENS = 2048
+"""Prompt tokens, with padding, that are probed together: enough to fill a device, few enough to be of like length."""
 
 KEPT_BYTES = 2 * 2**30
 """Main memory for what the first layers made of prompts that wait to be answered; prompts for which it does not suffice
