@@ -311,7 +311,7 @@ def test_every_lane_is_compiled_and_equal() -> None:
         ({"round_up": False, "streamer": Recorder()}, "a streamer needs all prompts in one lane"),
         ({"round_up": False, "past_key_values": DynamicCache()}, "a cache that was passed in needs all prompts"),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
 )
 def test_what_cannot_work_is_refused_by_name(model, allocator, options, message) -> None:
     before = patches(model)
