@@ -72,7 +72,8 @@ class Projection:
 
     def save(self, path: Path) -> None:
         arrays = {"mean": self.mean, "scale": self.scale, "components": self.components}
-        metadata = {"sets": json.dumps(self.sets), "wide": str(self.wide)}
+        # One entry of metadata: the library writes several in an order that changes from process to process.
+        metadata = {"sets": json.dumps(self.sets)}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
 
     @classmethod
@@ -80,7 +81,7 @@ class Projection:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata()
             arrays = {name: file.get_tensor(name) for name in ("mean", "scale", "components")}
-        return cls(sets=tuple(json.loads(metadata["sets"])), wide=int(metadata["wide"]), **arrays)
+        return cls(sets=tuple(json.loads(metadata["sets"])), wide=arrays["components"].shape[1], **arrays)
 
 
 def _joined(features: Features, sets: Sequence[str]) -> Floats:
