@@ -36,7 +36,7 @@ class Prefix:
         self.states, self.keys_values = (), ()
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """What it holds, in bytes."""
         return sum(tensor.nbytes for tensor in (*self.states, *(one for pair in self.keys_values for one in pair)))
 
@@ -47,14 +47,14 @@ class Prefix:
             lengths: tokens of each prompt.
         """
 
-        def kept(tensor: torch.Tensor, row: int) -> torch.Tensor:
-            return tensor[row : row + 1, ..., -lengths[row] :, :].to("cpu", copy=True)
+        def rows_of(batch: torch.Tensor) -> list[torch.Tensor]:
+            host = batch.cpu()  # as a whole, since a device is waited for at every transfer
+            return [host[row : row + 1, ..., -length:, :].clone() for row, length in enumerate(lengths)]
 
+        states = [rows_of(state) for state in self.states]
+        layers = [(rows_of(keys), rows_of(values)) for keys, values in self.keys_values]
         return [
-            Prefix(
-                tuple(kept(state, row) for state in self.states),
-                tuple((kept(keys, row), kept(values, row)) for keys, values in self.keys_values),
-            )
+            Prefix(tuple(state[row] for state in states), tuple((keys[row], values[row]) for keys, values in layers))
             for row in range(len(lengths))
         ]
 

@@ -96,9 +96,9 @@ class _Kept:
 
     def keep(self, part: Sequence[int], prefix: Prefix, lengths: Sequence[int]) -> None:
         """Keep the prompts of a batch, if there is room for all of them."""
-        if prefix.bytes <= self.room:
+        if prefix.nbytes <= self.room:
             rows = prefix.by_row(lengths)
-            self.room -= sum(row.bytes for row in rows)
+            self.room -= sum(row.nbytes for row in rows)
             self.rows.update(zip(part, rows, strict=True))
 
     def replayed(self, model: PreTrainedModel, part: Sequence[int], copies: int) -> AbstractContextManager[None]:
