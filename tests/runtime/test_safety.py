@@ -196,6 +196,35 @@ def test_threads_on_one_model_get_what_they_get_alone() -> None:
     assert all(len(found[i]) == 3 and all(torch.equal(one, expected[i]) for one in found[i]) for i in range(4))
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen2", "falcon"])
+def test_stock_generate_in_other_threads_stays_stock(family) -> None:
+    """Bridges, changed weights, probes and replayed prompts come and go in one thread; the others never see them."""
+    model, batch = tiny_model(family), padded_batch()
+    allocator = make_allocator(model) if family == "falcon" else with_stand_ins(model)
+    expected = model.generate(**batch, **GREEDY)
+    allocated = allocator.generate(model, **batch, **APART)
+    stop, found, errors = threading.Event(), [], []
+
+    def stock() -> None:
+        while not stop.is_set():
+            try:
+                found.append(torch.equal(model.generate(**batch, **GREEDY), expected))
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=stock) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    same = [torch.equal(allocator.generate(model, **batch, **APART), allocated) for _ in range(12)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    assert len(found) > 3
+    assert all(found), f"{found.count(False)} of {len(found)} answers of the stock model are wrong"
+    assert all(same)
+
+
 def test_the_decision_waits_for_the_device_once(model, monkeypatch) -> None:
     """Everything that waits reads a value on the host; only the features may."""
     allocator, waits = make_allocator(model, controller=ByLength()), []
