@@ -35,9 +35,9 @@ def apply_plan(
     what they always get; one that applies a plan to it too waits until the first has left its block. A thread that is
     started inside the block, as for a streamer, has no plan: apply it there.
 
-    A model's first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its decoding step
-    (static cache), each plan is compiled once, at its first use. A shortened plan runs with the stand-ins that are
-    attached to the model (see `backbone.stand_ins.attach`).
+    A model's first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its
+    decoding step (static cache), each plan is compiled once, at its first use. A shortened plan runs with the stand-ins
+    that are attached to the model (see `backbone.stand_ins.attach`).
 
     Args:
         first_layer: for passes that go on from known states: the layers before it pass their input on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,9 @@ class Allocator:
         model_source: where that model was loaded from.
         stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
             which without a plan stays what it is, bit for bit.
-        drift: watches whether prompts are like those of the certificate. Once it has rung every prompt runs the full
-            plan, until `drift.reset()`.
+        drift: watches whether the prompts that are generated from are like those of the certificate. While it rings
+            every prompt runs the full plan; see `DriftAlarm`. None to do without, as when the same prompts are timed
+            over and over: `dataclasses.replace(allocator, drift=None)`.
     """
 
     menu: PlanMenu
@@ -135,6 +136,8 @@ class Allocator:
     ) -> list[LayerPlan]:
         """The plan of each prompt. `generate` may run a larger one, where that makes the batch faster.
 
+        A look: the drift alarm does not count these prompts.
+
         Args:
             input_ids: [B, S], left-padded.
             attention_mask: [B, S]; all ones if not given.
@@ -145,7 +148,8 @@ class Allocator:
         self.prepare(model)
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
         positions = position_inputs(decoder_of(model), mask)
-        decision = self.decider().decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
+        decider = replace(self.decider(), is_served=False)
+        decision = decider.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
@@ -169,8 +173,8 @@ class Allocator:
 
         Besides all stock arguments it takes `max_lanes`, `round_up`, `allocation_limit_ms` and `lossless` (see
         `__call__`). With `return_dict_in_generate=True` the output has `layer_plans`, the plan that each prompt ran,
-        `allocation_ms`, and `time_to_first_token_ms`, one a prompt. `past_key_values=` goes on under the plan that
-        filled the cache.
+        `allocation_ms`, `time_to_first_token_ms`, one a prompt, and `drift`, the alarm's state. `past_key_values=` goes
+        on under the plan that filled the cache.
         `streamer` and `stop_strings` work here only: transformers 5.23 does not hand them on to a `custom_generate`.
 
         Raises:
@@ -251,6 +255,7 @@ class Allocator:
         if not isinstance(output, torch.Tensor):
             output["layer_plans"] = plans_of(lanes)
             output["allocation_ms"], output["time_to_first_token_ms"] = allocation_ms, first_token_ms
+            output["drift"] = None if self.drift is None else self.drift.state
         return output
 
     def _lanes(
