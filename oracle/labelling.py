@@ -45,13 +45,15 @@ class Labeller:
 
     Args:
         model: runs the plans; with its tokenizer.
-        decoding: how answers are generated.
+        decoding: how answers are generated; what the model's generation config says is put in.
         store: where labels are kept; one transaction a batch.
         batch_size: prompts generated together.
         shortcut: follow the full model's answer with every plan and generate only what differs (see
-            `oracle.following`); otherwise generate everything. The judge `kl` generates nothing either way.
+            `oracle.following`); otherwise generate everything. The judge `kl` generates nothing either way. Where the
+            decoding changes tokens, following their likeliest ones would not do, and everything is generated.
 
     Attributes:
+        decoding: how answers are generated, complete.
         failures: one sentence for each label whose judge failed; its score is NaN.
     """
 
@@ -66,9 +68,10 @@ class Labeller:
         shortcut: bool = True,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._decoding, self._store, self._batch_size = decoding, store, batch_size
-        self._shortcut = shortcut
-        self._follower = Shortcut(model, tokenizer, decoding)
+        self._store, self._batch_size = store, batch_size
+        self.decoding = decoding.of(model, tokenizer)
+        self._shortcut = shortcut and not self.decoding.changes_tokens
+        self._follower = Shortcut(model, tokenizer, self.decoding)
         self.failures: list[str] = []
 
     def model_key(self, plan: LayerPlan) -> str:
@@ -78,7 +81,7 @@ class Labeller:
 
     def missing(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[Prompt]:
         """The prompts that have no label under `plan` yet."""
-        found = self._store.keys(self.model_key(plan), str(plan), str(self._decoding))
+        found = self._store.keys(self.model_key(plan), str(plan), str(self.decoding))
         return [prompt for prompt in prompts if key_of(prompt) not in found]
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
@@ -126,14 +129,14 @@ class Labeller:
 
     def labels(self, plan: LayerPlan) -> dict[Key, Label]:
         """All labels under `plan` that the store holds."""
-        return self._store.read(self.model_key(plan), str(plan), str(self._decoding))
+        return self._store.read(self.model_key(plan), str(plan), str(self.decoding))
 
     def _generate(self, prompts: Sequence[Prompt], plan: LayerPlan, full: Full | None, advance: Advance) -> None:
         """Plain generation under one plan."""
         for batch in self._batches(prompts, full):
             start = time.perf_counter()
             answers = answer_batch(
-                self._model, self._tokenizer, [prompt.prompt for prompt in batch], plan, self._decoding
+                self._model, self._tokenizer, [prompt.prompt for prompt in batch], plan, self.decoding
             )
             seconds = (time.perf_counter() - start) / len(batch)
             labels = []
@@ -167,7 +170,7 @@ class Labeller:
 
     def _finish(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
         def tokens(draft: Draft) -> int:
-            return full[draft.prompt].prompt_tokens + self._decoding.max_new_tokens
+            return full[draft.prompt].prompt_tokens + self.decoding.max_new_tokens
 
         ordered = sorted(drafts, key=lambda draft: (len(draft.ids), -tokens(draft)))
         for batch in packed(ordered, tokens, self._batch_size):
@@ -220,7 +223,7 @@ class Labeller:
             return len(self._tokenizer(prompt.reference).input_ids if full is None else full[prompt].answer_ids)
 
         ordered = sorted(lengths, key=lambda prompt: (-expected(prompt).bit_length(), -lengths[prompt], prompt.id))
-        return packed(ordered, lambda prompt: lengths[prompt] + self._decoding.max_new_tokens, self._batch_size)
+        return packed(ordered, lambda prompt: lengths[prompt] + self.decoding.max_new_tokens, self._batch_size)
 
     def _judged(self, prompt: Prompt, answer: str, full_answer: str) -> float:
         """The score, or NaN where the judge fails, which is noted."""
@@ -237,7 +240,7 @@ class Labeller:
             model=self.model_key(draft.plan),
             prompt=draft.prompt.hash,
             plan=str(draft.plan),
-            decoding=str(self._decoding),
+            decoding=str(self.decoding),
             judge=draft.prompt.judge,
             answer=answer,
             answer_ids=tuple(draft.ids),
