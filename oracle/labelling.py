@@ -72,12 +72,13 @@ class Labeller:
         self.decoding = decoding.of(model, tokenizer)
         self._shortcut = shortcut and not self.decoding.changes_tokens
         self._follower = Shortcut(model, tokenizer, self.decoding)
+        self._fingerprint = model_fingerprint(model)
         self.failures: list[str] = []
 
     def model_key(self, plan: LayerPlan) -> str:
         """What answers under a plan: the model, its dtype, and the stand-ins attached to it, if the plan has any."""
         digest = attached_digest(self._model, plan)
-        return f"{model_fingerprint(self._model)} {self._model.dtype}" + (f" with {digest}" if digest else "")
+        return f"{self._fingerprint} {self._model.dtype}" + (f" with {digest}" if digest else "")
 
     def missing(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[Prompt]:
         """The prompts that have no label under `plan` yet."""
