@@ -71,14 +71,11 @@ class Decoding:
     def of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Decoding:
         """The same, with what the model's own generation config says as well: its end tokens, and its options where
         these settings do not name them. Once that is in, asking again changes nothing."""
-        config: Any = model.generation_config
-        ends = {*self.ends, *_listed(config.eos_token_id)} - {*_listed(tokenizer.eos_token_id)}
-        own = {
-            name: value
-            for name, value in config.to_dict().items()
-            if name not in _ELSEWHERE and value != _NEUTRAL.get(name) and value is not None
-        }
-        return replace(self, ends=tuple(sorted(ends)), options={**own, **self.options})
+        return self.completed(*own_settings(model, tokenizer))
+
+    def completed(self, ends: Sequence[int], options: Mapping[str, Any]) -> Decoding:
+        """The same, with what `own_settings` found in a model."""
+        return replace(self, ends=tuple(sorted({*self.ends, *ends})), options={**options, **self.options})
 
     @property
     def changes_tokens(self) -> dict[str, Any]:
@@ -128,6 +125,18 @@ def checked_options(options: Any) -> dict[str, Any]:
         if name not in GenerationConfig().to_dict():  # type: ignore[no-untyped-call]
             raise DecodingError(f"options holds {name!r:.80}, which is no argument of generate()")
     return options
+
+
+def own_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[str, Any]]:
+    """What a model's own generation config says of greedy answers: end tokens beside the tokenizer's, and options."""
+    config: Any = model.generation_config
+    ends = {*_listed(config.eos_token_id)} - {*_listed(tokenizer.eos_token_id)}
+    options = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _ELSEWHERE and value != _NEUTRAL.get(name) and value is not None
+    }
+    return sorted(ends), options
 
 
 def _listed(tokens: int | Sequence[int] | None) -> list[int]:

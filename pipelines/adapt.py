@@ -14,16 +14,17 @@ import numpy as np
 
 from backbone.bridging import Fits, bridges_of, bridging_rounds, fit_bridges
 from backbone.distilling import History, distil
+from backbone.files import replacing, write_atomically
 from backbone.plan import LayerPlan
 from backbone.stand_ins import StandIns, attach, detach
 from backbone.teaching import Example
 from oracle.examples import answered_examples, reference_examples
 from oracle.frontier import static_points, upper_hull
-from oracle.labelling import score_matrix
 from oracle.prompts import Prompt
+from oracle.reading import score_matrix
 from pipelines.config import AdaptMethod, Config
 from pipelines.progress import console, progress
-from pipelines.stages import BY_NAME, stage_key, write_atomically
+from pipelines.run_state import stage_key
 from pipelines.workspace import Workspace
 from runtime.measuring import generation_under, median_seconds, prompt_inputs
 
@@ -41,13 +42,12 @@ def run(config: Config) -> Path:
     curves = _compared(workspace, candidates) if len(candidates) > 1 else {}
     chosen = max(curves, key=lambda method: curves[method]["area"]) if curves else wanted[0]
     stand_ins = candidates[chosen]
-    unfinished = workspace.path(".stand_ins.unfinished")
-    stand_ins.save(unfinished)
-    unfinished.replace(workspace.path("stand_ins.safetensors"))
+    with replacing(workspace.path("stand_ins.safetensors")) as unfinished:
+        stand_ins.save(unfinished)
     plans = workspace.frozen_menu().plans
     record = {
         "method": chosen,
-        "digest": stand_ins.digest,
+        "digest": "" if stand_ins.is_empty else stand_ins.digest,
         "added_budget": {str(plan): stand_ins.cost(model, plan) for plan in plans},
         "compared": curves,
         **made.record,
@@ -89,7 +89,7 @@ class _Making:
                 bridges,
                 self._workspace.frozen_menu().probe_depth,
                 self._settings.settings(),
-                self._workspace.path("adapt") / stage_key(self._workspace.config, BY_NAME["adapt"]) / method,
+                self._workspace.path("adapt") / stage_key(self._workspace.config, "adapt") / method,
                 fingerprint,
                 _showing(advance),
             )
@@ -134,7 +134,7 @@ class _Making:
 
     def _references(self) -> list[Example]:
         _, tokenizer = self._workspace.backbone
-        return reference_examples(tokenizer, self._prompts(), self._workspace.config.decoding.settings())
+        return reference_examples(tokenizer, self._prompts(), self._workspace.decoding)
 
     def _prompts(self) -> list[Prompt]:
         train = self._workspace.splits["train"]

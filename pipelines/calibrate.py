@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from backbone.files import write_atomically
 from controller.base import choose
 from controller.calibration import certify
 from controller.certificate import Certificate
@@ -17,7 +18,6 @@ from controller.learning import Learned
 from controller.report_card import losses_at
 from pipelines.config import Config
 from pipelines.progress import console
-from pipelines.stages import write_atomically
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
 from runtime.allocator import Allocator
@@ -43,7 +43,7 @@ def run(config: Config) -> Path:
         controller_name=best,
         projection=trained[best].projection,
         certificate=certificates[best],
-        decoding=config.decoding.settings(),
+        decoding=workspace.decoding,
         fingerprint=workspace.fingerprint,
         model_source=config.model.source,
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,

@@ -254,7 +254,7 @@ class Config(Section):
     try_prompts: list[str] = []
     """Prompts that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)
-    """Name of the YAML file this came from."""
+    """Path of the YAML file this came from."""
 
     @model_validator(mode="after")
     def _check_features(self) -> Config:
@@ -291,7 +291,7 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
     for setting in settings:
         _put(data, setting)
     try:
-        return Config.model_validate({**data, "file": path.name})
+        return Config.model_validate({**data, "file": str(path.resolve())})
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backbone.files import write_atomically
 from controller.base import choose
 from controller.constant import MixtureController, OracleController
 from controller.frontier_card import frontier_card
@@ -21,7 +22,6 @@ from pipelines.config import Config
 from pipelines.frozen import before_and_after
 from pipelines.own_judges import by_own_judges
 from pipelines.speeds import feature_ms, speeds
-from pipelines.stages import write_atomically
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
 from runtime.allocator import Allocator
@@ -143,7 +143,7 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
     """
     menu = workspace.menu()
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
-    labels = workspace.labeller.read(workspace.labelled, menu)
+    labels = workspace.labels.read(workspace.labelled, menu)
     spent = sum(label.forward_tokens for row in labels for label in row)
     exhaustive = sum(
         (label.prompt_tokens + len(label.answer_ids)) * share

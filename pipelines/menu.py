@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from backbone.files import write_atomically
 from oracle.menus import MenuTask, build_menu, search_steps
 from pipelines.config import Config
 from pipelines.progress import progress
-from pipelines.stages import write_atomically
 from pipelines.workspace import Workspace
 
 
@@ -21,7 +21,7 @@ def run(config: Config) -> Path:
         model=model,
         tokenizer=tokenizer,
         prompts=[prompt.prompt for prompt in workspace.splits["train"][:: _stride(workspace, settings.prompts)]],
-        decoding=config.decoding.settings(),
+        decoding=workspace.decoding,
         probe_depth=settings.probe_depth,
         n_plans=settings.plans,
         cheapest_budget=settings.cheapest_budget,

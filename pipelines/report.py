@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from backbone.files import write_atomically
 from controller.p_values import fewest_prompts
 from controller.report_card import price_curve
 from oracle.frontier import least_sufficient, oracle_hull, static_points, upper_hull
@@ -21,7 +22,7 @@ from oracle.labels import Label
 from pipelines import figures
 from pipelines.config import Config
 from pipelines.progress import waiting
-from pipelines.stages import RunState, write_atomically
+from pipelines.run_state import RunState
 from pipelines.tracking import log_run
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
@@ -151,7 +152,7 @@ def _task_rows(workspace: Workspace, table: Table, chosen: NDArray[np.intp]) -> 
 def _examples(workspace: Workspace, table: Table, chosen: NDArray[np.intp], per_task: int = 2) -> list[dict[str, Any]]:
     """Some test prompts of every task, first those whose answer changed, with both answers."""
     menu = workspace.menu()
-    labels = workspace.labeller.read(table.prompts, menu)
+    labels = workspace.labels.read(table.prompts, menu)
     shown: dict[str, list[dict[str, Any]]] = defaultdict(list)
     rows = [(prompt, row, index) for prompt, row, index in zip(table.prompts, labels, chosen, strict=True)]
     for prompt, row, index in sorted(rows, key=lambda item: item[1][item[2]].answer == item[1][-1].answer):

@@ -9,11 +9,12 @@ from typing import Any
 
 import optuna
 
+from backbone.files import write_atomically
 from controller.learning import Settings
 from pipelines.config import Config
 from pipelines.progress import console, progress
+from pipelines.run_state import stage_key
 from pipelines.searching import Search, Work, finished, search, settings_of
-from pipelines.stages import BY_NAME, stage_key, write_atomically
 from pipelines.workspace import Workspace
 
 
@@ -108,4 +109,4 @@ def _save_winner(config: Config, settings: dict[str, Any]) -> None:
 def _space_key(config: Config) -> str:
     """As the stage's key, but more trials or workers of the same search go on with the same study."""
     same = config.tuning.model_copy(update={"trials": 1, "workers": 1, "storage": None, "given": {}})
-    return stage_key(config.model_copy(update={"tuning": same}), BY_NAME["tune"])
+    return stage_key(config.model_copy(update={"tuning": same}), "tune")

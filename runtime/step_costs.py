@@ -12,7 +12,6 @@ import inspect
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from backbone.families import decoder_layers, sublayer_bytes
+from backbone.files import write_atomically
 from backbone.loading import cache_folder
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
@@ -141,9 +141,7 @@ def keep_step_costs(model: PreTrainedModel, costs: StepCosts) -> None:
     try:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(json.dumps(asdict(costs), indent=2) + "\n")
-        Path(file.name).replace(path)
+        write_atomically(path, json.dumps(asdict(costs), indent=2) + "\n")
     except OSError as error:
         logger.warning("step times cannot be kept for later processes (%s)", error)
 

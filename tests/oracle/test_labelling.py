@@ -23,10 +23,11 @@ from oracle import shortcut as leading
 from oracle.answering import answer_batch, continue_batch, stop_token_ids
 from oracle.decoding import Decoding, DecodingError, cut_at_stop
 from oracle.following import follow
-from oracle.labelling import Labeller, score_matrix
+from oracle.labelling import Labeller
 from oracle.labels import CUT, Label, LabelStore, StoreError
 from oracle.packing import packed
 from oracle.prompts import Prompt, PromptError, Shard
+from oracle.reading import score_matrix
 from oracle.shortcut import Draft, Shortcut
 
 DECODING = Decoding(4)
