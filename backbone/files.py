@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 UNFINISHED = ".unfinished"
 STRAY_SECONDS = 60
@@ -45,6 +48,20 @@ def remove_strays(folder: Path) -> None:
     for stray in folder.glob(f".*{UNFINISHED}"):
         if stray.is_file() and time.time() - stray.stat().st_mtime > STRAY_SECONDS:
             stray.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where layerbudget keeps what it made once: `$LAYERBUDGET_CACHE`, by default `~/.cache/layerbudget`."""
+    folder = Path(os.environ.get("LAYERBUDGET_CACHE", "~/.cache/layerbudget")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def lock_of(path: Path) -> FileLock:
+    """A lock for whoever writes to a path on this machine; it lies elsewhere, so that the path's folder stays clean."""
+    locks = cache_folder() / "locks"
+    locks.mkdir(exist_ok=True)
+    return FileLock(locks / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.lock")
 
 
 def _give_usual_mode(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from transformers import (
 
 from backbone.errors import InputError
 from backbone.families import decoder_layers, family_of
+from backbone.files import cache_folder
 
 PACKAGE_PREFIX = "package:"
 
@@ -143,13 +143,6 @@ def _imported_package(name: str) -> ModuleType:
     except ImportError:
         pip_name = name.replace("_", "-")
         raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it") from None
-
-
-def cache_folder() -> Path:
-    """Where layerbudget keeps what it made once: `$LAYERBUDGET_CACHE`, by default `~/.cache/layerbudget`."""
-    folder = Path(os.environ.get("LAYERBUDGET_CACHE", "~/.cache/layerbudget")).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _converted(gguf: Path) -> Path:

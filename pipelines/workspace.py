@@ -22,6 +22,7 @@ from oracle.decoding import Decoding
 from oracle.frontier import sufficient_plans
 from oracle.labelling import Labeller
 from oracle.labels import LabelStore, StoreError
+from oracle.lengths import check_lengths
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from oracle.reading import LabelReader, model_key, score_matrix
 from pipelines.config import Config, ConfigError, Risk
@@ -142,6 +143,8 @@ class Workspace:
         with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
             loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
         self._check_same_model(ModelFacts.of(*loaded))
+        named = [(prompt.id, prompt.prompt) for prompt in self.prompts]
+        check_lengths(*loaded, named, self.config.decoding.max_new_tokens)
         return loaded
 
     def _check_same_model(self, found: ModelFacts) -> None:

@@ -89,7 +89,13 @@ class Allocator:
         return load_allocator(source, revision)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save to a folder, replacing an allocator that is there; never half-written."""
+        """Save to a folder, beside what lies there, in the place of an allocator that was saved there before.
+
+        Who loads from the folder meanwhile gets the old one or the new one, and a kill leaves one of the two.
+
+        Raises:
+            BundleError: the folder is a file, or somebody else's file, such as a README.md, has a name that is needed.
+        """
         from runtime.artefact import save_allocator
 
         save_allocator(self, Path(folder))

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from backbone.families import decoder_layers, sublayer_bytes
-from backbone.files import write_atomically
-from backbone.loading import cache_folder
+from backbone.files import cache_folder, write_atomically
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
 from runtime.measuring import machine, median_seconds
