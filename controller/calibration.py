@@ -78,6 +78,25 @@ def last_valid(values: Floats, delta: float) -> int | None:
     return int(valid[-1]) if len(valid) else None
 
 
+def cheapest_valid_plan(losses: Floats, alpha: float, delta: float, risk: Risk, groups: Groups | None = None) -> int:
+    """The cheapest plan that, run by all prompts, loses at most `alpha` on average with probability 1 - `delta`.
+
+    Plans are tested from the largest down until the first that fails (a fixed sequence), so that the choice among them
+    is covered: to pick the best of K tests at `delta` each would be wrong up to K times as often.
+
+    Args:
+        losses: of n prompts under K plans [n, K], cheapest first, the last full.
+        groups: see `valid_price`.
+
+    Returns:
+        The plan's place; K - 1, the full plan, where no other is valid.
+    """
+    full = int(losses.shape[1]) - 1
+    tested = losses[:, :full][:, ::-1].T
+    index = last_valid(price_p_values(tested, alpha, delta, risk, groups), delta) if full else None
+    return full if index is None else full - 1 - index
+
+
 def certify(
     losses: Callable[[float], Floats],
     *,

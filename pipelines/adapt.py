@@ -26,7 +26,10 @@ from pipelines.config import AdaptMethod, Config
 from pipelines.progress import console, progress
 from pipelines.run_state import stage_key
 from pipelines.workspace import Workspace
-from runtime.measuring import generation_under, median_seconds, prompt_inputs
+from runtime.measuring import FEWEST_ROUNDS, generation_under, median_seconds, prompt_inputs
+
+HELD = 5
+"""Every so many-th prompt is held out where methods are compared."""
 
 
 def run(config: Config) -> Path:
@@ -137,8 +140,19 @@ class _Making:
         return reference_examples(tokenizer, self._prompts(), self._workspace.decoding)
 
     def _prompts(self) -> list[Prompt]:
-        train = self._workspace.splits["train"]
-        return train[:: max(1, len(train) // self._settings.prompts)][: self._settings.prompts]
+        prompts = _parts(self._workspace)[0]
+        return prompts[:: max(1, len(prompts) // self._settings.prompts)][: self._settings.prompts]
+
+
+def _parts(workspace: Workspace) -> tuple[list[Prompt], list[Prompt]]:
+    """The split `adapt` in prompts to fit on and prompts to compare methods on; none of the latter without a choice.
+
+    Neither teach controllers: what was fitted or picked on a prompt loses less there than elsewhere.
+    """
+    prompts = workspace.splits["adapt"]
+    if workspace.config.adapt.method != "best":
+        return prompts, []
+    return [prompt for i, prompt in enumerate(prompts) if i % HELD], prompts[::HELD]
 
 
 def _showing(advance: Callable[[int], None]) -> Callable[[History], None]:
@@ -172,13 +186,13 @@ def _described(fits: Fits, seconds: float) -> dict[str, Any]:
 
 
 def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> dict[AdaptMethod, dict[str, Any]]:
-    """For each method its static plans on the tune split: time a token, mean score, and the area under their hull.
+    """For each method its static plans on held-out prompts: time a token, mean score, and the area under their hull.
 
     The area is between the fastest plan of all methods and the full model's time, over milliseconds a token: mean
     quality at a time that one is ready to spend.
     """
     model, tokenizer = workspace.backbone
-    menu, prompts = workspace.frozen_menu(), workspace.splits["tune"]
+    menu, prompts = workspace.frozen_menu(), _parts(workspace)[1]
     batch = prompt_inputs(model, tokenizer, [prompt.prompt for prompt in prompts[:4]])
     n_tokens = workspace.config.evaluation.speed_tokens
     scores, times = {}, {}
@@ -189,7 +203,7 @@ def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> 
             labeller.label(prompts, menu, advance)
         scores[method] = score_matrix(labeller.read(prompts, menu))
         work = {plan: generation_under(model, batch, plan, n_tokens) for plan in menu.plans}
-        seconds = median_seconds(work, workspace.config.evaluation.speed_rounds, lambda: None)
+        seconds = median_seconds(work, FEWEST_ROUNDS, lambda: None)
         times[method] = np.array([seconds[plan] * 1000 / n_tokens for plan in menu.plans])
         detach(model)
     return _areas(scores, times)

@@ -112,7 +112,6 @@ def _compared(comparison: dict[str, Any]) -> dict[str, dict[float, dict[str, Any
 def _plan_rows(workspace: Workspace, table: Table, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Each plan of the menu: what runs, what it costs, how good it is alone, how often it was chosen."""
     menu, speed = workspace.menu(), metrics["speed"]
-    full_seconds = speed["plan_seconds"][-1]
     return [
         {
             "text": str(plan),
@@ -123,7 +122,7 @@ def _plan_rows(workspace: Workspace, table: Table, metrics: dict[str, Any]) -> l
             ],
             "quality": float(table.scores[:, index].mean()),
             "sufficient": float(table.sufficient[:, index].mean()),
-            "speedup": full_seconds / speed["plan_seconds"][index],
+            "speedup": speed["plan_intervals"][index],
             "chosen": metrics[metrics["best"]]["plan_shares"][index],
         }
         for index, (plan, budget) in enumerate(zip(menu.plans, menu.budgets, strict=True))

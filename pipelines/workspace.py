@@ -23,6 +23,7 @@ from oracle.frontier import sufficient_plans
 from oracle.labelling import Labeller
 from oracle.labels import LabelStore, StoreError
 from oracle.lengths import check_lengths
+from oracle.menus import LOOK_AT_PROMPTS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from oracle.reading import LabelReader, model_key, score_matrix
 from pipelines.config import Config, ConfigError, Risk
@@ -115,20 +116,26 @@ class Workspace:
 
     @cached_property
     def labelled(self) -> list[Prompt]:
-        """The prompts that are labelled and learned from: all, or as many as `label.limit` says."""
-        return limited(self.prompts, self.config.label.limit)
+        """The prompts that are labelled and learned from: all but the split `adapt`, or `label.limit` of these."""
+        adapt = set(self.splits["adapt"])
+        return limited([prompt for prompt in self.prompts if prompt not in adapt], self.config.label.limit)
 
     @cached_property
     def splits(self) -> dict[Split, list[Prompt]]:
         parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
         for prompt in self.prompts:
             parts[split_of(prompt, self.config.data.shares)].append(prompt)
-        if small := [split for split, prompts in parts.items() if len(prompts) < 2]:
+        needed = [split for split in SPLITS if split != "adapt" or self._makes_from_prompts]
+        if small := [split for split in needed if len(parts[split]) < 2]:
             raise ConfigError(
                 f"{len(self.prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
                 "or more: use more prompts or other data.shares"
             )
         return parts
+
+    @property
+    def _makes_from_prompts(self) -> bool:
+        return self.config.adapt.method != "none" or self.config.menu.method in LOOK_AT_PROMPTS
 
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:

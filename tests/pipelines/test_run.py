@@ -419,7 +419,7 @@ def test_a_folder_of_another_config_or_model_is_left_alone(finished, config_file
         (["menu={method: given, given: ['0-9']}"], "layer 6 is outside the model"),
         (["menu.probe_depth=6"], "probe_depth must be from 1 to 5 for this model, got 6"),
         (
-            ["data.limit=8", "data.shares={train: 0.9, tune: 0.1, calibrate: 0.0, test: 0.0}"],
+            ["data.limit=8", "data.shares={adapt: 0.2, train: 0.7, tune: 0.1, calibrate: 0.0, test: 0.0}"],
             "leave 0 for the split",
         ),
         (["unknown=1"], "unknown key 'unknown'"),

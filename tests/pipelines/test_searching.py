@@ -13,7 +13,7 @@ from controller.base import LearningError
 from controller.learning import Settings
 from pipelines import searching
 from pipelines.config import TuningSection
-from pipelines.searching import Search, Work, finished, open_study, search, settings_of
+from pipelines.searching import Search, Work, finished, open_study, search, search_in_memory, settings_of
 
 
 def some_work(**tuning) -> Work:
@@ -49,19 +49,26 @@ def test_a_finished_trial_gives_its_settings_back(wanted) -> None:
     settings = settings_of("logistic", trial, work.tuning)
     assert (settings.sets, settings.components) == (("length",), 3)
     assert settings.parameters == {"l2": trial.params["l2"]}
-    regret, decision_ms = work.judge(settings)
-    assert regret == pytest.approx(trial.values[0])
-    assert decision_ms > 0
+    assert work.judge(settings) == pytest.approx(trial.value)
 
 
 def test_the_length_is_worth_more_than_noise() -> None:
     work, settings = some_work(), Settings("logistic", ("length",), 3)
     shuffled = {"length": np.random.default_rng(1).permutation(work.features["length"])}
     blind = Work(shuffled, work.kept, work.budgets, work.bounds, work.tuning)
-    assert work.judge(settings)[0] < blind.judge(settings)[0] - 0.1
+    assert work.judge(settings) < blind.judge(settings) - 0.1
 
 
-def test_trials_that_fall_behind_are_given_up_with_one_objective(wanted, monkeypatch) -> None:
+def test_a_search_in_memory_tries_the_defaults_and_what_it_is_given_first(monkeypatch) -> None:
+    work, tried = some_work(trials=3), []
+    monkeypatch.setattr(Work, "judge", lambda self, settings: tried.append(settings) or -len(tried))
+    best = search_in_memory("logistic", work, {"l2": 0.5})
+    assert [settings.parameters["l2"] for settings in tried[:2]] == [0.03, 0.5]
+    assert best == tried[2]
+    assert len(tried) == 3
+
+
+def test_trials_that_fall_behind_are_given_up(wanted, monkeypatch) -> None:
     seen: list[str] = []
 
     class Behind(optuna.pruners.BasePruner):
@@ -70,7 +77,7 @@ def test_trials_that_fall_behind_are_given_up_with_one_objective(wanted, monkeyp
             return trial.number == 2
 
     monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: Behind())
-    study = search(wanted, some_work(objectives=["regret"]), lambda done: None)
+    study = search(wanted, some_work(), lambda done: None)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
     assert "1:2" in seen
     assert "2:2" not in seen
