@@ -54,7 +54,7 @@ class StandIns:
         content = hashlib.sha256(self.fingerprint.encode())
         for name, tensor in sorted(self._tensors().items()):
             content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            content.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            content.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return content.hexdigest()[:12]
 
     @property

@@ -107,6 +107,7 @@ def certify(
     per_task: bool = False,
     tolerance: float = 0.0,
     prompts_hash: str = "",
+    decoding: str = "",
 ) -> Certificate:
     """Finds the price and says what it is worth.
 
@@ -116,6 +117,7 @@ def certify(
         per_task: whether the bound is to hold in every task.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
         prompts_hash: of the calibration prompts.
+        decoding: how the answers were generated, in words.
     """
     names = np.asarray(tasks)
     price = valid_price(losses, alpha, delta, names if per_task else None, risk=risk)
@@ -132,6 +134,7 @@ def certify(
         fewest_prompts=fewest_prompts(alpha, delta, risk),
         per_task=_per_task(observed, names) if per_task else {},
         tolerance=tolerance,
+        decoding=decoding,
     )
 
 

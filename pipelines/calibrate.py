@@ -32,7 +32,7 @@ def run(config: Config) -> Path:
     table = workspace.table("calibrate")
     trained = load_trained(workspace)
     certificates = {
-        name: certified(learned.predict(table.features), table, config) for name, learned in trained.items()
+        name: certified(learned.predict(table.features), table, workspace) for name, learned in trained.items()
     }
     best = json.loads(workspace.path("tuning.json").read_text())["best"]
     if certificates[best].price is None:
@@ -55,12 +55,13 @@ def run(config: Config) -> Path:
     return workspace.path("allocator")
 
 
-def certified(predicted: np.ndarray, table: Table, config: Config, alpha: float | None = None) -> Certificate:
+def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: float | None = None) -> Certificate:
     """Learn-then-Test on a table, for a controller that predicted `predicted` [N, K] there.
 
     Args:
         alpha: another bound than the configuration's.
     """
+    config = workspace.config
     calibration = config.calibration
     return certify(
         lambda price: losses_at(predicted, table.kept, table.budgets, price),
@@ -71,6 +72,7 @@ def certified(predicted: np.ndarray, table: Table, config: Config, alpha: float 
         per_task=calibration.per_task,
         tolerance=config.label.tolerance,
         prompts_hash=hashlib.sha256("".join(prompt.hash for prompt in table.prompts).encode()).hexdigest()[:16],
+        decoding=str(workspace.decoding),
     )
 
 

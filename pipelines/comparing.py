@@ -125,7 +125,7 @@ def _outcome(chosen: Choices, test: Table) -> dict[str, float]:
 def _certified(
     workspace: Workspace, seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float
 ) -> dict[str, Any]:
-    price = certified(seen, calibrate, workspace.config, alpha).price
+    price = certified(seen, calibrate, workspace, alpha).price
     return {"alpha": alpha, "price": price, **_outcome(choose(predicted, test.budgets, price_of(price)), test)}
 
 

@@ -20,6 +20,8 @@ from filelock import FileLock
 from tiny import tiny_model, tiny_tokenizer
 
 from oracle.labels import CUT
+from oracle.prompts import load_prompts, split_of
+from pipelines.config import DataSection
 from pipelines.run_state import content_hash
 from pipelines.speeds import NOISE
 
@@ -186,9 +188,12 @@ def test_kills_at_any_stage_lose_nothing(config_file, tmp_path) -> None:
     with sqlite3.connect(folder / "labels.db") as connection:
         (labels,) = connection.execute("SELECT COUNT(*) FROM labels").fetchone()
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    distinct = len({json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()})
-    frozen = json.loads((folder / "metrics.json").read_text())["prompts"]["test"] * (len(menu["plans"]) - 1)
-    assert labels == distinct * len(menu["plans"]) + frozen
+    prompts = load_prompts(str(tmp_path / "prompts.jsonl"))
+    splits = {prompt: split_of(prompt, DataSection().shares) for prompt in prompts}
+    labelled, fitted = ({p.hash for p, split in splits.items() if (split == "adapt") == only} for only in (False, True))
+    frozen = len({p.hash for p, split in splits.items() if split == "test"}) * (len(menu["plans"]) - 1)
+    full_alone = len(fitted - labelled)
+    assert labels == len(labelled) * len(menu["plans"]) + full_alone + frozen
     assert not [file for file in folder.iterdir() if "unfinished" in file.name]
     undisturbed = config_file("other.yaml", name="other", tuning={"trials": 6})
     assert layerbudget("run", undisturbed).returncode == 0
