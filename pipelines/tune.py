@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 
 from controller.learning import Settings
-from pipelines.config import Config
+from pipelines.config import LONGEST_NAME, Config, GivenSettings
 from pipelines.progress import console, progress
 from pipelines.searching import Search, Work, finished, search, settings_of
 from pipelines.stages import BY_NAME, stage_key, write_atomically
@@ -71,7 +71,7 @@ def _winner(study: optuna.Study, work: Work) -> optuna.trial.FrozenTrial:
 
 
 def _given(work: Work, name: str) -> dict[str, Any]:
-    settings = Settings.from_dict({"name": name, **work.tuning.given[name]})
+    settings = Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()})
     regret, decision_ms = work.judge(settings)
     return {
         "settings": settings.to_dict(),
@@ -98,9 +98,9 @@ def _importance(study: optuna.Study) -> dict[str, float]:
 
 def _save_winner(config: Config, settings: dict[str, Any]) -> None:
     name = settings["name"]
-    given = {name: {key: value for key, value in settings.items() if key != "name"}}
+    given = {name: GivenSettings(**{key: value for key, value in settings.items() if key != "name"})}
     tuning = config.tuning.model_copy(update={"controllers": [name], "given": given, "storage": None})
-    winner = config.model_copy(update={"tuning": tuning, "name": f"{config.name}-winner"})
+    winner = config.model_copy(update={"tuning": tuning, "name": f"{config.name[: LONGEST_NAME - 7]}-winner"})
     text = "# The best controller of this run, to be made again without a search: layerbudget run winner.yaml\n"
     write_atomically(config.folder / "winner.yaml", text + winner.dump())
 

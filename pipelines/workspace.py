@@ -21,6 +21,7 @@ from controller.features import Features, rows_of
 from oracle.frontier import sufficient_plans
 from oracle.labelling import Labeller, score_matrix
 from oracle.labels import LabelStore
+from oracle.lengths import check_lengths
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from pipelines.config import Config, ConfigError, Risk
 from pipelines.progress import progress, waiting
@@ -139,6 +140,7 @@ class Workspace:
         with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
             loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
         self._check_same_weights(loaded[0])
+        check_lengths(*loaded, self.prompts, self.config.decoding.max_new_tokens)
         return loaded
 
     def _check_same_weights(self, model: PreTrainedModel) -> None:

@@ -10,7 +10,8 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -59,7 +60,7 @@ def command(folder: Path, *arguments: object, limits: Limits | None = None) -> E
     (out, to_out), (err, to_err) = context.Pipe(duplex=False), context.Pipe(duplex=False)
     words = [str(argument) for argument in arguments]
     child = context.Process(target=_run, args=(folder, words, limits, to_out, to_err), daemon=True)
-    with _server_environment():
+    with _environment():
         child.start()
     to_out.close()
     to_err.close()
@@ -73,26 +74,21 @@ def command(folder: Path, *arguments: object, limits: Limits | None = None) -> E
     return Ended(status, *(text.decode(errors="replace") for text in texts))
 
 
-class _server_environment:  # noqa: N801 (a context manager)
-    """The forked process starts with the environment that its server was started with."""
-
-    _WANTED = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self._WANTED}
-        os.environ.update(self._WANTED)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+@contextmanager
+def _environment() -> Iterator[None]:
+    """The forked processes have the environment that their server was started with."""
+    before = dict(os.environ)
+    os.environ.update({"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _listened(child: BaseProcess, pipes: Sequence[Connection], limits: Limits) -> list[bytes]:
     """What the child writes, until it ends or its time is over."""
-    texts = {pipe: b"" for pipe in pipes}
+    texts = dict.fromkeys(pipes, b"")
     end, interrupt = time.monotonic() + TIME_LIMIT, float("inf")
     with selectors.DefaultSelector() as selector:
         for pipe in pipes:
@@ -138,6 +134,3 @@ def _drop_capabilities() -> None:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     if os.geteuid() == 0 and library.capset(header, (ctypes.c_uint32 * 6)()) != 0:
         raise OSError(ctypes.get_errno(), "capset")
-
-
-EachCommand = Callable[..., Ended]

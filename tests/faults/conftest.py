@@ -15,8 +15,6 @@ from project import Project, finished_project
 from tiny import tiny_model, tiny_tokenizer
 
 
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model; timings of it are kept there too."""

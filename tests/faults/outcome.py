@@ -46,7 +46,9 @@ def judged(ended: Ended, project: Project, foreign: dict, check: Callable[[], st
     """
     outcome = outcome_of(ended)
     seen = f"status {ended.status}\n{ended.out[-1500:]}\n{ended.err[-3000:]}"
-    if changed := [str(path) for path, content in foreign.items() if not path.is_file() or path.read_bytes() != content]:
+    if changed := [
+        str(path) for path, content in foreign.items() if not path.is_file() or path.read_bytes() != content
+    ]:
         return "data lost", f"{', '.join(changed)} changed\n{seen}"
     if outcome == "harmless and correct" and (wrong := check()):
         return "accepted damage", f"{wrong}\n{seen}"

@@ -67,8 +67,6 @@ REFUSED: dict[str, Callable[[Path], None]] = {
     "NaN": _with("NaN"),
     "-Infinity": _with("-Infinity"),
     "a key twice": _line('{"id": "x", ' + json.dumps(_ROW)[1:]),
-    "an id twice": _row(id="long-0"),
-    "a line twice": _line('{"prompt": "a", "id": "long-0"}'),
     "a blank line": _line(""),
     "two rows in a line": _line(json.dumps(_ROW) + json.dumps({**_ROW, "id": "second"})),
     "a list": _line("[]"),
@@ -82,6 +80,7 @@ REFUSED: dict[str, Callable[[Path], None]] = {
 }
 OF_RUNS: dict[str, Callable[[Path], None]] = {
     **{f"{field} of another type": _row(**{field: 3}) for field in _ROW},
+    "an id twice": _row(id="long-0"),
     "an unknown judge": _row(judge="taste"),
     "a judge of no module": _row(judge="no.such.module:judge"),
     "a judge with no name": _row(judge=":"),
@@ -102,7 +101,8 @@ def _rows(path: Path) -> list[Row]:
 def _answered_as_written(project: Project, name: str) -> str | None:
     if name in REFUSED:
         return "it should have been refused"
-    wanted = [(str(row.get("id", n)), row["prompt"]) for n, row in enumerate(_rows(project.folder / "prompts.jsonl"), 1)]
+    rows = _rows(project.folder / "prompts.jsonl")
+    wanted = [(str(row.get("id", number)), row["prompt"]) for number, row in enumerate(rows, 1)]
     lines = (project.folder / "answers.jsonl").read_bytes().decode().split("\n")[:-1]
     found = [(row["id"], row["prompt"]) for row in map(json.loads, lines)]
     return None if found == wanted else f"{len(found)} answers are not to the {len(wanted)} prompts"

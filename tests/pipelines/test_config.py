@@ -54,7 +54,10 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("features.sets=[length, moods]", "features: unknown features 'moods'; known are length"),
         ("features.sets=[length, states]", "features: sets must hold 'embedding', which the report's controls need"),
         ("tuning.feature_sets=[[length, lens]]", "tuning.feature_sets names 'lens', which features.sets does not hold"),
-        ("tuning.given={mlps: {}}", "given holds settings of 'mlps', which is not among tuning.controllers"),
+        (
+            "tuning.given={mlps: {sets: [length], components: 1}}",
+            "given holds settings of 'mlps', which is not among tuning.controllers",
+        ),
         ("tuning.objectives=[decision_ms]", "objectives must hold 'regret', got ['decision_ms']"),
         ("calibration.risk=doubt", "calibration.risk: Input should be 'insufficient' or 'score_lost', got 'doubt'"),
         ("menu.method=magic", "menu.method: Input should be 'given', 'evenly', 'exiting',"),
