@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,13 +87,15 @@ def _check_not_quantised(source: str, config: PreTrainedConfig) -> None:
 def _checked_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise LoadError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise LoadError(f"device {device!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return place
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d{1,3}))?", device)
+    if match is None:
+        raise LoadError(f"unknown device {device!r}; use auto, cpu, cuda, cuda:N or mps")
+    kind, number = match[1], int(match[2] or 0)
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if number >= counts[kind]:
+        names = {"cpu": "CPU device", "cuda": "CUDA GPUs", "mps": "MPS devices"}
+        raise LoadError(f"device {device!r} was asked for, but this machine has {counts[kind]} {names[kind]}")
+    return torch.device(device)
 
 
 def _checked_dtype(dtype: str | torch.dtype, place: torch.device) -> torch.dtype:

@@ -133,7 +133,7 @@ def exclusions(date: str, per_task: dict[str, dict[str, float]], decoding: str =
         "Other kinds of prompts: other lengths, languages or templates.",
         tasks,
         "Single prompts: a mean is bounded, and any one prompt may lose everything.",
-        f"Other decoding{f' than {decoding}' if decoding else ' settings'}: sampling, penalties, longer answers, other ends.",
+        f"Other decoding settings{f' than {decoding}' if decoding else ''}: sampling, longer answers, other ends.",
         "Another data type, device or batch size, whose rounding can change an answer.",
         "Prompts that run a larger plan than their own to share a lane: a larger plan usually loses less, not always.",
         "Quality that the judge does not see.",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from layerbudget import check_not_shadowed
+from layerbudget.failures import sentence_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -207,44 +209,75 @@ def inspect(
     typer.echo(f"\nMenu of {len(allocator.menu)} plans:")
     for plan, budget in zip(allocator.menu.plans, allocator.menu.budgets, strict=True):
         typer.echo(f"  {budget:6.1%}  {plan.layers:4g} layers  {plan}")
-    _print_report_card(Path(folder).parent / "metrics.json")
+    _print_report_card(Path(folder).expanduser().parent / "metrics.json")
 
 
 def _print_report_card(path: Path) -> None:
     """The test figures of the run that the allocator lies in, where it still does."""
+    from backbone.errors import InputError
+    from backbone.strict_json import parse
+
     if not path.is_file():
         return
-    metrics = json.loads(path.read_text())
-    typer.echo(f"\nReport card, on {metrics['prompts']['test']} unseen prompts ({path}):")
-    typer.echo(f"  {'policy':<16}{'score':>8}{'of full':>9}{'layers':>8}{'budget':>8}{'lost':>8}{'tokens/s':>10}")
-    for name, card in metrics.items():
-        if isinstance(card, dict) and "quality_ratio" in card:
-            typer.echo(
-                f"  {name:<16}{card['quality']:>8.3f}{card['quality_ratio']:>9.1%}{card['layers']:>8.2f}"
-                f"{card['budget']:>8.1%}{card['loss']:>8.1%}{card['tokens_per_s']:>10.1f}"
-            )
+    try:
+        lines = list(_report_card(parse(path.read_text(encoding="utf-8")), path))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is damaged; `layerbudget evaluate CONFIG` makes it again") from None
+    for line in lines:
+        typer.echo(line)
+
+
+def _report_card(metrics: dict[str, Any], path: Path) -> Iterator[str]:
+    yield f"\nReport card, on {metrics['prompts']['test']:d} unseen prompts ({path}):"
+    yield f"  {'policy':<16}{'score':>8}{'of full':>9}{'layers':>8}{'budget':>8}{'lost':>8}{'tokens/s':>10}"
+    cards = {name: card for name, card in metrics.items() if isinstance(card, dict) and "quality_ratio" in card}
+    if missing := {"full", metrics["best"]} - set(cards):
+        raise KeyError(missing)
+    for name, card in cards.items():
+        yield (
+            f"  {name:<16}{card['quality']:>8.3f}{card['quality_ratio']:>9.1%}{card['layers']:>8.2f}"
+            f"{card['budget']:>8.1%}{card['loss']:>8.1%}{card['tokens_per_s']:>10.1f}"
+        )
     if metrics["captured_headroom"] is not None:
-        typer.echo(f"  {metrics['best']} captures {metrics['captured_headroom']:.0%} of the headroom over static plans")
+        yield f"  {metrics['best']} captures {metrics['captured_headroom']:.0%} of the headroom over static plans"
 
 
 def main() -> None:
-    """Entry point: errors that are the input's fault become one sentence and status 2; Ctrl-C becomes status 130."""
+    """Entry point: what is the input's fault or the machine's becomes one sentence and status 2; Ctrl-C becomes status
+    130. Any other exception is a fault of ours and shows where it happened."""
     try:
         check_not_shadowed()
         from backbone.errors import InputError
     except ImportError as error:
         sys.exit(f"error: {error}")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _refuse(str(error))
     except ModuleNotFoundError as error:
-        typer.echo(
-            f"error: {error.name!r} is not installed; `pip install 'layerbudget[pipelines]'` brings it", err=True
-        )
-        sys.exit(2)
+        _refuse(f"{error.name!r} is not installed; `pip install 'layerbudget[pipelines]'` brings it")
+    except BrokenPipeError:
+        _stop_quietly()
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo("stopped; the same command goes on from here", err=True)
         raise
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        _refuse(sentence)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    typer.echo(f"error: {' '.join(sentence.split())}", err=True)
+    sys.exit(2)
+
+
+def _stop_quietly() -> NoReturn:
+    """Whoever read our output has gone, for example `head`; what is still to be flushed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from backbone import strict_json
 from backbone.errors import InputError
 from oracle.embedded import embedded_prompts
 from oracle.judges import check_judge
@@ -117,28 +118,42 @@ def _uniform(salt: str, name: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{salt}:{name}".encode()).digest()[:8], "big") / 2**64
 
 
-def read_jsonl(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """(place for error messages, row) of each line.
+def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(place for error messages, row) of each line; only a newline ends one, whatever stands inside a text.
 
     Raises:
-        PromptError: no such file, or a line that is not an object.
+        PromptError: no such file, one that is not UTF-8, or a line that is not an object.
     """
     if not path.is_file():
         raise PromptError(f"no prompts file {path}")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise PromptError(f"{place}: expected an object, got {type(row).__name__}")
-        rows.append((place, row))
-    return rows
+    lines = _text_of(path).split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
 
 
-def _read_dataset(source: str, columns: Mapping[str, str], split: str) -> list[tuple[str, dict[str, str]]]:
+def _text_of(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise PromptError(
+            f"{path}, line {line}: the byte {content[error.start]:#04x} is not UTF-8; save the file in that encoding"
+        ) from None
+
+
+def _row(place: str, line: str) -> tuple[str, dict[str, Any]]:
+    try:
+        row = strict_json.parse(line)
+    except strict_json.NotJSONError as error:
+        raise PromptError(f"{place}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise PromptError(f"{place}: expected an object, got {type(row).__name__}")
+    return place, row
+
+
+def _read_dataset(source: str, columns: Mapping[str, str], split: str) -> list[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset
 
     try:
@@ -155,12 +170,12 @@ def _read_dataset(source: str, columns: Mapping[str, str], split: str) -> list[t
         )
     rows = []
     for number, entry in enumerate(dataset):
-        row = {field: str(entry[column]) for field, column in mapping.items() if column in entry}
+        row = {field: str(entry[column]) for field, column in mapping.items() if entry.get(column) is not None}
         rows.append((f"{source} row {number}", {"id": f"{split}-{number}", "task": source, **row}))
     return rows
 
 
-def _checked(rows: Iterable[tuple[str, Mapping[str, str]]]) -> list[Prompt]:
+def _checked(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Prompt]:
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
     for place, row in rows:
@@ -174,7 +189,7 @@ def _checked(rows: Iterable[tuple[str, Mapping[str, str]]]) -> list[Prompt]:
     return prompts
 
 
-def _checked_row(place: str, row: Mapping[str, str]) -> Prompt:
+def _checked_row(place: str, row: Mapping[str, Any]) -> Prompt:
     if missing := [field for field in FIELDS if not isinstance(row.get(field), str)]:
         raise PromptError(
             f"{place}: the field {missing[0]!r} is missing or not a string; each prompt needs {', '.join(FIELDS)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,7 +16,8 @@ from backbone.fitting import Form
 from backbone.trainable import Where
 from controller.features import check_sets
 from oracle.decoding import Decoding
-from oracle.prompts import SPLITS, Split
+from oracle.prompts import FIELDS, SPLITS, Split
+from pipelines import yaml_text
 
 MenuMethod = Literal[
     "given",
@@ -35,35 +36,52 @@ Risk = Literal["insufficient", "score_lost"]
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
 
+LONGEST_NAME = 200
+"""Characters of a run's name: file systems take 255, and names of files and studies are made from it."""
+
+
 class ConfigError(InputError):
     """A configuration that cannot be used; the message names the key, its value and what would be right."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Text = Annotated[str, Field(min_length=1)]
+"""Not empty."""
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class ModelSection(Section):
-    source: str
+    source: Text
     """Hub id, folder, .gguf file, or package:NAME."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
 
 
 class DataSection(Section):
-    path: str = "embedded"
+    path: Text = "embedded"
     """`embedded`, a .jsonl file, or a name or folder that `datasets` loads."""
     limit: int | None = Field(None, ge=8)
-    columns: dict[str, str] = {}
+    columns: dict[str, Text] = {}
     """For a data set: our field -> its column."""
-    split: str = "train"
+    split: Text = "train"
     """For a data set: which of its splits to read."""
-    judge: str | None = None
+    judge: Text | None = None
     """For prompts that name no judge."""
-    force_judge: str | None = None
+    force_judge: Text | None = None
     """For all prompts, whatever judge they name; `kl` and `agreement` hold answers against the full model's own."""
     shares: dict[Split, float] = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
     """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels."""
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> DataSection:
+        if unknown := set(self.columns) - set(FIELDS):
+            raise ValueError(
+                f"columns names the field {min(unknown)!r}; the fields of a prompt are {', '.join(FIELDS)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_shares(self) -> DataSection:
@@ -75,7 +93,7 @@ class DataSection(Section):
 
 class DecodingSection(Section):
     max_new_tokens: int = Field(32, ge=1)
-    stop: list[str] = []
+    stop: list[Text] = []
 
     def settings(self) -> Decoding:
         return Decoding(self.max_new_tokens, tuple(self.stop))
@@ -161,6 +179,14 @@ class FeaturesSection(Section):
         return self
 
 
+class GivenSettings(Section):
+    """What is to be known to fit one controller; see `controller.learning.Settings`."""
+
+    sets: list[str] = Field(min_length=1)
+    components: int = Field(ge=1)
+    parameters: dict[str, Any] = {}
+
+
 class TuningSection(Section):
     controllers: list[LearnedController] = Field(["lightgbm", "mlp"], min_length=1)
     trials: int = Field(20, ge=1)
@@ -171,21 +197,23 @@ class TuningSection(Section):
         min_length=1,
     )
     """Combinations of sets of features to choose from."""
-    components: list[int] = Field([12, 24, 48, 96], min_length=1)
+    components: list[Annotated[int, Field(ge=1)]] = Field([12, 24, 48, 96], min_length=1)
     """Numbers of principal components of the wide sets to choose from."""
     folds: int = Field(4, ge=2)
     """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
     workers: int = Field(1, ge=1)
     """Processes that try settings at the same time."""
-    given: dict[str, dict[str, Any]] = {}
+    given: dict[str, GivenSettings] = {}
     """Settings of controllers for which nothing is searched, as in a run's tuning.json."""
     storage: str | None = None
     """Any URL that Optuna takes; default: tuning.db in the run folder."""
 
     @model_validator(mode="after")
     def _check_names(self) -> TuningSection:
-        for sets in self.feature_sets:
+        for sets in [*self.feature_sets, *(given.sets for given in self.given.values())]:
             check_sets(sets)
+        if not all(self.feature_sets):
+            raise ValueError(f"feature_sets must not hold an empty set, got {self.feature_sets}")
         if unknown := set(self.given) - set(self.controllers):
             raise ValueError(f"given holds settings of {min(unknown)!r}, which is not among tuning.controllers")
         return self
@@ -206,7 +234,7 @@ class CalibrationSection(Section):
 
 
 class EvaluationSection(Section):
-    alphas: list[float] = [0.01, 0.02, 0.05, 0.1]
+    alphas: list[Share] = [0.01, 0.02, 0.05, 0.1]
     """Mean losses at which the controllers and the controls are compared."""
     control_trials: int = Field(8, ge=1)
     """Trials of each control's own search: the defaults, the best controller's settings, and others."""
@@ -228,15 +256,27 @@ class EvaluationSection(Section):
     speed_seconds: float = Field(60.0, gt=0)
     """No round begins after this time, as long as there are five."""
 
+    @model_validator(mode="after")
+    def _check_template(self) -> EvaluationSection:
+        if self.template is None:
+            return self
+        try:
+            told_apart = self.template.format(prompt="a") != self.template.format(prompt="b")
+        except (ValueError, KeyError, IndexError, AttributeError):
+            told_apart = False
+        if not told_apart:
+            raise ValueError(f"template should hold {{prompt}}, and other braces twice, got {self.template!r}")
+        return self
+
 
 class TrackingSection(Section):
-    uri: str = "sqlite:///mlruns/mlflow.db"
+    uri: Text = "sqlite:///mlruns/mlflow.db"
     """Any URI that MLflow takes."""
-    experiment: str = "layerbudget"
+    experiment: Text = "layerbudget"
 
 
 class Config(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=LONGEST_NAME)
     """The run's folder is `runs/<name>`."""
     runs: Path = Path("runs")
     model: ModelSection
@@ -250,7 +290,7 @@ class Config(Section):
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrackingSection = TrackingSection()
-    try_prompts: list[str] = []
+    try_prompts: list[Text] = []
     """Prompts that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)
     """Path of the YAML file this came from."""
@@ -282,9 +322,9 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"no configuration file {path}")
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        data = yaml_text.parse(path.read_bytes())
+    except yaml_text.NotYAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} should hold keys and values, got {type(data).__name__}")
     for setting in settings:
@@ -305,9 +345,9 @@ def _put(data: dict[str, Any], setting: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--set {setting}: {section!r} has no keys of its own")
     try:
-        data[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {setting}: cannot read the value {text!r}") from None
+        data[last] = yaml_text.parse(text)
+    except yaml_text.NotYAMLError as error:
+        raise ConfigError(f"--set {setting}: cannot read the value {text!r}: {error}") from None
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -318,7 +358,14 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"the key {key!r} is missing; it has no default"
     reason = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {reason}" if problem["type"] == "value_error" else f"{key}: {reason}, got {problem['input']!r}"
+    return (
+        f"{key}: {reason}" if problem["type"] == "value_error" else f"{key}: {reason}, got {_short(problem['input'])}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _nearest_hint(key: str) -> str:

@@ -11,7 +11,7 @@ import optuna
 
 from backbone.files import write_atomically
 from controller.learning import Settings
-from pipelines.config import Config
+from pipelines.config import LONGEST_NAME, Config, GivenSettings
 from pipelines.progress import progress
 from pipelines.run_state import stage_key
 from pipelines.searching import Search, Work, finished, regret_bounds, search, settings_of
@@ -55,7 +55,7 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
 
 
 def _given(work: Work, name: str) -> dict[str, Any]:
-    settings = Settings.from_dict({"name": name, **work.tuning.given[name]})
+    settings = Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()})
     return {"settings": settings.to_dict(), "regret": work.judge(settings), "trials": 0, "importance": {}}
 
 
@@ -75,9 +75,9 @@ def _importance(study: optuna.Study) -> dict[str, float]:
 
 def _save_winner(config: Config, settings: dict[str, Any]) -> None:
     name = settings["name"]
-    given = {name: {key: value for key, value in settings.items() if key != "name"}}
+    given = {name: GivenSettings(**{key: value for key, value in settings.items() if key != "name"})}
     tuning = config.tuning.model_copy(update={"controllers": [name], "given": given, "storage": None})
-    winner = config.model_copy(update={"tuning": tuning, "name": f"{config.name}-winner"})
+    winner = config.model_copy(update={"tuning": tuning, "name": f"{config.name[: LONGEST_NAME - 7]}-winner"})
     text = "# The best controller of this run, to be made again without a search: layerbudget run winner.yaml\n"
     write_atomically(config.folder / "winner.yaml", text + winner.dump())
 

@@ -1,0 +1,136 @@
+"""Runs one command of the command line in a forked child of a clean process that has everything imported."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import resource
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TIME_LIMIT = 180
+"""Seconds after which a command hangs; the slowest takes some 20 on a busy machine."""
+
+_IMPORTED = ["layerbudget.cli", "pipelines.runner", *(f"pipelines.{stage}" for stage in (
+    "menu", "adapt", "label", "features", "tune", "train", "calibrate", "evaluate", "report"
+)), "runtime.answer_files", "runtime.artefact", "datasets", "mlflow"]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a child may not do.
+
+    Attributes:
+        file_bytes: no file may grow beyond this; None for no limit.
+        obeys_modes: also root is refused what the modes of files and folders refuse.
+        interrupt_at: press Ctrl-C once this text was printed.
+        interrupt_after: seconds from that text to Ctrl-C.
+    """
+
+    file_bytes: int | None = None
+    obeys_modes: bool = False
+    interrupt_at: str | None = None
+    interrupt_after: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended: its status, None for one that hung and was killed, negative for a death by a signal."""
+
+    status: int | None
+    out: str
+    err: str
+
+
+def command(folder: Path, *arguments: object, limits: Limits | None = None) -> Ended:
+    """`layerbudget ARGUMENTS` in a folder."""
+    limits = limits or Limits()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    (out, to_out), (err, to_err) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+    words = [str(argument) for argument in arguments]
+    child = context.Process(target=_run, args=(folder, words, limits, to_out, to_err), daemon=True)
+    with _environment():
+        child.start()
+    to_out.close()
+    to_err.close()
+    texts = _listened(child, [out, err], limits)
+    child.join(5)
+    status = child.exitcode
+    if status is None:
+        child.kill()
+        child.join()
+    child.close()
+    return Ended(status, *(text.decode(errors="replace") for text in texts))
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """The forked processes have the environment that their server was started with."""
+    before = dict(os.environ)
+    os.environ.update({"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _listened(child: BaseProcess, pipes: Sequence[Connection], limits: Limits) -> list[bytes]:
+    """What the child writes, until it ends or its time is over."""
+    texts = dict.fromkeys(pipes, b"")
+    end, interrupt = time.monotonic() + TIME_LIMIT, float("inf")
+    with selectors.DefaultSelector() as selector:
+        for pipe in pipes:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map() and (now := time.monotonic()) < end:
+            if now >= interrupt:
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGINT)
+                interrupt = float("inf")
+            for key, _ in selector.select(max(0.0, min(end, interrupt, now + 1) - now)):
+                if chunk := os.read(key.fd, 65536):
+                    texts[key.fileobj] += chunk  # type: ignore[index]
+                else:
+                    selector.unregister(key.fileobj)
+            wanted = limits.interrupt_at
+            if wanted is not None and wanted.encode() in texts[pipes[0]]:
+                interrupt, limits = time.monotonic() + limits.interrupt_after, Limits()
+    for pipe in pipes:
+        pipe.close()
+    return list(texts.values())
+
+
+def _run(folder: Path, words: list[str], limits: Limits, out: Connection, err: Connection) -> None:
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    out.close()
+    err.close()
+    os.chdir(folder)
+    sys.argv = ["layerbudget", *words]
+    if limits.file_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_bytes, limits.file_bytes))
+    if limits.obeys_modes:
+        _drop_capabilities()
+    from layerbudget.cli import main
+
+    main()
+
+
+def _drop_capabilities() -> None:
+    """Root reads and writes whatever the modes say, unless it gives its capabilities up."""
+    library = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    if os.geteuid() == 0 and library.capset(header, (ctypes.c_uint32 * 6)()) != 0:
+        raise OSError(ctypes.get_errno(), "capset")

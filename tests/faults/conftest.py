@@ -1,0 +1,72 @@
+"""The undamaged projects, made once, and the counts at the end of `make faults`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from child import Limits
+from outcome import GOOD, RED, Outcome
+from project import Project, finished_project
+from tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model; timings of it are kept there too."""
+    folder = tmp_path_factory.mktemp("faults")
+    os.environ["LAYERBUDGET_CACHE"] = str(folder / "cache")
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
+    tiny_model("llama", layer_scale=0.5).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "mlruns").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(base: Path) -> Project:
+    """A project whose run is finished; its allocator decides with an MLP."""
+    return finished_project(base / "finished", base / "model", base / "mlruns")
+
+
+@pytest.fixture(scope="session")
+def trees(base: Path) -> Project:
+    """The same, and its allocator decides with LightGBM."""
+    return finished_project(base / "trees", base / "model", base / "mlruns", controllers=["lightgbm"])
+
+
+@pytest.fixture
+def project(finished: Project, tmp_path: Path) -> Project:
+    """A copy to damage."""
+    return finished.copy(tmp_path / "project")
+
+
+@pytest.fixture
+def expect_good(record_property: Callable[[str, Any], None]) -> Callable[[Outcome, str], None]:
+    """Counts an outcome, and fails the test where it is a red one."""
+
+    def expect(outcome: Outcome, seen: str) -> None:
+        record_property("outcome", outcome)
+        assert outcome in GOOD, f"{outcome}: {seen}"
+
+    return expect
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    counts = Counter(value for report in reports for name, value in report.user_properties if name == "outcome")
+    if counts:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(f"{counts.total():5} cases")
+        for outcome in (*GOOD, *RED):
+            terminalreporter.write_line(f"{counts[outcome]:5} {outcome}")
+
+
+@pytest.fixture
+def limits() -> Limits:
+    """The modes of files hold for root too, so that an unreadable file is one."""
+    return Limits(obeys_modes=True)

@@ -1,0 +1,61 @@
+"""What a run has found, apart from times and dates: what must be equal however often it was disturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+
+VOLATILE = {"seconds", "date", "decision_ms", "created"}
+"""Keys of results whose values are times."""
+
+
+def content_of(run: Path) -> dict[str, Any]:
+    """Name of each result in a run folder -> what it holds."""
+    found = {name: _without_times(json.loads((run / name).read_text())) for name in JSON_FILES}
+    found["stand_ins.safetensors"] = _digest(run / "stand_ins.safetensors")
+    for path in sorted((run / "controllers").rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(run))] = _digest(path)
+    found["features.parquet"] = parquet.read_table(run / "features.parquet").to_pylist()
+    found["labels.db"] = labels_of(run / "labels.db")
+    found["metrics.json"] = _policies(json.loads((run / "metrics.json").read_text()))
+    found["report.html"] = (run / "report.html").read_text().rstrip().endswith("</html>")
+    found["allocator"] = sorted(path.name for path in (run / "allocator").iterdir() if not path.name.startswith("."))
+    return found
+
+
+JSON_FILES = ("menu.json", "adapt.json", "tuning.json", "calibration.json", "choices.json")
+
+
+def labels_of(path: Path) -> set[tuple[Any, ...]]:
+    """Each label with its answer and score."""
+    connection = sqlite3.connect(path)
+    try:
+        query = "SELECT model, prompt, plan, decoding, judge, answer, answer_ids, score FROM labels"
+        return set(connection.execute(query))
+    finally:
+        connection.close()
+
+
+def _policies(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Quality and budget of each policy."""
+    return {
+        name: {key: card[key] for key in ("quality", "budget", "layers")}
+        for name, card in metrics.items()
+        if isinstance(card, dict) and "quality_ratio" in card
+    }
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if key not in VOLATILE}
+    return [_without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

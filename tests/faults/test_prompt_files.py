@@ -1,0 +1,128 @@
+"""A damaged file of prompts: each line is read as it stands or refused by its number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from damage import DEEP, damages_of
+from outcome import judged
+from project import Project
+from selection import selected
+
+Row = dict[str, Any]
+CHANGED = 80
+"""The line that is changed where only one is."""
+
+
+def _line(text: str) -> Callable[[Path], None]:
+    """Puts another line in the place of one."""
+
+    def damage(path: Path) -> None:
+        lines = path.read_text().split("\n")
+        lines[CHANGED] = text
+        path.write_text("\n".join(lines), newline="")
+
+    return damage
+
+
+def _row(**fields: Any) -> Callable[[Path], None]:
+    return _line(json.dumps({**_ROW, **fields}, ensure_ascii=False))
+
+
+def _with(text: str) -> Callable[[Path], None]:
+    """A row with one more key, of this JSON text."""
+    return _line(json.dumps(_ROW)[:-1] + f', "more": {text}}}')
+
+
+def _whole(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+_ROW: Row = {"id": "changed", "task": "long", "prompt": "abc", "reference": "", "judge": "agreement"}
+
+ACCEPTED: dict[str, Callable[[Path], None]] = {
+    "U+2028 in a prompt": _row(prompt="ab\u2028cd"),
+    "U+2029 and U+0085 in a prompt": _row(prompt="ab\u2029c\x85d"),
+    "a NUL in a prompt": _row(prompt="ab\0cd"),
+    "a character of two halves": _line(json.dumps({**_ROW, "prompt": "ab\U0001f600"})),
+    "one more key": _with("1"),
+    "BOM": _whole(lambda content: b"\xef\xbb\xbf" + content),
+    "CRLF": _whole(lambda content: content.replace(b"\n", b"\r\n")),
+    "no last newline": _whole(bytes.rstrip),
+}
+REFUSED: dict[str, Callable[[Path], None]] = {
+    "half a character": _line(json.dumps(_ROW).replace('"abc"', '"ab\\ud800"')),
+    "half a character in an id": _line(json.dumps(_ROW).replace('"changed"', '"\\udfff"')),
+    "half a character as bytes": _whole(lambda content: content.replace(b'"prompt": "', b'"prompt": "\xed\xa0\x80', 1)),
+    "deep": _with("[" * DEEP + "]" * DEEP),
+    "a huge number": _with("9" * 5000),
+    "a number too large": _with("1e999"),
+    "NaN": _with("NaN"),
+    "-Infinity": _with("-Infinity"),
+    "a key twice": _line('{"id": "x", ' + json.dumps(_ROW)[1:]),
+    "a blank line": _line(""),
+    "two rows in a line": _line(json.dumps(_ROW) + json.dumps({**_ROW, "id": "second"})),
+    "a list": _line("[]"),
+    "a text": _line('"abc"'),
+    "null": _line("null"),
+    "an empty prompt": _row(prompt=""),
+    "a prompt of spaces": _row(prompt=" \n\u2003"),
+    "a prompt longer than the model takes": _row(prompt="abcdefgh" * 100),
+    "a number as prompt": _row(prompt=3),
+    "old Macintosh line ends": _whole(lambda content: content.replace(b"\n", b"\r")),
+}
+OF_RUNS: dict[str, Callable[[Path], None]] = {
+    **{f"{field} of another type": _row(**{field: 3}) for field in _ROW},
+    "an id twice": _row(id="long-0"),
+    "an unknown judge": _row(judge="taste"),
+    "a judge of no module": _row(judge="no.such.module:judge"),
+    "a judge with no name": _row(judge=":"),
+    "a judge that is no function": _row(judge="math:pi"),
+    "no task": _line(json.dumps({key: value for key, value in _ROW.items() if key != "task"})),
+}
+ANYHOW = damages_of("prompts.jsonl")
+CASES = {**ANYHOW, **ACCEPTED, **REFUSED}
+QUICK_MENU = "menu={method: given, given: ['0-1,5'], probe_depth: 2}"
+
+
+def _rows(path: Path) -> list[Row]:
+    """What the file says, read without the code under test."""
+    text = path.read_bytes().decode("utf-8-sig")
+    return [json.loads(line) for line in text.replace("\r\n", "\n").split("\n") if line]
+
+
+def _answered_as_written(project: Project, name: str) -> str | None:
+    if name in REFUSED:
+        return "it should have been refused"
+    rows = _rows(project.folder / "prompts.jsonl")
+    wanted = [(str(row.get("id", number)), row["prompt"]) for number, row in enumerate(rows, 1)]
+    lines = (project.folder / "answers.jsonl").read_bytes().decode().split("\n")[:-1]
+    found = [(row["id"], row["prompt"]) for row in map(json.loads, lines)]
+    return None if found == wanted else f"{len(found)} answers are not to the {len(wanted)} prompts"
+
+
+@pytest.mark.parametrize("name", selected(list(CASES), every=12))
+def test_generate_answers_what_a_line_says_or_refuses_it(project, limits, name, expect_good) -> None:
+    CASES[name](project.folder / "prompts.jsonl")
+    foreign = project.foreign
+    ended = project.command(
+        *("generate", "--allocator", "runs/tiny/allocator", "--prompts", "prompts.jsonl", "--out", "answers.jsonl"),
+        limits=limits,
+    )
+    expect_good(*judged(ended, project, foreign, lambda: _answered_as_written(project, name)))
+
+
+@pytest.mark.parametrize("name", selected([*CASES, *OF_RUNS], every=12))
+def test_a_run_uses_what_a_line_says_or_refuses_it(project, limits, name, expect_good) -> None:
+    {**CASES, **OF_RUNS}[name](project.folder / "prompts.jsonl")
+    foreign = project.foreign
+    ended = project.command("menu", "tiny.yaml", "--set", QUICK_MENU, "--set", "name=new", limits=limits)
+    wrong = "it should have been refused" if name in {**REFUSED, **OF_RUNS} else None
+    expect_good(*judged(ended, project, foreign, lambda: wrong))
