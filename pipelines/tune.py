@@ -9,8 +9,9 @@ from typing import Any
 
 import optuna
 
+from controller.base import controller_class
 from controller.learning import Settings
-from pipelines.config import LONGEST_NAME, Config, GivenSettings
+from pipelines.config import LONGEST_NAME, Config, ConfigError, GivenSettings
 from pipelines.progress import console, progress
 from pipelines.searching import Search, Work, finished, search, settings_of
 from pipelines.stages import BY_NAME, stage_key, write_atomically
@@ -71,6 +72,10 @@ def _winner(study: optuna.Study, work: Work) -> optuna.trial.FrozenTrial:
 
 
 def _given(work: Work, name: str) -> dict[str, Any]:
+    try:
+        controller_class(name)(**work.tuning.given[name].parameters)
+    except TypeError as error:
+        raise ConfigError(f"tuning.given.{name}.parameters cannot be used: {error}") from None
     settings = Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()})
     regret, decision_ms = work.judge(settings)
     return {
