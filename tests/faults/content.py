@@ -34,11 +34,13 @@ JSON_FILES = ("menu.json", "adapt.json", "tuning.json", "calibration.json", "cho
 
 
 def labels_of(path: Path) -> set[tuple[Any, ...]]:
-    """Each label with its answer and score."""
+    """Each label with its answer and score; none of a file that cannot be read."""
     connection = sqlite3.connect(path)
     try:
         query = "SELECT model, prompt, plan, decoding, judge, answer, answer_ids, score FROM labels"
         return set(connection.execute(query))
+    except sqlite3.DatabaseError:
+        return set()
     finally:
         connection.close()
 

@@ -35,9 +35,9 @@ def outcome_of(ended: Ended) -> Outcome:
 
 
 def _refusal(ended: Ended) -> Outcome:
-    lines = [line for line in ended.err.splitlines() if line.startswith("error: ")]
-    rest = ended.err.partition("error: ")[2].rstrip("\n")
-    good = len(lines) == 1 and "\n" not in rest and len(rest) <= LONGEST_SENTENCE
+    *_, last = ended.err.rstrip("\n").split("\n")
+    sentences = [line for line in ended.err.split("\n") if line.startswith("error: ")]
+    good = sentences == [last] and len(last) <= LONGEST_SENTENCE
     return "refused in one sentence" if good else "traceback"
 
 

@@ -60,8 +60,8 @@ def _check(
     """The stage under limits; afterwards no label is gone, and, once `repair` was called, the run goes on."""
     foreign = project.foreign
     ended = project.command(stage, "tiny.yaml", limits=limits)
-    lost = None if stage == "label" else lost_labels(finished, project)
     repair()
+    lost = None if stage == "label" else lost_labels(finished, project)
     outcome, seen = judged(ended, project, foreign, lambda: None)
     if not seen and (wrong := lost or _goes_on(project, finished)):
         outcome, seen = "data lost", f"{wrong}\nafter: {ended.err[-1500:]}"
