@@ -199,6 +199,17 @@ class DriftAlarm:
         with self._lock:
             return DriftState(self._gambler.capital, self._seen, self._rung, self._rings)
 
+    @property
+    def description(self) -> str:
+        """What it watches, and what it has made of the prompts of this process so far, in a sentence."""
+        state = self.state
+        now = f"{'rings' if state.rung else 'silent'} after {state.seen} prompts of this process"
+        return (
+            f"compares served prompts with {len(self.reference_scores)} calibration prompts and rings without cause "
+            f"with a probability of at most {self.false_alarm_rate:g}; {now}. It begins anew with every process and "
+            "by allocator.drift.reset()."
+        )
+
     def save(self, path: Path) -> None:
         """Write the reference and the rate, not what was observed."""
         arrays = {"reference_scores": np.ascontiguousarray(self.reference_scores)}

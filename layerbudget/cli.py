@@ -208,6 +208,8 @@ def inspect(
     typer.echo(f"Certificate  {certificate.sentence} Made on {certificate.date}.")
     for sentence in certificate.does_not_cover:
         typer.echo(f"  does not cover: {sentence}")
+    if allocator.drift is not None:
+        typer.echo(f"Drift alarm  {allocator.drift.description}")
     typer.echo(f"\nMenu of {len(allocator.menu)} plans:")
     for plan, budget in zip(allocator.menu.plans, allocator.menu.budgets, strict=True):
         typer.echo(f"  {budget:6.1%}  {plan.layers:4g} layers  {plan}")

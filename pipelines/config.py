@@ -15,7 +15,7 @@ from backbone.errors import InputError
 from backbone.fitting import Form
 from backbone.trainable import Where
 from controller.features import check_sets
-from oracle.decoding import Decoding
+from oracle.decoding import Decoding, checked_options
 from oracle.prompts import FIELDS, SPLITS, Split
 from pipelines import yaml_text
 
@@ -94,9 +94,17 @@ class DataSection(Section):
 class DecodingSection(Section):
     max_new_tokens: int = Field(32, ge=1)
     stop: list[Text] = []
+    options: dict[str, Any] = {}
+    """Further arguments of `generate()` that change greedy answers, such as `repetition_penalty`, in place of what the
+    model's own generation config says."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> DecodingSection:
+        checked_options(self.options)
+        return self
 
     def settings(self) -> Decoding:
-        return Decoding(self.max_new_tokens, tuple(self.stop))
+        return Decoding(self.max_new_tokens, tuple(self.stop), options=self.options)
 
 
 class MenuSection(Section):

@@ -16,6 +16,9 @@ def run(config: Config, shard: Shard | None = None) -> Path:
     prompts = workspace.labelled if shard is None else shard.select(workspace.labelled)
     menu, labeller = workspace.menu(), workspace.labeller
     missing = sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)
+    if config.label.shortcut and (options := labeller.decoding.changes_tokens):
+        named = ", ".join(f"{name}={value}" for name, value in options.items())
+        console.print(f"  label.shortcut steps aside: with {named} the likeliest token is not the one chosen")
     with progress("labels", missing) as advance:
         labeller.label(prompts, menu, advance)
     if labeller.failures:

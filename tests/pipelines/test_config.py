@@ -54,7 +54,12 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("features.sets=[length, moods]", "features: unknown features 'moods'; known are length"),
         ("features.sets=[length, states]", "features: sets must hold 'embedding', which the report's controls need"),
         ("tuning.feature_sets=[[length, lens]]", "tuning.feature_sets names 'lens', which features.sets does not hold"),
-        ("tuning.given={mlps: {}}", "given holds settings of 'mlps', which is not among tuning.controllers"),
+        (
+            "tuning.given={mlps: {sets: [length], components: 3}}",
+            "given holds settings of 'mlps', which is not among tuning.controllers",
+        ),
+        ("decoding.options={do_sample: true}", "options cannot hold 'do_sample': answers are greedy"),
+        ("decoding.options={repetition: 2}", "options holds 'repetition', which is no argument of generate()"),
         ("tuning.objectives=[decision_ms]", "unknown key 'tuning.objectives'"),
         ("data.shares={adapt: -0.5, train: 0.9, tune: 0.1, calibrate: 0.25, test: 0.25}", "sum to 1, got"),
         ("calibration.risk=doubt", "calibration.risk: Input should be 'insufficient' or 'score_lost', got 'doubt'"),

@@ -137,7 +137,7 @@ def _check_mlflow(folder: Path) -> None:
 
 def _check_inspect_and_generate(folder: Path) -> None:
     shown = layerbudget("inspect", folder / "allocator").stdout
-    for words in ("Price", "Certificate", "Menu of", "Report card", "oracle"):
+    for words in ("Price", "Certificate", "Menu of", "Report card", "oracle", "Drift alarm", "silent after 0 prompts"):
         assert words in shown
     answered = layerbudget("generate", "--allocator", folder / "allocator", "abcabc", "--device", "cpu")
     assert "of 6 layers: " in answered.stdout, answered.stderr

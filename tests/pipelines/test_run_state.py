@@ -247,6 +247,18 @@ def test_a_changed_generation_config_is_said(project, model_folder, tmp_path) ->
     assert "was made with the generation config" in refused("features", project / "tiny.yaml")
 
 
+def test_a_run_follows_the_models_generation_config_and_says_so(project) -> None:
+    options = ("--set", "name=penalised", "--set", "decoding.options={repetition_penalty: 1.5}")
+    done = layerbudget("run", project / "tiny.yaml", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "label.shortcut steps aside: with repetition_penalty=1.5" in " ".join(done.stdout.split())
+    shown = layerbudget("inspect", project / "runs" / "penalised" / "allocator").stdout
+    assert "repetition_penalty=1.5" in shown
+    with sqlite3.connect(project / "runs" / "penalised" / "labels.db") as store:
+        ((decoding,),) = store.execute("SELECT DISTINCT decoding FROM labels").fetchall()
+    assert decoding.endswith("repetition_penalty=1.5")
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
