@@ -70,7 +70,7 @@ def load_backbone(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise LoadError(f"the tokenizer of {source!r} names neither a padding token nor an end of text; give it one")
-    return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
+    return model.to(place).eval(), tokenizer
 
 
 @contextmanager
