@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.batches import by_tokens, in_halves, padded_inputs
 from backbone.bridges import Bridge
+from backbone.changing import captured
 from backbone.families import decoder_layers, decoder_of
 from backbone.fitting import Fit, Form, Moments, fit_bridge
 from backbone.patching import patched
@@ -133,26 +133,6 @@ def _states(
     """States [B, S, D] before the layers `depths`; before layer L means after the last."""
     attached = Attached("", {plan: bridges}) if plan is not None and bridges is not None else None
     running = nullcontext() if plan is None else patched(model, plan, attached=attached)
-    states: dict[int, torch.Tensor] = {}
-    with running, _kept(decoder_layers(model), depths, states):
+    with running, captured(decoder_layers(model), depths) as states:
         decoder_of(model)(**inputs, use_cache=False)
     return states
-
-
-@contextmanager
-def _kept(layers: nn.ModuleList, depths: set[int], states: dict[int, torch.Tensor]) -> Iterator[None]:
-    def keeping(depth: int) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states[depth] = args[0] if args else kwargs["hidden_states"]
-
-        return keep
-
-    def keep_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states[len(layers)] = output[0] if isinstance(output, tuple) else output
-
-    with ExitStack() as undo:
-        for depth in depths - {len(layers)}:
-            undo.callback(layers[depth].register_forward_pre_hook(keeping(depth), with_kwargs=True).remove)
-        if len(layers) in depths:
-            undo.callback(layers[-1].register_forward_hook(keep_last).remove)
-        yield

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from backbone.files import replacing
+
 _PARAMETER, _BEST, _MOMENT = "parameter/", "best/", "moment/"
 
 
@@ -40,9 +42,8 @@ class Checkpoint:
             for kind, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{_MOMENT}{kind}/{name}"] = value.detach().cpu().clone()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(".unfinished")
-        save_file(tensors, unfinished, {"state": json.dumps(state)})
-        unfinished.replace(self._path)
+        with replacing(self._path) as unfinished:
+            save_file(tensors, unfinished, {"state": json.dumps(state)})
 
     def load(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Put parameters and optimiser where they stood; the state, or None where there is no checkpoint."""

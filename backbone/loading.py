@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from filelock import FileLock
 from transformers import (
@@ -29,6 +26,7 @@ from transformers import (
 
 from backbone.errors import InputError
 from backbone.families import decoder_layers, family_of
+from backbone.files import cache_folder
 
 PACKAGE_PREFIX = "package:"
 
@@ -157,13 +155,6 @@ def _imported_package(name: str) -> ModuleType:
         raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it") from None
 
 
-def cache_folder() -> Path:
-    """Where layerbudget keeps what it made once: `$LAYERBUDGET_CACHE`, by default `~/.cache/layerbudget`."""
-    folder = Path(os.environ.get("LAYERBUDGET_CACHE", "~/.cache/layerbudget")).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _converted(gguf: Path) -> Path:
     """The folder with the weights of a GGUF file, dequantised; made once, keyed by the file's SHA-256.
 
@@ -194,19 +185,24 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-_fingerprints: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+FINGERPRINT_VALUES = 64
+"""Values of each parameter that its fingerprint is made from."""
 
 
+@torch.no_grad()
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """A name for a model's weights, such as `gemma3_text-18x640-0123456789ab`: equal for equal weights, whatever
-    their source, device and floating-point dtype. Made from the shape and 64 values of every parameter."""
-    if model not in _fingerprints:
-        digest = hashlib.sha256()
-        for name, parameter in sorted(model.named_parameters()):
-            values = parameter.detach().flatten()
-            sample = values[:: max(1, values.numel() // 64)][:64].float().cpu().numpy().astype(np.float32)
-            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
-        config = model.config
-        shape = f"{config.model_type}-{len(decoder_layers(model))}x{config.hidden_size}"
-        _fingerprints[model] = f"{shape}-{digest.hexdigest()[:12]}"
-    return _fingerprints[model]
+    """A name for a model's weights as they are now, such as `gemma3_text-18x640-0123456789ab`.
+
+    Made from the shape and 64 values of every parameter, rounded to bfloat16: a checkpoint has one name whatever its
+    source and device, and whether it was stored or loaded in float32 or in bfloat16. (float16 rounds otherwise: a
+    float16 copy of float32 weights has another name, as it has other weights.) Takes some milliseconds.
+    """
+    described, values = hashlib.sha256(), []
+    for name, parameter in sorted(model.named_parameters()):
+        described.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        part = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]
+        values.append(part.to(model.device, torch.bfloat16))  # so that one transfer brings all of them
+    described.update(torch.cat(values).float().cpu().numpy().tobytes())
+    config = model.config
+    return f"{config.model_type}-{len(decoder_layers(model))}x{config.hidden_size}-{described.hexdigest()[:12]}"

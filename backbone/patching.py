@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from backbone.bridges import Bridge
 from backbone.cache import drop_skipped_layers, remember_plan
+from backbone.changing import replaced
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
 from backbone.plan import LayerPlan
-from backbone.stand_ins import Attached, Swap
+from backbone.stand_ins import Attached
 
 Forward = Callable[..., Any]
 
@@ -23,7 +24,7 @@ Forward = Callable[..., Any]
 def patched(
     model: PreTrainedModel, plan: LayerPlan, *, first_layer: int = 0, attached: Attached | None = None
 ) -> Iterator[None]:
-    """Within this block the skipped modules of `model` pass their input on. No check but those of the plan itself.
+    """Within this block and thread the skipped modules of `model` pass their input on. No check but those of the plan.
 
     Args:
         first_layer: the layers before it pass their input on whatever the plan says.
@@ -34,23 +35,14 @@ def patched(
         UnsupportedModelError: sub-layers of a family that is not declared, or a model compiled as a whole.
     """
     rest = plan.from_layer(first_layer)
-    replacements = _replacements(model, rest)
-    swaps: list[Swap] = []
+    forwards = _replacements(model, rest)
     if attached is not None:
         bridges = attached.bridges.get(plan, {})
-        replacements += _bridging(model, {i: bridge for i, bridge in bridges.items() if i >= first_layer})
-        swaps = list(attached.swaps)
-    with ExitStack() as undo:
-        for module, forward in replacements:
-            undo.callback(_restore, module, "forward", module.__dict__.get("forward"))
-            module.__dict__["forward"] = forward
-        for swap in swaps:
-            undo.callback(swap.module._parameters.__setitem__, swap.name, swap.module._parameters[swap.name])
-            swap.module._parameters[swap.name] = swap.weight  # type: ignore[assignment]  # in training, no leaf
-        undo.callback(_restore, model, "get_compiled_call", model.__dict__.get("get_compiled_call"))
-        model.__dict__["get_compiled_call"] = _compiled_calls(model, rest, attached)
-        hook = decoder_of(model).register_forward_pre_hook(_cache_hook(rest, attached), with_kwargs=True)
-        undo.callback(hook.remove)
+        forwards += _bridging(model, {i: bridge for i, bridge in bridges.items() if i >= first_layer})
+        forwards += [(swap.module, swap.forward) for swap in attached.swaps]
+    forwards.append((decoder_of(model), _fitting_cache(decoder_of(model), rest, attached)))
+    compiling = (model, "get_compiled_call", _compiled_calls(model, rest, attached))
+    with replaced([*((module, "forward", forward) for module, forward in forwards), compiling]):
         yield
 
 
@@ -130,13 +122,6 @@ def _residual_with_none(
     return residual, None
 
 
-def _restore(module: nn.Module, name: str, previous: object) -> None:
-    if previous is None:
-        del module.__dict__[name]
-    else:  # something else, such as accelerate's device hooks, had set it on the instance
-        module.__dict__[name] = previous
-
-
 def _compiled_calls(model: PreTrainedModel, plan: LayerPlan, attached: Attached | None) -> Callable[[Any], Forward]:
     """What `generate()` asks for when it compiles the decoding step: here one graph a plan, each kept.
 
@@ -155,12 +140,11 @@ def _compiled_calls(model: PreTrainedModel, plan: LayerPlan, attached: Attached 
     return get_compiled_call
 
 
-def _cache_hook(plan: LayerPlan, attached: Attached | None) -> Callable[..., Any]:
-    """Fits the cache to the plan on its way into the decoder, whoever made it, and notes the plan on it."""
+def _fitting_cache(decoder: Any, plan: LayerPlan, attached: Attached | None) -> Forward:
+    """The decoder's forward, with the cache, whoever made it, fitted to the plan first, and the plan noted on it."""
+    forward = decoder.forward
 
-    def fit_cache(
-        decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fit_cache(*args: Any, **kwargs: Any) -> Any:
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
@@ -168,6 +152,6 @@ def _cache_hook(plan: LayerPlan, attached: Attached | None) -> Callable[..., Any
             drop_skipped_layers(cache, plan)
             if not torch.compiler.is_compiling():  # the first pass over a prompt never is
                 remember_plan(cache, plan, attached.digest if attached else "")
-        return args, kwargs
+        return forward(*args, **kwargs)
 
     return fit_cache

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from backbone.changing import captured, replaced
 from backbone.families import decoder_layers, decoder_of, family_of
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
@@ -100,25 +100,15 @@ def run_prefix(
         inputs: other arguments of the model's decoder, such as `position_ids`.
     """
     decoder, layers = decoder_of(model), decoder_layers(model)
-    states: list[torch.Tensor] = []
+    depths = range(depth + 1)
     # Without a configuration no layer of the cache forgets what has left its window: a later cache may still want it.
     cache = DynamicCache() if keep_cache else None
-    with apply_plan(model, LayerPlan.exiting(len(layers), depth), frozen=True), ExitStack() as undo:
-        undo.callback(layers[0].register_forward_pre_hook(lambda layer, args: states.append(args[0])).remove)
-        for layer in layers[:depth]:
-            undo.callback(layer.register_forward_hook(_keeping(states)).remove)
+    with apply_plan(model, LayerPlan.exiting(len(layers), depth), frozen=True), captured(layers, depths) as states:
         decoder(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=keep_cache, **inputs
         )
     kept: list[Any] = [] if cache is None else cache.layers[:depth]
-    return Prefix(tuple(states), tuple((layer.keys, layer.values) for layer in kept))
-
-
-def _keeping(states: list[torch.Tensor]) -> Callable[..., None]:
-    def keep(layer: nn.Module, args: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    return keep
+    return Prefix(tuple(states[i] for i in depths), tuple((layer.keys, layer.values) for layer in kept))
 
 
 @contextmanager
@@ -137,17 +127,12 @@ def replaying(
         release: give the prefix's memory back as soon as its last token was replayed.
     """
     replay = _Replay(model, prefix, rows, release)
-    previous = model.__dict__.get("get_compiled_call")
-    model.__dict__["get_compiled_call"] = replay.deferring(model.get_compiled_call)
     try:
-        replay.start()
-        yield
+        with replaced([(model, "get_compiled_call", replay.deferring(model.get_compiled_call))]):
+            replay.start()
+            yield
     finally:
         replay.stop()
-        if previous is None:
-            del model.__dict__["get_compiled_call"]
-        else:
-            model.__dict__["get_compiled_call"] = previous
 
 
 class _Replay:
@@ -159,9 +144,8 @@ class _Replay:
         self._undo = ExitStack()
 
     def start(self) -> None:
-        for index, layer in enumerate(self._layers):
-            self._undo.callback(_restore_forward, layer, layer.__dict__.get("forward"))
-            layer.__dict__["forward"] = self._forward_of(index)
+        forwards = [(layer, "forward", self._forward_of(index)) for index, layer in enumerate(self._layers)]
+        self._undo.enter_context(replaced(forwards))
 
     def stop(self) -> None:
         self._undo.close()
@@ -198,10 +182,3 @@ class _Replay:
     def _chosen(self, kept: torch.Tensor) -> torch.Tensor:
         """The rows [R, ...] of a kept tensor [B, ...]."""
         return kept if self._rows is None else kept.index_select(0, self._rows)
-
-
-def _restore_forward(layer: nn.Module, previous: object) -> None:
-    if previous is None:
-        del layer.__dict__["forward"]
-    else:
-        layer.__dict__["forward"] = previous

@@ -6,14 +6,14 @@ Only for passes without a cache, such as scoring a given text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from backbone.changing import Method, captured, replaced
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
@@ -72,27 +72,18 @@ class SharedPasses:
         plan, start = self._plans[self._next], self._starts[self._next]
         later = self._starts[self._next + 1 :]
         self._next += 1
-        states = {depth: state for depth, state in self._states.items() if depth <= start}
-        with apply_plan(self._model, plan, first_layer=start), ExitStack() as undo:
-            if start:
-                undo.callback(self._layers[start].register_forward_pre_hook(_giving(states[start])).remove)
-            for depth in {depth for depth in later if depth > start}:
-                hook = self._layers[depth].register_forward_pre_hook(_keeping(states, depth), with_kwargs=True)
-                undo.callback(hook.remove)
+        known = {depth: state for depth, state in self._states.items() if depth <= start}
+        with (
+            apply_plan(self._model, plan, first_layer=start),
+            captured(self._layers, {depth for depth in later if depth > start}) as states,
+            replaced(_going_on(self._layers[start], known[start]) if start else ()),
+        ):
             yield plan
         self.layers_run += plan.from_layer(start).layers
-        self._states = {depth: state for depth, state in states.items() if depth in later}
+        self._states = {depth: state for depth, state in {**known, **states}.items() if depth in later}
 
 
-def _giving(state: torch.Tensor) -> Any:
-    def give(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (state, *args[1:])
-
-    return give
-
-
-def _keeping(states: dict[int, torch.Tensor], depth: int) -> Any:
-    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states[depth] = args[0]
-
-    return keep
+def _going_on(layer: nn.Module, state: torch.Tensor) -> Iterator[tuple[nn.Module, str, Method]]:
+    """Has a layer compute, whatever it is given, from a known state."""
+    forward = layer.forward
+    yield layer, "forward", lambda hidden_states, *args, **kwargs: forward(state, *args, **kwargs)

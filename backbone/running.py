@@ -29,10 +29,15 @@ def apply_plan(
 
     The model's layers are told to pass their input on; the model's own code runs otherwise unchanged, and on leaving
     the block, also by an exception, everything is as before. With the full plan the output is bit-equal to the stock
-    model's. A second thread that applies a plan to the same model waits until the first has left its block. A model's
-    first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its decoding step
-    (static cache), each plan is compiled once, at its first use. A shortened plan runs with the stand-ins that are
-    attached to the model (see `backbone.stand_ins.attach`).
+    model's.
+
+    The plan holds for the calling thread alone. Other threads may run the same model meanwhile without a plan, and get
+    what they always get; one that applies a plan to it too waits until the first has left its block. A thread that is
+    started inside the block, as for a streamer, has no plan: apply it there.
+
+    A model's first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its
+    decoding step (static cache), each plan is compiled once, at its first use. A shortened plan runs with the stand-ins
+    that are attached to the model (see `backbone.stand_ins.attach`).
 
     Args:
         first_layer: for passes that go on from known states: the layers before it pass their input on.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,7 +54,7 @@ class StandIns:
         content = hashlib.sha256(self.fingerprint.encode())
         for name, tensor in sorted(self._tensors().items()):
             content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            content.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            content.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return content.hexdigest()[:12]
 
     @property
@@ -123,11 +125,10 @@ def _joined(*parts: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """A weight that is replaced while a shortened plan runs: `module`'s parameter `name`, by `weight`."""
+    """A module that computes with other weights while a shortened plan runs: `forward` takes its forward's place."""
 
     module: nn.Module
-    name: str
-    weight: torch.Tensor
+    forward: Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +138,7 @@ class Attached:
     Attributes:
         digest: of the stand-ins.
         bridges: see `StandIns`.
-        swaps: the weights to replace.
+        swaps: the modules that compute with other weights.
         changed: the layers whose weights are not the full plan's.
     """
 
@@ -173,9 +174,20 @@ def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
 
 
 def swaps_of(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> tuple[Swap, ...]:
-    """The swaps that put these weights in the place of the parameters of these names."""
-    places = [(name.rpartition("."), weight) for name, weight in weights.items()]
-    return tuple(Swap(model.get_submodule(owner), own_name, weight) for (owner, _, own_name), weight in places)
+    """The swaps after which the parameters of these names have these values."""
+    by_module: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, weight in weights.items():
+        owner, _, own_name = name.rpartition(".")
+        by_module[owner][own_name] = weight
+    return tuple(_swap(model.get_submodule(owner), changed) for owner, changed in by_module.items())
+
+
+def _swap(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> Swap:
+    """The module's own code over other weights: a twin that shares everything else with it. The module itself stays as
+    it is, since other threads may be running it."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = {**module._parameters, **weights}
+    return Swap(module, partial(type(module).forward, twin))
 
 
 def changed_layers(model: PreTrainedModel, parameters: Collection[str]) -> frozenset[int]:

@@ -34,10 +34,11 @@ from backbone.stand_ins import StandIns, attach, attached_to, detach, set_attach
 from backbone.teaching import Example
 from oracle.examples import answered_examples, reference_examples
 from oracle.frontier import budget_at, equal_mean_budget, own_score_budget, static_points, sufficient_plans, upper_hull
-from oracle.labelling import Labeller, score_matrix
+from oracle.labelling import Labeller
 from oracle.labels import LabelStore
 from oracle.menus import MENUS, MenuTask, build_menu
 from oracle.prompts import Prompt, load_prompts
+from oracle.reading import score_matrix
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("none", "bridges", "bridges_in_order", "bridges_low_rank", "adapter", "both", "both+references", "vectors")

@@ -49,7 +49,7 @@ class Contest:
         self.model, self.tokenizer, self.allocator = model, tokenizer, allocator
         self._texts = [prompt.prompt for prompt in prompts]
         self._tokens = [list(ids) for ids in tokenizer(self._texts)["input_ids"]]
-        self._ends = stop_token_ids(tokenizer, allocator.decoding.stop)
+        self._ends = stop_token_ids(tokenizer, allocator.decoding)
         self._exact = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         allocator.measure(model)
         self.chosen = [

@@ -15,7 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -35,7 +35,7 @@ from controller.p_values import Risk
 from controller.report_card import price_for_loss, regret
 from controller.resampling import resampled_violations
 from oracle.prompts import SPLITS
-from pipelines.comparing import CONTROLS, control_features
+from pipelines.comparing import CONTROLS, control_features, control_settings
 from pipelines.config import Config, TuningSection, load_config
 from pipelines.searching import Search, Work, search
 from pipelines.speeds import feature_ms
@@ -83,12 +83,12 @@ def main() -> None:
 
 
 def out_of_fold(config: Config, table: Table, settings: Mapping[str, Settings]) -> dict[str, Floats]:
-    """What each controller and, with the settings of the best one, each control expects of prompts it did not see."""
+    """What each controller and each control, searched for by itself, expects of prompts it did not see."""
     best = settings[best_of(config)]
     found = {name: _predictions(own, table.features, table) for name, own in settings.items()}
     for name in CONTROLS:
         features, sets = control_features(name, table, best.sets)
-        found[name] = _predictions(replace(best, sets=sets), features, table)
+        found[name] = _predictions(control_settings(best, features, sets, table, config), features, table)
     return found
 
 

@@ -38,11 +38,12 @@ from oracle.frontier import (
     upper_hull,
 )
 from oracle.honesty import split_half
-from oracle.labelling import Labeller, score_matrix
+from oracle.labelling import Labeller
 from oracle.labels import LabelStore
 from oracle.menus import MENUS, MenuTask
 from oracle.menus.comparing import compare, quality_at
 from oracle.prompts import Prompt
+from oracle.reading import score_matrix
 
 RESULTS = Path(__file__).parent / "results"
 

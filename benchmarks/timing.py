@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -126,17 +127,19 @@ class FirstTokens(StoppingCriteria):
 def counting(model: PreTrainedModel) -> Iterator[list[int]]:
     """Counts tokens times layers, over all models of the same kind of layer. A layer that passes its input on, because
     a plan or a replayed prompt says so, counts nothing; one of which a sub-layer runs counts whole."""
-    kind, count = type(decoder_layers(model)[0]), [0]
+    kind: Any = type(decoder_layers(model)[0])
+    own, count = kind.forward, [0]
 
-    def add(module: nn.Module, inputs: Any) -> None:
-        if type(module) is kind and "forward" not in module.__dict__:
-            count[0] += inputs[0].shape[:-1].numel()
+    @wraps(own)
+    def counted(layer: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        count[0] += hidden_states.shape[:-1].numel()
+        return own(layer, hidden_states, *args, **kwargs)
 
-    hook = nn.modules.module.register_module_forward_pre_hook(add)
+    kind.forward = counted
     try:
         yield count
     finally:
-        hook.remove()
+        kind.forward = own
 
 
 @contextmanager

@@ -78,6 +78,25 @@ def last_valid(values: Floats, delta: float) -> int | None:
     return int(valid[-1]) if len(valid) else None
 
 
+def cheapest_valid_plan(losses: Floats, alpha: float, delta: float, risk: Risk, groups: Groups | None = None) -> int:
+    """The cheapest plan that, run by all prompts, loses at most `alpha` on average with probability 1 - `delta`.
+
+    Plans are tested from the largest down until the first that fails (a fixed sequence), so that the choice among them
+    is covered: to pick the best of K tests at `delta` each would be wrong up to K times as often.
+
+    Args:
+        losses: of n prompts under K plans [n, K], cheapest first, the last full.
+        groups: see `valid_price`.
+
+    Returns:
+        The plan's place; K - 1, the full plan, where no other is valid.
+    """
+    full = int(losses.shape[1]) - 1
+    tested = losses[:, :full][:, ::-1].T
+    index = last_valid(price_p_values(tested, alpha, delta, risk, groups), delta) if full else None
+    return full if index is None else full - 1 - index
+
+
 def certify(
     losses: Callable[[float], Floats],
     *,
@@ -88,6 +107,7 @@ def certify(
     per_task: bool = False,
     tolerance: float = 0.0,
     prompts_hash: str = "",
+    decoding: str = "",
 ) -> Certificate:
     """Finds the price and says what it is worth.
 
@@ -97,6 +117,7 @@ def certify(
         per_task: whether the bound is to hold in every task.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
         prompts_hash: of the calibration prompts.
+        decoding: how the answers were generated, in words.
     """
     names = np.asarray(tasks)
     price = valid_price(losses, alpha, delta, names if per_task else None, risk=risk)
@@ -113,6 +134,7 @@ def certify(
         fewest_prompts=fewest_prompts(alpha, delta, risk),
         per_task=_per_task(observed, names) if per_task else {},
         tolerance=tolerance,
+        decoding=decoding,
     )
 
 

@@ -34,6 +34,7 @@ class Certificate:
             whatever the controller.
         per_task: task -> {"n", "observed_risk"} where the bound holds in every task, empty where only overall.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
+        decoding: how the answers were generated, in words.
         does_not_cover: what is not promised, in sentences.
     """
 
@@ -48,11 +49,12 @@ class Certificate:
     fewest_prompts: int
     per_task: dict[str, dict[str, float]] = field(default_factory=dict)
     tolerance: float = 0.0
+    decoding: str = ""
     does_not_cover: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.does_not_cover:
-            object.__setattr__(self, "does_not_cover", exclusions(self.date, self.per_task))
+            object.__setattr__(self, "does_not_cover", exclusions(self.date, self.per_task, self.decoding))
 
     @property
     def sentence(self) -> str:
@@ -120,7 +122,7 @@ class Certificate:
         return f"; {worst!r}, the worst task: {self._seen(self.per_task[worst]['observed_risk'])}"
 
 
-def exclusions(date: str, per_task: dict[str, dict[str, float]]) -> tuple[str, ...]:
+def exclusions(date: str, per_task: dict[str, dict[str, float]], decoding: str = "") -> tuple[str, ...]:
     """What a certificate does not promise, in sentences."""
     tasks = (
         f"Tasks other than {', '.join(sorted(per_task))}."
@@ -131,7 +133,7 @@ def exclusions(date: str, per_task: dict[str, dict[str, float]]) -> tuple[str, .
         "Other kinds of prompts: other lengths, languages or templates.",
         tasks,
         "Single prompts: a mean is bounded, and any one prompt may lose everything.",
-        "Other decoding settings: sampling, longer answers, other stop strings.",
+        f"Other decoding settings{f' than {decoding}' if decoding else ''}: sampling, longer answers, other ends.",
         "Another data type, device or batch size, whose rounding can change an answer.",
         "Prompts that run a larger plan than their own to share a lane: a larger plan usually loses less, not always.",
         "Quality that the judge does not see.",

@@ -1,7 +1,8 @@
-"""Rings when the prompts that are served no longer look like those that the certificate was made with.
+"""Rings while the prompts that are served do not look like those that the certificate was made with.
 
 A conformal test martingale: a gambler bets against "these prompts and the calibration prompts come in no particular
-order" and the alarm rings when the gambler has become rich. Needs numpy and no labels.
+order" and the alarm rings when the gambler has become rich. Then a new gambler starts, and the alarm falls silent once
+that one has stayed poor for a while. Needs numpy and no labels.
 
 Shapes: `N` prompts, `F` projected features, `C` channels (two ways to look odd).
 """
@@ -9,6 +10,8 @@ Shapes: `N` prompts, `F` projected features, `C` channels (two ways to look odd)
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,16 @@ JUMP = 0.01
 DROPPED_BITS = 2
 """Of the ten mantissa bits of a 16-bit float: scores are told apart to 0.4%, and counting is four times as fast."""
 
+FEWEST = 100
+"""Prompts that a gambler sees at least before the alarm may ring: somebody who tries out a few prompts of one kind is
+not yet another workload."""
+
+RECOVERY = 200
+"""Prompts without another ring after which the alarm falls silent."""
+
+RECENT = 10_000
+"""Prompts that are remembered, so that one which comes again is not counted again."""
+
 CELLS = (0x7C00 >> DROPPED_BITS) + 1
 """From zero to infinity."""
 
@@ -41,15 +54,19 @@ class DriftError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class DriftState:
-    """Attributes:
-    capital: what the gambler owns, having started with 1.
-    seen: prompts observed since the start or the last reset.
-    rung: whether the alarm has rung.
+    """What an alarm has made of the prompts since the start or the last reset.
+
+    Attributes:
+        capital: what the gambler owns, having started with 1.
+        seen: prompts counted.
+        rung: whether the alarm rings now.
+        rings: how often it has rung.
     """
 
     capital: float
     seen: int
     rung: bool
+    rings: int
 
 
 def drift_scores(features: NDArray[np.floating], budgets: NDArray[np.floating]) -> Floats:
@@ -72,10 +89,16 @@ class DriftAlarm:
     exchangeability the p-values are independent and uniform, the capital is a martingale, and Ville's inequality bounds
     its maximum.
 
+    When it rings, everything starts anew: the prompts so far are forgotten and a new gambler plays. The alarm falls
+    silent when that one has not become rich within `RECOVERY` prompts, and goes on playing. So every ring is a test of
+    its own: m false ones have a probability of at most `false_alarm_rate` to the power of m. Where prompts stay
+    different, new gamblers win again, and it keeps ringing; where they differ so little that it takes a gambler more
+    than `RECOVERY` prompts to notice, it rings on and off.
+
     Rank, not size, counts; so a change of the population shows within some hundred prompts, or not at all where neither
-    score changes its distribution. Order is part of exchangeability: a service that sorts its prompts by length or
-    task, or repeats one, is not exchangeable and will ring although the mixture is the same. Rows of one call are
-    shuffled first, which mends sorting within a call, not among calls.
+    score changes its distribution. A prompt that was counted lately is not counted again. Order is part of
+    exchangeability: a service that sorts its prompts by length or task is not exchangeable and will ring although the
+    mixture is the same. Rows of one call are shuffled first, which mends sorting within a call, not among calls.
 
     Sources: Vovk, Gammerman and Shafer 2005, Algorithmic Learning in a Random World, section 7.1 (smoothed p-values);
     Vovk et al. 2021, Retrain or not retrain: conformal test martingales for change-point detection (arXiv 2102.10439),
@@ -107,23 +130,34 @@ class DriftAlarm:
 
     def reset(self) -> None:
         """Forget what was served and start anew; the bound on false alarms starts anew as well."""
-        cells = _cells(self.reference_scores)
         with self._lock:
-            self._counts: Ints = np.stack([np.bincount(channel, minlength=CELLS) for channel in cells.T])
-            self._gambler = _Gambler(self._counts.shape[0])
-            self._seen, self._rung = 0, False
+            self._recent: OrderedDict[bytes, None] = OrderedDict()
+            self._seen, self._rings, self._rung = 0, 0, False
+            self._start_gambler()
 
-    def observe(self, features: NDArray[np.floating], budgets: NDArray[np.floating]) -> bool:
-        """Take note of N prompts, in order of arrival; True from the moment the alarm rings until `reset`.
+    def _start_gambler(self) -> None:
+        self._counts: Ints = np.stack(
+            [np.bincount(channel, minlength=CELLS) for channel in _cells(self.reference_scores).T]
+        )
+        self._gambler, self._played = _Gambler(self._counts.shape[0]), 0
+
+    def observe(
+        self,
+        features: NDArray[np.floating],
+        budgets: NDArray[np.floating],
+        keys: Sequence[bytes] | None = None,
+    ) -> bool:
+        """Take note of N prompts that are served, in order of arrival; whether the alarm rings then.
 
         Args:
             features: projected features [N, F], as the controller gets them.
             budgets: share of the decoder [N] that the certified price chooses for them, before any rounding up
                 to a lane or reversion to the full plan.
+            keys: names of the prompts [N], equal for equal ones; without them no prompt is taken for another.
         """
-        return self.observe_scores(drift_scores(features, budgets))
+        return self.observe_scores(drift_scores(features, budgets), keys)
 
-    def observe_scores(self, scores: Floats) -> bool:
+    def observe_scores(self, scores: Floats, keys: Sequence[bytes] | None = None) -> bool:
         """As `observe`, from scores [N, C]."""
         if scores.ndim != 2 or scores.shape[1] != self.reference_scores.shape[1]:
             raise DriftError(
@@ -132,21 +166,38 @@ class DriftAlarm:
         cells = _cells(scores)
         with self._lock:
             for row in self._random.permutation(len(cells)):
-                if self._rung:
-                    break
-                self._gambler.bet(self._p_values(cells[row]))
-                self._seen += 1
-                self._rung = self._gambler.capital >= 1 / self.false_alarm_rate
+                if keys is None or self._is_new(keys[row]):
+                    self._count(cells[row])
             return self._rung
+
+    def _is_new(self, key: bytes) -> bool:
+        """Whether a prompt was not counted lately; remembers it."""
+        is_new = key not in self._recent
+        self._recent[key] = None
+        self._recent.move_to_end(key)
+        if len(self._recent) > RECENT:
+            self._recent.popitem(last=False)
+        return is_new
+
+    def _count(self, cells: Ints) -> None:
+        """One prompt, [C]."""
+        self._gambler.bet(self._p_values(cells))
+        self._seen, self._played = self._seen + 1, self._played + 1
+        if self._played >= FEWEST and self._gambler.capital >= 1 / self.false_alarm_rate:
+            self._rings, self._rung = self._rings + 1, True
+            self._start_gambler()
+        elif self._played >= RECOVERY:
+            self._rung = False
 
     @property
     def rung(self) -> bool:
+        """Whether the alarm rings now."""
         return self._rung
 
     @property
     def state(self) -> DriftState:
         with self._lock:
-            return DriftState(self._gambler.capital, self._seen, self._rung)
+            return DriftState(self._gambler.capital, self._seen, self._rung, self._rings)
 
     def save(self, path: Path) -> None:
         """Write the reference and the rate, not what was observed."""
@@ -171,7 +222,7 @@ class DriftAlarm:
         channels = np.arange(len(cells))
         self._counts[channels, cells] += 1
         larger = np.array([self._counts[channel, cells[channel] + 1 :].sum() for channel in channels])
-        tied, total = self._counts[channels, cells], len(self.reference_scores) + self._seen + 1
+        tied, total = self._counts[channels, cells], len(self.reference_scores) + self._played + 1
         return np.asarray((larger + self._random.random(len(cells)) * tied) / total)
 
 

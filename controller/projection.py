@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from controller.base import LearningError
-from controller.features import WIDE, Features, Floats
+from controller.features import WIDE, Features, Floats, check_sets
 
 LEAST_VARIANCE = 1e-4
 
@@ -76,12 +76,33 @@ class Projection:
         metadata = {"sets": json.dumps(self.sets)}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
 
+    @property
+    def n_features(self) -> int:
+        """How many features it makes."""
+        return len(self.components) * bool(self.wide) + len(self.mean) - self.wide
+
     @classmethod
     def load(cls, path: Path) -> Projection:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in ("mean", "scale", "components")}
-        return cls(sets=tuple(json.loads(metadata["sets"])), wide=arrays["components"].shape[1], **arrays)
+        """Raises LearningError for a file that `save` did not write."""
+        try:
+            with safe_open(path, "numpy") as file:
+                sets = tuple(json.loads((file.metadata() or {})["sets"]))
+                arrays = {name: file.get_tensor(name) for name in ("mean", "scale", "components")}
+            check_sets(sets)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise LearningError(f"{path} holds no projection: {error}") from None
+        mean, scale, components = arrays["mean"], arrays["scale"], arrays["components"]
+        fits = mean.ndim == 1 and scale.shape == mean.shape and components.ndim == 2
+        if not fits or components.shape[1] > len(mean) or any(a.dtype != np.float32 for a in arrays.values()):
+            raise LearningError(
+                f"{path} holds no projection: mean {mean.shape}, scale {scale.shape} and components {components.shape} "
+                "do not fit, or are not float32"
+            )
+        if not all(np.isfinite(array).all() for array in arrays.values()) or not (scale > 0).all():
+            raise LearningError(
+                f"{path} holds no projection: some of its numbers are not finite, or a scale not above 0"
+            )
+        return cls(sets=sets, wide=components.shape[1], **arrays)
 
 
 def _joined(features: Features, sets: Sequence[str]) -> Floats:

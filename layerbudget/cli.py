@@ -132,13 +132,14 @@ def generate(
         Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Where answers go; default: the terminal.")
+        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="M", help="Where to load the model from; default: as in training.")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: as in training.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --out names.")] = False,
     device: Device = None,
 ) -> None:
     """Continue one prompt, or a file of prompts, each with the layers that the allocator chooses for it.
@@ -150,14 +151,18 @@ def generate(
     from dataclasses import replace
 
     from layerbudget import Allocator, load_backbone
-    from runtime.answer_files import answer_file
+    from oracle.lengths import check_lengths
+    from runtime.answer_files import answer_file, check_places
     from runtime.step_costs import known_step_costs
 
+    if prompts is not None:
+        check_places(prompts, out, overwrite=overwrite)
     loaded = Allocator.from_pretrained(allocator)
     if max_new_tokens:
         loaded = replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=max_new_tokens))
     network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
     if prompt is not None:
+        check_lengths(network, tokenizer, [("on the command line", prompt)], loaded.decoding.max_new_tokens)
         _print_answers(loaded, network, tokenizer, [prompt])
     else:
         assert prompts is not None
@@ -171,7 +176,15 @@ def generate(
                 bar.update(done)
 
             answer_file(
-                loaded, network, tokenizer, prompts, out, batch_size=batch_size, begin=begin, advance=bar.update
+                loaded,
+                network,
+                tokenizer,
+                prompts,
+                out,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                begin=begin,
+                advance=bar.update,
             )
 
 

@@ -53,9 +53,11 @@ def continue_batch(
     enough: Sequence[Enough] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each of B sequences, up to and with the first that stops or after which there are
-    `enough` (one condition a sequence); in smaller batches where memory does not suffice."""
-    stops = stop_token_ids(tokenizer, decoding.stop)
-    options = {"do_sample": False, "eos_token_id": list(stops), "pad_token_id": tokenizer.pad_token_id}
+    `enough` (one condition a sequence); in smaller batches where memory does not suffice. What the model's generation
+    config says counts too."""
+    decoding = decoding.of(model, tokenizer)
+    stops = stop_token_ids(tokenizer, decoding)
+    options = {**decoding.arguments(tokenizer, list(stops)), "max_new_tokens": max_new_tokens}
 
     def generate(part: Sequence[tuple[list[int], Enough]]) -> list[list[int]]:
         sequences = [sequence for sequence, _ in part]
@@ -65,7 +67,6 @@ def continue_batch(
             output = model.generate(  # type: ignore[operator]
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                max_new_tokens=max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([ends] if enough else []),
                 **options,
             )
@@ -106,13 +107,13 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], decoding
     return cut_at_stop(str(tokenizer.decode(list(ids), skip_special_tokens=True)), decoding.stop)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> frozenset[int]:
-    """The end-of-text tokens, and every token whose text contains a stop string.
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> frozenset[int]:
+    """The end-of-text tokens, the other end tokens, and every token whose text contains a stop string.
 
     As `generate()`'s own `stop_strings`, but free of its cost: with a vocabulary of 262,144 that triples the time of
     a decoding step on a CPU. A stop string that is spread over several tokens ends the text, not the generation.
     """
-    return _stop_token_ids(tokenizer, tuple(stop))
+    return _stop_token_ids(tokenizer, decoding.stop) | frozenset(decoding.ends)
 
 
 @lru_cache(maxsize=8)

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from backbone.plan import LayerPlan
 from backbone.teaching import Example
 from oracle.decoding import Decoding
-from oracle.labelling import Advance, Labeller, key_of
+from oracle.labelling import Advance, Labeller
 from oracle.prompts import Prompt
+from oracle.reading import key_of
 
 
 def answered_examples(

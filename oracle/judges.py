@@ -90,8 +90,10 @@ def _judge(name: str) -> Judge:
         raise JudgeError(f"unknown judge {name!r}{hint} Known: {', '.join([*JUDGES, KL])}, or module:function")
     try:
         found: Judge = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise JudgeError(f"cannot import the judge {name!r}: {error}") from None
+    except (Exception, SystemExit) as error:  # the user's own code, which may do anything
+        raise JudgeError(f"cannot import the judge {name!r}: {type(error).__name__}: {error}") from None
+    if not callable(found):
+        raise JudgeError(f"the judge {name!r} is of type {type(found).__name__}, which cannot be called")
     return found
 
 

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.loading import model_fingerprint
@@ -21,37 +20,34 @@ from oracle.judges import KL, score
 from oracle.labels import CUT, Label, LabelStore
 from oracle.packing import packed
 from oracle.prompts import Prompt
+from oracle.reading import LabelReader, key_of, model_key
 from oracle.shortcut import Draft, Shortcut
 
 Advance = Callable[[int], None]
-Key = tuple[str, str]
-"""(prompt hash, judge)."""
 Full = Mapping[Prompt, Label]
 """The labels under the full plan."""
 Missing = Mapping[LayerPlan, Sequence[Prompt]]
 """Prompts that have no label under a plan."""
 
 
-def key_of(prompt: Prompt) -> Key:
-    return prompt.hash, prompt.judge
-
-
 TRIAL, WORTH = 32, 0.25
 """A plan that was led along TRIAL answers and settled less than this share of them is no longer led but generated."""
 
 
-class Labeller:
+class Labeller(LabelReader):
     """Fills a store with the label of every (prompt, plan), going on where an earlier run stopped.
 
     Args:
         model: runs the plans; with its tokenizer.
-        decoding: how answers are generated.
+        decoding: how answers are generated; what the model's generation config says is put in.
         store: where labels are kept; one transaction a batch.
         batch_size: prompts generated together.
         shortcut: follow the full model's answer with every plan and generate only what differs (see
-            `oracle.following`); otherwise generate everything. The judge `kl` generates nothing either way.
+            `oracle.following`); otherwise generate everything. The judge `kl` generates nothing either way. Where the
+            decoding changes tokens, following their likeliest ones would not do, and everything is generated.
 
     Attributes:
+        decoding: how answers are generated, complete.
         failures: one sentence for each label whose judge failed; its score is NaN.
     """
 
@@ -66,20 +62,16 @@ class Labeller:
         shortcut: bool = True,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._decoding, self._store, self._batch_size = decoding, store, batch_size
-        self._shortcut = shortcut
-        self._follower = Shortcut(model, tokenizer, decoding)
+        super().__init__(store, decoding.of(model, tokenizer), self.model_key)
+        self._batch_size = batch_size
+        self._shortcut = shortcut and not self.decoding.changes_tokens
+        self._follower = Shortcut(model, tokenizer, self.decoding)
+        self._fingerprint = model_fingerprint(model)
         self.failures: list[str] = []
 
     def model_key(self, plan: LayerPlan) -> str:
-        """What answers under a plan: the model, its dtype, and the stand-ins attached to it, if the plan has any."""
-        digest = attached_digest(self._model, plan)
-        return f"{model_fingerprint(self._model)} {self._model.dtype}" + (f" with {digest}" if digest else "")
-
-    def missing(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[Prompt]:
-        """The prompts that have no label under `plan` yet."""
-        found = self._store.keys(self.model_key(plan), str(plan), str(self._decoding))
-        return [prompt for prompt in prompts if key_of(prompt) not in found]
+        """What answers under a plan, with the stand-ins that are attached to the model now."""
+        return model_key(self._fingerprint, str(self._model.dtype), attached_digest(self._model, plan))
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
         """Label all prompts under all plans of the menu, the full plan first since others are compared with it."""
@@ -114,26 +106,12 @@ class Labeller:
             for plan, without in free.items():
                 self._generate(without, plan, full, advance)
 
-    def scores(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[float]:
-        """The scores of prompts that were labelled under `plan`."""
-        labels = self.labels(plan)
-        return [labels[key_of(prompt)].score for prompt in prompts]
-
-    def read(self, prompts: Sequence[Prompt], menu: PlanMenu) -> list[list[Label]]:
-        """For each prompt its K labels, cheapest plan first."""
-        by_plan = [self.labels(plan) for plan in menu.plans]
-        return [[labels[key_of(prompt)] for labels in by_plan] for prompt in prompts]
-
-    def labels(self, plan: LayerPlan) -> dict[Key, Label]:
-        """All labels under `plan` that the store holds."""
-        return self._store.read(self.model_key(plan), str(plan), str(self._decoding))
-
     def _generate(self, prompts: Sequence[Prompt], plan: LayerPlan, full: Full | None, advance: Advance) -> None:
         """Plain generation under one plan."""
         for batch in self._batches(prompts, full):
             start = time.perf_counter()
             answers = answer_batch(
-                self._model, self._tokenizer, [prompt.prompt for prompt in batch], plan, self._decoding
+                self._model, self._tokenizer, [prompt.prompt for prompt in batch], plan, self.decoding
             )
             seconds = (time.perf_counter() - start) / len(batch)
             labels = []
@@ -167,7 +145,7 @@ class Labeller:
 
     def _finish(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
         def tokens(draft: Draft) -> int:
-            return full[draft.prompt].prompt_tokens + self._decoding.max_new_tokens
+            return full[draft.prompt].prompt_tokens + self.decoding.max_new_tokens
 
         ordered = sorted(drafts, key=lambda draft: (len(draft.ids), -tokens(draft)))
         for batch in packed(ordered, tokens, self._batch_size):
@@ -220,7 +198,7 @@ class Labeller:
             return len(self._tokenizer(prompt.reference).input_ids if full is None else full[prompt].answer_ids)
 
         ordered = sorted(lengths, key=lambda prompt: (-expected(prompt).bit_length(), -lengths[prompt], prompt.id))
-        return packed(ordered, lambda prompt: lengths[prompt] + self._decoding.max_new_tokens, self._batch_size)
+        return packed(ordered, lambda prompt: lengths[prompt] + self.decoding.max_new_tokens, self._batch_size)
 
     def _judged(self, prompt: Prompt, answer: str, full_answer: str) -> float:
         """The score, or NaN where the judge fails, which is noted."""
@@ -228,8 +206,10 @@ class Labeller:
             return 1.0  # only the full plan has an answer of its own to judge, and it is compared with itself
         try:
             return score(prompt.judge, answer, prompt.reference, full_answer)
-        except Exception as error:  # a judge may be the user's own code: one prompt must not end a night's run
-            self.failures.append(f"the judge {prompt.judge!r} failed on prompt {prompt.id!r}: {error}")
+        # A judge may be the user's own code, which may even exit: one prompt must not end a night's run.
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, SystemExit) else error
+            self.failures.append(f"the judge {prompt.judge!r} failed on prompt {prompt.id!r}: {reason}")
             return float("nan")
 
     def _labelled(self, draft: Draft, answer: str, prompt_tokens: int, value: float) -> Label:
@@ -237,7 +217,7 @@ class Labeller:
             model=self.model_key(draft.plan),
             prompt=draft.prompt.hash,
             plan=str(draft.plan),
-            decoding=str(self._decoding),
+            decoding=str(self.decoding),
             judge=draft.prompt.judge,
             answer=answer,
             answer_ids=tuple(draft.ids),
@@ -251,8 +231,3 @@ class Labeller:
 def _together(missing: Missing) -> list[Prompt]:
     """Every prompt that is missing under some plan, once."""
     return list(dict.fromkeys(prompt for prompts in missing.values() for prompt in prompts))
-
-
-def score_matrix(labels: Sequence[Sequence[Label]]) -> NDArray[np.float64]:
-    """Scores [N, K] of N prompts under K plans; NaN where a judge failed."""
-    return np.array([[label.score for label in row] for row in labels], dtype=np.float64)

@@ -6,6 +6,7 @@ other models, plans, decodings or judges can lie in one file and never mix.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -73,31 +74,45 @@ class Label:
 class LabelStore:
     """Labels on disk. Each `add` is one transaction: after a kill it is there as a whole or not at all.
 
+    Args:
+        path: the file; made where it is missing.
+        read_only: leave the file as it is; a read-only folder will do.
+
     Raises:
-        StoreError: the file is not a label store, or one of a newer version.
+        StoreError: the file is not a label store, or one of a newer version; with `read_only`, there is none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path, self._read_only = path, read_only
         with self._connection() as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version not in (0, FORMAT_VERSION):
+            if version not in ((FORMAT_VERSION,) if read_only else (0, FORMAT_VERSION)):
                 raise StoreError(f"{path} has label format {version}, this version reads {FORMAT_VERSION}")
-            connection.execute(_SCHEMA)
-            connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+            if not read_only:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute(_SCHEMA)
+                connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=60)
+        try:
+            connection = sqlite3.connect(self._address(), timeout=60, uri=True)
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot open the label store {self.path}: {error}") from error
         try:
             connection.execute("PRAGMA synchronous=FULL")
             with connection:
                 yield connection
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, OverflowError, UnicodeError) as error:
             raise StoreError(f"cannot use the label store {self.path}: {error}") from error
         finally:
             connection.close()
+
+    def _address(self) -> str:
+        """What SQLite opens. A store in WAL mode is read by way of files beside it, which the last reader removes;
+        where they cannot be made, nobody can be writing either."""
+        mode = "mode=rw" if os.access(self.path.parent, os.W_OK) else "immutable=1"
+        return f"{self.path.resolve().as_uri()}?{mode if self._read_only else 'mode=rwc'}"
 
     def add(self, labels: Iterable[Label]) -> None:
         """Keep these labels; one that is there already stays as it is."""
@@ -161,4 +176,7 @@ def _to_row(label: Label) -> tuple[Any, ...]:
 def _from_row(row: tuple[Any, ...]) -> Label:
     label = Label(*row)
     score = float("nan") if label.score is None else label.score  # SQLite keeps NaN as NULL
-    return replace(label, answer_ids=tuple(map(int, str(label.answer_ids).split())), score=score)
+    try:
+        return replace(label, answer_ids=tuple(map(int, str(label.answer_ids).split())), score=float(score))
+    except ValueError as error:
+        raise StoreError(f"the label of prompt {label.prompt} under {label.plan} is damaged: {error}") from None

@@ -1,4 +1,4 @@
-"""Prompts that a model does not take, found before anything is computed."""
+"""Prompts must leave room for their answers in the model's context."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oracle.prompts import Prompt, PromptError
+from oracle.prompts import PromptError
 
 
 def check_lengths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[tuple[str, str]], new_tokens: int
 ) -> None:
-    """Raises PromptError for a prompt without tokens, or one that leaves no room for its answer.
+    """Raises PromptError for the first prompt (id, text) that has no tokens, or too many for the model to answer.
 
-    Models without `max_position_embeddings` take prompts of any length.
+    A model whose configuration names no `max_position_embeddings` takes any length.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt in prompts:
-        tokens = len(tokenizer(prompt.prompt)["input_ids"])
-        if tokens == 0:
-            raise PromptError(f"the prompt {prompt.id!r} has no tokens: this model's tokenizer knows none of its text")
-        if limit is not None and tokens + max_new_tokens > limit:
+    for name, text in prompts:
+        count = len(tokenizer(text).input_ids)
+        if not count:
+            raise PromptError(f"the prompt {name!r:.80} has no tokens: there is nothing to continue")
+        if limit is not None and count + new_tokens > limit:
             raise PromptError(
-                f"the prompt {prompt.id!r} has {tokens} tokens, which with {max_new_tokens} new ones are more than the "
-                f"{limit} that the model takes; shorten it or leave it out"
+                f"the prompt {name!r:.80} has {count} tokens, which with {new_tokens} new ones is more than the "
+                f"{limit} (max_position_embeddings) that this model takes; shorten it, or ask for fewer new tokens"
             )

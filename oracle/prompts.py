@@ -18,8 +18,11 @@ from oracle.judges import check_judge
 EMBEDDED = "embedded"
 FIELDS = ("id", "task", "prompt", "reference", "judge")
 
-Split = Literal["train", "tune", "calibrate", "test"]
+Split = Literal["adapt", "train", "tune", "calibrate", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+"""What plans and stand-ins are made from, what controllers learn from and are tuned on, what the certificate is made
+from, and what nothing has seen. Prompts that plans and stand-ins were fitted on would lose less under them than others
+do, and teach controllers to expect that of all."""
 
 
 class PromptError(InputError):
@@ -102,7 +105,7 @@ def limited(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
 
 
 def split_of(prompt: Prompt, shares: Mapping[Split, float]) -> Split:
-    """The split of a prompt: a hash of its id, cut by the shares of train, tune, calibrate and test (sum 1)."""
+    """The split of a prompt: a hash of its id, cut by the shares of the splits, in the order of `SPLITS` (sum 1)."""
     position = _uniform("split", prompt.id)
     for split in SPLITS[:-1]:
         position -= shares[split]

@@ -108,7 +108,7 @@ class Shortcut:
         ]
 
     def is_whole(self, draft: Draft) -> bool:
-        stops = stop_token_ids(self._tokenizer, self._decoding.stop)
+        stops = stop_token_ids(self._tokenizer, self._decoding)
         return draft.ids[-1] in stops or len(draft.ids) >= self._decoding.max_new_tokens
 
     def is_settled(self, draft: Draft, full_answer: str) -> bool:

@@ -14,18 +14,22 @@ import numpy as np
 
 from backbone.bridging import Fits, bridges_of, bridging_rounds, fit_bridges
 from backbone.distilling import History, distil
+from backbone.files import replacing, write_atomically
 from backbone.plan import LayerPlan
 from backbone.stand_ins import StandIns, attach, detach
 from backbone.teaching import Example
 from oracle.examples import answered_examples, reference_examples
 from oracle.frontier import static_points, upper_hull
-from oracle.labelling import score_matrix
 from oracle.prompts import Prompt
+from oracle.reading import score_matrix
 from pipelines.config import AdaptMethod, Config
 from pipelines.progress import console, progress
-from pipelines.stages import BY_NAME, stage_key, write_atomically
+from pipelines.run_state import stage_key
 from pipelines.workspace import Workspace
-from runtime.measuring import generation_under, median_seconds, prompt_inputs
+from runtime.measuring import FEWEST_ROUNDS, generation_under, median_seconds, prompt_inputs
+
+HELD = 5
+"""Every so many-th prompt is held out where methods are compared."""
 
 
 def run(config: Config) -> Path:
@@ -41,13 +45,12 @@ def run(config: Config) -> Path:
     curves = _compared(workspace, candidates) if len(candidates) > 1 else {}
     chosen = max(curves, key=lambda method: curves[method]["area"]) if curves else wanted[0]
     stand_ins = candidates[chosen]
-    unfinished = workspace.path(".stand_ins.unfinished")
-    stand_ins.save(unfinished)
-    unfinished.replace(workspace.path("stand_ins.safetensors"))
+    with replacing(workspace.path("stand_ins.safetensors")) as unfinished:
+        stand_ins.save(unfinished)
     plans = workspace.frozen_menu().plans
     record = {
         "method": chosen,
-        "digest": stand_ins.digest,
+        "digest": "" if stand_ins.is_empty else stand_ins.digest,
         "added_budget": {str(plan): stand_ins.cost(model, plan) for plan in plans},
         "compared": curves,
         **made.record,
@@ -89,7 +92,7 @@ class _Making:
                 bridges,
                 self._workspace.frozen_menu().probe_depth,
                 self._settings.settings(),
-                self._workspace.path("adapt") / stage_key(self._workspace.config, BY_NAME["adapt"]) / method,
+                self._workspace.path("adapt") / stage_key(self._workspace.config, "adapt") / method,
                 fingerprint,
                 _showing(advance),
             )
@@ -134,11 +137,22 @@ class _Making:
 
     def _references(self) -> list[Example]:
         _, tokenizer = self._workspace.backbone
-        return reference_examples(tokenizer, self._prompts(), self._workspace.config.decoding.settings())
+        return reference_examples(tokenizer, self._prompts(), self._workspace.decoding)
 
     def _prompts(self) -> list[Prompt]:
-        train = self._workspace.splits["train"]
-        return train[:: max(1, len(train) // self._settings.prompts)][: self._settings.prompts]
+        prompts = _parts(self._workspace)[0]
+        return prompts[:: max(1, len(prompts) // self._settings.prompts)][: self._settings.prompts]
+
+
+def _parts(workspace: Workspace) -> tuple[list[Prompt], list[Prompt]]:
+    """The split `adapt` in prompts to fit on and prompts to compare methods on; none of the latter without a choice.
+
+    Neither teach controllers: what was fitted or picked on a prompt loses less there than elsewhere.
+    """
+    prompts = workspace.splits["adapt"]
+    if workspace.config.adapt.method != "best":
+        return prompts, []
+    return [prompt for i, prompt in enumerate(prompts) if i % HELD], prompts[::HELD]
 
 
 def _showing(advance: Callable[[int], None]) -> Callable[[History], None]:
@@ -172,13 +186,13 @@ def _described(fits: Fits, seconds: float) -> dict[str, Any]:
 
 
 def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> dict[AdaptMethod, dict[str, Any]]:
-    """For each method its static plans on the tune split: time a token, mean score, and the area under their hull.
+    """For each method its static plans on held-out prompts: time a token, mean score, and the area under their hull.
 
     The area is between the fastest plan of all methods and the full model's time, over milliseconds a token: mean
     quality at a time that one is ready to spend.
     """
     model, tokenizer = workspace.backbone
-    menu, prompts = workspace.frozen_menu(), workspace.splits["tune"]
+    menu, prompts = workspace.frozen_menu(), _parts(workspace)[1]
     batch = prompt_inputs(model, tokenizer, [prompt.prompt for prompt in prompts[:4]])
     n_tokens = workspace.config.evaluation.speed_tokens
     scores, times = {}, {}
@@ -189,7 +203,7 @@ def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> 
             labeller.label(prompts, menu, advance)
         scores[method] = score_matrix(labeller.read(prompts, menu))
         work = {plan: generation_under(model, batch, plan, n_tokens) for plan in menu.plans}
-        seconds = median_seconds(work, workspace.config.evaluation.speed_rounds, lambda: None)
+        seconds = median_seconds(work, FEWEST_ROUNDS, lambda: None)
         times[method] = np.array([seconds[plan] * 1000 / n_tokens for plan in menu.plans])
         detach(model)
     return _areas(scores, times)

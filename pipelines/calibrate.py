@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from backbone.files import write_atomically
 from controller.base import choose
 from controller.calibration import certify
 from controller.certificate import Certificate
@@ -17,7 +18,6 @@ from controller.learning import Learned
 from controller.report_card import losses_at
 from pipelines.config import Config
 from pipelines.progress import console
-from pipelines.stages import write_atomically
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
 from runtime.allocator import Allocator
@@ -32,7 +32,7 @@ def run(config: Config) -> Path:
     table = workspace.table("calibrate")
     trained = load_trained(workspace)
     certificates = {
-        name: certified(learned.predict(table.features), table, config) for name, learned in trained.items()
+        name: certified(learned.predict(table.features), table, workspace) for name, learned in trained.items()
     }
     best = json.loads(workspace.path("tuning.json").read_text())["best"]
     if certificates[best].price is None:
@@ -43,7 +43,7 @@ def run(config: Config) -> Path:
         controller_name=best,
         projection=trained[best].projection,
         certificate=certificates[best],
-        decoding=config.decoding.settings(),
+        decoding=workspace.decoding,
         fingerprint=workspace.fingerprint,
         model_source=config.model.source,
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
@@ -55,12 +55,13 @@ def run(config: Config) -> Path:
     return workspace.path("allocator")
 
 
-def certified(predicted: np.ndarray, table: Table, config: Config, alpha: float | None = None) -> Certificate:
+def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: float | None = None) -> Certificate:
     """Learn-then-Test on a table, for a controller that predicted `predicted` [N, K] there.
 
     Args:
         alpha: another bound than the configuration's.
     """
+    config = workspace.config
     calibration = config.calibration
     return certify(
         lambda price: losses_at(predicted, table.kept, table.budgets, price),
@@ -71,6 +72,7 @@ def certified(predicted: np.ndarray, table: Table, config: Config, alpha: float 
         per_task=calibration.per_task,
         tolerance=config.label.tolerance,
         prompts_hash=hashlib.sha256("".join(prompt.hash for prompt in table.prompts).encode()).hexdigest()[:16],
+        decoding=str(workspace.decoding),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,13 +16,16 @@ from controller.headroom_card import captured_by
 from controller.learning import Learned, Settings, learn
 from controller.report_card import price_for_loss
 from pipelines.calibrate import certified, price_of
+from pipelines.config import Config
 from pipelines.features import features_of
+from pipelines.progress import progress
+from pipelines.searching import Work, regret_bounds, search_in_memory
 from pipelines.train import load_trained, tuned_settings
 from pipelines.workspace import Table, Workspace
 
 CONTROLS = ("shuffled", "length", "task", "embedding")
-"""The best controller's settings with features that know less: another prompt's, the length alone, the task's name
-alone, the mean embedding alone."""
+"""Controllers of the best one's kind with features that know less: another prompt's, the length alone, the task's name
+alone, the mean embedding alone. Each has a search of its own: none loses by settings made for other features."""
 
 TASK_COLUMNS = 64
 
@@ -39,7 +42,9 @@ def comparison(workspace: Workspace, best: str, calibrate: Table, test: Table) -
     """
     alphas = workspace.config.evaluation.alphas
     fit, settings = workspace.table("train", "tune"), tuned_settings(workspace)[best]
-    learned = {**load_trained(workspace), **{name: _control(name, settings, fit) for name in CONTROLS}}
+    with progress("searches of controls", len(CONTROLS)) as advance:
+        controls = {name: _control(name, settings, fit, workspace.config, advance) for name in CONTROLS}
+    learned = {**load_trained(workspace), **controls}
     predicted = {name: _both(name, found, calibrate, test) for name, found in learned.items()}
     rows: Rows = []
     for alpha in alphas:
@@ -56,9 +61,22 @@ def comparison(workspace: Workspace, best: str, calibrate: Table, test: Table) -
     return found
 
 
-def _control(name: str, settings: Settings, fit: Table) -> Learned:
-    features, sets = control_features(name, fit, settings.sets)
-    return learn(replace(settings, sets=sets), features, fit.kept, fit.budgets)
+def _control(name: str, best: Settings, fit: Table, config: Config, advance: Callable[[int], None]) -> Learned:
+    features, sets = control_features(name, fit, best.sets)
+    settings = control_settings(best, features, sets, fit, config)
+    advance(1)
+    return learn(settings, features, fit.kept, fit.budgets)
+
+
+def control_settings(best: Settings, features: Features, sets: tuple[str, ...], fit: Table, config: Config) -> Settings:
+    """What a search with a control's features finds, `evaluation.control_trials` long; the best controller's own
+    settings are among those tried."""
+    trials = config.evaluation.control_trials
+    changes = {"feature_sets": [list(sets)], "trials": trials, "given": {}}
+    components = sorted({*config.tuning.components, best.components})
+    tuning = config.tuning.model_copy(update={**changes, "components": components})
+    work = Work(features, fit.kept, fit.budgets, regret_bounds(config), tuning)
+    return search_in_memory(best.name, work, {"components": best.components, **best.parameters})
 
 
 def control_features(name: str, table: Table, sets: tuple[str, ...]) -> tuple[Features, tuple[str, ...]]:
@@ -107,7 +125,7 @@ def _outcome(chosen: Choices, test: Table) -> dict[str, float]:
 def _certified(
     workspace: Workspace, seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float
 ) -> dict[str, Any]:
-    price = certified(seen, calibrate, workspace.config, alpha).price
+    price = certified(seen, calibrate, workspace, alpha).price
     return {"alpha": alpha, "price": price, **_outcome(choose(predicted, test.budgets, price_of(price)), test)}
 
 

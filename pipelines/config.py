@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,7 +16,7 @@ from backbone.fitting import Form
 from backbone.trainable import Where
 from controller.features import check_sets
 from oracle.decoding import Decoding
-from oracle.prompts import FIELDS, Split
+from oracle.prompts import FIELDS, SPLITS, Split
 from pipelines import yaml_text
 
 MenuMethod = Literal[
@@ -32,7 +32,6 @@ MenuMethod = Literal[
     "bridged_layers",
 ]
 LearnedController = Literal["lightgbm", "mlp", "logistic", "ensemble"]
-Objective = Literal["regret", "decision_ms"]
 Risk = Literal["insufficient", "score_lost"]
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
@@ -73,12 +72,8 @@ class DataSection(Section):
     """For prompts that name no judge."""
     force_judge: Text | None = None
     """For all prompts, whatever judge they name; `kl` and `agreement` hold answers against the full model's own."""
-    shares: dict[Split, Annotated[float, Field(ge=0, le=1)]] = {
-        "train": 0.4,
-        "tune": 0.15,
-        "calibrate": 0.25,
-        "test": 0.2,
-    }
+    shares: dict[Split, float] = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
+    """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> DataSection:
@@ -90,8 +85,9 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check_shares(self) -> DataSection:
-        if set(self.shares) != set(get_args(Split)) or abs(sum(self.shares.values()) - 1) > 1e-6:
-            raise ValueError(f"shares must name train, tune, calibrate and test and sum to 1, got {self.shares}")
+        is_sound = all(0 <= share <= 1 for share in self.shares.values())
+        if set(self.shares) != set(SPLITS) or not is_sound or abs(sum(self.shares.values()) - 1) > 1e-6:
+            raise ValueError(f"shares must name {', '.join(SPLITS)} and sum to 1, got {self.shares}")
         return self
 
 
@@ -112,7 +108,7 @@ class MenuSection(Section):
     """K, the full plan included."""
     cheapest_budget: float = Field(0.5, gt=0, lt=1)
     prompts: int = Field(32, ge=1)
-    """Train prompts that a search looks at."""
+    """Prompts of the split `adapt` that a search looks at."""
 
     @model_validator(mode="after")
     def _check_method(self) -> MenuSection:
@@ -124,9 +120,9 @@ class MenuSection(Section):
 class AdaptSection(Section):
     method: AdaptMethod = "bridges"
     """What makes the menu's plans better: closed-form bridges over their gaps, a trained adapter, both, or nothing;
-    `best` makes all of them and keeps what does best on the tune split for the time it takes."""
+    `best` makes all of them and keeps what does best for the time it takes, on a fifth of the prompts held out."""
     prompts: int = Field(400, ge=8)
-    """Train prompts, with the full model's answers, to fit and train on."""
+    """Prompts of the split `adapt`, with the full model's answers, to fit and train on."""
     form: Form = "full"
     rank: int = Field(64, ge=1)
     """Of bridges that are `low_rank` or `diagonal_low_rank`."""
@@ -162,7 +158,7 @@ class AdaptSection(Section):
 class LabelSection(Section):
     batch_size: int = Field(32, ge=1)
     limit: int | None = Field(None, ge=8)
-    """Label this many of the prompts, chosen by a hash of the id; the stages before make use of all of them."""
+    """Label this many of the prompts that are not in the split `adapt`, chosen by a hash of the id."""
     shortcut: bool = True
     """Follow the full model's answer with every plan and generate only what differs, instead of everything."""
     tolerance: float = Field(0.0, ge=0, lt=1)
@@ -194,12 +190,8 @@ class GivenSettings(Section):
 class TuningSection(Section):
     controllers: list[LearnedController] = Field(["lightgbm", "mlp"], min_length=1)
     trials: int = Field(20, ge=1)
-    """Finished trials of each controller; the first one tries the defaults."""
-    objectives: list[Objective] = Field(["regret", "decision_ms"], min_length=1, max_length=2)
-    """What to make small. With `regret` alone, trials that fall behind after some folds are given up."""
-    max_decision_ms: float = Field(1.0, gt=0)
-    """The winner is the trial of least regret among those whose decision takes no longer than this, one prompt at a
-    time, features not counted."""
+    """Finished trials of each controller, for the least regret; the first one tries the defaults, and those that fall
+    behind after some folds are given up."""
     feature_sets: list[list[str]] = Field(
         [["length", "path", "states"], ["length", "tokens", "path", "states"], ["length", "path", "states", "windows"]],
         min_length=1,
@@ -226,8 +218,6 @@ class TuningSection(Section):
             raise ValueError(f"controllers names one twice, got {self.controllers}")
         if unknown := set(self.given) - set(self.controllers):
             raise ValueError(f"given holds settings of {min(unknown)!r}, which is not among tuning.controllers")
-        if "regret" not in self.objectives:
-            raise ValueError(f"objectives must hold 'regret', got {self.objectives}")
         return self
 
 
@@ -248,6 +238,8 @@ class CalibrationSection(Section):
 class EvaluationSection(Section):
     alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
     """Mean losses at which the controllers and the controls are compared."""
+    control_trials: int = Field(8, ge=1)
+    """Trials of each control's own search: the defaults, the best controller's settings, and others."""
     own_judges: int = Field(0, ge=0)
     """With `data.force_judge`: also judge so many of the test prompts as they say themselves, to see what the
     loss means there."""
@@ -261,8 +253,10 @@ class EvaluationSection(Section):
     """Test prompts that speeds are measured on, as one batch and one at a time."""
     speed_tokens: int = Field(16, ge=2)
     """New tokens of each."""
-    speed_rounds: int = Field(3, ge=1)
-    """Times that everything is measured, in turn, after a warm-up."""
+    speed_rounds: int = Field(20, ge=1)
+    """Times, at most, that everything is measured, in turn, after a warm-up; fewer once the figures are exact."""
+    speed_seconds: float = Field(60.0, gt=0)
+    """No round begins after this time, as long as there are five."""
 
     @model_validator(mode="after")
     def _check_template(self) -> EvaluationSection:
@@ -301,7 +295,7 @@ class Config(Section):
     try_prompts: list[Text] = []
     """Prompts that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)
-    """Name of the YAML file this came from."""
+    """Path of the YAML file this came from."""
 
     @model_validator(mode="after")
     def _check_features(self) -> Config:
@@ -338,7 +332,7 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
     for setting in settings:
         _put(data, setting)
     try:
-        return Config.model_validate({**data, "file": path.name})
+        return Config.model_validate({**data, "file": str(path.resolve())})
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
 

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backbone.files import write_atomically
 from controller.base import choose
+from controller.calibration import cheapest_valid_plan
 from controller.constant import MixtureController, OracleController
 from controller.frontier_card import frontier_card
 from controller.report_card import ReportCard, regret, report_card
 from oracle.frontier import static_points, upper_hull
-from pipelines.calibrate import certified, price_of
+from pipelines.calibrate import price_of
 from pipelines.comparing import comparison
 from pipelines.config import Config
 from pipelines.frozen import before_and_after
 from pipelines.own_judges import by_own_judges
-from pipelines.speeds import feature_ms, speeds
-from pipelines.stages import write_atomically
+from pipelines.speeds import decision_ms, feature_ms, speeds
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
 from runtime.allocator import Allocator
@@ -29,6 +30,8 @@ from runtime.measuring import machine
 
 RANDOM_DRAWS = 64
 """Draws over which policies that draw plans at random are averaged."""
+FEATURE_ROUNDS = 5
+"""Times that each set of features is timed."""
 
 Choices = NDArray[np.intp]
 
@@ -39,7 +42,8 @@ def run(config: Config) -> Path:
     test, calibrate = workspace.table("test"), workspace.table("calibrate")
     allocator = Allocator.from_pretrained(workspace.path("allocator"))
     calibration = json.loads(workspace.path("calibration.json").read_text())
-    predicted = {name: learned.predict(test.features) for name, learned in load_trained(workspace).items()}
+    trained = load_trained(workspace)
+    predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
     prices = {name: price_of(found["price"]) for name, found in calibration["certificates"].items()}
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
     best, bounds = calibration["best"], config.evaluation.alphas
@@ -51,6 +55,7 @@ def run(config: Config) -> Path:
     }
     for name, kept in predicted.items():
         metrics[name]["regret"] = regret(kept, test.kept, test.budgets, bounds)
+        metrics[name]["decision_ms"] = decision_ms(trained[name], test.features)
     metrics |= {
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
@@ -59,10 +64,13 @@ def run(config: Config) -> Path:
         "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
         "stand_ins": before_and_after(workspace, test),
         "certificate": calibration["certificates"][best],
-        "prompts": {split: len(prompts) for split, prompts in workspace.labelled_splits.items()},
+        "prompts": {
+            **{split: len(prompts) for split, prompts in workspace.labelled_splits.items()},
+            "adapt": len(workspace.splits["adapt"]),
+        },
         "labelling": _labelling(workspace),
         "overhead_ms": speed["overhead_ms"],
-        "feature_ms": feature_ms(workspace, test.prompts[0].prompt, config.evaluation.speed_rounds),
+        "feature_ms": feature_ms(workspace, test.prompts[0].prompt, FEATURE_ROUNDS),
         "speed": speed,
         "model": {"source": config.model.source, "fingerprint": workspace.fingerprint},
         "machine": machine(),
@@ -84,7 +92,7 @@ def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) ->
     mixture = _mixture_at(float(test.budgets[best].mean()), calibrate)
     return {
         "full": choose(MixtureController.static(n_plans, n_plans - 1).predict(rows), test.budgets, 1.0),
-        "best_static": choose(_best_static(config, calibrate).predict(rows), test.budgets, 1.0),
+        "best_static": np.full(len(rows), _best_static(config, calibrate)),
         "static_mixture": _draws(mixture, rows, test.budgets),
         "random": _draws(shares, rows, test.budgets),
         "oracle": choose(oracle.predict(rows), test.budgets, float("inf")),
@@ -97,15 +105,11 @@ def _draws(weights: list[float], rows: NDArray[np.float32], budgets: NDArray[np.
     return choose(np.concatenate(draws), budgets, 1.0)
 
 
-def _best_static(config: Config, calibrate: Table) -> MixtureController:
-    """The cheapest plan that, run by all, is certified like a controller's price; the full plan if none is."""
-    n_plans = len(calibrate.budgets)
-    features = np.zeros((len(calibrate.prompts), 1), dtype=np.float32)
-    for index in range(n_plans - 1):
-        static = MixtureController.static(n_plans, index)
-        if certified(static.predict(features), calibrate, config).price is not None:
-            return static
-    return MixtureController.static(n_plans, n_plans - 1)
+def _best_static(config: Config, calibrate: Table) -> int:
+    """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is."""
+    settings = config.calibration
+    groups = calibrate.tasks if settings.per_task else None
+    return cheapest_valid_plan(1.0 - calibrate.kept, settings.alpha, settings.delta, settings.risk, groups)
 
 
 def _mixture_at(budget: float, table: Table) -> list[float]:
@@ -143,7 +147,7 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
     """
     menu = workspace.menu()
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
-    labels = workspace.labeller.read(workspace.labelled, menu)
+    labels = workspace.labels.read(workspace.labelled, menu)
     spent = sum(label.forward_tokens for row in labels for label in row)
     exhaustive = sum(
         (label.prompt_tokens + len(label.answer_ids)) * share

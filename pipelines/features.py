@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 
+from backbone.files import replacing
 from controller.features import Features, prompt_features, rows_of
 from oracle.prompts import Prompt
 from pipelines.config import Config
@@ -29,9 +30,10 @@ def run(config: Config) -> Path:
         "task": [prompt.task for prompt in prompts],
         **{name: list(values) for name, values in features.items()},
     }
-    unfinished = workspace.path(".features.parquet.unfinished")
-    parquet.write_table(pyarrow.table(columns, metadata={"model": workspace.fingerprint}), unfinished)
-    return unfinished.rename(workspace.path("features.parquet"))
+    path = workspace.path("features.parquet")
+    with replacing(path) as unfinished:
+        parquet.write_table(pyarrow.table(columns, metadata={"model": workspace.fingerprint}), unfinished)
+    return path
 
 
 def features_of(

@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from backbone.files import write_atomically
 from oracle.menus import MenuTask, build_menu, search_steps
 from pipelines.config import Config
 from pipelines.progress import progress
-from pipelines.stages import write_atomically
 from pipelines.workspace import Workspace
 
 
 def run(config: Config) -> Path:
-    """Search the plans with a few train prompts; writes `menu.json`."""
+    """Search the plans with a few prompts of the split `adapt`; writes `menu.json`."""
     workspace = Workspace.of(config)
     model, tokenizer = workspace.backbone
     settings = config.menu
     task = MenuTask(
         model=model,
         tokenizer=tokenizer,
-        prompts=[prompt.prompt for prompt in workspace.splits["train"][:: _stride(workspace, settings.prompts)]],
-        decoding=config.decoding.settings(),
+        prompts=[prompt.prompt for prompt in workspace.splits["adapt"][:: _stride(workspace, settings.prompts)]],
+        decoding=workspace.decoding,
         probe_depth=settings.probe_depth,
         n_plans=settings.plans,
         cheapest_budget=settings.cheapest_budget,
@@ -35,4 +35,4 @@ def run(config: Config) -> Path:
 
 def _stride(workspace: Workspace, wanted: int) -> int:
     """Prompts lie in the source's order, often by task: take every n-th to see all kinds."""
-    return max(1, len(workspace.splits["train"]) // wanted)
+    return max(1, len(workspace.splits["adapt"]) // wanted)

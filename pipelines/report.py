@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from backbone.files import write_atomically
 from controller.p_values import fewest_prompts
 from controller.report_card import price_curve
 from oracle.frontier import least_sufficient, oracle_hull, static_points, upper_hull
@@ -21,7 +22,7 @@ from oracle.labels import Label
 from pipelines import figures
 from pipelines.config import Config
 from pipelines.progress import waiting
-from pipelines.stages import RunState, write_atomically
+from pipelines.run_state import RunState
 from pipelines.tracking import log_run
 from pipelines.train import load_trained
 from pipelines.workspace import Table, Workspace
@@ -111,7 +112,6 @@ def _compared(comparison: dict[str, Any]) -> dict[str, dict[float, dict[str, Any
 def _plan_rows(workspace: Workspace, table: Table, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Each plan of the menu: what runs, what it costs, how good it is alone, how often it was chosen."""
     menu, speed = workspace.menu(), metrics["speed"]
-    full_seconds = speed["plan_seconds"][-1]
     return [
         {
             "text": str(plan),
@@ -122,7 +122,7 @@ def _plan_rows(workspace: Workspace, table: Table, metrics: dict[str, Any]) -> l
             ],
             "quality": float(table.scores[:, index].mean()),
             "sufficient": float(table.sufficient[:, index].mean()),
-            "speedup": full_seconds / speed["plan_seconds"][index],
+            "speedup": speed["plan_intervals"][index],
             "chosen": metrics[metrics["best"]]["plan_shares"][index],
         }
         for index, (plan, budget) in enumerate(zip(menu.plans, menu.budgets, strict=True))
@@ -151,7 +151,7 @@ def _task_rows(workspace: Workspace, table: Table, chosen: NDArray[np.intp]) -> 
 def _examples(workspace: Workspace, table: Table, chosen: NDArray[np.intp], per_task: int = 2) -> list[dict[str, Any]]:
     """Some test prompts of every task, first those whose answer changed, with both answers."""
     menu = workspace.menu()
-    labels = workspace.labeller.read(table.prompts, menu)
+    labels = workspace.labels.read(table.prompts, menu)
     shown: dict[str, list[dict[str, Any]]] = defaultdict(list)
     rows = [(prompt, row, index) for prompt, row, index in zip(table.prompts, labels, chosen, strict=True)]
     for prompt, row, index in sorted(rows, key=lambda item: item[1][item[2]].answer == item[1][-1].answer):

@@ -10,44 +10,65 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from backbone.files import remove_strays, write_atomically
 from oracle.prompts import Shard
 from pipelines import label
 from pipelines.config import Config, ConfigError
 from pipelines.progress import console
-from pipelines.stages import BY_NAME, STAGES, RunState, Stage, write_atomically
+from pipelines.run_state import LOCK, RunState
+from pipelines.stages import BY_NAME, STAGES, Stage, all_before
 from pipelines.workspace import Workspace
 
 
 def run_all(config: Config) -> None:
-    """Every stage of a run; those whose inputs did not change since they were done are skipped."""
-    with _own_folder(config):
-        state = _begin(config)
+    """Every stage of a run; those whose inputs did not change since they were done are skipped.
+
+    Where all are done nothing is written, so that a finished run may lie in a read-only folder.
+    """
+    if _checked(config).is_done(STAGES[-1]):
+        for stage in STAGES:
+            _say_done(stage)
+        return
+    with _own_folder(config) as state:
         for stage in STAGES:
             if state.is_done(stage):
-                console.print(f"[green]done before[/]  {stage.name}: {stage.title}")
+                _say_done(stage)
             else:
                 _run_stage(config, stage, state)
 
 
 def run_one(config: Config, name: str) -> Path:
     """One stage, whether or not it was done before; the stages it follows must be done."""
-    with _own_folder(config):
-        state, stage = _begin(config), BY_NAME[name]
-        _check_done_before(stage, state)
-        return _run_stage(config, stage, state)
+    _checked(config)
+    with _own_folder(config) as state:
+        _check_done_before(BY_NAME[name], state)
+        return _run_stage(config, BY_NAME[name], state)
 
 
 def run_shard(config: Config, shard: Shard) -> Path:
     """Label one part of the prompts; other processes may label other parts of the same run at the same time."""
-    with _own_folder(config, f".lock-{shard.number}-of-{shard.of}"):
-        _check_done_before(BY_NAME["label"], _begin(config))
+    _checked(config)
+    with _own_folder(config, f"{LOCK}-{shard.number}-of-{shard.of}") as state:
+        _check_done_before(BY_NAME["label"], state)
         path = label.run(config, shard)
     console.print("When all shards are there, `layerbudget run CONFIG` goes on.")
     return path
 
 
+def _checked(config: Config) -> RunState:
+    """What is there, after folder and prompts were found fit to use. Nothing is written."""
+    Workspace.forget()
+    state = RunState(config)
+    _ = Workspace.of(config).splits
+    return state
+
+
+def _say_done(stage: Stage) -> None:
+    console.print(f"[green]done before[/]  {stage.name}: {stage.title}")
+
+
 def _check_done_before(stage: Stage, state: RunState) -> None:
-    for earlier in _all_before(stage):
+    for earlier in all_before(stage):
         if not state.is_done(earlier):
             raise ConfigError(
                 f"the stage {stage.name!r} needs {earlier.name!r} first: run `layerbudget {earlier.name} CONFIG`, "
@@ -56,27 +77,30 @@ def _check_done_before(stage: Stage, state: RunState) -> None:
 
 
 @contextmanager
-def _own_folder(config: Config, name: str = ".lock") -> Iterator[None]:
+def _own_folder(config: Config, name: str = LOCK) -> Iterator[RunState]:
     """One process at a time works on a run, or on a shard of its labels; the lock goes with the process."""
     config.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(config.folder / name, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        what = config.folder if name == ".lock" else f"this shard of {config.folder}"
+        what = config.folder if name == LOCK else f"this shard of {config.folder}"
         raise ConfigError(f"another process is working on {what}; wait for it or give this run another name") from None
     try:
-        yield
+        state = RunState(config)  # as it is now that nobody else changes it
+        state.begin()
+        if name == LOCK:
+            remove_strays(config.folder)
+        _keep_resolved(config)
+        yield state
     finally:
         lock.release()
 
 
-def _begin(config: Config) -> RunState:
-    Workspace.forget()
-    state = RunState(config)
-    _ = Workspace.of(config).splits  # wrong prompts are refused before anything is written
-    write_atomically(config.folder / "config.yaml", config.dump())
-    return state
+def _keep_resolved(config: Config) -> None:
+    path, text = config.folder / "config.yaml", config.dump()
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_atomically(path, text)
 
 
 def _run_stage(config: Config, stage: Stage, state: RunState) -> Path:
@@ -87,10 +111,3 @@ def _run_stage(config: Config, stage: Stage, state: RunState) -> Path:
     state.record(stage, time.perf_counter() - start)
     console.print(f"  {path}  [dim]{time.perf_counter() - start:.0f} s[/]")
     return path
-
-
-def _all_before(stage: Stage) -> list[Stage]:
-    names = set(stage.follows)
-    for name in stage.follows:
-        names |= {earlier.name for earlier in _all_before(BY_NAME[name])}
-    return [candidate for candidate in STAGES if candidate.name in names]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,10 +22,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from backbone.errors import InputError
 from controller.base import controller_class
-from controller.features import Features, rows_of
-from controller.learning import CrossFit, Settings, learn
+from controller.features import Features
+from controller.learning import CrossFit, Settings
 from controller.report_card import regret
-from pipelines.config import ConfigError, TuningSection
+from pipelines.config import Config, ConfigError, TuningSection
 
 HEARTBEAT_S, GRACE_S = 10, 60
 """A trial whose worker was killed is tried again by another one after GRACE_S without a sign of life."""
@@ -66,26 +65,20 @@ class Work:
         most = max(self.tuning.components)
         return CrossFit(self.features, self.kept, self.budgets, self.tuning.folds, most)
 
-    def judge(self, settings: Settings, after_fold: Callable[[int, float], None] | None = None) -> tuple[float, float]:
-        """Regret of out-of-fold predictions, and milliseconds of a decision; `after_fold` is told the regret so far."""
+    def judge(self, settings: Settings, after_fold: Callable[[int, float], None] | None = None) -> float:
+        """Regret of out-of-fold predictions; `after_fold` is told the regret so far."""
         for fold, (predicted, rows) in enumerate(self._cross_fit.predict(settings), 1):
             if after_fold or fold == self.tuning.folds:
                 found = regret(predicted[rows], self.kept[rows], self.budgets, self.bounds)
             if after_fold:
                 after_fold(fold, found)
-        return found, self.decision_ms(settings)
+        return found
 
-    def decision_ms(self, settings: Settings, repeats: int = 20) -> float:
-        """Median time of one prompt's prediction, from features in hand."""
-        rows = np.arange(min(64, len(self.kept)))
-        learned = learn(settings, rows_of(self.features, rows), self.kept[rows], self.budgets)
-        one = rows_of(self.features, rows[:1])
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            learned.predict(one)
-            times.append((time.perf_counter() - start) * 1000)
-        return statistics.median(times)
+
+def regret_bounds(config: Config) -> tuple[float, ...]:
+    """The mean losses at which regret counts: around what calibration will ask for."""
+    alpha = config.calibration.alpha
+    return alpha / 2, alpha, 1.5 * alpha
 
 
 def settings_of(name: str, trial: Any, tuning: TuningSection) -> Settings:
@@ -123,27 +116,66 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"cannot use tuning.storage {wanted.url!r}: {reason}") from error
-    return optuna.create_study(
-        study_name=wanted.study,
-        storage=storage,
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=1),
-        directions=["minimize"] * len(tuning.objectives),
-        load_if_exists=True,
-    )
+    try:
+        return optuna.create_study(
+            study_name=wanted.study,
+            storage=storage,
+            sampler=_sampler(seed),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=1),
+            direction="minimize",
+            load_if_exists=True,
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"tuning.storage {wanted.url!r} is damaged ({error}): delete it, and the search begins again"
+        ) from None
 
 
 def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna.Study:
-    """Try settings until the study has `tuning.trials` finished trials; one already there is not tried again."""
+    """Try settings until the study has `tuning.trials` finished trials; one already there is not tried again.
+
+    A search by one worker that was killed goes on as if it had not been: the trial it was at is tried again, and what
+    is drawn for a trial depends on the finished ones alone.
+    """
     study = open_study(wanted, work.tuning)
-    if not study.get_trials(deepcopy=False):
+    if work.tuning.workers == 1:
+        _give_up_running(study)
+    if not finished(study) and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         study.enqueue_trial(_defaults(wanted.controller, work.tuning))
     while (left := work.tuning.trials - len(finished(study))) > 0:
         if work.tuning.workers == 1:
-            _try(wanted, work, 0, lambda study, trial: advance(1))
+            study.sampler = _sampler(len(finished(study)))
+            study.optimize(partial(_objective, wanted.controller, work), n_trials=1)
+            advance(1)
         else:
             _try_in_processes(wanted, work, min(work.tuning.workers, left), study, advance)
     return study
+
+
+def _give_up_running(study: optuna.Study) -> None:
+    """Nobody else is at work here, so that a trial said to be running was left by a process that was killed."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _sampler(seed: int) -> optuna.samplers.TPESampler:
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def search_in_memory(name: str, work: Work, first: dict[str, Any]) -> Settings:
+    """The settings of least regret of `tuning.trials` trials that nothing keeps: the defaults, `first`, and others.
+
+    Args:
+        name: of the controller.
+        first: parameters of the second trial, in place of the defaults.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=_sampler(0))
+    defaults = _defaults(name, work.tuning)
+    study.enqueue_trial(defaults)
+    study.enqueue_trial({**defaults, **first})
+    study.optimize(lambda trial: work.judge(settings_of(name, trial, work.tuning)), n_trials=work.tuning.trials)
+    return settings_of(name, study.best_trial, work.tuning)
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -157,17 +189,13 @@ def _try(wanted: Search, work: Work, seed: int, *callbacks: Callable[..., None])
     study.optimize(partial(_objective, wanted.controller, work), callbacks=[enough, *callbacks])
 
 
-def _objective(name: str, work: Work, trial: optuna.Trial) -> tuple[float, ...]:
+def _objective(name: str, work: Work, trial: optuna.Trial) -> float:
     def after_fold(fold: int, regret_so_far: float) -> None:
         trial.report(regret_so_far, fold)
         if trial.should_prune():
             raise optuna.TrialPruned
 
-    prunes = len(work.tuning.objectives) == 1
-    judged = work.judge(settings_of(name, trial, work.tuning), after_fold if prunes else None)
-    found = dict(zip(("regret", "decision_ms"), judged, strict=True))
-    trial.set_user_attr("decision_ms", found["decision_ms"])
-    return tuple(found[objective] for objective in work.tuning.objectives)
+    return work.judge(settings_of(name, trial, work.tuning), after_fold)
 
 
 def _try_in_processes(

@@ -9,12 +9,13 @@ from typing import Any
 
 import optuna
 
+from backbone.files import write_atomically
 from controller.base import controller_class
 from controller.learning import Settings
 from pipelines.config import LONGEST_NAME, Config, ConfigError, GivenSettings
-from pipelines.progress import console, progress
-from pipelines.searching import Search, Work, finished, search, settings_of
-from pipelines.stages import BY_NAME, stage_key, write_atomically
+from pipelines.progress import progress
+from pipelines.run_state import stage_key
+from pipelines.searching import Search, Work, finished, regret_bounds, search, settings_of
 from pipelines.workspace import Workspace
 
 
@@ -27,8 +28,8 @@ def run(config: Config) -> Path:
     """
     workspace = Workspace.of(config)
     table = workspace.table("train", "tune")
-    alpha, tuning = config.calibration.alpha, config.tuning
-    work = Work(table.features, table.kept, table.budgets, (alpha / 2, alpha, 1.5 * alpha), tuning)
+    tuning = config.tuning
+    work = Work(table.features, table.kept, table.budgets, regret_bounds(config), tuning)
     url, key = tuning.storage or f"sqlite:///{config.folder / 'tuning.db'}", _space_key(config)
     found = {
         name: _given(work, name)
@@ -46,29 +47,12 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
     """The settings that won, what they cost, and how much each setting mattered."""
     with progress(f"trials of {wanted.controller}", work.tuning.trials) as advance:
         study = search(wanted, work, advance)
-    trial = _winner(study, work)
     return {
-        "settings": settings_of(wanted.controller, trial, work.tuning).to_dict(),
-        "regret": trial.values[0],
-        "decision_ms": trial.user_attrs["decision_ms"],
+        "settings": settings_of(wanted.controller, study.best_trial, work.tuning).to_dict(),
+        "regret": study.best_value,
         "trials": len(finished(study)),
         "importance": _importance(study),
     }
-
-
-def _winner(study: optuna.Study, work: Work) -> optuna.trial.FrozenTrial:
-    """The trial of least regret among those that decide fast enough; the fastest if none does."""
-    trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    limit = work.tuning.max_decision_ms
-    fast = [trial for trial in trials if trial.user_attrs["decision_ms"] <= limit]
-    if not fast:
-        fastest = min(trials, key=lambda trial: float(trial.user_attrs["decision_ms"]))
-        console.print(
-            f"  [red]no trial decides within tuning.max_decision_ms = {limit:g}; "
-            f"the fastest takes {fastest.user_attrs['decision_ms']:.2f} ms[/]"
-        )
-        return fastest
-    return min(fast, key=lambda trial: (float(trial.values[0]), trial.number))
 
 
 def _given(work: Work, name: str) -> dict[str, Any]:
@@ -77,14 +61,7 @@ def _given(work: Work, name: str) -> dict[str, Any]:
     except TypeError as error:
         raise ConfigError(f"tuning.given.{name}.parameters cannot be used: {error}") from None
     settings = Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()})
-    regret, decision_ms = work.judge(settings)
-    return {
-        "settings": settings.to_dict(),
-        "regret": regret,
-        "decision_ms": decision_ms,
-        "trials": 0,
-        "importance": {},
-    }
+    return {"settings": settings.to_dict(), "regret": work.judge(settings), "trials": 0, "importance": {}}
 
 
 def _importance(study: optuna.Study) -> dict[str, float]:
@@ -95,7 +72,7 @@ def _importance(study: optuna.Study) -> dict[str, float]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that low regret is meant, and that few trials say little
-            found = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[0])
+            found = optuna.importance.get_param_importances(study)
     except (RuntimeError, ValueError):  # fewer than two trials, or all of equal regret
         return {}
     return {name: round(float(value), 4) for name, value in found.items()}
@@ -113,4 +90,4 @@ def _save_winner(config: Config, settings: dict[str, Any]) -> None:
 def _space_key(config: Config) -> str:
     """As the stage's key, but more trials or workers of the same search go on with the same study."""
     same = config.tuning.model_copy(update={"trials": 1, "workers": 1, "storage": None, "given": {}})
-    return stage_key(config.model_copy(update={"tuning": same}), BY_NAME["tune"])
+    return stage_key(config.model_copy(update={"tuning": same}), "tune")

@@ -7,23 +7,27 @@ import json
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.loading import load_backbone, model_fingerprint
-from backbone.plan import PlanMenu
+from backbone.loading import load_backbone
+from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins import StandIns, attach
 from controller.features import Features, rows_of
+from oracle.decoding import Decoding
 from oracle.frontier import sufficient_plans
-from oracle.labelling import Labeller, score_matrix
-from oracle.labels import LabelStore
+from oracle.labelling import Labeller
+from oracle.labels import LabelStore, StoreError
 from oracle.lengths import check_lengths
+from oracle.menus import LOOK_AT_PROMPTS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
+from oracle.reading import LabelReader, model_key, score_matrix
 from pipelines.config import Config, ConfigError, Risk
+from pipelines.model_facts import ModelFacts
 from pipelines.progress import progress, waiting
 
 
@@ -112,20 +116,26 @@ class Workspace:
 
     @cached_property
     def labelled(self) -> list[Prompt]:
-        """The prompts that are labelled and learned from: all, or as many as `label.limit` says."""
-        return limited(self.prompts, self.config.label.limit)
+        """The prompts that are labelled and learned from: all but the split `adapt`, or `label.limit` of these."""
+        adapt = set(self.splits["adapt"])
+        return limited([prompt for prompt in self.prompts if prompt not in adapt], self.config.label.limit)
 
     @cached_property
     def splits(self) -> dict[Split, list[Prompt]]:
         parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
         for prompt in self.prompts:
             parts[split_of(prompt, self.config.data.shares)].append(prompt)
-        if small := [split for split, prompts in parts.items() if len(prompts) < 2]:
+        needed = [split for split in SPLITS if split != "adapt" or self._makes_from_prompts]
+        if small := [split for split in needed if len(parts[split]) < 2]:
             raise ConfigError(
                 f"{len(self.prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
                 "or more: use more prompts or other data.shares"
             )
         return parts
+
+    @property
+    def _makes_from_prompts(self) -> bool:
+        return self.config.adapt.method != "none" or self.config.menu.method in LOOK_AT_PROMPTS
 
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:
@@ -139,25 +149,41 @@ class Workspace:
         model = self.config.model
         with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
             loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
-        self._check_same_weights(loaded[0])
-        check_lengths(*loaded, self.prompts, self.config.decoding.max_new_tokens)
+        self._check_same_model(ModelFacts.of(*loaded))
+        named = [(prompt.id, prompt.prompt) for prompt in self.prompts]
+        check_lengths(*loaded, named, self.config.decoding.max_new_tokens)
         return loaded
 
-    def _check_same_weights(self, model: PreTrainedModel) -> None:
-        """A run folder keeps to the weights it began with."""
-        path, found = self.path("model.txt"), model_fingerprint(model)
-        if not path.exists():
+    def _check_same_model(self, found: ModelFacts) -> None:
+        """A run folder keeps to the weights, and to the generation config, that it began with."""
+        path = self.path("model.json")
+        known = ModelFacts.load(path) if path.exists() else None
+        if known is None or (known.identity == found.identity and known != found):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(found)
-        elif (known := path.read_text()) != found:
+            found.save(path)
+        elif known.identity != found.identity:
+            what = "model" if known.fingerprint != found.fingerprint else "generation config"
+            was, now = (x.fingerprint if what == "model" else x.identity[1:] for x in (known, found))
             raise ConfigError(
-                f"{self.config.folder} was made with the model {known}, but {self.config.model.source} is now {found}; "
-                f"give this run a name of its own, for example --set name={self.config.name}-2"
+                f"{self.config.folder} was made with the {what} {was}, but that of {self.config.model.source} is now "
+                f"{now}; give this run a name of its own, for example --set name={self.config.name}-2"
             )
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What is known of the model; loads it only in a run that never did."""
+        if not self.path("model.json").exists():
+            _ = self.backbone
+        return ModelFacts.load(self.path("model.json"))
 
     @property
     def fingerprint(self) -> str:
-        return self.path("model.txt").read_text()
+        return self.facts.fingerprint
+
+    @property
+    def decoding(self) -> Decoding:
+        """How answers are generated, with what the model's generation config says."""
+        return self.config.decoding.settings().completed(self.facts.ends, self.facts.options)
 
     @cached_property
     def stand_ins(self) -> StandIns:
@@ -177,11 +203,28 @@ class Workspace:
         return self.labeller_of(*self.adapted)
 
     def labeller_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Labeller:
-        store = LabelStore(self.path("labels.db"))
-        label = self.config.label
-        return Labeller(
-            model, tokenizer, self.config.decoding.settings(), store, label.batch_size, shortcut=label.shortcut
-        )
+        store, label = LabelStore(self.path("labels.db")), self.config.label
+        return Labeller(model, tokenizer, self.decoding, store, label.batch_size, shortcut=label.shortcut)
+
+    @cached_property
+    def labels(self) -> LabelReader:
+        """The labels of the adapted model that are there, read without it."""
+        facts, stand_ins = self.facts, self._adapt_record["digest"]
+
+        def key(plan: LayerPlan) -> str:
+            return model_key(facts.fingerprint, facts.dtype, "" if plan.is_full else stand_ins)
+
+        return LabelReader(LabelStore(self.path("labels.db"), read_only=True), self.decoding, key)
+
+    def labels_digest(self) -> str | None:
+        """Of the labels that the stage `label` makes; None while any is missing, or nothing can be read."""
+        needed = ("model.json", "adapt.json", "menu.json", "labels.db")
+        if not all(self.path(name).is_file() for name in needed):
+            return None
+        try:
+            return self.labels.digest(self.labelled, self.menu())
+        except StoreError:
+            return None  # the stage that follows says why
 
     def label_anew(self, labeller: Labeller, prompts: list[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
         """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
@@ -195,7 +238,12 @@ class Workspace:
 
     def menu(self) -> PlanMenu:
         """The menu whose budgets count the bridges too."""
-        return self.frozen_menu().with_added(json.loads(self.path("adapt.json").read_text())["added_budget"])
+        return self.frozen_menu().with_added(self._adapt_record["added_budget"])
+
+    @property
+    def _adapt_record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self.path("adapt.json").read_text())
+        return record
 
     def table(self, *splits: Split) -> Table:
         """The prompts of some splits with their features and labels, less those that a judge failed on.
@@ -207,7 +255,7 @@ class Workspace:
         if len(prompts) < 2:
             raise ConfigError(f"only {len(prompts)} labelled prompts are in {' and '.join(splits)}: raise label.limit")
         menu = self.menu()
-        scores = score_matrix(self.labeller.read(prompts, menu))
+        scores = score_matrix(self.labels.read(prompts, menu))
         rows, features = self._features()
         picked = np.array([rows[prompt.id] for prompt in prompts])
         table = self.table_of(prompts, scores, rows_of(features, picked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,9 @@ class Allocator:
         model_source: where that model was loaded from.
         stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
             which without a plan stays what it is, bit for bit.
-        drift: watches whether prompts are like those of the certificate. Once it has rung every prompt runs the full
-            plan, until `drift.reset()`.
+        drift: watches whether the prompts that are generated from are like those of the certificate. While it rings
+            every prompt runs the full plan; see `DriftAlarm`. None to do without, as when the same prompts are timed
+            over and over: `dataclasses.replace(allocator, drift=None)`.
     """
 
     menu: PlanMenu
@@ -88,7 +89,13 @@ class Allocator:
         return load_allocator(source, revision)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save to a folder, replacing an allocator that is there; never half-written."""
+        """Save to a folder, beside what lies there, in the place of an allocator that was saved there before.
+
+        Who loads from the folder meanwhile gets the old one or the new one, and a kill leaves one of the two.
+
+        Raises:
+            BundleError: the folder is a file, or somebody else's file, such as a README.md, has a name that is needed.
+        """
         from runtime.artefact import save_allocator
 
         save_allocator(self, Path(folder))
@@ -135,6 +142,8 @@ class Allocator:
     ) -> list[LayerPlan]:
         """The plan of each prompt. `generate` may run a larger one, where that makes the batch faster.
 
+        A look: the drift alarm does not count these prompts.
+
         Args:
             input_ids: [B, S], left-padded.
             attention_mask: [B, S]; all ones if not given.
@@ -145,7 +154,8 @@ class Allocator:
         self.prepare(model)
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
         positions = position_inputs(decoder_of(model), mask)
-        decision = self.decider().decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
+        decider = replace(self.decider(), is_served=False)
+        decision = decider.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
@@ -169,8 +179,8 @@ class Allocator:
 
         Besides all stock arguments it takes `max_lanes`, `round_up`, `allocation_limit_ms` and `lossless` (see
         `__call__`). With `return_dict_in_generate=True` the output has `layer_plans`, the plan that each prompt ran,
-        `allocation_ms`, and `time_to_first_token_ms`, one a prompt. `past_key_values=` goes on under the plan that
-        filled the cache.
+        `allocation_ms`, `time_to_first_token_ms`, one a prompt, and `drift`, the alarm's state. `past_key_values=` goes
+        on under the plan that filled the cache.
         `streamer` and `stop_strings` work here only: transformers 5.23 does not hand them on to a `custom_generate`.
 
         Raises:
@@ -251,6 +261,7 @@ class Allocator:
         if not isinstance(output, torch.Tensor):
             output["layer_plans"] = plans_of(lanes)
             output["allocation_ms"], output["time_to_first_token_ms"] = allocation_ms, first_token_ms
+            output["drift"] = None if self.drift is None else self.drift.state
         return output
 
     def _lanes(

@@ -1,19 +1,25 @@
-"""Answer a file of prompts; a run that was killed goes on where it stopped."""
+"""Answer a file of prompts; a run that was killed goes on where it stopped, and nobody's file is replaced unasked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
+from backbone.files import lock_of, replacing
+from oracle.lengths import check_lengths
 from oracle.prompts import PromptError, read_jsonl
 from runtime.allocator import Allocator
+from runtime.artefact import content_digest
 from runtime.offline import finished_texts
 from runtime.texts import AllocatedText
 
@@ -22,7 +28,32 @@ Key = tuple[str, str]
 
 
 class AnswersError(InputError):
-    """A file of answers that was begun with other settings."""
+    """A place where answers cannot be written, or a file of answers that was begun with other settings."""
+
+
+def check_places(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
+    """What can be known before anything is computed.
+
+    Raises:
+        PromptError: no such file of prompts, or a line without a prompt.
+        AnswersError: `out` is something that must not be replaced.
+    """
+    read_prompts(prompts)
+    if out is None:
+        return
+    if out.is_symlink():
+        raise AnswersError(f"--out {out} is a symbolic link; name the file itself")
+    if out.exists() and out.samefile(prompts):
+        raise AnswersError(f"--out {out} is the file of prompts itself; name another file")
+    if out.exists() and not out.is_file():
+        raise AnswersError(f"--out {out} is no regular file; name a new file, or leave it out for the terminal")
+    if out.exists() and not overwrite:
+        raise AnswersError(f"--out {out} exists already; name a new file, or add --overwrite to replace it")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise AnswersError(f"--out {out} cannot be written: {out.parent} is no folder that can be written to")
+    partial = _partial_of(out)
+    if partial.is_symlink() or (partial.exists() and (not partial.is_file() or partial.samefile(prompts))):
+        raise AnswersError(f"{partial}, where answers are kept until all are there, is not layerbudget's; move it away")
 
 
 def answer_file(
@@ -33,74 +64,108 @@ def answer_file(
     out: Path | None,
     *,
     batch_size: int,
+    overwrite: bool = False,
     begin: Callable[[int, int], None] = lambda done, total: None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Write, for each line of a JSONL file, a line with id, prompt, answer, layers and plan, in the same order.
 
     Until all are there, answers lie in the order in which they came in `<out>.partial`, from which the next run goes
-    on; then `out` is replaced as a whole.
+    on; then `out` is written as a whole.
 
     Args:
         out: None for the standard output, at the end and without resuming.
+        overwrite: `out` may be replaced, and answers that were begun with other settings be dropped.
         begin: called once, with the number of prompts that were answered before and of all.
         advance: called with the number of prompts answered now.
 
     Raises:
-        PromptError: no such file, or a line without a prompt.
-        AnswersError: `<out>.partial` was begun with another allocator or other settings.
+        PromptError: no such file, a line without a prompt, or a prompt too long for the model.
+        AnswersError: see `check_places`; `<out>.partial` is somebody else's, or was begun with another allocator or
+            other settings; another process is writing it.
     """
-    keys = _read(prompts)
-    partial = _Partial(out.with_name(f"{out.name}.partial"), _settings(allocator)) if out else None
-    answers: dict[Key, dict[str, Any]] = partial.read() if partial else {}
-    todo = [key for key in dict.fromkeys(keys) if key not in answers]
-    begin(len(keys) - sum(key not in answers for key in keys), len(keys))
-    texts = [prompt for _, prompt in todo]
-    for batch in finished_texts(allocator, model, tokenizer, texts, batch_size=batch_size):
-        lines = {todo[index]: _line(todo[index], answer) for index, answer in batch}
+    check_places(prompts, out, overwrite=overwrite)
+    keys = read_prompts(prompts)
+    check_lengths(model, tokenizer, keys, allocator.decoding.max_new_tokens)
+    with _partial(out, _settings(allocator, model), overwrite) as partial:
+        answers = partial.read() if partial else {}
+        todo = [key for key in dict.fromkeys(keys) if key not in answers]
+        begin(len(keys) - sum(key not in answers for key in keys), len(keys))
+        texts = [prompt for _, prompt in todo]
+        for batch in finished_texts(allocator, model, tokenizer, texts, batch_size=batch_size):
+            lines = {todo[index]: _line(todo[index], answer) for index, answer in batch}
+            if partial:
+                partial.append(lines.values())
+            answers |= lines
+            advance(len(lines))
+        _write(out, [answers[key] for key in keys])
         if partial:
-            partial.append(lines.values())
-        answers |= lines
-        advance(len(lines))
-    whole = "".join(json.dumps(answers[key], ensure_ascii=False) + "\n" for key in keys)
-    if out is None or partial is None:
-        sys.stdout.write(whole)
-    else:
-        _replace(out, whole)
-        partial.path.unlink(missing_ok=True)
+            partial.path.unlink(missing_ok=True)
+
+
+def _partial_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def _partial(out: Path | None, settings: str, overwrite: bool) -> Iterator[_Partial | None]:
+    if out is None:
+        yield None
+        return
+    lock = lock_of(out)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise AnswersError(f"another process is writing --out {out}; wait for it or name another file") from None
+    try:
+        yield _Partial(_partial_of(out), settings, overwrite)
+    finally:
+        lock.release()
 
 
 class _Partial:
     """Answers so far, a line each, behind a first line that names the settings."""
 
-    def __init__(self, path: Path, settings: str) -> None:
-        self.path, self._settings = path, settings
+    def __init__(self, path: Path, settings: str, overwrite: bool) -> None:
+        self.path, self._settings, self._overwrite = path, settings, overwrite
 
     def read(self) -> dict[Key, dict[str, Any]]:
         """The whole lines that are there. A last one that a kill has torn is cut off."""
-        if not self.path.exists() or b"\n" not in (content := self.path.read_bytes()):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"settings": self._settings}) + "\n")
-            return {}
-        content = content[: content.rindex(b"\n") + 1]
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole and _header(self._settings).startswith(content):  # nothing yet, or a first line that a kill tore
+            return self._begin()
         try:
-            first, *lines = [json.loads(line) for line in content.splitlines()]
-            if first["settings"] != self._settings:
-                raise AnswersError(
-                    f"{self.path} was begun with another allocator or other settings; finish it with them or delete it"
-                )
+            first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+            begun_with = first["layerbudget_answers"]
             found = {(line["id"], line["prompt"]): line for line in lines}
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise AnswersError(f"{self.path} is damaged ({error}); delete it to start again") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise AnswersError(
+                f"{self.path}, where answers are kept until all are there, is not layerbudget's or is damaged; "
+                "move it away"
+            ) from None
+        if begun_with != self._settings and not self._overwrite:
+            raise AnswersError(
+                f"{self.path} was begun with another allocator or other settings; finish it with them, or add "
+                "--overwrite to start again"
+            )
+        if begun_with != self._settings:
+            return self._begin()
         with self.path.open("r+b") as file:
-            file.truncate(len(content))
+            file.truncate(len(whole))
         return found
 
+    def _begin(self) -> dict[Key, dict[str, Any]]:
+        self.path.write_bytes(_header(self._settings))
+        return {}
+
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _header(settings: str) -> bytes:
+    return json.dumps({"layerbudget_answers": settings}).encode() + b"\n"
 
 
 def _line(key: Key, answer: AllocatedText) -> dict[str, Any]:
@@ -113,30 +178,32 @@ def _line(key: Key, answer: AllocatedText) -> dict[str, Any]:
     }
 
 
-def _settings(allocator: Allocator) -> str:
+def _settings(allocator: Allocator, model: PreTrainedModel) -> str:
     """A short name for everything that answers depend on besides their prompts."""
-    parts = (
-        allocator.fingerprint,
-        allocator.menu.to_json(),
-        allocator.controller_name,
-        allocator.certificate.price,
-        str(allocator.decoding),
-        allocator.stand_ins.digest if allocator.stand_ins else "",
-    )
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{content_digest(allocator)} {model.dtype}".encode()).hexdigest()[:16]
 
 
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text)
-    fresh.replace(path)
+def _write(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if out is None:
+        sys.stdout.write(text)
+        return
+    with replacing(out) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _read(path: Path) -> list[Key]:
+def read_prompts(path: Path) -> list[Key]:
+    """Id and prompt of each line of a JSONL file; the line's number where it names no id.
+
+    Raises:
+        PromptError: no such file, no line in it, or a line without a prompt.
+    """
     rows = []
     for number, (place, row) in enumerate(read_jsonl(path), 1):
         text = row.get("prompt")
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"{place}: the prompt is missing or empty")
         rows.append((str(row.get("id", number)), text))
+    if not rows:
+        raise PromptError(f"{path} holds no prompts: each line should be an object with a prompt")
     return rows

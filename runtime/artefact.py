@@ -1,16 +1,13 @@
-"""An allocator as a folder: a manifest with the SHA-256 of every file, checked before anything reads those files."""
+"""An allocator as files in a folder: what they are, and that they belong together."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -23,49 +20,65 @@ from controller.drift import DriftAlarm
 from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
+from runtime.bundle import BundleError, Manifest, digest_of, file_hash, read_bundle, save_bundle
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
+MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
+ENTRIES: dict[str, type] = {
+    "layerbudget_version": str,
+    "created": str,
+    "model": dict,
+    "controller": str,
+    "decoding": dict,
+    "files": dict,
+}
 
 
-class ArtefactError(InputError):
+class ArtefactError(BundleError):
     """A folder that holds no allocator, or a damaged one."""
 
 
 def save_allocator(allocator: Allocator, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch) / "fresh"
-        fresh.mkdir()
-        _write(allocator, fresh)
-        if folder.exists():
-            folder.rename(Path(scratch) / "replaced")
-        fresh.rename(folder)
+    """See `Allocator.save_pretrained`."""
+
+    def write(scratch: Path) -> Manifest:
+        write_files(allocator, scratch)
+        return {
+            "format_version": FORMAT_VERSION,
+            "layerbudget_version": version("layerbudget"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": {"fingerprint": allocator.fingerprint, "source": allocator.model_source},
+            "controller": allocator.controller_name,
+            "decoding": allocator.decoding.to_dict(),
+        }
+
+    save_bundle(folder, write)
 
 
 def load_allocator(source: str | Path, revision: str | None) -> Allocator:
+    """See `Allocator.from_pretrained`."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         folder = _downloaded(str(source), revision)
-    manifest = _checked_manifest(folder)
-    name = manifest["controller"]
-    if name not in CONTROLLERS:
-        raise ArtefactError(f"{folder} needs the controller {name!r}; known are {', '.join(CONTROLLERS)}")
-    return Allocator(
-        menu=PlanMenu.load(folder / "menu.json"),
-        controller=controller_class(name).load(folder),
-        controller_name=name,
-        projection=Projection.load(folder / "projection.safetensors"),
-        certificate=Certificate.load(folder / "certificate.json"),
-        decoding=Decoding(manifest["decoding"]["max_new_tokens"], tuple(manifest["decoding"]["stop"])),
-        fingerprint=manifest["model"]["fingerprint"],
-        model_source=manifest["model"]["source"],
-        stand_ins=StandIns.load(folder / STAND_INS) if STAND_INS in manifest["files"] else None,
-        drift=DriftAlarm.load(folder / DRIFT) if DRIFT in manifest["files"] else None,
-    )
+    try:
+        return read_bundle(folder, lambda place, manifest: _loaded(folder, place, manifest))
+    except ArtefactError:
+        raise
+    except InputError as error:
+        raise ArtefactError(str(error)) from None
+
+
+def content_digest(allocator: Allocator) -> str:
+    """A name for all that decides how an allocator answers, equal for equal content, wherever it came from."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_files(allocator, Path(scratch))
+        hashes = [f"{path.name} {file_hash(path)}" for path in sorted(Path(scratch).iterdir())]
+    return digest_of({"files": hashes, "decoding": allocator.decoding.to_dict(), "model": allocator.fingerprint})
 
 
 def upload_allocator(allocator: Allocator, repo_id: str, private: bool | None, token: str | None) -> str:
+    """See `Allocator.push_to_hub`."""
     api = HfApi(token=token)
     url = api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,50 +89,82 @@ def upload_allocator(allocator: Allocator, repo_id: str, private: bool | None, t
     return str(url)
 
 
-def _write(allocator: Allocator, folder: Path) -> None:
-    allocator.menu.save(folder / "menu.json")
-    allocator.projection.save(folder / "projection.safetensors")
-    allocator.certificate.save(folder / "certificate.json")
+def write_files(allocator: Allocator, folder: Path) -> None:
+    """All files but the manifest."""
+    allocator.menu.save(folder / MENU)
+    allocator.projection.save(folder / PROJECTION)
+    allocator.certificate.save(folder / CERTIFICATE)
     allocator.controller.save(folder)
     if allocator.stand_ins is not None:
         allocator.stand_ins.save(folder / STAND_INS)
     if allocator.drift is not None:
         allocator.drift.save(folder / DRIFT)
-    (folder / "README.md").write_text(_model_card(allocator))
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "layerbudget_version": version("layerbudget"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"fingerprint": allocator.fingerprint, "source": allocator.model_source},
-        "controller": allocator.controller_name,
-        "decoding": asdict(allocator.decoding),
-        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
-    }
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": _digest(manifest)}, indent=2) + "\n")
+    (folder / "README.md").write_text(_model_card(allocator), encoding="utf-8")
 
 
-def _checked_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file it lists was found to be the one that was saved."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise ArtefactError(f"{folder} holds no allocator: there is no manifest.json")
+def _loaded(folder: Path, place: Path, manifest: Manifest) -> Allocator:
+    """The allocator whose files lie in `place`, under the name `folder`."""
+    _check_entries(folder, manifest)
+    name, files = manifest["controller"], manifest["files"]
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        digest = manifest.pop("digest")
-    except (ValueError, KeyError, AttributeError):
-        raise ArtefactError(f"{path} is damaged: it is not the manifest that was saved") from None
-    if digest != _digest(manifest):
-        raise ArtefactError(f"{path} is damaged: its content does not match its digest")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise ArtefactError(
-            f"{folder} has allocator format {manifest['format_version']}, this version reads {FORMAT_VERSION}"
+        allocator = Allocator(
+            menu=PlanMenu.load(place / MENU),
+            controller=controller_class(name).load(place),
+            controller_name=name,
+            projection=Projection.load(place / PROJECTION),
+            certificate=Certificate.load(place / CERTIFICATE),
+            decoding=Decoding.from_dict(manifest["decoding"]),
+            fingerprint=manifest["model"]["fingerprint"],
+            model_source=manifest["model"]["source"],
+            stand_ins=StandIns.load(place / STAND_INS) if STAND_INS in files else None,
+            drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
         )
-    for name, expected in manifest["files"].items():
-        if not (folder / name).is_file():
-            raise ArtefactError(f"{folder} is damaged: {name} is missing")
-        if _sha256(folder / name) != expected:
-            raise ArtefactError(f"{folder} is damaged: {name} does not match its SHA-256 in manifest.json")
-    return manifest
+        _check_together(allocator)
+    except Exception as error:  # files that fit their SHA-256 were made by somebody else, and may hold anything
+        raise ArtefactError(f"{folder} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return allocator
+
+
+def _check_entries(folder: Path, manifest: Manifest) -> None:
+    if (found := manifest.get("format_version")) != FORMAT_VERSION:
+        raise ArtefactError(
+            f"{folder} has allocator format {found!r}, this version reads {FORMAT_VERSION}; make it again with "
+            "`layerbudget calibrate`"
+        )
+    for name, kind in ENTRIES.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ArtefactError(f"{folder} is damaged: {name} in manifest.json should be a {kind.__name__}")
+    for name in ("fingerprint", "source"):
+        if not isinstance(manifest["model"].get(name), str):
+            raise ArtefactError(f"{folder} is damaged: the model's {name} in manifest.json should be a str")
+    listed = {"controller" if name.startswith("controller.") else name for name in manifest["files"]}
+    if missing := {MENU, PROJECTION, CERTIFICATE, "controller"} - listed:
+        raise ArtefactError(f"{folder} is damaged: manifest.json does not list {min(missing)}")
+    if manifest["controller"] not in CONTROLLERS:
+        raise ArtefactError(
+            f"{folder} needs the controller {manifest['controller']!r}; known are {', '.join(CONTROLLERS)}"
+        )
+
+
+def _check_together(allocator: Allocator) -> None:
+    """Raises ArtefactError unless projection, controller, menu and stand-ins are of one make."""
+    projection, plans = allocator.projection, len(allocator.menu)
+    n_features = projection.n_features
+    predicted = allocator.controller.predict(np.zeros((1, n_features), dtype=np.float32))
+    if predicted.shape != (1, plans) or not np.isfinite(predicted).all():
+        raise ArtefactError(
+            f"the controller makes {predicted.shape} of {n_features} features, not a number for each of {plans} plans"
+        )
+    if allocator.stand_ins is not None:
+        if allocator.stand_ins.fingerprint != allocator.fingerprint:
+            raise ArtefactError(f"its stand-ins are of another model, {allocator.stand_ins.fingerprint}")
+        for plan in allocator.stand_ins.bridges:
+            if plan.n_layers != allocator.menu.n_layers:
+                raise ArtefactError(
+                    f"its stand-ins are for {plan.n_layers} layers, its menu for {allocator.menu.n_layers}"
+                )
+    if allocator.drift is not None and allocator.drift.reference_scores.shape[1] != 2:
+        raise ArtefactError("its drift reference should have 2 channels")
 
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:
@@ -130,14 +175,6 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
         raise ArtefactError(
             f"no allocator {repo_id!r}: it is neither a folder nor a hub repository ({reason})"
         ) from None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _model_card(allocator: Allocator) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import queue
 import threading
@@ -12,19 +13,26 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from backbone.errors import InputError
 from backbone.plan import PlanMenu
 from backbone.prefix import Prefix, run_prefix
 from controller.base import Controller, Floats, choose
-from controller.drift import DriftAlarm
+from controller.drift import RECOVERY, DriftAlarm
 from controller.features import Features, extract
 from controller.projection import Projection
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_RINGS = (
+    "the drift alarm rings: prompts are no longer like those of the certificate, and all run the full plan; it falls "
+    "silent after %d prompts without a new cause, or at once by allocator.drift.reset()"
+)
+_SILENT = "the drift alarm is silent again after %d prompts like those of the certificate; plans are chosen as before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,8 @@ class Decider:
 
     Attributes:
         price: None sends every prompt to the full plan, without a probe.
-        drift: once it has rung, the same.
+        drift: while it rings, every prompt gets the full plan; the probe goes on, so that it can fall silent.
+        is_served: the prompts that are decided about are served, so that the alarm counts them.
         limit_ms: time for the whole decision; a probe that runs is waited for, a controller that runs is not.
     """
 
@@ -58,6 +67,7 @@ class Decider:
     price: float | None
     drift: DriftAlarm | None = None
     limit_ms: float | None = None
+    is_served: bool = True
 
     def decide(
         self,
@@ -77,8 +87,9 @@ class Decider:
             InputError: a model that cannot be probed at all. Whatever else goes wrong sends prompts to the full plan.
         """
         full = Decision(self._all_full(len(input_ids)))
-        if self.price is None or (self.drift is not None and self.drift.rung):
+        if self.price is None:
             return full
+        keys = prompt_keys(input_ids, attention_mask) if self.drift is not None else []
         start = time.perf_counter()
         try:
             prefix = run_prefix(
@@ -97,7 +108,7 @@ class Decider:
         except Exception:
             logger.exception("the controller failed; %d prompts run the full plan", len(input_ids))
             return replace(full, prefix=kept)
-        return Decision(self._watched(projected, chosen), kept, projected)
+        return Decision(self._watched(projected, chosen, keys), kept, projected)
 
     def _in_time(self, features: Features, start: float) -> tuple[Floats, list[int]]:
         if self.limit_ms is None:
@@ -117,28 +128,32 @@ class Decider:
             logger.warning("the controller gave %d prompts no number; they run the full plan", silent)
         return projected, choose(predicted, np.array(self.menu.budgets), self.price).tolist()
 
-    def _watched(self, projected: Floats, chosen: list[int]) -> list[int]:
-        """The plans, or the full one for all if the alarm rings with these prompts, which come in order of arrival."""
-        if self.drift is None or not self.drift.observe(projected, np.array(self.menu.budgets)[chosen]):
+    def _watched(self, projected: Floats, chosen: list[int], keys: Sequence[bytes]) -> list[int]:
+        """The plans of prompts, which come in order of arrival, or the full one for all while the alarm rings."""
+        if self.drift is None:
             return chosen
-        logger.warning("prompts are no longer like those of the certificate; from here on all run the full plan")
-        return self._all_full(len(chosen))
+        if self.is_served:
+            rang = self.drift.rung
+            rings = self.drift.observe(projected, np.array(self.menu.budgets)[chosen], keys)
+            if rings != rang:
+                logger.warning(_RINGS if rings else _SILENT, RECOVERY)
+        return self._all_full(len(chosen)) if self.drift.rung else chosen
 
-    def decide_in_parts(self, parts: Iterable[tuple[Sequence[int], Callable[[Decider], Decision]]]) -> list[int]:
+    def decide_in_parts(
+        self, parts: Iterable[tuple[Sequence[int], Callable[[Decider], Decision]]], keys: Sequence[bytes]
+    ) -> list[int]:
         """The plans of N prompts that are probed in several parts but have arrived together.
 
         The alarm sees them as one: parts that were sorted, by length or otherwise, would look like drift.
 
         Args:
             parts: for each part the places of its prompts, and how the decider it is given decides about them.
+            keys: `prompt_key` of each prompt [N].
         """
         unwatched = replace(self, drift=None)
         chosen: dict[int, int] = {}
         projected: dict[int, Floats] = {}
         for places, decide in parts:
-            if self.drift is not None and self.drift.rung:
-                chosen.update(zip(places, self._all_full(len(places)), strict=True))
-                continue
             decision = decide(unwatched)
             chosen.update(zip(places, decision.chosen, strict=True))
             if decision.projected is not None:
@@ -147,13 +162,29 @@ class Decider:
         if not projected:
             return ordered
         seen = sorted(projected)
-        watched = self._watched(np.stack([projected[place] for place in seen]), [ordered[place] for place in seen])
+        watched = self._watched(
+            np.stack([projected[place] for place in seen]),
+            [ordered[place] for place in seen],
+            [keys[place] for place in seen],
+        )
         for place, index in zip(seen, watched, strict=True):
             ordered[place] = index
         return ordered
 
     def _all_full(self, count: int) -> list[int]:
         return [len(self.menu) - 1] * count
+
+
+def prompt_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[bytes]:
+    """`prompt_key` of each prompt of a padded batch [B, S]."""
+    ids = input_ids.cpu().numpy()
+    mask = np.ones_like(ids) if attention_mask is None else attention_mask.cpu().numpy()
+    return [prompt_key(row[kept]) for row, kept in zip(ids, mask.astype(bool), strict=True)]
+
+
+def prompt_key(ids: Sequence[int] | NDArray[np.int64]) -> bytes:
+    """A short name for a prompt's tokens."""
+    return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
 def _within(seconds: float, message: str, work: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from backbone.plan import LayerPlan
 from backbone.prefix import Prefix, joined, replaying
 from backbone.running import apply_plan
 from runtime.allocator import Allocator
-from runtime.deciding import Decider, Decision
+from runtime.deciding import Decider, Decision, prompt_key
 from runtime.lanes import Lane, least_time_lanes
 from runtime.request import UnsupportedGenerationError
 from runtime.step_costs import known_step_costs
@@ -162,6 +162,8 @@ def _lanes(
 
     allocator.prepare(model)
     parts = by_tokens(range(len(tokens)), lengths, PROBE_TOKENS)
-    chosen = allocator.decider().decide_in_parts((part, partial(decide, part)) for part in parts)
+    chosen = allocator.decider().decide_in_parts(
+        ((part, partial(decide, part)) for part in parts), [prompt_key(ids) for ids in tokens]
+    )
     lane_ms = known_step_costs(model).generation_ms(int(np.mean(lengths)), new_tokens, 1)
     return least_time_lanes(allocator.menu, chosen, lane_ms, max_prompts=batch_size, sizes=lengths)

@@ -7,11 +7,11 @@ outputs, so an estimate serves until somebody measures.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from backbone.families import decoder_layers, sublayer_bytes
-from backbone.loading import cache_folder, model_fingerprint
+from backbone.files import cache_folder, write_atomically
 from backbone.plan import LayerPlan
 from backbone.running import apply_plan
 from runtime.measuring import machine, median_seconds
@@ -140,16 +140,20 @@ def keep_step_costs(model: PreTrainedModel, costs: StepCosts) -> None:
     try:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(json.dumps(asdict(costs), indent=2) + "\n")
-        Path(file.name).replace(path)
+        write_atomically(path, json.dumps(asdict(costs), indent=2) + "\n")
     except OSError as error:
         logger.warning("step times cannot be kept for later processes (%s)", error)
 
 
 def _key(model: PreTrainedModel) -> str:
-    parts = (model_fingerprint(model), model.dtype, model.config._attn_implementation, *_device(model.device))
+    parts = (_size(model), model.dtype, model.config._attn_implementation, *_device(model.device))
     return re.sub(r"[^\w.-]+", "-", "_".join(map(str, parts)))
+
+
+def _size(model: PreTrainedModel) -> str:
+    """What a pass takes depends on a model's shape, not on its weights' values."""
+    sizes = hashlib.sha256(repr([(name, *weight.shape) for name, weight in model.named_parameters()]).encode())
+    return f"{model.config.model_type}-{sizes.hexdigest()[:12]}"
 
 
 def _device(device: torch.device) -> tuple[object, ...]:

@@ -47,12 +47,7 @@ def generate_texts(
 
 def decoding_options(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
     """The arguments of `generate()` for the decoding that an allocator was made with."""
-    return {
-        "max_new_tokens": decoding.max_new_tokens,
-        "do_sample": False,
-        "eos_token_id": list(stop_token_ids(tokenizer, decoding.stop)),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    return decoding.arguments(tokenizer, list(stop_token_ids(tokenizer, decoding)))
 
 
 def new_texts(

@@ -118,7 +118,8 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["controllers.py", "--run", str(tmp_path / "runs" / "tiny"), *options.split()])
     controllers.main()
     result = json.loads((tmp_path / "controllers-tiny.json").read_text())
-    assert result["prompts"] == 160
+    split = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())["prompts"]
+    assert result["prompts"] == sum(split.values()) - split["adapt"]
     assert {row["policy"] for row in result["captured"]} >= {"lightgbm", "mlp", "shuffled"}
     assert {row["controller"] for row in result["certificate"]} == {"lightgbm", "mlp"}
     assert all(row["of_pool"]["low"] <= 0.2 for row in result["certificate"]), "delta is 0.2"

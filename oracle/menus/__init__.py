@@ -12,7 +12,7 @@ from oracle.menus.greedy import beam_layers, greedy_layers, greedy_sublayers, se
 from oracle.menus.influence import block_influence
 from oracle.menus.task import Advance, MenuTask
 
-__all__ = ["MENUS", "MenuTask", "build_menu", "search_steps"]
+__all__ = ["LOOK_AT_PROMPTS", "MENUS", "MenuTask", "build_menu", "search_steps"]
 
 MENUS: dict[str, Callable[[MenuTask, Advance], list[LayerPlan]]] = {
     "given": given,
@@ -26,6 +26,9 @@ MENUS: dict[str, Callable[[MenuTask, Advance], list[LayerPlan]]] = {
     "beam_layers": beam_layers,
     "bridged_layers": bridged_layers,
 }
+
+LOOK_AT_PROMPTS = frozenset({"block_influence", "greedy_layers", "greedy_sublayers", "beam_layers", "bridged_layers"})
+"""The methods that read the model's answers to some prompts."""
 
 
 def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> PlanMenu:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from oracle.frontier import upper_hull
-from oracle.labelling import Labeller, score_matrix
+from oracle.labelling import Labeller
 from oracle.menus import MenuTask, build_menu
 from oracle.prompts import Prompt
+from oracle.reading import score_matrix
 
 
 @dataclass(frozen=True, slots=True)

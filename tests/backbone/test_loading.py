@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from backbone import loading
 from backbone.loading import LoadError, load_backbone, model_fingerprint
@@ -130,6 +130,26 @@ def test_a_package_joins_its_own_parts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(loading, "_converted", lambda gguf: gguf)
     assert loading._package_gguf("weights_in_parts").read_bytes() == b"joined"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loaded", ["float32", "bfloat16"])
+def test_a_checkpoint_has_one_fingerprint_however_it_is_stored_and_loaded(tmp_path, stored, loaded) -> None:
+    original = tiny_model("llama")
+    expected = model_fingerprint(original)
+    original.to(stored).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert model_fingerprint(load_backbone(str(tmp_path), dtype=loaded)[0]) == expected
+
+
+def test_weights_that_are_changed_in_place_have_another_fingerprint() -> None:
+    model = tiny_model("llama")
+    before = model_fingerprint(model)
+    weight = model.get_parameter("model.layers.3.mlp.up_proj.weight")
+    weight.data += 0.1  # as merging an adapter does
+    assert model_fingerprint(model) != before
+    weight.data -= 0.1
+    assert model_fingerprint(model) == before
 
 
 def test_fingerprint_follows_the_weights_not_the_dtype() -> None:

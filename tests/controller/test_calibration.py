@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from controller.calibration import PRICES, certify, price_p_values, valid_price
-from controller.p_values import CalibrationError, fewest_prompts
+from controller.calibration import PRICES, certify, cheapest_valid_plan, price_p_values, valid_price
+from controller.p_values import CalibrationError, fewest_prompts, p_values
 
 ALPHA, DELTA = 0.1, 0.1
 
@@ -116,3 +116,27 @@ def test_a_certificate_says_what_was_seen_in_each_task() -> None:
     }
     assert found.observed_risk == pytest.approx(0.01)
     assert (found.n, found.price, found.fewest_prompts) == (200, PRICES[-1], fewest_prompts(ALPHA, DELTA, "score_lost"))
+
+
+@pytest.mark.parametrize("risk", ["insufficient", "score_lost"])
+def test_the_cheapest_valid_plan_is_wrong_as_seldom_as_promised(risk) -> None:
+    """Eight plans, all of which lose a little more than the bound: none may be picked in more than delta of the draws.
+    To pick among tests of each plan for itself is wrong more often."""
+    random, alpha, delta, runs = np.random.default_rng(0), 0.1, 0.1, 400
+    wrong = separately = 0
+    for _ in range(runs):
+        losses = np.column_stack([(random.random((150, 8)) < alpha * 1.02).astype(float), np.zeros(150)])
+        wrong += cheapest_valid_plan(losses, alpha, delta, risk) < 8
+        separately += bool((p_values(losses[:, :8].T, alpha, delta, risk) <= delta).any())
+    assert wrong <= binom.ppf(0.999, runs, delta)
+    assert separately > binom.ppf(0.999, runs, delta)
+
+
+def test_the_cheapest_valid_plan_is_found_and_a_gap_ends_the_sequence() -> None:
+    def plans(*losses: float) -> np.ndarray:
+        return np.tile([*losses, 0.0], (200, 1))
+
+    assert cheapest_valid_plan(plans(0.5, 0.01, 0.0), 0.1, 0.1, "score_lost") == 1
+    assert cheapest_valid_plan(plans(0.0, 0.5, 0.0), 0.1, 0.1, "score_lost") == 2
+    assert cheapest_valid_plan(plans(0.5, 0.5, 0.5), 0.1, 0.1, "score_lost") == 3
+    assert cheapest_valid_plan(np.zeros((50, 1)), 0.1, 0.1, "score_lost") == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, kstest
 
-from controller.drift import DriftAlarm, DriftError, drift_scores
+from controller.drift import FEWEST, RECOVERY, DriftAlarm, DriftError, DriftState, drift_scores
 
 PLANS, SHARES = [0.7, 0.85, 1.0], [0.3, 0.4, 0.3]
 
@@ -45,7 +45,7 @@ def test_another_population_rings(change, within) -> None:
         watched = alarm(random)
         assert watched.observe(*prompts(random, within, **change))
         assert watched.rung
-        assert watched.state.capital >= 100
+        assert watched.state.rings >= 1
 
 
 @pytest.mark.parametrize("seed", [1, 3])
@@ -71,14 +71,57 @@ def test_it_rings_until_it_is_reset() -> None:
     watched.observe(*prompts(random, 300, scale=2))
     assert watched.observe(*prompts(random, 10)), "once rung, also for ordinary prompts"
     watched.reset()
-    assert watched.state == type(watched.state)(1.0, 0, False)
+    assert watched.state == DriftState(1.0, 0, False, 0)
     assert not watched.observe(*prompts(random, 50))
+
+
+def test_it_falls_silent_when_prompts_are_as_before_and_stays_on_while_they_are_not() -> None:
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        watched = alarm(random)
+        assert watched.observe(*prompts(random, FEWEST, scale=2))
+        for _ in range(20):
+            assert watched.observe(*prompts(random, 100, scale=2)), "the new prompts have not become the usual ones"
+        assert watched.state.rings > 5
+        assert not watched.observe(*prompts(random, FEWEST + RECOVERY))
+        assert watched.observe(*prompts(random, 150, scale=2)), "it rings again"
+
+
+def test_every_ring_is_a_test_of_its_own() -> None:
+    """Two false rings are as rare as the square of the rate."""
+    random, runs, rate = np.random.default_rng(1), 150, 0.2
+    rings = np.array([_rings_after(alarm(random, rate, 100), prompts(random, 1500)) for _ in range(runs)])
+    assert 0 < (rings >= 1).sum() <= binom.ppf(0.999, runs, rate)
+    assert (rings >= 2).sum() <= binom.ppf(0.999, runs, rate**2)
+
+
+def _rings_after(watched: DriftAlarm, served: tuple[np.ndarray, np.ndarray]) -> int:
+    watched.observe(*served)
+    return watched.state.rings
+
+
+def test_the_same_prompts_over_and_over_are_counted_once() -> None:
+    random = np.random.default_rng(0)
+    watched, kept = alarm(random), prompts(random, 8, scale=2)
+    keys = [bytes([row]) for row in range(8)]
+    for _ in range(100):
+        assert not watched.observe(*kept, keys)
+    assert watched.state.seen == 8
+    unnamed = alarm(random)
+    assert any(unnamed.observe(*kept) for _ in range(100)), "without names they are drift"
+
+
+def test_a_few_prompts_of_one_kind_do_not_ring() -> None:
+    random = np.random.default_rng(0)
+    watched = alarm(random)
+    assert not watched.observe(*prompts(random, FEWEST - 1, scale=3))
+    assert watched.observe(*prompts(random, 1, scale=3))
 
 
 def test_states_that_are_not_finite_are_the_oddest() -> None:
     random = np.random.default_rng(0)
     watched = alarm(random)
-    features, budgets = prompts(random, 60)
+    features, budgets = prompts(random, FEWEST)
     features[:, 3] = np.nan
     assert watched.observe(features, budgets)
 

@@ -12,9 +12,10 @@ from oracle.answering import answer_batch
 from oracle.decoding import Decoding
 from oracle.divergence import diverge, mean_divergence
 from oracle.judges import JudgeError, check_judge, score
-from oracle.labelling import Labeller, score_matrix
+from oracle.labelling import Labeller
 from oracle.labels import CUT, LabelStore
 from oracle.prompts import Prompt
+from oracle.reading import score_matrix
 
 TEXTS = ["abc", "hgfedcba", "b", "cde"]
 PROMPTS = [Prompt(f"p{i}", "t", text, "", "kl") for i, text in enumerate(TEXTS)]

@@ -1,9 +1,11 @@
+import json
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -15,15 +17,17 @@ from tiny import tiny_model
 from backbone.batches import in_halves
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
+from backbone.running import apply_plan
 from oracle import labelling
 from oracle import shortcut as leading
 from oracle.answering import answer_batch, continue_batch, stop_token_ids
-from oracle.decoding import Decoding, cut_at_stop
+from oracle.decoding import Decoding, DecodingError, cut_at_stop
 from oracle.following import follow
-from oracle.labelling import Labeller, score_matrix
+from oracle.labelling import Labeller
 from oracle.labels import CUT, Label, LabelStore, StoreError
 from oracle.packing import packed
 from oracle.prompts import Prompt, PromptError, Shard
+from oracle.reading import score_matrix
 from oracle.shortcut import Draft, Shortcut
 
 DECODING = Decoding(4)
@@ -92,6 +96,72 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
     assert sum(label.answer == row.answer for label, row in zip(rows[True][3::5], rows[True][4::5], strict=True)) > 0
     if judge == "agreement" and worth == 0:
         assert sum(label.forward_tokens for label in rows[True]) < sum(label.forward_tokens for label in rows[False])
+
+
+OWN_SETTINGS = [
+    {"repetition_penalty": 3.0},
+    {"eos_token_id": [2, 40, 41, 42, 43, 44, 45]},
+    {"no_repeat_ngram_size": 1, "num_beams": 3, "do_sample": True, "temperature": 9.0},
+    {"suppress_tokens": list(range(60, 97)), "min_new_tokens": 4},
+]
+
+
+@pytest.mark.parametrize("own", OWN_SETTINGS, ids=lambda own: min(own))
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_labels_are_what_generate_gives_with_the_models_own_generation_config(
+    gentle, tokenizer, tmp_path, own, shortcut, monkeypatch
+) -> None:
+    for name, value in own.items():
+        monkeypatch.setattr(gentle.generation_config, name, value)
+    menu, store = menu_of(gentle), LabelStore(tmp_path / "labels.db")
+    batch_size = 1 if "no_repeat_ngram_size" in own else 4  # which the library lets count the padding, too
+    labeller = Labeller(gentle, tokenizer, Decoding(6), store, batch_size, shortcut=shortcut)
+    prompts = [replace(prompt, judge="exact") for prompt in PROMPTS]
+    labeller.label(prompts, menu)
+    for prompt, row in zip(prompts, labeller.read(prompts, menu), strict=True):
+        inputs = tokenizer([prompt.prompt], return_tensors="pt")
+        for plan, found in zip(menu.plans, row, strict=True):
+            with apply_plan(gentle, plan):
+                output = gentle.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=1)
+            assert list(found.answer_ids) == output[0, inputs["input_ids"].shape[1] :].tolist(), plan
+    assert str(labeller.decoding) != str(Decoding(6))
+    assert labeller.decoding.of(gentle, tokenizer) == labeller.decoding
+
+
+def test_labels_of_another_generation_config_are_not_taken_for_these(gentle, tokenizer, tmp_path, monkeypatch) -> None:
+    store, menu = LabelStore(tmp_path / "labels.db"), menu_of(gentle)
+    Labeller(gentle, tokenizer, Decoding(6), store, 4).label(PROMPTS, menu)
+    monkeypatch.setattr(gentle.generation_config, "repetition_penalty", 2.0)
+    penalised = Labeller(gentle, tokenizer, Decoding(6), store, 4)
+    assert len(penalised.missing(PROMPTS, menu.plans[0])) == len(PROMPTS)
+    plain = Labeller(gentle, tokenizer, Decoding(6, options={"repetition_penalty": 1.0}), store, 4)
+    plain.label(PROMPTS, menu)
+    monkeypatch.undo()
+    before = Labeller(gentle, tokenizer, Decoding(6), store, 4)
+    assert [[label.answer_ids for label in row] for row in plain.read(PROMPTS, menu)] == [
+        [label.answer_ids for label in row] for row in before.read(PROMPTS, menu)
+    ], "a setting of the run counts more than the model's"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "number from 1"),
+        ({"max_new_tokens": True}, "number from 1"),
+        ({"stop": [""]}, "not empty"),
+        ({"stop": "ab"}, "list of strings"),
+        ({"ends": [-1]}, "token ids"),
+        ({"options": {"do_sample": True}}, "answers are greedy"),
+        ({"options": {"repetition_penality": 2}}, "no argument of generate"),
+        ({"options": []}, "must hold arguments"),
+        ({"other": 1}, "should hold"),
+    ],
+)
+def test_decoding_that_cannot_be_is_one_sentence(changes, message) -> None:
+    good = Decoding(6, ("\n",), (3,), {"repetition_penalty": 1.2})
+    assert Decoding.from_dict(json.loads(json.dumps(good.to_dict()))) == good
+    with pytest.raises(DecodingError, match=message):
+        Decoding.from_dict({**good.to_dict(), **changes})
 
 
 @pytest.mark.parametrize(
@@ -345,7 +415,7 @@ def test_files_that_are_no_store_are_refused(tmp_path) -> None:
 
 
 def test_stop_strings_end_texts_and_tokens(tokenizer) -> None:
-    stops = stop_token_ids(tokenizer, ("\n",))
+    stops = stop_token_ids(tokenizer, Decoding(1, ("\n",)))
     assert stops == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("\n")}
     assert cut_at_stop(" a b\nc", ["\n"]) == "a b"
     assert cut_at_stop(" a b\nc", []) == "a b\nc"

@@ -7,7 +7,7 @@ from oracle.embedded import embedded_prompts
 from oracle.prompts import PromptError, load_prompts, split_of
 
 GOOD = {"id": "a", "task": "t", "prompt": "1 + 1 =", "reference": "2", "judge": "number"}
-SHARES = {"train": 0.4, "tune": 0.15, "calibrate": 0.25, "test": 0.2}
+SHARES = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
 
 
 def write(path, rows):

@@ -5,9 +5,10 @@ from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding
 from oracle.frontier import least_sufficient, sufficient_plans
-from oracle.labelling import Labeller, score_matrix
+from oracle.labelling import Labeller
 from oracle.labels import LabelStore
 from oracle.prompts import Prompt
+from oracle.reading import score_matrix
 from oracle.search import SEARCHERS
 from oracle.search.base import SearchSpace
 from oracle.search.measuring import search_prompts

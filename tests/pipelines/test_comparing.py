@@ -1,12 +1,19 @@
 """Controls know less than the controller, and the report says so when the controller knows nothing."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from controller.learning import Settings
 from oracle.prompts import Prompt
-from pipelines.comparing import _knows_the_prompt, _unseen_tasks, control_features
+from pipelines.comparing import _knows_the_prompt, _unseen_tasks, control_features, control_settings
+from pipelines.config import load_config
+from pipelines.searching import Work, regret_bounds
 from pipelines.workspace import Table, quality_kept
+
+ROOT = Path(__file__).parents[2]
 
 
 def table(n: int, seed: int) -> Table:
@@ -36,6 +43,19 @@ def test_controls_see_what_they_are_named_after() -> None:
     assert sets == ("task",)
     assert len(np.unique(task["task"], axis=0)) == 3
     assert control_features("length", some, ("states",))[1] == ("length",)
+
+
+def test_a_control_is_searched_for_by_itself() -> None:
+    """What serves a controller of 6 states may be far off for one of the length."""
+    config = load_config(ROOT / "configs/demo.yaml", ["evaluation.control_trials=6"])
+    some, best = table(200, 0), Settings("logistic", ("states",), 6, {"l2": 1.0})
+    features, sets = control_features("length", some, best.sets)
+    found = control_settings(best, features, sets, some, config)
+    assert (found.name, found.sets) == ("logistic", ("length",))
+    work = Work(features, some.kept, some.budgets, regret_bounds(config), config.tuning)
+    own = work.judge(found)
+    assert own <= work.judge(replace(best, sets=sets)), "the best controller's settings were tried too"
+    assert own <= work.judge(Settings("logistic", sets, 24, {"l2": 0.03})), "and the defaults"
 
 
 def test_tasks_that_were_never_seen_are_decided_without_them() -> None:

@@ -8,49 +8,25 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
 import pyarrow.parquet as parquet
 import pytest
 import yaml
+from command import layerbudget, refused, snapshot
 from filelock import FileLock
 from tiny import tiny_model, tiny_tokenizer
 
-from layerbudget.cli import main
 from oracle.labels import CUT
+from oracle.prompts import load_prompts, split_of
+from pipelines.config import DataSection
+from pipelines.run_state import content_hash
 from pipelines.speeds import NOISE
-from pipelines.stages import content_hash
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"]
-
-
-def layerbudget(*arguments) -> subprocess.CompletedProcess[str]:
-    """The command as `main` runs it, in this process: a new one spends seconds on imports."""
-    command, code = ["layerbudget", *map(str, arguments)], 0
-    with (
-        redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as err,
-        patch.object(sys, "argv", command),
-    ):
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    assert isinstance(code, int), code
-    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
-
-
-def refused(*arguments) -> str:
-    """The one sentence of a command that must end with status 2."""
-    done = layerbudget(*arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
 
 
 @pytest.fixture
@@ -60,10 +36,6 @@ def finished(config_file):
     done = layerbudget("run", path)
     assert done.returncode == 0, done.stdout + done.stderr
     return path, Path(yaml.safe_load(path.read_text())["runs"]) / "tiny", done.stdout
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> None:
@@ -216,9 +188,12 @@ def test_kills_at_any_stage_lose_nothing(config_file, tmp_path) -> None:
     with sqlite3.connect(folder / "labels.db") as connection:
         (labels,) = connection.execute("SELECT COUNT(*) FROM labels").fetchone()
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    distinct = len({json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()})
-    frozen = json.loads((folder / "metrics.json").read_text())["prompts"]["test"] * (len(menu["plans"]) - 1)
-    assert labels == distinct * len(menu["plans"]) + frozen
+    prompts = load_prompts(str(tmp_path / "prompts.jsonl"))
+    splits = {prompt: split_of(prompt, DataSection().shares) for prompt in prompts}
+    labelled, fitted = ({p.hash for p, split in splits.items() if (split == "adapt") == only} for only in (False, True))
+    frozen = len({p.hash for p, split in splits.items() if split == "test"}) * (len(menu["plans"]) - 1)
+    full_alone = len(fitted - labelled)
+    assert labels == len(labelled) * len(menu["plans"]) + full_alone + frozen
     assert not [file for file in folder.iterdir() if "unfinished" in file.name]
     undisturbed = config_file("other.yaml", name="other", tuning={"trials": 6})
     assert layerbudget("run", undisturbed).returncode == 0
@@ -280,6 +255,7 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
             "speed_prompts": 2,
             "speed_tokens": 2,
             "speed_rounds": 1,
+            "control_trials": 1,
         },
     )
     done = layerbudget("run", path)
@@ -420,7 +396,7 @@ def test_a_single_stage_names_the_one_it_needs(config_file) -> None:
 def test_a_folder_of_another_config_or_model_is_left_alone(finished, config_file, tmp_path) -> None:
     path, folder, _ = finished
     before = snapshot(folder)
-    assert "belongs to the config tiny.yaml, not other.yaml" in refused("run", config_file("other.yaml"))
+    assert "belongs to the config ../../tiny.yaml, not ../../other.yaml" in refused("run", config_file("other.yaml"))
     tiny_model("llama", seed=3).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     message = refused("run", path, "--set", f"model.source={tmp_path / 'model'}")
@@ -449,7 +425,7 @@ def test_a_folder_of_another_config_or_model_is_left_alone(finished, config_file
         (["menu={method: given, given: ['0-9']}"], "layer 6 is outside the model"),
         (["menu.probe_depth=6"], "probe_depth must be from 1 to 5 for this model, got 6"),
         (
-            ["data.limit=8", "data.shares={train: 0.9, tune: 0.1, calibrate: 0.0, test: 0.0}"],
+            ["data.limit=8", "data.shares={adapt: 0.2, train: 0.7, tune: 0.1, calibrate: 0.0, test: 0.0}"],
             "leave 0 for the split",
         ),
         (["unknown=1"], "unknown key 'unknown'"),

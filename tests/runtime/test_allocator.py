@@ -79,7 +79,7 @@ def test_folders_without_an_allocator_and_newer_formats_are_refused(model, tmp_p
     monkeypatch.setattr("runtime.artefact.FORMAT_VERSION", 7)
     make_allocator(model).save_pretrained(tmp_path / "newer")
     monkeypatch.undo()
-    with pytest.raises(ArtefactError, match="has allocator format 7, this version reads 2"):
+    with pytest.raises(ArtefactError, match="has allocator format 7, this version reads 3"):
         Allocator.from_pretrained(tmp_path / "newer")
 
 

@@ -14,7 +14,7 @@ from backbone.plan import LayerPlan
 from backbone.prefix import run_prefix
 from backbone.running import NestedPlanError, apply_plan
 from backbone.testing import patches
-from controller.drift import DriftAlarm, drift_scores
+from controller.drift import FEWEST, RECOVERY, DriftAlarm, drift_scores
 from controller.features import extract
 from runtime import deciding, offline
 from runtime.allocator import WrongModelError
@@ -196,6 +196,35 @@ def test_threads_on_one_model_get_what_they_get_alone() -> None:
     assert all(len(found[i]) == 3 and all(torch.equal(one, expected[i]) for one in found[i]) for i in range(4))
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen2", "falcon"])
+def test_stock_generate_in_other_threads_stays_stock(family) -> None:
+    """Bridges, changed weights, probes and replayed prompts come and go in one thread; the others never see them."""
+    model, batch = tiny_model(family), padded_batch()
+    allocator = make_allocator(model) if family == "falcon" else with_stand_ins(model)
+    expected = model.generate(**batch, **GREEDY)
+    allocated = allocator.generate(model, **batch, **APART)
+    stop, found, errors = threading.Event(), [], []
+
+    def stock() -> None:
+        while not stop.is_set():
+            try:
+                found.append(torch.equal(model.generate(**batch, **GREEDY), expected))
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=stock) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    same = [torch.equal(allocator.generate(model, **batch, **APART), allocated) for _ in range(12)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    assert len(found) > 3
+    assert all(found), f"{found.count(False)} of {len(found)} answers of the stock model are wrong"
+    assert all(same)
+
+
 def test_the_decision_waits_for_the_device_once(model, monkeypatch) -> None:
     """Everything that waits reads a value on the host; only the features may."""
     allocator, waits = make_allocator(model, controller=ByLength()), []
@@ -232,19 +261,56 @@ def with_alarm(model, seed=0):
     return replace(allocator, drift=DriftAlarm(np.concatenate(scores)))
 
 
-def test_once_the_alarm_has_rung_every_prompt_runs_the_full_plan(model, caplog) -> None:
-    allocator, odd = with_alarm(model), torch.full((4, 8), 5)
-    for _ in range(200):
-        plans = allocator.allocate(model, odd)
+def odd_prompts(count: int) -> torch.Tensor:
+    """Different prompts [N, 8] that are unlike the reference's: nearly all of one letter."""
+    ids = torch.full((count, 8), 5)
+    ids[:, 0] = torch.arange(count) % 90 + 3
+    ids[:, 1] = torch.arange(count) // 90 + 3
+    return ids
+
+
+def test_while_the_alarm_rings_every_prompt_runs_the_full_plan(model, caplog) -> None:
+    allocator, odd, once = with_alarm(model), odd_prompts(240), {**GREEDY, "max_new_tokens": 1}
+    for start in range(0, 240, 4):
+        output = allocator.generate(model, input_ids=odd[start : start + 4], round_up=False, **DICT, **once)
+        assert output.drift == allocator.drift.state
         if allocator.drift.rung:
             break
-        assert plans != [FULL] * 4
-    assert allocator.drift.rung
-    assert plans == [FULL] * 4
-    assert "no longer like those of the certificate" in caplog.text
+        assert output.layer_plans != [FULL] * 4
+    assert output.drift.rung
+    assert output.layer_plans == [FULL] * 4
+    assert allocator.allocate(model, odd[:4]) == [FULL] * 4
+    assert "allocator.drift.reset()" in caplog.text
     check_all_run_full(model, allocator)
     allocator.drift.reset()
-    assert allocator.allocate(model, odd) != [FULL] * 4
+    assert allocator.allocate(model, odd[:4]) != [FULL] * 4
+
+
+def test_the_alarm_falls_silent_when_prompts_are_as_before(model, caplog) -> None:
+    allocator, once = with_alarm(model), {**GREEDY, "max_new_tokens": 1}
+    allocator.drift.observe(np.full((FEWEST, 3), 9.0), np.ones(FEWEST))
+    assert allocator.drift.rung
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(RECOVERY // 20 + 2):
+        usual = torch.randint(3, VOCABULARY, (20, 8), generator=draw)
+        allocator.generate(model, input_ids=usual, **once)
+    assert not allocator.drift.rung
+    assert "silent again" in caplog.text
+    assert allocator.allocate(model, usual) != [FULL] * 20
+
+
+def test_a_prompt_counts_once_and_only_when_it_is_served(model) -> None:
+    allocator, batch = with_alarm(model), padded_batch()
+    plans = allocator.allocate(model, **batch)
+    assert allocator.drift.state.seen == 0
+    for _ in range(100):
+        output = allocator.generate(model, **batch, **DICT, **{**GREEDY, "max_new_tokens": 1}, round_up=False)
+        assert output.layer_plans == plans
+    assert output.drift.seen == 4
+    assert not output.drift.rung
+    unpadded = {name: tensor[3:, 7:] for name, tensor in batch.items()}
+    allocator.generate(model, **unpadded, **GREEDY)
+    assert allocator.drift.state.seen == 4, "the same prompt without its padding"
 
 
 def test_prompts_that_are_probed_by_length_arrive_together(model, monkeypatch) -> None:
@@ -252,7 +318,7 @@ def test_prompts_that_are_probed_by_length_arrive_together(model, monkeypatch) -
     allocator, seen = make_allocator(model, controller=ByLength()), []
 
     class Watch(DriftAlarm):
-        def observe(self, features, budgets):
+        def observe(self, features, budgets, keys):
             seen.append(len(features))
             return False
 

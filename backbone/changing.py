@@ -1,0 +1,102 @@
+"""The one way in which a live model is changed: methods of its modules are replaced for the calling thread alone.
+
+Other threads that run the same model meanwhile, with its stock `generate()` or otherwise, get its own methods. Nothing
+is hooked, since registering a hook disturbs a pass that runs in another thread, and no weight is touched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+Method = Callable[..., Any]
+
+_owners: dict[int, int] = {}
+"""By the id of a module, the thread that has replaced methods of it."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_mine(module_id: int) -> bool:
+    """Whether the calling thread is the one that has replaced a module's methods. In a compiled graph the answer is
+    that of the thread that compiled it, which is right: a plan's graphs are handed to its own thread alone."""
+    return _owners.get(module_id) == threading.get_ident()
+
+
+@contextmanager
+def replaced(replacements: Iterable[tuple[nn.Module, str, Method]]) -> Iterator[None]:
+    """Within this block, and in this thread, these methods (module, name, method) run instead of the modules' own.
+
+    Blocks of one thread may be nested; a module must not be changed by two threads at once (`apply_plan` sees to that).
+    """
+    undo: list[tuple[nn.Module, str, Method | None, int | None]] = []
+    try:
+        for module, name, method in replacements:
+            undo.append((module, name, module.__dict__.get(name), _owners.get(id(module))))
+            _owners[id(module)] = threading.get_ident()
+            module.__dict__[name] = _for_this_thread(module, getattr(module, name), method)
+        yield
+    finally:
+        for module, name, previous, owner in reversed(undo):
+            _put_back(module, name, previous, owner)
+
+
+def _for_this_thread(module: nn.Module, original: Method, method: Method) -> Method:
+    module_id = id(module)
+
+    @wraps(original)  # the library reads the signatures of forwards
+    def dispatched(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs) if _is_mine(module_id) else original(*args, **kwargs)
+
+    return dispatched
+
+
+def _put_back(module: nn.Module, name: str, previous: Method | None, owner: int | None) -> None:
+    if previous is None:
+        del module.__dict__[name]
+    else:  # a block further out, or something else, such as accelerate's device hooks, had set it on the instance
+        module.__dict__[name] = previous
+    if owner is None:
+        del _owners[id(module)]
+    else:
+        _owners[id(module)] = owner
+
+
+@contextmanager
+def captured(layers: nn.ModuleList, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Yields a dictionary that the passes of this block and thread fill with the states [B, S, D] before the layers
+    `depths`; before layer L means after the last."""
+    states: dict[int, torch.Tensor] = {}
+    with replaced(_keeping(layers, depths, states)):
+        yield states
+
+
+def _keeping(
+    layers: nn.ModuleList, depths: Collection[int], states: dict[int, torch.Tensor]
+) -> Iterator[tuple[nn.Module, str, Method]]:
+    for depth in sorted({*depths} - {len(layers)}):
+        yield layers[depth], "forward", _keeping_input(layers[depth].forward, states, depth)
+    if len(layers) in depths:
+        yield layers[-1], "forward", _keeping_output(layers[-1].forward, states, len(layers))
+
+
+def _keeping_input(forward: Method, states: dict[int, torch.Tensor], depth: int) -> Method:
+    def keep(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        states[depth] = hidden_states
+        return forward(hidden_states, *args, **kwargs)
+
+    return keep
+
+
+def _keeping_output(forward: Method, states: dict[int, torch.Tensor], depth: int) -> Method:
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        states[depth] = output[0] if isinstance(output, tuple) else output
+        return output
+
+    return keep

@@ -1,0 +1,208 @@
+"""Files that lie in a folder beside others and change as a whole, whoever reads meanwhile and whenever a writer dies.
+
+A manifest lists them with their SHA-256. A writer puts the new files into a hidden folder, gives that its final name,
+which is the moment from which they count, and then moves them to their places, the manifest last. A reader takes each
+file from where its SHA-256 says it is; if something does not fit and the manifest has changed meanwhile, it starts
+over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from backbone.errors import InputError
+from backbone.files import lock_of
+
+MANIFEST = "manifest.json"
+_SCRATCH, _REPLACEMENT = ".layerbudget-saving", ".layerbudget-replacement"
+ATTEMPTS, PAUSE_S = 200, 0.01
+"""How often a reader starts over while others save, and how long it waits before; after as many attempts with one and
+the same manifest as `CERTAIN` says, the files are damaged."""
+CERTAIN = 5
+
+T = TypeVar("T")
+Manifest = dict[str, Any]
+
+
+class BundleError(InputError):
+    """A folder that holds no such files, damaged ones, or somebody else's in their places."""
+
+
+def digest_of(manifest: Manifest) -> str:
+    """What the manifest itself is checked by."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def save_bundle(folder: Path, write: Callable[[Path], Manifest]) -> None:
+    """Put files into a folder, in the place of those that were saved there before; other files stay as they are.
+
+    Args:
+        folder: made where it is missing.
+        write: writes the files into an empty folder and returns what the manifest says beside "files".
+
+    Raises:
+        BundleError: the folder is a file, or somebody else's file has a name that is needed.
+    """
+    folder = folder.expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise BundleError(f"cannot save to {folder}: it is a file, and a folder is needed")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_of(folder):
+        _tidy(folder)
+        scratch = folder / _SCRATCH
+        scratch.mkdir()
+        try:
+            _fill(scratch, write)
+            _check_free(folder, scratch)
+            scratch.rename(folder / _REPLACEMENT)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        _install(folder)
+
+
+def read_bundle(folder: Path, load: Callable[[Path, Manifest], T]) -> T:
+    """What `load` makes of the files, which it finds in the folder it is given, and of the manifest.
+
+    Raises:
+        BundleError: there are none, or they are not the ones that were saved; whatever `load` raises.
+    """
+    same, last = 0, b""
+    for _ in range(ATTEMPTS):
+        content = _manifest(folder)
+        try:
+            manifest = _checked(folder, content)
+            with _together(folder, manifest) as place:
+                loaded = load(place, manifest)
+            if _manifest(folder) == content:
+                return loaded
+        except Exception:
+            same = same + 1 if content == last else 1
+            if same >= CERTAIN and _manifest(folder) == content:
+                raise
+        last = content
+        time.sleep(PAUSE_S)
+    raise BundleError(f"{folder} was saved to again and again while it was read; try again when that is over")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fill(scratch: Path, write: Callable[[Path], Manifest]) -> None:
+    described = write(scratch)
+    manifest = {**described, "files": {path.name: file_hash(path) for path in sorted(scratch.iterdir())}}
+    text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=2) + "\n"
+    (scratch / MANIFEST).write_text(text, encoding="utf-8")
+    for path in scratch.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _check_free(folder: Path, scratch: Path) -> None:
+    own = {MANIFEST, *_own_files(folder)} if _own_files(folder) else set()
+    for path in sorted(scratch.iterdir()):
+        target = folder / path.name
+        if path.name not in own and (target.exists() or target.is_symlink()):
+            raise BundleError(
+                f"cannot save to {folder}: its {path.name} was not saved by layerbudget; choose a folder of its own"
+            )
+
+
+def _own_files(folder: Path) -> set[str]:
+    """The files that were saved there before: those of a manifest that its digest shows to be ours."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        digest = manifest.pop("digest")
+        return set(manifest["files"]) if digest == digest_of(manifest) else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+
+
+def _tidy(folder: Path) -> None:
+    """Finish or discard what a writer that was killed has left."""
+    shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+    _install(folder)
+
+
+def _install(folder: Path) -> None:
+    """Move the files of a complete replacement to their places; readers take them from either."""
+    replacement = folder / _REPLACEMENT
+    if (replacement / MANIFEST).is_file():
+        manifest = json.loads((replacement / MANIFEST).read_bytes())
+        for name in manifest["files"]:
+            if (replacement / name).exists():
+                (replacement / name).replace(folder / name)
+        for name in _own_files(folder) - set(manifest["files"]):
+            (folder / name).unlink(missing_ok=True)
+        (replacement / MANIFEST).replace(folder / MANIFEST)
+    shutil.rmtree(replacement, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> bytes:
+    for path in (folder / _REPLACEMENT / MANIFEST, folder / MANIFEST):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+    return b""
+
+
+def _checked(folder: Path, content: bytes) -> Manifest:
+    if not content:
+        raise BundleError(f"{folder} holds no allocator: there is no {MANIFEST}")
+    try:
+        manifest: Manifest = json.loads(content)
+        digest = manifest.pop("digest")
+        fits = digest == digest_of(manifest)
+        files = manifest["files"]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise BundleError(f"{folder / MANIFEST} is damaged: it is not the manifest that was saved") from None
+    if not fits:
+        raise BundleError(f"{folder / MANIFEST} is damaged: its content does not match its digest")
+    if not isinstance(files, dict) or not all(isinstance(known, str) for known in files.values()):
+        raise BundleError(f"{folder / MANIFEST} is damaged: files should hold names and SHA-256")
+    for name in files:
+        if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or "\0" in name:
+            raise BundleError(f"{folder / MANIFEST} is damaged: {name!r} is not the name of a file in its folder")
+    return manifest
+
+
+@contextmanager
+def _together(folder: Path, manifest: Manifest) -> Iterator[Path]:
+    """A folder with all files as they were saved: `folder` itself, or, while they are being moved, copies."""
+    places = {name: _place(folder, name, known) for name, known in manifest["files"].items()}
+    if all(place.parent == folder for place in places.values()):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copies:
+        for name, place in places.items():
+            moved = place if place.exists() else folder / name
+            shutil.copyfile(moved, Path(copies) / name)
+        yield Path(copies)
+
+
+def _place(folder: Path, name: str, known: str) -> Path:
+    found = [path for path in (folder / _REPLACEMENT / name, folder / name) if path.is_file()]
+    for path in found:
+        try:
+            if file_hash(path) == known:
+                return path
+        except FileNotFoundError:  # moved just now
+            if (folder / name).is_file() and file_hash(folder / name) == known:
+                return folder / name
+    if not found:
+        raise BundleError(f"{folder} is damaged: {name} is missing")
+    raise BundleError(f"{folder} is damaged: {name} does not match its SHA-256 in {MANIFEST}")

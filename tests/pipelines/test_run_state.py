@@ -1,0 +1,284 @@
+"""Whose folder a run may use, and what counts as done."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from command import layerbudget, refused, snapshot
+
+from oracle.judges import JudgeError, check_judge
+from pipelines.run_state import content_hash
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, module_config) -> Path:
+    """A project whose run is finished."""
+    folder = tmp_path_factory.mktemp("made")
+    path = module_config(folder)
+    done = layerbudget("run", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def project(made, tmp_path) -> Path:
+    """A copy of it, with its configuration pointing at the copy."""
+    folder = tmp_path / "project"
+    shutil.copytree(made, folder)
+    point_at(folder)
+    return folder
+
+
+def point_at(folder: Path) -> None:
+    """Name a copy's own prompts and runs in its configuration."""
+    config = yaml.safe_load((folder / "tiny.yaml").read_text())
+    config["runs"], config["data"]["path"] = str(folder / "runs"), str(folder / "prompts.jsonl")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.fixture(scope="module")
+def module_config(model_folder):
+    def write(folder: Path) -> Path:
+        rows = [
+            {"id": str(i), "task": "ab"[i % 2], "prompt": f"{i:03d}"[::-1] * (1 + i % 2), "reference": "x"}
+            for i in range(120)
+        ]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps({**row, "judge": "agreement"}) + "\n" for row in rows))
+        config = {
+            "name": "tiny",
+            "runs": str(folder / "runs"),
+            "model": {"source": str(model_folder), "device": "cpu"},
+            "data": {"path": str(folder / "prompts.jsonl")},
+            "decoding": {"max_new_tokens": 3},
+            "menu": {"method": "exiting", "probe_depth": 2, "plans": 3, "cheapest_budget": 0.4},
+            "tuning": {"trials": 1, "components": [4], "folds": 2, "controllers": ["lightgbm"]},
+            "calibration": {"alpha": 0.3, "delta": 0.2},
+            "evaluation": {
+                "speed_prompts": 2,
+                "speed_tokens": 2,
+                "speed_rounds": 1,
+                "alphas": [0.1],
+                "control_trials": 1,
+            },
+            "tracking": {"uri": f"sqlite:///{folder}/mlruns/mlflow.db"},
+        }
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+        return folder / "tiny.yaml"
+
+    return write
+
+
+USER_FILES = {
+    "config.yaml": "mine",
+    "menu.json": "{}",
+    "labels.db": "mine",
+    "allocator/model.safetensors": "weights",
+    "report.html": "mine",
+    ".stand_ins.unfinished": "mine",
+    "notes.txt": "mine",
+}
+
+
+@pytest.mark.parametrize("command", ["run", "menu", "label"])
+def test_a_folder_with_somebodys_files_is_left_alone(project, command) -> None:
+    folder = project / "runs" / "other"
+    for name, text in USER_FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    before = snapshot(project)
+    message = refused(command, project / "tiny.yaml", "--set", "name=other")
+    assert "holds 'allocator', but no run" in message
+    assert snapshot(project) == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_alone(project) -> None:
+    (project / "runs" / "other").write_text("mine")
+    assert "is a file" in refused("run", project / "tiny.yaml", "--set", "name=other")
+    assert (project / "runs" / "other").read_text() == "mine"
+
+
+def test_an_empty_folder_is_used(project) -> None:
+    (project / "runs" / "other").mkdir()
+    assert layerbudget("menu", project / "tiny.yaml", "--set", "name=other").returncode == 0
+
+
+def test_two_projects_with_equal_names_do_not_take_each_others_runs(project, tmp_path) -> None:
+    """Their files have the same name, and they keep their runs in the same place."""
+    (tmp_path / "second").mkdir()
+    shutil.copy(project / "tiny.yaml", tmp_path / "second" / "tiny.yaml")
+    before = snapshot(project)
+    for command in ("run", "menu"):
+        message = refused(command, tmp_path / "second" / "tiny.yaml")
+        assert "belongs to the config ../../tiny.yaml, not ../../../second/tiny.yaml" in message
+    assert snapshot(project) == before
+
+
+def test_a_project_that_was_moved_goes_on(project, tmp_path) -> None:
+    moved = tmp_path / "moved"
+    project.rename(moved)
+    point_at(moved)
+    again = layerbudget("run", moved / "tiny.yaml")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == 9
+
+
+def test_a_config_in_its_own_run_folder_is_not_overwritten(project) -> None:
+    inside = project / "runs" / "tiny" / "mine.yaml"
+    shutil.copy(project / "tiny.yaml", inside)
+    before = snapshot(project)
+    assert "lies in the folder of its own run" in refused("run", inside)
+    assert snapshot(project) == before
+
+
+def test_a_finished_run_writes_nothing(project, monkeypatch) -> None:
+    before = _times(project)
+
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    monkeypatch.setattr("tempfile.mkstemp", forbidden)
+    monkeypatch.setattr("pipelines.runner.FileLock", forbidden)
+    done = layerbudget("run", project / "tiny.yaml", "--set", 'try_prompts=["abc"]')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == 9
+    assert "of 6 layers" in done.stdout
+    assert _times(project) == before
+
+
+def _times(project: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (project / "runs").rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount")
+def test_a_finished_run_answers_from_a_read_only_folder(project) -> None:
+    """Also for a superuser, whom modes do not stop."""
+    mounted = subprocess.run(["mount", "--bind", "-r", str(project), str(project)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("this process may not mount")
+    try:
+        with pytest.raises(OSError, match="Read-only"):
+            (project / "try").write_text("")
+        done = layerbudget("run", project / "tiny.yaml", "--set", 'try_prompts=["abc"]')
+    finally:
+        subprocess.run(["umount", "--lazy", str(project)], check=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done before") == 9
+    assert "of 6 layers" in done.stdout
+
+
+def _forget_labels(project: Path, count: int) -> None:
+    with sqlite3.connect(project / "runs" / "tiny" / "labels.db") as store:
+        rows = store.execute("SELECT model, decoding, plan, prompt, judge FROM labels").fetchall()
+        for row in rows[::-1][:count]:
+            store.execute(
+                "DELETE FROM labels WHERE model = ? AND decoding = ? AND plan = ? AND prompt = ? AND judge = ?", row
+            )
+
+
+def test_labels_that_are_missing_are_made_again_and_nothing_else(project) -> None:
+    folder = project / "runs" / "tiny"
+    before = snapshot(folder)
+    _forget_labels(project, 150)
+    done = layerbudget("run", project / "tiny.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "label: answer and judge" in done.stdout
+    assert done.stdout.count("done before") == 8, "the labels are the same, so what follows is"
+    after = snapshot(folder)
+    changed = {name for name in before if not name.startswith("labels.db") and after[name] != before[name]}
+    assert changed <= {"run.json", "config.yaml"}, "times, and where the copy lies"
+
+
+def test_a_store_that_was_emptied_is_filled_again(project) -> None:
+    (project / "runs" / "tiny" / "labels.db").unlink()
+    done = layerbudget("run", project / "tiny.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "label: answer and judge" in done.stdout
+    assert done.stdout.count("done before") == 8
+
+
+def test_a_damaged_store_is_one_sentence(project) -> None:
+    (project / "runs" / "tiny" / "labels.db").write_bytes(b"no database" * 1000)
+    assert "cannot use the label store" in refused("run", project / "tiny.yaml")
+
+
+def test_scores_that_were_changed_are_not_taken_for_ours(project) -> None:
+    with sqlite3.connect(project / "runs" / "tiny" / "labels.db") as store:
+        store.execute("UPDATE labels SET score = 1 - score")
+    assert "no longer holds the labels that this run made" in refused("run", project / "tiny.yaml")
+
+
+def test_a_stage_with_another_result_makes_later_ones_undone(project) -> None:
+    path, folder = project / "tiny.yaml", project / "runs" / "tiny"
+    menu = json.loads((folder / "menu.json").read_text())
+    assert layerbudget("menu", path).returncode == 0
+    assert layerbudget("run", path).stdout.count("done before") == 9, "the same menu again"
+    state = json.loads((folder / "run.json").read_text())
+    menu["plans"][0]["budget"] *= 0.99
+    (folder / "menu.json").write_text(json.dumps(menu))
+    state["stages"]["menu"]["files"]["menu.json"] = content_hash(folder / "menu.json")
+    (folder / "run.json").write_text(json.dumps(state))
+    again = layerbudget("run", path)
+    assert again.stdout.count("done before") == 1, again.stdout
+    assert again.returncode == 0
+
+
+def test_reading_labels_takes_no_language_model(project, monkeypatch) -> None:
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("pipelines.workspace.load_backbone", forbidden)
+    for stage in ("tune", "train", "calibrate"):
+        done = layerbudget(stage, project / "tiny.yaml")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_changed_generation_config_is_said(project, model_folder, tmp_path) -> None:
+    """The hub may change it under the same name; here a folder's times are put back, so that no key shows it."""
+    facts = json.loads((project / "runs" / "tiny" / "model.json").read_text())
+    facts["options"] = {"repetition_penalty": 1.3}
+    (project / "runs" / "tiny" / "model.json").write_text(json.dumps(facts))
+    assert "was made with the generation config" in refused("features", project / "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys\nsys.exit(0)\n", "SystemExit"),
+        ("raise SystemExit\n", "SystemExit"),
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("judge = 5\n", "cannot be called"),
+        ("import no_such_module\n", "no_such_module"),
+        ("", "judge"),
+    ],
+)
+def test_a_judge_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, code, message) -> None:
+    (tmp_path / "odd_judge.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "odd_judge", raising=False)
+    with pytest.raises(JudgeError, match=message):
+        check_judge("odd_judge:judge")
+
+
+def test_a_judge_that_exits_has_failed_on_that_prompt(project, tmp_path, monkeypatch) -> None:
+    (tmp_path / "exiting_judge.py").write_text(
+        "import sys\n\ndef judge(answer, reference, full):\n"
+        "    if reference == 'stop':\n        sys.exit(0)\n    return float(answer == full)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [json.loads(line) for line in (project / "prompts.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"judge": "exiting_judge:judge", "reference": "stop" if number % 30 == 0 else "x"}
+    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = layerbudget("run", project / "tiny.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = " ".join(done.stdout.split())
+    assert "labels have no score" in output
+    assert "SystemExit: 0" in output
+    assert "report.html" in done.stdout

@@ -1,0 +1,212 @@
+"""Saving beside other files: nothing of theirs is lost, readers see the old or the new, and so does whoever comes after
+a kill."""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command import snapshot
+from tiny_allocator import make_allocator, with_stand_ins
+
+from oracle.decoding import Decoding
+from runtime import bundle
+from runtime.allocator import Allocator
+from runtime.artefact import ArtefactError, content_digest
+from runtime.bundle import BundleError, digest_of
+
+
+@pytest.fixture(scope="module")
+def plain(model) -> Allocator:
+    return make_allocator(model)
+
+
+@pytest.fixture(scope="module")
+def other(model) -> Allocator:
+    """Differs in a file that the plain one lacks, and in the manifest."""
+    return replace(with_stand_ins(model), decoding=Decoding(9))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def test_other_files_in_the_folder_stay(plain, other, tmp_path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "data" / "manifest.json").parent.mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("mine")
+    before = snapshot(tmp_path)
+    other.save_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path)
+    after = snapshot(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert "stand_ins.safetensors" not in after, "ours, which the new one lacks, goes"
+    assert not [name for name in after if name.startswith(".")]
+    assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(plain)
+
+
+@pytest.mark.parametrize("name", ["README.md", "menu.json", "manifest.json", "controller.safetensors"])
+def test_somebody_elses_file_with_a_name_that_is_needed_is_not_replaced(plain, tmp_path, name) -> None:
+    (tmp_path / name).write_text('{"files": {}, "digest": "mine"}')
+    before = snapshot(tmp_path)
+    with pytest.raises(BundleError, match=rf"its {name} was not saved by layerbudget"):
+        plain.save_pretrained(tmp_path)
+    assert snapshot(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_repository_root_and_a_file_are_refused(plain, tmp_path, monkeypatch) -> None:
+    for name in (".git/HEAD", "README.md", "src/code.py"):
+        (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repository" / name).write_text("mine")
+    before = snapshot(tmp_path)
+    monkeypatch.chdir(tmp_path / "repository")
+    with pytest.raises(BundleError, match=r"its README.md was not saved"):
+        plain.save_pretrained(".")
+    with pytest.raises(BundleError, match="it is a file"):
+        plain.save_pretrained("README.md")
+    assert snapshot(tmp_path) == before
+
+
+def test_the_home_folder_is_expanded(plain, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    plain.save_pretrained("~/allocators/mine")
+    assert (tmp_path / "home" / "allocators" / "mine" / "manifest.json").is_file()
+    assert not (tmp_path / "~").exists()
+    assert Allocator.from_pretrained("~/allocators/mine").fingerprint == plain.fingerprint
+
+
+def test_who_loads_beside_a_save_gets_the_old_or_the_new(plain, other, tmp_path) -> None:
+    known = {content_digest(one): 0 for one in (plain, other)}
+    plain.save_pretrained(tmp_path)
+    stop, errors = threading.Event(), []
+
+    def save() -> None:
+        for one in [other, plain] * 40:
+            one.save_pretrained(tmp_path)
+        stop.set()
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                known[content_digest(Allocator.from_pretrained(tmp_path))] += 1
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work) for work in (save, load, load)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    assert len(known) == 2
+    assert all(known.values()), "both were seen"
+
+
+def test_a_save_that_is_killed_leaves_the_old_or_the_new(plain, other, tmp_path) -> None:
+    """Wherever the kill comes, also between two files; and the next save leaves nothing behind."""
+    folder, draw, seen = tmp_path / "allocator", random.Random(0), set()
+    plain.save_pretrained(folder)
+    (folder / "mine.txt").write_text("mine")
+    digests = {content_digest(plain), content_digest(other)}
+    for number in range(24):
+        child = os.fork()
+        if not child:  # a process that saves one and the other until it dies
+            while True:
+                other.save_pretrained(folder)
+                plain.save_pretrained(folder)
+        time.sleep(0.02 + 0.1 * draw.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen.add(frozenset(path.name for path in folder.iterdir()))
+        assert content_digest(Allocator.from_pretrained(folder)) in digests, number
+    plain.save_pretrained(folder)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert (folder / "mine.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["allocator"]
+    assert len(seen) > 1, "kills came at different moments"
+
+
+@pytest.mark.parametrize("moved", range(7))
+def test_a_reader_takes_each_file_from_where_it_is(plain, other, tmp_path, monkeypatch, moved) -> None:
+    """A writer that died after so many of its files were in their places."""
+    plain.save_pretrained(tmp_path)
+    original, count = Path.replace, iter(range(100))
+
+    def dying(self: Path, target: Path) -> Path:
+        if next(count) == moved:
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        other.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(other)
+    plain.save_pretrained(tmp_path)
+    assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(plain)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def resigned(folder: Path, change) -> None:
+    """Change a manifest and give it a digest that fits."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("digest")
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("decoding"), "decoding in manifest.json should be a dict"),
+        (lambda m: m.update(decoding={"max_new_tokens": "6"}), "decoding should hold"),
+        (lambda m: m["decoding"].update(max_new_tokens=-3), "max_new_tokens must be a number from 1"),
+        (lambda m: m["decoding"].update(stop=[""]), "stop must be a list"),
+        (lambda m: m.update(model=[]), "model in manifest.json should be a dict"),
+        (lambda m: m["model"].pop("fingerprint"), "fingerprint"),
+        (lambda m: m.update(files=[]), "files should hold"),
+        (lambda m: m["files"].pop("menu.json"), "does not list menu.json"),
+        (lambda m: m["files"].pop("controller.safetensors"), "does not list controller"),
+        (lambda m: m["files"].update({"../other": "0" * 64}), "is not the name of a file in its folder"),
+        (lambda m: m["files"].update({"/etc/passwd": "0" * 64}), "is not the name of a file in its folder"),
+        (lambda m: m.update(controller="magic"), "needs the controller 'magic'"),
+        (lambda m: m.update(controller=["mlp"]), "controller in manifest.json should be a str"),
+        (lambda m: m.update(format_version="3"), "has allocator format '3'"),
+        (lambda m: m.pop("format_version"), "has allocator format None"),
+    ],
+)
+def test_a_manifest_that_says_something_odd_is_one_sentence(plain, tmp_path, change, message) -> None:
+    plain.save_pretrained(tmp_path)
+    resigned(tmp_path, change)
+    with pytest.raises(ArtefactError, match=message):
+        Allocator.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"digest": 1e999}', b'{"digest": "x"}']
+)
+def test_a_manifest_that_is_none_is_one_sentence(plain, tmp_path, content) -> None:
+    plain.save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"damaged|holds no allocator"):
+        Allocator.from_pretrained(tmp_path)
+
+
+def test_files_of_two_makes_are_refused(plain, model, tmp_path) -> None:
+    """Each is whole and fits its SHA-256, but they do not fit one another."""
+    plain.save_pretrained(tmp_path)
+    menu = json.loads((tmp_path / "menu.json").read_text())
+    menu["plans"] = menu["plans"][1:]
+    (tmp_path / "menu.json").write_text(json.dumps(menu))
+    resigned(tmp_path, lambda m: m["files"].update({"menu.json": bundle.file_hash(tmp_path / "menu.json")}))
+    with pytest.raises(ArtefactError, match="not a number for each of 2 plans"):
+        Allocator.from_pretrained(tmp_path)
