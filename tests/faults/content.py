@@ -22,8 +22,12 @@ def content_of(run: Path) -> dict[str, Any]:
         if path.is_file():
             found[str(path.relative_to(run))] = _digest(path)
     found["features.parquet"] = parquet.read_table(run / "features.parquet").to_pylist()
+<<<<<<< HEAD
     full = found["menu.json"]["plans"][-1]["runs"]
     found["labels.db"] = _learned_from(labels_of(run / "labels.db"), full)
+=======
+    found["labels.db"] = needed(labels_of(run / "labels.db"))
+>>>>>>> faults
     found["metrics.json"] = _policies(json.loads((run / "metrics.json").read_text()))
     found["report.html"] = (run / "report.html").read_text().rstrip().endswith("</html>")
     found["allocator"] = sorted(path.name for path in (run / "allocator").iterdir() if not path.name.startswith("."))
@@ -43,11 +47,6 @@ def labels_of(path: Path) -> set[tuple[Any, ...]]:
         return set()
     finally:
         connection.close()
-
-
-def _learned_from(labels: set[tuple[Any, ...]], full: str) -> set[tuple[Any, ...]]:
-    """Without those of shortened plans as the model came, which `evaluate` makes for its comparison alone."""
-    return {label for label in labels if " with " in label[0] or label[2] == full}
 
 
 def _policies(metrics: dict[str, Any]) -> dict[str, Any]:

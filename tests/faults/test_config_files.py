@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import yaml
 from damage import DEEP, damages_of
@@ -19,7 +21,7 @@ REPLACED: dict[str, str] = {
     "null as key": "{}~: x\n",
     "an alias": "{}try_prompts: &a [x]\nmore: *a\n",
     "an alias of itself": "{}more: &a [*a]\n",
-    "a bomb of aliases": "{}a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n",
+    "a bomb of aliases": "{}a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghi")),
     "a Python object": "{}more: !!python/object/apply:os.system ['true']\n",
     "deep": "{}more: " + "[" * DEEP + "]" * DEEP + "\n",
     "a huge number": "{}more: " + "9" * 5000 + "\n",
