@@ -10,6 +10,9 @@ import numpy as np
 from controller.base import Controller, Floats, LearningError
 from controller.saved import DESCRIPTION, read_description, write_description
 
+MOST_PLANS = 10_000
+"""A damaged file is not to fill the memory."""
+
 
 class MixtureController(Controller):
     """Draws each prompt's plan with fixed probabilities, whatever the prompt; one plan with probability 1 is static.
@@ -76,7 +79,8 @@ class OracleController(Controller):
     @classmethod
     def load(cls, folder: Path) -> OracleController:
         controller, data = cls(), read_description(folder, {"n_plans": int, "known": dict})
-        if not all(_are_shares(row) and len(row) == data["n_plans"] for row in data["known"].values()):
+        n_plans, rows = data["n_plans"], data["known"].values()
+        if not 0 <= n_plans <= MOST_PLANS or not all(_are_shares(row) and len(row) == n_plans for row in rows):
             raise LearningError(f"{folder} holds no oracle: each prompt should have a share for each plan")
         controller._n_plans, controller._known = data["n_plans"], data["known"]
         return controller

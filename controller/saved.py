@@ -34,7 +34,9 @@ def read_weights(folder: Path, layout: Layout) -> dict[str, torch.Tensor]:
         raise LearningError(f"{path} holds no controller: {error}") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not _fits(shapes, layout):
-        raise LearningError(f"{path} holds no controller of this kind: its tensors are {shapes}, expected {dict(layout)}")
+        raise LearningError(
+            f"{path} holds no controller of this kind: its tensors are {shapes}, expected {dict(layout)}"
+        )
     if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise LearningError(f"{path} holds no controller: some of its numbers are not finite, or not float32")
     return tensors

@@ -120,8 +120,8 @@ def _check_free(folder: Path, scratch: Path) -> None:
         target = folder / path.name
         if path.name not in own and (target.exists() or target.is_symlink()):
             raise BundleError(
-                f"cannot save to {folder}: its {path.name} was not saved by layerbudget, or has been changed since; move "
-                "it away or choose a folder of its own"
+                f"cannot save to {folder}: its {path.name} was not saved by layerbudget, or has been changed since; "
+                "move it away, or choose another folder"
             )
 
 
