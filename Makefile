@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch>=2.13"
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench
+.PHONY: demo test faults lint bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -15,6 +15,10 @@ demo: $(VENV)/installed
 # A process for each core, each with one thread; a file's tests stay together, since they share what is slow to make.
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+
+# The long table of damaged files and of stages that the machine refuses something: some minutes, counts at the end.
+faults: $(VENV)/installed
+	OMP_NUM_THREADS=1 LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/faults --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -57,21 +58,27 @@ def load_backbone(
     checked_dtype = _checked_dtype(dtype, place)
     with _naming(source):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=checked_dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=checked_dtype, output_loading_info=True)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise LoadError(f"the weights of {source!r} lack {missing[0]!r}, which would be filled with random numbers")
     family_of(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
+    if tokenizer.pad_token is None:
+        raise LoadError(f"the tokenizer of {source!r} names neither a padding token nor an end of text; give it one")
+    return model.to(place).eval(), tokenizer
 
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Turns the library's errors into one sentence that names the model."""
+    """Turns whatever the libraries say of somebody's files into one sentence that names the model."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise LoadError(f"cannot load the model {source!r}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LoadError(f"cannot load the model {source!r}: {reason}") from error
 
 
 def _check_not_quantised(source: str, config: PreTrainedConfig) -> None:

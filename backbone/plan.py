@@ -106,11 +106,10 @@ class LayerPlan:
         mlp: set[int] = set()
         for part in text.split(","):
             match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?([am]?)\s*", part)
-            if match is None:
+            if match is None or int(match[1]) > int(match[2] or match[1]):
                 raise PlanError(f"cannot read {part!r:.80} in the plan {text!r:.80}: parts look like 3, 0-5, 8a or 9m")
-            first, last, kind = int(match[1]), int(match[2] or match[1]), match[3]
-            if last >= n_layers:
-                raise PlanError(f"layer {last} is outside the model: it has layers 0 to {n_layers - 1}")
+            first, last = (min(int(number), n_layers) for number in (match[1], match[2] or match[1]))
+            kind = match[3]
             if kind != "m":
                 attention.update(range(first, last + 1))
             if kind != "a":

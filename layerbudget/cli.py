@@ -27,7 +27,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/demo.yaml.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", readable=False, help="YAML file of the run, such as configs/demo.yaml.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the file's; may be given again."),
@@ -127,10 +129,10 @@ def generate(
     allocator: Annotated[str, typer.Option(metavar="DIR", help="Folder or hub repository of a saved allocator.")],
     prompt: Annotated[str | None, typer.Argument(help="The prompt to continue.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Prompts, one a line, with id and prompt.")
+        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Where answers go; default: the terminal.")
+        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="M", help="Where to load the model from; default: as in training.")

@@ -155,11 +155,12 @@ def _row(place: str, line: str) -> tuple[str, dict[str, Any]]:
 
 def _read_dataset(source: str, columns: Mapping[str, str], split: str) -> list[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         dataset = load_dataset(source, split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise PromptError(
             f"cannot read prompts from {source!r}: it is neither a .jsonl file nor a data set ({reason})"
         ) from None
@@ -170,9 +171,14 @@ def _read_dataset(source: str, columns: Mapping[str, str], split: str) -> list[t
         )
     rows = []
     for number, entry in enumerate(dataset):
-        row = {field: str(entry[column]) for field, column in mapping.items() if entry.get(column) is not None}
+        row = {field: _as_text(entry[column]) for field, column in mapping.items() if column in entry}
         rows.append((f"{source} row {number}", {"id": f"{split}-{number}", "task": source, **row}))
     return rows
+
+
+def _as_text(value: Any) -> Any:
+    """Numbers become texts; what is missing, or a list, stays for `_checked_row` to refuse."""
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _checked(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Prompt]:

@@ -199,13 +199,13 @@ class TuningSection(Section):
     """Combinations of sets of features to choose from."""
     components: list[Annotated[int, Field(ge=1)]] = Field([12, 24, 48, 96], min_length=1)
     """Numbers of principal components of the wide sets to choose from."""
-    folds: int = Field(4, ge=2)
+    folds: int = Field(4, ge=2, le=50)
     """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
     workers: int = Field(1, ge=1)
     """Processes that try settings at the same time."""
     given: dict[str, GivenSettings] = {}
     """Settings of controllers for which nothing is searched, as in a run's tuning.json."""
-    storage: str | None = None
+    storage: Text | None = None
     """Any URL that Optuna takes; default: tuning.db in the run folder."""
 
     @model_validator(mode="after")
@@ -214,6 +214,8 @@ class TuningSection(Section):
             check_sets(sets)
         if not all(self.feature_sets):
             raise ValueError(f"feature_sets must not hold an empty set, got {self.feature_sets}")
+        if len(set(self.controllers)) < len(self.controllers):
+            raise ValueError(f"controllers names one twice, got {self.controllers}")
         if unknown := set(self.given) - set(self.controllers):
             raise ValueError(f"given holds settings of {min(unknown)!r}, which is not among tuning.controllers")
         return self
@@ -234,7 +236,7 @@ class CalibrationSection(Section):
 
 
 class EvaluationSection(Section):
-    alphas: list[Share] = [0.01, 0.02, 0.05, 0.1]
+    alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
     """Mean losses at which the controllers and the controls are compared."""
     control_trials: int = Field(8, ge=1)
     """Trials of each control's own search: the defaults, the best controller's settings, and others."""

@@ -116,27 +116,50 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"cannot use tuning.storage {wanted.url!r}: {reason}") from error
-    return optuna.create_study(
-        study_name=wanted.study,
-        storage=storage,
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=1),
-        direction="minimize",
-        load_if_exists=True,
-    )
+    try:
+        return optuna.create_study(
+            study_name=wanted.study,
+            storage=storage,
+            sampler=_sampler(seed),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=1),
+            direction="minimize",
+            load_if_exists=True,
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"tuning.storage {wanted.url!r} is damaged ({error}): delete it, and the search begins again"
+        ) from None
 
 
 def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna.Study:
-    """Try settings until the study has `tuning.trials` finished trials; one already there is not tried again."""
+    """Try settings until the study has `tuning.trials` finished trials; one already there is not tried again.
+
+    A search by one worker that was killed goes on as if it had not been: the trial it was at is tried again, and what
+    is drawn for a trial depends on the finished ones alone.
+    """
     study = open_study(wanted, work.tuning)
-    if not study.get_trials(deepcopy=False):
+    if work.tuning.workers == 1:
+        _give_up_running(study)
+    if not finished(study) and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         study.enqueue_trial(_defaults(wanted.controller, work.tuning))
     while (left := work.tuning.trials - len(finished(study))) > 0:
         if work.tuning.workers == 1:
-            _try(wanted, work, 0, lambda study, trial: advance(1))
+            study.sampler = _sampler(len(finished(study)))
+            study.optimize(partial(_objective, wanted.controller, work), n_trials=1)
+            advance(1)
         else:
             _try_in_processes(wanted, work, min(work.tuning.workers, left), study, advance)
     return study
+
+
+def _give_up_running(study: optuna.Study) -> None:
+    """Nobody else is at work here, so that a trial said to be running was left by a process that was killed."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _sampler(seed: int) -> optuna.samplers.TPESampler:
+    return optuna.samplers.TPESampler(seed=seed)
 
 
 def search_in_memory(name: str, work: Work, first: dict[str, Any]) -> Settings:
@@ -147,7 +170,7 @@ def search_in_memory(name: str, work: Work, first: dict[str, Any]) -> Settings:
         first: parameters of the second trial, in place of the defaults.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    study = optuna.create_study(sampler=_sampler(0))
     defaults = _defaults(name, work.tuning)
     study.enqueue_trial(defaults)
     study.enqueue_trial({**defaults, **first})

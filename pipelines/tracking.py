@@ -26,6 +26,7 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
@@ -41,7 +42,7 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
             for name in ("config.yaml", "metrics.json", "report.html"):
                 mlflow.log_artifact(str(folder / name))
             mlflow.log_artifacts(str(folder / "allocator"), "allocator")
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot log to tracking.uri {config.tracking.uri!r}: {reason}") from error
 

@@ -10,8 +10,9 @@ from typing import Any
 import optuna
 
 from backbone.files import write_atomically
+from controller.base import controller_class
 from controller.learning import Settings
-from pipelines.config import LONGEST_NAME, Config, GivenSettings
+from pipelines.config import LONGEST_NAME, Config, ConfigError, GivenSettings
 from pipelines.progress import progress
 from pipelines.run_state import stage_key
 from pipelines.searching import Search, Work, finished, regret_bounds, search, settings_of
@@ -55,6 +56,10 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
 
 
 def _given(work: Work, name: str) -> dict[str, Any]:
+    try:
+        controller_class(name)(**work.tuning.given[name].parameters)
+    except TypeError as error:
+        raise ConfigError(f"tuning.given.{name}.parameters cannot be used: {error}") from None
     settings = Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()})
     return {"settings": settings.to_dict(), "regret": work.judge(settings), "trials": 0, "importance": {}}
 

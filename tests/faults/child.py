@@ -35,12 +35,16 @@ class Limits:
         obeys_modes: also root is refused what the modes of files and folders refuse.
         interrupt_at: press Ctrl-C once this text was printed.
         interrupt_after: seconds from that text to Ctrl-C.
+        interrupt_with: another signal in its place.
+        sync_seconds: how long it takes to bring a file to the disk.
     """
 
     file_bytes: int | None = None
     obeys_modes: bool = False
     interrupt_at: str | None = None
     interrupt_after: float = 0.0
+    interrupt_with: signal.Signals = signal.SIGINT
+    sync_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +93,14 @@ def _environment() -> Iterator[None]:
 def _listened(child: BaseProcess, pipes: Sequence[Connection], limits: Limits) -> list[bytes]:
     """What the child writes, until it ends or its time is over."""
     texts = dict.fromkeys(pipes, b"")
-    end, interrupt = time.monotonic() + TIME_LIMIT, float("inf")
+    end, interrupt, interrupt_with = time.monotonic() + TIME_LIMIT, float("inf"), limits.interrupt_with
     with selectors.DefaultSelector() as selector:
         for pipe in pipes:
             selector.register(pipe, selectors.EVENT_READ)
         while selector.get_map() and (now := time.monotonic()) < end:
             if now >= interrupt:
                 assert child.pid is not None
-                os.kill(child.pid, signal.SIGINT)
+                os.kill(child.pid, interrupt_with)
                 interrupt = float("inf")
             for key, _ in selector.select(max(0.0, min(end, interrupt, now + 1) - now)):
                 if chunk := os.read(key.fd, 65536):
@@ -123,9 +127,21 @@ def _run(folder: Path, words: list[str], limits: Limits, out: Connection, err: C
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_bytes, limits.file_bytes))
     if limits.obeys_modes:
         _drop_capabilities()
+    if limits.sync_seconds:
+        _slow_down_sync(limits.sync_seconds)
     from layerbudget.cli import main
 
     main()
+
+
+def _slow_down_sync(seconds: float) -> None:
+    sync = os.fsync
+
+    def slowly(file: int) -> None:
+        time.sleep(seconds)
+        sync(file)
+
+    os.fsync = slowly
 
 
 def _drop_capabilities() -> None:

@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(base: Path) -> Project:
     """A project whose run is finished; its allocator decides with an MLP."""
-    return finished_project(base / "finished", base / "model", base / "mlruns")
+    return finished_project(base / "finished", base / "model", base / "mlruns", controllers=["mlp"])
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ def content_of(run: Path) -> dict[str, Any]:
         if path.is_file():
             found[str(path.relative_to(run))] = _digest(path)
     found["features.parquet"] = parquet.read_table(run / "features.parquet").to_pylist()
-    found["labels.db"] = labels_of(run / "labels.db")
+    full = found["menu.json"]["plans"][-1]["runs"]
+    found["labels.db"] = _learned_from(labels_of(run / "labels.db"), full)
     found["metrics.json"] = _policies(json.loads((run / "metrics.json").read_text()))
     found["report.html"] = (run / "report.html").read_text().rstrip().endswith("</html>")
     found["allocator"] = sorted(path.name for path in (run / "allocator").iterdir() if not path.name.startswith("."))
@@ -33,13 +34,20 @@ JSON_FILES = ("menu.json", "adapt.json", "tuning.json", "calibration.json", "cho
 
 
 def labels_of(path: Path) -> set[tuple[Any, ...]]:
-    """Each label with its answer and score."""
+    """Each label with its answer and score; none of a file that cannot be read."""
     connection = sqlite3.connect(path)
     try:
         query = "SELECT model, prompt, plan, decoding, judge, answer, answer_ids, score FROM labels"
         return set(connection.execute(query))
+    except sqlite3.DatabaseError:
+        return set()
     finally:
         connection.close()
+
+
+def _learned_from(labels: set[tuple[Any, ...]], full: str) -> set[tuple[Any, ...]]:
+    """Without those of shortened plans as the model came, which `evaluate` makes for its comparison alone."""
+    return {label for label in labels if " with " in label[0] or label[2] == full}
 
 
 def _policies(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ Outcome = Literal[
 GOOD: tuple[Outcome, ...] = ("refused in one sentence", "harmless and correct")
 RED: tuple[Outcome, ...] = ("traceback", "accepted damage", "data lost", "hang", "death")
 
+STOPPED = 130
+"""Status after Ctrl-C."""
 LONGEST_SENTENCE = 600
 """Characters: an error that quotes a whole file helps nobody."""
 
@@ -25,15 +27,17 @@ def outcome_of(ended: Ended) -> Outcome:
         return "hang"
     if ended.status < 0:
         return "death"
+    if ended.status == STOPPED and ended.err.endswith("stopped; the same command goes on from here\n"):
+        return "refused in one sentence"
     if "Traceback (most recent call last)" in ended.err or ended.status not in (0, 2):
         return "traceback"
     return "harmless and correct" if ended.status == 0 else _refusal(ended)
 
 
 def _refusal(ended: Ended) -> Outcome:
-    lines = [line for line in ended.err.splitlines() if line.startswith("error: ")]
-    rest = ended.err.partition("error: ")[2].rstrip("\n")
-    good = len(lines) == 1 and "\n" not in rest and len(rest) <= LONGEST_SENTENCE
+    *_, last = ended.err.rstrip("\n").split("\n")
+    sentences = [line for line in ended.err.split("\n") if line.startswith("error: ")]
+    good = sentences == [last] and len(last) <= LONGEST_SENTENCE
     return "refused in one sentence" if good else "traceback"
 
 

@@ -255,6 +255,7 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
             "speed_prompts": 2,
             "speed_tokens": 2,
             "speed_rounds": 1,
+            "control_trials": 1,
         },
     )
     done = layerbudget("run", path)

@@ -59,7 +59,13 @@ def module_config(model_folder):
             "menu": {"method": "exiting", "probe_depth": 2, "plans": 3, "cheapest_budget": 0.4},
             "tuning": {"trials": 1, "components": [4], "folds": 2, "controllers": ["lightgbm"]},
             "calibration": {"alpha": 0.3, "delta": 0.2},
-            "evaluation": {"speed_prompts": 2, "speed_tokens": 2, "speed_rounds": 1, "alphas": [0.1]},
+            "evaluation": {
+                "speed_prompts": 2,
+                "speed_tokens": 2,
+                "speed_rounds": 1,
+                "alphas": [0.1],
+                "control_trials": 1,
+            },
             "tracking": {"uri": f"sqlite:///{folder}/mlruns/mlflow.db"},
         }
         (folder / "tiny.yaml").write_text(yaml.safe_dump(config))

@@ -1,8 +1,10 @@
 """The search of a controller's settings: resumed, in several processes, with one of them killed."""
 
 import multiprocessing
+import os
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -11,7 +13,6 @@ import pytest
 from backbone.errors import InputError
 from controller.base import LearningError
 from controller.learning import Settings
-from pipelines import searching
 from pipelines.config import TuningSection
 from pipelines.searching import Search, Work, finished, open_study, search, search_in_memory, settings_of
 
@@ -83,20 +84,27 @@ def test_trials_that_fall_behind_are_given_up(wanted, monkeypatch) -> None:
     assert "2:2" not in seen
 
 
-def test_a_trial_whose_worker_died_is_tried_again(wanted, monkeypatch) -> None:
-    monkeypatch.setattr(searching, "HEARTBEAT_S", 1)
-    monkeypatch.setattr(searching, "GRACE_S", 1)
-    work = some_work()
-    study = open_study(wanted, work.tuning)
-    trial = study.ask()
-    settings_of("logistic", trial, work.tuning)
-    study._storage.record_heartbeat(trial._trial_id)
-    time.sleep(2.1)
-    trials = search(wanted, work, lambda done: None).trials
-    assert trials[0].state.name == "FAIL"
-    retried = [other for other in trials if other.system_attrs.get("failed_trial") == 0]
-    assert [other.params for other in retried] == [trial.params]
-    assert retried[0].state.name == "COMPLETE"
+@pytest.mark.parametrize("killed_at", [0, 1, 3])
+def test_a_search_that_was_killed_ends_as_if_it_had_not_been(wanted, monkeypatch, killed_at) -> None:
+    """The kill comes in the middle of a trial, whose settings are drawn."""
+    undisturbed = search(replace(wanted, study="undisturbed"), some_work(trials=6), lambda done: None)
+    judge, count = Work.judge, iter(range(100))
+
+    def dying(self, settings, after_fold=None):
+        if next(count) == killed_at:
+            os._exit(9)
+        return judge(self, settings, after_fold)
+
+    child = os.fork()
+    if not child:
+        Work.judge = dying
+        search(wanted, some_work(trials=6), lambda done: None)
+    assert os.waitpid(child, 0)[1] >> 8 == 9
+    states = [trial.state.name for trial in open_study(wanted, some_work().tuning).trials]
+    assert states.count("RUNNING") == 1
+    resumed = search(wanted, some_work(trials=6), lambda done: None)
+    assert [t.params for t in finished(resumed)] == [t.params for t in finished(undisturbed)]
+    assert [t.value for t in finished(resumed)] == [t.value for t in finished(undisturbed)]
 
 
 def test_workers_share_a_search_and_one_that_is_killed_loses_no_trial(wanted) -> None:

@@ -1,0 +1,67 @@
+"""A run that is killed at any moment of any stage, and started again, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from child import Limits
+from outcome import Outcome, differences, judged
+from project import Project
+from selection import LONG
+
+from pipelines.stages import STAGES
+
+NAMES = [stage.name for stage in STAGES]
+KILLS = [(name, number) for name in NAMES for number in range(23 if LONG else 1)]
+"""207 in the long table, 23 a stage."""
+
+
+@pytest.fixture(scope="session")
+def stages(base: Path, finished: Project) -> dict[str, Project]:
+    """By stage, a project in which all stages before it are done and nothing else has happened."""
+    found, last = {}, finished
+    for name in NAMES:
+        folder = base / f"before-{name}"
+        if name == NAMES[0]:
+            found[name] = _without_a_run(finished, folder)
+        else:
+            found[name] = last.copy(folder)
+        last = found[name].copy(base / f"after-{name}")
+        ended = last.command(name, "tiny.yaml")
+        assert ended.status == 0, ended.out + ended.err
+    assert differences(finished, last) is None
+    return found
+
+
+def _without_a_run(finished: Project, folder: Path) -> Project:
+    project = Project(folder)
+    folder.mkdir()
+    for name in ("tiny.yaml", "prompts.jsonl", "notes.txt"):
+        (folder / name).write_bytes((finished.folder / name).read_bytes())
+    return project
+
+
+@pytest.mark.parametrize(("stage", "number"), KILLS)
+def test_a_killed_stage_goes_on(
+    finished: Project,
+    stages: dict[str, Project],
+    tmp_path: Path,
+    stage: str,
+    number: int,
+    expect_good: Callable[[Outcome, str], None],
+) -> None:
+    project = stages[stage].copy(tmp_path / "project")
+    seconds = json.loads((finished.run / "run.json").read_text())["stages"][stage]["seconds"] + 0.15
+    delay = random.Random(f"{stage} {number}").random() * seconds
+    limits = Limits(interrupt_at=f"{stage}: ", interrupt_after=delay, interrupt_with=signal.SIGKILL)
+    killed = project.command("run", "tiny.yaml", limits=limits)
+    assert killed.status in (-signal.SIGKILL, 0), killed.err  # or it was over before
+    foreign = project.foreign
+    ended = project.command("run", "tiny.yaml")
+    expect_good(*judged(ended, project, foreign, lambda: differences(finished, project)))
+    assert not [path.name for path in project.run.iterdir() if path.name.startswith(".controllers")]

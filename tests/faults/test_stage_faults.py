@@ -1,0 +1,175 @@
+"""Each of the nine stages, done again while the machine refuses something; afterwards the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from child import Limits
+from outcome import Outcome, differences, judged, lost_labels
+from project import Project
+from selection import selected
+
+ExpectGood = Callable[[Outcome, str], None]
+
+RESULTS = {
+    "menu": "menu.json",
+    "adapt": "stand_ins.safetensors",
+    "label": "labels.db",
+    "features": "features.parquet",
+    "tune": "tuning.json",
+    "train": "controllers",
+    "calibrate": "allocator",
+    "evaluate": "metrics.json",
+    "report": "report.html",
+}
+BEFORE = {"adapt": "menu.json", "label": "stand_ins.safetensors", "features": "menu.json",
+          "tune": "features.parquet", "train": "tuning.json", "calibrate": "controllers/mlp/controller.safetensors",
+          "evaluate": "allocator/menu.json", "report": "metrics.json"}  # fmt: skip
+ALL_STAGES = list(RESULTS)
+
+
+def _undone(project: Project, stage: str) -> None:
+    """Without the stage's results, so that it has to write all of them."""
+    path = project.run / RESULTS[stage]
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    if stage == "tune":
+        (project.run / "tuning.db").unlink()
+
+
+def _goes_on(project: Project, finished: Project) -> str | None:
+    """The run, given again when the machine allows everything: what is wrong with its end."""
+    ended = project.command("run", "tiny.yaml")
+    if ended.status != 0:
+        return f"the run does not go on: status {ended.status}\n{ended.err[-2000:]}"
+    return differences(finished, project)
+
+
+def _check(
+    project: Project, finished: Project, stage: str, expect_good: ExpectGood, limits: Limits, repair: Callable[[], Any]
+) -> None:
+    """The stage under limits; afterwards no label is gone, and, once `repair` was called, the run goes on."""
+    foreign = project.foreign
+    ended = project.command(stage, "tiny.yaml", limits=limits)
+    repair()
+    lost = None if stage == "label" else lost_labels(finished, project)
+    outcome, seen = judged(ended, project, foreign, lambda: None)
+    if not seen and (wrong := lost or _goes_on(project, finished)):
+        outcome, seen = "data lost", f"{wrong}\nafter: {ended.err[-1500:]}"
+    expect_good(outcome, seen)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 20_000])
+@pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
+def test_no_file_may_grow(project, finished, stage, size, expect_good) -> None:
+    _undone(project, stage)
+    _check(project, finished, stage, expect_good, Limits(file_bytes=size), lambda: None)
+
+
+@pytest.fixture
+def small_disk(finished: Project, tmp_path: Path) -> Iterator[Project]:
+    """A copy of the project on a file system of its own with 64 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"this process may not mount a small disk: {mounted.stderr.strip()}")
+    try:
+        yield finished.copy(disk / "project")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def _fill(path: Path, left: int) -> None:
+    """Takes all the space of a disk but so many bytes."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+    os.truncate(path, max(0, path.stat().st_size - left))
+
+
+@pytest.mark.parametrize("left", [0, 8192, 65536])
+@pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
+def test_the_disk_is_full(small_disk, finished, stage, left, expect_good) -> None:
+    _undone(small_disk, stage)
+    filler = small_disk.folder.parent / "filler"
+    _fill(filler, left)
+    _check(small_disk, finished, stage, expect_good, Limits(), filler.unlink)
+
+
+def _modes(folder: Path, writable: bool) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        mode = path.stat().st_mode
+        path.chmod(mode | stat.S_IWUSR if writable else mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+
+
+@pytest.mark.parametrize("stage", [*selected(ALL_STAGES, every=5), "run"])
+def test_the_run_folder_is_read_only(project, finished, stage, expect_good) -> None:
+    """A finished run needs no write; one whose result is gone does."""
+    if stage != "run":
+        _undone(project, stage)
+    _modes(project.run, writable=False)
+    limits = Limits(obeys_modes=True)
+    _check(project, finished, stage, expect_good, limits, lambda: _modes(project.run, writable=True))
+
+
+def test_a_finished_run_answers_from_a_read_only_folder(project) -> None:
+    _modes(project.run, writable=False)
+    ended = project.command("run", "tiny.yaml", limits=Limits(obeys_modes=True))
+    assert ended.status == 0, ended.err
+    assert ended.out.count("done before") == 9
+    _modes(project.run, writable=True)
+
+
+@pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
+def test_a_result_of_an_earlier_stage_is_gone(project, finished, stage, expect_good) -> None:
+    gone = project.run / BEFORE[stage] if stage in BEFORE else project.folder / "prompts.jsonl"
+    kept = gone.read_bytes()
+    gone.unlink()
+    _check(project, finished, stage, expect_good, Limits(), lambda: gone.write_bytes(kept))
+
+
+@pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
+def test_something_else_lies_where_the_result_belongs(project, finished, stage, expect_good) -> None:
+    """A folder of somebody's where a file belongs, a file of somebody's where a folder belongs."""
+    path = project.run / RESULTS[stage]
+    was_folder = path.is_dir()
+    _undone(project, stage)
+    if not was_folder:
+        path.mkdir()
+    theirs = path if was_folder else path / "notes.txt"
+    theirs.write_text("Somebody's notes.\n")
+
+    foreign = {**project.foreign, theirs: theirs.read_bytes()}
+    ended = project.command(stage, "tiny.yaml")
+    outcome, seen = judged(ended, project, foreign, lambda: None)
+    expect_good(outcome, seen)
+
+
+TITLES = {
+    "menu": "find the plans", "adapt": "make the shortened", "label": "answer and judge", "features": "read the first",
+    "tune": "search each", "train": "train the", "calibrate": "certify a", "evaluate": "measure all",
+    "report": "write the report",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.2, 0.8])
+@pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
+def test_ctrl_c(project, finished, stage, after, expect_good) -> None:
+    _undone(project, stage)
+    limits = Limits(interrupt_at=TITLES[stage], interrupt_after=after)
+    _check(project, finished, stage, expect_good, limits, lambda: None)
