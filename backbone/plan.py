@@ -6,6 +6,7 @@ Shapes and words: `L` layers; a sub-layer is the attention block or the MLP bloc
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from backbone.errors import InputError
+from backbone.strict_json import parse
 
 SublayerBytes = Sequence[tuple[int, int]]
 """For each of the L layers: parameter bytes of its attention block and of its MLP block."""
+
+
+MOST_LAYERS = 10_000
+"""More than any model has: a damaged file is not to fill the memory."""
 
 
 class PlanError(InputError):
@@ -92,12 +98,16 @@ class LayerPlan:
     @classmethod
     def parse(cls, text: str, n_layers: int) -> LayerPlan:
         """The plan that `str(plan)` wrote, for a model of `n_layers` layers."""
+        if type(n_layers) is not int or not 1 <= n_layers <= MOST_LAYERS:
+            raise PlanError(f"a model has from 1 to {MOST_LAYERS} layers, got {n_layers!r:.80}")
+        if not isinstance(text, str):
+            raise PlanError(f"a plan is a text such as 0-5,8a,9m, got {text!r:.80}")
         attention: set[int] = set()
         mlp: set[int] = set()
         for part in text.split(","):
             match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?([am]?)\s*", part)
             if match is None or int(match[1]) > int(match[2] or match[1]):
-                raise PlanError(f"cannot read {part!r} in the plan {text!r}: parts look like 3, 0-5, 8a or 9m")
+                raise PlanError(f"cannot read {part!r:.80} in the plan {text!r:.80}: parts look like 3, 0-5, 8a or 9m")
             first, last = (min(int(number), n_layers) for number in (match[1], match[2] or match[1]))
             kind = match[3]
             if kind != "m":
@@ -206,6 +216,8 @@ class PlanMenu:
             raise PlanError(f"a menu needs one budget for each of its plans, all different, got {self.budgets}")
         if not self.plans or not self.plans[-1].is_full:
             raise PlanError("the last plan of a menu must be the full model")
+        if wrong := [budget for budget in self.budgets if not (math.isfinite(budget) and 0 < budget <= 1)]:
+            raise PlanError(f"a budget is a share of the decoder, above 0 and at most 1, got {wrong[0]}")
         if list(self.budgets) != sorted(self.budgets):
             raise PlanError(f"the plans of a menu go from cheapest to full, got budgets {self.budgets}")
         if not 1 <= self.probe_depth <= self.n_layers:
@@ -249,16 +261,31 @@ class PlanMenu:
         return {"n_layers": self.n_layers, "probe_depth": self.probe_depth, "plans": plans}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> PlanMenu:
-        plans = tuple(LayerPlan.parse(entry["runs"], data["n_layers"]) for entry in data["plans"])
-        return cls(plans, tuple(float(entry["budget"]) for entry in data["plans"]), data["probe_depth"])
+    def from_json(cls, data: Any) -> PlanMenu:
+        """Raises PlanError for data that `to_json` did not write."""
+        entries = data.get("plans") if isinstance(data, dict) else None
+        if not isinstance(entries, list) or data.keys() != {"n_layers", "probe_depth", "plans"}:
+            raise PlanError(f"a menu holds n_layers, probe_depth and a list of plans, got {data!r:.80}")
+        for entry in entries:
+            if not isinstance(entry, dict) or entry.keys() != {"runs", "budget"}:
+                raise PlanError(f"each plan of a menu holds runs and budget, got {entry!r:.80}")
+            if type(entry["budget"]) not in (int, float) or not 0 < entry["budget"] <= 1:
+                raise PlanError(f"a budget is a share above 0 and at most 1, got {entry['budget']!r:.80}")
+        if type(data["probe_depth"]) is not int:
+            raise PlanError(f"probe_depth is a number of layers, got {data['probe_depth']!r:.80}")
+        plans = tuple(LayerPlan.parse(entry["runs"], data["n_layers"]) for entry in entries)
+        return cls(plans, tuple(float(entry["budget"]) for entry in entries), data["probe_depth"])
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> PlanMenu:
-        return cls.from_json(json.loads(path.read_text()))
+        """Raises PlanError for a file that `save` did not write."""
+        try:
+            return cls.from_json(parse(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path} holds no menu: {error}") from None
 
 
 def _checked_count(n_layers: int, n_run: int) -> int:

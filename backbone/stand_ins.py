@@ -20,18 +20,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.adapters import Adapter
-from backbone.bridges import Bridge, Bridges
+from backbone.bridges import Bridges
 from backbone.errors import InputError
 from backbone.families import decoder_layers, sublayer_bytes
 from backbone.loading import model_fingerprint
 from backbone.plan import LayerPlan
+from backbone.stand_in_tensors import StandInsError, from_tensors, tensors_of
+from backbone.strict_json import parse
 
 FORMAT_VERSION = 1
-_SEPARATOR = "|"
-
-
-class StandInsError(InputError):
-    """Stand-ins of another model, or a file that holds none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +49,7 @@ class StandIns:
     def digest(self) -> str:
         """Twelve hexadecimal digits that name the content."""
         content = hashlib.sha256(self.fingerprint.encode())
-        for name, tensor in sorted(self._tensors().items()):
+        for name, tensor in sorted(tensors_of(self.bridges, self.adapter).items()):
             content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             content.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return content.hexdigest()[:12]
@@ -74,53 +71,24 @@ class StandIns:
     def save(self, path: Path) -> None:
         """One safetensors file."""
         described = {"version": FORMAT_VERSION, "fingerprint": self.fingerprint}
-        save_file(self._tensors(), path, {"layerbudget": json.dumps(described)})
+        save_file(tensors_of(self.bridges, self.adapter), path, {"layerbudget": json.dumps(described)})
 
     @classmethod
     def load(cls, path: Path) -> StandIns:
         """Raises StandInsError: no such file, or one that holds something else."""
         try:
             with safe_open(path, "pt") as file:
-                described = json.loads((file.metadata() or {})["layerbudget"])
+                described = parse((file.metadata() or {})["layerbudget"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            version, fingerprint = described["version"], described["fingerprint"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StandInsError(f"{path} holds no stand-ins: {error}") from None
-        if described["version"] != FORMAT_VERSION:
-            raise StandInsError(
-                f"{path} has stand-ins of format {described['version']}, this version reads {FORMAT_VERSION}"
-            )
-        return cls._of(described["fingerprint"], tensors)
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {}
-        for plan, bridges in self.bridges.items():
-            for first, bridge in bridges.items():
-                for name, tensor in bridge.tensors().items():
-                    tensors[_joined("bridge", plan.n_layers, plan, first, name)] = tensor.detach().contiguous()
-        for parameter, factors in (self.adapter.changes if self.adapter else {}).items():
-            for index, factor in enumerate(factors):
-                tensors[_joined("change", parameter, index)] = factor.detach().contiguous()
-        return tensors
-
-    @classmethod
-    def _of(cls, fingerprint: str, tensors: Mapping[str, torch.Tensor]) -> StandIns:
-        parts: dict[tuple[LayerPlan, int], dict[str, torch.Tensor]] = defaultdict(dict)
-        changes: dict[str, tuple[torch.Tensor, ...]] = {}
-        for name in sorted(tensors):
-            kind, *rest = name.split(_SEPARATOR)
-            if kind == "bridge":
-                n_layers, plan, first, tensor = rest
-                parts[LayerPlan.parse(plan, int(n_layers)), int(first)][tensor] = tensors[name]
-            else:
-                changes[rest[0]] = (*changes.get(rest[0], ()), tensors[name])
-        bridges: dict[LayerPlan, dict[int, Bridge]] = defaultdict(dict)
-        for (where, layer), named in parts.items():
-            bridges[where][layer] = Bridge.from_tensors(named)
-        return cls(fingerprint, dict(bridges), Adapter(changes) if changes else None)
-
-
-def _joined(*parts: object) -> str:
-    return _SEPARATOR.join(str(part) for part in parts)
+        if version != FORMAT_VERSION or not isinstance(fingerprint, str):
+            raise StandInsError(f"{path} has stand-ins of format {version!r:.80}, this version reads {FORMAT_VERSION}")
+        try:
+            return cls(fingerprint, *from_tensors(tensors))
+        except InputError as error:
+            raise StandInsError(f"{path} holds no stand-ins: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +130,10 @@ def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
     """
     if (found := model_fingerprint(model)) != stand_ins.fingerprint:
         raise StandInsError(f"these stand-ins were made for {stand_ins.fingerprint}, the model given is {found}")
-    layers = decoder_layers(model)
+    layers, hidden = decoder_layers(model), model.config.get_text_config().hidden_size
+    bridges_given = [bridge for of_plan in stand_ins.bridges.values() for bridge in of_plan.values()]
+    if wrong := [len(bridge.bias) for bridge in bridges_given if len(bridge.bias) != hidden]:
+        raise StandInsError(f"these stand-ins are for states of {wrong[0]} numbers, those of this model have {hidden}")
     devices = [next(layer.parameters()).device for layer in layers]
     bridges = {
         plan: {first: bridge.to(devices[first], model.dtype) for first, bridge in of_plan.items()}

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,12 @@ class Controller(ABC):
     threads. `predict` gives the same numbers for the same row whatever the other rows, their order and their number,
     and after `save` and `load` the same bits. A controller keeps no reference to the arrays it is given. A new one
     implements `_fit` and `_predict`, which see finite numbers only.
+
+    Attributes:
+        FILES: names of the files that `save` writes and `load` reads, each `controller.*`; see `controller.saved`.
     """
+
+    FILES: ClassVar[tuple[str, ...]]
 
     def fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
         """Learn from N prompts.
@@ -94,12 +99,12 @@ class Controller(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write files named `controller.*` into an existing folder."""
+        """Write `FILES` into an existing folder."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path) -> Controller:
-        """Read what `save` wrote."""
+        """Read what `save` wrote; raises LearningError for anything else, which may be damaged or come from anybody."""
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from backbone.errors import InputError
+from backbone.strict_json import parse
 from controller.p_values import RISKS, Risk
+
+MOST = 1e300
+"""No number of a certificate is larger; a whole number may be larger than any float."""
 
 
 class CertificateError(InputError):
@@ -78,7 +81,7 @@ class Certificate:
     def load(cls, path: Path) -> Certificate:
         """Raises CertificateError for a file that `save` of this version did not write."""
         try:
-            data = json.loads(path.read_text())
+            data = parse(path.read_text(encoding="utf-8"))
             data.pop("sentence")
             _check_values(data)
             return cls(**{**data, "does_not_cover": tuple(data["does_not_cover"])})
@@ -146,14 +149,28 @@ def exclusions(date: str, per_task: dict[str, dict[str, float]], decoding: str =
 def _check_values(data: dict[str, Any]) -> None:
     if (found := set(data)) != (known := {field.name for field in fields(Certificate)}):
         raise ValueError(f"missing: {sorted(known - found)}, unknown: {sorted(found - known)}")
-    if data["risk"] not in RISKS:
-        raise ValueError(f"risk is {data['risk']!r}")
-    for name in ("alpha", "delta"):
-        if not 0 < data[name] < 1:
-            raise ValueError(f"{name} is {data[name]}")
-    price = data["price"]
-    if price is not None and not (math.isfinite(price) and price > 0):
-        raise ValueError(f"price is {price}")
+    tasks, left_out = data["per_task"], data["does_not_cover"]
+    right = {
+        "risk": data["risk"] in RISKS,
+        "price": data["price"] is None or (_is_amount(data["price"]) and data["price"] > 0),
+        "per_task": isinstance(tasks, dict) and all(_is_seen(seen) for seen in tasks.values()),
+        "does_not_cover": isinstance(left_out, list) and all(isinstance(one, str) for one in left_out),
+        **{name: _is_amount(data[name]) and 0 < data[name] < 1 for name in ("alpha", "delta")},
+        **{name: type(data[name]) is int and data[name] >= 0 for name in ("n", "fewest_prompts")},
+        **{name: _is_amount(data[name]) for name in ("observed_risk", "tolerance")},
+        **{name: isinstance(data[name], str) for name in ("prompts_hash", "date", "decoding")},
+    }
+    if wrong := [name for name, is_right in right.items() if not is_right]:
+        raise ValueError(f"{wrong[0]} is {data[wrong[0]]!r:.80}")
+
+
+def _is_seen(seen: object) -> bool:
+    return isinstance(seen, dict) and seen.keys() == {"n", "observed_risk"} and all(map(_is_amount, seen.values()))
+
+
+def _is_amount(value: object) -> bool:
+    """Whether it is a number from 0 that is finite, also as a float."""
+    return type(value) in (int, float) and 0 <= value < MOST  # type: ignore[operator]
 
 
 def _percent(share: float) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 
-from controller.base import Controller, Floats
+from controller.base import Controller, Floats, LearningError
+from controller.saved import DESCRIPTION, read_description, write_description
+
+MOST_PLANS = 10_000
+"""A damaged file is not to fill the memory."""
 
 
 class MixtureController(Controller):
@@ -21,6 +24,8 @@ class MixtureController(Controller):
         weights: probability of each of the K plans.
         seed: another seed draws other plans.
     """
+
+    FILES = (DESCRIPTION,)
 
     def __init__(self, weights: list[float], seed: int = 0) -> None:
         self.weights, self.seed = list(weights), seed
@@ -41,15 +46,20 @@ class MixtureController(Controller):
         return kept
 
     def save(self, folder: Path) -> None:
-        (folder / "controller.json").write_text(json.dumps({"weights": self.weights, "seed": self.seed}))
+        write_description(folder, {"weights": self.weights, "seed": self.seed})
 
     @classmethod
     def load(cls, folder: Path) -> MixtureController:
-        return cls(**json.loads((folder / "controller.json").read_text()))
+        data = read_description(folder, {"weights": list, "seed": int})
+        if not _are_shares(data["weights"]) or not 0 <= data["seed"] < 2**32:
+            raise LearningError(f"{folder} holds no mixture: weights should be shares, and the seed a small number")
+        return cls(**data)
 
 
 class OracleController(Controller):
     """Looks the answer up: knows what each plan keeps for the prompts it was fitted on, full plan elsewhere."""
+
+    FILES = (DESCRIPTION,)
 
     def __init__(self) -> None:
         self._known: dict[str, list[float]] = {}
@@ -64,13 +74,20 @@ class OracleController(Controller):
         return np.array([self._known.get(_row_hash(row), nothing) for row in features], dtype=np.float32)
 
     def save(self, folder: Path) -> None:
-        (folder / "controller.json").write_text(json.dumps({"n_plans": self._n_plans, "known": self._known}))
+        write_description(folder, {"n_plans": self._n_plans, "known": self._known})
 
     @classmethod
     def load(cls, folder: Path) -> OracleController:
-        controller, data = cls(), json.loads((folder / "controller.json").read_text())
+        controller, data = cls(), read_description(folder, {"n_plans": int, "known": dict})
+        n_plans, rows = data["n_plans"], data["known"].values()
+        if not 0 <= n_plans <= MOST_PLANS or not all(_are_shares(row) and len(row) == n_plans for row in rows):
+            raise LearningError(f"{folder} holds no oracle: each prompt should have a share for each plan")
         controller._n_plans, controller._known = data["n_plans"], data["known"]
         return controller
+
+
+def _are_shares(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
 
 
 def _row_hash(row: Floats, seed: int = 0) -> str:

@@ -24,6 +24,8 @@ class EnsembleController(Controller):
         settings: arguments of the members, named `lightgbm_` or `mlp_` and the argument; what is not given is default.
     """
 
+    FILES = (*LightGBMController.FILES, *MLPController.FILES)
+
     def __init__(self, **settings: Any) -> None:
         self._members: list[LightGBMController | MLPController] = [
             member(**{key.removeprefix(f"{name}_"): value for key, value in settings.items() if key.startswith(name)})

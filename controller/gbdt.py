@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import lightgbm
 import numpy as np
 
-from controller.base import Controller, Floats, Trial
+from controller.base import Controller, Floats, LearningError, Trial
+from controller.saved import DESCRIPTION, read_description, write_description
 
 
 class LightGBMController(Controller):
@@ -31,6 +31,8 @@ class LightGBMController(Controller):
         per_plan: a model for each plan; otherwise one for all.
         seed: of the feature draws.
     """
+
+    FILES = (DESCRIPTION,)
 
     def __init__(
         self,
@@ -107,18 +109,18 @@ class LightGBMController(Controller):
     def save(self, folder: Path) -> None:
         if not self._boosters:
             raise RuntimeError("this controller was not fitted")
-        for index, booster in enumerate(self._boosters):
-            (folder / f"controller.{index}.txt").write_text(booster.model_to_string())
-        data = {"budgets": [float(budget) for budget in self._budgets], "per_plan": self._per_plan}
-        (folder / "controller.json").write_text(json.dumps(data))
+        budgets, trees = [float(b) for b in self._budgets], [booster.model_to_string() for booster in self._boosters]
+        write_description(folder, {"budgets": budgets, "per_plan": self._per_plan, "trees": trees})
 
     @classmethod
     def load(cls, folder: Path) -> LightGBMController:
-        """Reads `controller.*.txt`, which must be intact: LightGBM ends the process on a damaged one. The allocator
-        checks their SHA-256 first."""
-        data = json.loads((folder / "controller.json").read_text())
-        controller = cls(per_plan=data["per_plan"])
-        paths = sorted(folder.glob("controller.*.txt"), key=lambda path: int(path.name.split(".")[1]))
-        controller._boosters = [lightgbm.Booster(model_str=path.read_text()) for path in paths]
-        controller._budgets = np.array(data["budgets"], dtype=np.float32)
+        """Raises LearningError for a file that `save` did not write: LightGBM ends the process on a damaged model."""
+        data = read_description(folder, {"budgets": list, "per_plan": bool, "trees": list})
+        budgets, trees, per_plan = data["budgets"], data["trees"], data["per_plan"]
+        fits = all(type(budget) is float for budget in budgets) and all(isinstance(tree, str) for tree in trees)
+        if not fits or len(trees) != (len(budgets) - 1 if per_plan else 1):
+            raise LearningError(f"{folder} holds no LightGBM controller: its budgets and its trees do not fit")
+        controller = cls(per_plan=per_plan)
+        controller._boosters = [lightgbm.Booster(model_str=tree) for tree in trees]
+        controller._budgets = np.array(budgets, dtype=np.float32)
         return controller

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from controller.base import Controller, Floats, Trial
+from controller.saved import WEIGHTS, read_weights
 
 
 class LogisticController(Controller):
@@ -20,6 +21,7 @@ class LogisticController(Controller):
         l2: penalty on the weights, per prompt.
     """
 
+    FILES = (WEIGHTS,)
     STEPS = 60
 
     def __init__(self, l2: float = 0.03) -> None:
@@ -56,10 +58,10 @@ class LogisticController(Controller):
     def save(self, folder: Path) -> None:
         if not self._weights:
             raise RuntimeError("this controller was not fitted")
-        save_file(self._weights, folder / "controller.safetensors")
+        save_file(self._weights, folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> LogisticController:
         controller = cls()
-        controller._weights = load_file(folder / "controller.safetensors")
+        controller._weights = read_weights(folder, {"weight": ("plans", "features"), "bias": ("plans",)})
         return controller

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from controller.base import Controller, Floats, Trial
+from controller.base import Controller, Floats, LearningError, Trial
+from controller.saved import WEIGHTS, Layout, read_weights
 
 
 class MLPController(Controller):
@@ -37,6 +38,7 @@ class MLPController(Controller):
         seed: of weights, order, dropout and prices.
     """
 
+    FILES = (WEIGHTS,)
     BATCH, STEPS = 64, 8
     """Rows of a batch, and the batches of an epoch above which batches grow instead."""
 
@@ -103,17 +105,26 @@ class MLPController(Controller):
     def save(self, folder: Path) -> None:
         if self._network is None:
             raise RuntimeError("this controller was not fitted")
-        save_file(self._network.state_dict(), folder / "controller.safetensors")
+        save_file(self._network.state_dict(), folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> MLPController:
-        weights = load_file(folder / "controller.safetensors")
+        weights = read_weights(folder, LAYOUT)
         (hidden, n_features), n_outputs = weights["inner.weight"].shape, len(weights["outer.weight"])
         n_plans, controller = len(weights["bias"]), cls()
+        if n_outputs not in (1, n_plans):
+            raise LearningError(f"{folder} holds no MLP: it has {n_outputs} outputs for {n_plans} plans")
         controller._network = _Network(n_features, hidden, n_plans, n_outputs < n_plans, 0.0).eval()
         controller._network.load_state_dict(weights)
         return controller
 
+
+LAYOUT: Layout = {
+    "inner.weight": ("hidden", "features"),
+    "inner.bias": ("hidden",),
+    "outer.weight": ("outputs", "hidden"),
+    "bias": ("plans",),
+}
 
 LEAST_VARIANCE = 1e-4
 

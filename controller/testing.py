@@ -67,7 +67,20 @@ class ControllerConformance:
         controller.save(tmp_path)
         loaded = type(controller).load(tmp_path)
         np.testing.assert_array_equal(controller.predict(features), loaded.predict(features))
-        assert all(path.name.startswith("controller.") for path in tmp_path.iterdir())
+        assert {path.name for path in tmp_path.iterdir()} == set(controller.FILES)
+        assert all(name.startswith("controller.") for name in controller.FILES)
+
+    def test_a_damaged_file_is_refused(self, tmp_path: Path) -> None:
+        controller, _ = self.fitted()
+        for number, name in enumerate(controller.FILES):
+            for length in (0, 0.5, 0.99):
+                folder = tmp_path / f"{number} {length}"
+                folder.mkdir()
+                controller.save(folder)
+                content = (folder / name).read_bytes()
+                (folder / name).write_bytes(content[: int(length * len(content))])
+                with pytest.raises(LearningError, match=r"holds no|damaged"):
+                    type(controller).load(folder)
 
     def test_a_row_that_is_not_finite_gets_the_full_plan_and_disturbs_no_other(self) -> None:
         controller, features = self.fitted()

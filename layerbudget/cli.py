@@ -148,6 +148,8 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give either a prompt or --prompts FILE.jsonl")
+    if (prompts is None and out is not None) or (out is None and overwrite):
+        raise typer.BadParameter("--out goes with --prompts FILE.jsonl, and --overwrite with --out")
     from dataclasses import replace
 
     from layerbudget import Allocator, load_backbone

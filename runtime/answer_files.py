@@ -27,6 +27,10 @@ Key = tuple[str, str]
 """Id and prompt of a line."""
 
 
+ENTRIES = {"id": str, "prompt": str, "answer": str, "layers": float, "plan": str}
+"""What a line of answers holds."""
+
+
 class AnswersError(InputError):
     """A place where answers cannot be written, or a file of answers that was begun with other settings."""
 
@@ -36,14 +40,19 @@ def check_places(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
 
     Raises:
         PromptError: no such file of prompts, or a line without a prompt.
-        AnswersError: `out` is something that must not be replaced.
+        AnswersError: see `check_out`.
     """
     read_prompts(prompts)
+    check_out(prompts, out, overwrite=overwrite)
+
+
+def check_out(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
+    """Raises AnswersError where `out` is something that must not be replaced."""
     if out is None:
         return
     if out.is_symlink():
         raise AnswersError(f"--out {out} is a symbolic link; name the file itself")
-    if out.exists() and out.samefile(prompts):
+    if _are_same(out, prompts):
         raise AnswersError(f"--out {out} is the file of prompts itself; name another file")
     if out.exists() and not out.is_file():
         raise AnswersError(f"--out {out} is no regular file; name a new file, or leave it out for the terminal")
@@ -52,7 +61,7 @@ def check_places(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise AnswersError(f"--out {out} cannot be written: {out.parent} is no folder that can be written to")
     partial = _partial_of(out)
-    if partial.is_symlink() or (partial.exists() and (not partial.is_file() or partial.samefile(prompts))):
+    if partial.is_symlink() or (partial.exists() and not partial.is_file()) or _are_same(partial, prompts):
         raise AnswersError(f"{partial}, where answers are kept until all are there, is not layerbudget's; move it away")
 
 
@@ -98,9 +107,14 @@ def answer_file(
                 partial.append(lines.values())
             answers |= lines
             advance(len(lines))
+        check_out(prompts, out, overwrite=overwrite)  # somebody may have put a file there meanwhile
         _write(out, [answers[key] for key in keys])
         if partial:
             partial.path.unlink(missing_ok=True)
+
+
+def _are_same(first: Path, second: Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)
 
 
 def _partial_of(out: Path) -> Path:
@@ -138,7 +152,7 @@ class _Partial:
         try:
             first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
             begun_with = first["layerbudget_answers"]
-            found = {(line["id"], line["prompt"]): line for line in lines}
+            found = {(line["id"], line["prompt"]): _whole(line) for line in lines}
         except (ValueError, KeyError, TypeError, RecursionError):
             raise AnswersError(
                 f"{self.path}, where answers are kept until all are there, is not layerbudget's or is damaged; "
@@ -166,6 +180,13 @@ class _Partial:
 
 def _header(settings: str) -> bytes:
     return json.dumps({"layerbudget_answers": settings}).encode() + b"\n"
+
+
+def _whole(line: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for a line that `_line` does not write."""
+    if {name: type(value) for name, value in line.items()} != ENTRIES:
+        raise ValueError("a line with other entries")
+    return line
 
 
 def _line(key: Key, answer: AllocatedText) -> dict[str, Any]:

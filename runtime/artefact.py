@@ -20,7 +20,7 @@ from controller.drift import DriftAlarm
 from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
-from runtime.bundle import BundleError, Manifest, digest_of, file_hash, read_bundle, save_bundle
+from runtime.bundle import CARD, BundleError, Manifest, digest_of, file_hash, read_bundle, save_bundle
 
 FORMAT_VERSION = 3
 STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
@@ -99,7 +99,7 @@ def write_files(allocator: Allocator, folder: Path) -> None:
         allocator.stand_ins.save(folder / STAND_INS)
     if allocator.drift is not None:
         allocator.drift.save(folder / DRIFT)
-    (folder / "README.md").write_text(_model_card(allocator), encoding="utf-8")
+    (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
 
 
 def _loaded(folder: Path, place: Path, manifest: Manifest) -> Allocator:
@@ -137,13 +137,11 @@ def _check_entries(folder: Path, manifest: Manifest) -> None:
     for name in ("fingerprint", "source"):
         if not isinstance(manifest["model"].get(name), str):
             raise ArtefactError(f"{folder} is damaged: the model's {name} in manifest.json should be a str")
-    listed = {"controller" if name.startswith("controller.") else name for name in manifest["files"]}
-    if missing := {MENU, PROJECTION, CERTIFICATE, "controller"} - listed:
+    if (controller := manifest["controller"]) not in CONTROLLERS:
+        raise ArtefactError(f"{folder} needs the controller {controller!r:.80}; known are {', '.join(CONTROLLERS)}")
+    needed = {MENU, PROJECTION, CERTIFICATE, CARD, *controller_class(controller).FILES}
+    if missing := needed - manifest["files"].keys():
         raise ArtefactError(f"{folder} is damaged: manifest.json does not list {min(missing)}")
-    if manifest["controller"] not in CONTROLLERS:
-        raise ArtefactError(
-            f"{folder} needs the controller {manifest['controller']!r}; known are {', '.join(CONTROLLERS)}"
-        )
 
 
 def _check_together(allocator: Allocator) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -22,7 +23,9 @@ from typing import Any, TypeVar
 from backbone.errors import InputError
 from backbone.files import lock_of
 
-MANIFEST = "manifest.json"
+MANIFEST, CARD = "manifest.json", "README.md"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a file may be called: so a manifest, which may come from anybody, names nothing outside of its folder."""
 _SCRATCH, _REPLACEMENT = ".layerbudget-saving", ".layerbudget-replacement"
 ATTEMPTS, PAUSE_S = 200, 0.01
 """How often a reader starts over while others save, and how long it waits before; after as many attempts with one and
@@ -50,7 +53,8 @@ def save_bundle(folder: Path, write: Callable[[Path], Manifest]) -> None:
         write: writes the files into an empty folder and returns what the manifest says beside "files".
 
     Raises:
-        BundleError: the folder is a file, or somebody else's file has a name that is needed.
+        BundleError: the folder is a file, or somebody else's file, or a model card that somebody has edited, has a name
+            that is needed.
     """
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
@@ -79,7 +83,7 @@ def read_bundle(folder: Path, load: Callable[[Path, Manifest], T]) -> T:
     for _ in range(ATTEMPTS):
         content = _manifest(folder)
         try:
-            manifest = _checked(folder, content)
+            manifest = _parsed(folder, content)
             with _together(folder, manifest) as place:
                 loaded = load(place, manifest)
             if _manifest(folder) == content:
@@ -110,23 +114,29 @@ def _fill(scratch: Path, write: Callable[[Path], Manifest]) -> None:
 
 
 def _check_free(folder: Path, scratch: Path) -> None:
-    own = {MANIFEST, *_own_files(folder)} if _own_files(folder) else set()
+    """Raises BundleError where a new file would replace one that is not ours."""
+    own = _own_files(folder)
     for path in sorted(scratch.iterdir()):
         target = folder / path.name
         if path.name not in own and (target.exists() or target.is_symlink()):
             raise BundleError(
-                f"cannot save to {folder}: its {path.name} was not saved by layerbudget; choose a folder of its own"
+                f"cannot save to {folder}: its {path.name} was not saved by layerbudget, or has been changed since; "
+                "move it away, or choose another folder"
             )
 
 
 def _own_files(folder: Path) -> set[str]:
-    """The files that were saved there before: those of a manifest that its digest shows to be ours."""
+    """The files that were saved there before: the manifest, if its digest shows it to be ours, and what it lists.
+
+    A card that is no longer as it was saved is not among them: people and other libraries write these too.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        digest = manifest.pop("digest")
-        return set(manifest["files"]) if digest == digest_of(manifest) else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        files = _parsed(folder, _content(folder / MANIFEST))["files"]
+    except BundleError:
         return set()
+    card = folder / CARD
+    changed = CARD in files and card.is_file() and file_hash(card) != files[CARD]
+    return {MANIFEST, *files} - ({CARD} if changed else set())
 
 
 def _tidy(folder: Path) -> None:
@@ -138,29 +148,36 @@ def _tidy(folder: Path) -> None:
 def _install(folder: Path) -> None:
     """Move the files of a complete replacement to their places; readers take them from either."""
     replacement = folder / _REPLACEMENT
-    if (replacement / MANIFEST).is_file():
-        manifest = json.loads((replacement / MANIFEST).read_bytes())
-        for name in manifest["files"]:
-            if (replacement / name).exists():
-                (replacement / name).replace(folder / name)
-        for name in _own_files(folder) - set(manifest["files"]):
-            (folder / name).unlink(missing_ok=True)
-        (replacement / MANIFEST).replace(folder / MANIFEST)
+    try:
+        files = _parsed(replacement, _content(replacement / MANIFEST))["files"]
+    except BundleError:
+        shutil.rmtree(replacement, ignore_errors=True)
+        return
+    for name in files:
+        if (replacement / name).exists():
+            (replacement / name).replace(folder / name)
+    for name in _own_files(folder) - {MANIFEST, *files}:
+        (folder / name).unlink(missing_ok=True)
+    (replacement / MANIFEST).replace(folder / MANIFEST)
     shutil.rmtree(replacement, ignore_errors=True)
 
 
 def _manifest(folder: Path) -> bytes:
-    for path in (folder / _REPLACEMENT / MANIFEST, folder / MANIFEST):
-        try:
-            return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise BundleError(f"{path} cannot be read: {error.strerror}") from None
-    return b""
+    return _content(folder / _REPLACEMENT / MANIFEST) or _content(folder / MANIFEST)
 
 
-def _checked(folder: Path, content: bytes) -> Manifest:
+def _content(path: Path) -> bytes:
+    """Of a file that may be missing, or nothing that has an end, such as a pipe."""
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except (FileNotFoundError, NotADirectoryError):  # moved just now
+        return b""
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _parsed(folder: Path, content: bytes) -> Manifest:
+    """A manifest that its digest shows to be whole, with names of files in its own folder only."""
     if not content:
         raise BundleError(f"{folder} holds no allocator: there is no {MANIFEST}")
     try:
@@ -175,8 +192,8 @@ def _checked(folder: Path, content: bytes) -> Manifest:
     if not isinstance(files, dict) or not all(isinstance(known, str) for known in files.values()):
         raise BundleError(f"{folder / MANIFEST} is damaged: files should hold names and SHA-256")
     for name in files:
-        if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or "\0" in name:
-            raise BundleError(f"{folder / MANIFEST} is damaged: {name!r} is not the name of a file in its folder")
+        if name == MANIFEST or not NAME.fullmatch(name):
+            raise BundleError(f"{folder / MANIFEST} is damaged: {name!r:.80} is not the name of a file in its folder")
     return manifest
 
 
@@ -203,6 +220,8 @@ def _place(folder: Path, name: str, known: str) -> Path:
         except FileNotFoundError:  # moved just now
             if (folder / name).is_file() and file_hash(folder / name) == known:
                 return folder / name
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from None
     if not found:
         raise BundleError(f"{folder} is damaged: {name} is missing")
     raise BundleError(f"{folder} is damaged: {name} does not match its SHA-256 in {MANIFEST}")

@@ -48,7 +48,7 @@ def test_a_certificate_says_what_it_does_not_cover() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"price": float("nan")}, "price is nan"),
+        ({"price": float("nan")}, "it holds NaN"),
         ({"price": "3"}, "certificate.json is not a certificate"),
         ({"alpha": 2}, "alpha is 2"),
         ({"risk": "regret"}, "risk is 'regret'"),

@@ -17,8 +17,8 @@ from selection import selected
 FILES = (
     "run.json", "config.yaml", "model.*", "menu.json", "stand_ins.safetensors", "adapt.json", "labels.db",
     "features.parquet", "tuning.db", "tuning.json", "winner.yaml", "controllers/mlp/controller.safetensors",
-    "controllers/mlp/projection.safetensors", "controllers/lightgbm/controller.0.txt",
-    "controllers/lightgbm/controller.json", "calibration.json", "allocator/manifest.json", "allocator/menu.json",
+    "controllers/mlp/projection.safetensors", "controllers/lightgbm/controller.json",
+    "calibration.json", "allocator/manifest.json", "allocator/menu.json",
     "allocator/controller.safetensors", "metrics.json", "choices.json", "report.html",
 )  # fmt: skip
 CASES = [(name, damage) for name in FILES for damage in damages_of(name)]
