@@ -22,12 +22,7 @@ def content_of(run: Path) -> dict[str, Any]:
         if path.is_file():
             found[str(path.relative_to(run))] = _digest(path)
     found["features.parquet"] = parquet.read_table(run / "features.parquet").to_pylist()
-<<<<<<< HEAD
-    full = found["menu.json"]["plans"][-1]["runs"]
-    found["labels.db"] = _learned_from(labels_of(run / "labels.db"), full)
-=======
     found["labels.db"] = needed(labels_of(run / "labels.db"))
->>>>>>> faults
     found["metrics.json"] = _policies(json.loads((run / "metrics.json").read_text()))
     found["report.html"] = (run / "report.html").read_text().rstrip().endswith("</html>")
     found["allocator"] = sorted(path.name for path in (run / "allocator").iterdir() if not path.name.startswith("."))
@@ -35,6 +30,12 @@ def content_of(run: Path) -> dict[str, Any]:
 
 
 JSON_FILES = ("menu.json", "adapt.json", "tuning.json", "calibration.json", "choices.json")
+
+
+def needed(labels: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+    """The labels that controllers learn from; the others (examples for stand-ins, yardsticks) were used up."""
+    prompts = {prompt for model, prompt, *_ in labels if " with " in model}
+    return {row for row in labels if row[1] in prompts and (" with " in row[0] or row[2] == "0-5")}
 
 
 def labels_of(path: Path) -> set[tuple[Any, ...]]:
