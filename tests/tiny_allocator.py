@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from controller.mlp import MLPController
 from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
+from runtime.bundle import digest_of, file_hash
 
 SETS = ("states", "path", "length")
 PLANS = [LayerPlan.skipping(N_LAYERS, {3, 4}), LayerPlan.skipping(N_LAYERS, {4})]
@@ -57,6 +60,15 @@ def make_allocator(model, price=1.0, controller=None, name="mlp") -> Allocator:
     fitted.fit(np.tile(projection(features), (20, 1)), np.tile(sufficient, (20, 1)), np.array(menu.budgets, "float32"))
     certificate = Certificate("insufficient", 0.1, 0.1, 100, price, 0.05, "abc", "2026-01-01", 22)
     return Allocator(menu, fitted, name, projection, certificate, Decoding(6), model_fingerprint(model), "tiny")
+
+
+def resigned(folder: Path, change=lambda manifest: None) -> None:
+    """Make the manifest of a saved allocator fit its files, change it, and give it a digest that fits."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("digest")
+    manifest["files"] = {name: file_hash(folder / name) for name in manifest["files"]}
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
 
 
 def alone(model, plans, batch, **options) -> list[list[int]]:

@@ -2,22 +2,27 @@
 
 import json
 import os
+import resource
+import signal
 import socket
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from command import refused, snapshot
+from command import layerbudget, refused, snapshot
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import make_allocator
 
 from backbone.files import lock_of
+from backbone.loading import load_backbone
 from controller.mlp import MLPController
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
 from runtime.answer_files import AnswersError, answer_file, check_places
 
+LINE = b'{"layerbudget_answers": "0"}\n{"id": "p0", "prompt": "a", "answer": 5}\n'
 ROWS = [{"id": f"p{i}", "prompt": "abcdefgh"[: i + 1]} for i in range(6)]
 
 
@@ -132,6 +137,66 @@ def test_an_existing_file_takes_a_word(allocator, model, prompts) -> None:
     assert len(out.read_text().splitlines()) == len(ROWS)
 
 
+def test_a_file_that_appears_meanwhile_takes_a_word_too(allocator, model, prompts) -> None:
+    out = prompts.with_name("out.jsonl")
+    with pytest.raises(AnswersError, match="exists already"):
+        answer(allocator, model, prompts, out, advance=lambda count: out.write_text("somebody's"))
+    assert out.read_text() == "somebody's"
+    done = []
+    answer(allocator, model, prompts, out, overwrite=True, advance=done.append)
+    assert done == [], "what was answered before is kept"
+    assert len(out.read_text().splitlines()) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "flags", [["abc", "--out", "out.jsonl"], ["abc", "--overwrite"], ["--prompts", "p", "--overwrite"]]
+)
+def test_flags_that_would_do_nothing_are_refused(tmp_path, monkeypatch, flags) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = layerbudget("generate", "--allocator", "no-such", *flags)
+    assert done.returncode == 2
+    assert "goes with" in " ".join(done.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_too_long_for_the_disk_is_said_first(prompts, length) -> None:
+    out = prompts.with_name("o" * length)
+    assert "file name too long" in refused("generate", "--allocator", "no-such", "--prompts", prompts, "--out", out)
+    assert [path.name for path in prompts.parent.iterdir()] == [prompts.name]
+
+
+@contextmanager
+def files_up_to(size: int):
+    """What a full disk looks like: no file grows beyond so many bytes."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_after_a_full_disk_the_same_command_goes_on(model_folder, tmp_path, prompts) -> None:
+    rows = [{"id": f"p{i}", "prompt": "abcdefgh"[: 1 + i % 8] * 20} for i in range(30)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, _ = load_backbone(str(model_folder), device="cpu")
+    made = replace(make_allocator(model), decoding=Decoding(3), model_source=str(model_folder))
+    made.save_pretrained(tmp_path / "allocator")
+    command = ("generate", "--allocator", tmp_path / "allocator", "--prompts", prompts, "--batch-size", 2)
+    assert layerbudget(*command, "--out", tmp_path / "whole.jsonl", "--device", "cpu").returncode == 0
+    out = tmp_path / "out.jsonl"
+    with files_up_to(4096):
+        assert "file too large" in refused(*command, "--out", out, "--device", "cpu")
+    assert not out.exists()
+    begun = (tmp_path / "out.jsonl.partial").read_bytes()
+    assert begun.count(b"\n") > 2
+    assert layerbudget(*command, "--out", out, "--device", "cpu").returncode == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert {path.name for path in tmp_path.glob("*out*")} == {"out.jsonl"}
+
+
 def test_other_files_beside_it_stay(allocator, model, prompts) -> None:
     for name in ("out.jsonl.new", ".out.jsonl.new", "out.jsonl.lock", ".out.jsonl.unfinished"):
         prompts.with_name(name).write_text("mine")
@@ -142,7 +207,9 @@ def test_other_files_beside_it_stay(allocator, model, prompts) -> None:
     assert set(after) - set(before) == {"out.jsonl"}
 
 
-@pytest.mark.parametrize("content", [b"mine\n", b"{}\n", b"[1]\n", b"\xff\xfe\n", b"mine", b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize(
+    "content", [b"mine\n", b"{}\n", b"[1]\n", b"\xff\xfe\n", b"mine", b"[" * 100_000 + b"\n", LINE]
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_somebody_elses_partial_file_is_not_touched(allocator, model, prompts, content, overwrite) -> None:
     partial = prompts.with_name("out.jsonl.partial")

@@ -7,15 +7,16 @@ import random
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command import snapshot
-from tiny_allocator import make_allocator, with_stand_ins
+from tiny_allocator import make_allocator, resigned, with_stand_ins
 
+from controller.gbdt import LightGBMController
 from oracle.decoding import Decoding
-from runtime import bundle
 from runtime.allocator import Allocator
 from runtime.artefact import ArtefactError, content_digest
 from runtime.bundle import BundleError, digest_of
@@ -73,6 +74,64 @@ def test_a_repository_root_and_a_file_are_refused(plain, tmp_path, monkeypatch) 
     with pytest.raises(BundleError, match="it is a file"):
         plain.save_pretrained("README.md")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["", ".layerbudget-replacement"])
+def test_a_manifest_of_somebody_else_moves_and_deletes_nothing_outside(plain, tmp_path, place) -> None:
+    """It fits its digest, as one from a hub may, but names what is none of its business."""
+    folder = tmp_path / "allocator"
+    (folder / place).mkdir(parents=True)
+    (tmp_path / "mine.txt").write_text("mine")
+    manifest = {"files": {"../mine.txt": "0" * 64, "../allocator/mine.txt": "0" * 64}}
+    (folder / place / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
+    with suppress(BundleError):
+        plain.save_pretrained(folder)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_card_that_was_edited_is_not_replaced(plain, other, tmp_path) -> None:
+    plain.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("my own words")
+    before = snapshot(tmp_path)
+    with pytest.raises(BundleError, match=r"its README\.md was not saved by layerbudget, or has been changed since"):
+        other.save_pretrained(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_manifest_without_an_end_is_not_read(plain, tmp_path) -> None:
+    for name, make in (("pipe", os.mkfifo), ("zero", lambda path: path.symlink_to("/dev/zero"))):
+        plain.save_pretrained(tmp_path / name)
+        (tmp_path / name / "manifest.json").unlink()
+        make(tmp_path / name / "manifest.json")
+        with pytest.raises(ArtefactError, match="holds no allocator"):
+            Allocator.from_pretrained(tmp_path / name)
+
+
+def test_files_that_the_manifest_does_not_list_are_not_read(model, tmp_path) -> None:
+    trees = make_allocator(model, controller=LightGBMController(n_trees=5), name="lightgbm")
+    for name in ("controller.7.txt", "controller.safetensors", "stand_ins.safetensors", "drift.safetensors"):
+        (tmp_path / name).write_text("mine")
+    trees.save_pretrained(tmp_path)
+    assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(trees)
+
+
+def test_a_kill_before_old_files_are_removed_leaves_the_new(plain, model, tmp_path, monkeypatch) -> None:
+    trees = make_allocator(model, controller=LightGBMController(n_trees=5), name="lightgbm")
+    trees.save_pretrained(tmp_path)
+    original = Path.unlink
+
+    def dying(self: Path, missing_ok: bool = False) -> None:
+        if self.name.startswith("controller."):
+            raise KeyboardInterrupt
+        original(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", dying)
+    with pytest.raises(KeyboardInterrupt):
+        plain.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(plain)
+    plain.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("controller.json"))
 
 
 def test_the_home_folder_is_expanded(plain, tmp_path, monkeypatch) -> None:
@@ -156,14 +215,6 @@ def test_a_reader_takes_each_file_from_where_it_is(plain, other, tmp_path, monke
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def resigned(folder: Path, change) -> None:
-    """Change a manifest and give it a digest that fits."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.pop("digest")
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -177,6 +228,10 @@ def resigned(folder: Path, change) -> None:
         (lambda m: m["files"].pop("menu.json"), "does not list menu.json"),
         (lambda m: m["files"].pop("controller.safetensors"), "does not list controller"),
         (lambda m: m["files"].update({"../other": "0" * 64}), "is not the name of a file in its folder"),
+        (lambda m: m["files"].update({"\ud800": "0" * 64}), "is not the name of a file in its folder"),
+        (lambda m: m["files"].update({"a" * 300: "0" * 64}), "is not the name of a file in its folder"),
+        (lambda m: m["files"].update({".hidden": "0" * 64}), "is not the name of a file in its folder"),
+        (lambda m: m["files"].pop("README.md"), r"does not list README\.md"),
         (lambda m: m["files"].update({"/etc/passwd": "0" * 64}), "is not the name of a file in its folder"),
         (lambda m: m.update(controller="magic"), "needs the controller 'magic'"),
         (lambda m: m.update(controller=["mlp"]), "controller in manifest.json should be a str"),
@@ -207,6 +262,6 @@ def test_files_of_two_makes_are_refused(plain, model, tmp_path) -> None:
     menu = json.loads((tmp_path / "menu.json").read_text())
     menu["plans"] = menu["plans"][1:]
     (tmp_path / "menu.json").write_text(json.dumps(menu))
-    resigned(tmp_path, lambda m: m["files"].update({"menu.json": bundle.file_hash(tmp_path / "menu.json")}))
+    resigned(tmp_path)
     with pytest.raises(ArtefactError, match="not a number for each of 2 plans"):
         Allocator.from_pretrained(tmp_path)

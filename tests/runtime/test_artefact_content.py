@@ -1,0 +1,178 @@
+"""Files of a saved allocator that fit their SHA-256 and hold what they should not: one sentence each, when loaded."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import padded_batch, tiny_model
+from tiny_allocator import GREEDY, make_allocator, resigned, with_stand_ins
+
+from backbone.stand_ins import StandInsError
+from controller.gbdt import LightGBMController
+from controller.logistic import LogisticController
+from runtime.allocator import Allocator
+from runtime.artefact import ArtefactError
+
+HUGE = 10**12
+LAST = -1
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def check_refused(allocator, folder, edit, message) -> None:
+    allocator.save_pretrained(folder)
+    edit(folder)
+    resigned(folder)
+    with pytest.raises(ArtefactError, match=message) as error:
+        Allocator.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def edited_json(folder, name, change) -> None:
+    data = json.loads((folder / name).read_text())
+    change(data)
+    (folder / name).write_text(json.dumps(data))
+
+
+def edited_tensors(folder, name, change) -> None:
+    with safe_open(folder / name, "pt") as file:
+        metadata = file.metadata()
+    tensors = change(load_file(folder / name))
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / name, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(n_layers=HUGE), "a model has from 1 to 10000 layers"),
+        (lambda m: m.update(n_layers=6.0), "a model has from 1 to 10000 layers"),
+        (lambda m: m["plans"][0].update(runs=f"0-{HUGE}"), "cannot read '0-1000000000000'"),
+        (lambda m: m["plans"][0].update(runs=["0-5"]), "a plan is a text"),
+        (lambda m: m["plans"][0].update(budget=float("nan")), "holds NaN"),
+        (lambda m: m["plans"][0].update(budget=-0.5), "a share above 0 and at most 1, got -0.5"),
+        (lambda m: m["plans"][LAST].update(budget=True), "a share above 0 and at most 1, got True"),
+        (lambda m: m["plans"][LAST].update(budget="1"), "a share above 0 and at most 1, got '1'"),
+        (lambda m: m["plans"][0].pop("budget"), "each plan of a menu holds runs and budget"),
+        (lambda m: m.update(plans={}), "a list of plans"),
+        (lambda m: m.update(probe_depth=True), "probe_depth is a number of layers, got True"),
+        (lambda m: m.pop("probe_depth"), "a menu holds n_layers, probe_depth"),
+    ],
+)
+def test_a_menu_that_says_something_odd_is_refused(model, tmp_path, change, message) -> None:
+    check_refused(make_allocator(model), tmp_path, lambda folder: edited_json(folder, "menu.json", change), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", -4),
+        ("n", "x"),
+        ("n", 1.5),
+        ("fewest_prompts", None),
+        ("observed_risk", "x"),
+        ("observed_risk", None),
+        ("tolerance", "x"),
+        ("price", True),
+        ("price", 10**400),
+        ("price", 0),
+        ("alpha", 1),
+        ("delta", True),
+        ("per_task", []),
+        ("per_task", {"a": 1}),
+        ("per_task", {"a": {"n": 1}}),
+        ("does_not_cover", "text"),
+        ("does_not_cover", [1]),
+        ("date", 5),
+        ("prompts_hash", []),
+        ("decoding", 7),
+        ("risk", ["loss"]),
+    ],
+)
+def test_a_certificate_that_says_something_odd_is_refused(model, tmp_path, name, value) -> None:
+    def edit(folder) -> None:
+        edited_json(folder, "certificate.json", lambda data: data.update({name: value}))
+
+    check_refused(make_allocator(model), tmp_path, edit, rf"is not a certificate .*\({name} is ")
+
+
+CONTROLLER_DAMAGE = [
+    (lambda t: {**t, "other": torch.zeros(1)}, "holds no controller of this kind"),
+    (lambda t: {name: t[name] for name in list(t)[1:]}, "holds no controller of this kind"),
+    (lambda t: {name: tensor[:1] for name, tensor in t.items()}, "not a number for each of 3 plans|of this kind"),
+    (lambda t: {name: tensor[None] for name, tensor in t.items()}, "holds no controller of this kind"),
+    (lambda t: {name: tensor.double() for name, tensor in t.items()}, "not finite, or not float32"),
+    (lambda t: {name: tensor.long() for name, tensor in t.items()}, "not finite, or not float32"),
+    (lambda t: {**t, "bias": t["bias"] * float("inf")}, "not finite, or not float32"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CONTROLLER_DAMAGE)
+@pytest.mark.parametrize("name", ["mlp", "logistic"])
+def test_tensors_that_are_no_controller_are_refused(model, tmp_path, name, change, message) -> None:
+    allocator = make_allocator(model, controller=LogisticController() if name == "logistic" else None, name=name)
+    check_refused(allocator, tmp_path, lambda folder: edited_tensors(folder, "controller.safetensors", change), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(data=d["data"][: len(d["data"]) // 2]), "does not match its SHA-256"),
+        (lambda d: d.update(data=d["data"].replace("leaf_value=", "leaf_value=9", 1)), "does not match its SHA-256"),
+        (lambda d: d.update(data=None), "holds no controller"),
+        (lambda d: d.pop("sha256"), "holds no controller"),
+    ],
+)
+def test_trees_that_are_not_whole_never_reach_lightgbm(model, tmp_path, change, message) -> None:
+    """Given half a model it ends the process."""
+    trees = make_allocator(model, controller=LightGBMController(n_trees=5), name="lightgbm")
+    check_refused(trees, tmp_path, lambda folder: edited_json(folder, "controller.json", change), message)
+
+
+def of_bridges(part: str, tensor: torch.Tensor):
+    def change(tensors):
+        return {name: tensor if name.startswith("bridge") and part in name else old for name, old in tensors.items()}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_bridges("bias", torch.zeros(3)), "has parts of shapes"),
+        (of_bridges("factor_0", torch.zeros(32, 7)), "has parts of shapes"),
+        (of_bridges("", torch.tensor(0.0)), "has parts of shapes"),
+        (lambda t: {name: tensor for name, tensor in t.items() if "bias" not in name}, "has parts of shapes"),
+        (lambda t: {name.replace("|bias", "|bies"): tensor for name, tensor in t.items()}, "has parts of shapes"),
+        (lambda t: {name: tensor * float("nan") for name, tensor in t.items()}, "not finite"),
+        (lambda t: {name: tensor.long() for name, tensor in t.items()}, "no fractions"),
+        (lambda t: {**t, "what|x|0": torch.zeros(1)}, "is no name of a tensor of stand-ins"),
+        (lambda t: {**t, "change": torch.zeros(1)}, "is no name of a tensor of stand-ins"),
+        (lambda t: {**t, f"bridge|{HUGE}|0-{HUGE}|4|bias": torch.zeros(1)}, "should be a number of layers"),
+        (lambda t: {name.replace("|3|", "|5|"): tensor for name, tensor in t.items()}, "has no gap"),
+        (lambda t: {name: tensor for name, tensor in t.items() if name[-2:] != "|1"}, "a vector, or two matrices"),
+        (lambda t: {**t, "change|a.b|0": torch.zeros(2, 3), "change|a.b|1": torch.zeros(2, 3)}, "two matrices"),
+    ],
+)
+def test_tensors_that_are_no_stand_ins_are_refused(tmp_path, change, message) -> None:
+    allocator = with_stand_ins(tiny_model("llama"))
+    check_refused(allocator, tmp_path, lambda folder: edited_tensors(folder, "stand_ins.safetensors", change), message)
+
+
+def test_stand_ins_for_states_of_another_size_are_refused_by_the_model(tmp_path) -> None:
+    model = tiny_model("llama")
+    with_stand_ins(model).save_pretrained(tmp_path)
+    small = {"bias": torch.zeros(16), "factor_0": torch.zeros(16, 16)}
+
+    def change(tensors):
+        return {name: small.get(name.rpartition("|")[2], tensor) for name, tensor in tensors.items()}
+
+    edited_tensors(tmp_path, "stand_ins.safetensors", change)
+    resigned(tmp_path)
+    loaded = Allocator.from_pretrained(tmp_path)
+    with pytest.raises(StandInsError, match="for states of 16 numbers, those of this model have 32"):
+        loaded.generate(model, **padded_batch(), **GREEDY)
