@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable
 from typing import Any
 
@@ -44,7 +45,7 @@ def parse(content: bytes | str) -> Any:
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = yaml.load(text, _Loader)
-        yaml.safe_dump(value, allow_unicode=True).encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except NotYAMLError:
         raise
     except UnicodeDecodeError as error:

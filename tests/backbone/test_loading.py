@@ -44,6 +44,10 @@ def test_unknown_models_are_named(source, message, tmp_path, monkeypatch) -> Non
     ("options", "message"),
     [
         ({"device": "cuda:99"}, "device 'cuda:99' was asked for, but this machine has"),
+        ({"device": "cuda:999"}, "device 'cuda:999' was asked for, but this machine has"),
+        ({"device": "cuda:-1"}, "unknown device 'cuda:-1'"),
+        ({"device": "cpu:7"}, "device 'cpu:7' was asked for, but this machine has 1 CPU device"),
+        ({"device": "meta"}, "unknown device 'meta'; use auto, cpu, cuda, cuda:N or mps"),
         ({"device": "abacus"}, "unknown device 'abacus'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
     ],

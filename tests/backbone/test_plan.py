@@ -54,7 +54,7 @@ def test_budget_weighs_sublayers_by_their_bytes() -> None:
     assert LayerPlan.skipping(8, attention={0, 1}).budget(BYTES) == 1 - 2 / 32
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-", "1,,2", "5b", "2-1x"])
+@pytest.mark.parametrize("text", ["", "a", "3-", "1,,2", "5b", "2-1x", "5-2", "9" * 5000])
 def test_unreadable_text_is_quoted(text: str) -> None:
     with pytest.raises(PlanError, match="cannot read"):
         LayerPlan.parse(text, 8)
@@ -68,6 +68,7 @@ def test_unreadable_text_is_quoted(text: str) -> None:
         (lambda: LayerPlan.exiting(8, 9), "cannot run 9 layers of a model of 8"),
         (lambda: LayerPlan.skipping(8, range(8)), "must run at least one"),
         (lambda: LayerPlan.parse("0-9", 8), "layer 8 is outside the model"),
+        (lambda: LayerPlan.parse("0-999999999", 8), "layer 8 is outside the model"),
     ],
 )
 def test_impossible_plans_say_why(make, message: str) -> None:

@@ -59,7 +59,8 @@ SETTINGS = (
     "calibration.alpha=0", "calibration.alpha=.nan", "calibration.delta=1", "calibration.risk=low",
     "evaluation.alphas=[5]", "evaluation.alphas=[]", "evaluation.template=plain", "evaluation.template='{0}'",
     "evaluation.template='{prompt'", "evaluation.speed_prompts=0", "tracking.uri=''", "tracking.uri=gopher://x",
-    "tracking.uri=sqlite:////dev/null/x.db", "tracking.experiment=''", "try_prompts=['']", "try_prompts=[3]",
+    "tracking.uri=sqlite:////dev/null/x.db", "tracking.experiment=''", "try_prompts=['']",
+    'try_prompts=["a\\ud800"]', "try_prompts=[3]",
     "unknown=1", "=1", "name", ".=1", "name.=1", "data..path=x",
 )  # fmt: skip
 

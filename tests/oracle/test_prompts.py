@@ -25,11 +25,37 @@ def write(path, rows):
         ([{**GOOD, "judge": "exakt"}], r"line 1: unknown judge 'exakt'; did you mean 'exact'\?"),
         ([{k: v for k, v in GOOD.items() if k != "reference"}], r"line 1: the field 'reference' is missing"),
         ([], "there are no prompts"),
+        (['{"id": "a", "prompt": "\\ud800"}'], r"line 1: not JSON \(it holds half a character"),
+        ([GOOD, "[" * 100_000], r"line 2: not JSON \(its values are nested too deeply\)"),
+        ([GOOD, '{"id": NaN}'], r"line 2: not JSON \(it holds NaN"),
+        ([GOOD, '{"id": "b", "id": "c"}'], r"line 2: not JSON \(the key 'id' comes twice\)"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, rows, message) -> None:
     with pytest.raises(PromptError, match=message):
         load_prompts(write(tmp_path / "prompts.jsonl", rows))
+
+
+def test_only_a_newline_ends_a_line(tmp_path) -> None:
+    text = "one\u2028two\x85three\u2029four"
+    rows = [{**GOOD, "prompt": text}, {**GOOD, "id": "b"}]
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert [prompt.prompt for prompt in load_prompts(str(path))] == [text, GOOD["prompt"]]
+
+
+def test_a_byte_that_is_no_text_is_named_with_its_line(tmp_path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "\xe9"}\n')
+    with pytest.raises(PromptError, match="line 2: the byte 0xe9 is not UTF-8"):
+        load_prompts(str(path))
+
+
+def test_a_table_with_gaps_is_refused(tmp_path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,reference,judge\na,b,exact\n,b,exact\n")
+    with pytest.raises(PromptError, match="row 1: the field 'prompt' is missing"):
+        load_prompts(str(tmp_path))
 
 
 def test_missing_sources_are_named(tmp_path) -> None:

@@ -66,6 +66,14 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("menu.method=magic", "menu.method: Input should be 'given', 'evenly', 'exiting',"),
         ("menu.method=given", "the method 'given' and a list of plans in menu.given go together"),
         ("data.shares={train: 1.0}", "data: shares must name adapt, train, tune, calibrate, test"),
+        (f"name={'a' * 300}", "name: String should have at most 200 characters"),
+        ("name=a.", "name: String should match pattern"),
+        ("decoding.stop=['']", "decoding.stop.0: String should have at least 1 character"),
+        ("evaluation.alphas=[5]", "evaluation.alphas.0: Input should be less than 1"),
+        ("adapt.epochs=.inf", "adapt.epochs: Input should be a finite number"),
+        ("data.columns={promt: x}", "columns names the field 'promt'; the fields of a prompt are id, task"),
+        ("evaluation.template=plain", "template should hold {prompt}"),
+        ("tuning.controllers=[mlp, mlp]", "controllers names one twice"),
         ("name=a/b", "name: String should match pattern"),
         ("data.limit", "--set takes key=value, got 'data.limit'"),
         ("name.first=x", "'name' has no keys of its own"),
@@ -84,11 +92,19 @@ def test_wrong_settings_are_named(setting, message) -> None:
         ("- a\n", "should hold keys and values, got list"),
         ("a: [", "is not YAML"),
         ("name: x\n", "the key 'model' is missing"),
+        ("name: x\nname: y\n", "line 2: the key 'name' comes twice"),
+        ("1: x\n", "line 1: the key '1' is not a text; put quotes around it"),
+        ("a: &a [x]\nb: *a\n", "line 2: aliases"),
+        ("a: " + "[" * 50_000, "nested too deeply"),
+        ("a: " + "9" * 5000, "is not YAML"),
+        ("a: 2001-99-99\n", "month must be in 1..12"),
+        ('a: "\\ud800"\n', "half a character"),
+        ("a: \udcff\n", "the byte 0xff is not UTF-8"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, text, message) -> None:
     path = tmp_path / "wrong.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=message):
         load_config(path)
     with pytest.raises(ConfigError, match="no configuration file"):
