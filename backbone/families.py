@@ -133,8 +133,8 @@ def _only_layer_list(model: PreTrainedModel) -> tuple[str, str]:
     if len(paths) != 1:
         raise _unknown(model, f"it has {len(paths)} lists of {n_layers} modules where one list of layers is needed")
     decoder, _, layers = paths[0].rpartition(".")
-    if "past_key_values" not in inspect.signature(model.get_submodule(decoder).forward).parameters:
-        raise _unknown(model, f"its {decoder} takes no past_key_values, so it keeps no key-value cache")
+    if "cache" not in inspect.signature(model.get_submodule(decoder).forward).parameters:
+        raise _unknown(model, f"its {decoder} takes no cache, so it keeps no key-value cache")
     return decoder, layers
 
 

@@ -145,9 +145,9 @@ def _fitting_cache(decoder: Any, plan: LayerPlan, attached: Attached | None) -> 
     forward = decoder.forward
 
     def fit_cache(*args: Any, **kwargs: Any) -> Any:
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use_cache = kwargs.get("cache"), kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+            cache = kwargs["cache"] = DynamicCache(config=decoder.config)
         if cache is not None:
             drop_skipped_layers(cache, plan)
             if not torch.compiler.is_compiling():  # the first pass over a prompt never is

@@ -104,9 +104,7 @@ def run_prefix(
     # Without a configuration no layer of the cache forgets what has left its window: a later cache may still want it.
     cache = DynamicCache() if keep_cache else None
     with apply_plan(model, LayerPlan.exiting(len(layers), depth), frozen=True), captured(layers, depths) as states:
-        decoder(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=keep_cache, **inputs
-        )
+        decoder(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=keep_cache, **inputs)
     kept: list[Any] = [] if cache is None else cache.layers[:depth]
     return Prefix(tuple(states[i] for i in depths), tuple((layer.keys, layer.values) for layer in kept))
 

@@ -98,7 +98,7 @@ def _cached(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Te
     for start, stop in spans:
         step = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
         step["attention_mask"] = inputs["attention_mask"][:, :stop]
-        states.append(_states(decoder(**step, past_key_values=cache, use_cache=True)))
+        states.append(_states(decoder(**step, cache=cache, use_cache=True)))
     return torch.cat(states[1:], dim=1)
 
 

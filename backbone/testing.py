@@ -140,7 +140,7 @@ class FamilyConformance:
     def test_skipped_attention_keeps_no_cache(self) -> None:
         for name, plan in self.plans().items():
             with apply_plan(self.model, plan):
-                cache = self.model(**self.batches()["four"], use_cache=True).past_key_values
+                cache = self.model(**self.batches()["four"], use_cache=True).cache
             held = {i for i, layer in enumerate(cache.layers) if layer_bytes(layer) > 0}
             assert held == plan.attention, name
 

@@ -163,9 +163,7 @@ class Variant:
         start = time.perf_counter()
         with nullcontext() if self.plan is None else apply_plan(self.model, self.plan):
             call = self.model.get_compiled_call(compile_config(self.model.device)) if compiled else self.model
-            logits = call(
-                tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            ).logits
+            logits = call(tokens, position_ids=positions, cache=self.cache, use_cache=True, logits_to_keep=1).logits
             self.tokens = logits[:, -1:].argmax(-1)
         synchronize()
         return (time.perf_counter() - start) * 1000

@@ -31,13 +31,13 @@ def main(folder: str, messages: Iterable[str], new_tokens: int = 32) -> None:
             model,
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            cache=cache,
             streamer=streamer,
             max_new_tokens=new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
-        ids, cache = output.sequences, output.past_key_values
+        ids, cache = output.sequences, output.cache
         print(f"[{output.layer_plans[0].layers:g} of {output.layer_plans[0].n_layers} layers]")
 
 

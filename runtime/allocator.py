@@ -179,9 +179,9 @@ class Allocator:
 
         Besides all stock arguments it takes `max_lanes`, `round_up`, `allocation_limit_ms` and `lossless` (see
         `__call__`). With `return_dict_in_generate=True` the output has `layer_plans`, the plan that each prompt ran,
-        `allocation_ms`, `time_to_first_token_ms`, one a prompt, and `drift`, the alarm's state. `past_key_values=` goes
+        `allocation_ms`, `time_to_first_token_ms`, one a prompt, and `drift`, the alarm's state. `cache=` goes
         on under the plan that filled the cache.
-        `streamer` and `stop_strings` work here only: transformers 5.23 does not hand them on to a `custom_generate`.
+        `streamer` and `stop_strings` work here only: transformers 5.24 does not hand them on to a `custom_generate`.
 
         Raises:
             UnsupportedGenerationError: a way of generating that no allocator can work with; the message names it.

@@ -72,7 +72,7 @@ def _rows_of(request: Request, rows: torch.Tensor) -> tuple[torch.Tensor, dict[s
     kwargs = {
         name: value[index] if isinstance(value, torch.Tensor) and len(value) == len(request.input_ids) else value
         for name, value in request.kwargs.items()
-        if name != "past_key_values"
+        if name != "cache"
     }
     if request.cache is not None:
         # The library's own method, since it knows all kinds: dynamic, static, offloaded, quantised.

@@ -52,7 +52,7 @@ def check_lossless(request: Request) -> None:
         kind = "no cache" if cache is None else f"a {type(cache).__name__}"
         raise UnsupportedGenerationError(
             f"lossless=True needs the dynamic cache that generate() makes by default, got {kind}; leave out use_cache, "
-            "cache_implementation and past_key_values"
+            "cache_implementation and cache"
         )
     croppable = (DynamicLayer, DynamicSlidingWindowLayer)
     if other := [type(layer).__name__ for layer in cache.layers if type(layer) not in croppable]:
@@ -133,11 +133,11 @@ class Drafter(CandidateGenerator):
 
     @torch.no_grad()
     def _draft(self, input_ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        cache, ids, scores = _view(self._request.kwargs["past_key_values"], self._plan), input_ids, []
+        cache, ids, scores = _view(self._request.kwargs["cache"], self._plan), input_ids, []
         ends = getattr(self._request.config, "_eos_token_tensor", None)
         with apply_plan(self._request.model, self._plan):
             for _ in range(self._offered):
-                logits = self._request.model(**self._step(ids), past_key_values=cache, use_cache=True).logits[:, -1]
+                logits = self._request.model(**self._step(ids), cache=cache, use_cache=True).logits[:, -1]
                 scores.append(self._processors(ids, logits.to(input_ids.device, torch.float32, copy=True)))
                 token = self._chosen(scores[-1])
                 ids = torch.cat([ids, token], dim=1)

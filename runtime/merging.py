@@ -22,7 +22,7 @@ def merged(outputs: Sequence[Any], lanes: Sequence[Lane], request: Request) -> O
     """The outputs of the lanes as one.
 
     Shorter sequences are filled up with the padding token, and the scores of a lane that had ended say that this token
-    was certain. There is no common cache: `past_key_values` is None.
+    was certain. There is no common cache: `cache` is None.
     """
     config = request.config
     fill = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)

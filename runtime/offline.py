@@ -31,7 +31,7 @@ KEPT_BYTES = 2 * 2**30
 run these layers again."""
 
 _SEVERAL_TOKENS_AT_ONCE = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
-_ONE_ANSWER_A_PROMPT = ("num_return_sequences", "past_key_values", "return_dict_in_generate", "streamer")
+_ONE_ANSWER_A_PROMPT = ("num_return_sequences", "cache", "return_dict_in_generate", "streamer")
 
 
 def finished_texts(

@@ -45,7 +45,7 @@ _COUNT_ROWS = (
 )
 """The library's logits processors that tell rows by their place in the whole batch."""
 
-_NOT_OF_THE_PREFIX = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "use_cache")
+_NOT_OF_THE_PREFIX = ("input_ids", "inputs_embeds", "attention_mask", "cache", "use_cache")
 
 
 class UnsupportedGenerationError(InputError):
@@ -105,7 +105,7 @@ class Request:
 
     @property
     def cache(self) -> Cache | None:
-        return self.kwargs.get("past_key_values")
+        return self.kwargs.get("cache")
 
     @property
     def captures_layers(self) -> bool:
@@ -190,7 +190,7 @@ def check_handed_on(arguments: Mapping[str, Any]) -> None:
 def with_stop_strings(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `generate()` with `stop_strings` and `tokenizer` made into a stopping criterion.
 
-    transformers 5.23 drops the tokenizer on its way to a `custom_generate`, and then misses it.
+    transformers 5.24 drops the tokenizer on its way to a `custom_generate`, and then misses it.
     """
     if not arguments.get("stop_strings"):
         return arguments

@@ -37,7 +37,7 @@ def test_skipped_layers_are_not_computed_and_keep_no_cache(model) -> None:
             layer.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
             for i, layer in enumerate(decoder_layers(model))
         ]
-        model(**padded_batch(), past_key_values=cache)
+        model(**padded_batch(), cache=cache)
     for hook in hooks:
         hook.remove()
     assert calls == [1, 2, 4, 5]
@@ -77,31 +77,31 @@ def test_threads_with_different_plans_do_not_mix(model) -> None:
 def test_a_cache_of_another_plan_is_refused(model) -> None:
     batch = padded_batch()
     with apply_plan(model, PLANS["middle"]):
-        cache = model(**batch).past_key_values
+        cache = model(**batch).cache
     step = {"input_ids": batch["input_ids"][:, :1]}
     with apply_plan(model, LayerPlan.full(N_LAYERS)), pytest.raises(CacheMismatchError, match="filled without layer 2"):
-        model(**step, past_key_values=cache)
+        model(**step, cache=cache)
     with (
         apply_plan(model, PLANS["early exit"]),
         pytest.raises(CacheMismatchError, match=r"without layer 2|holds layer"),
     ):
-        model(**step, past_key_values=cache)
+        model(**step, cache=cache)
 
 
 def test_a_conversation_goes_on_in_the_cache_of_its_plan(model) -> None:
     ids = padded_batch()["input_ids"][:1]
     with apply_plan(model, PLANS["first layer"]):
         whole = model(input_ids=ids, use_cache=False).logits[:, -1]
-        cache = model(input_ids=ids[:, :6]).past_key_values
-        continued = model(input_ids=ids[:, 6:], past_key_values=cache).logits[:, -1]
+        cache = model(input_ids=ids[:, :6]).cache
+        continued = model(input_ids=ids[:, 6:], cache=cache).logits[:, -1]
     torch.testing.assert_close(continued, whole)
 
 
 def test_a_cache_remembers_its_plan(model) -> None:
     batch = padded_batch()
-    assert remembered_plan(model(**batch).past_key_values) is None
+    assert remembered_plan(model(**batch).cache) is None
     with torch.no_grad(), apply_plan(model, PLANS["middle"]):
-        cache = model(**batch).past_key_values
+        cache = model(**batch).cache
     assert remembered_plan(copy.deepcopy(cache)) == (PLANS["middle"], "")
 
 

@@ -16,6 +16,12 @@ from child import Ended, Limits, command
 from content import content_of
 from tiny_run import tiny_settings, write_prompts
 
+SMALL_TREES = {
+    "sets": ["length", "path", "states"],
+    "components": 6,
+    "parameters": {"n_trees": 20, "min_leaf_rows": 5},
+}
+"""With the defaults so few prompts grow no tree."""
 NOTES = "What somebody else keeps here.\n"
 
 
@@ -59,7 +65,9 @@ def finished_project(
     folder.mkdir()
     write_prompts(folder / "prompts.jsonl")
     settings = tiny_settings(Path(), model, Path("prompts.jsonl"))
-    settings |= {"tuning": {"trials": 1, "components": [6], "folds": 2, "controllers": [*controllers]}}
+    given = {"lightgbm": SMALL_TREES} if "lightgbm" in controllers else {}
+    tuning = {"trials": 1, "components": [6], "folds": 2, "controllers": [*controllers], "given": given}
+    settings |= {"tuning": tuning}
     settings |= {"tracking": {"uri": f"sqlite:///{tracking / 'mlflow.db'}"}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (folder / "notes.txt").write_text(NOTES)

@@ -42,10 +42,10 @@ def test_a_second_turn_goes_on_under_the_plan_of_the_first(family, own_cache) ->
         "dynamic": lambda: DynamicCache(config=model.config),
         "static": lambda: StaticCache(config=model.config, max_cache_len=64),
     }[own_cache]()
-    first = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, past_key_values=cache)
+    first = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, cache=cache)
     assert first.layer_plans == [PLANS[0]]
     longer = next_turn(first.sequences)
-    second = allocator.generate(model, input_ids=longer, **GREEDY, **DICT, past_key_values=first.past_key_values)
+    second = allocator.generate(model, input_ids=longer, **GREEDY, **DICT, cache=first.cache)
     assert second.layer_plans == [PLANS[0]]
     with apply_plan(model, PLANS[0]):
         assert torch.equal(second.sequences, model.generate(input_ids=longer, **GREEDY))
@@ -55,9 +55,9 @@ def test_a_second_turn_goes_on_under_the_plan_of_the_first(family, own_cache) ->
 def test_a_cache_of_the_full_model_goes_on_in_full(model, allocator) -> None:
     ids = prompt(3)
     with torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = model(ids).cache
     longer = torch.cat([ids, ids], 1)
-    output = allocator.generate(model, input_ids=longer, past_key_values=cache, **GREEDY, **DICT)
+    output = allocator.generate(model, input_ids=longer, cache=cache, **GREEDY, **DICT)
     assert output.layer_plans == [FULL]
     assert torch.equal(output.sequences, model.generate(input_ids=longer, **GREEDY))
 
@@ -65,10 +65,10 @@ def test_a_cache_of_the_full_model_goes_on_in_full(model, allocator) -> None:
 def test_a_prefilled_cache_may_be_copied_and_its_plan_be_none_of_the_menu(model, allocator) -> None:
     plan, ids = LayerPlan.skipping(N_LAYERS, mlp={3}), prompt(0)
     with torch.no_grad(), apply_plan(model, plan):
-        cache = model(ids[:, :5]).past_key_values
+        cache = model(ids[:, :5]).cache
         expected = model.generate(input_ids=ids, **GREEDY)
     for _ in range(2):
-        output = allocator.generate(model, input_ids=ids, past_key_values=copy.deepcopy(cache), **GREEDY, **DICT)
+        output = allocator.generate(model, input_ids=ids, cache=copy.deepcopy(cache), **GREEDY, **DICT)
         assert output.layer_plans == [plan]
         assert torch.equal(output.sequences, expected)
 
@@ -78,11 +78,11 @@ def test_a_batch_with_a_cache_of_its_own_stays_in_one_lane_for_all_turns(model, 
     monkeypatch.setattr("runtime.step_costs.StepCosts.generation_ms", dear_rows)
     batch, cache = padded_batch(), DynamicCache(config=model.config)
     keep = {name: tensor[1:] for name, tensor in batch.items()}
-    first = allocator.generate(model, **keep, **GREEDY, **DICT, past_key_values=cache)
+    first = allocator.generate(model, **keep, **GREEDY, **DICT, cache=cache)
     assert first.layer_plans == [PLANS[1]] * 3
     longer = next_turn(first.sequences)
     mask = torch.cat([keep["attention_mask"], torch.ones(3, longer.shape[1] - 11, dtype=torch.long)], 1)
-    second = allocator.generate(model, input_ids=longer, attention_mask=mask, **GREEDY, past_key_values=cache)
+    second = allocator.generate(model, input_ids=longer, attention_mask=mask, **GREEDY, cache=cache)
     with apply_plan(model, PLANS[1]):
         assert torch.equal(second, model.generate(input_ids=longer, attention_mask=mask, **GREEDY))
 
@@ -90,11 +90,11 @@ def test_a_batch_with_a_cache_of_its_own_stays_in_one_lane_for_all_turns(model, 
 def test_a_cache_whose_plan_is_not_known_is_refused(model, allocator) -> None:
     ids = prompt(0)
     with torch.no_grad(), apply_plan(model, PLANS[0]):
-        cache = model(ids).past_key_values
+        cache = model(ids).cache
     del cache._layerbudget_filled_under
     assert any(isinstance(layer, DummyLayer) for layer in cache.layers)
     with pytest.raises(UnsupportedGenerationError, match="it is not known which plan filled it"):
-        allocator.generate(model, input_ids=next_turn(ids), past_key_values=cache, **GREEDY)
+        allocator.generate(model, input_ids=next_turn(ids), cache=cache, **GREEDY)
 
 
 def test_a_cache_filled_with_other_stand_ins_is_refused() -> None:
@@ -104,6 +104,4 @@ def test_a_cache_filled_with_other_stand_ins_is_refused() -> None:
     assert output.layer_plans == [PLANS[0]]
     detach(model)
     with pytest.raises(UnsupportedGenerationError, match=r"was filled under plan .* stand-ins, .* go on with none"):
-        make_allocator(model).generate(
-            model, input_ids=next_turn(output.sequences), past_key_values=output.past_key_values, **GREEDY
-        )
+        make_allocator(model).generate(model, input_ids=next_turn(output.sequences), cache=output.cache, **GREEDY)

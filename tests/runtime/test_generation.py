@@ -149,7 +149,7 @@ def test_scores_of_lanes_are_those_of_each_row(model, allocator) -> None:
     output = allocator.generate(model, **batch, **options, round_up=False, eos_token_id=[eos, 1], pad_token_id=0)
     steps = output.sequences.shape[1] - S
     assert len(output.scores) == len(output.logits) == steps
-    assert output.past_key_values is None
+    assert output.cache is None
     for row, plan in enumerate(CHOSEN):
         one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         with apply_plan(model, plan):
@@ -309,7 +309,7 @@ def test_every_lane_is_compiled_and_equal() -> None:
         ({"max_lanes": 0}, "max_lanes must be at least 1, got 0"),
         ({"max_lanes": 2, "round_up": False}, "give one of them"),
         ({"round_up": False, "streamer": Recorder()}, "a streamer needs all prompts in one lane"),
-        ({"round_up": False, "past_key_values": DynamicCache()}, "a cache that was passed in needs all prompts"),
+        ({"round_up": False, "cache": DynamicCache()}, "a cache that was passed in needs all prompts"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
 )

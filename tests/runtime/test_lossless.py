@@ -214,7 +214,7 @@ def test_the_paying_length_follows_acceptance_and_costs() -> None:
     [
         ({"cache_implementation": "static"}, "got a StaticCache"),
         ({"use_cache": False}, "got no cache"),
-        ({"past_key_values": DynamicCache()}, "leave out use_cache"),
+        ({"cache": DynamicCache()}, "leave out use_cache"),
         ({"num_beams": 2}, "one prompt and one answer at a time, got 2 rows"),
         ({"do_sample": True, "num_return_sequences": 3}, "got 3 rows"),
     ],
