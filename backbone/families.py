@@ -61,7 +61,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(model: PreTrainedModel) -> Family:
     """The family of a causal language model; an undeclared one is probed, and then only whole layers can be skipped.
 
-    That the plans of a probed model are exact is for `backbone.selftest` to say, before the first plan is applied.
+    Whether the plans of a probed model are exact, `backbone.execution.self_test` says before the first one is applied.
 
     Raises:
         UnsupportedModelError: encoder-decoder, multimodal and KV-sharing models, and those without a list of layers.

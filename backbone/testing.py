@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from backbone.cache import layer_bytes
-from backbone.deleting import delete_layers
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.cache import layer_bytes
+from backbone.execution.delete_layers import delete_layers
+from backbone.execution.self_test import check_exactness
 from backbone.families import decoder_layers, family_of
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
-from backbone.selftest import check_exactness
 
 Batch = dict[str, torch.Tensor]
 

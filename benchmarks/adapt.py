@@ -25,20 +25,28 @@ import workload
 from decode import MODELS, Variant, paired
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.bridging import bridges_of, fit_bridges
-from backbone.deleting import delete_layers
-from backbone.distilling import DistillSettings, distil
-from backbone.loading import load_backbone, model_fingerprint
+from backbone.execution.delete_layers import delete_layers
+from backbone.fingerprint import model_fingerprint
+from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins import StandIns, attach, attached_to, detach, set_attached
-from backbone.teaching import Example
-from oracle.examples import answered_examples, reference_examples
-from oracle.frontier import budget_at, equal_mean_budget, own_score_budget, static_points, sufficient_plans, upper_hull
-from oracle.labelling import Labeller
-from oracle.labels import LabelStore
+from backbone.stand_ins.attaching import StandIns, attach, attached_to, detach, set_attached
+from backbone.stand_ins.distillation import DistillSettings, distil
+from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from backbone.stand_ins.training_targets import Example
+from oracle.answered_prompts import answered_examples, reference_examples
+from oracle.frontier.frontier import (
+    budget_at,
+    equal_mean_budget,
+    own_score_budget,
+    static_points,
+    sufficient_plans,
+    upper_hull,
+)
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import score_matrix
+from oracle.labels.store import LabelStore
 from oracle.menus import MENUS, MenuTask, build_menu
 from oracle.prompts import Prompt, load_prompts
-from oracle.reading import score_matrix
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("none", "bridges", "bridges_in_order", "bridges_low_rank", "adapter", "both", "both+references", "vectors")

@@ -10,17 +10,17 @@ import torch
 from timing import Answers, FirstTokens
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.batches import padded_inputs
-from backbone.deleting import delete_layers
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.delete_layers import delete_layers
+from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
-from oracle.answering import stop_token_ids
 from oracle.decoding import cut_at_stop
+from oracle.labels.generate_answers import stop_token_ids
 from oracle.prompts import Prompt
 from runtime.allocator import Allocator
+from runtime.device_clock import Moment
 from runtime.generation import decode_in_lanes
 from runtime.lanes import Lane, lane_a_plan, least_time_lanes
-from runtime.moments import Moment
 from runtime.request import Request
 from runtime.step_costs import known_step_costs
 

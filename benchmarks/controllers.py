@@ -27,22 +27,22 @@ from numpy.typing import NDArray
 
 from backbone.plan import LayerPlan
 from controller.base import Floats, choose
-from controller.calibration import valid_price
+from controller.certificate.calibration import valid_price
+from controller.certificate.p_values import Risk
+from controller.certificate.redrawn_splits import resampled_violations
 from controller.features import Features
-from controller.headroom_card import captured_by
 from controller.learning import CrossFit, Settings, learn
-from controller.p_values import Risk
-from controller.report_card import price_for_loss, regret
-from controller.resampling import resampled_violations
+from controller.report.headroom_card import captured_by
+from controller.report.report_card import price_for_loss, regret
 from oracle.prompts import SPLITS
-from pipelines.comparing import CONTROLS, control_features, control_settings
 from pipelines.config import Config, TuningSection, load_config
-from pipelines.searching import Search, Work, search
-from pipelines.speeds import feature_ms
-from pipelines.train import tuned_settings
+from pipelines.controls import CONTROLS, control_features, control_settings
+from pipelines.settings_search import Search, Work, search
+from pipelines.stages.train import tuned_settings
+from pipelines.wall_clock import feature_ms
 from pipelines.workspace import Table, Workspace
 from runtime.allocator import Allocator
-from runtime.measuring import generation_under, median_seconds, prompt_inputs
+from runtime.paired_timing import generation_under, median_seconds, prompt_inputs
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = 5

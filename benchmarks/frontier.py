@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oracle.climbing import climb, path
-from oracle.frontier import budget_at
-from oracle.knapsack import best_choices, cheapest_choices
-from runtime.measuring import machine
+from oracle.frontier.frontier import budget_at
+from oracle.frontier.knapsack import best_choices, cheapest_choices
+from oracle.frontier.upgrades import climb, path
+from runtime.paired_timing import machine
 
 Floats = NDArray[np.float64]
 

@@ -34,15 +34,15 @@ from backbone.families import sublayer_bytes
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu, SublayerBytes
 from oracle.decoding import Decoding
-from oracle.frontier import least_sufficient, sufficient_plans
-from oracle.labelling import Labeller
-from oracle.labels import Label, LabelStore
+from oracle.frontier.frontier import least_sufficient, sufficient_plans
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import score_matrix
+from oracle.labels.store import Label, LabelStore
 from oracle.menus import MENUS, MenuTask, build_menu
 from oracle.prompts import Prompt
-from oracle.reading import score_matrix
 from oracle.search.base import SearchSpace
 from oracle.search.bisection import BisectionSearch
-from oracle.search.measuring import search_prompts
+from oracle.search.on_model import search_prompts
 
 RESULTS = Path(__file__).parent / "results"
 KILLS = 100

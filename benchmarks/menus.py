@@ -27,8 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.families import sublayer_bytes
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
-from oracle.following import follow
-from oracle.frontier import (
+from oracle.frontier.frontier import (
     budget_at,
     equal_mean_budget,
     oracle_hull,
@@ -37,13 +36,14 @@ from oracle.frontier import (
     sufficient_plans,
     upper_hull,
 )
-from oracle.honesty import split_half
-from oracle.labelling import Labeller
-from oracle.labels import LabelStore
+from oracle.frontier.split_half import split_half
+from oracle.labels.follow_full_answer import follow
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import score_matrix
+from oracle.labels.store import LabelStore
 from oracle.menus import MENUS, MenuTask
 from oracle.menus.comparing import compare, quality_at
 from oracle.prompts import Prompt
-from oracle.reading import score_matrix
 
 RESULTS = Path(__file__).parent / "results"
 

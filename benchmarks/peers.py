@@ -19,7 +19,7 @@ import torch
 from timing import Answers, FirstTokens
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.deleting import delete_layers
+from backbone.execution.delete_layers import delete_layers
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 

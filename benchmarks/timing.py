@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, StoppingCriteria
 
 from backbone.families import decoder_layers
-from runtime.measuring import synchronize
+from runtime.paired_timing import synchronize
 
 SLOW = 5.0
 

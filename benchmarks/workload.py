@@ -9,7 +9,7 @@ from typing import Any
 
 from oracle.decoding import Decoding
 from oracle.prompts import Prompt, load_prompts
-from runtime.measuring import machine
+from runtime.paired_timing import machine
 
 
 def parser(description: str, prompts: int) -> argparse.ArgumentParser:

@@ -22,12 +22,12 @@ from backbone.errors import InputError
 Floats = NDArray[np.float32]
 
 CONTROLLERS: dict[str, str] = {
-    "lightgbm": "controller.gbdt:LightGBMController",
-    "mlp": "controller.mlp:MLPController",
-    "logistic": "controller.logistic:LogisticController",
-    "ensemble": "controller.ensemble:EnsembleController",
-    "mixture": "controller.constant:MixtureController",
-    "oracle": "controller.constant:OracleController",
+    "lightgbm": "controller.models.gbdt:LightGBMController",
+    "mlp": "controller.models.mlp:MLPController",
+    "logistic": "controller.models.logistic:LogisticController",
+    "ensemble": "controller.models.ensemble:EnsembleController",
+    "mixture": "controller.models.constant:MixtureController",
+    "oracle": "controller.models.constant:OracleController",
 }
 """Name -> module:class; the name is written in a saved allocator."""
 
@@ -56,7 +56,7 @@ class Controller(ABC):
     implements `_fit` and `_predict`, which see finite numbers only.
 
     Attributes:
-        FILES: names of the files that `save` writes and `load` reads, each `controller.*`; see `controller.saved`.
+        FILES: names of the files that `save` writes and `load` reads, each `controller.*` (`controller.models.files`).
     """
 
     FILES: ClassVar[tuple[str, ...]]

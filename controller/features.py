@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.errors import InputError
+from backbone.execution.probing import probe_states
 from backbone.families import decoder_of
-from backbone.probing import probe_states
 
 Floats = NDArray[np.float32]
 Features = dict[str, Floats]

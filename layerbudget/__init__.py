@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from backbone.execution.apply_plan import apply_plan
     from backbone.loading import load_backbone
     from backbone.plan import LayerPlan, PlanMenu
-    from backbone.running import apply_plan
-    from backbone.stand_ins import StandIns, attach, detach
+    from backbone.stand_ins.attaching import StandIns, attach, detach
     from runtime.allocator import Allocator
 
 __all__ = ["Allocator", "LayerPlan", "PlanMenu", "StandIns", "apply_plan", "attach", "detach", "load_backbone"]
@@ -24,10 +24,10 @@ _HOMES = {
     "Allocator": "runtime.allocator",
     "LayerPlan": "backbone.plan",
     "PlanMenu": "backbone.plan",
-    "StandIns": "backbone.stand_ins",
-    "apply_plan": "backbone.running",
-    "attach": "backbone.stand_ins",
-    "detach": "backbone.stand_ins",
+    "StandIns": "backbone.stand_ins.attaching",
+    "apply_plan": "backbone.execution.apply_plan",
+    "attach": "backbone.stand_ins.attaching",
+    "detach": "backbone.stand_ins.attaching",
     "load_backbone": "backbone.loading",
 }
 

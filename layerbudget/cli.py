@@ -153,7 +153,7 @@ def generate(
     from dataclasses import replace
 
     from layerbudget import Allocator, load_backbone
-    from oracle.lengths import check_lengths
+    from oracle.context_lengths import check_lengths
     from runtime.answer_files import answer_file, check_places
     from runtime.step_costs import known_step_costs
 

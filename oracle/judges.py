@@ -56,7 +56,7 @@ JUDGES: dict[str, Judge] = {
 
 
 KL = "kl"
-"""The one judge that reads no answer but compares distributions: see `oracle.divergence`. It needs no reference."""
+"""The one judge that reads no answer but compares distributions (`oracle.labels.divergence`). It needs no reference."""
 
 
 def check_judge(name: str) -> None:

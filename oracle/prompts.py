@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from backbone import strict_json
 from backbone.errors import InputError
-from oracle.embedded import embedded_prompts
+from oracle.embedded_prompts import embedded_prompts
 from oracle.judges import check_judge
 
 EMBEDDED = "embedded"

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from backbone.distilling import DistillSettings
 from backbone.errors import InputError
-from backbone.fitting import Form
-from backbone.trainable import Where
+from backbone.stand_ins.distillation import DistillSettings
+from backbone.stand_ins.ridge_regression import Form
+from backbone.stand_ins.trained_parts import Where
 from controller.features import check_sets
 from oracle.decoding import Decoding, checked_options
 from oracle.prompts import FIELDS, SPLITS, Split

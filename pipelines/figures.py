@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from oracle.frontier import Point
+from oracle.frontier.frontier import Point
 
 INK, MUTED, GRID = "#1d2733", "#6b7785", "#e3e8ee"
 COLOURS = {

@@ -16,7 +16,7 @@ from typing import Any
 from backbone.files import UNFINISHED, write_atomically
 from backbone.loading import PACKAGE_PREFIX
 from pipelines.config import Config, ConfigError
-from pipelines.stages import BY_NAME, Stage, all_before
+from pipelines.stage_list import BY_NAME, Stage, all_before
 from pipelines.workspace import Workspace
 
 FORMAT_VERSION = 4

@@ -12,11 +12,11 @@ from filelock import FileLock, Timeout
 
 from backbone.files import remove_strays, write_atomically
 from oracle.prompts import Shard
-from pipelines import label
 from pipelines.config import Config, ConfigError
 from pipelines.progress import console
 from pipelines.run_state import LOCK, RunState
-from pipelines.stages import BY_NAME, STAGES, Stage, all_before
+from pipelines.stage_list import BY_NAME, STAGES, Stage, all_before
+from pipelines.stages import label
 from pipelines.workspace import Workspace
 
 
@@ -106,7 +106,7 @@ def _keep_resolved(config: Config) -> None:
 def _run_stage(config: Config, stage: Stage, state: RunState) -> Path:
     console.print(f"[bold]{stage.name}[/]: {stage.title}")
     start = time.perf_counter()
-    run: Callable[[Config], Path] = import_module(f"pipelines.{stage.name}").run
+    run: Callable[[Config], Path] = import_module(f".stages.{stage.name}", __package__).run
     path = run(config)
     state.record(stage, time.perf_counter() - start)
     console.print(f"  {path}  [dim]{time.perf_counter() - start:.0f} s[/]")

@@ -16,18 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins import StandIns, attach
+from backbone.stand_ins.attaching import StandIns, attach
 from controller.features import Features, rows_of
+from oracle.context_lengths import check_lengths
 from oracle.decoding import Decoding
-from oracle.frontier import sufficient_plans
-from oracle.labelling import Labeller
-from oracle.labels import LabelStore, StoreError
-from oracle.lengths import check_lengths
+from oracle.frontier.frontier import sufficient_plans
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import LabelReader, model_key, score_matrix
+from oracle.labels.store import LabelStore, StoreError
 from oracle.menus import LOOK_AT_PROMPTS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
-from oracle.reading import LabelReader, model_key, score_matrix
 from pipelines.config import Config, ConfigError, Risk
-from pipelines.model_facts import ModelFacts
+from pipelines.model_record import ModelFacts
 from pipelines.progress import progress, waiting
 
 

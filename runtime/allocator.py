@@ -15,22 +15,22 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from backbone.errors import InputError
+from backbone.execution.prompt_prefix import Prefix
 from backbone.families import decoder_of
-from backbone.loading import model_fingerprint
+from backbone.fingerprint import model_fingerprint
+from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.positions import position_inputs
-from backbone.prefix import Prefix
-from backbone.stand_ins import StandIns, attach, attached_digest, attached_to
+from backbone.stand_ins.attaching import StandIns, attach, attached_digest, attached_to
 from controller.base import Controller
-from controller.certificate import Certificate
-from controller.drift import DriftAlarm
+from controller.certificate.certificate import Certificate
+from controller.certificate.drift import DriftAlarm
 from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.deciding import Decider
+from runtime.device_clock import Moment
 from runtime.generation import decode_in_lanes
 from runtime.lanes import Lane, lane_a_plan, least_time_lanes, plans_of
 from runtime.lossless import check_lossless, generate_losslessly
-from runtime.moments import Moment
 from runtime.request import Request, check_handed_on, with_stop_strings
 from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
 
@@ -84,7 +84,7 @@ class Allocator:
         Raises:
             ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256).
         """
-        from runtime.artefact import load_allocator
+        from runtime.saving.allocator_files import load_allocator
 
         return load_allocator(source, revision)
 
@@ -96,13 +96,13 @@ class Allocator:
         Raises:
             BundleError: the folder is a file, or somebody else's file, such as a README.md, has a name that is needed.
         """
-        from runtime.artefact import save_allocator
+        from runtime.saving.allocator_files import save_allocator
 
         save_allocator(self, Path(folder))
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload to a repository on the hub, made where it is missing; returns its URL."""
-        from runtime.artefact import upload_allocator
+        from runtime.saving.allocator_files import upload_allocator
 
         return upload_allocator(self, repo_id, private, token)
 

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from backbone.files import lock_of, replacing
-from oracle.lengths import check_lengths
+from oracle.context_lengths import check_lengths
 from oracle.prompts import PromptError, read_jsonl
 from runtime.allocator import Allocator
-from runtime.artefact import content_digest
 from runtime.offline import finished_texts
+from runtime.saving.allocator_files import content_digest
 from runtime.texts import AllocatedText
 
 Key = tuple[str, str]

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from backbone.errors import InputError
+from backbone.execution.prompt_prefix import Prefix, run_prefix
 from backbone.plan import PlanMenu
-from backbone.prefix import Prefix, run_prefix
 from controller.base import Controller, Floats, choose
-from controller.drift import RECOVERY, DriftAlarm
+from controller.certificate.drift import RECOVERY, DriftAlarm
 from controller.features import Features, extract
 from controller.projection import Projection
 

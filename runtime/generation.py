@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from backbone.prefix import Prefix, replaying
-from backbone.running import apply_plan
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.prompt_prefix import Prefix, replaying
+from runtime.device_clock import FirstToken, Moment
 from runtime.lanes import Lane
 from runtime.merging import Output, merged
-from runtime.moments import FirstToken, Moment
 from runtime.request import Request
 
 

@@ -23,13 +23,13 @@ from transformers import Cache, DynamicCache, LogitsProcessorList, PreTrainedMod
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.prompt_prefix import Prefix, replaying
 from backbone.families import sublayer_bytes
+from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
-from backbone.positions import position_inputs
-from backbone.prefix import Prefix, replaying
-from backbone.running import apply_plan
+from runtime.device_clock import FirstToken, Moment
 from runtime.merging import Output
-from runtime.moments import FirstToken, Moment
 from runtime.request import Request, UnsupportedGenerationError
 from runtime.step_costs import StepCosts, known_step_costs
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.batches import by_tokens, in_halves, padded_inputs
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.prompt_prefix import Prefix, joined, replaying
+from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
-from backbone.prefix import Prefix, joined, replaying
-from backbone.running import apply_plan
 from runtime.allocator import Allocator
 from runtime.deciding import Decider, Decision, prompt_key
 from runtime.lanes import Lane, least_time_lanes

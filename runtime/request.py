@@ -23,11 +23,11 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from backbone.cache import remembered_plan
 from backbone.errors import InputError
+from backbone.execution.cache import remembered_plan
 from backbone.families import decoder_layers, decoder_of
 from backbone.plan import LayerPlan
-from backbone.stand_ins import attached_digest
+from backbone.stand_ins.attaching import attached_digest
 
 _METHODS = {
     GenerationMode.GREEDY_SEARCH: "_sample",

@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers, sublayer_bytes
 from backbone.files import cache_folder, write_atomically
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
-from runtime.measuring import machine, median_seconds
+from runtime.paired_timing import machine, median_seconds
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
-from oracle.answering import stop_token_ids
 from oracle.decoding import Decoding, cut_at_stop
+from oracle.labels.generate_answers import stop_token_ids
 from runtime.allocator import Allocator
 
 

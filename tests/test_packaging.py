@@ -75,7 +75,9 @@ NOT_IN_CORE = ("datasets", "jinja2", "mapie", "mlflow", "optuna", "pyarrow", "py
 def test_without_the_pipelines_extra_generation_works_and_stages_say_what_to_install(tmp_path) -> None:
     """As in an environment that has only the core dependencies: the others cannot be imported."""
     block = f"import sys; sys.modules.update(dict.fromkeys({NOT_IN_CORE}))"
-    use = "import layerbudget, runtime.answer_files, controller.gbdt, controller.mlp; layerbudget.Allocator"
+    use = (
+        "import layerbudget, runtime.answer_files, controller.models.gbdt, controller.models.mlp; layerbudget.Allocator"
+    )
     subprocess.run([sys.executable, "-c", f"{block}; {use}"], check=True, cwd=tmp_path)
     run = "from layerbudget.cli import main; sys.argv = ['layerbudget', 'run', 'x.yaml']; main()"
     done = subprocess.run([sys.executable, "-c", f"{block}; {run}"], capture_output=True, text=True, cwd=tmp_path)

@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from tiny import N_LAYERS, padded_batch
 
-from backbone.adapters import Adapter
-from backbone.bridges import Bridge
+from backbone.execution.apply_plan import apply_plan
 from backbone.families import sublayer_bytes
-from backbone.loading import model_fingerprint
+from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.running import apply_plan
-from backbone.stand_ins import StandIns
+from backbone.stand_ins.adapters import Adapter
+from backbone.stand_ins.attaching import StandIns
+from backbone.stand_ins.bridges import Bridge
 from controller.base import Controller
-from controller.certificate import Certificate
+from controller.certificate.certificate import Certificate
 from controller.features import prompt_features
-from controller.mlp import MLPController
+from controller.models.mlp import MLPController
 from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
-from runtime.bundle import digest_of, file_hash
+from runtime.saving.file_bundle import digest_of, file_hash
 
 SETS = ("states", "path", "length")
 PLANS = [LayerPlan.skipping(N_LAYERS, {3, 4}), LayerPlan.skipping(N_LAYERS, {4})]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
-from oracle.menus.bridged import bridged_layers
+from oracle.menus.base import Advance, MenuTask
+from oracle.menus.block_influence import block_influence
+from oracle.menus.bridged_greedy import bridged_layers
 from oracle.menus.fixed import evenly, exiting, given, middle_block, random_routes
 from oracle.menus.greedy import beam_layers, greedy_layers, greedy_sublayers, search_steps
-from oracle.menus.influence import block_influence
-from oracle.menus.task import Advance, MenuTask
 
 __all__ = ["LOOK_AT_PROMPTS", "MENUS", "MenuTask", "build_menu", "search_steps"]
 

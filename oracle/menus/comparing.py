@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oracle.frontier import upper_hull
-from oracle.labelling import Labeller
+from oracle.frontier.frontier import upper_hull
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import score_matrix
 from oracle.menus import MenuTask, build_menu
 from oracle.prompts import Prompt
-from oracle.reading import score_matrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from backbone.plan import LayerPlan, PlanError
-from oracle.menus.task import Advance, MenuTask, spread
+from oracle.menus.base import Advance, MenuTask, spread
 
 
 def given(task: MenuTask, advance: Advance) -> list[LayerPlan]:

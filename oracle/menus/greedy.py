@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
+from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan
-from backbone.resuming import SharedPasses, sharing_order
-from oracle.answering import answer_batch
-from oracle.forcing import ForcedAnswers
-from oracle.menus.task import Advance, MenuTask, spread
+from oracle.labels.generate_answers import answer_batch
+from oracle.labels.teacher_forcing import ForcedAnswers
+from oracle.menus.base import Advance, MenuTask, spread
 
 Removal = tuple[set[int], set[int]]
 """Layers whose attention goes, and layers whose MLP goes."""

@@ -82,7 +82,7 @@ class Searcher(ABC):
 
     `search` is called once for each prompt, and many of its searches may be under way at once, so that their requests
     can be answered together: a searcher keeps nothing of one search on itself. The same answers lead to the same
-    requests. What it asks is all that a searcher decides; the driver (`oracle/search/driving.py`) counts evaluations,
+    requests. What it asks is all that a searcher decides; the driver (`oracle/search/driver.py`) counts evaluations,
     remembers answers and keeps the best plan.
 
     Attributes:

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.search.base import Searcher, SearchSpace
-from oracle.search.driving import Found, run_search, run_searches
+from oracle.search.driver import Found, run_search, run_searches
 
 Sufficiency = Callable[[LayerPlan], bool]
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny import N_LAYERS, padded_batch, tiny_model
 
-from backbone import teaching
-from backbone.adapters import Adapter, AdapterError
-from backbone.bridging import bridges_of, fit_bridges
-from backbone.distilling import DistillSettings, History, distil
-from backbone.loading import model_fingerprint
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.shared_passes import SharedPasses, sharing_order
+from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
-from backbone.resuming import SharedPasses, sharing_order
-from backbone.running import apply_plan
-from backbone.stand_ins import StandIns, attach, detach
-from backbone.teaching import Example
+from backbone.stand_ins import training_targets
+from backbone.stand_ins.adapters import Adapter, AdapterError
+from backbone.stand_ins.attaching import StandIns, attach, detach
+from backbone.stand_ins.distillation import DistillSettings, History, distil
+from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from backbone.stand_ins.training_targets import Example
 
 PROBE = 2
 PLANS = [LayerPlan.exiting(N_LAYERS, 3), LayerPlan.exiting(N_LAYERS, 4), LayerPlan.skipping(N_LAYERS, {3})]
@@ -158,13 +158,13 @@ def test_references_pull_towards_themselves(tmp_path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_the_best_state_kept(tmp_path, monkeypatch) -> None:
-    model, real, calls = tiny_model("llama"), teaching.Lesson.losses, []
+    model, real, calls = tiny_model("llama"), training_targets.Lesson.losses, []
 
     def broken(self, batch, plans, step):
         calls.append(step)
         return {plan: loss * (math.nan if step == 5 else 1) for plan, loss in real(self, batch, plans, step).items()}
 
-    monkeypatch.setattr(teaching.Lesson, "losses", broken)
+    monkeypatch.setattr(training_targets.Lesson, "losses", broken)
     stand_ins, history = trained(model, tmp_path)
     assert history.ended.startswith("stopped at step 5: the loss is nan")
     assert all(torch.isfinite(factor).all() for factors in stand_ins.adapter.changes.values() for factor in factors)
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_best_state_kept(tmp_pa
 
 def test_too_little_memory_makes_smaller_batches_with_the_same_result(tmp_path, monkeypatch) -> None:
     whole, _ = trained(tiny_model("llama"), tmp_path / "whole")
-    real, refused = teaching.Lesson.losses, []
+    real, refused = training_targets.Lesson.losses, []
 
     def scarce(self, batch, plans, step):
         if step >= 0 and sum(len(example.tokens) for example in batch) > 40:
@@ -180,7 +180,7 @@ def test_too_little_memory_makes_smaller_batches_with_the_same_result(tmp_path, 
             raise torch.OutOfMemoryError
         return real(self, batch, plans, step)
 
-    monkeypatch.setattr(teaching.Lesson, "losses", scarce)
+    monkeypatch.setattr(training_targets.Lesson, "losses", scarce)
     parts, _ = trained(tiny_model("llama"), tmp_path / "parts")
     assert refused
     for name, factors in whole.adapter.changes.items():

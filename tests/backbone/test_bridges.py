@@ -2,15 +2,15 @@ import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
 
-from backbone import bridging
-from backbone.bridges import Bridge
-from backbone.bridging import bridges_of, fit_bridges
-from backbone.fitting import Moments, fit_bridge
-from backbone.loading import model_fingerprint
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.shared_passes import SharedPasses, sharing_order
+from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
-from backbone.resuming import SharedPasses, sharing_order
-from backbone.running import apply_plan
-from backbone.stand_ins import StandIns, StandInsError, attach, attached_digest, detach
+from backbone.stand_ins import fit_bridges as fitting
+from backbone.stand_ins.attaching import StandIns, StandInsError, attach, attached_digest, detach
+from backbone.stand_ins.bridges import Bridge
+from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from backbone.stand_ins.ridge_regression import Moments, fit_bridge
 
 PLANS = [
     LayerPlan.exiting(N_LAYERS, 3),
@@ -123,7 +123,7 @@ def test_in_order_fits_later_gaps_on_what_the_shortened_model_produces() -> None
 def test_too_little_memory_makes_smaller_batches_with_the_same_bridges(monkeypatch) -> None:
     model, refused = tiny_model("llama"), []
     whole = fit_bridges(model, sequences(), PLANS, rank=4)
-    real = bridging.padded_inputs
+    real = fitting.padded_inputs
 
     def scarce(model, rows):
         if len(rows) > 5:
@@ -131,7 +131,7 @@ def test_too_little_memory_makes_smaller_batches_with_the_same_bridges(monkeypat
             raise torch.OutOfMemoryError
         return real(model, rows)
 
-    monkeypatch.setattr(bridging, "padded_inputs", scarce)
+    monkeypatch.setattr(fitting, "padded_inputs", scarce)
     parts = fit_bridges(model, sequences(), PLANS, rank=4)
     assert refused
     state = torch.randn(7, 32)

@@ -12,7 +12,8 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from backbone import loading
-from backbone.loading import LoadError, load_backbone, model_fingerprint
+from backbone.fingerprint import model_fingerprint
+from backbone.loading import LoadError, load_backbone
 
 
 def test_a_folder_loads_ready_to_generate(model_folder) -> None:

@@ -2,9 +2,9 @@ import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
 
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.shared_passes import SharedPasses, common_depth, sharing_order
 from backbone.plan import LayerPlan
-from backbone.resuming import SharedPasses, common_depth, sharing_order
-from backbone.running import apply_plan
 
 MODEL = tiny_model("llama")
 PLANS = [

@@ -9,11 +9,11 @@ from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
-from backbone.cache import CacheMismatchError, remembered_plan
+from backbone.execution.apply_plan import NestedPlanError, apply_plan
+from backbone.execution.cache import CacheMismatchError, remembered_plan
+from backbone.execution.probing import probe_states
 from backbone.families import UnsupportedModelError, decoder_layers
 from backbone.plan import LayerPlan, PlanError
-from backbone.probing import probe_states
-from backbone.running import NestedPlanError, apply_plan
 
 PLANS = {
     "middle": LayerPlan.skipping(N_LAYERS, {2, 4}),

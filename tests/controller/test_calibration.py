@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from controller.calibration import PRICES, certify, cheapest_valid_plan, price_p_values, valid_price
-from controller.p_values import CalibrationError, fewest_prompts, p_values
+from controller.certificate.calibration import PRICES, certify, cheapest_valid_plan, price_p_values, valid_price
+from controller.certificate.p_values import CalibrationError, fewest_prompts, p_values
 
 ALPHA, DELTA = 0.1, 0.1
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from controller.certificate import Certificate, CertificateError
+from controller.certificate.certificate import Certificate, CertificateError
 
 COUNTED = Certificate("insufficient", 0.02, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114)
 LOST = replace(COUNTED, risk="score_lost", fewest_prompts=129)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from controller.base import CONTROLLERS, LearningError, choose, controller_class
-from controller.constant import MixtureController, OracleController
-from controller.ensemble import EnsembleController
-from controller.gbdt import LightGBMController
-from controller.logistic import LogisticController
-from controller.mlp import MLPController, soft_regret
+from controller.models.constant import MixtureController, OracleController
+from controller.models.ensemble import EnsembleController
+from controller.models.gbdt import LightGBMController
+from controller.models.logistic import LogisticController
+from controller.models.mlp import MLPController, soft_regret
 from controller.testing import ControllerConformance
 
 LEARNED = ["lightgbm", "mlp", "logistic", "ensemble"]

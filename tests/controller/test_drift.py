@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, kstest
 
-from controller.drift import FEWEST, RECOVERY, DriftAlarm, DriftError, DriftState, drift_scores
+from controller.certificate.drift import FEWEST, RECOVERY, DriftAlarm, DriftError, DriftState, drift_scores
 
 PLANS, SHARES = [0.7, 0.85, 1.0], [0.3, 0.4, 0.3]
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from tiny import padded_batch
 
-from backbone.probing import probe_states
+from backbone.execution.probing import probe_states
 from controller.base import LearningError
 from controller.features import SETS, FeatureError, check_sets, extract, prompt_features
 from controller.projection import Projection

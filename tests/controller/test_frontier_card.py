@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from controller.frontier_card import Estimate, frontier_card
-from controller.report_card import report_card
+from controller.report.frontier_card import Estimate, frontier_card
+from controller.report.report_card import report_card
 
 BUDGETS = np.array([0.4, 0.7, 1.0])
 

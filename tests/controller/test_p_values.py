@@ -7,7 +7,7 @@ import pytest
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom
 
-from controller.p_values import (
+from controller.certificate.p_values import (
     CalibrationError,
     betting_p_values,
     binomial_p_values,

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from controller.headroom_card import captured_by
-from controller.report_card import losses_at, price_curve, price_for_loss, regret, report_card
+from controller.report.headroom_card import captured_by
+from controller.report.report_card import losses_at, price_curve, price_for_loss, regret, report_card
 
 BUDGETS = np.array([0.5, 1.0])
 SCORES = np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]])

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 180
 """Seconds after which a command hangs; the slowest takes some 20 on a busy machine."""
 
-_IMPORTED = ["layerbudget.cli", "pipelines.runner", *(f"pipelines.{stage}" for stage in (
+_IMPORTED = ["layerbudget.cli", "pipelines.runner", *(f"pipelines.stages.{stage}" for stage in (
     "menu", "adapt", "label", "features", "tune", "train", "calibrate", "evaluate", "report"
-)), "runtime.answer_files", "runtime.artefact", "datasets", "mlflow"]  # fmt: skip
+)), "runtime.answer_files", "runtime.saving.allocator_files", "datasets", "mlflow"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

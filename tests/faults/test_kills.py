@@ -14,7 +14,7 @@ from outcome import Outcome, differences, judged
 from project import Project
 from selection import LONG
 
-from pipelines.stages import STAGES
+from pipelines.stage_list import STAGES
 
 NAMES = [stage.name for stage in STAGES]
 KILLS = [(name, number) for name in NAMES for number in range(23 if LONG else 1)]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from oracle.bootstrap import bootstrap_interval
+from oracle.frontier.bootstrap import bootstrap_interval
 
 
 def test_the_interval_of_a_mean_is_the_normal_one() -> None:

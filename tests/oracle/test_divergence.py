@@ -5,17 +5,17 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers, sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.running import apply_plan
-from oracle.answering import answer_batch
 from oracle.decoding import Decoding
-from oracle.divergence import diverge, mean_divergence
 from oracle.judges import JudgeError, check_judge, score
-from oracle.labelling import Labeller
-from oracle.labels import CUT, LabelStore
+from oracle.labels.divergence import diverge, mean_divergence
+from oracle.labels.generate_answers import answer_batch
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import score_matrix
+from oracle.labels.store import CUT, LabelStore
 from oracle.prompts import Prompt
-from oracle.reading import score_matrix
 
 TEXTS = ["abc", "hgfedcba", "b", "cde"]
 PROMPTS = [Prompt(f"p{i}", "t", text, "", "kl") for i, text in enumerate(TEXTS)]

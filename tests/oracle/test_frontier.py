@@ -3,7 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from oracle.frontier import (
+from oracle.frontier.frontier import (
     budget_at,
     captured_headroom,
     equal_mean_budget,

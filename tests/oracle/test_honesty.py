@@ -4,8 +4,8 @@ loses nothing."""
 import numpy as np
 import pytest
 
-from oracle.frontier import budget_at, equal_mean_budget, oracle_hull
-from oracle.honesty import split_half, split_half_equal_mean_budget
+from oracle.frontier.frontier import budget_at, equal_mean_budget, oracle_hull
+from oracle.frontier.split_half import split_half, split_half_equal_mean_budget
 
 BUDGETS = np.linspace(0.4, 1.0, 7)
 CHANCES = 0.2 + 0.6 * (BUDGETS - 0.4) / 0.6

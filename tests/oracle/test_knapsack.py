@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from backbone.errors import InputError
-from oracle import multiple_choice
-from oracle.climbing import climb, path
-from oracle.knapsack import KnapsackError, best_choices, cheapest_choices
-from oracle.multiple_choice import ROUNDING, TOLERANCE
+from oracle.frontier import multiple_choice
+from oracle.frontier.knapsack import KnapsackError, best_choices, cheapest_choices
+from oracle.frontier.multiple_choice import ROUNDING, TOLERANCE
+from oracle.frontier.upgrades import climb, path
 
 BUDGETS = np.array([0.3, 0.45, 0.45, 0.8, 1.0])
 KINDS = ("continuous", "binary", "levels", "constant", "full is worst")

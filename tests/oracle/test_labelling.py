@@ -14,21 +14,21 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from backbone.batches import in_halves
+from backbone.execution.apply_plan import apply_plan
 from backbone.families import sublayer_bytes
+from backbone.left_padding import in_halves
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.running import apply_plan
-from oracle import labelling
-from oracle import shortcut as leading
-from oracle.answering import answer_batch, continue_batch, stop_token_ids
 from oracle.decoding import Decoding, DecodingError, cut_at_stop
-from oracle.following import follow
-from oracle.labelling import Labeller
-from oracle.labels import CUT, Label, LabelStore, StoreError
-from oracle.packing import packed
+from oracle.labels import answers_from_full as leading
+from oracle.labels import labeller as labelling
+from oracle.labels.answers_from_full import Draft, Shortcut
+from oracle.labels.equal_batches import packed
+from oracle.labels.follow_full_answer import follow
+from oracle.labels.generate_answers import answer_batch, continue_batch, stop_token_ids
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import score_matrix
+from oracle.labels.store import CUT, Label, LabelStore, StoreError
 from oracle.prompts import Prompt, PromptError, Shard
-from oracle.reading import score_matrix
-from oracle.shortcut import Draft, Shortcut
 
 DECODING = Decoding(4)
 PROMPTS = [Prompt(f"p{i}", "t", "abcdefgh"[: i % 7 + 1] + str(i), "", "agreement") for i in range(11)]
@@ -367,7 +367,7 @@ def test_labels_go_through_parquet_and_datasets(tmp_path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from oracle.labels import LabelStore
+from oracle.labels.store import LabelStore
 sys.path.insert(0, {tests!r})
 from oracle_labels import label
 store = LabelStore(Path(sys.argv[1]))

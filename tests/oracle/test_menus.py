@@ -5,8 +5,8 @@ from tiny import tiny_model, tiny_tokenizer
 from backbone.plan import LayerPlan, PlanError
 from oracle.decoding import Decoding
 from oracle.menus import MENUS, MenuTask, build_menu, search_steps
+from oracle.menus.block_influence import layer_influence
 from oracle.menus.greedy import AnswerDivergence
-from oracle.menus.influence import layer_influence
 
 
 def task_of(model, **changes) -> MenuTask:

@@ -3,7 +3,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from oracle.embedded import embedded_prompts
+from oracle.embedded_prompts import embedded_prompts
 from oracle.prompts import PromptError, load_prompts, split_of
 
 GOOD = {"id": "a", "task": "t", "prompt": "1 + 1 =", "reference": "2", "judge": "number"}

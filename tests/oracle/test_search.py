@@ -8,7 +8,7 @@ from backbone.plan import LayerPlan, PlanMenu
 from oracle.search import SEARCHERS
 from oracle.search.base import Searcher, SearchError, SearchSpace
 from oracle.search.bisection import BisectionSearch
-from oracle.search.driving import Found, run_search, run_searches
+from oracle.search.driver import Found, run_search, run_searches
 from oracle.search.exhaustive import ExhaustiveSearch
 from oracle.search.mcts import MctsSearch
 from oracle.search.removal import RemovalSearch

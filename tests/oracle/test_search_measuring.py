@@ -4,14 +4,14 @@ from tiny import tiny_model
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding
-from oracle.frontier import least_sufficient, sufficient_plans
-from oracle.labelling import Labeller
-from oracle.labels import LabelStore
+from oracle.frontier.frontier import least_sufficient, sufficient_plans
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import score_matrix
+from oracle.labels.store import LabelStore
 from oracle.prompts import Prompt
-from oracle.reading import score_matrix
 from oracle.search import SEARCHERS
 from oracle.search.base import SearchSpace
-from oracle.search.measuring import search_prompts
+from oracle.search.on_model import search_prompts
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from command import layerbudget, refused, snapshot
 from filelock import FileLock
 from tiny import tiny_model, tiny_tokenizer
 
-from oracle.labels import CUT
+from oracle.labels.store import CUT
 from oracle.prompts import load_prompts, split_of
 from pipelines.config import DataSection
 from pipelines.run_state import content_hash
-from pipelines.speeds import NOISE
+from pipelines.wall_clock import NOISE
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"]
@@ -328,7 +328,7 @@ def test_the_best_way_to_adapt_is_measured_on_the_tune_split(config_file) -> Non
 def test_too_few_tokens_for_full_bridges_are_said(config_file) -> None:
     path = config_file(adapt={"method": "bridges", "prompts": 8})
     layerbudget("menu", path)
-    with patch("backbone.fitting.TOKENS_PER_INPUT", 50):
+    with patch("backbone.stand_ins.ridge_regression.TOKENS_PER_INPUT", 50):
         done = layerbudget("adapt", path)
     assert "too few for full bridges" in done.stdout
 

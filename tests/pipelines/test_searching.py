@@ -14,7 +14,7 @@ from backbone.errors import InputError
 from controller.base import LearningError
 from controller.learning import Settings
 from pipelines.config import TuningSection
-from pipelines.searching import Search, Work, finished, open_study, search, search_in_memory, settings_of
+from pipelines.settings_search import Search, Work, finished, open_study, search, search_in_memory, settings_of
 
 
 def some_work(**tuning) -> Work:

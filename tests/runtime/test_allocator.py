@@ -9,12 +9,12 @@ import torch
 from tiny import padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import GREEDY, PLANS, SETS, alone, make_allocator, with_stand_ins
 
-from backbone.stand_ins import attach, attached_digest, detach
+from backbone.stand_ins.attaching import attach, attached_digest, detach
 from controller.features import prompt_features
-from controller.gbdt import LightGBMController
+from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator, WrongModelError
-from runtime.artefact import ArtefactError
+from runtime.saving.allocator_files import ArtefactError
 from runtime.texts import generate_texts
 
 
@@ -76,7 +76,7 @@ def test_folders_without_an_allocator_and_newer_formats_are_refused(model, tmp_p
         Allocator.from_pretrained(tmp_path)
     with pytest.raises(ArtefactError, match="neither a folder nor a hub repository"):
         Allocator.from_pretrained("nobody/no-such-allocator")
-    monkeypatch.setattr("runtime.artefact.FORMAT_VERSION", 7)
+    monkeypatch.setattr("runtime.saving.allocator_files.FORMAT_VERSION", 7)
     make_allocator(model).save_pretrained(tmp_path / "newer")
     monkeypatch.undo()
     with pytest.raises(ArtefactError, match="has allocator format 7, this version reads 3"):
@@ -96,7 +96,7 @@ def test_push_to_hub_uploads_the_saved_folder(model, allocator, monkeypatch) -> 
         def upload_folder(self, repo_id, folder_path, commit_message):
             uploads[repo_id] = json.loads((folder_path / "manifest.json").read_text())
 
-    monkeypatch.setattr("runtime.artefact.HfApi", Api)
+    monkeypatch.setattr("runtime.saving.allocator_files.HfApi", Api)
     assert allocator.push_to_hub("me/mine") == "hub/me/mine"
     assert uploads["me/mine"]["controller"] == "mlp"
 

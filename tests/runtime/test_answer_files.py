@@ -17,7 +17,7 @@ from tiny_allocator import make_allocator
 
 from backbone.files import lock_of
 from backbone.loading import load_backbone
-from controller.mlp import MLPController
+from controller.models.mlp import MLPController
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
 from runtime import step_costs

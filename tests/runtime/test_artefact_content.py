@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from tiny import padded_batch, tiny_model
 from tiny_allocator import GREEDY, make_allocator, resigned, with_stand_ins
 
-from backbone.stand_ins import StandInsError
-from controller.gbdt import LightGBMController
-from controller.logistic import LogisticController
+from backbone.stand_ins.attaching import StandInsError
+from controller.models.gbdt import LightGBMController
+from controller.models.logistic import LogisticController
 from runtime.allocator import Allocator
-from runtime.artefact import ArtefactError
+from runtime.saving.allocator_files import ArtefactError
 
 HUGE = 10**12
 LAST = -1

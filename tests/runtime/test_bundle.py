@@ -15,11 +15,11 @@ import pytest
 from command import snapshot
 from tiny_allocator import make_allocator, resigned, with_stand_ins
 
-from controller.gbdt import LightGBMController
+from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
-from runtime.artefact import ArtefactError, content_digest
-from runtime.bundle import BundleError, digest_of
+from runtime.saving.allocator_files import ArtefactError, content_digest
+from runtime.saving.file_bundle import BundleError, digest_of
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_stand_i
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DummyLayer
 
+from backbone.execution.apply_plan import apply_plan
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
-from backbone.stand_ins import detach
+from backbone.stand_ins.attaching import detach
 from runtime.request import UnsupportedGenerationError
 
 DICT = {"return_dict_in_generate": True}

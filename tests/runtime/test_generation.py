@@ -16,9 +16,9 @@ from transformers import (
 )
 from transformers.generation import LogitsProcessor
 
+from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
 from backbone.testing import patches
 from runtime.request import UnsupportedGenerationError
 

@@ -9,10 +9,10 @@ from tiny_allocator import PLANS, ByLength, make_allocator, with_stand_ins
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation import LogitsProcessor
 
+from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
-from backbone.stand_ins import detach
+from backbone.stand_ins.attaching import detach
 from backbone.testing import patches
 from runtime import lossless
 from runtime.lossless import MAX_DRAFT, paying_length

@@ -10,9 +10,9 @@ import torch
 from tiny import N_LAYERS, tiny_model, tiny_tokenizer
 from tiny_allocator import PLANS, ByLength, make_allocator
 
+from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
 from runtime import offline, step_costs

@@ -10,11 +10,11 @@ import torch
 from tiny import N_LAYERS, VOCABULARY, padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_stand_ins
 
+from backbone.execution.apply_plan import NestedPlanError, apply_plan
+from backbone.execution.prompt_prefix import run_prefix
 from backbone.plan import LayerPlan
-from backbone.prefix import run_prefix
-from backbone.running import NestedPlanError, apply_plan
 from backbone.testing import patches
-from controller.drift import FEWEST, RECOVERY, DriftAlarm, drift_scores
+from controller.certificate.drift import FEWEST, RECOVERY, DriftAlarm, drift_scores
 from controller.features import extract
 from runtime import deciding, offline
 from runtime.allocator import WrongModelError

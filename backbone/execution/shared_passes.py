@@ -1,0 +1,89 @@
+"""Share what plans have in common: a pass under one plan goes on from the states of another, up to where they part.
+
+Only for passes without a cache, such as scoring a given text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.live_changes import Method, captured, replaced
+from backbone.families import decoder_layers
+from backbone.plan import LayerPlan
+from backbone.stand_ins.attaching import attached_to
+
+Treatment = tuple[bool, bool, int, bool]
+"""Of one layer under a plan: whether attention and MLP run, which bridge takes its place (0: none), whether its weights
+are changed."""
+
+
+def treatments(model: PreTrainedModel, plan: LayerPlan) -> list[Treatment]:
+    """What a plan does with each layer of a model, with the stand-ins that are attached now."""
+    attached = attached_to(model, plan)
+    bridges = {} if attached is None else attached.bridges.get(plan, {})
+    changed = frozenset() if attached is None else attached.changed
+    return [
+        (i in plan.attention, i in plan.mlp, id(bridges[i]) if i in bridges else 0, i in changed)
+        for i in range(plan.n_layers)
+    ]
+
+
+def common_depth(model: PreTrainedModel, first: LayerPlan, second: LayerPlan) -> int:
+    """How many layers, counted from the first, both plans treat alike."""
+    pairs = zip(treatments(model, first), treatments(model, second), strict=True)
+    return next((depth for depth, (a, b) in enumerate(pairs) if a != b), first.n_layers)
+
+
+def sharing_order(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The plans ordered so that each has as much as any earlier one in common with the one just before it."""
+    return sorted(plans, key=lambda plan: treatments(model, plan))
+
+
+class SharedPasses:
+    """Runs one batch under several plans; each pass starts at the layer where its plan parts from the one before.
+
+    Args:
+        model: the model.
+        plans: all plans that will be run, in the order in which they will be run; see `sharing_order`.
+
+    Attributes:
+        layers_run: layers computed so far (halves count half), over all passes.
+    """
+
+    def __init__(self, model: PreTrainedModel, plans: Sequence[LayerPlan]) -> None:
+        self._model, self._plans = model, list(plans)
+        self._layers = decoder_layers(model)
+        self._starts = [0] + [min(common_depth(model, a, b), max(b.attention | b.mlp)) for a, b in pairwise(plans)]
+        self._states: dict[int, torch.Tensor] = {}
+        self._next = 0
+        self.layers_run = 0.0
+
+    @contextmanager
+    def next_plan(self) -> Iterator[LayerPlan]:
+        """Within this block one call of the model, without a cache and with the same inputs as always, runs the next
+        plan. The states from which later plans go on are kept."""
+        plan, start = self._plans[self._next], self._starts[self._next]
+        later = self._starts[self._next + 1 :]
+        self._next += 1
+        known = {depth: state for depth, state in self._states.items() if depth <= start}
+        with (
+            apply_plan(self._model, plan, first_layer=start),
+            captured(self._layers, {depth for depth in later if depth > start}) as states,
+            replaced(_going_on(self._layers[start], known[start]) if start else ()),
+        ):
+            yield plan
+        self.layers_run += plan.from_layer(start).layers
+        self._states = {depth: state for depth, state in {**known, **states}.items() if depth in later}
+
+
+def _going_on(layer: nn.Module, state: torch.Tensor) -> Iterator[tuple[nn.Module, str, Method]]:
+    """Has a layer compute, whatever it is given, from a known state."""
+    forward = layer.forward
+    yield layer, "forward", lambda hidden_states, *args, **kwargs: forward(state, *args, **kwargs)

@@ -1,0 +1,188 @@
+"""Stand-ins: the bridges and the adapter that make one model survive skipped layers; attached to it, saved, loaded."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from backbone.errors import InputError
+from backbone.families import decoder_layers, sublayer_bytes
+from backbone.fingerprint import model_fingerprint
+from backbone.plan import LayerPlan
+from backbone.stand_ins.adapters import Adapter
+from backbone.stand_ins.bridges import Bridges
+from backbone.stand_ins.tensors import StandInsError, from_tensors, tensors_of
+from backbone.strict_json import parse
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class StandIns:
+    """Bridges and an adapter for the shortened plans of one model. The full plan never sees them.
+
+    Attributes:
+        fingerprint: of the model that they were made for.
+        bridges: for each plan its bridges, by the first layer of the gap. A plan without an entry has none.
+        adapter: changes of weights for every plan but the full one.
+    """
+
+    fingerprint: str
+    bridges: Bridges = field(default_factory=lambda: MappingProxyType({}))
+    adapter: Adapter | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name the content."""
+        content = hashlib.sha256(self.fingerprint.encode())
+        for name, tensor in sorted(tensors_of(self.bridges, self.adapter).items()):
+            content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            content.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return content.hexdigest()[:12]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.bridges and self.adapter is None
+
+    def cost(self, model: PreTrainedModel, plan: LayerPlan) -> float:
+        """What the bridges of a plan add to its budget: their parameters as a share of the decoder's.
+
+        Merged changes of weights add nothing.
+        """
+        layer = decoder_layers(model)[0]
+        item = next(layer.parameters()).element_size()
+        numbers = sum(p.numel() for bridge in self.bridges.get(plan, {}).values() for p in bridge.parameters)
+        return numbers * item / sum(sum(pair) for pair in sublayer_bytes(model))
+
+    def save(self, path: Path) -> None:
+        """One safetensors file."""
+        described = {"version": FORMAT_VERSION, "fingerprint": self.fingerprint}
+        save_file(tensors_of(self.bridges, self.adapter), path, {"layerbudget": json.dumps(described)})
+
+    @classmethod
+    def load(cls, path: Path) -> StandIns:
+        """Raises StandInsError: no such file, or one that holds something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                described = parse((file.metadata() or {})["layerbudget"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            version, fingerprint = described["version"], described["fingerprint"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StandInsError(f"{path} holds no stand-ins: {error}") from None
+        if version != FORMAT_VERSION or not isinstance(fingerprint, str):
+            raise StandInsError(f"{path} has stand-ins of format {version!r:.80}, this version reads {FORMAT_VERSION}")
+        try:
+            return cls(fingerprint, *from_tensors(tensors))
+        except InputError as error:
+            raise StandInsError(f"{path} holds no stand-ins: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A module that computes with other weights while a shortened plan runs: `forward` takes its forward's place."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attached:
+    """Stand-ins made ready for a model: on its devices, in its dtype, merged.
+
+    Attributes:
+        digest: of the stand-ins.
+        bridges: see `StandIns`.
+        swaps: the modules that compute with other weights.
+        changed: the layers whose weights are not the full plan's.
+    """
+
+    digest: str
+    bridges: Bridges
+    swaps: tuple[Swap, ...] = ()
+    changed: frozenset[int] = frozenset()
+
+
+_ATTACHED = "_layerbudget_stand_ins"
+
+
+def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
+    """From now on `apply_plan` runs the shortened plans of `model` with these, in place of any attached before.
+
+    Without a plan and under the full one, the model stays what it is, bit for bit.
+
+    Raises:
+        StandInsError: they were made for another model.
+        AdapterError: the model's weights cannot be changed, for example since they are quantised.
+    """
+    if (found := model_fingerprint(model)) != stand_ins.fingerprint:
+        raise StandInsError(f"these stand-ins were made for {stand_ins.fingerprint}, the model given is {found}")
+    layers, hidden = decoder_layers(model), model.config.get_text_config().hidden_size
+    bridges_given = [bridge for of_plan in stand_ins.bridges.values() for bridge in of_plan.values()]
+    if wrong := [len(bridge.bias) for bridge in bridges_given if len(bridge.bias) != hidden]:
+        raise StandInsError(f"these stand-ins are for states of {wrong[0]} numbers, those of this model have {hidden}")
+    devices = [next(layer.parameters()).device for layer in layers]
+    bridges = {
+        plan: {first: bridge.to(devices[first], model.dtype) for first, bridge in of_plan.items()}
+        for plan, of_plan in stand_ins.bridges.items()
+    }
+    merged = {} if stand_ins.adapter is None else stand_ins.adapter.merged(model)
+    digest = "" if stand_ins.is_empty else stand_ins.digest
+    set_attached(model, Attached(digest, bridges, swaps_of(model, merged), changed_layers(model, merged)))
+
+
+def swaps_of(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> tuple[Swap, ...]:
+    """The swaps after which the parameters of these names have these values."""
+    by_module: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, weight in weights.items():
+        owner, _, own_name = name.rpartition(".")
+        by_module[owner][own_name] = weight
+    return tuple(_swap(model.get_submodule(owner), changed) for owner, changed in by_module.items())
+
+
+def _swap(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> Swap:
+    """The module's own code over other weights: a twin that shares everything else with it. The module itself stays as
+    it is, since other threads may be running it."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = {**module._parameters, **weights}
+    return Swap(module, partial(type(module).forward, twin))
+
+
+def changed_layers(model: PreTrainedModel, parameters: Collection[str]) -> frozenset[int]:
+    """The layers that parameters of these names belong to."""
+    owners = {id(model.get_submodule(name.rpartition(".")[0])) for name in parameters}
+    layers = enumerate(decoder_layers(model))
+    return frozenset(index for index, layer in layers if any(id(module) in owners for module in layer.modules()))
+
+
+def set_attached(model: PreTrainedModel, attached: Attached) -> None:
+    model.__dict__[_ATTACHED] = attached
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Shortened plans of `model` run frozen again."""
+    model.__dict__.pop(_ATTACHED, None)
+
+
+def attached_to(model: PreTrainedModel, plan: LayerPlan) -> Attached | None:
+    """What stands in for the layers that `plan` leaves out; None for the full plan, and where nothing is attached."""
+    return None if plan.is_full else model.__dict__.get(_ATTACHED)
+
+
+def attached_digest(model: PreTrainedModel, plan: LayerPlan) -> str:
+    """The digest of the stand-ins that `plan` runs with; empty for none."""
+    attached = attached_to(model, plan)
+    return "" if attached is None else attached.digest

@@ -1,0 +1,1 @@
+"""A price with a guarantee, what it promises, and the alarm that watches its assumption."""

@@ -1,0 +1,177 @@
+"""What calibration found, as a file and as sentences: what is promised, and what is not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from backbone.errors import InputError
+from backbone.strict_json import parse
+from controller.certificate.p_values import RISKS, Risk
+
+MOST = 1e300
+"""No number of a certificate is larger; a whole number may be larger than any float."""
+
+
+class CertificateError(InputError):
+    """A file that is no certificate of this version, or a damaged one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """With probability at least 1 - `delta`, the mean loss is at most `alpha` on prompts like the calibration prompts.
+
+    Attributes:
+        risk: which loss; see `controller.certificate.p_values.Risk`.
+        alpha: the bound, in (0, 1).
+        delta: how often the bound may fail, over draws of the calibration prompts.
+        n: calibration prompts.
+        price: worth of one unit of expected loss, in shares of the decoder, that decides; None where no price is valid
+            and every prompt runs the full plan.
+        observed_risk: mean loss of the calibration prompts at the price (0 where there is none).
+        prompts_hash: of the calibration prompts.
+        date: when it was made, ISO 8601.
+        fewest_prompts: with fewer calibration prompts (in each task, where `per_task` is given) no price can be valid,
+            whatever the controller.
+        per_task: task -> {"n", "observed_risk"} where the bound holds in every task, empty where only overall.
+        tolerance: how much lower than the full model's the score of a sufficient answer may be.
+        decoding: how the answers were generated, in words.
+        does_not_cover: what is not promised, in sentences.
+    """
+
+    risk: Risk
+    alpha: float
+    delta: float
+    n: int
+    price: float | None
+    observed_risk: float
+    prompts_hash: str
+    date: str
+    fewest_prompts: int
+    per_task: dict[str, dict[str, float]] = field(default_factory=dict)
+    tolerance: float = 0.0
+    decoding: str = ""
+    does_not_cover: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.does_not_cover:
+            object.__setattr__(self, "does_not_cover", exclusions(self.date, self.per_task, self.decoding))
+
+    @property
+    def sentence(self) -> str:
+        """The certificate in plain words."""
+        if self.price is None:
+            return f"No saving could be certified: {self._reason}, so all prompts run the full model."
+        return (
+            f"With {_percent(1 - self.delta)} confidence, {self._bound}, on prompts like the {self.n} calibration "
+            f"prompts (observed: {self._seen(self.observed_risk)}{self._worst_task})."
+        )
+
+    def too_small(self) -> dict[str, int]:
+        """Task -> its prompts, where they are too few for the bound; of an overall bound "all tasks" -> all prompts."""
+        sizes = {task: int(seen["n"]) for task, seen in self.per_task.items()} or {"all tasks": self.n}
+        return {task: n for task, n in sizes.items() if n < self.fewest_prompts}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({**asdict(self), "sentence": self.sentence}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Certificate:
+        """Raises CertificateError for a file that `save` of this version did not write."""
+        try:
+            data = parse(path.read_text(encoding="utf-8"))
+            data.pop("sentence")
+            _check_values(data)
+            return cls(**{**data, "does_not_cover": tuple(data["does_not_cover"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CertificateError(
+                f"{path} is not a certificate that this version can read ({error}): "
+                "make it again with the calibrate stage"
+            ) from None
+
+    @property
+    def _bound(self) -> str:
+        each = ", in each task," if self.per_task else ""
+        if self.risk == "insufficient":
+            prompts = f"at most {_percent(self.alpha)} of prompts{each}"
+            less = f"over {self.tolerance:g} lower" if self.tolerance else "lower"
+            return f"{prompts} get an answer that scores {less} than the full model's"
+        return f"answers{each} lose on average at most {self._amount(self.alpha)} against the full model's"
+
+    @property
+    def _reason(self) -> str:
+        claim = f"showing with {_percent(1 - self.delta)} confidence that {self._bound}"
+        small = self.too_small()
+        if small and self.per_task:
+            tasks = ", ".join(f"{task!r} has {n}" for task, n in small.items())
+            return f"{claim} takes at least {self.fewest_prompts} calibration prompts of each task ({tasks})"
+        if small:
+            return f"{claim} takes at least {self.fewest_prompts} calibration prompts, and there are {self.n}"
+        return f"{self.n} calibration prompts do not suffice for {claim}, with this controller"
+
+    def _amount(self, risk: float) -> str:
+        return self._seen(risk) + ("" if self.risk == "insufficient" else " of a score that runs from 0 to 1")
+
+    def _seen(self, risk: float) -> str:
+        return _percent(risk) if self.risk == "insufficient" else f"{risk:.3g}"
+
+    @property
+    def _worst_task(self) -> str:
+        if not self.per_task:
+            return ""
+        worst = max(self.per_task, key=lambda task: self.per_task[task]["observed_risk"])
+        return f"; {worst!r}, the worst task: {self._seen(self.per_task[worst]['observed_risk'])}"
+
+
+def exclusions(date: str, per_task: dict[str, dict[str, float]], decoding: str = "") -> tuple[str, ...]:
+    """What a certificate does not promise, in sentences."""
+    tasks = (
+        f"Tasks other than {', '.join(sorted(per_task))}."
+        if per_task
+        else "Single tasks, or another mixture of them: a rare or hard task may lose more than the bound."
+    )
+    return (
+        "Other kinds of prompts: other lengths, languages or templates.",
+        tasks,
+        "Single prompts: a mean is bounded, and any one prompt may lose everything.",
+        f"Other decoding settings{f' than {decoding}' if decoding else ''}: sampling, longer answers, other ends.",
+        "Another data type, device or batch size, whose rounding can change an answer.",
+        "Prompts that run a larger plan than their own to share a lane: a larger plan usually loses less, not always.",
+        "Quality that the judge does not see.",
+        f"Drift: prompts that have changed since {date}.",
+        "Prompts that are not independent draws: copies of one another, or of the training prompts.",
+        "A choice among several certificates: each fails with probability delta, the best of them more often.",
+    )
+
+
+def _check_values(data: dict[str, Any]) -> None:
+    if (found := set(data)) != (known := {field.name for field in fields(Certificate)}):
+        raise ValueError(f"missing: {sorted(known - found)}, unknown: {sorted(found - known)}")
+    tasks, left_out = data["per_task"], data["does_not_cover"]
+    right = {
+        "risk": data["risk"] in RISKS,
+        "price": data["price"] is None or (_is_amount(data["price"]) and data["price"] > 0),
+        "per_task": isinstance(tasks, dict) and all(_is_seen(seen) for seen in tasks.values()),
+        "does_not_cover": isinstance(left_out, list) and all(isinstance(one, str) for one in left_out),
+        **{name: _is_amount(data[name]) and 0 < data[name] < 1 for name in ("alpha", "delta")},
+        **{name: type(data[name]) is int and data[name] >= 0 for name in ("n", "fewest_prompts")},
+        **{name: _is_amount(data[name]) for name in ("observed_risk", "tolerance")},
+        **{name: isinstance(data[name], str) for name in ("prompts_hash", "date", "decoding")},
+    }
+    if wrong := [name for name, is_right in right.items() if not is_right]:
+        raise ValueError(f"{wrong[0]} is {data[wrong[0]]!r:.80}")
+
+
+def _is_seen(seen: object) -> bool:
+    return isinstance(seen, dict) and seen.keys() == {"n", "observed_risk"} and all(map(_is_amount, seen.values()))
+
+
+def _is_amount(value: object) -> bool:
+    """Whether it is a number from 0 that is finite, also as a float."""
+    return type(value) in (int, float) and 0 <= value < MOST  # type: ignore[operator]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"

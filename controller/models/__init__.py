@@ -1,0 +1,1 @@
+"""The models that predict what each plan keeps: one file each."""

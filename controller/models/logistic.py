@@ -1,0 +1,67 @@
+"""Logistic regression: the simplest controller that learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from controller.base import Controller, Floats, Trial
+from controller.models.files import WEIGHTS, read_weights
+
+
+class LogisticController(Controller):
+    """One linear model for each plan, by L-BFGS on the cross-entropy of the share kept, with an L2 penalty.
+
+    Args:
+        l2: penalty on the weights, per prompt.
+    """
+
+    FILES = (WEIGHTS,)
+    STEPS = 60
+
+    def __init__(self, l2: float = 0.03) -> None:
+        self._l2 = l2
+        self._weights: dict[str, torch.Tensor] = {}
+
+    @staticmethod
+    def suggest(trial: Trial) -> dict[str, Any]:
+        return {"l2": trial.suggest_float("l2", 1e-4, 3.0, log=True)}
+
+    def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
+        inputs, targets = torch.from_numpy(features), torch.from_numpy(np.ascontiguousarray(kept[:, :-1]))
+        weight = torch.zeros(targets.shape[1], inputs.shape[1], requires_grad=True)
+        bias = torch.zeros(targets.shape[1], requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=self.STEPS, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            error = functional.binary_cross_entropy_with_logits(functional.linear(inputs, weight, bias), targets)
+            total = error + self._l2 * weight.square().sum() / targets.shape[1]
+            total.backward()  # type: ignore[no-untyped-call]
+            return total
+
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        self._weights = {"weight": weight.detach(), "bias": bias.detach()}
+
+    @torch.inference_mode()
+    def _predict(self, features: Floats) -> Floats:
+        if not self._weights:
+            raise RuntimeError("this controller was not fitted")
+        kept: Floats = functional.linear(torch.from_numpy(features), **self._weights).sigmoid().numpy()
+        return np.column_stack([kept, np.ones(len(kept))])
+
+    def save(self, folder: Path) -> None:
+        if not self._weights:
+            raise RuntimeError("this controller was not fitted")
+        save_file(self._weights, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder: Path) -> LogisticController:
+        controller = cls()
+        controller._weights = read_weights(folder, {"weight": ("plans", "features"), "bias": ("plans",)})
+        return controller

@@ -1,0 +1,1 @@
+"""How good a policy is, against what could be had."""

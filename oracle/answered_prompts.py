@@ -1,0 +1,46 @@
+"""What stand-ins are made from: prompts with the full model's own answers, or with their references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from backbone.plan import LayerPlan
+from backbone.stand_ins.training_targets import Example
+from oracle.decoding import Decoding
+from oracle.labels.labeller import Advance, Labeller
+from oracle.labels.reader import key_of
+from oracle.prompts import Prompt
+
+
+def answered_examples(
+    labeller: Labeller,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    full_plan: LayerPlan,
+    advance: Advance = lambda done: None,
+) -> list[Example]:
+    """Prompts with the full model's answers, which are labels; what is missing of them is made."""
+    labeller.label_full(prompts, full_plan, advance)
+    labels = labeller.labels(full_plan)
+    answers = [labels[key_of(prompt)].answer_ids for prompt in prompts]
+    return [
+        Example((*tokenizer(prompt.prompt).input_ids, *answer), len(answer))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def reference_examples(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], decoding: Decoding
+) -> list[Example]:
+    """Prompts with their references, where they have one, ended as the model's own answers end."""
+    examples = []
+    for prompt in prompts:
+        if prompt.reference:
+            text = f" {prompt.reference}" + (decoding.stop[0] if decoding.stop else "")
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            ids = ids if decoding.stop else [*ids, tokenizer.eos_token_id]
+            ids = ids[: decoding.max_new_tokens]
+            examples.append(Example((*tokenizer(prompt.prompt).input_ids, *ids), len(ids), from_reference=True))
+    return examples

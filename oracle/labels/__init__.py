@@ -1,0 +1,1 @@
+"""Answers of every prompt under every plan, judged and kept: how they are made cheaply, stored and read."""

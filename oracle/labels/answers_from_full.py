@@ -1,0 +1,147 @@
+"""Answers begun by following the full model's and, where that does not settle them, generated to their end."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.plan import LayerPlan
+from oracle.decoding import Decoding, cut_at_stop
+from oracle.labels.follow_full_answer import follow
+from oracle.labels.generate_answers import Enough, answer_text, continue_batch, stop_token_ids
+from oracle.labels.store import CUT, Label
+from oracle.prompts import Prompt
+
+LOOKS = 3
+"""Passes, at most, in which a draft is led along a guess before it is generated."""
+
+FIRST_LOOK = 4
+"""Tokens of the first guess. Most plans leave the full model's answer within few tokens if they leave it at all, and
+with a large vocabulary the logits of further tokens would cost more than the layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An answer, or the beginning of one, before it is judged, and what it cost.
+
+    Attributes:
+        ids: tokens of the answer so far.
+        forward_tokens, seconds: see `Label`.
+    """
+
+    prompt: Prompt
+    plan: LayerPlan
+    ids: list[int] = field(default_factory=list)
+    forward_tokens: float = 0.0
+    seconds: float = 0.0
+
+
+class Shortcut:
+    """Gives the answers of plain greedy generation, for less, and only as far as the judge has to read them."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
+        self._model, self._tokenizer, self._decoding = model, tokenizer, decoding
+
+    def lead(self, drafts: Sequence[Draft], full: Mapping[Prompt, Label]) -> list[Draft]:
+        """Drafts led along the full model's answers until that settles them or leads no further.
+
+        Args:
+            drafts: of any prompts and plans, each prompt and plan once.
+            full: the label of each of these prompts under the full plan.
+        """
+        led: list[Draft] = []
+        open_drafts = list(drafts)
+        for _ in range(LOOKS):
+            looked, open_drafts = self._look(open_drafts, full), []
+            for draft in looked:
+                (open_drafts if self._can_be_led(draft, full[draft.prompt]) else led).append(draft)
+        return led + open_drafts
+
+    def _can_be_led(self, draft: Draft, full: Label) -> bool:
+        """Whether another look may settle it: while it is the full model's answer, or may yet become its text."""
+        agrees = tuple(draft.ids) == full.answer_ids[: len(draft.ids)]
+        return not self.is_settled(draft, full.answer) and (agrees or draft.prompt.judge == "agreement")
+
+    def _look(self, drafts: Sequence[Draft], full: Mapping[Prompt, Label]) -> list[Draft]:
+        """One pass for each draft, along its tokens and a guess. Plans share passes over equal prompts and tokens."""
+        rows: dict[tuple[Prompt, tuple[int, ...]], dict[LayerPlan, Draft]] = defaultdict(dict)
+        for draft in drafts:
+            rows[draft.prompt, self._guess(draft.ids, full[draft.prompt].answer_ids)][draft.plan] = draft
+        alike: dict[frozenset[LayerPlan], list[tuple[Prompt, tuple[int, ...]]]] = defaultdict(list)
+        for row, own in rows.items():
+            alike[frozenset(own)].append(row)
+        return [
+            draft
+            for plans, some in alike.items()
+            for draft in self._followed({row: rows[row] for row in some}, list(plans))
+        ]
+
+    def _guess(self, ids: Sequence[int], answer: Sequence[int]) -> tuple[int, ...]:
+        """The tokens so far and what may follow: the full model's answer from where it was left."""
+        agreed = next((i for i, (own, other) in enumerate(zip(ids, answer, strict=False)) if own != other), len(ids))
+        is_short, agrees_so_far = len(answer) <= 2 * FIRST_LOOK, 0 < agreed == len(ids)
+        more = len(answer) if is_short or agrees_so_far else FIRST_LOOK
+        return (*ids, *answer[agreed : agreed + more])[: self._decoding.max_new_tokens]
+
+    def _followed(
+        self, rows: Mapping[tuple[Prompt, tuple[int, ...]], Mapping[LayerPlan, Draft]], plans: Sequence[LayerPlan]
+    ) -> list[Draft]:
+        """The drafts of some rows (prompt and guess) under the same plans: up to and with the first token that is not
+        the guess's."""
+        start = time.perf_counter()
+        texts, guesses = [prompt.prompt for prompt, _ in rows], [guess for _, guess in rows]
+        found = follow(self._model, self._tokenizer, texts, guesses, plans)
+        seconds = (time.perf_counter() - start) / (len(rows) * len(plans))
+        return [
+            replace(
+                draft,
+                ids=followed[plan].repeated(guess),
+                forward_tokens=draft.forward_tokens + followed[plan].forward_tokens,
+                seconds=draft.seconds + seconds,
+            )
+            for guess, followed, own in zip(guesses, found, rows.values(), strict=True)
+            for plan, draft in own.items()
+        ]
+
+    def is_whole(self, draft: Draft) -> bool:
+        stops = stop_token_ids(self._tokenizer, self._decoding)
+        return draft.ids[-1] in stops or len(draft.ids) >= self._decoding.max_new_tokens
+
+    def is_settled(self, draft: Draft, full_answer: str) -> bool:
+        """Whether the score follows from the tokens so far."""
+        return self.is_whole(draft) or (draft.prompt.judge == "agreement" and self.has_parted(draft, full_answer))
+
+    def has_parted(self, draft: Draft, full_answer: str) -> bool:
+        """Whether no continuation of the text so far can be the full model's answer."""
+        text = str(self._tokenizer.decode(draft.ids, skip_special_tokens=True))
+        may_change = "\ufffd" in text or getattr(self._tokenizer, "clean_up_tokenization_spaces", False)
+        stops = self._decoding.stop
+        may_stop = any(text.endswith(stop[:i]) for stop in stops for i in range(1, len(stop)))
+        return not may_change and not may_stop and not full_answer.startswith(cut_at_stop(text, stops))
+
+    def text(self, draft: Draft) -> str:
+        """The text of the tokens so far, marked where they are not all."""
+        return answer_text(self._tokenizer, draft.ids, self._decoding) + ("" if self.is_whole(draft) else CUT)
+
+    def finish(self, drafts: Sequence[Draft], full: Mapping[Prompt, Label]) -> list[Draft]:
+        """The same drafts, of one plan, generated in one batch until they are settled."""
+        limit, plan = self._decoding.max_new_tokens, drafts[0].plan
+        start = time.perf_counter()
+        sequences = [[*self._tokenizer(draft.prompt.prompt).input_ids, *draft.ids] for draft in drafts]
+        most = limit - min(len(draft.ids) for draft in drafts)
+        enough = [self._enough(draft, full[draft.prompt].answer) for draft in drafts]
+        rests = continue_batch(self._model, self._tokenizer, sequences, plan, self._decoding, most, enough)
+        seconds = (time.perf_counter() - start) / len(drafts)
+        finished = []
+        for draft, sequence, rest in zip(drafts, sequences, rests, strict=True):
+            ids = [*draft.ids, *rest][:limit]
+            tokens = (len(sequence) + len(ids) - len(draft.ids)) * plan.layers / plan.n_layers
+            finished.append(Draft(draft.prompt, plan, ids, draft.forward_tokens + tokens, draft.seconds + seconds))
+        return finished
+
+    def _enough(self, draft: Draft, full_answer: str) -> Enough:
+        return lambda rest: self.is_settled(replace(draft, ids=[*draft.ids, *rest]), full_answer)

@@ -1,0 +1,234 @@
+"""Label prompts: answer each under each plan of the menu, judge it, store it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.fingerprint import model_fingerprint
+from backbone.plan import LayerPlan, PlanMenu
+from backbone.stand_ins.attaching import attached_digest
+from oracle.decoding import Decoding
+from oracle.judges import KL, score
+from oracle.labels.answers_from_full import Draft, Shortcut
+from oracle.labels.divergence import diverge
+from oracle.labels.equal_batches import packed
+from oracle.labels.generate_answers import answer_batch
+from oracle.labels.reader import LabelReader, key_of, model_key
+from oracle.labels.store import CUT, Label, LabelStore
+from oracle.prompts import Prompt
+
+Advance = Callable[[int], None]
+Full = Mapping[Prompt, Label]
+"""The labels under the full plan."""
+Missing = Mapping[LayerPlan, Sequence[Prompt]]
+"""Prompts that have no label under a plan."""
+
+
+TRIAL, WORTH = 32, 0.25
+"""A plan that was led along TRIAL answers and settled less than this share of them is no longer led but generated."""
+
+
+class Labeller(LabelReader):
+    """Fills a store with the label of every (prompt, plan), going on where an earlier run stopped.
+
+    Args:
+        model: runs the plans; with its tokenizer.
+        decoding: how answers are generated; what the model's generation config says is put in.
+        store: where labels are kept; one transaction a batch.
+        batch_size: prompts generated together.
+        shortcut: follow the full model's answer with every plan and generate only what differs (see
+            `oracle.labels.follow_full_answer`); otherwise generate everything. The judge `kl` generates nothing either
+            way. Where the decoding changes tokens, following their likeliest ones would not do, and everything
+            is generated.
+
+    Attributes:
+        decoding: how answers are generated, complete.
+        failures: one sentence for each label whose judge failed; its score is NaN.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Decoding,
+        store: LabelStore,
+        batch_size: int,
+        *,
+        shortcut: bool = True,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        super().__init__(store, decoding.of(model, tokenizer), self.model_key)
+        self._batch_size = batch_size
+        self._shortcut = shortcut and not self.decoding.changes_tokens
+        self._follower = Shortcut(model, tokenizer, self.decoding)
+        self._fingerprint = model_fingerprint(model)
+        self.failures: list[str] = []
+
+    def model_key(self, plan: LayerPlan) -> str:
+        """What answers under a plan, with the stand-ins that are attached to the model now."""
+        return model_key(self._fingerprint, str(self._model.dtype), attached_digest(self._model, plan))
+
+    def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
+        """Label all prompts under all plans of the menu, the full plan first since others are compared with it."""
+        full_plan = menu.plans[-1]
+        self.label_full(prompts, full_plan, advance)
+        self._compare({plan: self.missing(prompts, plan) for plan in menu.plans[:-1]}, full_plan, advance)
+
+    def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
+        """Label all prompts under the full plan alone."""
+        self._generate(self.missing(prompts, full_plan), full_plan, None, advance)
+
+    def label_some(self, wanted: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan) -> None:
+        """Label some prompts under some plans, as a search asks for them; their full plans' labels must be there."""
+        missing = {plan: self.missing(prompts, plan) for plan, prompts in wanted.items()}
+        self._compare(missing, full_plan, lambda done: None)
+
+    def _compare(self, missing: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance) -> None:
+        """The labels that are missing under shortened plans, each in the cheapest way that its judge allows."""
+        labels = self.labels(full_plan)
+        full = {prompt: labels[key_of(prompt)] for prompts in missing.values() for prompt in prompts}
+        forced, free = (
+            {
+                plan: [prompt for prompt in prompts if (prompt.judge == KL) == wanted]
+                for plan, prompts in missing.items()
+            }
+            for wanted in (True, False)
+        )
+        self._diverge(forced, full, advance)
+        if self._shortcut:
+            self._follow(free, full, advance)
+        else:
+            for plan, without in free.items():
+                self._generate(without, plan, full, advance)
+
+    def _generate(self, prompts: Sequence[Prompt], plan: LayerPlan, full: Full | None, advance: Advance) -> None:
+        """Plain generation under one plan."""
+        for batch in self._batches(prompts, full):
+            start = time.perf_counter()
+            answers = answer_batch(
+                self._model, self._tokenizer, [prompt.prompt for prompt in batch], plan, self.decoding
+            )
+            seconds = (time.perf_counter() - start) / len(batch)
+            labels = []
+            for prompt, answer in zip(batch, answers, strict=True):
+                tokens = (answer.prompt_tokens + len(answer.token_ids)) * plan.layers / plan.n_layers
+                draft = Draft(prompt, plan, answer.token_ids, tokens, seconds)
+                value = self._judged(prompt, answer.text, answer.text if full is None else full[prompt].answer)
+                labels.append(self._labelled(draft, answer.text, answer.prompt_tokens, value))
+            self._keep(labels, advance)
+
+    def _follow(self, missing: Missing, full: Full, advance: Advance) -> None:
+        """All plans along the full model's answers at once; what that leaves open is generated, a batch at a time."""
+        wanted = {plan: set(prompts) for plan, prompts in missing.items()}
+        unfinished: dict[LayerPlan, list[Draft]] = defaultdict(list)
+        settled: dict[LayerPlan, list[bool]] = defaultdict(list)
+        for batch in self._batches(_together(missing), full):
+            begun = [Draft(prompt, plan) for plan, some in wanted.items() for prompt in batch if prompt in some]
+            known: list[Draft] = []
+            for draft in self._follower.lead(begun, full):
+                settled[draft.plan].append(self._follower.is_settled(draft, full[draft.prompt].answer))
+                (known if settled[draft.plan][-1] else unfinished[draft.plan]).append(draft)
+            self._add(known, full, advance)
+            for plan in [plan for plan, drafts in unfinished.items() if len(drafts) >= self._batch_size]:
+                self._finish(unfinished.pop(plan), full, advance)
+            for plan in [plan for plan, found in settled.items() if len(found) >= TRIAL and np.mean(found) < WORTH]:
+                wanted.pop(plan, None)
+        for drafts in unfinished.values():
+            self._finish(drafts, full, advance)
+        for plan in [plan for plan in missing if plan not in wanted]:
+            self._finish([Draft(prompt, plan) for prompt in self.missing(missing[plan], plan)], full, advance)
+
+    def _finish(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
+        def tokens(draft: Draft) -> int:
+            return full[draft.prompt].prompt_tokens + self.decoding.max_new_tokens
+
+        ordered = sorted(drafts, key=lambda draft: (len(draft.ids), -tokens(draft)))
+        for batch in packed(ordered, tokens, self._batch_size):
+            self._add(self._follower.finish(batch, full), full, advance)
+
+    def _add(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
+        labels = []
+        for draft in drafts:
+            text, whole = self._follower.text(draft), full[draft.prompt]
+            value = self._judged(draft.prompt, text, whole.answer)
+            labels.append(self._labelled(draft, text, whole.prompt_tokens, value))
+        self._keep(labels, advance)
+
+    def _diverge(self, missing: Missing, full: Full, advance: Advance) -> None:
+        """Labels of the judge `kl`: all plans along the full model's answers, nothing generated."""
+        wanted = {plan: set(prompts) for plan, prompts in missing.items()}
+        for batch in self._batches(_together(missing), full):
+            plans = [plan for plan, prompts in wanted.items() if not prompts.isdisjoint(batch)]
+            texts, answers = [prompt.prompt for prompt in batch], [full[prompt].answer_ids for prompt in batch]
+            start = time.perf_counter()
+            found = diverge(self._model, self._tokenizer, texts, answers, plans)
+            seconds = (time.perf_counter() - start) / (len(batch) * len(plans))
+            labels = []
+            for prompt, row in zip(batch, found, strict=True):
+                for plan in [plan for plan in plans if prompt in wanted[plan]]:
+                    draft = Draft(prompt, plan, list(full[prompt].answer_ids), row[plan].forward_tokens, seconds)
+                    value = self._checked(prompt, row[plan].score)
+                    labels.append(self._labelled(draft, CUT, full[prompt].prompt_tokens, value))
+            self._keep(labels, advance)
+
+    def _checked(self, prompt: Prompt, value: float) -> float:
+        """The score as it is; NaN is noted."""
+        if math.isnan(value):
+            self.failures.append(f"the judge {KL!r} failed on prompt {prompt.id!r}: the model's logits are NaN")
+        return value
+
+    def _keep(self, labels: Sequence[Label], advance: Advance) -> None:
+        self._store.add(labels)
+        advance(len(labels))
+
+    def _batches(self, prompts: Sequence[Prompt], full: Full | None) -> Iterator[list[Prompt]]:
+        """Batches of like prompts, longest first, so that too little memory shows at once.
+
+        Like in length, so that little is padded, and in the power of two of the expected answer's length (the full
+        model's, or the reference's as long as that is not known), since a batch decodes until its longest answer ends.
+        """
+        lengths = {prompt: len(self._tokenizer(prompt.prompt).input_ids) for prompt in prompts}
+
+        def expected(prompt: Prompt) -> int:
+            return len(self._tokenizer(prompt.reference).input_ids if full is None else full[prompt].answer_ids)
+
+        ordered = sorted(lengths, key=lambda prompt: (-expected(prompt).bit_length(), -lengths[prompt], prompt.id))
+        return packed(ordered, lambda prompt: lengths[prompt] + self.decoding.max_new_tokens, self._batch_size)
+
+    def _judged(self, prompt: Prompt, answer: str, full_answer: str) -> float:
+        """The score, or NaN where the judge fails, which is noted."""
+        if prompt.judge == KL:
+            return 1.0  # only the full plan has an answer of its own to judge, and it is compared with itself
+        try:
+            return score(prompt.judge, answer, prompt.reference, full_answer)
+        # A judge may be the user's own code, which may even exit: one prompt must not end a night's run.
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, SystemExit) else error
+            self.failures.append(f"the judge {prompt.judge!r} failed on prompt {prompt.id!r}: {reason}")
+            return float("nan")
+
+    def _labelled(self, draft: Draft, answer: str, prompt_tokens: int, value: float) -> Label:
+        return Label(
+            model=self.model_key(draft.plan),
+            prompt=draft.prompt.hash,
+            plan=str(draft.plan),
+            decoding=str(self.decoding),
+            judge=draft.prompt.judge,
+            answer=answer,
+            answer_ids=tuple(draft.ids),
+            score=value,
+            prompt_tokens=prompt_tokens,
+            forward_tokens=draft.forward_tokens,
+            seconds=draft.seconds,
+        )
+
+
+def _together(missing: Missing) -> list[Prompt]:
+    """Every prompt that is missing under some plan, once."""
+    return list(dict.fromkeys(prompt for prompts in missing.values() for prompt in prompts))

@@ -1,0 +1,79 @@
+"""Read labels: needs the store and the names under which they are kept there, but no language model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backbone.plan import LayerPlan, PlanMenu
+from oracle.decoding import Decoding
+from oracle.labels.store import Label, LabelStore
+from oracle.prompts import Prompt
+
+Key = tuple[str, str]
+"""(prompt hash, judge)."""
+
+
+def key_of(prompt: Prompt) -> Key:
+    return prompt.hash, prompt.judge
+
+
+def model_key(fingerprint: str, dtype: str, stand_ins: str) -> str:
+    """What answers: the model, its dtype, and the digest of the stand-ins that the plan runs with, if any."""
+    return f"{fingerprint} {dtype}" + (f" with {stand_ins}" if stand_ins else "")
+
+
+class LabelReader:
+    """The labels of one model and one decoding.
+
+    Args:
+        store: where they are kept.
+        decoding: how answers are generated, complete (see `Decoding.of`).
+        key_of_model: `model_key` of a plan.
+
+    Attributes:
+        decoding: as given.
+    """
+
+    def __init__(self, store: LabelStore, decoding: Decoding, key_of_model: Callable[[LayerPlan], str]) -> None:
+        self._store, self.decoding, self._key_of_model = store, decoding, key_of_model
+
+    def missing(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[Prompt]:
+        """The prompts that have no label under `plan` yet."""
+        found = self._store.keys(self._key_of_model(plan), str(plan), str(self.decoding))
+        return [prompt for prompt in prompts if key_of(prompt) not in found]
+
+    def scores(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[float]:
+        """The scores of prompts that were labelled under `plan`."""
+        labels = self.labels(plan)
+        return [labels[key_of(prompt)].score for prompt in prompts]
+
+    def read(self, prompts: Sequence[Prompt], menu: PlanMenu) -> list[list[Label]]:
+        """For each prompt its K labels, cheapest plan first."""
+        by_plan = [self.labels(plan) for plan in menu.plans]
+        return [[labels[key_of(prompt)] for labels in by_plan] for prompt in prompts]
+
+    def labels(self, plan: LayerPlan) -> dict[Key, Label]:
+        """All labels under `plan` that the store holds."""
+        return self._store.read(self._key_of_model(plan), str(plan), str(self.decoding))
+
+    def digest(self, prompts: Sequence[Prompt], menu: PlanMenu) -> str | None:
+        """SHA-256 of the labels of all these prompts under all plans; None while any is missing."""
+        content = hashlib.sha256()
+        for plan in menu.plans:
+            labels = self.labels(plan)
+            for prompt in sorted(prompts, key=key_of):
+                if (label := labels.get(key_of(prompt))) is None:
+                    return None
+                row = [str(plan), label.prompt, label.judge, label.answer, list(label.answer_ids), repr(label.score)]
+                content.update(json.dumps(row).encode())
+        return content.hexdigest()
+
+
+def score_matrix(labels: Sequence[Sequence[Label]]) -> NDArray[np.float64]:
+    """Scores [N, K] of N prompts under K plans; NaN where a judge failed."""
+    return np.array([[label.score for label in row] for row in labels], dtype=np.float64)

@@ -1,0 +1,43 @@
+"""What a loss that needs no reference means in the prompts' own scores: the test prompts once more, by their judges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oracle.frontier.frontier import equal_mean_budget, static_points
+from pipelines.workspace import Table, Workspace
+
+
+def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArray[np.intp]]) -> dict[str, Any] | None:
+    """Scores of every static plan and of some policies, where each prompt is judged as its file says.
+
+    Labels `evaluation.own_judges` test prompts in addition; None if that is 0. Prompts that their judge fails on are
+    left out.
+
+    Args:
+        chosen: plan of each test prompt [N], for each policy.
+    """
+    if not (count := workspace.config.evaluation.own_judges):
+        return None
+    own = {prompt.id: prompt for prompt in workspace.prompts_as_judged}
+    prompts = [own[prompt.id] for prompt in test.prompts[:count]]
+    scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels by own judges")
+    judged = np.flatnonzero(~np.isnan(scores).any(axis=1))
+    scores, full = scores[judged], max(float(scores[judged, -1].mean()), 1e-12)
+    return {
+        "prompts": len(judged),
+        "full": full,
+        "static": static_points(scores, test.budgets),
+        "equal_mean_budget": equal_mean_budget(scores, test.budgets),
+        "policies": {
+            name: {
+                "budget": float(test.budgets[choice[judged]].mean()),
+                "quality_ratio": float(scores[np.arange(len(judged)), choice[judged]].mean()) / full,
+            }
+            for name, choice in chosen.items()
+        },
+    }

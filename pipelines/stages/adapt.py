@@ -1,0 +1,227 @@
+"""Stage 2: stand-ins that make shortened plans better, fitted and trained on the full model's own answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbone.files import replacing, write_atomically
+from backbone.plan import LayerPlan
+from backbone.stand_ins.attaching import StandIns, attach, detach
+from backbone.stand_ins.distillation import History, distil
+from backbone.stand_ins.fit_bridges import Fits, bridges_of, bridging_rounds, fit_bridges
+from backbone.stand_ins.training_targets import Example
+from oracle.answered_prompts import answered_examples, reference_examples
+from oracle.frontier.frontier import static_points, upper_hull
+from oracle.labels.reader import score_matrix
+from oracle.prompts import Prompt
+from pipelines.config import AdaptMethod, Config
+from pipelines.progress import console, progress
+from pipelines.run_state import stage_key
+from pipelines.workspace import Workspace
+from runtime.paired_timing import FEWEST_ROUNDS, generation_under, median_seconds, prompt_inputs
+
+HELD = 5
+"""Every so many-th prompt is held out where methods are compared."""
+
+
+def run(config: Config) -> Path:
+    """Writes `stand_ins.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
+    workspace = Workspace.of(config)
+    model, _ = workspace.backbone
+    detach(model)
+    made = _Making(workspace)
+    wanted: list[AdaptMethod] = [config.adapt.method]
+    if config.adapt.method == "best":
+        wanted = ["none", "bridges", "adapter", "both"]
+    candidates = {method: made.stand_ins(method) for method in wanted}
+    curves = _compared(workspace, candidates) if len(candidates) > 1 else {}
+    chosen = max(curves, key=lambda method: curves[method]["area"]) if curves else wanted[0]
+    stand_ins = candidates[chosen]
+    with replacing(workspace.path("stand_ins.safetensors")) as unfinished:
+        stand_ins.save(unfinished)
+    plans = workspace.frozen_menu().plans
+    record = {
+        "method": chosen,
+        "digest": "" if stand_ins.is_empty else stand_ins.digest,
+        "added_budget": {str(plan): stand_ins.cost(model, plan) for plan in plans},
+        "compared": curves,
+        **made.record,
+    }
+    write_atomically(workspace.path("adapt.json"), json.dumps(record, indent=2) + "\n")
+    shutil.rmtree(workspace.path("adapt"), ignore_errors=True)
+    return workspace.path("stand_ins.safetensors")
+
+
+class _Making:
+    """Makes stand-ins by each method; what methods share is made once.
+
+    Attributes:
+        record: how they were made, for `adapt.json`.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._settings = workspace, workspace.config.adapt
+        self._plans = workspace.frozen_menu().plans[:-1]
+        self._examples: list[Example] = []
+        self._fits: Fits | None = None
+        self.record: dict[str, Any] = {}
+
+    def stand_ins(self, method: AdaptMethod) -> StandIns:
+        fingerprint = self._workspace.fingerprint
+        if method == "none":
+            return StandIns(fingerprint)
+        bridges = {} if method == "adapter" else bridges_of(self._fitted())
+        if method == "bridges":
+            return StandIns(fingerprint, bridges)
+        model, _ = self._workspace.backbone
+        examples = self._answered() + (self._references() if self._settings.references else [])
+        start = time.perf_counter()
+        with progress(f"training ({method})", 1) as advance:
+            stand_ins, history = distil(
+                model,
+                examples,
+                self._plans,
+                bridges,
+                self._workspace.frozen_menu().probe_depth,
+                self._settings.settings(),
+                self._workspace.path("adapt") / stage_key(self._workspace.config, "adapt") / method,
+                fingerprint,
+                _showing(advance),
+            )
+        if not history.ended.startswith("all"):
+            console.print(f"  training {history.ended}")
+        self.record[f"training_{method}"] = {**asdict(history), "seconds": time.perf_counter() - start}
+        return stand_ins
+
+    def _fitted(self) -> Fits:
+        if self._fits is None:
+            model, _ = self._workspace.backbone
+            sequences = [example.tokens[:-1] for example in self._answered()]
+            start, settings = time.perf_counter(), self._settings
+            rounds = bridging_rounds(self._plans, settings.in_order)
+            with progress("sequences for bridges", rounds * len(sequences)) as advance:
+                self._fits = fit_bridges(
+                    model,
+                    sequences,
+                    self._plans,
+                    form=settings.form,
+                    rank=settings.rank,
+                    in_order=settings.in_order,
+                    advance=advance,
+                )
+            self.record["bridges"] = _described(self._fits, time.perf_counter() - start)
+            forms = {fit["form"] for fit in self.record["bridges"]["fits"]}
+            if settings.form not in forms:
+                tokens = self.record["bridges"]["fits"][0]["tokens"]
+                console.print(f"  {tokens} tokens are too few for full bridges of this model: they have a low rank")
+        return self._fits
+
+    def _answered(self) -> list[Example]:
+        """Train prompts with the full model's answers, which are labels that the stage `label` finds done."""
+        if not self._examples:
+            model, tokenizer = self._workspace.backbone
+            prompts = self._prompts()
+            labeller = self._workspace.labeller_of(model, tokenizer)
+            full = LayerPlan.full(self._workspace.frozen_menu().n_layers)
+            with progress("answers of the full model", len(labeller.missing(prompts, full))) as advance:
+                self._examples = answered_examples(labeller, tokenizer, prompts, full, advance)
+        return self._examples
+
+    def _references(self) -> list[Example]:
+        _, tokenizer = self._workspace.backbone
+        return reference_examples(tokenizer, self._prompts(), self._workspace.decoding)
+
+    def _prompts(self) -> list[Prompt]:
+        prompts = _parts(self._workspace)[0]
+        return prompts[:: max(1, len(prompts) // self._settings.prompts)][: self._settings.prompts]
+
+
+def _parts(workspace: Workspace) -> tuple[list[Prompt], list[Prompt]]:
+    """The split `adapt` in prompts to fit on and prompts to compare methods on; none of the latter without a choice.
+
+    Neither teach controllers: what was fitted or picked on a prompt loses less there than elsewhere.
+    """
+    prompts = workspace.splits["adapt"]
+    if workspace.config.adapt.method != "best":
+        return prompts, []
+    return [prompt for i, prompt in enumerate(prompts) if i % HELD], prompts[::HELD]
+
+
+def _showing(advance: Callable[[int], None]) -> Callable[[History], None]:
+    def show(history: History) -> None:
+        held = history.held[-1]
+        console.print(
+            f"  step {history.steps[-1]}: KL on held prompts "
+            + ", ".join(f"{loss:.2f} ({plan})" for plan, loss in held.items())
+        )
+        advance(1 if history.ended else 0)
+
+    return show
+
+
+def _described(fits: Fits, seconds: float) -> dict[str, Any]:
+    rows = [
+        {
+            "plan": str(plan),
+            "first_layer": first,
+            "form": fit.form,
+            "rank": fit.bridge.rank,
+            "ridge": fit.ridge,
+            "error": fit.error,
+            "skipping_error": fit.skipping_error,
+            "tokens": fit.tokens,
+        }
+        for plan, of_plan in fits.items()
+        for first, fit in of_plan.items()
+    ]
+    return {"fits": rows, "seconds": seconds}
+
+
+def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> dict[AdaptMethod, dict[str, Any]]:
+    """For each method its static plans on held-out prompts: time a token, mean score, and the area under their hull.
+
+    The area is between the fastest plan of all methods and the full model's time, over milliseconds a token: mean
+    quality at a time that one is ready to spend.
+    """
+    model, tokenizer = workspace.backbone
+    menu, prompts = workspace.frozen_menu(), _parts(workspace)[1]
+    batch = prompt_inputs(model, tokenizer, [prompt.prompt for prompt in prompts[:4]])
+    n_tokens = workspace.config.evaluation.speed_tokens
+    scores, times = {}, {}
+    for method, stand_ins in candidates.items():
+        attach(model, stand_ins)
+        labeller = workspace.labeller_of(model, tokenizer)
+        with progress(f"answers with {method}", sum(len(labeller.missing(prompts, p)) for p in menu.plans)) as advance:
+            labeller.label(prompts, menu, advance)
+        scores[method] = score_matrix(labeller.read(prompts, menu))
+        work = {plan: generation_under(model, batch, plan, n_tokens) for plan in menu.plans}
+        seconds = median_seconds(work, FEWEST_ROUNDS, lambda: None)
+        times[method] = np.array([seconds[plan] * 1000 / n_tokens for plan in menu.plans])
+        detach(model)
+    return _areas(scores, times)
+
+
+def _areas(
+    scores: dict[AdaptMethod, np.ndarray], times: dict[AdaptMethod, np.ndarray]
+) -> dict[AdaptMethod, dict[str, Any]]:
+    fastest, slowest = min(t.min() for t in times.values()), min(t[-1] for t in times.values())
+    grid = np.linspace(fastest, slowest, 101)
+    found: dict[AdaptMethod, dict[str, Any]] = {}
+    for method, matrix in scores.items():
+        judged = matrix[~np.isnan(matrix).any(axis=1)]
+        hull = upper_hull(static_points(judged, times[method]))
+        spent, quality = (np.array(values) for values in zip(*hull, strict=True))
+        found[method] = {
+            "ms_per_token": times[method].tolist(),
+            "quality": judged.mean(axis=0).tolist(),
+            "area": float(np.interp(grid, spent, quality, left=0.0).mean()),
+        }
+    return found

@@ -1,0 +1,91 @@
+"""Stage 7: a certified price for each controller, and the allocator with the best one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from backbone.files import write_atomically
+from controller.base import choose
+from controller.certificate.calibration import certify
+from controller.certificate.certificate import Certificate
+from controller.certificate.drift import DriftAlarm, drift_scores
+from controller.learning import Learned
+from controller.report.report_card import losses_at
+from pipelines.config import Config
+from pipelines.progress import console
+from pipelines.stages.train import load_trained
+from pipelines.workspace import Table, Workspace
+from runtime.allocator import Allocator
+
+
+def run(config: Config) -> Path:
+    """Writes `calibration.json` with a certificate a controller, and saves the best controller as `allocator/`.
+
+    Which controller is best was decided on the other prompts, so the calibrate split has seen no choice but the price.
+    """
+    workspace = Workspace.of(config)
+    table = workspace.table("calibrate")
+    trained = load_trained(workspace)
+    certificates = {
+        name: certified(learned.predict(table.features), table, workspace) for name, learned in trained.items()
+    }
+    best = json.loads(workspace.path("tuning.json").read_text())["best"]
+    if certificates[best].price is None:
+        console.print(f"  [red]{certificates[best].sentence}[/]")
+    allocator = Allocator(
+        menu=workspace.menu(),
+        controller=trained[best].controller,
+        controller_name=best,
+        projection=trained[best].projection,
+        certificate=certificates[best],
+        decoding=workspace.decoding,
+        fingerprint=workspace.fingerprint,
+        model_source=config.model.source,
+        stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
+        drift=_drift_alarm(trained[best], certificates[best], table, config),
+    )
+    allocator.save_pretrained(workspace.path("allocator"))
+    data = {"best": best, "certificates": {name: _as_dict(found) for name, found in certificates.items()}}
+    write_atomically(workspace.path("calibration.json"), json.dumps(data, indent=2) + "\n")
+    return workspace.path("allocator")
+
+
+def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: float | None = None) -> Certificate:
+    """Learn-then-Test on a table, for a controller that predicted `predicted` [N, K] there.
+
+    Args:
+        alpha: another bound than the configuration's.
+    """
+    config = workspace.config
+    calibration = config.calibration
+    return certify(
+        lambda price: losses_at(predicted, table.kept, table.budgets, price),
+        alpha=calibration.alpha if alpha is None else alpha,
+        delta=calibration.delta,
+        risk=calibration.risk,
+        tasks=table.tasks.tolist(),
+        per_task=calibration.per_task,
+        tolerance=config.label.tolerance,
+        prompts_hash=hashlib.sha256("".join(prompt.hash for prompt in table.prompts).encode()).hexdigest()[:16],
+        decoding=str(workspace.decoding),
+    )
+
+
+def price_of(price: float | None) -> float:
+    """The price to decide at; without a certificate one that accepts no loss at all."""
+    return float("inf") if price is None else price
+
+
+def _drift_alarm(learned: Learned, certificate: Certificate, table: Table, config: Config) -> DriftAlarm:
+    projected = learned.projection(table.features)
+    chosen = choose(learned.controller.predict(projected), table.budgets, price_of(certificate.price))
+    return DriftAlarm(drift_scores(projected, table.budgets[chosen]), config.calibration.false_alarms)
+
+
+def _as_dict(certificate: Certificate) -> dict[str, object]:
+    return {**asdict(certificate), "sentence": certificate.sentence}

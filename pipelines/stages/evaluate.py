@@ -1,0 +1,162 @@
+"""Stage 8: all policies on the test split, on one driver, and what they cost on this machine's clock."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backbone.files import write_atomically
+from controller.base import choose
+from controller.certificate.calibration import cheapest_valid_plan
+from controller.models.constant import MixtureController, OracleController
+from controller.report.frontier_card import frontier_card
+from controller.report.report_card import ReportCard, regret, report_card
+from oracle.frontier.frontier import static_points, upper_hull
+from pipelines.config import Config
+from pipelines.controls import comparison
+from pipelines.judged_anew import by_own_judges
+from pipelines.stages.calibrate import price_of
+from pipelines.stages.train import load_trained
+from pipelines.stand_in_gain import before_and_after
+from pipelines.wall_clock import decision_ms, feature_ms, speeds
+from pipelines.workspace import Table, Workspace
+from runtime.allocator import Allocator
+from runtime.paired_timing import machine
+
+RANDOM_DRAWS = 64
+"""Draws over which policies that draw plans at random are averaged."""
+FEATURE_ROUNDS = 5
+"""Times that each set of features is timed."""
+
+Choices = NDArray[np.intp]
+
+
+def run(config: Config) -> Path:
+    """Writes `metrics.json`, and `choices.json` with every policy's choice for every test prompt."""
+    workspace = Workspace.of(config)
+    test, calibrate = workspace.table("test"), workspace.table("calibrate")
+    allocator = Allocator.from_pretrained(workspace.path("allocator"))
+    calibration = json.loads(workspace.path("calibration.json").read_text())
+    trained = load_trained(workspace)
+    predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
+    prices = {name: price_of(found["price"]) for name, found in calibration["certificates"].items()}
+    chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
+    best, bounds = calibration["best"], config.evaluation.alphas
+    speed = speeds(workspace, allocator, test, chosen[best])
+    chosen |= _yardsticks(config, test, calibrate, chosen[best])
+    cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
+    metrics: dict[str, Any] = {
+        name: {**asdict(card), "tokens_per_s": _tokens_per_s(card, speed, config)} for name, card in cards.items()
+    }
+    for name, kept in predicted.items():
+        metrics[name]["regret"] = regret(kept, test.kept, test.budgets, bounds)
+        metrics[name]["decision_ms"] = decision_ms(trained[name], test.features)
+    metrics |= {
+        "best": best,
+        "captured_headroom": cards[best].captured_headroom,
+        "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
+        "comparison": comparison(workspace, best, calibrate, test),
+        "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
+        "stand_ins": before_and_after(workspace, test),
+        "certificate": calibration["certificates"][best],
+        "prompts": {
+            **{split: len(prompts) for split, prompts in workspace.labelled_splits.items()},
+            "adapt": len(workspace.splits["adapt"]),
+        },
+        "labelling": _labelling(workspace),
+        "overhead_ms": speed["overhead_ms"],
+        "feature_ms": feature_ms(workspace, test.prompts[0].prompt, FEATURE_ROUNDS),
+        "speed": speed,
+        "model": {"source": config.model.source, "fingerprint": workspace.fingerprint},
+        "machine": machine(),
+    }
+    write_atomically(workspace.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
+    choices = {name: choice[: len(test.prompts)].tolist() for name, choice in chosen.items()}
+    data = {"ids": [prompt.id for prompt in test.prompts], "chosen": choices}
+    write_atomically(workspace.path("choices.json"), json.dumps(data) + "\n")
+    return workspace.path("metrics.json")
+
+
+def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) -> dict[str, Choices]:
+    """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
+    n_plans = len(test.budgets)
+    rows = np.arange(len(test.prompts), dtype=np.float32)[:, None]
+    oracle = OracleController()
+    oracle.fit(rows, test.sufficient.astype(np.float32), test.budgets.astype(np.float32))
+    shares = (np.bincount(best, minlength=n_plans) / len(best)).tolist()
+    mixture = _mixture_at(float(test.budgets[best].mean()), calibrate)
+    return {
+        "full": choose(MixtureController.static(n_plans, n_plans - 1).predict(rows), test.budgets, 1.0),
+        "best_static": np.full(len(rows), _best_static(config, calibrate)),
+        "static_mixture": _draws(mixture, rows, test.budgets),
+        "random": _draws(shares, rows, test.budgets),
+        "oracle": choose(oracle.predict(rows), test.budgets, float("inf")),
+    }
+
+
+def _draws(weights: list[float], rows: NDArray[np.float32], budgets: NDArray[np.float64]) -> Choices:
+    """[RANDOM_DRAWS * N] plans drawn with these weights."""
+    draws = [MixtureController(weights, seed).predict(rows) for seed in range(RANDOM_DRAWS)]
+    return choose(np.concatenate(draws), budgets, 1.0)
+
+
+def _best_static(config: Config, calibrate: Table) -> int:
+    """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is."""
+    settings = config.calibration
+    groups = calibrate.tasks if settings.per_task else None
+    return cheapest_valid_plan(1.0 - calibrate.kept, settings.alpha, settings.delta, settings.risk, groups)
+
+
+def _mixture_at(budget: float, table: Table) -> list[float]:
+    """Weights [K] of the two neighbours on the hull of static plans whose mixture has a mean budget."""
+    hull = upper_hull(static_points(table.scores, table.budgets))
+    known = [int(np.flatnonzero(table.budgets == x)[0]) for x, _ in hull]
+    weights = np.zeros(len(table.budgets))
+    upper = min(int(np.searchsorted(table.budgets[known], budget)), len(known) - 1)
+    lower = max(upper - 1, 0)
+    low, high = table.budgets[known[lower]], table.budgets[known[upper]]
+    share = 1.0 if high == low else float(np.clip((budget - low) / (high - low), 0, 1))
+    weights[known[lower]] += 1 - share
+    weights[known[upper]] += share
+    return weights.tolist()
+
+
+def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
+    repeats = len(chosen) // len(test.prompts)
+    layers = [plan.layers for plan in workspace.menu().plans]
+    scores, kept = np.tile(test.scores, (repeats, 1)), np.tile(test.kept, (repeats, 1))
+    return report_card(chosen, scores, kept, test.budgets, layers)
+
+
+def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> float:
+    """New tokens a second if every prompt ran in a full batch of its plan, from the times measured in this run."""
+    seconds = float(np.dot(card.plan_shares, speed["plan_seconds"])) / speed["prompts"]
+    return float(config.evaluation.speed_tokens / seconds)
+
+
+def _labelling(workspace: Workspace) -> dict[str, float]:
+    """What the labels cost, beside generating every answer under every plan.
+
+    Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison
+    as far as they are known, so that the true ratio is a little lower.
+    """
+    menu = workspace.menu()
+    shares = [plan.layers / plan.n_layers for plan in menu.plans]
+    labels = workspace.labels.read(workspace.labelled, menu)
+    spent = sum(label.forward_tokens for row in labels for label in row)
+    exhaustive = sum(
+        (label.prompt_tokens + len(label.answer_ids)) * share
+        for row in labels
+        for label, share in zip(row, shares, strict=True)
+    )
+    seconds = sum(label.seconds for row in labels for label in row)
+    return {
+        "forward_tokens": round(spent, 1),
+        "seconds": round(seconds, 1),
+        "ratio_to_exhaustive": round(spent / exhaustive, 3),
+    }

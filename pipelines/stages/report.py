@@ -1,0 +1,189 @@
+"""Stage 8: one self-contained HTML page, and the run in MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
+
+from backbone.files import write_atomically
+from controller.certificate.p_values import fewest_prompts
+from controller.report.report_card import price_curve
+from oracle.frontier.frontier import least_sufficient, oracle_hull, static_points, upper_hull
+from oracle.labels.store import Label
+from pipelines import figures
+from pipelines.config import Config
+from pipelines.progress import waiting
+from pipelines.run_state import RunState
+from pipelines.stages.train import load_trained
+from pipelines.tracking import log_run
+from pipelines.workspace import Table, Workspace
+
+YARDSTICKS = ("full", "best_static", "static_mixture", "random", "oracle")
+
+
+def run(config: Config) -> Path:
+    """Writes `report.html`, then logs the run to `tracking.uri`."""
+    workspace = Workspace.of(config)
+    table = workspace.table("test")
+    metrics = json.loads(workspace.path("metrics.json").read_text())
+    choices = json.loads(workspace.path("choices.json").read_text())["chosen"]
+    chosen = np.array(choices[metrics["best"]])
+    tasks = _task_rows(workspace, table, chosen)
+    tuning = json.loads(workspace.path("tuning.json").read_text())
+    policies = [*YARDSTICKS, *tuning["controllers"]]
+    drawn = _figures(workspace, table, metrics, chosen, tasks, policies)
+    drawn["importance"] = figures.importance({name: f["importance"] for name, f in tuning["controllers"].items()})
+    environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
+    environment.filters["zip"] = zip
+    page = environment.get_template("report.html.j2").render(
+        config=config,
+        metrics=metrics,
+        figures=drawn,
+        names=figures.NAMES,
+        colours=figures.COLOURS,
+        policies=policies,
+        plans=_plan_rows(workspace, table, metrics),
+        examples=_examples(workspace, table, chosen),
+        tighter=_tighter(metrics["certificate"]),
+        tasks=tasks,
+        tuning=tuning,
+        compared=_compared(metrics["comparison"]),
+        seconds=RunState(config).seconds(),
+        n_layers=workspace.menu().n_layers,
+        today=date.today().isoformat(),
+    )
+    write_atomically(workspace.path("report.html"), page)
+    with waiting(f"logging to {config.tracking.uri}"):
+        log_run(config, metrics, drawn, config.folder)
+    return workspace.path("report.html")
+
+
+def _figures(
+    workspace: Workspace,
+    table: Table,
+    metrics: dict[str, Any],
+    chosen: NDArray[np.intp],
+    tasks: list[dict[str, Any]],
+    policies: Sequence[str],
+) -> dict[str, str]:
+    predictions = {name: learned.predict(table.features) for name, learned in load_trained(workspace).items()}
+    curves = {name: price_curve(kept, table.scores, table.budgets) for name, kept in predictions.items()}
+    statics = static_points(table.scores, table.budgets)
+    cards = {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in policies}
+    menu = workspace.menu()
+    used: dict[str, list[float]] = defaultdict(list)
+    for prompt, index in zip(table.prompts, chosen, strict=True):
+        used[prompt.task].append(menu.plans[index].layers)
+    with matplotlib.rc_context(figures.STYLE):
+        return {
+            "quality": figures.quality_against_budget(
+                statics,
+                upper_hull(statics),
+                oracle_hull(table.scores, table.budgets),
+                curves,
+                cards,
+                metrics["stand_ins"].get("before"),
+            ),
+            "tasks": figures.layers_by_task(
+                {row["task"]: (row["needed"], row["layers"]) for row in tasks}, menu.n_layers
+            ),
+            "prompts": figures.layers_of_prompts(used, menu.n_layers),
+            "reliability": figures.reliability({name: (p, table.kept) for name, p in predictions.items()}),
+        }
+
+
+def _compared(comparison: dict[str, Any]) -> dict[str, dict[float, dict[str, Any]]]:
+    """Policy -> mean loss asked for -> what it captures there."""
+    found: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
+    for row in [*comparison["at_losses"], *comparison["unseen_tasks"], *comparison.get("template", [])]:
+        found[row["policy"]][row["alpha"]] = row
+    return dict(found)
+
+
+def _plan_rows(workspace: Workspace, table: Table, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each plan of the menu: what runs, what it costs, how good it is alone, how often it was chosen."""
+    menu, speed = workspace.menu(), metrics["speed"]
+    return [
+        {
+            "text": str(plan),
+            "layers": plan.layers,
+            "budget": budget,
+            "cells": [
+                ("a" if i in plan.attention else "") + ("m" if i in plan.mlp else "") for i in range(plan.n_layers)
+            ],
+            "quality": float(table.scores[:, index].mean()),
+            "sufficient": float(table.sufficient[:, index].mean()),
+            "speedup": speed["plan_intervals"][index],
+            "chosen": metrics[metrics["best"]]["plan_shares"][index],
+        }
+        for index, (plan, budget) in enumerate(zip(menu.plans, menu.budgets, strict=True))
+    ]
+
+
+def _task_rows(workspace: Workspace, table: Table, chosen: NDArray[np.intp]) -> list[dict[str, Any]]:
+    """Each kind of prompt: how many, scores of the full model and of the allocator, layers."""
+    layers = np.array([plan.layers for plan in workspace.menu().plans])
+    rows = []
+    for task in sorted({prompt.task for prompt in table.prompts}):
+        of_task = np.array([i for i, prompt in enumerate(table.prompts) if prompt.task == task])
+        rows.append(
+            {
+                "task": task,
+                "n": len(of_task),
+                "full": float(table.scores[of_task, -1].mean()),
+                "allocator": float(table.scores[of_task, chosen[of_task]].mean()),
+                "layers": float(layers[chosen[of_task]].mean()),
+                "needed": float(layers[least_sufficient(table.sufficient)[of_task]].mean()),
+            }
+        )
+    return sorted(rows, key=lambda row: row["layers"])
+
+
+def _examples(workspace: Workspace, table: Table, chosen: NDArray[np.intp], per_task: int = 2) -> list[dict[str, Any]]:
+    """Some test prompts of every task, first those whose answer changed, with both answers."""
+    menu = workspace.menu()
+    labels = workspace.labels.read(table.prompts, menu)
+    shown: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    rows = [(prompt, row, index) for prompt, row, index in zip(table.prompts, labels, chosen, strict=True)]
+    for prompt, row, index in sorted(rows, key=lambda item: item[1][item[2]].answer == item[1][-1].answer):
+        if len(shown[prompt.task]) < per_task:
+            shown[prompt.task].append(
+                _example(prompt.task, prompt.prompt, prompt.reference, menu.plans[index].layers, row[index], row[-1])
+            )
+    return [example for task in sorted(shown) for example in shown[task]]
+
+
+def _example(task: str, prompt: str, reference: str, layers: float, label: Label, full: Label) -> dict[str, Any]:
+    return {
+        "task": task,
+        "prompt": prompt,
+        "reference": reference,
+        "layers": layers,
+        "plan": label.plan,
+        "answer": label.answer,
+        "score": label.score,
+        "full_answer": full.answer,
+        "full_score": full.score,
+    }
+
+
+def _tighter(certificate: dict[str, Any]) -> list[dict[str, Any]]:
+    """How many calibration prompts tighter bounds take: at least, and if the loss seen were half the bound."""
+    delta, risk = certificate["delta"], certificate["risk"]
+    return [
+        {
+            "alpha": alpha,
+            "least": fewest_prompts(alpha, delta, risk),
+            "half": fewest_prompts(alpha, delta, risk, alpha / 2),
+        }
+        for alpha in (certificate["alpha"] / part for part in (2, 5, 10))
+    ]

@@ -1,0 +1,205 @@
+"""An allocator as files in a folder: what they are, and that they belong together."""
+
+from __future__ import annotations
+
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from backbone.errors import InputError
+from backbone.plan import PlanMenu
+from backbone.stand_ins.attaching import StandIns
+from controller.base import CONTROLLERS, controller_class
+from controller.certificate.certificate import Certificate
+from controller.certificate.drift import DriftAlarm
+from controller.projection import Projection
+from oracle.decoding import Decoding
+from runtime.allocator import Allocator
+from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, file_hash, read_bundle, save_bundle
+
+FORMAT_VERSION = 3
+STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
+MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
+ENTRIES: dict[str, type] = {
+    "layerbudget_version": str,
+    "created": str,
+    "model": dict,
+    "controller": str,
+    "decoding": dict,
+    "files": dict,
+}
+
+
+class ArtefactError(BundleError):
+    """A folder that holds no allocator, or a damaged one."""
+
+
+def save_allocator(allocator: Allocator, folder: Path) -> None:
+    """See `Allocator.save_pretrained`."""
+
+    def write(scratch: Path) -> Manifest:
+        write_files(allocator, scratch)
+        return {
+            "format_version": FORMAT_VERSION,
+            "layerbudget_version": version("layerbudget"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": {"fingerprint": allocator.fingerprint, "source": allocator.model_source},
+            "controller": allocator.controller_name,
+            "decoding": allocator.decoding.to_dict(),
+        }
+
+    save_bundle(folder, write)
+
+
+def load_allocator(source: str | Path, revision: str | None) -> Allocator:
+    """See `Allocator.from_pretrained`."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _downloaded(str(source), revision)
+    try:
+        return read_bundle(folder, lambda place, manifest: _loaded(folder, place, manifest))
+    except ArtefactError:
+        raise
+    except InputError as error:
+        raise ArtefactError(str(error)) from None
+
+
+def content_digest(allocator: Allocator) -> str:
+    """A name for all that decides how an allocator answers, equal for equal content, wherever it came from."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_files(allocator, Path(scratch))
+        hashes = [f"{path.name} {file_hash(path)}" for path in sorted(Path(scratch).iterdir())]
+    return digest_of({"files": hashes, "decoding": allocator.decoding.to_dict(), "model": allocator.fingerprint})
+
+
+def upload_allocator(allocator: Allocator, repo_id: str, private: bool | None, token: str | None) -> str:
+    """See `Allocator.push_to_hub`."""
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_allocator(allocator, Path(scratch) / "allocator")
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=Path(scratch) / "allocator", commit_message="Upload allocator"
+        )
+    return str(url)
+
+
+def write_files(allocator: Allocator, folder: Path) -> None:
+    """All files but the manifest."""
+    allocator.menu.save(folder / MENU)
+    allocator.projection.save(folder / PROJECTION)
+    allocator.certificate.save(folder / CERTIFICATE)
+    allocator.controller.save(folder)
+    if allocator.stand_ins is not None:
+        allocator.stand_ins.save(folder / STAND_INS)
+    if allocator.drift is not None:
+        allocator.drift.save(folder / DRIFT)
+    (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
+
+
+def _loaded(folder: Path, place: Path, manifest: Manifest) -> Allocator:
+    """The allocator whose files lie in `place`, under the name `folder`."""
+    _check_entries(folder, manifest)
+    name, files = manifest["controller"], manifest["files"]
+    try:
+        allocator = Allocator(
+            menu=PlanMenu.load(place / MENU),
+            controller=controller_class(name).load(place),
+            controller_name=name,
+            projection=Projection.load(place / PROJECTION),
+            certificate=Certificate.load(place / CERTIFICATE),
+            decoding=Decoding.from_dict(manifest["decoding"]),
+            fingerprint=manifest["model"]["fingerprint"],
+            model_source=manifest["model"]["source"],
+            stand_ins=StandIns.load(place / STAND_INS) if STAND_INS in files else None,
+            drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
+        )
+        _check_together(allocator)
+    except Exception as error:  # files that fit their SHA-256 were made by somebody else, and may hold anything
+        raise ArtefactError(f"{folder} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return allocator
+
+
+def _check_entries(folder: Path, manifest: Manifest) -> None:
+    if (found := manifest.get("format_version")) != FORMAT_VERSION:
+        raise ArtefactError(
+            f"{folder} has allocator format {found!r}, this version reads {FORMAT_VERSION}; make it again with "
+            "`layerbudget calibrate`"
+        )
+    for name, kind in ENTRIES.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ArtefactError(f"{folder} is damaged: {name} in manifest.json should be a {kind.__name__}")
+    for name in ("fingerprint", "source"):
+        if not isinstance(manifest["model"].get(name), str):
+            raise ArtefactError(f"{folder} is damaged: the model's {name} in manifest.json should be a str")
+    if (controller := manifest["controller"]) not in CONTROLLERS:
+        raise ArtefactError(f"{folder} needs the controller {controller!r:.80}; known are {', '.join(CONTROLLERS)}")
+    needed = {MENU, PROJECTION, CERTIFICATE, CARD, *controller_class(controller).FILES}
+    if missing := needed - manifest["files"].keys():
+        raise ArtefactError(f"{folder} is damaged: manifest.json does not list {min(missing)}")
+
+
+def _check_together(allocator: Allocator) -> None:
+    """Raises ArtefactError unless projection, controller, menu and stand-ins are of one make."""
+    projection, plans = allocator.projection, len(allocator.menu)
+    n_features = projection.n_features
+    predicted = allocator.controller.predict(np.zeros((1, n_features), dtype=np.float32))
+    if predicted.shape != (1, plans) or not np.isfinite(predicted).all():
+        raise ArtefactError(
+            f"the controller makes {predicted.shape} of {n_features} features, not a number for each of {plans} plans"
+        )
+    if allocator.stand_ins is not None:
+        if allocator.stand_ins.fingerprint != allocator.fingerprint:
+            raise ArtefactError(f"its stand-ins are of another model, {allocator.stand_ins.fingerprint}")
+        for plan in allocator.stand_ins.bridges:
+            if plan.n_layers != allocator.menu.n_layers:
+                raise ArtefactError(
+                    f"its stand-ins are for {plan.n_layers} layers, its menu for {allocator.menu.n_layers}"
+                )
+    if allocator.drift is not None and allocator.drift.reference_scores.shape[1] != 2:
+        raise ArtefactError("its drift reference should have 2 channels")
+
+
+def _downloaded(repo_id: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtefactError(
+            f"no allocator {repo_id!r}: it is neither a folder nor a hub repository ({reason})"
+        ) from None
+
+
+def _model_card(allocator: Allocator) -> str:
+    plans = "\n".join(
+        f"| {budget:.1%} | {plan.layers:g} | `{plan}` |"
+        for plan, budget in zip(allocator.menu.plans, allocator.menu.budgets, strict=True)
+    )
+    return f"""---
+library_name: layerbudget
+tags: [layerbudget, dynamic-depth]
+---
+# Layer allocator for {allocator.model_source}
+
+Chooses for each prompt which layers of the model run. Controller: {allocator.controller_name}.
+
+{allocator.certificate.sentence}
+
+```python
+from layerbudget import Allocator, load_backbone
+
+model, tokenizer = load_backbone({allocator.model_source!r})
+allocator = Allocator.from_pretrained("this folder or repository")
+inputs = tokenizer(["..."], return_tensors="pt")
+output = allocator.generate(model, **inputs, max_new_tokens=32)
+```
+
+| budget | layers | plan |
+| --- | --- | --- |
+{plans}
+"""
