@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from backbone.errors import InputError
 from backbone.plan import SublayerBytes
@@ -133,8 +133,9 @@ def _only_layer_list(model: PreTrainedModel) -> tuple[str, str]:
     if len(paths) != 1:
         raise _unknown(model, f"it has {len(paths)} lists of {n_layers} modules where one list of layers is needed")
     decoder, _, layers = paths[0].rpartition(".")
-    if "cache" not in inspect.signature(model.get_submodule(decoder).forward).parameters:
-        raise _unknown(model, f"its {decoder} takes no cache, so it keeps no key-value cache")
+    takes_cache = "cache" in inspect.signature(model.get_submodule(decoder).forward).parameters
+    if not takes_cache or all(DynamicCache(config=model.config).is_linear):
+        raise _unknown(model, f"its {decoder} keeps no key-value cache")
     return decoder, layers
 
 

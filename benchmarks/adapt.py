@@ -45,7 +45,8 @@ from oracle.frontier.frontier import (
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import LabelStore
-from oracle.menus import MENUS, MenuTask, build_menu
+from oracle.menus import MENUS, build_menu
+from oracle.menus.base import MenuTask
 from oracle.prompts import Prompt, load_prompts
 
 RESULTS = Path(__file__).parent / "results"

@@ -38,7 +38,8 @@ from oracle.frontier.frontier import least_sufficient, sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import Label, LabelStore
-from oracle.menus import MENUS, MenuTask, build_menu
+from oracle.menus import MENUS, build_menu
+from oracle.menus.base import MenuTask
 from oracle.prompts import Prompt
 from oracle.search.base import SearchSpace
 from oracle.search.bisection import BisectionSearch

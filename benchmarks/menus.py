@@ -41,7 +41,8 @@ from oracle.labels.follow_full_answer import follow
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import LabelStore
-from oracle.menus import MENUS, MenuTask
+from oracle.menus import MENUS
+from oracle.menus.base import MenuTask
 from oracle.menus.comparing import compare, quality_at
 from oracle.prompts import Prompt
 

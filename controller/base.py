@@ -1,14 +1,13 @@
 """What a controller is, and the one place where its predictions become a choice of plans.
 
-To add one: a file here with a class that keeps this contract, its line in `CONTROLLERS`, and a test class that inherits
-`controller.testing.ControllerConformance`.
+To add one: a class that keeps this contract, one line that registers it (in `CONTROLLERS`, or in the entry points of a
+package of one's own), and a test class that inherits `controller.testing.ControllerConformance`.
 
 Shapes: `N` prompts, `F` features, `K` plans, cheapest first, the last full.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -18,18 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backbone.errors import InputError
+from backbone.registry import Registry
 
 Floats = NDArray[np.float32]
-
-CONTROLLERS: dict[str, str] = {
-    "lightgbm": "controller.models.gbdt:LightGBMController",
-    "mlp": "controller.models.mlp:MLPController",
-    "logistic": "controller.models.logistic:LogisticController",
-    "ensemble": "controller.models.ensemble:EnsembleController",
-    "mixture": "controller.models.constant:MixtureController",
-    "oracle": "controller.models.constant:OracleController",
-}
-"""Name -> module:class; the name is written in a saved allocator."""
 
 
 class LearningError(InputError):
@@ -139,8 +129,15 @@ def choose(kept: Floats, budgets: NDArray[Any], price: float) -> NDArray[np.intp
     return np.asarray(cost.argmin(axis=1))
 
 
-def controller_class(name: str) -> type[Controller]:
-    """The class registered under a name."""
-    module, _, attribute = CONTROLLERS[name].partition(":")
-    found: type[Controller] = getattr(importlib.import_module(module), attribute)
-    return found
+CONTROLLERS: Registry[type[Controller]] = Registry(
+    "controllers",
+    {
+        "lightgbm": "controller.models.gbdt:LightGBMController",
+        "mlp": "controller.models.mlp:MLPController",
+        "logistic": "controller.models.logistic:LogisticController",
+        "ensemble": "controller.models.ensemble:EnsembleController",
+        "mixture": "controller.models.constant:MixtureController",
+        "oracle": "controller.models.constant:OracleController",
+    },
+)
+"""Name -> class; the name is written in a saved allocator."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import Controller, Floats, controller_class
+from controller.base import CONTROLLERS, Controller, Floats
 from controller.features import Features, rows_of
 from controller.projection import Projection
 
@@ -63,7 +63,7 @@ def learn(
     """Fit on N prompts with what each plan keeps of them [N, K]; `projection`, if it was fitted on them before."""
     if projection is None:
         projection = Projection.fit(features, settings.sets, settings.components)
-    controller = controller_class(settings.name)(**settings.parameters)
+    controller = CONTROLLERS[settings.name](**settings.parameters)
     controller.fit(projection(features), kept.astype(np.float32), budgets.astype(np.float32))
     return Learned(projection, controller)
 

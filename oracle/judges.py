@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from backbone.errors import InputError
+from backbone.registry import Registry, RegistryError
 
 Judge = Callable[[str, str, str], float]
 """(answer, reference, the full model's answer) -> score in [0, 1]."""
@@ -46,14 +47,9 @@ def agreement(answer: str, reference: str, full_answer: str) -> float:
     return float(answer == full_answer)
 
 
-JUDGES: dict[str, Judge] = {
-    "rouge_l": rouge_l,
-    "exact": exact,
-    "number": number,
-    "contains": contains,
-    "agreement": agreement,
-}
-
+JUDGES: Registry[Judge] = Registry(
+    "judges", {name: f"{__name__}:{name}" for name in ("rouge_l", "exact", "number", "contains", "agreement")}
+)
 
 KL = "kl"
 """The one judge that reads no answer but compares distributions (`oracle.labels.divergence`). It needs no reference."""
@@ -81,15 +77,15 @@ def score(judge: str, answer: str, reference: str, full_answer: str) -> float:
 
 @lru_cache
 def _judge(name: str) -> Judge:
-    if name in JUDGES:
-        return JUDGES[name]
     module, colon, function = name.partition(":")
-    if not colon:
+    if not colon and name not in JUDGES:
         nearest = get_close_matches(name, [*JUDGES, KL], n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise JudgeError(f"unknown judge {name!r}{hint} Known: {', '.join([*JUDGES, KL])}, or module:function")
     try:
-        found: Judge = getattr(importlib.import_module(module), function)
+        found: Judge = getattr(importlib.import_module(module), function) if colon else JUDGES[name]
+    except RegistryError as error:
+        raise JudgeError(str(error)) from None
     except (Exception, SystemExit) as error:  # the user's own code, which may do anything
         raise JudgeError(f"cannot import the judge {name!r}: {type(error).__name__}: {error}") from None
     if not callable(found):

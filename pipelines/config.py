@@ -8,30 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
 from backbone.stand_ins.distillation import DistillSettings
 from backbone.stand_ins.ridge_regression import Form
 from backbone.stand_ins.trained_parts import Where
+from controller.base import CONTROLLERS
 from controller.features import check_sets
 from oracle.decoding import Decoding, checked_options
+from oracle.menus import MENUS
 from oracle.prompts import FIELDS, SPLITS, Split
 from pipelines import yaml_text
 
-MenuMethod = Literal[
-    "given",
-    "evenly",
-    "exiting",
-    "middle_block",
-    "random_routes",
-    "block_influence",
-    "greedy_layers",
-    "greedy_sublayers",
-    "beam_layers",
-    "bridged_layers",
-]
-LearnedController = Literal["lightgbm", "mlp", "logistic", "ensemble"]
 Risk = Literal["insufficient", "score_lost"]
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
@@ -108,7 +97,7 @@ class DecodingSection(Section):
 
 
 class MenuSection(Section):
-    method: MenuMethod = "greedy_layers"
+    method: Annotated[Text, AfterValidator(MENUS.checked)] = "greedy_layers"
     probe_depth: int = Field(4, ge=1)
     given: list[str] = []
     """Plans in their text form, such as 0-12,16, for the method `given`; the full plan is added."""
@@ -196,7 +185,7 @@ class GivenSettings(Section):
 
 
 class TuningSection(Section):
-    controllers: list[LearnedController] = Field(["lightgbm", "mlp"], min_length=1)
+    controllers: list[Annotated[Text, AfterValidator(CONTROLLERS.checked)]] = Field(["lightgbm", "mlp"], min_length=1)
     trials: int = Field(20, ge=1)
     """Finished trials of each controller, for the least regret; the first one tries the defaults, and those that fall
     behind after some folds are given up."""

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from backbone.errors import InputError
-from controller.base import controller_class
+from controller.base import CONTROLLERS
 from controller.features import Features
 from controller.learning import CrossFit, Settings
 from controller.report.report_card import regret
@@ -87,13 +87,13 @@ def settings_of(name: str, trial: Any, tuning: TuningSection) -> Settings:
     sets = ["+".join(names) for names in tuning.feature_sets]
     chosen = asked.suggest_categorical("features", sets)
     components = asked.suggest_categorical("components", tuning.components)
-    return Settings(name, tuple(chosen.split("+")), components, controller_class(name).suggest(asked))
+    return Settings(name, tuple(chosen.split("+")), components, CONTROLLERS[name].suggest(asked))
 
 
 def _defaults(name: str, tuning: TuningSection) -> dict[str, Any]:
     """What the first trial tries."""
     middle = tuning.components[len(tuning.components) // 2]
-    return {"features": "+".join(tuning.feature_sets[0]), "components": middle, **controller_class(name).defaults()}
+    return {"features": "+".join(tuning.feature_sets[0]), "components": middle, **CONTROLLERS[name].defaults()}
 
 
 def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.Study:

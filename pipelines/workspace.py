@@ -24,7 +24,7 @@ from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
-from oracle.menus import LOOK_AT_PROMPTS
+from oracle.menus import LOOK_AT_NO_PROMPTS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from pipelines.config import Config, ConfigError, Risk
 from pipelines.model_record import ModelFacts
@@ -135,7 +135,7 @@ class Workspace:
 
     @property
     def _makes_from_prompts(self) -> bool:
-        return self.config.adapt.method != "none" or self.config.menu.method in LOOK_AT_PROMPTS
+        return self.config.adapt.method != "none" or self.config.menu.method not in LOOK_AT_NO_PROMPTS
 
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:

@@ -1,5 +1,6 @@
 """What a stranger installs: the right packages, nobody else's names, and commands in the README that exist."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,8 +8,11 @@ import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny import tiny_model, tiny_tokenizer
+from tiny_allocator import make_allocator
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"backbone", "controller", "layerbudget", "oracle", "pipelines", "runtime"}
@@ -42,31 +46,61 @@ def test_public_names_resolve() -> None:
         _ = layerbudget.Alocator
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path) -> None:
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    source = tmp_path / "source"
-    for name in tracked:
-        if name.split("/")[0] in PACKAGES or name in ("pyproject.toml", "README.md", "LICENSE"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path / "dist"),
-        str(source),
-    ]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").iterdir()
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    wanted = {name for name in tracked if name.split("/")[0] in PACKAGES}
-    assert set(names) == wanted
+def tracked() -> list[str]:
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, unpacked into a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in tracked():
+        if name.split("/")[0] in PACKAGES or name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    build = ["build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "source")]
+    subprocess.run([sys.executable, "-m", *build], check=True, capture_output=True)
+    (built,) = (folder / "dist").iterdir()
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_holds_the_packages_under_layerbudget_and_nothing_else(wheel) -> None:
+    ours = {name for name in tracked() if name.split("/")[0] in PACKAGES}
+    wanted = {name if name.startswith("layerbudget/") else f"layerbudget/{name}" for name in ours}
+    found = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
+    assert {name for name in found if ".dist-info/" not in name} == wanted
+    (top,) = wheel.glob("*.dist-info/top_level.txt")
+    assert top.read_text().split() == ["layerbudget"]
+
+
+def test_the_wheel_generates_beside_packages_of_the_same_names(wheel, tmp_path) -> None:
+    """In a folder with own `controller/`, `runtime/` and so on, which the script imports as well."""
+    for name in sorted(PACKAGES - {"layerbudget"}):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("MINE = True\n")
+    make_allocator(tiny_model("llama")).save_pretrained(tmp_path / "allocator")
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(
+        "import backbone, controller, oracle, pipelines, runtime\n"
+        "from layerbudget import Allocator, load_backbone\n"
+        "assert all(module.MINE for module in (backbone, controller, oracle, pipelines, runtime))\n"
+        "allocator = Allocator.from_pretrained('allocator')\n"
+        "model, tokenizer = load_backbone('model')\n"
+        "inputs = tokenizer(['abc', 'hgfe'], return_tensors='pt', padding=True)\n"
+        "output = allocator.generate(model, **inputs, max_new_tokens=3)\n"
+        "print(tuple(output.shape), Allocator.__module__)\n"
+    )
+    command = ["run", "--help"], ["inspect", "allocator"]
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    options: Any = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "script.py"], **options)
+    assert done.stdout.split("\n")[0] == "(2, 7) layerbudget.runtime.allocator", done.stderr
+    for words in command:
+        done = subprocess.run([sys.executable, "-m", "layerbudget", *words], **options)
+        assert done.returncode == 0, done.stderr
 
 
 NOT_IN_CORE = ("datasets", "jinja2", "mapie", "mlflow", "optuna", "pyarrow", "pydantic", "rouge_score", "sklearn")

@@ -6,29 +6,28 @@ from collections.abc import Callable
 
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
+from backbone.registry import Registry
 from oracle.menus.base import Advance, MenuTask
-from oracle.menus.block_influence import block_influence
-from oracle.menus.bridged_greedy import bridged_layers
-from oracle.menus.fixed import evenly, exiting, given, middle_block, random_routes
-from oracle.menus.greedy import beam_layers, greedy_layers, greedy_sublayers, search_steps
 
-__all__ = ["LOOK_AT_PROMPTS", "MENUS", "MenuTask", "build_menu", "search_steps"]
+MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
+    "menus",
+    {
+        "given": "oracle.menus.fixed:given",
+        "evenly": "oracle.menus.fixed:evenly",
+        "exiting": "oracle.menus.fixed:exiting",
+        "middle_block": "oracle.menus.fixed:middle_block",
+        "random_routes": "oracle.menus.fixed:random_routes",
+        "block_influence": "oracle.menus.block_influence:block_influence",
+        "greedy_layers": "oracle.menus.greedy:greedy_layers",
+        "greedy_sublayers": "oracle.menus.greedy:greedy_sublayers",
+        "beam_layers": "oracle.menus.greedy:beam_layers",
+        "bridged_layers": "oracle.menus.bridged_greedy:bridged_layers",
+    },
+)
+"""Name -> method: `method(task, advance)` proposes shortened plans; it may call `advance` at every step of a search."""
 
-MENUS: dict[str, Callable[[MenuTask, Advance], list[LayerPlan]]] = {
-    "given": given,
-    "evenly": evenly,
-    "exiting": exiting,
-    "middle_block": middle_block,
-    "random_routes": random_routes,
-    "block_influence": block_influence,
-    "greedy_layers": greedy_layers,
-    "greedy_sublayers": greedy_sublayers,
-    "beam_layers": beam_layers,
-    "bridged_layers": bridged_layers,
-}
-
-LOOK_AT_PROMPTS = frozenset({"block_influence", "greedy_layers", "greedy_sublayers", "beam_layers", "bridged_layers"})
-"""The methods that read the model's answers to some prompts."""
+LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "middle_block", "random_routes"})
+"""The methods that need no prompts; any other may read the model's answers to those of its task."""
 
 
 def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> PlanMenu:
@@ -36,5 +35,6 @@ def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> 
 
     Raises:
         PlanError: the task asks for plans that the model cannot have.
+        RegistryError: no such method.
     """
     return PlanMenu.build(MENUS[method](task, advance), sublayer_bytes(task.model), task.probe_depth)

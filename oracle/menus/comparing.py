@@ -10,7 +10,8 @@ import numpy as np
 from oracle.frontier.frontier import upper_hull
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
-from oracle.menus import MenuTask, build_menu
+from oracle.menus import build_menu
+from oracle.menus.base import MenuTask
 from oracle.prompts import Prompt
 
 

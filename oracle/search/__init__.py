@@ -6,17 +6,17 @@ proves that a searcher keeps the contract.
 
 from __future__ import annotations
 
+from backbone.registry import Registry
 from oracle.search.base import Searcher
-from oracle.search.bisection import BisectionSearch
-from oracle.search.exhaustive import ExhaustiveSearch
-from oracle.search.mcts import MctsSearch
-from oracle.search.removal import RemovalSearch
 
-SEARCHERS: dict[str, Searcher] = {
-    "exhaustive": ExhaustiveSearch(),
-    "bisection": BisectionSearch(),
-    "greedy": RemovalSearch(width=1),
-    "beam": RemovalSearch(width=3),
-    "mcts": MctsSearch(),
-}
+SEARCHERS: Registry[Searcher] = Registry(
+    "searchers",
+    {
+        "exhaustive": "oracle.search.exhaustive:EXHAUSTIVE",
+        "bisection": "oracle.search.bisection:BISECTION",
+        "greedy": "oracle.search.removal:GREEDY",
+        "beam": "oracle.search.removal:BEAM",
+        "mcts": "oracle.search.mcts:MCTS",
+    },
+)
 """Name -> searcher. A searcher keeps nothing of a search, so one serves all."""

@@ -1,7 +1,7 @@
 """What a searcher is, and the space of plans in which it looks for the least that is sufficient for one prompt.
 
-To add one: a file here with a class that keeps this contract, its line in `SEARCHERS` (`oracle/search/__init__.py`),
-and a test class that inherits `oracle.search.testing.SearcherConformance`.
+To add one: a class that keeps this contract, one line that registers an object of it (in `SEARCHERS`, or in the entry
+points of a package of one's own), and a test class that inherits `oracle.search.testing.SearcherConformance`.
 """
 
 from __future__ import annotations

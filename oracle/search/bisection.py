@@ -42,3 +42,6 @@ def _check_nested(plans: list[LayerPlan]) -> None:
                 f"bisection needs a menu in which each plan runs all that the one before it runs, but plan {large} "
                 f"does not run all of {small}: search exhaustively, or use a menu of early exits or of greedy removals"
             )
+
+
+BISECTION = BisectionSearch()

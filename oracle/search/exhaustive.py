@@ -22,3 +22,6 @@ class ExhaustiveSearch(Searcher):
         for plan in space.shortened:
             if (yield plan):
                 return
+
+
+EXHAUSTIVE = ExhaustiveSearch()

@@ -126,3 +126,6 @@ class _Tree:
         self._placed.update(untried)
         self._draw.shuffle(untried)
         return _Node(plan, untried)
+
+
+MCTS = MctsSearch()

@@ -70,3 +70,7 @@ def _split(plans: Sequence[LayerPlan], insufficient: Sequence[LayerPlan]) -> tup
     for plan in plans:
         (unlikely if any(plan <= failed for failed in insufficient) else likely).append(plan)
     return likely, unlikely
+
+
+GREEDY = RemovalSearch(width=1)
+BEAM = RemovalSearch(width=3)

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from backbone.files import write_atomically
-from oracle.menus import MenuTask, build_menu, search_steps
+from oracle.menus import build_menu
+from oracle.menus.base import MenuTask
+from oracle.menus.greedy import search_steps
 from pipelines.config import Config
 from pipelines.progress import progress
 from pipelines.workspace import Workspace

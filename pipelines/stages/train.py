@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from controller.base import controller_class
+from controller.base import CONTROLLERS
 from controller.learning import Learned, Settings, learn
 from controller.projection import Projection
 from pipelines.config import Config
@@ -45,6 +45,6 @@ def load_trained(workspace: Workspace) -> dict[str, Learned]:
     """What this stage saved."""
     folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
     return {
-        name: Learned(Projection.load(folder / PROJECTION), controller_class(name).load(folder))
+        name: Learned(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder))
         for name, folder in folders.items()
     }

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 
 from backbone.files import write_atomically
-from controller.base import controller_class
+from controller.base import CONTROLLERS
 from controller.learning import Settings
 from pipelines.config import LONGEST_NAME, Config, ConfigError, GivenSettings
 from pipelines.progress import progress
@@ -57,7 +57,7 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
 
 def _given(work: Work, name: str) -> dict[str, Any]:
     try:
-        controller_class(name)(**work.tuning.given[name].parameters)
+        CONTROLLERS[name](**work.tuning.given[name].parameters)
     except TypeError as error:
         raise ConfigError(f"tuning.given.{name}.parameters cannot be used: {error}") from None
     settings = Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()})

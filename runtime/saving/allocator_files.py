@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from backbone.errors import InputError
 from backbone.plan import PlanMenu
 from backbone.stand_ins.attaching import StandIns
-from controller.base import CONTROLLERS, controller_class
+from controller.base import CONTROLLERS
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.projection import Projection
@@ -109,7 +109,7 @@ def _loaded(folder: Path, place: Path, manifest: Manifest) -> Allocator:
     try:
         allocator = Allocator(
             menu=PlanMenu.load(place / MENU),
-            controller=controller_class(name).load(place),
+            controller=CONTROLLERS[name].load(place),
             controller_name=name,
             projection=Projection.load(place / PROJECTION),
             certificate=Certificate.load(place / CERTIFICATE),
@@ -138,8 +138,11 @@ def _check_entries(folder: Path, manifest: Manifest) -> None:
         if not isinstance(manifest["model"].get(name), str):
             raise ArtefactError(f"{folder} is damaged: the model's {name} in manifest.json should be a str")
     if (controller := manifest["controller"]) not in CONTROLLERS:
-        raise ArtefactError(f"{folder} needs the controller {controller!r:.80}; known are {', '.join(CONTROLLERS)}")
-    needed = {MENU, PROJECTION, CERTIFICATE, CARD, *controller_class(controller).FILES}
+        raise ArtefactError(
+            f"{folder} needs the controller {controller!r:.80}, known are {', '.join(CONTROLLERS)}; install the "
+            "package that brings it"
+        )
+    needed = {MENU, PROJECTION, CERTIFICATE, CARD, *CONTROLLERS[controller].FILES}
     if missing := needed - manifest["files"].keys():
         raise ArtefactError(f"{folder} is damaged: manifest.json does not list {min(missing)}")
 

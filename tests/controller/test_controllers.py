@@ -5,7 +5,7 @@ import optuna
 import pytest
 import torch
 
-from controller.base import CONTROLLERS, LearningError, choose, controller_class
+from controller.base import CONTROLLERS, LearningError, choose
 from controller.models.constant import MixtureController, OracleController
 from controller.models.ensemble import EnsembleController
 from controller.models.gbdt import LightGBMController
@@ -61,11 +61,11 @@ class TestOracle(ControllerConformance):
 def test_learned_controllers_learn(name) -> None:
     suite = ControllerConformance()
     features, kept = suite.data(400)
-    controller = controller_class(name)()
+    controller = CONTROLLERS[name]()
     controller.fit(features, kept, suite.budgets)
     fresh, truth = suite.data(400, seed=1)
     assert np.abs(controller.predict(fresh) - truth).mean() < 0.13
-    shuffled = controller_class(name)()
+    shuffled = CONTROLLERS[name]()
     shuffled.fit(np.random.default_rng(0).permutation(features), kept, suite.budgets)
     assert np.abs(shuffled.predict(fresh) - truth).mean() > 0.2
 
@@ -74,7 +74,7 @@ def test_learned_controllers_learn(name) -> None:
 def test_one_class_only_is_learned_too(name) -> None:
     suite = ControllerConformance()
     features, kept = suite.data()
-    controller = controller_class(name)()
+    controller = CONTROLLERS[name]()
     controller.fit(features, np.ones_like(kept), suite.budgets)
     assert (controller.predict(features) > 0.9).all()
 
@@ -83,7 +83,7 @@ def test_one_class_only_is_learned_too(name) -> None:
 def test_constant_features_give_the_mean(name) -> None:
     suite = ControllerConformance()
     features, kept = suite.data(400)
-    controller = controller_class(name)()
+    controller = CONTROLLERS[name]()
     controller.fit(np.ones_like(features), kept, suite.budgets)
     np.testing.assert_allclose(controller.predict(np.ones_like(features))[0], kept.mean(0), atol=0.06)
 
@@ -91,13 +91,13 @@ def test_constant_features_give_the_mean(name) -> None:
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_search_may_begin_with_the_defaults(name) -> None:
     study = optuna.create_study()
-    study.enqueue_trial(controller_class(name).defaults())
+    study.enqueue_trial(CONTROLLERS[name].defaults())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a default outside the range is a warning
-        settings = controller_class(name).suggest(study.ask())
+        settings = CONTROLLERS[name].suggest(study.ask())
     assert settings
-    assert settings.items() <= controller_class(name).defaults().items()
-    controller_class(name)(**settings)
+    assert settings.items() <= CONTROLLERS[name].defaults().items()
+    CONTROLLERS[name](**settings)
 
 
 def test_shares_outside_their_range_are_refused() -> None:
@@ -168,7 +168,7 @@ def test_the_decision_weighs_what_is_lost_against_what_is_saved() -> None:
 
 
 def test_every_registered_name_resolves() -> None:
-    assert {controller_class(name).__name__ for name in CONTROLLERS} == {
+    assert {CONTROLLERS[name].__name__ for name in CONTROLLERS} == {
         "EnsembleController",
         "LightGBMController",
         "LogisticController",

@@ -17,8 +17,7 @@ from selection import selected
 FILES = (
     "run.json", "config.yaml", "model.*", "menu.json", "stand_ins.safetensors", "adapt.json", "labels.db",
     "features.parquet", "tuning.db", "tuning.json", "winner.yaml", "controllers/mlp/controller.safetensors",
-    "controllers/mlp/projection.safetensors", "controllers/lightgbm/controller.json",
-    "calibration.json", "allocator/manifest.json", "allocator/menu.json",
+    "controllers/mlp/projection.safetensors", "calibration.json", "allocator/manifest.json", "allocator/menu.json",
     "allocator/controller.safetensors", "metrics.json", "choices.json", "report.html",
 )  # fmt: skip
 CASES = [(name, damage) for name in FILES for damage in damages_of(name)]
@@ -84,6 +83,14 @@ def test_a_run_makes_a_damaged_file_again_or_refuses_it(project, finished, limit
     damages_of(path.name)[damage](path)
     ended = project.command("run", "tiny.yaml", limits=limits)
     expect_good(*_checked(project, finished, name, ended, project.foreign))
+
+
+@pytest.mark.parametrize("damage", selected(list(damages_of("controller.json")), every=20))
+def test_a_run_makes_damaged_trees_again_or_refuses_them(trees, tmp_path, limits, damage, expect_good) -> None:
+    project = trees.copy(tmp_path / "project")
+    damages_of("controller.json")[damage](project.run / "controllers" / "lightgbm" / "controller.json")
+    ended = project.command("run", "tiny.yaml", limits=limits)
+    expect_good(*_checked(project, trees, "controllers", ended, project.foreign))
 
 
 @pytest.mark.parametrize(("keys", "what"), selected(STATE, every=26))

@@ -4,9 +4,10 @@ from tiny import tiny_model, tiny_tokenizer
 
 from backbone.plan import LayerPlan, PlanError
 from oracle.decoding import Decoding
-from oracle.menus import MENUS, MenuTask, build_menu, search_steps
+from oracle.menus import MENUS, build_menu
+from oracle.menus.base import MenuTask
 from oracle.menus.block_influence import layer_influence
-from oracle.menus.greedy import AnswerDivergence
+from oracle.menus.greedy import AnswerDivergence, search_steps
 
 
 def task_of(model, **changes) -> MenuTask:

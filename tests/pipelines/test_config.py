@@ -1,11 +1,8 @@
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from controller.base import CONTROLLERS
-from oracle.menus import MENUS
-from pipelines.config import ConfigError, LearnedController, MenuMethod, load_config
+from pipelines.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -17,11 +14,6 @@ def test_every_shipped_config_loads_and_says_its_command(path) -> None:
     assert path.stem == config.name
     first_lines = path.read_text().splitlines()[:3]
     assert any(f"layerbudget run configs/{path.name}" in line for line in first_lines)
-
-
-def test_names_in_configs_are_those_of_the_registries() -> None:
-    assert set(get_args(MenuMethod)) == set(MENUS)
-    assert set(get_args(LearnedController)) <= set(CONTROLLERS)
 
 
 def test_there_are_configs() -> None:
@@ -50,7 +42,7 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("data.limt=3", "unknown key 'data.limt'; the nearest valid key is 'data.limit'"),
         ("tuning.trails=3", "the nearest valid key is 'tuning.trials'"),
         ("calibration.alpha=2", "calibration.alpha: Input should be less than 1, got 2"),
-        ("tuning.controllers=[forest]", "got 'forest'"),
+        ("tuning.controllers=[forest]", "'forest' is not among the controllers, known are lightgbm, mlp"),
         ("features.sets=[length, moods]", "features: unknown features 'moods'; known are length"),
         ("features.sets=[length, states]", "features: sets must hold 'embedding', which the report's controls need"),
         ("tuning.feature_sets=[[length, lens]]", "tuning.feature_sets names 'lens', which features.sets does not hold"),
@@ -63,7 +55,7 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("tuning.objectives=[decision_ms]", "unknown key 'tuning.objectives'"),
         ("data.shares={adapt: -0.5, train: 0.9, tune: 0.1, calibrate: 0.25, test: 0.25}", "sum to 1, got"),
         ("calibration.risk=doubt", "calibration.risk: Input should be 'insufficient' or 'score_lost', got 'doubt'"),
-        ("menu.method=magic", "menu.method: Input should be 'given', 'evenly', 'exiting',"),
+        ("menu.method=magic", "menu.method: 'magic' is not among the menus, known are given, evenly, exiting,"),
         ("menu.method=given", "the method 'given' and a list of plans in menu.given go together"),
         ("data.shares={train: 1.0}", "data: shares must name adapt, train, tune, calibrate, test"),
         (f"name={'a' * 300}", "name: String should have at most 200 characters"),
