@@ -43,12 +43,12 @@ def moved(source: str) -> str:
 
 
 def _names_a_module(value: object) -> bool:
-    """Whether a constant is a text such as `backbone.plan` or `controller.base:Controller`."""
+    """Whether a constant is a text such as `backbone.plan` or `controller.base:Controller`, unlike `controller.json`."""
     match = OURS.fullmatch(value) if isinstance(value, str) else None
     if match is None or not match[2]:
         return False
-    path = ROOT / (match[1] + match[2]).replace(".", "/")
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+    path = ROOT / match[1] / match[2].split(".")[1]
+    return path.with_suffix(".py").is_file() or path.is_dir()
 
 
 class Wheel(bdist_wheel):

@@ -12,6 +12,8 @@ import yaml
 from tiny import tiny_model, tiny_tokenizer
 from tiny_run import tiny_settings, write_prompts
 
+from oracle import search
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -64,6 +66,6 @@ def test_a_run_uses_all_of_it_through_to_the_report(installed) -> None:
 
 
 def test_the_searcher_is_known_by_its_name(installed) -> None:
-    code = "from oracle.search import SEARCHERS; print(type(SEARCHERS['dearest_first']).__name__)"
+    code = f"from {search.__name__} import SEARCHERS; print(type(SEARCHERS['dearest_first']).__name__)"
     (installed / "known.py").write_text(code)
     assert ran(installed, "known").strip() == "DearestFirst"

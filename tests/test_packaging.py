@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import make_allocator
+from wheel import PACKAGES, tracked, unpack_wheel
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"backbone", "controller", "layerbudget", "oracle", "pipelines", "runtime"}
 
 
 def test_no_dependency_owns_one_of_our_names() -> None:
@@ -46,23 +45,11 @@ def test_public_names_resolve() -> None:
         _ = layerbudget.Alocator
 
 
-def tracked() -> list[str]:
-    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel, unpacked into a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in tracked():
-        if name.split("/")[0] in PACKAGES or name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
-    build = ["build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "source")]
-    subprocess.run([sys.executable, "-m", *build], check=True, capture_output=True)
-    (built,) = (folder / "dist").iterdir()
-    with zipfile.ZipFile(built) as archive:
-        archive.extractall(folder / "site")
+    unpack_wheel(folder / "site", folder)
     return folder / "site"
 
 

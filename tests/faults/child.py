@@ -21,9 +21,23 @@ ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 180
 """Seconds after which a command hangs; the slowest takes some 20 on a busy machine."""
 
-_IMPORTED = ["layerbudget.cli", "pipelines.runner", *(f"pipelines.stages.{stage}" for stage in (
-    "menu", "adapt", "label", "features", "tune", "train", "calibrate", "evaluate", "report"
-)), "runtime.answer_files", "runtime.saving.allocator_files", "datasets", "mlflow"]  # fmt: skip
+_IMPORTED = [
+    "layerbudget.cli",
+    "pipelines.runner",
+    "pipelines.stages.menu",
+    "pipelines.stages.adapt",
+    "pipelines.stages.label",
+    "pipelines.stages.features",
+    "pipelines.stages.tune",
+    "pipelines.stages.train",
+    "pipelines.stages.calibrate",
+    "pipelines.stages.evaluate",
+    "pipelines.stages.report",
+    "runtime.answer_files",
+    "runtime.saving.allocator_files",
+    "datasets",
+    "mlflow",
+]
 
 
 @dataclass(frozen=True, slots=True)
