@@ -22,7 +22,7 @@ faults: $(VENV)/installed
 
 # Every test once more, against a wheel instead of the project's own folders.
 test-wheel: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/wheel.py --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python tests/built_wheel.py --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

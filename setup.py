@@ -43,7 +43,7 @@ def moved(source: str) -> str:
 
 
 def _names_a_module(value: object) -> bool:
-    """Whether a constant is a text such as `backbone.plan` or `controller.base:Controller`, unlike `controller.json`."""
+    """Whether a constant is a text such as `backbone.plan` or `controller.base:Controller`; not `controller.json`."""
     match = OURS.fullmatch(value) if isinstance(value, str) else None
     if match is None or not match[2]:
         return False

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from built_wheel import PACKAGES, tracked, unpack_wheel
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import make_allocator
-from wheel import PACKAGES, tracked, unpack_wheel
 
 ROOT = Path(__file__).parents[1]
 

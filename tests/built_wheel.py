@@ -1,4 +1,4 @@
-"""The project as a wheel. As a script it runs the tests against one: `python tests/wheel.py [PYTEST ARGUMENTS]`."""
+"""The project as a wheel. As a script it runs the tests against one: `python tests/built_wheel.py [PYTEST ARGUMENTS]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"backbone", "controller", "layerbudget", "oracle", "pipelines", "runtime"}
-SOURCES_ONLY = ("tests/test_packaging.py", "tests/wheel.py", "tests/test_benchmarks.py")
+SOURCES_ONLY = ("tests/test_packaging.py", "tests/built_wheel.py", "tests/test_benchmarks.py")
 """About the project's folders, or about scripts that are in no wheel."""
 
 
