@@ -1,4 +1,4 @@
-"""The project as a wheel. As a script it runs the tests against one: `python tests/built_wheel.py [PYTEST ARGUMENTS]`."""
+"""The project as a wheel; as a script it runs the tests against one: `python tests/built_wheel.py [PYTEST OPTIONS]`."""
 
 from __future__ import annotations
 
