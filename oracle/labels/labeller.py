@@ -20,7 +20,7 @@ from oracle.labels.divergence import diverge
 from oracle.labels.equal_batches import packed
 from oracle.labels.generate_answers import answer_batch
 from oracle.labels.reader import LabelReader, key_of, model_key
-from oracle.labels.store import CUT, Label, LabelStore
+from oracle.labels.store import CUT, Label, LabelStore, StoreError
 from oracle.prompts import Prompt
 
 Advance = Callable[[int], None]
@@ -92,7 +92,13 @@ class Labeller(LabelReader):
     def _compare(self, missing: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance) -> None:
         """The labels that are missing under shortened plans, each in the cheapest way that its judge allows."""
         labels = self.labels(full_plan)
-        full = {prompt: labels[key_of(prompt)] for prompts in missing.values() for prompt in prompts}
+        asked = {prompt for prompts in missing.values() for prompt in prompts}
+        if lost := [prompt.id for prompt in asked if key_of(prompt) not in labels]:
+            raise StoreError(
+                f"the label store {self._store.path} is damaged: the full plan's label of prompt {min(lost)!r} was "
+                "stored and is not there; delete the file, and the labels are made again"
+            )
+        full = {prompt: labels[key_of(prompt)] for prompt in asked}
         forced, free = (
             {
                 plan: [prompt for prompt in prompts if (prompt.judge == KL) == wanted]

@@ -47,9 +47,15 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
     """The settings that won, what they cost, and how much each setting mattered."""
     with progress(f"trials of {wanted.controller}", work.tuning.trials) as advance:
         study = search(wanted, work, advance)
+    try:
+        best = study.best_trial
+    except ValueError as error:
+        raise ConfigError(
+            f"tuning.storage {wanted.url!r} is damaged ({error}): delete it, and the search begins again"
+        ) from None
     return {
-        "settings": settings_of(wanted.controller, study.best_trial, work.tuning).to_dict(),
-        "regret": study.best_value,
+        "settings": settings_of(wanted.controller, best, work.tuning).to_dict(),
+        "regret": best.value,
         "trials": len(finished(study)),
         "importance": _importance(study),
     }

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from backbone.errors import InputError
 from backbone.files import lock_of
+from backbone.strict_json import parse
 
 MANIFEST, CARD = "manifest.json", "README.md"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -181,7 +182,7 @@ def _parsed(folder: Path, content: bytes) -> Manifest:
     if not content:
         raise BundleError(f"{folder} holds no allocator: there is no {MANIFEST}")
     try:
-        manifest: Manifest = json.loads(content)
+        manifest: Manifest = parse(content.decode())
         digest = manifest.pop("digest")
         fits = digest == digest_of(manifest)
         files = manifest["files"]
