@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from backbone.execution.apply_plan import apply_plan
+from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.cache import layer_bytes
 from backbone.execution.delete_layers import delete_layers
 from backbone.execution.self_test import check_exactness
@@ -107,6 +107,34 @@ class FamilyConformance:
                 for cache_name, cache in CACHES.items():
                     if self.generated(batch, **mode, **cache) != expected:
                         wrong.append((plan_name, cache_name, batch_name, mode_name))
+        assert wrong == []
+
+    def mixtures(self) -> list[list[str]]:
+        """Names of plans for four rows; each plan runs beside three others."""
+        names = list(self.plans())
+        return [[names[(start + i) % len(names)] for i in range(4)] for start in range(0, len(names), 3)]
+
+    def test_rows_with_different_plans_equal_each_alone(self) -> None:
+        """Every mixture x cache x greedy and beams: the tokens of each row are those that it has alone. Sampling draws
+        for the whole batch, so its tokens are compared with the uncached mixture's."""
+        wrong, plans, batch = [], self.plans(), self.batches()["four"]
+        rows = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for row in range(4)]
+        alone: dict[tuple[int, str, str], list[int]] = {}
+        for mixture, (mode_name, mode) in product(self.mixtures(), MODES.items()):
+            own = [plans[name] for name in mixture]
+            if mode_name == "sampling":
+                with apply_plans(self.model, own):
+                    expected = self.generated(batch, **mode, use_cache=False)
+            else:
+                for row, name in enumerate(mixture):
+                    if (row, name, mode_name) not in alone:
+                        with apply_plan(self.model, plans[name]):
+                            alone[row, name, mode_name] = self.generated(rows[row], **mode)[0]
+                expected = [alone[row, name, mode_name] for row, name in enumerate(mixture)]
+            for cache_name, cache in CACHES.items():
+                with apply_plans(self.model, own):
+                    if self.generated(batch, **mode, **cache) != expected:
+                        wrong.append((mixture, cache_name, mode_name))
         assert wrong == []
 
     def test_a_skipped_sublayer_adds_nothing(self) -> None:

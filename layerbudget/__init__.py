@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from backbone.execution.apply_plan import apply_plan as apply_plan
+    from backbone.execution.apply_plan import apply_plans as apply_plans
     from backbone.loading import load_backbone as load_backbone
     from backbone.plan import LayerPlan as LayerPlan
     from backbone.plan import PlanMenu as PlanMenu
@@ -41,6 +42,7 @@ _HOMES = {
     "SearcherConformance": "oracle.search.testing",
     "StandIns": "backbone.stand_ins.attaching",
     "apply_plan": "backbone.execution.apply_plan",
+    "apply_plans": "backbone.execution.apply_plan",
     "attach": "backbone.stand_ins.attaching",
     "detach": "backbone.stand_ins.attaching",
     "load_backbone": "backbone.loading",

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 )
 
 from backbone.errors import InputError
-from backbone.execution.cache import remembered_plan
+from backbone.execution.cache import remembered_plans
 from backbone.families import decoder_layers, decoder_of
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import attached_digest
@@ -163,12 +163,17 @@ class Request:
         cache = self.cache
         if cache is None or int(cache.get_seq_length()) == 0:
             return None
-        known = remembered_plan(cache)
+        known = remembered_plans(cache)
         if known is None and any(isinstance(layer, DummyLayer) for layer in cache.layers):
             raise UnsupportedGenerationError(
                 "the cache passed in lacks layers, and it is not known which plan filled it; start with a new cache"
             )
-        plan, stand_ins = known or (LayerPlan.full(len(decoder_layers(self.model))), "")
+        plans, stand_ins = known or ((LayerPlan.full(len(decoder_layers(self.model))),), "")
+        if len(plans) > 1:
+            raise UnsupportedGenerationError(
+                "the cache passed in was filled under a plan for each row; go on within apply_plans, or with a new one"
+            )
+        (plan,) = plans
         if stand_ins != (attached := attached_digest(self.model, plan)):
             raise UnsupportedGenerationError(
                 f"the cache passed in was filled under plan {plan} with {stand_ins or 'no'} stand-ins, and the plan "

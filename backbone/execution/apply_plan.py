@@ -1,9 +1,9 @@
-"""Run a model with a plan: skipped sub-layers are not computed and keep no cache."""
+"""Run a model with a plan, or with one for each row: skipped sub-layers are not computed and keep no cache."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from backbone.errors import InputError
 from backbone.execution.plan_patches import patched
+from backbone.execution.row_patches import RowPlansError, patched_rows
 from backbone.execution.self_test import check_exactness
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import attached_to
@@ -50,13 +51,49 @@ def apply_plan(
         NestedPlanError: this thread already runs this model with a plan.
         CacheMismatchError: (from the model's forward) a cache that was filled under another plan.
     """
+    with _tested(model, plan):
+        attached = None if frozen else attached_to(model, plan)
+        with patched(model, plan, first_layer=first_layer, attached=attached):
+            yield model
+
+
+@contextmanager
+def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[PreTrainedModel]:
+    """Within this block, each row of a batch runs its own plan, in one pass for all: a layer, or half of one, computes
+    only the rows whose plan runs it, and the cache holds only those.
+
+    All else is as with `apply_plan`, whose path is taken where all plans are equal. Mixed steps run uncompiled, also
+    with a static cache: every mixture would be a graph of its own. What a row gets does not depend on the others, but
+    for rounding.
+
+    Args:
+        plans: of the B prompts. A pass over R = B * c rows takes c neighbouring rows as one prompt's, such as its
+            beams or samples in `generate()`.
+
+    Raises:
+        RowPlansError: no plans, or (from the model's forward) a pass with other rows than B * c.
+        PlanError, UnsupportedModelError, InexactPlanError, NestedPlanError, CacheMismatchError: see `apply_plan`.
+    """
+    if not plans:
+        raise RowPlansError("apply_plans needs a plan for each prompt of the batch, got none")
+    first = plans[0]
+    if all(plan == first for plan in plans):
+        with apply_plan(model, first):
+            yield model
+        return
+    shortest = min(plans, key=lambda plan: plan.layers)
+    with _tested(model, shortest), patched_rows(model, plans, attached_to(model, shortest)):
+        yield model
+
+
+@contextmanager
+def _tested(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
+    """The model reserved for a plan, after its self-test."""
     with _reserved(model, plan) as reservation:
         if not reservation.tested:
             check_exactness(model)
             reservation.tested = True
-        attached = None if frozen else attached_to(model, plan)
-        with patched(model, plan, first_layer=first_layer, attached=attached):
-            yield model
+        yield
 
 
 class _Reservation:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
@@ -26,6 +31,10 @@ def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
         cache.layers.extend(cache.layer_class_to_replicate() for _ in range(plan.n_layers - len(cache.layers)))
     for index, layer in enumerate(cache.layers):
         is_placeholder = isinstance(layer, DummyLayer)
+        if _own_rows(layer) is not None:
+            raise CacheMismatchError(
+                f"this cache was filled under a plan for each row, and {plan} is one for all; use a new cache"
+            )
         if index in plan.attention and is_placeholder:
             raise CacheMismatchError(
                 f"this cache was filled without layer {index}, which plan {plan} runs; use a new cache"
@@ -38,20 +47,112 @@ def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
             cache.layers[index] = DummyLayer()  # type: ignore[no-untyped-call]
 
 
+@lru_cache
+def _of_some_rows(kind: type[CacheLayerMixin]) -> type[Any]:
+    """A class of cache layers that hold some rows of the batch: what is asked of the whole cache, by the places of rows
+    among all, is done with the rows that are here.
+
+    Single inheritance, so that the class of an existing layer can be changed into it.
+    """
+
+    class OfSomeRows(kind):  # type: ignore[misc, valid-type]
+        _rows: torch.Tensor
+        _n_rows: int
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(key_states) != len(self._rows):
+                raise CacheMismatchError(
+                    f"this cache was filled under a plan for each row: one of its layers holds {len(self._rows)} of "
+                    f"{self._n_rows} rows, and got {len(key_states)}; go on with the same plans, or with a new cache"
+                )
+            return super().update(key_states, value_states, *args, **kwargs)
+
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+            super().reorder_cache(self._places()[beam_idx.cpu()[self._rows]])
+
+        def batch_select_indices(self, indices: torch.Tensor) -> None:
+            places = self._places()[torch.arange(self._n_rows)[indices.cpu()]]
+            super().batch_select_indices(places[places >= 0])
+            self._rows, self._n_rows = (places >= 0).nonzero()[:, 0], len(places)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._rows = (self._rows[:, None] * repeats + torch.arange(repeats)).flatten()
+            self._n_rows *= repeats
+
+        def _places(self) -> torch.Tensor:
+            """For each row of the batch its place in this layer, -1 for those that it does not hold."""
+            places = torch.full((self._n_rows,), -1)
+            places[self._rows] = torch.arange(len(self._rows))
+            return places
+
+    return OfSomeRows
+
+
+def _hold_some_rows(layer: Any, rows: torch.Tensor, n_rows: int) -> None:
+    """From now on an empty layer holds the rows [r], ascending, of `n_rows`."""
+    layer.__class__ = _of_some_rows(type(layer))  # type: ignore[arg-type]
+    layer._rows, layer._n_rows = rows, n_rows
+
+
+def keep_rows(cache: Cache, rows: Sequence[torch.Tensor | None], n_rows: int) -> None:
+    """Make each of the L layers of a fresh cache hold the keys and values of some rows; a cache that was filled like
+    this before passes unchanged.
+
+    Args:
+        rows: of each layer, the places of its rows among all, ascending; None for all of them.
+        n_rows: R.
+
+    Raises:
+        CacheMismatchError: the cache was filled with other rows.
+    """
+    if cache.layer_class_to_replicate is not None:
+        cache.layers.extend(cache.layer_class_to_replicate() for _ in range(len(rows) - len(cache.layers)))
+    for index, (layer, wanted) in enumerate(zip(cache.layers, rows, strict=True)):
+        held = _rows_held(layer)
+        if held == "nothing yet" and wanted is not None:
+            if not len(wanted):
+                cache.layers[index] = DummyLayer()  # type: ignore[no-untyped-call]
+            elif isinstance(layer, CacheLayerMixin):
+                _hold_some_rows(layer, wanted, n_rows)
+            else:
+                raise CacheMismatchError(f"the {type(layer).__name__} of this cache cannot hold some rows of a batch")
+        elif held != "nothing yet" and held != (None if wanted is None else wanted.tolist()):
+            raise CacheMismatchError(
+                f"this cache was filled under other plans: layer {index} holds the rows {held or 'of all'}, wanted "
+                f"{'all' if wanted is None else wanted.tolist()}; use a new cache or the plans that filled it"
+            )
+
+
+def _rows_held(layer: Any) -> list[int] | str | None:
+    """The rows that a layer of a cache holds, None for all of them, or "nothing yet"."""
+    if isinstance(layer, DummyLayer):
+        return []
+    if (rows := _own_rows(layer)) is not None:
+        return rows.tolist() if len(rows) < layer._n_rows else None
+    return None if layer.get_seq_length() else "nothing yet"
+
+
+def _own_rows(layer: object) -> torch.Tensor | None:
+    """The rows of a layer that holds some; None for any other layer."""
+    return getattr(layer, "_rows", None)
+
+
 _FILLED_UNDER = "_layerbudget_filled_under"
 
 
-def remember_plan(cache: Cache, plan: LayerPlan, stand_ins: str) -> None:
+def remember_plans(cache: Cache, plans: tuple[LayerPlan, ...], stand_ins: str) -> None:
     """Note on a cache what fills it, for whoever gets the cache later; copies of the cache keep the note.
 
     Args:
-        stand_ins: digest of the stand-ins that the plan runs with, empty for none.
+        plans: one for all rows, or one for each prompt.
+        stand_ins: digest of the stand-ins that shortened plans run with, empty for none.
     """
-    setattr(cache, _FILLED_UNDER, (plan, stand_ins))
+    setattr(cache, _FILLED_UNDER, (plans, stand_ins))
 
 
-def remembered_plan(cache: Cache) -> tuple[LayerPlan, str] | None:
-    """The plan that a cache was filled under and the digest of its stand-ins; None if no plan was applied."""
+def remembered_plans(cache: Cache) -> tuple[tuple[LayerPlan, ...], str] | None:
+    """The plans that a cache was filled under and the digest of their stand-ins; None if no plan was applied."""
     return getattr(cache, _FILLED_UNDER, None)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from backbone.execution.cache import drop_skipped_layers, remember_plan
+from backbone.execution.cache import drop_skipped_layers, remember_plans
 from backbone.execution.live_changes import replaced
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
 from backbone.plan import LayerPlan
@@ -48,26 +48,32 @@ def patched(
 
 def _replacements(model: PreTrainedModel, plan: LayerPlan) -> list[tuple[nn.Module, Forward]]:
     family, layers = family_of(model), list(decoder_layers(model))
-    plan.check_fits(len(layers))
+    check_can_run(model, plan)
     skipped = plan.skipped_layers
-    halves = (plan.skipped_attention | plan.skipped_mlp) - skipped
-    if halves and family.attention is None:
-        raise UnsupportedModelError(
-            f"plan {plan} runs half of layer {min(halves)}, but {model.config.model_type} is not a declared family: "
-            "only whole layers of it can be skipped"
-        )
-    _check_not_compiled(model, layers)
-    whole = _pass_on_with_none if family.returns_tuple else _pass_on
-    attention = _residual_with_none if family.adds_residual else _zeros_with_none
-    mlp = _residual if family.adds_residual else _zeros
+    whole = pass_on_with_none if family.returns_tuple else pass_on
+    attention = residual_with_none if family.adds_residual else zeros_with_none
+    mlp = residual if family.adds_residual else zeros
     replacements: list[tuple[nn.Module, Forward]] = [(layers[i], whole) for i in skipped]
     for i in plan.skipped_attention - skipped:
         replacements.append((getattr(layers[i], str(family.attention)), attention))
     for i in plan.skipped_mlp - skipped:
         *earlier, last = family.mlp
-        replacements += [(getattr(layers[i], name), _pass_on) for name in earlier]
+        replacements += [(getattr(layers[i], name), pass_on) for name in earlier]
         replacements.append((getattr(layers[i], last), mlp))
     return replacements
+
+
+def check_can_run(model: PreTrainedModel, plan: LayerPlan) -> None:
+    """Raises PlanError or UnsupportedModelError, see `patched`."""
+    layers = list(decoder_layers(model))
+    plan.check_fits(len(layers))
+    halves = (plan.skipped_attention | plan.skipped_mlp) - plan.skipped_layers
+    if halves and family_of(model).attention is None:
+        raise UnsupportedModelError(
+            f"plan {plan} runs half of layer {min(halves)}, but {model.config.model_type} is not a declared family: "
+            "only whole layers of it can be skipped"
+        )
+    _check_not_compiled(model, layers)
 
 
 def _bridging(model: PreTrainedModel, bridges: Mapping[int, Bridge]) -> list[tuple[nn.Module, Forward]]:
@@ -96,27 +102,27 @@ def _check_not_compiled(model: PreTrainedModel, layers: list[nn.Module]) -> None
             )
 
 
-def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return hidden_states
 
 
-def _pass_on_with_none(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def pass_on_with_none(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     return hidden_states, None
 
 
-def _zeros(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def zeros(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.zeros_like(hidden_states)
 
 
-def _zeros_with_none(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def zeros_with_none(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     return torch.zeros_like(hidden_states), None
 
 
-def _residual(hidden_states: torch.Tensor, residual: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def residual(hidden_states: torch.Tensor, residual: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return residual
 
 
-def _residual_with_none(
+def residual_with_none(
     hidden_states: torch.Tensor, residual: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     return residual, None
@@ -151,7 +157,7 @@ def _fitting_cache(decoder: Any, plan: LayerPlan, attached: Attached | None) -> 
         if cache is not None:
             drop_skipped_layers(cache, plan)
             if not torch.compiler.is_compiling():  # the first pass over a prompt never is
-                remember_plan(cache, plan, attached.digest if attached else "")
+                remember_plans(cache, (plan,), attached.digest if attached else "")
         return forward(*args, **kwargs)
 
     return fit_cache

@@ -7,7 +7,7 @@ of one more copy of the adapted weights in memory, however many plans use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from backbone.errors import InputError
+
+LowRank = Callable[[torch.Tensor], torch.Tensor]
+"""What a change of a matrix adds to its output: inputs [.., in] -> [.., out]."""
 
 
 class AdapterError(InputError):
@@ -39,6 +42,14 @@ class Adapter:
         """
         return {name: self._merged(model, name) for name in self.changes}
 
+    def low_rank(self, merged: Mapping[str, nn.Parameter]) -> dict[str, LowRank]:
+        """By parameter name, what each changed matrix adds, in the dtype and on the device of its merged copy."""
+        return {
+            name: _low_rank(*(factor.to(merged[name].device, merged[name].dtype) for factor in factors))
+            for name, factors in self.changes.items()
+            if len(factors) == 2
+        }
+
     @torch.no_grad()
     def _merged(self, model: nn.Module, name: str) -> nn.Parameter:
         owner, _, own_name = name.rpartition(".")
@@ -58,3 +69,7 @@ class Adapter:
                 f"this adapter changes {name} of shape {tuple(change.shape)}, the model's is {tuple(weight.shape)}"
             )
         return nn.Parameter((weight.float() + change).to(weight.dtype), requires_grad=False)
+
+
+def _low_rank(up: torch.Tensor, down: torch.Tensor) -> LowRank:
+    return lambda inputs: (inputs @ down.T) @ up.T

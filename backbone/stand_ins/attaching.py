@@ -23,7 +23,7 @@ from backbone.errors import InputError
 from backbone.families import decoder_layers, sublayer_bytes
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
-from backbone.stand_ins.adapters import Adapter
+from backbone.stand_ins.adapters import Adapter, LowRank
 from backbone.stand_ins.bridges import Bridges
 from backbone.stand_ins.tensors import StandInsError, from_tensors, tensors_of
 from backbone.strict_json import parse
@@ -93,10 +93,15 @@ class StandIns:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """A module that computes with other weights while a shortened plan runs: `forward` takes its forward's place."""
+    """A module that computes with other weights while a shortened plan runs: `forward` takes its forward's place.
+
+    Where only some rows run shortened plans, `change` says what the other weights add to the output: inputs [.., in] ->
+    [.., out]. None where that is not a low-rank product.
+    """
 
     module: nn.Module
     forward: Callable[..., Any]
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,25 +145,31 @@ def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
         for plan, of_plan in stand_ins.bridges.items()
     }
     merged = {} if stand_ins.adapter is None else stand_ins.adapter.merged(model)
+    changes = {} if stand_ins.adapter is None else stand_ins.adapter.low_rank(merged)
     digest = "" if stand_ins.is_empty else stand_ins.digest
-    set_attached(model, Attached(digest, bridges, swaps_of(model, merged), changed_layers(model, merged)))
+    set_attached(model, Attached(digest, bridges, swaps_of(model, merged, changes), changed_layers(model, merged)))
 
 
-def swaps_of(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> tuple[Swap, ...]:
-    """The swaps after which the parameters of these names have these values."""
+def swaps_of(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], changes: Mapping[str, LowRank] = MappingProxyType({})
+) -> tuple[Swap, ...]:
+    """The swaps after which the parameters of these names have these values; `changes`: see `Adapter.low_rank`."""
     by_module: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, weight in weights.items():
         owner, _, own_name = name.rpartition(".")
         by_module[owner][own_name] = weight
-    return tuple(_swap(model.get_submodule(owner), changed) for owner, changed in by_module.items())
+    return tuple(
+        _swap(model.get_submodule(owner), changed, changes.get(f"{owner}.weight") if len(changed) == 1 else None)
+        for owner, changed in by_module.items()
+    )
 
 
-def _swap(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> Swap:
+def _swap(module: nn.Module, weights: Mapping[str, torch.Tensor], change: LowRank | None) -> Swap:
     """The module's own code over other weights: a twin that shares everything else with it. The module itself stays as
     it is, since other threads may be running it."""
     twin = copy.copy(module)
     twin.__dict__["_parameters"] = {**module._parameters, **weights}
-    return Swap(module, partial(type(module).forward, twin))
+    return Swap(module, partial(type(module).forward, twin), change)
 
 
 def changed_layers(model: PreTrainedModel, parameters: Collection[str]) -> frozenset[int]:

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 from backbone.execution.apply_plan import NestedPlanError, apply_plan
-from backbone.execution.cache import CacheMismatchError, remembered_plan
+from backbone.execution.cache import CacheMismatchError, remembered_plans
 from backbone.execution.probing import probe_states
 from backbone.families import UnsupportedModelError, decoder_layers
 from backbone.plan import LayerPlan, PlanError
@@ -99,10 +99,10 @@ def test_a_conversation_goes_on_in_the_cache_of_its_plan(model) -> None:
 
 def test_a_cache_remembers_its_plan(model) -> None:
     batch = padded_batch()
-    assert remembered_plan(model(**batch).cache) is None
+    assert remembered_plans(model(**batch).cache) is None
     with torch.no_grad(), apply_plan(model, PLANS["middle"]):
         cache = model(**batch).cache
-    assert remembered_plan(copy.deepcopy(cache)) == (PLANS["middle"], "")
+    assert remembered_plans(copy.deepcopy(cache)) == ((PLANS["middle"],), "")
 
 
 def test_a_plan_of_another_model_is_refused(model) -> None:

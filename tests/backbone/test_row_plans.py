@@ -1,0 +1,172 @@
+"""A plan for each row: what stands in for layers, what the cache holds, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from tiny import N_LAYERS, padded_batch, tiny_model
+
+from backbone.execution.apply_plan import apply_plan, apply_plans
+from backbone.execution.cache import CacheMismatchError, cache_bytes, remembered_plans
+from backbone.execution.row_patches import RowPlansError
+from backbone.fingerprint import model_fingerprint
+from backbone.plan import LayerPlan
+from backbone.stand_ins.adapters import Adapter
+from backbone.stand_ins.attaching import StandIns, attach
+from backbone.stand_ins.bridges import Bridge
+
+FULL = LayerPlan.full(N_LAYERS)
+MIDDLE = LayerPlan.skipping(N_LAYERS, {2, 3})
+EXIT = LayerPlan.exiting(N_LAYERS, 3)
+HALVES = LayerPlan.skipping(N_LAYERS, {5}, attention={1}, mlp={3})
+PLANS = [EXIT, FULL, MIDDLE, HALVES]
+GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+
+
+def row(batch, index):
+    return {name: tensor[index : index + 1] for name, tensor in batch.items()}
+
+
+def alone(model, batch, plans, **options):
+    """The tokens of each row by itself under its own plan."""
+    found = []
+    for index, plan in enumerate(plans):
+        with apply_plan(model, plan):
+            found.append(model.generate(**row(batch, index), **GREEDY, **options)[0])
+    return torch.stack(found)
+
+
+def with_stand_ins(family: str, *, bridges: bool, adapter: bool):
+    """A model with random bridges and a random low-rank change of each matrix in its last three layers."""
+    model, draw = tiny_model(family), torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw) * 0.1
+
+    spans = {MIDDLE: [2], EXIT: [3], HALVES: [5]}
+    made = {plan: {first: Bridge((random(32, 32),), random(32)) for first in of} for plan, of in spans.items()}
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2 and any(f".{layer}." in name for layer in (3, 4, 5)) and name.endswith("weight")
+    ]
+    shapes = {name: model.get_parameter(name).shape for name in names}
+    if family == "gpt2":  # its matrices lie the other way round
+        shapes = {name: shape[::-1] for name, shape in shapes.items()}
+    changes = {name: (random(shape[0], 4), random(4, shape[1])) for name, shape in shapes.items()}
+    attach(model, StandIns(model_fingerprint(model), made if bridges else {}, Adapter(changes) if adapter else None))
+    return model
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("parts", ["bridges", "adapter", "both"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3_text", "falcon"])
+def test_stand_ins_reach_their_own_rows_only(family, parts, beams, cache) -> None:
+    model = with_stand_ins(family, bridges=parts != "adapter", adapter=parts != "bridges")
+    batch = padded_batch()
+    expected = alone(model, batch, PLANS, num_beams=beams)
+    with apply_plans(model, PLANS):
+        found = model.generate(**batch, **GREEDY, **cache, num_beams=beams)
+    assert torch.equal(found, expected)
+
+
+def test_a_full_row_beside_adapted_ones_has_the_weights_of_the_stock_model() -> None:
+    model, batch = with_stand_ins("llama", bridges=True, adapter=True), padded_batch()
+    stock = model(**batch, use_cache=False).logits
+    with apply_plans(model, PLANS):
+        mixed = model(**batch, use_cache=False).logits
+    torch.testing.assert_close(mixed[1, 2:], stock[1, 2:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mixed[0], stock[0], atol=1e-2)
+    assert torch.equal(model(**batch, use_cache=False).logits, stock)
+
+
+def test_rows_as_many_as_tokens_are_told_apart_from_them() -> None:
+    model = tiny_model("llama")
+    batch = {name: tensor[:, -4:] for name, tensor in padded_batch().items()}
+    with apply_plans(model, PLANS):
+        mixed = model(**batch, use_cache=False).logits
+    for index, plan in enumerate(PLANS):
+        with apply_plan(model, plan):
+            torch.testing.assert_close(mixed[index], model(**row(batch, index), use_cache=False).logits[0])
+
+
+def test_equal_plans_take_the_path_of_one_plan() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    with apply_plan(model, MIDDLE):
+        expected = model(**batch, use_cache=False).logits
+    with apply_plans(model, [MIDDLE] * 4):
+        assert torch.equal(model(**batch, use_cache=False).logits, expected)
+    with apply_plans(model, [FULL] * 4):
+        found = model(**batch, use_cache=False).logits
+    assert torch.equal(found, model(**batch, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_the_cache_holds_each_rows_own_layers() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    with apply_plan(model, FULL):
+        full = cache_bytes(model(**batch).cache)
+    with apply_plans(model, PLANS):
+        cache = model(**batch).cache
+    share = sum(len(plan.attention) for plan in PLANS) / (len(PLANS) * N_LAYERS)
+    assert cache_bytes(cache) == pytest.approx(full * share)
+    assert remembered_plans(copy.deepcopy(cache)) == (tuple(PLANS), "")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_operations_on_the_cache_move_the_rows_that_each_layer_holds(family) -> None:
+    """Repeated, reordered within prompts, cut: the cache goes on as that of a batch that was so from the beginning."""
+    model, batch = tiny_model(family), padded_batch()
+    doubled = {name: tensor.repeat_interleave(2, dim=0) for name, tensor in batch.items()}
+    with apply_plans(model, PLANS):
+        cache, wanted = model(**batch).cache, model(**doubled).cache
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([1, 0, 2, 3, 5, 4, 7, 6]))
+        cache.crop(-2)
+        wanted.crop(-2)
+        mask = doubled["attention_mask"][:, :-1]
+        step = {"input_ids": doubled["input_ids"][:, -2:-1], "attention_mask": mask}
+        torch.testing.assert_close(model(**step, cache=cache).logits, model(**step, cache=wanted).logits)
+    kept = torch.tensor([0, 1, 4, 5])
+    cache.batch_select_indices(kept)
+    with apply_plans(model, [EXIT, MIDDLE]):
+        mask = torch.cat([mask, torch.ones(8, 1, dtype=mask.dtype)], dim=1)[kept]
+        found = model(input_ids=step["input_ids"][kept], attention_mask=mask, cache=cache).logits
+    with apply_plans(model, PLANS):
+        mask = torch.cat([doubled["attention_mask"][:, :-1], torch.ones(8, 1, dtype=mask.dtype)], dim=1)
+        expected = model(input_ids=step["input_ids"], attention_mask=mask, cache=wanted).logits[kept]
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_a_cache_of_rows_is_refused_elsewhere() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    with apply_plans(model, PLANS):
+        cache = model(**batch).cache
+    step = {"input_ids": batch["input_ids"][:, -1:]}
+    with pytest.raises(CacheMismatchError, match="a plan for each row: one of its layers holds 3 of 4 rows"):
+        model(**step, cache=copy.deepcopy(cache))
+    with apply_plan(model, FULL), pytest.raises(CacheMismatchError, match="filled under a plan for each row"):
+        model(**step, cache=copy.deepcopy(cache))
+    with apply_plans(model, PLANS[::-1]), pytest.raises(CacheMismatchError, match="filled under other plans: layer 1"):
+        model(**step, cache=copy.deepcopy(cache))
+    with apply_plan(model, MIDDLE):
+        other = model(**batch).cache
+    with apply_plans(model, PLANS), pytest.raises(CacheMismatchError, match="filled under other plans"):
+        model(**step, cache=other)
+
+
+def test_other_rows_than_plans_are_refused() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    with (
+        apply_plans(model, PLANS[:3]),
+        pytest.raises(RowPlansError, match="4 rows, but plans were given for 3"),
+    ):
+        model(**batch)
+    with pytest.raises(RowPlansError, match="needs a plan for each prompt"), apply_plans(model, []):
+        pass
+    with pytest.raises(ValueError, match="layers"), apply_plans(model, [FULL, LayerPlan.full(4)]):
+        pass
+    assert model(**batch).logits.shape[0] == 4
