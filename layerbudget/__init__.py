@@ -6,25 +6,72 @@ The public names resolve when first used, so that `import layerbudget` loads nei
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from backbone.execution.apply_plan import apply_plan
-    from backbone.loading import load_backbone
-    from backbone.plan import LayerPlan, PlanMenu
+    from backbone.errors import InputError
+    from backbone.execution.apply_plan import NestedPlanError, apply_plan
+    from backbone.execution.cache import CacheMismatchError
+    from backbone.execution.self_test import InexactPlanError
+    from backbone.families import UnsupportedModelError
+    from backbone.loading import LoadError, load_backbone
+    from backbone.plan import LayerPlan, PlanError, PlanMenu
+    from backbone.stand_ins.adapters import AdapterError
     from backbone.stand_ins.attaching import StandIns, attach, detach
-    from runtime.allocator import Allocator
+    from backbone.stand_ins.tensors import StandInsError
+    from runtime.allocator import Allocator, WrongModelError
+    from runtime.request import UnsupportedGenerationError
+    from runtime.saving.allocator_files import ArtefactError
+    from runtime.saving.file_bundle import BundleError
 
-__all__ = ["Allocator", "LayerPlan", "PlanMenu", "StandIns", "apply_plan", "attach", "detach", "load_backbone"]
+    __version__: str
+
+__all__ = [
+    "AdapterError",
+    "Allocator",
+    "ArtefactError",
+    "BundleError",
+    "CacheMismatchError",
+    "InexactPlanError",
+    "InputError",
+    "LayerPlan",
+    "LoadError",
+    "NestedPlanError",
+    "PlanError",
+    "PlanMenu",
+    "StandIns",
+    "StandInsError",
+    "UnsupportedGenerationError",
+    "UnsupportedModelError",
+    "WrongModelError",
+    "apply_plan",
+    "attach",
+    "detach",
+    "load_backbone",
+]
 
 PACKAGES = ("backbone", "oracle", "controller", "runtime", "pipelines")
 _HOMES = {
+    "AdapterError": "backbone.stand_ins.adapters",
     "Allocator": "runtime.allocator",
+    "ArtefactError": "runtime.saving.allocator_files",
+    "BundleError": "runtime.saving.file_bundle",
+    "CacheMismatchError": "backbone.execution.cache",
+    "InexactPlanError": "backbone.execution.self_test",
+    "InputError": "backbone.errors",
     "LayerPlan": "backbone.plan",
+    "LoadError": "backbone.loading",
+    "NestedPlanError": "backbone.execution.apply_plan",
+    "PlanError": "backbone.plan",
     "PlanMenu": "backbone.plan",
     "StandIns": "backbone.stand_ins.attaching",
+    "StandInsError": "backbone.stand_ins.tensors",
+    "UnsupportedGenerationError": "runtime.request",
+    "UnsupportedModelError": "backbone.families",
+    "WrongModelError": "runtime.allocator",
     "apply_plan": "backbone.execution.apply_plan",
     "attach": "backbone.stand_ins.attaching",
     "detach": "backbone.stand_ins.attaching",
@@ -33,6 +80,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("layerbudget")
     if name not in _HOMES:
         raise AttributeError(f"module 'layerbudget' has no attribute {name!r}")
     check_not_shadowed()

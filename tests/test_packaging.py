@@ -9,6 +9,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from command import layerbudget as command
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"backbone", "controller", "layerbudget", "oracle", "pipelines", "runtime"}
@@ -40,6 +41,24 @@ def test_public_names_resolve() -> None:
     assert {getattr(layerbudget, name).__name__ for name in layerbudget.__all__} == set(layerbudget.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Alocator'"):
         _ = layerbudget.Alocator
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    import layerbudget
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert layerbudget.__version__ == project["version"]
+    done = command("--version")
+    assert (done.returncode, done.stdout) == (0, f"layerbudget {project['version']}\n")
+
+
+def test_what_users_catch_is_public() -> None:
+    import layerbudget
+
+    errors = {name for name in layerbudget.__all__ if name.endswith("Error")}
+    assert all(issubclass(getattr(layerbudget, name), layerbudget.InputError) for name in errors)
+    raised = {"LoadError", "PlanError", "CacheMismatchError", "WrongModelError", "UnsupportedGenerationError"}
+    assert raised | {"InputError", "UnsupportedModelError", "InexactPlanError", "ArtefactError"} <= errors
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path) -> None:

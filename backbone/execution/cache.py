@@ -31,8 +31,8 @@ class SkippedLayer(DummyLayer):
         if key_states is None and value_states is None:
             return None, None
         raise CacheMismatchError(
-            f"this cache was filled under plan {self.plan}, which skips layer {self.index}, and now this layer runs; go "
-            "on with the allocator or inside apply_plan(model, plan), or use a new cache"
+            f"this cache was filled under plan {self.plan}, which skips layer {self.index}, and now this layer runs; "
+            "go on with the allocator or inside apply_plan(model, plan), or use a new cache"
         )
 
 

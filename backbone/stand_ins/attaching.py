@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,8 +41,12 @@ class StandIns:
     """
 
     fingerprint: str
-    bridges: Bridges = field(default_factory=lambda: MappingProxyType({}))
+    bridges: Bridges = field(default_factory=dict)
     adapter: Adapter | None = None
+
+    def __repr__(self) -> str:
+        weights = 0 if self.adapter is None else len(self.adapter.changes)
+        return f"StandIns(for {self.fingerprint}: bridges for {len(self.bridges)} plans, {weights} changed weights)"
 
     @cached_property
     def digest(self) -> str:
