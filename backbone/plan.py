@@ -20,7 +20,6 @@ from backbone.strict_json import parse
 SublayerBytes = Sequence[tuple[int, int]]
 """For each of the L layers: parameter bytes of its attention block and of its MLP block."""
 
-
 MOST_LAYERS = 10_000
 """More than any model has: a damaged file is not to fill the memory."""
 
@@ -184,6 +183,9 @@ class LayerPlan:
         if self.n_layers != other.n_layers:
             raise PlanError(f"these plans are for models of {self.n_layers} and of {other.n_layers} layers")
 
+    def __repr__(self) -> str:
+        return f"LayerPlan.parse({str(self)!r}, {self.n_layers})"
+
     def __str__(self) -> str:
         kinds = {i: ("" if i in self.mlp else "a") if i in self.attention else "m" for i in self.attention | self.mlp}
         parts = []
@@ -255,6 +257,9 @@ class PlanMenu:
 
     def __len__(self) -> int:
         return len(self.plans)
+
+    def __repr__(self) -> str:
+        return f"PlanMenu({len(self)} plans of {self.plans[0].layers:g} to {self.n_layers} layers)"
 
     def to_json(self) -> dict[str, Any]:
         plans = [{"runs": str(plan), "budget": budget} for plan, budget in zip(self.plans, self.budgets, strict=True)]

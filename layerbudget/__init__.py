@@ -6,19 +6,31 @@ The public names resolve when first used, so that `import layerbudget` loads nei
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from backbone.errors import InputError as InputError
+    from backbone.execution.apply_plan import NestedPlanError as NestedPlanError
     from backbone.execution.apply_plan import apply_plan as apply_plan
     from backbone.execution.apply_plan import apply_plans as apply_plans
+    from backbone.execution.cache import CacheMismatchError as CacheMismatchError
+    from backbone.execution.row_patches import RowPlansError as RowPlansError
+    from backbone.execution.self_test import InexactPlanError as InexactPlanError
+    from backbone.families import UnsupportedModelError as UnsupportedModelError
+    from backbone.loading import LoadError as LoadError
     from backbone.loading import load_backbone as load_backbone
     from backbone.plan import LayerPlan as LayerPlan
+    from backbone.plan import PlanError as PlanError
     from backbone.plan import PlanMenu as PlanMenu
+    from backbone.registry import RegistryError as RegistryError
+    from backbone.stand_ins.adapters import AdapterError as AdapterError
     from backbone.stand_ins.attaching import StandIns as StandIns
     from backbone.stand_ins.attaching import attach as attach
     from backbone.stand_ins.attaching import detach as detach
+    from backbone.stand_ins.tensors import StandInsError as StandInsError
     from backbone.testing import FamilyConformance as FamilyConformance
     from controller.base import Controller as Controller
     from controller.base import LearningError as LearningError
@@ -27,30 +39,45 @@ if TYPE_CHECKING:
     from oracle.search.base import Searcher as Searcher
     from oracle.search.testing import SearcherConformance as SearcherConformance
     from runtime.allocator import Allocator as Allocator
+    from runtime.allocator import WrongModelError as WrongModelError
+    from runtime.request import UnsupportedGenerationError as UnsupportedGenerationError
+    from runtime.saving.allocator_files import ArtefactError as ArtefactError
+    from runtime.saving.file_bundle import BundleError as BundleError
+
+    __version__: str
 
 PACKAGES = ("backbone", "oracle", "controller", "runtime", "pipelines")
-_HOMES = {
-    "Allocator": "runtime.allocator",
-    "Controller": "controller.base",
-    "ControllerConformance": "controller.testing",
-    "FamilyConformance": "backbone.testing",
-    "LayerPlan": "backbone.plan",
-    "LearningError": "controller.base",
-    "MenuTask": "oracle.menus.base",
-    "PlanMenu": "backbone.plan",
-    "Searcher": "oracle.search.base",
-    "SearcherConformance": "oracle.search.testing",
-    "StandIns": "backbone.stand_ins.attaching",
-    "apply_plan": "backbone.execution.apply_plan",
-    "apply_plans": "backbone.execution.apply_plan",
-    "attach": "backbone.stand_ins.attaching",
-    "detach": "backbone.stand_ins.attaching",
-    "load_backbone": "backbone.loading",
+_NAMES = {
+    "backbone.errors": ("InputError",),
+    "backbone.execution.apply_plan": ("NestedPlanError", "apply_plan", "apply_plans"),
+    "backbone.execution.cache": ("CacheMismatchError",),
+    "backbone.execution.row_patches": ("RowPlansError",),
+    "backbone.execution.self_test": ("InexactPlanError",),
+    "backbone.families": ("UnsupportedModelError",),
+    "backbone.loading": ("LoadError", "load_backbone"),
+    "backbone.plan": ("LayerPlan", "PlanError", "PlanMenu"),
+    "backbone.registry": ("RegistryError",),
+    "backbone.stand_ins.adapters": ("AdapterError",),
+    "backbone.stand_ins.attaching": ("StandIns", "attach", "detach"),
+    "backbone.stand_ins.tensors": ("StandInsError",),
+    "backbone.testing": ("FamilyConformance",),
+    "controller.base": ("Controller", "LearningError"),
+    "controller.testing": ("ControllerConformance",),
+    "oracle.menus.base": ("MenuTask",),
+    "oracle.search.base": ("Searcher",),
+    "oracle.search.testing": ("SearcherConformance",),
+    "runtime.allocator": ("Allocator", "WrongModelError"),
+    "runtime.request": ("UnsupportedGenerationError",),
+    "runtime.saving.allocator_files": ("ArtefactError",),
+    "runtime.saving.file_bundle": ("BundleError",),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("layerbudget")
     if name not in _HOMES:
         raise AttributeError(f"module 'layerbudget' has no attribute {name!r}")
     check_not_shadowed()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+import layerbudget
 from layerbudget import check_not_shadowed
 from layerbudget.failures import sentence_of
+from layerbudget.report_card import print_report_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +51,21 @@ STAGES = {
     "evaluate": "Measure all policies on unseen prompts.",
     "report": "Write report.html and log the run to MLflow.",
 }
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"layerbudget {layerbudget.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before the command."""
 
 
 @app.command()
@@ -215,37 +231,7 @@ def inspect(
     typer.echo(f"\nMenu of {len(allocator.menu)} plans:")
     for plan, budget in zip(allocator.menu.plans, allocator.menu.budgets, strict=True):
         typer.echo(f"  {budget:6.1%}  {plan.layers:4g} layers  {plan}")
-    _print_report_card(Path(folder).expanduser().parent / "metrics.json")
-
-
-def _print_report_card(path: Path) -> None:
-    """The test figures of the run that the allocator lies in, where it still does."""
-    from backbone.errors import InputError
-    from backbone.strict_json import parse
-
-    if not path.is_file():
-        return
-    try:
-        lines = list(_report_card(parse(path.read_text(encoding="utf-8")), path))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} is damaged; `layerbudget evaluate CONFIG` makes it again") from None
-    for line in lines:
-        typer.echo(line)
-
-
-def _report_card(metrics: dict[str, Any], path: Path) -> Iterator[str]:
-    yield f"\nReport card, on {metrics['prompts']['test']:d} unseen prompts ({path}):"
-    yield f"  {'policy':<16}{'score':>8}{'of full':>9}{'layers':>8}{'budget':>8}{'lost':>8}{'tokens/s':>10}"
-    cards = {name: card for name, card in metrics.items() if isinstance(card, dict) and "quality_ratio" in card}
-    if missing := {"full", metrics["best"]} - set(cards):
-        raise KeyError(missing)
-    for name, card in cards.items():
-        yield (
-            f"  {name:<16}{card['quality']:>8.3f}{card['quality_ratio']:>9.1%}{card['layers']:>8.2f}"
-            f"{card['budget']:>8.1%}{card['loss']:>8.1%}{card['tokens_per_s']:>10.1f}"
-        )
-    if metrics["captured_headroom"] is not None:
-        yield f"  {metrics['best']} captures {metrics['captured_headroom']:.0%} of the headroom over static plans"
+    print_report_card(Path(folder).expanduser().parent / "metrics.json")
 
 
 def main() -> None:

@@ -77,6 +77,14 @@ class Allocator:
     stand_ins: StandIns | None = None
     drift: DriftAlarm | None = None
 
+    def __repr__(self) -> str:
+        found = self.certificate
+        price = "no certified price: all run the full model"
+        if found.price is not None:
+            bound = f"{found.risk} <= {found.alpha:g}, confidence {1 - found.delta:g}"
+            price = f"price {found.price:.4g}, certified: {bound}"
+        return f"Allocator({self.model_source!r}, {self.menu}, {self.controller_name}, {price})"
+
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Allocator:
         """Load a saved allocator from a folder or from a repository on the hub.

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from built_wheel import PACKAGES, tracked, unpack_wheel
+from command import layerbudget as command
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import make_allocator
 
@@ -88,6 +89,24 @@ def test_the_wheel_generates_beside_packages_of_the_same_names(wheel, tmp_path) 
     for words in command:
         done = subprocess.run([sys.executable, "-m", "layerbudget", *words], **options)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    import layerbudget
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert layerbudget.__version__ == project["version"]
+    done = command("--version")
+    assert (done.returncode, done.stdout) == (0, f"layerbudget {project['version']}\n")
+
+
+def test_what_users_catch_is_public() -> None:
+    import layerbudget
+
+    errors = {name for name in layerbudget.__all__ if name.endswith("Error")}
+    assert all(issubclass(getattr(layerbudget, name), layerbudget.InputError) for name in errors)
+    raised = {"LoadError", "PlanError", "CacheMismatchError", "WrongModelError", "UnsupportedGenerationError"}
+    assert raised | {"InputError", "UnsupportedModelError", "InexactPlanError", "ArtefactError"} <= errors
 
 
 NOT_IN_CORE = ("datasets", "jinja2", "mapie", "mlflow", "optuna", "pyarrow", "pydantic", "rouge_score", "sklearn")

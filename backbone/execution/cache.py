@@ -15,11 +15,31 @@ from backbone.plan import LayerPlan
 
 
 class CacheMismatchError(InputError):
-    """A cache filled under one plan was passed to a model that runs another."""
+    """A cache filled under one plan was passed to a model that runs another, or none."""
+
+
+class SkippedLayer(DummyLayer):
+    """The library's own placeholder, put where a plan skips attention; it knows the plan and the layer.
+
+    Raises:
+        CacheMismatchError: (from `update`) a model that runs this layer, such as one without a plan, got the cache.
+    """
+
+    def __init__(self, plan: LayerPlan | str, index: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.plan, self.index = plan, index
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if key_states is None and value_states is None:
+            return None, None
+        raise CacheMismatchError(
+            f"this cache was filled under plan {self.plan}, which skips layer {self.index}, and now this layer runs; "
+            "go on with the allocator or inside apply_plan(model, plan), or use a new cache"
+        )
 
 
 def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
-    """Put the library's own placeholder where `plan` skips attention, so that masks and lengths ignore those layers.
+    """Put a placeholder where `plan` skips attention, so that masks and lengths ignore those layers.
 
     Without it a skipped first layer is silently wrong: mask sizes and sequence lengths are read from the first layer
     of its kind, which would stay empty. Works on fresh caches; a cache already filled under `plan` passes unchanged.
@@ -44,7 +64,7 @@ def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
                 raise CacheMismatchError(
                     f"this cache holds layer {index}, which plan {plan} skips; use a new one or the plan that filled it"
                 )
-            cache.layers[index] = DummyLayer()  # type: ignore[no-untyped-call]
+            cache.layers[index] = SkippedLayer(plan, index)
 
 
 @lru_cache
@@ -112,7 +132,7 @@ def keep_rows(cache: Cache, rows: Sequence[torch.Tensor | None], n_rows: int) ->
         held = _rows_held(layer)
         if held == "nothing yet" and wanted is not None:
             if not len(wanted):
-                cache.layers[index] = DummyLayer()  # type: ignore[no-untyped-call]
+                cache.layers[index] = SkippedLayer("of each row", index)
             elif isinstance(layer, CacheLayerMixin):
                 _hold_some_rows(layer, wanted, n_rows)
             else:

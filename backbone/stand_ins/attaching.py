@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,8 +41,12 @@ class StandIns:
     """
 
     fingerprint: str
-    bridges: Bridges = field(default_factory=lambda: MappingProxyType({}))
+    bridges: Bridges = field(default_factory=dict)
     adapter: Adapter | None = None
+
+    def __repr__(self) -> str:
+        weights = 0 if self.adapter is None else len(self.adapter.changes)
+        return f"StandIns(for {self.fingerprint}: bridges for {len(self.bridges)} plans, {weights} changed weights)"
 
     @cached_property
     def digest(self) -> str:
@@ -151,7 +154,7 @@ def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
 
 
 def swaps_of(
-    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], changes: Mapping[str, LowRank] = MappingProxyType({})
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], changes: Mapping[str, LowRank] | None = None
 ) -> tuple[Swap, ...]:
     """The swaps after which the parameters of these names have these values; `changes`: see `Adapter.low_rank`."""
     by_module: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -159,7 +162,9 @@ def swaps_of(
         owner, _, own_name = name.rpartition(".")
         by_module[owner][own_name] = weight
     return tuple(
-        _swap(model.get_submodule(owner), changed, changes.get(f"{owner}.weight") if len(changed) == 1 else None)
+        _swap(
+            model.get_submodule(owner), changed, (changes or {}).get(f"{owner}.weight") if len(changed) == 1 else None
+        )
         for owner, changed in by_module.items()
     )
 

@@ -9,11 +9,13 @@ Shapes: `N` prompts, `F` projected features, `C` channels (two ways to look odd)
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +129,15 @@ class DriftAlarm:
         self._random = np.random.default_rng(seed)
         self._lock = threading.Lock()
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in another process, has seen what this one has, and goes on by itself."""
+        with self._lock:
+            return copy.deepcopy({name: value for name, value in self.__dict__.items() if name != "_lock"})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def reset(self) -> None:
         """Forget what was served and start anew; the bound on false alarms starts anew as well."""

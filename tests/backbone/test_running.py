@@ -1,6 +1,7 @@
 """What a plan promises beside exactness (for that see test_families.py): threads, nesting, caches, compiled steps."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -86,6 +87,18 @@ def test_a_cache_of_another_plan_is_refused(model) -> None:
         pytest.raises(CacheMismatchError, match=r"without layer 2|holds layer"),
     ):
         model(**step, cache=cache)
+
+
+def test_a_cache_of_a_plan_says_what_it_is_to_a_model_without_one(any_model) -> None:
+    ids = padded_batch()["input_ids"][:1]
+    for plan in PLANS.values():
+        with torch.no_grad(), apply_plan(any_model, plan):
+            cache = any_model(input_ids=ids).cache
+        sentence = rf"was filled under plan {plan}, which skips layer {min(plan.skipped_attention)}, and now"
+        with torch.no_grad(), pytest.raises(CacheMismatchError, match=sentence):
+            any_model(input_ids=ids[:, :1], cache=copy.deepcopy(cache))
+        with pytest.raises(CacheMismatchError, match=sentence):
+            any_model.generate(input_ids=torch.cat([ids, ids], 1), cache=pickle.loads(pickle.dumps(cache)), **GREEDY)
 
 
 def test_a_conversation_goes_on_in_the_cache_of_its_plan(model) -> None:
