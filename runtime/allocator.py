@@ -28,8 +28,7 @@ from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.deciding import Decider
 from runtime.device_clock import Moment
-from runtime.generation import decode_in_lanes
-from runtime.lanes import Lane, lane_a_plan, least_time_lanes, plans_of
+from runtime.generation import decode
 from runtime.lossless import check_lossless, generate_losslessly
 from runtime.request import Request, check_handed_on, with_stop_strings
 from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
@@ -148,7 +147,7 @@ class Allocator:
     def allocate(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
     ) -> list[LayerPlan]:
-        """The plan of each prompt. `generate` may run a larger one, where that makes the batch faster.
+        """The plan of each prompt, as `generate` runs it.
 
         A look: the drift alarm does not count these prompts.
 
@@ -167,7 +166,7 @@ class Allocator:
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
-        """Time this model's passes on its device, so that lanes are chosen by milliseconds instead of an estimate.
+        """Time this model's passes on its device, so that `lossless` drafts by milliseconds instead of an estimate.
 
         Once for a model, device and dtype: the numbers are kept (under `$LAYERBUDGET_CACHE`) and found again by later
         processes, and what is there is not measured again. Takes as long as some 120 decoding steps; `generate` never
@@ -183,12 +182,11 @@ class Allocator:
     def generate(
         self, model: PreTrainedModel, *, streamer: Any = None, **arguments: Any
     ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
-        """`model.generate(**arguments)`, each prompt under its plan or, where that is faster, a larger one of the menu.
+        """`model.generate(**arguments)`, each prompt under its own plan, in one pass for all.
 
-        Besides all stock arguments it takes `max_lanes`, `round_up`, `allocation_limit_ms` and `lossless` (see
-        `__call__`). With `return_dict_in_generate=True` the output has `layer_plans`, the plan that each prompt ran,
-        `allocation_ms`, `time_to_first_token_ms`, one a prompt, and `drift`, the alarm's state. `cache=` goes
-        on under the plan that filled the cache.
+        Besides all stock arguments it takes `allocation_limit_ms` and `lossless` (see `__call__`). With
+        `return_dict_in_generate=True` the output has `layer_plans`, the plan of each prompt, `allocation_ms`,
+        `time_to_first_token_ms` and `drift`, the alarm's state. `cache=` goes on under the plans that filled the cache.
         `streamer` and `stop_strings` work here only: transformers 5.24 does not hand them on to a `custom_generate`.
 
         Raises:
@@ -210,8 +208,8 @@ class Allocator:
         advance: Callable[[int], None] = lambda done: None,
         **options: Any,
     ) -> list[AllocatedText]:
-        """Continue many prompts [N], as fast as possible: all are allocated first, then generated in full batches, each
-        under one plan, the largest plan and the longest prompts first.
+        """Continue many prompts [N], each under its own plan, as fast as possible: all are allocated first, then
+        generated in batches, as many of one plan as can be.
 
         Args:
             batch_size: prompts generated together, at most.
@@ -237,8 +235,6 @@ class Allocator:
         stopping_criteria: Any,
         generation_config: GenerationConfig,
         streamer: Any = None,
-        max_lanes: int | None = None,
-        round_up: bool = True,
         allocation_limit_ms: float | None = None,
         lossless: bool = False,
         **model_kwargs: Any,
@@ -246,8 +242,6 @@ class Allocator:
         """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs.
 
         Args:
-            max_lanes: run the batch in at most so many lanes, one after the other.
-            round_up: False runs every prompt under exactly its own plan, however many lanes that takes.
             allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
             lossless: give the full model's own answer; the plan only drafts it (see `runtime.lossless`).
         """
@@ -256,36 +250,30 @@ class Allocator:
         if streamer is not None:  # the library's loop for beams takes none, not even None
             loop["streamer"] = streamer
         request = Request(model, input_ids, generation_config, model_kwargs, loop)
-        request.check_lanes(max_lanes, round_up)
         if lossless:
             check_lossless(request)
         self.prepare(model)
-        lanes, prefix = self._lanes(request, max_lanes, round_up, allocation_limit_ms)
+        plans, prefix = self._plans(request, allocation_limit_ms)
+        request.check_plans(plans)
         allocation_ms = (time.perf_counter() - began) * 1000
         if lossless:
-            output, first_token_ms = generate_losslessly(request, lanes[0].plan, prefix, start)
+            output, first_token_ms = generate_losslessly(request, plans[0], prefix, start)
         else:
-            output, first_token_ms = decode_in_lanes(request, lanes, prefix, start)
+            output, first_token_ms = decode(request, plans, prefix, start)
         if not isinstance(output, torch.Tensor):
-            output["layer_plans"] = plans_of(lanes)
+            output["layer_plans"] = plans
             output["allocation_ms"], output["time_to_first_token_ms"] = allocation_ms, first_token_ms
             output["drift"] = None if self.drift is None else self.drift.state
         return output
 
-    def _lanes(
-        self, request: Request, max_lanes: int | None, round_up: bool, limit_ms: float | None
-    ) -> tuple[list[Lane], Prefix | None]:
-        if (plan := request.plan_of_cache()) is not None:
-            return [Lane(plan, tuple(range(request.n_prompts)))], None
+    def _plans(self, request: Request, limit_ms: float | None) -> tuple[list[LayerPlan], Prefix | None]:
+        """The plans of the prompts [B], and what the first layers made of them, where that is kept."""
+        if (plans := request.plans_of_cache()) is not None:
+            return plans, None
         decision = self.decider(limit_ms).decide(
             request.model, **request.prompts(), keep_cache=not request.captures_layers
         )
-        if not round_up:
-            return lane_a_plan(self.menu, decision.chosen), decision.prefix
-        costs = known_step_costs(request.model)
-        lane_ms = costs.generation_ms(request.input_ids.shape[1], request.max_new_tokens, request.copies)
-        most = 1 if request.one_lane_reason else max_lanes
-        return least_time_lanes(self.menu, decision.chosen, lane_ms, max_lanes=most), decision.prefix
+        return [self.menu.plans[index] for index in decision.chosen], decision.prefix
 
     def decider(self, limit_ms: float | None = None) -> Decider:
         """What chooses plans for prompts, with a limit to the time it may take."""

@@ -1,81 +1,43 @@
-"""Run the rows of one prepared `generate()` call in lanes, with the model's own decoding loops."""
+"""One prepared `generate()` call, decoded in one pass for all rows, each under its prompt's plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessorList
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from backbone.execution.apply_plan import apply_plan
+from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, replaying
+from backbone.plan import LayerPlan
 from runtime.device_clock import FirstToken, Moment
-from runtime.lanes import Lane
-from runtime.merging import Output, merged
 from runtime.request import Request
 
+Output = torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
-def decode_in_lanes(
-    request: Request, lanes: Sequence[Lane], prefix: Prefix | None, start: Moment
-) -> tuple[Output, list[float]]:
-    """Decode every lane under its plan, one after the other.
+
+def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, start: Moment) -> tuple[Output, float]:
+    """Decode with the model's own loop, which sees all rows in their order.
 
     Args:
-        prefix: what the first layers made of the prompts, from which the lanes go on; None to run them again. Its
+        plans: of the B prompts.
+        prefix: what the first layers made of the prompts, from which their plans go on; None to run them again. Its
             memory is given back.
         start: when the call began.
 
     Returns:
-        The output, rows in input order, and for each prompt the milliseconds from `start` to its first token.
+        The output, and the milliseconds from `start` to the first tokens.
     """
-    clocks = [FirstToken(request.model.device) for _ in lanes]
-    outputs = [
-        _decoded(request, lane, len(lanes) == 1, prefix, lane is lanes[-1], clock)
-        for lane, clock in zip(lanes, clocks, strict=True)
-    ]
-    first_token_ms = [0.0] * request.n_prompts
-    for lane, clock in zip(lanes, clocks, strict=True):
-        for prompt in lane.prompts:
-            first_token_ms[prompt] = clock.moment.ms_since(start) if clock.moment else 0.0
-    output: Output = outputs[0] if len(outputs) == 1 else merged(outputs, lanes, request)
-    return output, first_token_ms
-
-
-def _decoded(
-    request: Request, lane: Lane, is_only: bool, prefix: Prefix | None, is_last: bool, clock: FirstToken
-) -> Output:
-    rows = torch.tensor([prompt * request.copies + i for prompt in lane.prompts for i in range(request.copies)])
-    input_ids, kwargs = (request.input_ids, request.kwargs) if is_only else _rows_of(request, rows)
-    processors = [_for_rows(processor, rows) for processor in request.loop["logits_processor"]]
-    loop = {**request.loop, "logits_processor": LogitsProcessorList([*processors, clock])}
-    with apply_plan(request.model, lane.plan), ExitStack() as stack:
+    clock = FirstToken(request.model.device)
+    loop = {**request.loop, "logits_processor": LogitsProcessorList([*request.loop["logits_processor"], clock])}
+    with apply_plans(request.model, plans), ExitStack() as stack:
         if prefix is not None:
-            repeated = None if is_only and request.copies == 1 else (rows // request.copies).to(request.model.device)
-            stack.enter_context(replaying(request.model, prefix, repeated, release=is_last))
-        output: Output = request.decoding_loop(input_ids, generation_config=request.config, **loop, **kwargs)
-        return output
-
-
-def _for_rows(processor: Any, rows: torch.Tensor) -> Any:
-    """A logits processor for some rows: of those that work in lanes, one of the library's holds a number for each."""
-    lengths = getattr(processor, "prompt_ignore_length", None)
-    if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(lengths, torch.Tensor):
-        return RepetitionPenaltyLogitsProcessor(processor.penalty, lengths[rows.to(lengths.device)])
-    return processor
-
-
-def _rows_of(request: Request, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Some rows of the prepared arguments, with an empty cache of the kind that `generate()` made for all."""
-    index = rows.to(request.input_ids.device)
-    kwargs = {
-        name: value[index] if isinstance(value, torch.Tensor) and len(value) == len(request.input_ids) else value
-        for name, value in request.kwargs.items()
-        if name != "cache"
-    }
-    if request.cache is not None:
-        # The library's own method, since it knows all kinds: dynamic, static, offloaded, quantised.
-        prompts, length = len(rows) // request.copies, int(request.config.max_length or 0) - 1
-        request.model._prepare_cache_for_generation(request.config, kwargs, request.mode, prompts, length)  # type: ignore[operator]
-    return request.input_ids[index], kwargs
+            rows = torch.arange(request.n_prompts, device=request.model.device).repeat_interleave(request.copies)
+            chosen = None if request.copies == 1 else rows
+            stack.enter_context(replaying(request.model, prefix, chosen, release=True))
+        output: Output = request.decoding_loop(
+            request.input_ids, generation_config=request.config, **loop, **request.kwargs
+        )
+    return output, clock.moment.ms_since(start) if clock.moment else 0.0

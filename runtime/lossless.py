@@ -29,7 +29,7 @@ from backbone.families import sublayer_bytes
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 from runtime.device_clock import FirstToken, Moment
-from runtime.merging import Output
+from runtime.generation import Output
 from runtime.request import Request, UnsupportedGenerationError
 from runtime.step_costs import StepCosts, known_step_costs
 
@@ -63,7 +63,7 @@ def check_lossless(request: Request) -> None:
 
 def generate_losslessly(
     request: Request, plan: LayerPlan, prefix: Prefix | None, start: Moment
-) -> tuple[Output, list[float]]:
+) -> tuple[Output, float]:
     """Decode one prompt with the full model, drafting under `plan`.
 
     Args:
@@ -89,7 +89,7 @@ def generate_losslessly(
         output["acceptance"] = drafter.accepted / drafter.drafted if drafter.drafted else None
         output["full_passes"] = checking.passes
         output["generation_ms"] = (time.perf_counter() - began) * 1000
-    return output, [clock.moment.ms_since(start) if clock.moment else 0.0]
+    return output, clock.moment.ms_since(start) if clock.moment else 0.0
 
 
 class Drafter(CandidateGenerator):

@@ -1,4 +1,4 @@
-"""Large sets of prompts: all are allocated first, then generated in full batches, each under one plan."""
+"""Large sets of prompts: all are allocated first, then generated in batches, as many as can be of one plan."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.execution.apply_plan import apply_plan
+from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
 from runtime.allocator import Allocator
 from runtime.deciding import Decider, Decision, prompt_key
-from runtime.lanes import Lane, least_time_lanes
 from runtime.request import UnsupportedGenerationError
-from runtime.step_costs import known_step_costs
 from runtime.texts import AllocatedText, decoding_options, new_texts
 
 PROBE_TOKENS = 2048
@@ -43,11 +40,10 @@ def finished_texts(
     batch_size: int,
     **options: Any,
 ) -> Iterator[list[tuple[int, AllocatedText]]]:
-    """Continue prompts [N] in batches of one plan each, the largest plan and the longest prompts first.
+    """Continue prompts [N], each under its own plan, in batches as `composed` makes them.
 
-    Lanes are filled up as `runtime.lanes` tells: the last, small batch of a plan may run under a larger plan. Batches
-    go on from what the first layers made of their prompts when these were allocated, as far as `KEPT_BYTES` suffice. A
-    batch for which the device's memory does not suffice is run half by half.
+    Batches go on from what the first layers made of their prompts when these were allocated, as far as `KEPT_BYTES`
+    suffice. A batch for which the device's memory does not suffice is run half by half.
 
     Args:
         batch_size: prompts generated together, at most.
@@ -68,23 +64,45 @@ def finished_texts(
         raise UnsupportedGenerationError(f"prompt {empty[0]} is empty: there is nothing to continue")
     settings = {**decoding_options(tokenizer, allocator.decoding), **options}
 
-    def run(plan: LayerPlan, part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
+    def run(part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
         inputs = padded_inputs(model, [tokens[index] for index in part])
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with apply_plan(model, plan), kept.replayed(model, part, copies):
+        with apply_plans(model, [plans[index] for index in part]), kept.replayed(model, part, copies):
             output: torch.Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
         texts = new_texts(tokenizer, output, inputs["input_ids"].shape[1], allocator.decoding)
-        return [(index, AllocatedText(text, plan)) for index, text in zip(part, texts, strict=True)]
+        return [(index, AllocatedText(text, plans[index])) for index, text in zip(part, texts, strict=True)]
 
     copies = int(settings.get("num_beams") or getattr(model.generation_config, "num_beams", None) or 1)
     kept = _Kept(0 if any(settings.get(name) for name in _SEVERAL_TOKENS_AT_ONCE) else KEPT_BYTES)
-    lanes = _lanes(allocator, model, tokens, batch_size, int(settings.get("max_new_tokens") or 1), kept)
-    for lane in reversed(lanes):
-        longest_first = sorted(lane.prompts, key=lambda index: -len(tokens[index]))
-        for start in range(0, len(longest_first), batch_size):
-            part = longest_first[start : start + batch_size]
-            yield in_halves(part, partial(run, lane.plan))
-            kept.drop(part)
+    plans = _allocated(allocator, model, tokens, kept)
+    for part in composed(plans, [len(ids) for ids in tokens], batch_size):
+        yield in_halves(part, run)
+        kept.drop(part)
+
+
+def composed(plans: Sequence[LayerPlan], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The places of N prompts in batches: full ones of one plan first, then what is left of each plan, mixed.
+
+    A batch of one plan saves the weights of the layers that it leaves out, where a mixed one reads those of its deepest
+    row. Of one plan, and among those left, neighbours are of like length, so that little is padded; the deepest plans
+    and the longest prompts come first, so that too little memory shows at once.
+
+    Args:
+        plans: of the prompts.
+        lengths: tokens of the prompts.
+        batch_size: prompts that run together, at most.
+    """
+    by_plan: dict[LayerPlan, list[int]] = {}
+    for place in sorted(
+        range(len(plans)), key=lambda place: (-plans[place].layers, str(plans[place]), -lengths[place])
+    ):
+        by_plan.setdefault(plans[place], []).append(place)
+    full, left = [], []
+    for places in by_plan.values():
+        whole = len(places) - len(places) % batch_size
+        full += [places[start : start + batch_size] for start in range(0, whole, batch_size)]
+        left += places[whole:]
+    return full + [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
 
 
 @dataclass(slots=True)
@@ -142,15 +160,8 @@ def _check(batch_size: int, options: dict[str, Any]) -> None:
             )
 
 
-def _lanes(
-    allocator: Allocator,
-    model: PreTrainedModel,
-    tokens: list[list[int]],
-    batch_size: int,
-    new_tokens: int,
-    kept: _Kept,
-) -> list[Lane]:
-    """The lanes of all prompts; fills `kept`."""
+def _allocated(allocator: Allocator, model: PreTrainedModel, tokens: list[list[int]], kept: _Kept) -> list[LayerPlan]:
+    """The plans of all prompts [N]; fills `kept`."""
     lengths = [len(ids) for ids in tokens]
 
     def decide(part: Sequence[int], decider: Decider) -> Decision:
@@ -165,5 +176,4 @@ def _lanes(
     chosen = allocator.decider().decide_in_parts(
         ((part, partial(decide, part)) for part in parts), [prompt_key(ids) for ids in tokens]
     )
-    lane_ms = known_step_costs(model).generation_ms(int(np.mean(lengths)), new_tokens, 1)
-    return least_time_lanes(allocator.menu, chosen, lane_ms, max_prompts=batch_size, sizes=lengths)
+    return [allocator.menu.plans[index] for index in chosen]

@@ -6,7 +6,7 @@ Shapes: `B` prompts, each in `copies` neighbouring rows (its beams or samples), 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,6 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DummyLayer
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import (
-    ClassifierFreeGuidanceLogitsProcessor,
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 
 from backbone.errors import InputError
 from backbone.execution.cache import remembered_plans
@@ -35,16 +27,6 @@ _METHODS = {
     GenerationMode.BEAM_SEARCH: "_beam_search",
     GenerationMode.BEAM_SAMPLE: "_beam_search",
 }
-_COUNT_ROWS = (
-    ClassifierFreeGuidanceLogitsProcessor,
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
-"""The library's logits processors that tell rows by their place in the whole batch."""
-
 _NOT_OF_THE_PREFIX = ("input_ids", "inputs_embeds", "attention_mask", "cache", "use_cache")
 
 
@@ -112,33 +94,6 @@ class Request:
         """Every layer must really run its prompt, since what happens in it is asked for."""
         return bool(self.config.output_attentions or self.config.output_hidden_states)
 
-    @property
-    def one_lane_reason(self) -> str:
-        """Why all rows must run together; empty where they need not."""
-        if getattr(self.cache, "_is_user_defined", False):
-            return "a cache that was passed in"
-        if self.loop.get("streamer") is not None:
-            return "a streamer"
-        for name in ("output_hidden_states", "output_attentions"):
-            if getattr(self.config, name):
-                return f"{name}=True"
-        bound = [type(one).__name__ for one in self.loop.get("logits_processor") or () if isinstance(one, _COUNT_ROWS)]
-        return bound[0] if bound else ""
-
-    def check_lanes(self, max_lanes: int | None, round_up: bool) -> None:
-        """Raises UnsupportedGenerationError unless the batch can be put into lanes as asked."""
-        if max_lanes is not None and max_lanes < 1:
-            raise UnsupportedGenerationError(f"max_lanes must be at least 1, got {max_lanes}")
-        if max_lanes is not None and not round_up:
-            raise UnsupportedGenerationError(
-                "max_lanes rounds plans up, which round_up=False forbids; give one of them"
-            )
-        if not round_up and self.n_prompts > 1 and self.one_lane_reason:
-            raise UnsupportedGenerationError(
-                f"{self.one_lane_reason} needs all prompts in one lane, which round_up=False forbids; leave it out, or "
-                "give one prompt at a time"
-            )
-
     def prompts(self) -> dict[str, Any]:
         """What the decoder is given for the prompts themselves: `input_ids` [B, S], `attention_mask`, and so on."""
         accepted = inspect.signature(decoder_of(self.model).forward).parameters
@@ -154,11 +109,12 @@ class Request:
             **inputs,
         }
 
-    def plan_of_cache(self) -> LayerPlan | None:
-        """The plan that the given cache was filled under, which goes on; None if the cache is empty.
+    def plans_of_cache(self) -> list[LayerPlan] | None:
+        """The plans [B] that the given cache was filled under, which go on; None if the cache is empty.
 
         Raises:
-            UnsupportedGenerationError: it was filled under a plan that is not known, or with other stand-ins.
+            UnsupportedGenerationError: it was filled under plans that are not known, for another number of prompts, or
+                with other stand-ins.
         """
         cache = self.cache
         if cache is None or int(cache.get_seq_length()) == 0:
@@ -169,17 +125,26 @@ class Request:
                 "the cache passed in lacks layers, and it is not known which plan filled it; start with a new cache"
             )
         plans, stand_ins = known or ((LayerPlan.full(len(decoder_layers(self.model))),), "")
-        if len(plans) > 1:
+        if len(plans) not in (1, self.n_prompts):
             raise UnsupportedGenerationError(
-                "the cache passed in was filled under a plan for each row; go on within apply_plans, or with a new one"
+                f"the cache passed in was filled under the plans of {len(plans)} prompts, but this call has "
+                f"{self.n_prompts}; give the same prompts, or start with a new cache"
             )
-        (plan,) = plans
-        if stand_ins != (attached := attached_digest(self.model, plan)):
+        shortest = min(plans, key=lambda plan: plan.layers)
+        if stand_ins != (attached := attached_digest(self.model, shortest)):
             raise UnsupportedGenerationError(
-                f"the cache passed in was filled under plan {plan} with {stand_ins or 'no'} stand-ins, and the plan "
-                f"would go on with {attached or 'none'}; start with a new cache"
+                f"the cache passed in was filled under plan {shortest} with {stand_ins or 'no'} stand-ins, and the "
+                f"plan would go on with {attached or 'none'}; start with a new cache"
             )
-        return plan
+        return [plans[0]] * self.n_prompts if len(plans) == 1 else list(plans)
+
+    def check_plans(self, plans: Sequence[LayerPlan]) -> None:
+        """Raises UnsupportedGenerationError for what rows with these plans [B] cannot give."""
+        if self.config.output_attentions and len({*plans}) > 1:
+            raise UnsupportedGenerationError(
+                "output_attentions=True needs all rows in every layer, and these prompts have different plans; leave "
+                "it out, or give one prompt at a time"
+            )
 
 
 def check_handed_on(arguments: Mapping[str, Any]) -> None:
@@ -188,7 +153,7 @@ def check_handed_on(arguments: Mapping[str, Any]) -> None:
         raise UnsupportedGenerationError("an allocator cannot be used with an assistant_model; leave one of them out")
     if arguments.get("synced_gpus"):
         raise UnsupportedGenerationError(
-            "an allocator cannot be used with synced_gpus=True: each process would run lanes of its own"
+            "an allocator cannot be used with synced_gpus=True: each process would run other layers"
         )
 
 

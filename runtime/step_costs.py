@@ -1,8 +1,8 @@
 """What a pass of a model costs: milliseconds as a function of the plan's budget and of the tokens in the pass.
 
 A pass is taken to cost `fixed(tokens) + budget * layers(tokens)`: the output head and the overhead of a call, and the
-decoder's layers. What attention adds for long contexts is left out. The numbers decide about lanes only, never about
-outputs, so an estimate serves until somebody measures.
+decoder's layers. What attention adds for long contexts is left out. The numbers decide how much is drafted, never
+about outputs, so an estimate serves until somebody measures.
 """
 
 from __future__ import annotations
@@ -60,21 +60,6 @@ class StepCosts:
         last = (at_grid[-1] - at_grid[-2]) / (self.tokens[-1] - self.tokens[-2])
         beyond = np.maximum(tokens - self.tokens[-1], 0) * max(last, 0.0)
         return np.asarray(np.interp(tokens, self.tokens, at_grid) + beyond)
-
-    def generation_ms(
-        self, prompt_tokens: int, new_tokens: int, copies: int
-    ) -> Callable[[float, NDArray[np.intp]], NDArray[np.float64]]:
-        """The `LaneTime` of prompts of one length: their prefill, then a step for each new token.
-
-        Args:
-            copies: rows of each prompt: its beams or samples.
-        """
-
-        def lane_ms(budget: float, prompts: NDArray[np.intp]) -> NDArray[np.float64]:
-            rows = prompts * copies
-            return self.ms(budget, rows * prompt_tokens) + (new_tokens - 1) * self.ms(budget, rows)
-
-        return lane_ms
 
 
 def estimated_step_costs(model: PreTrainedModel) -> StepCosts:

@@ -30,14 +30,13 @@ def generate_texts(
     prompts: Sequence[str],
     decoding: Decoding,
 ) -> list[AllocatedText]:
-    """Continue each of `prompts` [B] under exactly the plan that the allocator chooses for it, as one batch."""
+    """Continue each of `prompts` [B] under the plan that the allocator chooses for it, as one batch."""
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     output = allocator.generate(
         model,
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         return_dict_in_generate=True,
-        round_up=False,
         **decoding_options(tokenizer, decoding),
     )
     assert not isinstance(output, torch.Tensor)

@@ -138,7 +138,6 @@ def exclusions(date: str, per_task: dict[str, dict[str, float]], decoding: str =
         "Single prompts: a mean is bounded, and any one prompt may lose everything.",
         f"Other decoding settings{f' than {decoding}' if decoding else ''}: sampling, longer answers, other ends.",
         "Another data type, device or batch size, whose rounding can change an answer.",
-        "Prompts that run a larger plan than their own to share a lane: a larger plan usually loses less, not always.",
         "Quality that the judge does not see.",
         f"Drift: prompts that have changed since {date}.",
         "Prompts that are not independent draws: copies of one another, or of the training prompts.",

@@ -162,8 +162,8 @@ class DriftAlarm:
 
         Args:
             features: projected features [N, F], as the controller gets them.
-            budgets: share of the decoder [N] that the certified price chooses for them, before any rounding up
-                to a lane or reversion to the full plan.
+            budgets: share of the decoder [N] that the certified price chooses for them, before any
+                reversion to the full plan.
             keys: names of the prompts [N], equal for equal ones; without them no prompt is taken for another.
         """
         return self.observe_scores(drift_scores(features, budgets), keys)

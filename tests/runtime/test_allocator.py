@@ -115,7 +115,7 @@ def test_rows_run_their_plans_with_the_allocators_stand_ins() -> None:
     allocator = with_stand_ins(model)
     plans = allocator.allocate(model, **batch)
     assert len(set(plans)) > 1
-    output = allocator.generate(model, **batch, **GREEDY, round_up=False)
+    output = allocator.generate(model, **batch, **GREEDY)
     assert output[:, batch["input_ids"].shape[1] :].tolist() == alone(model, plans, batch, **GREEDY)
     assert torch.equal(model.generate(**batch, **GREEDY), stock), "without a plan the model is what it was"
     detach(model)

@@ -11,7 +11,7 @@ from tiny_allocator import PLANS, ByLength, make_allocator, with_stand_ins
 
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, detach
-from controller.base import controller_class
+from controller.base import CONTROLLERS
 from controller.certificate.drift import FEWEST, DriftAlarm
 
 COPIES = {"copy.deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}
@@ -21,7 +21,7 @@ COPIES = {"copy.deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pic
 @pytest.mark.parametrize("name", ["mlp", "lightgbm", "logistic", "ensemble"])
 def test_a_copy_allocates_the_same_plans(model, name, copied) -> None:
     batch = padded_batch()
-    allocator = make_allocator(model, controller=controller_class(name)(), name=name)
+    allocator = make_allocator(model, controller=CONTROLLERS[name](), name=name)
     allocator = replace(allocator, stand_ins=StandIns(allocator.fingerprint), drift=DriftAlarm(np.ones((50, 2))))
     plans = allocator.allocate(model, **batch)
     again = copied(allocator)

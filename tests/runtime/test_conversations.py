@@ -73,18 +73,21 @@ def test_a_prefilled_cache_may_be_copied_and_its_plan_be_none_of_the_menu(model,
         assert torch.equal(output.sequences, expected)
 
 
-def test_a_batch_with_a_cache_of_its_own_stays_in_one_lane_for_all_turns(model, allocator, monkeypatch) -> None:
-    dear_rows = lambda *_, **__: lambda budget, prompts: budget * prompts  # noqa: E731
-    monkeypatch.setattr("runtime.step_costs.StepCosts.generation_ms", dear_rows)
+def test_every_row_of_a_batch_goes_on_under_its_own_plan(model, allocator) -> None:
     batch, cache = padded_batch(), DynamicCache(config=model.config)
-    keep = {name: tensor[1:] for name, tensor in batch.items()}
-    first = allocator.generate(model, **keep, **GREEDY, **DICT, cache=cache)
-    assert first.layer_plans == [PLANS[1]] * 3
+    first = allocator.generate(model, **batch, **GREEDY, **DICT, cache=cache)
+    plans = [FULL, PLANS[1], PLANS[0], PLANS[0]]
+    assert first.layer_plans == plans
     longer = next_turn(first.sequences)
-    mask = torch.cat([keep["attention_mask"], torch.ones(3, longer.shape[1] - 11, dtype=torch.long)], 1)
-    second = allocator.generate(model, input_ids=longer, attention_mask=mask, **GREEDY, cache=cache)
-    with apply_plan(model, PLANS[1]):
-        assert torch.equal(second, model.generate(input_ids=longer, attention_mask=mask, **GREEDY))
+    mask = torch.cat([batch["attention_mask"], torch.ones(4, longer.shape[1] - 11, dtype=torch.long)], 1)
+    second = allocator.generate(model, input_ids=longer, attention_mask=mask, **GREEDY, **DICT, cache=cache)
+    assert second.layer_plans == plans
+    for row, plan in enumerate(plans):
+        with apply_plan(model, plan):
+            alone = model.generate(input_ids=longer[row : row + 1], attention_mask=mask[row : row + 1], **GREEDY)
+        assert torch.equal(second.sequences[row : row + 1], alone)
+    with pytest.raises(UnsupportedGenerationError, match="filled under the plans of 4 prompts, but this call has 2"):
+        allocator.generate(model, input_ids=longer[:2], attention_mask=mask[:2], **GREEDY, cache=cache)
 
 
 def test_a_cache_whose_plan_is_not_known_is_refused(model, allocator) -> None:

@@ -1,14 +1,11 @@
 """Allocated generation equals each row generated alone under its plan, through both doors, with all stock features."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import GREEDY, PLANS, ByLength, alone, make_allocator
 from transformers import (
     CompileConfig,
-    DynamicCache,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -24,7 +21,6 @@ from runtime.request import UnsupportedGenerationError
 
 FULL = LayerPlan.full(N_LAYERS)
 CHOSEN = [FULL, PLANS[1], PLANS[0], PLANS[0]]
-APART = {**GREEDY, "round_up": False}
 DICT = {"return_dict_in_generate": True}
 SAMPLING = {"max_new_tokens": 4, "do_sample": True, "top_k": 0, "temperature": 0.7}
 S = 11
@@ -33,14 +29,6 @@ S = 11
 @pytest.fixture(scope="module")
 def allocator(model):
     return make_allocator(model, controller=ByLength())
-
-
-@pytest.fixture
-def dear_rows(monkeypatch) -> None:
-    """Passes cost nothing but their rows, so that by time alone every plan gets a lane of its own."""
-    monkeypatch.setattr(
-        "runtime.step_costs.StepCosts.generation_ms", lambda *_, **__: lambda budget, prompts: budget * prompts
-    )
 
 
 def cut(output, expected) -> list[list[int]]:
@@ -57,11 +45,11 @@ def test_rows_equal_their_plan_alone_in_every_family(family) -> None:
     assert allocator.allocate(model, **batch) == CHOSEN
     expected = alone(model, CHOSEN, batch, **GREEDY)
     for cache in ({}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 4}):
-        output = allocator.generate(model, **batch, **APART, **cache)
+        output = allocator.generate(model, **batch, **GREEDY, **cache)
         assert cut(output, expected) == expected, cache
-        assert torch.equal(output, model.generate(**batch, **APART, **cache, custom_generate=allocator))
+        assert torch.equal(output, model.generate(**batch, **GREEDY, **cache, custom_generate=allocator))
     beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 6}
-    output = allocator.generate(model, **batch, **beams, round_up=False)
+    output = allocator.generate(model, **batch, **beams)
     assert output.shape == (8, S + 6)
     for row, plan in enumerate(CHOSEN):
         keep = batch["attention_mask"][row].bool()
@@ -80,7 +68,7 @@ def test_no_layer_computes_a_prompt_token_twice(model, allocator) -> None:
 
         hooks.append(layer.mlp.register_forward_hook(count))
     try:
-        allocator.generate(model, **padded_batch(), **APART, min_new_tokens=6)
+        allocator.generate(model, **padded_batch(), **GREEDY, min_new_tokens=6)
     finally:
         for hook in hooks:
             hook.remove()
@@ -88,37 +76,13 @@ def test_no_layer_computes_a_prompt_token_twice(model, allocator) -> None:
     assert computed == [count * (S + 5) for count in rows]
 
 
-def test_by_default_few_rows_run_together_under_the_largest_plan(model, allocator) -> None:
-    batch = padded_batch()
-    output = allocator.generate(model, **batch, **GREEDY, **DICT)
-    assert output.layer_plans == [FULL] * 4
-    assert torch.equal(output.sequences, model.generate(**batch, **GREEDY))
-    cheap = {name: tensor[2:] for name, tensor in batch.items()}
-    output = allocator.generate(model, **cheap, **GREEDY, **DICT)
-    assert output.layer_plans == [PLANS[0]] * 2
-    with apply_plan(model, PLANS[0]):
-        assert torch.equal(output.sequences, model.generate(**cheap, **GREEDY))
-
-
-def test_lanes_follow_the_costs_and_the_limit(model, allocator, dear_rows) -> None:
-    batch = padded_batch()
-    assert allocator.generate(model, **batch, **GREEDY, **DICT).layer_plans == CHOSEN
-    two = allocator.generate(model, **batch, **GREEDY, **DICT, max_lanes=2).layer_plans
-    assert two == [FULL, FULL, PLANS[0], PLANS[0]]
-    other_door = model.generate(**batch, **GREEDY, **DICT, max_lanes=1, custom_generate=allocator)
-    assert other_door.layer_plans == [FULL] * 4
-
-
 def test_the_output_carries_plans_and_times(model, allocator) -> None:
     batch = padded_batch()
-    output = allocator.generate(model, **batch, **APART, **DICT)
+    output = allocator.generate(model, **batch, **GREEDY, **DICT)
     assert output.layer_plans == CHOSEN
     assert output.allocation_ms > 0
-    # the lanes run one after the other, the cheapest first
-    first = [output.time_to_first_token_ms[row] for row in (2, 1, 0)]
-    assert all(0 < earlier < later for earlier, later in pairwise(first))
-    assert output.time_to_first_token_ms[2] == output.time_to_first_token_ms[3] > output.allocation_ms
-    assert torch.equal(output.sequences, allocator.generate(model, **batch, **APART))
+    assert output.time_to_first_token_ms > output.allocation_ms
+    assert torch.equal(output.sequences, allocator.generate(model, **batch, **GREEDY))
 
 
 def test_sampling_under_one_plan_draws_what_stock_sampling_draws(model, allocator) -> None:
@@ -135,21 +99,20 @@ def test_sampling_under_one_plan_draws_what_stock_sampling_draws(model, allocato
 @pytest.mark.parametrize(
     "mode", [SAMPLING, {**SAMPLING, "num_return_sequences": 2}, {**SAMPLING, "num_beams": 2}], ids=str
 )
-def test_sampling_in_lanes_keeps_rows_with_their_prompts(model, allocator, mode) -> None:
+def test_sampling_keeps_rows_with_their_prompts(model, allocator, mode) -> None:
     batch = padded_batch()
-    output = allocator.generate(model, **batch, **mode, round_up=False)
+    output = allocator.generate(model, **batch, **mode)
     returned = mode.get("num_return_sequences", 1)
     assert torch.equal(output[:, :S], batch["input_ids"].repeat_interleave(returned, 0))
 
 
-def test_scores_of_lanes_are_those_of_each_row(model, allocator) -> None:
+def test_scores_are_those_of_each_row(model, allocator) -> None:
     batch = padded_batch()
     options = {**GREEDY, **DICT, "output_scores": True, "output_logits": True, "repetition_penalty": 1.3}
     eos = int(alone(model, CHOSEN, batch, **GREEDY, repetition_penalty=1.3)[2][2])
-    output = allocator.generate(model, **batch, **options, round_up=False, eos_token_id=[eos, 1], pad_token_id=0)
+    output = allocator.generate(model, **batch, **options, eos_token_id=[eos, 1], pad_token_id=0)
     steps = output.sequences.shape[1] - S
     assert len(output.scores) == len(output.logits) == steps
-    assert output.cache is None
     for row, plan in enumerate(CHOSEN):
         one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         with apply_plan(model, plan):
@@ -161,23 +124,10 @@ def test_scores_of_lanes_are_those_of_each_row(model, allocator) -> None:
     assert transitions.isfinite().all()
 
 
-def test_lanes_that_end_early_score_padding_as_certain(model, allocator) -> None:
-    batch = padded_batch()
-    eos = int(alone(model, CHOSEN, batch, **GREEDY)[2][0])
-    keep = {name: tensor[[0, 2]] for name, tensor in batch.items()}
-    output = allocator.generate(
-        model, **keep, **APART, **DICT, output_scores=True, eos_token_id=[eos], pad_token_id=7, min_new_tokens=0
-    )
-    assert output.sequences[1, S:].tolist() == [eos, 7, 7, 7, 7, 7]
-    assert output.scores[3][1].softmax(-1).argmax() == 7
-    transitions = model.compute_transition_scores(output.sequences, output.scores)
-    assert transitions[1, 1:].tolist() == [0] * 5
-
-
 def test_beam_indices_and_scores_point_into_the_whole_batch(model, allocator) -> None:
     batch = padded_batch()
     options = {**GREEDY, **DICT, "output_scores": True, "num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 6}
-    output = allocator.generate(model, **batch, **options, round_up=False)
+    output = allocator.generate(model, **batch, **options)
     assert output.sequences_scores.shape == (8,)
     transitions = model.compute_transition_scores(output.sequences, output.scores, output.beam_indices)
     lengths = (output.beam_indices >= 0).sum(1)
@@ -206,26 +156,38 @@ class Recorder:
         self.ended = True
 
 
-def test_a_streamer_of_many_rows_gets_them_in_one_lane(model, allocator, dear_rows) -> None:
+def test_a_streamer_gets_many_rows(model, allocator) -> None:
     recorder, batch = Recorder(), padded_batch()
     output = allocator.generate(model, **batch, **GREEDY, streamer=recorder)
     assert recorder.put_[1:] == output[:, S:].T.tolist()
     assert recorder.ended
 
 
-def test_prompts_may_be_captured_layer_by_layer(model, allocator, dear_rows) -> None:
+def test_prompts_may_be_captured_layer_by_layer(model, allocator) -> None:
     batch = padded_batch()
+    output = allocator.generate(model, **batch, **GREEDY, **DICT, output_hidden_states=True)
+    assert len(output.hidden_states[0]) == N_LAYERS + 1
+    for row, plan in enumerate(CHOSEN):
+        one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        with apply_plan(model, plan):
+            want = model.generate(**one, **GREEDY, **DICT, output_hidden_states=True).hidden_states
+        for found, alone_ in zip(output.hidden_states[0], want[0], strict=True):
+            seen = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(found[row, seen], alone_[0, seen])
+
+
+def test_attentions_are_for_one_plan_at_a_time(model, allocator) -> None:
     model.set_attn_implementation("eager")
     try:
-        output = allocator.generate(model, **batch, **GREEDY, **DICT, output_hidden_states=True, output_attentions=True)
-        stock = model.generate(**batch, **GREEDY, **DICT, output_hidden_states=True, output_attentions=True)
+        one = {name: tensor[:1] for name, tensor in padded_batch().items()}
+        found = allocator.generate(model, **one, **GREEDY, **DICT, output_attentions=True).attentions
+        stock = model.generate(**one, **GREEDY, **DICT, output_attentions=True).attentions
     finally:
         model.set_attn_implementation("sdpa")
-    assert len(output.hidden_states[0]) == N_LAYERS + 1
-    for found, want in zip(output.hidden_states[0], stock.hidden_states[0], strict=True):
-        torch.testing.assert_close(found, want)
-    for found, want in zip(output.attentions[0], stock.attentions[0], strict=True):
-        torch.testing.assert_close(found, want)
+    for own, want in zip(found[0], stock[0], strict=True):
+        torch.testing.assert_close(own, want)
+    with pytest.raises(UnsupportedGenerationError, match="output_attentions=True needs all rows in every layer"):
+        allocator.generate(model, **padded_batch(), **GREEDY, **DICT, output_attentions=True)
 
 
 class StopAt(StoppingCriteria):
@@ -244,19 +206,19 @@ class Ban(LogitsProcessor):
         return scores.index_fill(1, torch.tensor(self.token), -torch.inf)
 
 
-def test_stopping_criteria_and_logits_processors_hold_in_every_lane(model, allocator) -> None:
+def test_stopping_criteria_and_logits_processors_hold_for_every_row(model, allocator) -> None:
     batch = padded_batch()
     own = {"stopping_criteria": StoppingCriteriaList([StopAt(S + 3)])}
-    assert allocator.generate(model, **batch, **APART, **own).shape[1] == S + 3
+    assert allocator.generate(model, **batch, **GREEDY, **own).shape[1] == S + 3
     banned = alone(model, CHOSEN, batch, **GREEDY)[2][0]
     own = {"logits_processor": LogitsProcessorList([Ban(banned)])}
-    output = allocator.generate(model, **batch, **APART, **own)
+    output = allocator.generate(model, **batch, **GREEDY, **own)
     expected = alone(model, CHOSEN, batch, **GREEDY, **own)
     assert banned not in output[:, S:]
     assert cut(output, expected) == expected
 
 
-def test_processors_that_count_rows_see_the_whole_batch(model, allocator, dear_rows) -> None:
+def test_processors_that_count_rows_see_the_whole_batch(model, allocator) -> None:
     batch, seen = padded_batch(), set()
 
     def allowed(row, tokens):
@@ -272,7 +234,7 @@ def test_stop_strings_end_their_rows(model, allocator) -> None:
     tokenizer, batch = tiny_tokenizer(), padded_batch()
     token = alone(model, CHOSEN, batch, **GREEDY)[3][1]
     text = tokenizer.decode([token])
-    options = {**APART, "pad_token_id": 0, "stop_strings": [text]}
+    options = {**GREEDY, "pad_token_id": 0, "stop_strings": [text]}
     output = allocator.generate(model, **batch, **options, tokenizer=tokenizer)
     assert output[3, S + 1] == token
     assert set(output[3, S + 2 :].tolist()) <= {0, token}
@@ -283,20 +245,25 @@ def test_stop_strings_end_their_rows(model, allocator) -> None:
 def test_inference_mode_changes_nothing(model, allocator) -> None:
     batch = padded_batch()
     with torch.inference_mode():
-        inside = allocator.generate(model, **batch, **APART)
-    assert torch.equal(inside, allocator.generate(model, **batch, **APART))
+        inside = allocator.generate(model, **batch, **GREEDY)
+    assert torch.equal(inside, allocator.generate(model, **batch, **GREEDY))
 
 
-def test_every_lane_is_compiled_and_equal() -> None:
+def test_one_plan_is_compiled_and_mixed_ones_are_not() -> None:
     model, batch = tiny_model("llama"), padded_batch()
     allocator = make_allocator(model, controller=ByLength())
     config = CompileConfig(mode=None, backend="eager")
     config._compile_all_devices = True
     compiled = {"cache_implementation": "static", "compile_config": config}
-    expected = allocator.generate(model, **batch, **APART)
+    assert torch.equal(
+        allocator.generate(model, **batch, **GREEDY, **compiled), allocator.generate(model, **batch, **GREEDY)
+    )
+    assert not model.__dict__.get("_layerbudget_graphs")
+    cheap = {name: tensor[2:] for name, tensor in batch.items()}
+    expected = allocator.generate(model, **cheap, **GREEDY)
     for _ in range(2):
-        assert torch.equal(allocator.generate(model, **batch, **APART, **compiled), expected)
-    assert len(model.__dict__["_layerbudget_graphs"]) == 3
+        assert torch.equal(allocator.generate(model, **cheap, **GREEDY, **compiled), expected)
+    assert len(model.__dict__["_layerbudget_graphs"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -306,10 +273,6 @@ def test_every_lane_is_compiled_and_equal() -> None:
         ({"synced_gpus": True}, "synced_gpus=True"),
         ({"streamer": Recorder(), "num_beams": 2}, "a streamer cannot follow beam search"),
         ({"assistant_model": object()}, "an assistant_model"),
-        ({"max_lanes": 0}, "max_lanes must be at least 1, got 0"),
-        ({"max_lanes": 2, "round_up": False}, "give one of them"),
-        ({"round_up": False, "streamer": Recorder()}, "a streamer needs all prompts in one lane"),
-        ({"round_up": False, "cache": DynamicCache()}, "a cache that was passed in needs all prompts"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
 )

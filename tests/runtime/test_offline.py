@@ -18,6 +18,7 @@ from oracle.prompts import PromptError
 from runtime import offline, step_costs
 from runtime.allocator import WrongModelError
 from runtime.answer_files import AnswersError, answer_file
+from runtime.offline import composed
 from runtime.request import UnsupportedGenerationError
 from runtime.step_costs import StepCosts
 
@@ -106,21 +107,22 @@ def test_assisted_decoding_computes_prompts_again(model, allocator) -> None:
     )
 
 
-def test_the_largest_plan_and_the_longest_prompts_come_first(model, allocator) -> None:
-    seen, hook = batches_of(model)
-    try:
-        texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=4)
-    finally:
-        hook.remove()
-    for plan in (FULL, PLANS[1], PLANS[0]):
-        lengths = sorted((len(p) for p, text in zip(PROMPTS, texts, strict=True) if text.plan == plan), reverse=True)
-        for start in range(0, len(lengths), 4):
-            assert seen.pop(0) == (len(lengths[start : start + 4]), lengths[start])
-    assert seen == []
+def test_batches_are_of_one_plan_as_far_as_they_are_full_and_what_is_left_is_mixed() -> None:
+    plans = [FULL] * 5 + [PLANS[1]] * 9 + [PLANS[0]] * 2
+    lengths = [7, 3, 9, 1, 5, 2, 8, 4, 6, 1, 9, 3, 5, 7, 4, 6]
+    parts = composed(plans, lengths, 4)
+    assert [[lengths[place] for place in part] for part in parts] == [
+        [9, 7, 5, 3],
+        [9, 8, 7, 6],
+        [5, 4, 3, 2],
+        [1, 1, 6, 4],
+    ]
+    assert [len({plans[place] for place in part}) for part in parts] == [1, 1, 1, 3]
+    assert sorted(place for part in parts for place in part) == list(range(16))
+    assert composed([], [], 4) == []
 
 
-def test_batches_that_are_not_full_are_filled_up(model, allocator, monkeypatch) -> None:
-    monkeypatch.setattr(step_costs, "estimated_step_costs", lambda model: StepCosts((1, 2), (1, 1), (0, 0), False))
+def test_every_prompt_runs_its_own_plan_in_the_fewest_batches(model, allocator) -> None:
     own = [text.plan for text in allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=1)]
     seen, hook = batches_of(model)
     try:
@@ -128,7 +130,7 @@ def test_batches_that_are_not_full_are_filled_up(model, allocator, monkeypatch) 
     finally:
         hook.remove()
     assert len(seen) == 6, "23 prompts fit into 6 batches of 4"
-    assert all(text.plan.layers >= plan.layers for text, plan in zip(texts, own, strict=True))
+    assert [text.plan for text in texts] == own
     for prompt, text in zip(PROMPTS, texts, strict=True):
         assert text.text == single(model, prompt, text.plan)
 

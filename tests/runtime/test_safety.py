@@ -20,7 +20,6 @@ from runtime import deciding, offline
 from runtime.allocator import WrongModelError
 
 FULL = LayerPlan.full(N_LAYERS)
-APART = {**GREEDY, "round_up": False}
 DICT = {"return_dict_in_generate": True}
 
 
@@ -47,7 +46,7 @@ class Slow(ByLength):
 
 def check_all_run_full(model, allocator, **options) -> None:
     batch = padded_batch()
-    output = allocator.generate(model, **batch, **APART, **DICT, **options)
+    output = allocator.generate(model, **batch, **GREEDY, **DICT, **options)
     assert output.layer_plans == [FULL] * 4
     assert torch.equal(output.sequences, model.generate(**batch, **GREEDY))
 
@@ -79,7 +78,7 @@ def test_a_probe_that_breaks_off_half_way_leaves_nothing_behind(model, caplog) -
 
     hook = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
     try:
-        output = allocator.generate(model, **padded_batch(), **APART, **DICT)
+        output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT)
     finally:
         hook.remove()
     assert output.layer_plans == [FULL] * 4
@@ -114,7 +113,7 @@ def test_a_controller_that_is_too_slow_means_the_full_plan(model, caplog) -> Non
     assert time.monotonic() - start < 25, "the controller was waited for"
     assert "the decision took longer than 200 ms" in caplog.text
     controller.may_go_on.set()
-    output = allocator.generate(model, **padded_batch(), **APART, **DICT, allocation_limit_ms=60_000)
+    output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT, allocation_limit_ms=60_000)
     assert output.layer_plans == [FULL, PLANS[1], PLANS[0], PLANS[0]]
 
 
@@ -157,7 +156,7 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(call) -> None:
     model, batch = tiny_model("llama"), padded_batch()
     allocator = make_allocator(model, controller=ByLength())
     stock = model.generate(**batch, **GREEDY)
-    allocator.generate(model, **batch, **APART)
+    allocator.generate(model, **batch, **GREEDY)
     before, calls = patches(model), []
 
     def interrupt(module, args, kwargs):
@@ -167,7 +166,7 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(call) -> None:
 
     hooks = [layer.self_attn.register_forward_pre_hook(interrupt, with_kwargs=True) for layer in model.model.layers]
     try:
-        allocator.generate(model, **batch, **APART)
+        allocator.generate(model, **batch, **GREEDY)
     except InterruptionError:
         assert call > 2, "the probe's failures cost no request"
     for hook in hooks:
@@ -181,12 +180,12 @@ def test_threads_on_one_model_get_what_they_get_alone() -> None:
     allocator = make_allocator(model, controller=ByLength())
     batch = padded_batch()
     inputs = [{name: tensor[rows] for name, tensor in batch.items()} for rows in ([0, 3], [1, 2], [3, 2], [0, 1, 2])]
-    expected = [allocator.generate(model, **one, **APART) for one in inputs]
+    expected = [allocator.generate(model, **one, **GREEDY) for one in inputs]
     found: dict[int, list[torch.Tensor]] = {i: [] for i in range(4)}
 
     def work(i: int) -> None:
         for _ in range(3):
-            found[i].append(allocator.generate(model, **inputs[i], **APART))
+            found[i].append(allocator.generate(model, **inputs[i], **GREEDY))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -202,7 +201,7 @@ def test_stock_generate_in_other_threads_stays_stock(family) -> None:
     model, batch = tiny_model(family), padded_batch()
     allocator = make_allocator(model) if family == "falcon" else with_stand_ins(model)
     expected = model.generate(**batch, **GREEDY)
-    allocated = allocator.generate(model, **batch, **APART)
+    allocated = allocator.generate(model, **batch, **GREEDY)
     stop, found, errors = threading.Event(), [], []
 
     def stock() -> None:
@@ -215,7 +214,7 @@ def test_stock_generate_in_other_threads_stays_stock(family) -> None:
     threads = [threading.Thread(target=stock) for _ in range(3)]
     for thread in threads:
         thread.start()
-    same = [torch.equal(allocator.generate(model, **batch, **APART), allocated) for _ in range(12)]
+    same = [torch.equal(allocator.generate(model, **batch, **GREEDY), allocated) for _ in range(12)]
     stop.set()
     for thread in threads:
         thread.join()
@@ -272,7 +271,7 @@ def odd_prompts(count: int) -> torch.Tensor:
 def test_while_the_alarm_rings_every_prompt_runs_the_full_plan(model, caplog) -> None:
     allocator, odd, once = with_alarm(model), odd_prompts(240), {**GREEDY, "max_new_tokens": 1}
     for start in range(0, 240, 4):
-        output = allocator.generate(model, input_ids=odd[start : start + 4], round_up=False, **DICT, **once)
+        output = allocator.generate(model, input_ids=odd[start : start + 4], **DICT, **once)
         assert output.drift == allocator.drift.state
         if allocator.drift.rung:
             break
@@ -304,7 +303,7 @@ def test_a_prompt_counts_once_and_only_when_it_is_served(model) -> None:
     plans = allocator.allocate(model, **batch)
     assert allocator.drift.state.seen == 0
     for _ in range(100):
-        output = allocator.generate(model, **batch, **DICT, **{**GREEDY, "max_new_tokens": 1}, round_up=False)
+        output = allocator.generate(model, **batch, **DICT, **{**GREEDY, "max_new_tokens": 1})
         assert output.layer_plans == plans
     assert output.drift.seen == 4
     assert not output.drift.rung

@@ -27,8 +27,6 @@ def own_cache(tmp_path, monkeypatch):
 def test_times_lie_on_straight_lines_between_the_measured_ones() -> None:
     assert COSTS.ms(1.0, np.array([1, 2, 3, 4, 5, 7])).tolist() == [10, 11, 12, 16, 20, 28]
     assert COSTS.ms(0.5, np.array([1, 3, 5, 7])).tolist() == [7, 8, 13, 18]
-    lane_ms = COSTS.generation_ms(prompt_tokens=5, new_tokens=3, copies=1)
-    assert lane_ms(1.0, np.array([1, 3])).tolist() == [20 + 2 * 10, 60 + 2 * 12]
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
@@ -39,12 +37,6 @@ def test_the_estimate_grows_with_budget_and_tokens(family) -> None:
     assert (np.diff(costs.ms(1.0, tokens)) > 0).all()
     assert (costs.ms(0.5, tokens) < costs.ms(1.0, tokens)).all()
     assert (costs.ms(0.5, tokens) > 0.5 * costs.ms(1.0, tokens)).all()
-
-
-def test_by_the_estimate_two_rows_decode_together() -> None:
-    """One row more costs far less than a pass more."""
-    costs = estimated_step_costs(tiny_model("llama"))
-    assert costs.ms(1.0, np.array([2])) < costs.ms(1.0, np.array([1])) + costs.ms(0.5, np.array([1]))
 
 
 def test_measuring_gives_a_time_for_every_size_and_leaves_the_model_alone() -> None:
