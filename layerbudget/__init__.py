@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from backbone.stand_ins.adapters import AdapterError
     from backbone.stand_ins.attaching import StandIns, attach, detach
     from backbone.stand_ins.tensors import StandInsError
-    from runtime.allocator import Allocator, WrongModelError
-    from runtime.request import UnsupportedGenerationError
+    from runtime.allocator import Allocator
+    from runtime.call_arguments import UnsupportedGenerationError
+    from runtime.fitting_model import WrongModelError
     from runtime.saving.allocator_files import ArtefactError
     from runtime.saving.file_bundle import BundleError
 
@@ -69,9 +70,9 @@ _HOMES = {
     "PlanMenu": "backbone.plan",
     "StandIns": "backbone.stand_ins.attaching",
     "StandInsError": "backbone.stand_ins.tensors",
-    "UnsupportedGenerationError": "runtime.request",
+    "UnsupportedGenerationError": "runtime.call_arguments",
     "UnsupportedModelError": "backbone.families",
-    "WrongModelError": "runtime.allocator",
+    "WrongModelError": "runtime.fitting_model",
     "apply_plan": "backbone.execution.apply_plan",
     "attach": "backbone.stand_ins.attaching",
     "detach": "backbone.stand_ins.attaching",

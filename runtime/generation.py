@@ -11,10 +11,36 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.prompt_prefix import Prefix, replaying
+from backbone.plan import PlanMenu
+from runtime.deciding import Decider
 from runtime.device_clock import FirstToken, Moment
-from runtime.lanes import Lane
+from runtime.lanes import Lane, lane_a_plan, least_time_lanes
 from runtime.merging import Output, merged
 from runtime.request import Request
+from runtime.step_costs import known_step_costs
+
+
+def lanes_of(
+    request: Request, menu: PlanMenu, decider: Decider, max_lanes: int | None, round_up: bool
+) -> tuple[list[Lane], Prefix | None]:
+    """Decide about the prompts and put them into lanes; a cache that was passed in goes on under its own plan.
+
+    Args:
+        max_lanes: at most so many lanes.
+        round_up: False puts every prompt under exactly the plan that was chosen for it.
+
+    Returns:
+        The lanes, and what the first layers made of the prompts, None where that is not kept.
+    """
+    if (plan := request.plan_of_cache()) is not None:
+        return [Lane(plan, tuple(range(request.n_prompts)))], None
+    decision = decider.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
+    if not round_up:
+        return lane_a_plan(menu, decision.chosen), decision.prefix
+    costs = known_step_costs(request.model)
+    lane_ms = costs.generation_ms(request.input_ids.shape[1], request.max_new_tokens, request.copies)
+    most = 1 if request.one_lane_reason else max_lanes
+    return least_time_lanes(menu, decision.chosen, lane_ms, max_lanes=most), decision.prefix
 
 
 def decode_in_lanes(

@@ -13,7 +13,8 @@ from backbone.stand_ins.attaching import attach, attached_digest, detach
 from controller.features import prompt_features
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
-from runtime.allocator import Allocator, WrongModelError
+from runtime.allocator import Allocator
+from runtime.fitting_model import WrongModelError
 from runtime.saving.allocator_files import ArtefactError
 from runtime.texts import generate_texts
 

@@ -16,9 +16,9 @@ from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
 from runtime import offline, step_costs
-from runtime.allocator import WrongModelError
 from runtime.answer_files import AnswersError, answer_file
-from runtime.request import UnsupportedGenerationError
+from runtime.call_arguments import UnsupportedGenerationError
+from runtime.fitting_model import WrongModelError
 from runtime.step_costs import StepCosts
 
 FULL = LayerPlan.full(N_LAYERS)
