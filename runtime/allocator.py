@@ -86,15 +86,30 @@ class Allocator:
         return f"Allocator({self.model_source!r}, {self.menu}, {self.controller_name}, {price})"
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Allocator:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        subfolder: str = "",
+    ) -> Allocator:
         """Load a saved allocator from a folder or from a repository on the hub.
 
+        Args:
+            revision: branch, tag or commit of the repository.
+            token: for a private repository; True takes the one that `hf auth login` stored.
+            cache_dir: where downloads are kept; default: the hub's own cache.
+            subfolder: of the folder or repository, in which the allocator lies.
+
         Raises:
-            ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256).
+            ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256); a revision
+                of a local folder; a subfolder that lies outside.
         """
         from runtime.saving.allocator_files import load_allocator
 
-        return load_allocator(source, revision)
+        return load_allocator(source, revision, token, cache_dir, subfolder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save to a folder, beside what lies there, in the place of an allocator that was saved there before.
