@@ -36,7 +36,14 @@ class LoadError(InputError):
 
 
 def load_backbone(
-    source: str, *, dtype: str | torch.dtype = "auto", device: str = "auto"
+    source: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder-only language model in eval mode, and its tokenizer set to pad on the left.
 
@@ -45,20 +52,34 @@ def load_backbone(
             GGUF weights are converted once and kept under `$LAYERBUDGET_CACHE` (default `~/.cache/layerbudget`).
         dtype: `auto` (bfloat16 where the device computes in it, else float32), or the name of a torch dtype.
         device: `auto` (CUDA where there is one, else CPU), or a torch device.
+        revision: branch, tag or commit of a hub repository.
+        token: for a private hub repository; True takes the one that `hf auth login` stored.
+        attn_implementation: such as `sdpa` or `eager`; default: what transformers takes.
+        device_map: spread the model over devices, such as `auto`, in place of `device`; needs accelerate.
 
     Raises:
-        LoadError: no such model, package, file, dtype or device; weights that are quantised and not GGUF.
+        LoadError: no such model, package, file, dtype or device; weights that are quantised and not GGUF; a revision of
+            what is not on the hub; a device together with a device_map.
         UnsupportedModelError: see `backbone.families.family_of`.
     """
+    if device_map is not None and device != "auto":
+        raise LoadError(f"device {device!r} and device_map {device_map!r:.80} were both given; leave one of them out")
     place = _checked_device(device)
+    if revision is not None and _is_local(source):
+        raise LoadError(
+            f"revision {revision!r} was asked for, but {source!r} is not on the hub, where revisions are; leave it out"
+        )
     folder = _resolve(source)
+    hub = {"revision": revision, "token": token}
+    options = {"attn_implementation": attn_implementation, "device_map": device_map}
+    hub, options = ({name: value for name, value in given.items() if value is not None} for given in (hub, options))
     with _naming(source):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **hub)
     _check_not_quantised(source, config)
-    checked_dtype = _checked_dtype(dtype, place)
+    options["dtype"] = _checked_dtype(dtype, place)
     with _naming(source):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=checked_dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **hub, **options, output_loading_info=True)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise LoadError(f"the weights of {source!r} lack {missing[0]!r}, which would be filled with random numbers")
@@ -68,7 +89,7 @@ def load_backbone(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise LoadError(f"the tokenizer of {source!r} names neither a padding token nor an end of text; give it one")
-    return model.to(place).eval(), tokenizer
+    return (model if device_map is not None else model.to(place)).eval(), tokenizer
 
 
 @contextmanager
@@ -120,6 +141,11 @@ def _computes_in_bfloat16(place: torch.device) -> bool:
     if place.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_local(source: str) -> bool:
+    """Whether a model is a package, a file or a folder, and not a hub repository."""
+    return source.startswith((PACKAGE_PREFIX, ".", "/", "~")) or source.endswith(".gguf") or Path(source).is_dir()
 
 
 def _resolve(source: str) -> str:

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from oracle.search.base import Searcher as Searcher
     from oracle.search.testing import SearcherConformance as SearcherConformance
     from runtime.allocator import Allocator as Allocator
-    from runtime.allocator import WrongModelError as WrongModelError
-    from runtime.request import UnsupportedGenerationError as UnsupportedGenerationError
+    from runtime.call_arguments import UnsupportedGenerationError as UnsupportedGenerationError
+    from runtime.fitting_model import WrongModelError as WrongModelError
     from runtime.saving.allocator_files import ArtefactError as ArtefactError
     from runtime.saving.file_bundle import BundleError as BundleError
 
@@ -66,8 +66,9 @@ _NAMES = {
     "oracle.menus.base": ("MenuTask",),
     "oracle.search.base": ("Searcher",),
     "oracle.search.testing": ("SearcherConformance",),
-    "runtime.allocator": ("Allocator", "WrongModelError"),
-    "runtime.request": ("UnsupportedGenerationError",),
+    "runtime.allocator": ("Allocator",),
+    "runtime.call_arguments": ("UnsupportedGenerationError",),
+    "runtime.fitting_model": ("WrongModelError",),
     "runtime.saving.allocator_files": ("ArtefactError",),
     "runtime.saving.file_bundle": ("BundleError",),
 }

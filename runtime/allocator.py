@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,33 +13,34 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from backbone.errors import InputError
-from backbone.execution.prompt_prefix import Prefix
 from backbone.families import decoder_of
-from backbone.fingerprint import model_fingerprint
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins.attaching import StandIns, attach, attached_digest, attached_to
+from backbone.stand_ins.attaching import StandIns
 from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.projection import Projection
 from oracle.decoding import Decoding
+from runtime.call_arguments import (
+    check_handed_on,
+    check_known,
+    check_left_padded,
+    ending_on_error,
+    kept_back,
+    prefix_inputs,
+    with_stop_strings,
+)
 from runtime.deciding import Decider
 from runtime.device_clock import Moment
-from runtime.generation import decode
+from runtime.fitting_model import attach_once, check_model
+from runtime.generation import decode, plans_of
 from runtime.lossless import check_lossless, generate_losslessly
-from runtime.request import Request, check_handed_on, with_stop_strings
+from runtime.request import Request
 from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
 
 if TYPE_CHECKING:
     from runtime.texts import AllocatedText
-
-_attaching = threading.Lock()
-
-
-class WrongModelError(InputError):
-    """An allocator was used with a model that it was not made for."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,30 @@ class Allocator:
         return f"Allocator({self.model_source!r}, {self.menu}, {self.controller_name}, {price})"
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Allocator:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        subfolder: str = "",
+    ) -> Allocator:
         """Load a saved allocator from a folder or from a repository on the hub.
 
+        Args:
+            revision: branch, tag or commit of the repository.
+            token: for a private repository; True takes the one that `hf auth login` stored.
+            cache_dir: where downloads are kept; default: the hub's own cache.
+            subfolder: of the folder or repository, in which the allocator lies.
+
         Raises:
-            ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256).
+            ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256); a revision
+                of a local folder; a subfolder that lies outside.
         """
         from runtime.saving.allocator_files import load_allocator
 
-        return load_allocator(source, revision)
+        return load_allocator(source, revision, token, cache_dir, subfolder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save to a folder, beside what lies there, in the place of an allocator that was saved there before.
@@ -116,36 +131,15 @@ class Allocator:
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no stand-ins of
         others."""
-        if (found := model_fingerprint(model)) != self.fingerprint:
-            raise WrongModelError(
-                f"this allocator was made for {self.fingerprint} ({self.model_source}), the model given is {found}"
-            )
-        own, others = (
-            "" if self.stand_ins is None else self.stand_ins.digest,
-            attached_digest(model, self.menu.plans[0]),
-        )
-        if others not in ("", own):
-            raise WrongModelError(
-                f"this model has stand-ins {others} attached, this allocator comes with {own or 'none'}: "
-                "call layerbudget.detach(model) first, or load the model a second time"
-            )
+        check_model(self, model)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Check the model and attach the stand-ins to it, once; takes a moment and memory for the changed weights."""
         self.check_model(model)
-        if self.stand_ins is not None:
-            with _attaching:
-                if not attached_digest(model, self.menu.plans[0]):
-                    attach(model, self.stand_ins)
-        attached = attached_to(model, self.menu.plans[0])
-        if attached is not None and min(attached.changed, default=self.menu.probe_depth) < self.menu.probe_depth:
-            raise WrongModelError(
-                f"this allocator's stand-ins change layer {min(attached.changed)}, but every plan goes on from what "
-                f"the full model's first {self.menu.probe_depth} layers (probe_depth) made of the prompt"
-            )
+        attach_once(self, model)
 
     def allocate(
-        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: Any
     ) -> list[LayerPlan]:
         """The plan of each prompt, as `generate` runs it.
 
@@ -154,13 +148,19 @@ class Allocator:
         Args:
             input_ids: [B, S], left-padded.
             attention_mask: [B, S]; all ones if not given.
+            inputs: tensors that the model's decoder takes beside, such as `position_ids` [B, S].
 
         Raises:
+            UnsupportedGenerationError: an argument that the decoder does not take, or padding on the right.
             WrongModelError: another model than the one this allocator was made for.
         """
+        others = prefix_inputs(model, inputs)
+        check_known(inputs, others)
+        check_left_padded(attention_mask)
         self.prepare(model)
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
-        positions = position_inputs(decoder_of(model), mask)
+        own = {name: value.to(model.device) for name, value in others.items()}
+        positions = {**position_inputs(decoder_of(model), mask), **own}
         decider = replace(self.decider(), is_served=False)
         decision = decider.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
         return [self.menu.plans[index] for index in decision.chosen]
@@ -180,23 +180,32 @@ class Allocator:
         return costs
 
     def generate(
-        self, model: PreTrainedModel, *, streamer: Any = None, **arguments: Any
+        self,
+        model: PreTrainedModel,
+        inputs: Any = None,
+        generation_config: Any = None,
+        *,
+        streamer: Any = None,
+        **arguments: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
-        """`model.generate(**arguments)`, each prompt under its own plan, in one pass for all.
+        """`model.generate(inputs, generation_config, **arguments)`, each prompt under its own plan, in one pass for
+        all. Prompts are `inputs` or `input_ids=` [B, S], left-padded.
 
         Besides all stock arguments it takes `allocation_limit_ms` and `lossless` (see `__call__`). With
         `return_dict_in_generate=True` the output has `layer_plans`, the plan of each prompt, `allocation_ms`,
         `time_to_first_token_ms` and `drift`, the alarm's state. `cache=` goes on under the plans that filled the cache.
-        `streamer` and `stop_strings` work here only: transformers 5.24 does not hand them on to a `custom_generate`.
+        `stop_strings` works here only: transformers 5.24 does not hand its tokenizer on to a `custom_generate`. A
+        streamer is ended also when an error is raised.
 
         Raises:
             UnsupportedGenerationError: a way of generating that no allocator can work with; the message names it.
             WrongModelError: another model than the one this allocator was made for.
         """
-        check_handed_on(arguments)
         loop = partial(self, streamer=streamer)
-        stock = with_stop_strings(arguments)
-        return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator, no-any-return]
+        with ending_on_error(streamer):
+            check_handed_on(arguments)
+            stock = with_stop_strings(model, {"inputs": inputs, "generation_config": generation_config, **arguments})
+            return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator, no-any-return]
 
     def generate_many(
         self,
@@ -247,33 +256,28 @@ class Allocator:
         """
         start, began = Moment(model.device), time.perf_counter()
         loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-        if streamer is not None:  # the library's loop for beams takes none, not even None
-            loop["streamer"] = streamer
-        request = Request(model, input_ids, generation_config, model_kwargs, loop)
-        if lossless:
-            check_lossless(request)
-        self.prepare(model)
-        plans, prefix = self._plans(request, allocation_limit_ms)
-        request.check_plans(plans)
-        allocation_ms = (time.perf_counter() - began) * 1000
-        if lossless:
-            output, first_token_ms = generate_losslessly(request, plans[0], prefix, start)
-        else:
-            output, first_token_ms = decode(request, plans, prefix, start)
+        kept = kept_back(model)
+        own = kept.get("streamer") if streamer is None else None
+        if (followed := streamer if own is None else own) is not None:  # beams take none, not even None
+            loop["streamer"] = followed
+        with ending_on_error(own):
+            check_handed_on(kept)
+            request = Request(model, input_ids, generation_config, model_kwargs, loop)
+            if lossless:
+                check_lossless(request)
+            self.prepare(model)
+            plans, prefix = plans_of(request, self.menu, self.decider(allocation_limit_ms))
+            request.check_plans(plans)
+            allocation_ms = (time.perf_counter() - began) * 1000
+            if lossless:
+                output, first_token_ms = generate_losslessly(request, plans[0], prefix, start)
+            else:
+                output, first_token_ms = decode(request, plans, prefix, start)
         if not isinstance(output, torch.Tensor):
             output["layer_plans"] = plans
             output["allocation_ms"], output["time_to_first_token_ms"] = allocation_ms, first_token_ms
             output["drift"] = None if self.drift is None else self.drift.state
         return output
-
-    def _plans(self, request: Request, limit_ms: float | None) -> tuple[list[LayerPlan], Prefix | None]:
-        """The plans of the prompts [B], and what the first layers made of them, where that is kept."""
-        if (plans := request.plans_of_cache()) is not None:
-            return plans, None
-        decision = self.decider(limit_ms).decide(
-            request.model, **request.prompts(), keep_cache=not request.captures_layers
-        )
-        return [self.menu.plans[index] for index in decision.chosen], decision.prefix
 
     def decider(self, limit_ms: float | None = None) -> Decider:
         """What chooses plans for prompts, with a limit to the time it may take."""

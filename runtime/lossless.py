@@ -28,9 +28,10 @@ from backbone.execution.prompt_prefix import Prefix, replaying
 from backbone.families import sublayer_bytes
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
+from runtime.call_arguments import UnsupportedGenerationError
 from runtime.device_clock import FirstToken, Moment
 from runtime.generation import Output
-from runtime.request import Request, UnsupportedGenerationError
+from runtime.request import Request
 from runtime.step_costs import StepCosts, known_step_costs
 
 MAX_DRAFT = 8

@@ -16,8 +16,8 @@ from backbone.execution.prompt_prefix import Prefix, joined, replaying
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
 from runtime.allocator import Allocator
+from runtime.call_arguments import UnsupportedGenerationError
 from runtime.deciding import Decider, Decision, prompt_key
-from runtime.request import UnsupportedGenerationError
 from runtime.texts import AllocatedText, decoding_options, new_texts
 
 PROBE_TOKENS = 2048

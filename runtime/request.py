@@ -5,21 +5,20 @@ Shapes: `B` prompts, each in `copies` neighbouring rows (its beams or samples), 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from backbone.errors import InputError
 from backbone.execution.cache import remembered_plans
-from backbone.families import decoder_layers, decoder_of
+from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import attached_digest
+from runtime.call_arguments import UnsupportedGenerationError, check_left_padded, prefix_inputs
 
 _METHODS = {
     GenerationMode.GREEDY_SEARCH: "_sample",
@@ -27,11 +26,6 @@ _METHODS = {
     GenerationMode.BEAM_SEARCH: "_beam_search",
     GenerationMode.BEAM_SAMPLE: "_beam_search",
 }
-_NOT_OF_THE_PREFIX = ("input_ids", "inputs_embeds", "attention_mask", "cache", "use_cache")
-
-
-class UnsupportedGenerationError(InputError):
-    """A way of generating that cannot be combined with an allocator; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +40,8 @@ class Request:
         loop: what it prepared for the decoding loop: logits processors, stopping criteria, streamer.
 
     Raises:
-        UnsupportedGenerationError: assisted or other decoding, a streamer of beams, or embeddings without tokens.
+        UnsupportedGenerationError: assisted or other decoding, a streamer of beams, embeddings without tokens, or
+            padding on the right.
     """
 
     model: PreTrainedModel
@@ -64,6 +59,7 @@ class Request:
             raise UnsupportedGenerationError("a streamer cannot follow beam search; leave one of them out")
         if self.kwargs.get("inputs_embeds") is not None:
             raise UnsupportedGenerationError("an allocator reads input_ids; inputs_embeds cannot be used with it")
+        check_left_padded(self.kwargs.get("attention_mask"))
 
     @property
     def mode(self) -> GenerationMode:
@@ -96,11 +92,9 @@ class Request:
 
     def prompts(self) -> dict[str, Any]:
         """What the decoder is given for the prompts themselves: `input_ids` [B, S], `attention_mask`, and so on."""
-        accepted = inspect.signature(decoder_of(self.model).forward).parameters
         inputs = {
             name: value[:: self.copies].to(self.model.device)
-            for name, value in self.kwargs.items()
-            if isinstance(value, torch.Tensor) and name in accepted and name not in _NOT_OF_THE_PREFIX
+            for name, value in prefix_inputs(self.model, self.kwargs).items()
         }
         mask = self.kwargs.get("attention_mask")
         return {
@@ -145,28 +139,3 @@ class Request:
                 "output_attentions=True needs all rows in every layer, and these prompts have different plans; leave "
                 "it out, or give one prompt at a time"
             )
-
-
-def check_handed_on(arguments: Mapping[str, Any]) -> None:
-    """Raises UnsupportedGenerationError for what `generate()` would keep from a `custom_generate` without a word."""
-    if arguments.get("assistant_model") is not None:
-        raise UnsupportedGenerationError("an allocator cannot be used with an assistant_model; leave one of them out")
-    if arguments.get("synced_gpus"):
-        raise UnsupportedGenerationError(
-            "an allocator cannot be used with synced_gpus=True: each process would run other layers"
-        )
-
-
-def with_stop_strings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `generate()` with `stop_strings` and `tokenizer` made into a stopping criterion.
-
-    transformers 5.24 drops the tokenizer on its way to a `custom_generate`, and then misses it.
-    """
-    if not arguments.get("stop_strings"):
-        return arguments
-    rest = {name: value for name, value in arguments.items() if name not in ("stop_strings", "tokenizer")}
-    if arguments.get("tokenizer") is None:
-        raise UnsupportedGenerationError("stop_strings needs the tokenizer as well; pass tokenizer=")
-    stop = StopStringCriteria(tokenizer=arguments["tokenizer"], stop_strings=arguments["stop_strings"])
-    rest["stopping_criteria"] = StoppingCriteriaList([*(rest.get("stopping_criteria") or []), stop])
-    return rest

@@ -49,6 +49,19 @@ class ByLength(Controller):
         raise NotImplementedError
 
 
+class Recorder:
+    """A streamer that takes several prompts."""
+
+    def __init__(self) -> None:
+        self.put_, self.ends = [], 0
+
+    def put(self, value) -> None:
+        self.put_.append(value.tolist())
+
+    def end(self) -> None:
+        self.ends += 1
+
+
 def make_allocator(model, price=1.0, controller=None, name="mlp") -> Allocator:
     """An allocator whose controller tells the prompts of `padded_batch` apart by their length."""
     batch = padded_batch()

@@ -6,6 +6,7 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi, snapshot_download
@@ -56,11 +57,26 @@ def save_allocator(allocator: Allocator, folder: Path) -> None:
     save_bundle(folder, write)
 
 
-def load_allocator(source: str | Path, revision: str | None) -> Allocator:
+def load_allocator(
+    source: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str = "",
+) -> Allocator:
     """See `Allocator.from_pretrained`."""
+    inside = Path(subfolder)
+    if inside.is_absolute() or ".." in inside.parts:
+        raise ArtefactError(f"the subfolder {subfolder!r} lies outside of {source}; give one that lies inside")
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        folder = _downloaded(str(source), revision)
+        files = f"{inside.as_posix()}/*" if inside.parts else None
+        folder = _downloaded(str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=files)
+    elif revision is not None:
+        raise ArtefactError(
+            f"revision {revision!r} was asked for, but {source} is a local folder, which has none; leave it out"
+        )
+    folder /= inside
     try:
         return read_bundle(folder, lambda place, manifest: _loaded(folder, place, manifest))
     except ArtefactError:
@@ -168,9 +184,9 @@ def _check_together(allocator: Allocator) -> None:
         raise ArtefactError("its drift reference should have 2 channels")
 
 
-def _downloaded(repo_id: str, revision: str | None) -> Path:
+def _downloaded(repo_id: str, **options: Any) -> Path:
     try:
-        return Path(snapshot_download(repo_id, revision=revision))
+        return Path(snapshot_download(repo_id, **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ArtefactError(

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,41 @@ def test_unknown_models_are_named(source, message, tmp_path, monkeypatch) -> Non
 def test_impossible_devices_and_dtypes_are_named(options, message, model_folder) -> None:
     with pytest.raises(LoadError, match=message):
         load_backbone(str(model_folder), **options)
+
+
+def test_how_to_load_is_handed_on(model_folder) -> None:
+    model, _ = load_backbone(str(model_folder), attn_implementation="eager", device_map="meta")
+    assert model.config._attn_implementation == "eager"
+    assert model.device.type == "meta"
+    with pytest.raises(LoadError, match=r"cannot load the model .*nonsense"):
+        load_backbone(str(model_folder), attn_implementation="nonsense")
+
+
+def test_a_revision_and_a_token_reach_every_download(model_folder, monkeypatch) -> None:
+    asked = []
+
+    def from_folder(auto):
+        original = auto.from_pretrained
+
+        def from_pretrained(source, *, revision=None, token=None, **options):
+            asked.append((auto.__name__, source, revision, token))
+            return original(model_folder, **options)
+
+        return from_pretrained
+
+    for auto in (loading.AutoConfig, loading.AutoTokenizer, loading.AutoModelForCausalLM):
+        monkeypatch.setattr(loading, auto.__name__, SimpleNamespace(from_pretrained=from_folder(auto)))
+    load_backbone("me/mine", revision="v2", token="hf_secret")
+    expected = ("me/mine", "v2", "hf_secret")
+    assert asked == [(name, *expected) for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM")]
+
+
+def test_options_that_exclude_one_another_are_named(model_folder, weights) -> None:
+    for source in (str(model_folder), str(weights), "package:some_weights"):
+        with pytest.raises(LoadError, match=r"revision 'v2' was asked for, but .* is not on the hub"):
+            load_backbone(source, revision="v2")
+    with pytest.raises(LoadError, match="device 'cpu' and device_map 'auto' were both given"):
+        load_backbone(str(model_folder), device="cpu", device_map="auto")
 
 
 def test_quantised_weights_are_refused_by_the_name_of_their_method(model_folder, tmp_path) -> None:

@@ -13,7 +13,8 @@ from backbone.stand_ins.attaching import attach, attached_digest, detach
 from controller.features import prompt_features
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
-from runtime.allocator import Allocator, WrongModelError
+from runtime.allocator import Allocator
+from runtime.fitting_model import WrongModelError
 from runtime.saving.allocator_files import ArtefactError
 from runtime.texts import generate_texts
 
@@ -81,6 +82,40 @@ def test_folders_without_an_allocator_and_newer_formats_are_refused(model, tmp_p
     monkeypatch.undo()
     with pytest.raises(ArtefactError, match="has allocator format 7, this version reads 3"):
         Allocator.from_pretrained(tmp_path / "newer")
+
+
+def test_a_repository_is_downloaded_as_asked(model, tmp_path, monkeypatch) -> None:
+    saved, asked = make_allocator(model), []
+    saved.save_pretrained(tmp_path / "snapshot" / "small" / "one")
+
+    def download(repo_id, **options):
+        asked.append((repo_id, options))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("runtime.saving.allocator_files.snapshot_download", download)
+    options = {"revision": "v2", "token": "hf_secret", "cache_dir": tmp_path / "cache"}
+    loaded = Allocator.from_pretrained("me/mine", **options, subfolder="small/one")
+    assert asked == [("me/mine", {**options, "allow_patterns": "small/one/*"})]
+    assert loaded.menu == saved.menu
+    with pytest.raises(ArtefactError, match="holds no allocator"):
+        Allocator.from_pretrained("me/mine", subfolder="small/two")
+    with pytest.raises(ArtefactError, match="holds no allocator"):
+        Allocator.from_pretrained("me/mine")
+    assert asked[-1] == (
+        "me/mine",
+        {"revision": None, "token": None, "cache_dir": None, "allow_patterns": None},
+    )
+
+
+def test_a_local_folder_has_subfolders_but_no_revisions(model, tmp_path) -> None:
+    saved = make_allocator(model)
+    saved.save_pretrained(tmp_path / "mine")
+    assert Allocator.from_pretrained(tmp_path, subfolder="mine").menu == saved.menu
+    with pytest.raises(ArtefactError, match=r"revision 'v2' was asked for, but .* is a local folder"):
+        Allocator.from_pretrained(tmp_path / "mine", revision="v2")
+    for outside in ("../mine", str(tmp_path / "mine")):
+        with pytest.raises(ArtefactError, match="lies outside of"):
+            Allocator.from_pretrained(tmp_path / "mine", subfolder=outside)
 
 
 def test_push_to_hub_uploads_the_saved_folder(model, allocator, monkeypatch) -> None:

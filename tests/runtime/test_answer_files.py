@@ -20,9 +20,7 @@ from backbone.loading import load_backbone
 from controller.models.mlp import MLPController
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
-from runtime import step_costs
 from runtime.answer_files import AnswersError, answer_file, check_places
-from runtime.step_costs import StepCosts
 
 LINE = b'{"layerbudget_answers": "0"}\n{"id": "p0", "prompt": "a", "answer": 5}\n'
 ROWS = [{"id": f"p{i}", "prompt": "abcdefgh"[: i + 1]} for i in range(6)]
@@ -180,10 +178,7 @@ def files_up_to(size: int):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_after_a_full_disk_the_same_command_goes_on(model_folder, tmp_path, prompts, monkeypatch) -> None:
-    # Passes cost nothing, so each prompt runs its own plan: by measured times the rest of a run may be rounded up.
-    monkeypatch.setattr(step_costs, "estimated_step_costs", lambda model: StepCosts((1, 2), (1, 2), (0, 0), True))
-    monkeypatch.setattr(step_costs, "_known", {})
+def test_after_a_full_disk_the_same_command_goes_on(model_folder, tmp_path, prompts) -> None:
     rows = [{"id": f"p{i}", "prompt": "abcdefgh"[: 1 + i % 8] * 20} for i in range(30)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, _ = load_backbone(str(model_folder), device="cpu")

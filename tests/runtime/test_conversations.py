@@ -12,7 +12,7 @@ from transformers.cache_utils import DummyLayer
 from backbone.execution.apply_plan import apply_plan
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import detach
-from runtime.request import UnsupportedGenerationError
+from runtime.call_arguments import UnsupportedGenerationError
 
 DICT = {"return_dict_in_generate": True}
 FULL = LayerPlan.full(N_LAYERS)

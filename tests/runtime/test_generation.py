@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import GREEDY, PLANS, ByLength, alone, make_allocator
+from tiny_allocator import GREEDY, PLANS, ByLength, Recorder, alone, make_allocator
 from transformers import (
     CompileConfig,
     LogitsProcessorList,
@@ -17,7 +17,7 @@ from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.testing import patches
-from runtime.request import UnsupportedGenerationError
+from runtime.call_arguments import UnsupportedGenerationError
 
 FULL = LayerPlan.full(N_LAYERS)
 CHOSEN = [FULL, PLANS[1], PLANS[0], PLANS[0]]
@@ -143,24 +143,11 @@ def test_one_prompt_streams(model, tokenizer, allocator, capsys) -> None:
     assert capsys.readouterr().out.strip() == tokenizer.decode(output[0, S:]).strip()
 
 
-class Recorder:
-    """A streamer that takes several prompts."""
-
-    def __init__(self) -> None:
-        self.put_, self.ended = [], False
-
-    def put(self, value) -> None:
-        self.put_.append(value.tolist())
-
-    def end(self) -> None:
-        self.ended = True
-
-
 def test_a_streamer_gets_many_rows(model, allocator) -> None:
     recorder, batch = Recorder(), padded_batch()
     output = allocator.generate(model, **batch, **GREEDY, streamer=recorder)
     assert recorder.put_[1:] == output[:, S:].T.tolist()
-    assert recorder.ended
+    assert recorder.ends == 1
 
 
 def test_prompts_may_be_captured_layer_by_layer(model, allocator) -> None:

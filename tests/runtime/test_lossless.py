@@ -15,8 +15,8 @@ from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import detach
 from backbone.testing import patches
 from runtime import lossless
+from runtime.call_arguments import UnsupportedGenerationError
 from runtime.lossless import MAX_DRAFT, paying_length
-from runtime.request import UnsupportedGenerationError
 from runtime.step_costs import StepCosts
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "min_new_tokens": 24}

@@ -15,23 +15,14 @@ from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
-from runtime import offline, step_costs
-from runtime.allocator import WrongModelError
+from runtime import offline
 from runtime.answer_files import AnswersError, answer_file
+from runtime.call_arguments import UnsupportedGenerationError
+from runtime.fitting_model import WrongModelError
 from runtime.offline import composed
-from runtime.request import UnsupportedGenerationError
-from runtime.step_costs import StepCosts
 
 FULL = LayerPlan.full(N_LAYERS)
 PROMPTS = ["abcdefghijk"[: 3 + i % 9] + "xyz"[: i % 4] for i in range(23)]
-
-
-@pytest.fixture(autouse=True)
-def cheap_passes(tmp_path, monkeypatch):
-    """Rows cost, passes do not: so no plan is rounded up, unless a test says otherwise."""
-    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(step_costs, "estimated_step_costs", lambda model: StepCosts((1, 2), (1, 2), (0, 0), False))
-    monkeypatch.setattr(step_costs, "_known", {})
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,125 @@
+"""The arguments of `allocate` and `generate()`: what is refused, and what `generate()` does not hand on by itself.
+
+Shapes: `B` prompts, `S` tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+
+from backbone.errors import InputError
+from backbone.families import decoder_of
+
+_OF_ALLOCATE = ("model", "input_ids", "attention_mask")
+_NOT_OF_THE_PREFIX = ("input_ids", "inputs_embeds", "attention_mask", "cache", "use_cache")
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+
+
+class UnsupportedGenerationError(InputError):
+    """A way of generating that cannot be combined with an allocator; the message names it."""
+
+
+def prefix_inputs(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Those of the arguments that the decoder is given for the prompts beside tokens and mask, such as
+    `position_ids` [B, S]."""
+    accepted = inspect.signature(decoder_of(model).forward).parameters
+    return {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor) and name in accepted and name not in _NOT_OF_THE_PREFIX
+    }
+
+
+def check_known(arguments: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises UnsupportedGenerationError for an argument of `allocate` that is not among the known ones."""
+    for name, value in arguments.items():
+        if value is not None and name not in known:
+            near = get_close_matches(name, [*_OF_ALLOCATE, "position_ids"], 1)
+            hint = f"did you mean {near[0]!r}?" if near else "it takes what the prompts are, not how to generate"
+            raise UnsupportedGenerationError(f"allocate takes no argument {name!r}; {hint}")
+
+
+def check_left_padded(attention_mask: torch.Tensor | None) -> None:
+    """Raises UnsupportedGenerationError if a row of a mask [B, S] ends in padding. Padding inside a row, such as that
+    behind an earlier answer of a conversation, is no matter."""
+    if attention_mask is None or attention_mask.dim() != 2 or not attention_mask.shape[1]:
+        return
+    ends = (attention_mask[:, -1] == 0).nonzero()
+    if len(ends):
+        raise UnsupportedGenerationError(
+            f"row {int(ends[0])} of attention_mask ends in a 0, so the prompts are padded on the right; pad them on "
+            "the left, with tokenizer.padding_side = 'left'"
+        )
+
+
+def check_handed_on(arguments: Mapping[str, Any]) -> None:
+    """Raises UnsupportedGenerationError for what `generate()` would keep from a `custom_generate` without a word."""
+    if arguments.get("assistant_model") is not None:
+        raise UnsupportedGenerationError("an allocator cannot be used with an assistant_model; leave one of them out")
+    if arguments.get("synced_gpus"):
+        raise UnsupportedGenerationError(
+            "an allocator cannot be used with synced_gpus=True: each process would run other layers"
+        )
+
+
+def kept_back(model: PreTrainedModel) -> dict[str, Any]:
+    """The arguments `streamer`, `assistant_model` and `synced_gpus` of the `generate()` of `model` that is running the
+    caller as its `custom_generate`; empty where there is none.
+
+    transformers 5.24 hands on none of the three: a streamer would get the prompt, and then nothing, for ever. They are
+    read where they are still known, in the frame of `generate()`.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _GENERATE and frame.f_locals.get("self") is model:
+            return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
+
+
+@contextmanager
+def ending_on_error(streamer: Any) -> Iterator[None]:
+    """Ends a streamer when the block raises, so that whoever reads from it in another thread does not wait for ever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with suppress(Exception):
+                streamer.end()
+        raise
+
+
+def with_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate()` with `stop_strings`, also those of a generation configuration, and `tokenizer` made
+    into a stopping criterion.
+
+    transformers 5.24 drops the tokenizer on its way to a `custom_generate`, and then misses it.
+
+    Raises:
+        UnsupportedGenerationError: stop strings without a tokenizer.
+    """
+    config, default = arguments.get("generation_config"), getattr(model, "generation_config", None)
+    of_configs = getattr(config, "stop_strings", None) or getattr(default, "stop_strings", None)
+    strings = arguments.get("stop_strings", of_configs)
+    if not strings:
+        return arguments
+    if arguments.get("tokenizer") is None:
+        raise UnsupportedGenerationError("stop_strings needs the tokenizer as well; pass tokenizer=")
+    rest = {name: value for name, value in arguments.items() if name not in ("stop_strings", "tokenizer")}
+    if getattr(config, "stop_strings", None):
+        rest["generation_config"] = copy.deepcopy(config)
+        rest["generation_config"].stop_strings = None
+    if getattr(default, "stop_strings", None):
+        rest["stop_strings"] = None  # a keyword counts more than the model's own configuration
+    stop = StopStringCriteria(tokenizer=arguments["tokenizer"], stop_strings=strings)
+    rest["stopping_criteria"] = StoppingCriteriaList([*(rest.get("stopping_criteria") or []), stop])
+    return rest
