@@ -10,7 +10,7 @@ import torch
 from timing import Answers, FirstTokens
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.execution.apply_plan import apply_plan
+from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.delete_layers import delete_layers
 from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
@@ -18,11 +18,7 @@ from oracle.decoding import cut_at_stop
 from oracle.labels.generate_answers import stop_token_ids
 from oracle.prompts import Prompt
 from runtime.allocator import Allocator
-from runtime.device_clock import Moment
-from runtime.generation import decode_in_lanes
-from runtime.lanes import Lane, lane_a_plan, least_time_lanes
-from runtime.request import Request
-from runtime.step_costs import known_step_costs
+from runtime.offline import composed
 
 NEAR_TIE = 2
 """Two scores nearer than so many units in the last place of the larger may change places with the shape of a batch."""
@@ -82,7 +78,6 @@ class Contest:
 
     def online(self, batches: Sequence[Places], size: int) -> dict[str, Callable[[], Answers]]:
         """Batches as they come. The ideal makes its own, of one plan each and of at most `size` prompts."""
-        lanes = [self._lanes(batch) for batch in batches]
         places = [place for batch in batches for place in batch]
         groups = self._of_one_plan(places, size)
         for plan, _ in groups:
@@ -92,7 +87,7 @@ class Contest:
             "stock": lambda: self._joined(batches, lambda batch: self._stock(self.model, batch)),
             "static": lambda: self._joined(batches, self._static),
             "allocator": lambda: self._joined(batches, self._allocated),
-            "known": lambda: self._joined(batches, lambda batch: self._known(batch, lanes[batches.index(batch)])),
+            "known": lambda: self._joined(batches, self._known),
             "ideal": lambda: self._ideal(groups),
             **lossless,
         }
@@ -101,7 +96,7 @@ class Contest:
         """All prompts at once, in batches of 32, the longest first."""
         longest = sorted(range(len(self._tokens)), key=lambda place: -len(self._tokens[place]))
         batches = [longest[start : start + 32] for start in range(0, len(longest), 32)]
-        lanes = self._offline_lanes()
+        parts = composed(self.plans, [len(ids) for ids in self._tokens], 32)
         groups = self._of_one_plan(longest, 32)
         for plan, _ in groups:
             self._without(plan)
@@ -116,15 +111,15 @@ class Contest:
             "stock": lambda: self._joined(batches, lambda batch: self._stock(self.model, batch)),
             "static": lambda: self._joined(batches, self._static),
             "allocator": allocated,
-            "known": lambda: self._ideal(lanes, planned=True),
+            "known": lambda: self._joined(parts, self._known),
             "ideal": lambda: self._ideal(groups),
         }
 
     def differing(self) -> dict[str, Any]:
-        """The prompts as one batch, every row under exactly its own plan, against each prompt alone under it."""
+        """The prompts as one batch, every row under its own plan, against each prompt alone under it."""
         every = range(len(self._tokens))
         inputs = self.batch(every)
-        together = self.allocator.generate(self.model, **inputs, **self._exact, round_up=False)
+        together = self.allocator.generate(self.model, **inputs, **self._exact)
         assert isinstance(together, torch.Tensor)
         rows = together[:, inputs["input_ids"].shape[1] :].tolist()
         differing, ties = 0, 0
@@ -157,14 +152,13 @@ class Contest:
         with apply_plan(self.model, self.static):
             return self._stock(self.model, places)
 
-    def _allocated(self, places: Places, custom_generate: Any = None) -> Answers:
+    def _allocated(self, places: Places) -> Answers:
         inputs = self.batch(places)
         output = self.model.generate(  # type: ignore[operator]
-            **inputs, **self._exact, return_dict_in_generate=True, custom_generate=custom_generate or self.allocator
+            **inputs, **self._exact, return_dict_in_generate=True, custom_generate=self.allocator
         )
-        return Answers(
-            output.sequences[:, inputs["input_ids"].shape[1] :].tolist(), list(output["time_to_first_token_ms"])
-        )
+        new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        return Answers(new, [output["time_to_first_token_ms"]] * len(new))
 
     def _lossless(self, places: Places) -> Answers:
         inputs = self.batch(places)
@@ -173,54 +167,26 @@ class Contest:
         )
         assert not isinstance(output, torch.Tensor)
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return Answers(new, list(output["time_to_first_token_ms"]), acceptance=[output["acceptance"]])
+        return Answers(new, [output["time_to_first_token_ms"]], acceptance=[output["acceptance"]])
 
-    def _known(self, places: Places, lanes: Sequence[Lane]) -> Answers:
+    def _known(self, places: Places) -> Answers:
         """All that the allocator does but the decision: no probe, so no prefix to go on from."""
-
-        def loop(
-            model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kw: Any
-        ) -> Any:
-            start = Moment(model.device)
-            arguments = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-            request = Request(model, input_ids, generation_config, kw, arguments)
-            output, first_token_ms = decode_in_lanes(request, lanes, None, start)
-            output["time_to_first_token_ms"] = first_token_ms
-            return output
-
-        return self._allocated(places, loop)
-
-    def _lanes(self, places: Places) -> list[Lane]:
-        """The lanes that the allocator would make of a batch."""
-        width = max(len(self._tokens[place]) for place in places)
-        lane_ms = known_step_costs(self.model).generation_ms(width, self._exact["max_new_tokens"], 1)
-        return least_time_lanes(self.allocator.menu, [self.chosen[place] for place in places], lane_ms)
-
-    def _offline_lanes(self) -> list[tuple[LayerPlan, Places]]:
-        lengths = [len(ids) for ids in self._tokens]
-        lane_ms = known_step_costs(self.model).generation_ms(
-            sum(lengths) // len(lengths), self._exact["max_new_tokens"], 1
-        )
-        lanes = least_time_lanes(self.allocator.menu, self.chosen, lane_ms, max_prompts=32, sizes=lengths)
-        return [group for lane in reversed(lanes) for group in _cut(lane, lengths, 32)]
+        with apply_plans(self.model, [self.plans[place] for place in places]):
+            return self._stock(self.model, places)
 
     def _of_one_plan(self, places: Places, size: int) -> list[tuple[LayerPlan, Places]]:
-        lengths = [len(self._tokens[place]) for place in places]
-        lanes = lane_a_plan(self.allocator.menu, [self.chosen[place] for place in places])
-        cut = [group for lane in lanes for group in _cut(lane, lengths, size)]
-        return [(plan, [places[at] for at in group]) for plan, group in cut]
+        """The places in batches of one plan and at most `size` prompts, the longest first."""
+        groups = []
+        for plan in dict.fromkeys(self.plans[place] for place in places):
+            own = [place for place in places if self.plans[place] == plan]
+            longest = sorted(own, key=lambda place: -len(self._tokens[place]))
+            groups += [(plan, longest[start : start + size]) for start in range(0, len(longest), size)]
+        return groups
 
-    def _ideal(self, groups: Sequence[tuple[LayerPlan, Places]], *, planned: bool = False) -> Answers:
-        answers: dict[int, tuple[list[int], float]] = {}
-        for plan, places in groups:
-            if planned:
-                with apply_plan(self.model, plan):
-                    found = self._stock(self.model, places)
-            else:
-                found = self._stock(self._without(plan), places)
-            answers.update(zip(places, zip(found.tokens, found.first_token_ms, strict=True), strict=True))
-        ordered = [answers[place] for place in sorted(answers)]
-        return Answers([tokens for tokens, _ in ordered], [ms for _, ms in ordered])
+    def _ideal(self, groups: Sequence[tuple[LayerPlan, Places]]) -> Answers:
+        plans = {tuple(places): plan for plan, places in groups}
+        batches = [places for _, places in groups]
+        return self._joined(batches, lambda places: self._stock(self._without(plans[tuple(places)]), places))
 
     def _without(self, plan: LayerPlan) -> PreTrainedModel:
         """The model with the layers left out by the plan deleted; a layer of which one sub-layer runs stays whole."""
@@ -244,9 +210,3 @@ class Contest:
             found.update(zip(batch, zip(one.tokens, one.first_token_ms, strict=True), strict=True))
         ordered = [found[place] for place in sorted(found)]
         return Answers([tokens for tokens, _ in ordered], [ms for _, ms in ordered], acceptance=acceptance)
-
-
-def _cut(lane: Lane, lengths: Sequence[int], size: int) -> list[tuple[LayerPlan, Places]]:
-    """The prompts of a lane in batches of at most `size`, the longest first."""
-    longest = sorted(lane.prompts, key=lambda place: -lengths[place])
-    return [(lane.plan, longest[start : start + size]) for start in range(0, len(longest), size)]

@@ -9,9 +9,9 @@ prompt; answers are then cut at the end of text and at the stop strings of the a
 - stock: the full model by stock `generate()`
 - static: the plan of the menu whose budget is nearest to the mean that the allocator chooses
 - allocator: `allocator.generate`, offline `allocator.generate_many`
-- known: the allocator's lanes, with the plans known beforehand: what the allocator takes more is the decision
-- ideal: each prompt under exactly its plan on a model with the other layers deleted, in full batches of one plan made
-  from all prompts; no decision, no lane that waits, no stand-ins
+- known: the same with the plans known beforehand: what the allocator takes more is the decision
+- ideal: each prompt under its plan on a model with the other layers deleted, in full batches of one plan made from all
+  prompts; no decision, no mixed batch, no stand-ins
 - lossless: the allocator's plan drafts, the full model checks (batch 1 only)
 - peers: see peers.py
 
