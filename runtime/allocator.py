@@ -154,12 +154,11 @@ class Allocator:
             UnsupportedGenerationError: an argument that the decoder does not take, or padding on the right.
             WrongModelError: another model than the one this allocator was made for.
         """
-        others = prefix_inputs(model, inputs)
-        check_known(inputs, others)
+        check_known(model, inputs)
         check_left_padded(attention_mask)
         self.prepare(model)
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
-        own = {name: value.to(model.device) for name, value in others.items()}
+        own = {name: value.to(model.device) for name, value in prefix_inputs(model, inputs).items()}
         positions = {**position_inputs(decoder_of(model), mask), **own}
         decider = replace(self.decider(), is_served=False)
         decision = decider.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Any
@@ -19,7 +19,6 @@ from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList,
 from backbone.errors import InputError
 from backbone.families import decoder_of
 
-_OF_ALLOCATE = ("model", "input_ids", "attention_mask")
 _NOT_OF_THE_PREFIX = ("input_ids", "inputs_embeds", "attention_mask", "cache", "use_cache")
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 
@@ -31,19 +30,20 @@ class UnsupportedGenerationError(InputError):
 def prefix_inputs(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Those of the arguments that the decoder is given for the prompts beside tokens and mask, such as
     `position_ids` [B, S]."""
-    accepted = inspect.signature(decoder_of(model).forward).parameters
-    return {
-        name: value
-        for name, value in arguments.items()
-        if isinstance(value, torch.Tensor) and name in accepted and name not in _NOT_OF_THE_PREFIX
-    }
+    accepted = _accepted(model)
+    return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor) and name in accepted}
 
 
-def check_known(arguments: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises UnsupportedGenerationError for an argument of `allocate` that is not among the known ones."""
+def _accepted(model: PreTrainedModel) -> list[str]:
+    return [name for name in inspect.signature(decoder_of(model).forward).parameters if name not in _NOT_OF_THE_PREFIX]
+
+
+def check_known(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+    """Raises UnsupportedGenerationError for an argument of `allocate` that is none of `prefix_inputs`."""
+    known = prefix_inputs(model, arguments)
     for name, value in arguments.items():
         if value is not None and name not in known:
-            near = get_close_matches(name, [*_OF_ALLOCATE, "position_ids"], 1)
+            near = get_close_matches(name, {"input_ids", "attention_mask", *_accepted(model)} - {name}, 1)
             hint = f"did you mean {near[0]!r}?" if near else "it takes what the prompts are, not how to generate"
             raise UnsupportedGenerationError(f"allocate takes no argument {name!r}; {hint}")
 
@@ -56,8 +56,8 @@ def check_left_padded(attention_mask: torch.Tensor | None) -> None:
     ends = (attention_mask[:, -1] == 0).nonzero()
     if len(ends):
         raise UnsupportedGenerationError(
-            f"row {int(ends[0])} of attention_mask ends in a 0, so the prompts are padded on the right; pad them on "
-            "the left, with tokenizer.padding_side = 'left'"
+            f"row {int(ends[0])} ends in padding, a 0 in its attention_mask; pad prompts on the left, with "
+            "tokenizer.padding_side = 'left'"
         )
 
 

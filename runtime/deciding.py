@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from backbone.errors import InputError
 from backbone.execution.prompt_prefix import Prefix, run_prefix
+from backbone.execution.self_test import wider_dtypes
 from backbone.plan import PlanMenu
 from controller.base import Controller, Floats, choose
 from controller.certificate.drift import RECOVERY, DriftAlarm
@@ -104,25 +105,32 @@ class Decider:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         try:
             features = extract(model, prefix.states, input_ids, mask, self.projection.sets)
-            projected, chosen = self._in_time(features, start)
+            projected, chosen = self._in_time(features, start, model.dtype)
         except Exception:
             logger.exception("the controller failed; %d prompts run the full plan", len(input_ids))
             return replace(full, prefix=kept)
         return Decision(self._watched(projected, chosen, keys), kept, projected)
 
-    def _in_time(self, features: Features, start: float) -> tuple[Floats, list[int]]:
+    def _in_time(self, features: Features, start: float, dtype: torch.dtype) -> tuple[Floats, list[int]]:
         if self.limit_ms is None:
-            return self._plans(features)
+            return self._plans(features, dtype)
         left = self.limit_ms / 1000 - (time.perf_counter() - start)
-        return _within(left, f"the decision took longer than {self.limit_ms:g} ms", lambda: self._plans(features))
+        return _within(
+            left, f"the decision took longer than {self.limit_ms:g} ms", lambda: self._plans(features, dtype)
+        )
 
-    def _plans(self, features: Features) -> tuple[Floats, list[int]]:
+    def _plans(self, features: Features, dtype: torch.dtype) -> tuple[Floats, list[int]]:
         """Projected features [B, F] and plans in the menu; rows with a value that is not finite get the full plan."""
         assert self.price is not None
         projected = self.projection(features)
         finite = np.isfinite(projected).all(axis=1)
         if broken := int((~finite).sum()):
-            logger.warning("%d prompts have hidden states that are not finite; they run the full plan", broken)
+            logger.warning(
+                "%d prompts have hidden states that are not finite in %s; they run the full plan%s",
+                broken,
+                dtype,
+                wider_dtypes(dtype),
+            )
         predicted = self.controller.predict(projected)
         if silent := int((finite & ~np.isfinite(predicted).all(axis=1)).sum()):
             logger.warning("the controller gave %d prompts no number; they run the full plan", silent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel
 
 from backbone.errors import InputError
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 _attaching = threading.Lock()
 
 
+_ROUNDED = ", in float16, which rounds weights: load it in bfloat16 or float32 if it is the same model"
+
+
 class WrongModelError(InputError):
     """An allocator was used with a model that it was not made for."""
 
@@ -26,7 +30,7 @@ def check_model(allocator: Allocator, model: PreTrainedModel) -> None:
     if (found := model_fingerprint(model)) != allocator.fingerprint:
         raise WrongModelError(
             f"this allocator was made for {allocator.fingerprint} ({allocator.model_source}), "
-            f"the model given is {found}"
+            f"the model given is {found}{_ROUNDED if model.dtype == torch.float16 else ''}"
         )
     own = "" if allocator.stand_ins is None else allocator.stand_ins.digest
     others = attached_digest(model, allocator.menu.plans[0])

@@ -59,7 +59,8 @@ class Request:
             raise UnsupportedGenerationError("a streamer cannot follow beam search; leave one of them out")
         if self.kwargs.get("inputs_embeds") is not None:
             raise UnsupportedGenerationError("an allocator reads input_ids; inputs_embeds cannot be used with it")
-        check_left_padded(self.kwargs.get("attention_mask"))
+        if (mask := self.kwargs.get("attention_mask")) is not None:
+            check_left_padded(mask[:: self.copies])
 
     @property
     def mode(self) -> GenerationMode:

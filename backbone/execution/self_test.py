@@ -38,11 +38,17 @@ def check_exactness(model: PreTrainedModel) -> None:
     these passes too.
 
     Raises:
-        InexactPlanError: states differ by more than rounding, or the full plan is not bit-equal to the stock model.
+        InexactPlanError: states differ by more than rounding, are not finite, or the full plan is not bit-equal to the
+            stock model.
         UnsupportedModelError: see `family_of`.
     """
     with _evaluating(model):
         inputs = _inputs(model)
+        if not _uncached(model, inputs)[inputs["attention_mask"].bool()].isfinite().all():
+            raise InexactPlanError(
+                f"{_name(model)}: the hidden states of a few tokens are not finite, so nothing that this model says is "
+                f"of use{wider_dtypes(model.dtype)}"
+            )
         if not any(_full_plan_is_equal(model, inputs) for _ in range(ATTEMPTS)):
             raise InexactPlanError(f"{_name(model)}: two passes over the same tokens differ, so no plan is exact")
         for plan in _plans(model):
@@ -61,6 +67,13 @@ def _full_plan_is_equal(model: PreTrainedModel, inputs: dict[str, torch.Tensor])
     stock = _uncached(model, inputs)
     with patched(model, LayerPlan.full(len(decoder_layers(model)))):
         return torch.equal(_uncached(model, inputs), stock)
+
+
+def wider_dtypes(dtype: torch.dtype) -> str:
+    """The end of a sentence about states that are not finite: what to do where the numbers may be too large for a
+    dtype; nothing where no dtype holds larger ones."""
+    is_widest = torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max
+    return "" if is_widest else "; load the model in bfloat16 or float32, which hold larger numbers"
 
 
 def _name(model: PreTrainedModel) -> str:

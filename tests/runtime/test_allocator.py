@@ -29,6 +29,11 @@ def test_another_model_is_refused(allocator) -> None:
         allocator.allocate(tiny_model("llama", seed=5), **padded_batch())
 
 
+def test_a_copy_in_float16_is_told_why_it_is_another_model(allocator) -> None:
+    with pytest.raises(WrongModelError, match=r"the model given is .*, in float16, .* load it in bfloat16 or float32"):
+        allocator.allocate(tiny_model("llama").half(), **padded_batch())
+
+
 def test_without_a_certificate_every_prompt_runs_the_full_model(model) -> None:
     allocator, batch = make_allocator(model, price=None), padded_batch()
     assert all(plan.is_full for plan in allocator.allocate(model, **batch))

@@ -107,12 +107,16 @@ def test_a_streamer_that_cannot_end_does_not_hide_the_error(model, allocator) ->
 def test_padding_on_the_right_is_refused(model, allocator) -> None:
     batch = padded_batch()
     flipped = {name: tensor.flip(1) for name, tensor in batch.items()}
-    sentence = r"row 1 of attention_mask ends in a 0, .*padding_side = 'left'"
+    sentence = r"row 1 ends in padding, .*padding_side = 'left'"
     with pytest.raises(UnsupportedGenerationError, match=sentence):
         allocator.allocate(model, **flipped)
     for generate in DOORS.values():
         with pytest.raises(UnsupportedGenerationError, match=sentence):
             generate(allocator, model, **flipped, **GREEDY)
+        with pytest.raises(UnsupportedGenerationError, match=sentence):
+            generate(allocator, model, **flipped, **GREEDY, num_beams=3)
+        with pytest.raises(UnsupportedGenerationError, match=sentence):
+            generate(allocator, model, inputs=flipped["input_ids"], **GREEDY)
 
 
 def test_padding_behind_an_earlier_turn_is_allowed(model, allocator) -> None:
@@ -138,6 +142,13 @@ def test_padding_behind_an_earlier_turn_is_allowed(model, allocator) -> None:
 def test_allocate_refuses_what_it_would_ignore(model, allocator, arguments, message) -> None:
     with pytest.raises(UnsupportedGenerationError, match=message):
         allocator.allocate(model, padded_batch()["input_ids"], **arguments)
+
+
+def test_what_another_family_takes_is_not_suggested() -> None:
+    model = tiny_model("bloom")
+    with pytest.raises(UnsupportedGenerationError, match="no argument 'position_ids'") as refused:
+        make_allocator(model).allocate(model, **padded_batch(), position_ids=torch.ones(4, 11))
+    assert str(refused.value).count("position_ids") == 1
 
 
 def test_allocate_takes_positions(model, allocator) -> None:

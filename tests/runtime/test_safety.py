@@ -12,6 +12,7 @@ from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_stand_i
 
 from backbone.execution.apply_plan import NestedPlanError, apply_plan
 from backbone.execution.prompt_prefix import run_prefix
+from backbone.execution.self_test import InexactPlanError
 from backbone.plan import LayerPlan
 from backbone.testing import patches
 from controller.certificate.drift import FEWEST, RECOVERY, DriftAlarm, drift_scores
@@ -96,7 +97,40 @@ def test_states_that_are_not_finite_get_the_full_plan(model, monkeypatch, caplog
     monkeypatch.setattr(deciding, "extract", broken)
     plans = allocator.allocate(model, **padded_batch())
     assert plans == [FULL, PLANS[1], FULL, PLANS[0]]
-    assert "1 prompts have hidden states that are not finite" in caplog.text
+    assert "1 prompts have hidden states that are not finite in torch.float32; they run the full plan\n" in caplog.text
+
+
+def at_the_edge_of_float16(tokens):
+    """A model in float16 that adds something to the embeddings of these tokens, which are as large as float16 goes."""
+    model = tiny_model("llama").half()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2000)
+        model.get_input_embeddings().weight[tokens] = torch.finfo(torch.float16).max
+    return model
+
+
+def test_states_that_a_dtype_cannot_hold_name_it(caplog) -> None:
+    batch = padded_batch()
+    token = min({*range(20, VOCABULARY)} - set(batch["input_ids"].flatten().tolist()))
+    model = at_the_edge_of_float16([token])
+    allocator = make_allocator(model, controller=ByLength())
+    batch["input_ids"][2, -1] = token
+    assert allocator.allocate(model, **batch) == [FULL, PLANS[1], FULL, PLANS[0]]
+    assert (
+        "1 prompts have hidden states that are not finite in torch.float16; they run the full plan; load the model "
+        "in bfloat16 or float32"
+    ) in caplog.text
+    caplog.clear()
+    assert allocator.allocate(model.bfloat16(), **batch) == [FULL, PLANS[1], PLANS[0], PLANS[0]]
+    assert "not finite" not in caplog.text
+
+
+def test_a_model_whose_dtype_holds_no_state_at_all_is_refused() -> None:
+    model = at_the_edge_of_float16(range(VOCABULARY))
+    with pytest.raises(InexactPlanError, match=r"float16.* are not finite, .*load the model in bfloat16 or float32"):
+        make_allocator(model)
+    with apply_plan(model.bfloat16(), FULL):
+        pass
 
 
 def test_predictions_that_are_not_finite_get_the_full_plan(model, caplog) -> None:
