@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from oracle.search.testing import SearcherConformance as SearcherConformance
     from runtime.allocator import Allocator as Allocator
     from runtime.call_arguments import UnsupportedGenerationError as UnsupportedGenerationError
-    from runtime.fitting_model import WrongModelError as WrongModelError
+    from runtime.parts import WrongModelError as WrongModelError
     from runtime.saving.allocator_files import ArtefactError as ArtefactError
     from runtime.saving.file_bundle import BundleError as BundleError
 
@@ -68,7 +68,7 @@ _NAMES = {
     "oracle.search.testing": ("SearcherConformance",),
     "runtime.allocator": ("Allocator",),
     "runtime.call_arguments": ("UnsupportedGenerationError",),
-    "runtime.fitting_model": ("WrongModelError",),
+    "runtime.parts": ("WrongModelError",),
     "runtime.saving.allocator_files": ("ArtefactError",),
     "runtime.saving.file_bundle": ("BundleError",),
 }

@@ -101,7 +101,7 @@ def _print_answers(
 
     full = allocator.menu.n_layers
     for prompt, answer in zip(
-        prompts, generate_texts(allocator, model, tokenizer, prompts, allocator.decoding), strict=True
+        prompts, generate_texts(allocator.generate, model, tokenizer, prompts, allocator.decoding), strict=True
     ):
         typer.echo(f"\n{prompt}\n  {answer.text}\n  [{answer.plan.layers:g} of {full} layers: {answer.plan}]")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,13 +15,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, Generat
 
 from backbone.families import decoder_of
 from backbone.left_padding import position_inputs
-from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins.attaching import StandIns
-from controller.base import Controller
-from controller.certificate.certificate import Certificate
-from controller.certificate.drift import DriftAlarm
-from controller.projection import Projection
-from oracle.decoding import Decoding
+from backbone.plan import LayerPlan
 from runtime.call_arguments import (
     check_handed_on,
     check_known,
@@ -31,58 +25,26 @@ from runtime.call_arguments import (
     prefix_inputs,
     with_stop_strings,
 )
-from runtime.deciding import Decider
 from runtime.device_clock import Moment
-from runtime.fitting_model import attach_once, check_model
 from runtime.generation import decode, plans_of
 from runtime.lossless import check_lossless, generate_losslessly
+from runtime.offline import generate_many
+from runtime.parts import AllocatorParts
 from runtime.request import Request
+from runtime.saving.allocator_files import load_allocator, save_allocator, upload_allocator
 from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
-
-if TYPE_CHECKING:
-    from runtime.texts import AllocatedText
+from runtime.texts import AllocatedText
 
 
-@dataclass(frozen=True)
-class Allocator:
+@dataclass(frozen=True, repr=False)
+class Allocator(AllocatorParts):
     """Chooses a layer plan for each prompt and generates with it.
 
     Use `allocator.generate(model, **inputs, ...)`, or pass it to the model: `model.generate(**inputs,
     custom_generate=allocator, ...)`. Both take and return what stock `generate()` does.
 
-    Attributes:
-        menu: the plans to choose from.
-        controller: predicts what each plan keeps; `controller_name` is its name in `CONTROLLERS`.
-        projection: from raw features to the controller's.
-        certificate: its price decides; without a valid price every prompt runs the full plan.
-        decoding: how the answers behind the certificate were generated.
-        fingerprint: of the model it was made for.
-        model_source: where that model was loaded from.
-        stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
-            which without a plan stays what it is, bit for bit.
-        drift: watches whether the prompts that are generated from are like those of the certificate. While it rings
-            every prompt runs the full plan; see `DriftAlarm`. None to do without, as when the same prompts are timed
-            over and over: `dataclasses.replace(allocator, drift=None)`.
+    The fields are those of `AllocatorParts`.
     """
-
-    menu: PlanMenu
-    controller: Controller
-    controller_name: str
-    projection: Projection
-    certificate: Certificate
-    decoding: Decoding
-    fingerprint: str
-    model_source: str
-    stand_ins: StandIns | None = None
-    drift: DriftAlarm | None = None
-
-    def __repr__(self) -> str:
-        found = self.certificate
-        price = "no certified price: all run the full model"
-        if found.price is not None:
-            bound = f"{found.risk} <= {found.alpha:g}, confidence {1 - found.delta:g}"
-            price = f"price {found.price:.4g}, certified: {bound}"
-        return f"Allocator({self.model_source!r}, {self.menu}, {self.controller_name}, {price})"
 
     @classmethod
     def from_pretrained(
@@ -106,9 +68,7 @@ class Allocator:
             ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256); a revision
                 of a local folder; a subfolder that lies outside.
         """
-        from runtime.saving.allocator_files import load_allocator
-
-        return load_allocator(source, revision, token, cache_dir, subfolder)
+        return load_allocator(cls, source, revision, token, cache_dir, subfolder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save to a folder, beside what lies there, in the place of an allocator that was saved there before.
@@ -118,25 +78,11 @@ class Allocator:
         Raises:
             BundleError: the folder is a file, or somebody else's file, such as a README.md, has a name that is needed.
         """
-        from runtime.saving.allocator_files import save_allocator
-
         save_allocator(self, Path(folder))
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload to a repository on the hub, made where it is missing; returns its URL."""
-        from runtime.saving.allocator_files import upload_allocator
-
         return upload_allocator(self, repo_id, private, token)
-
-    def check_model(self, model: PreTrainedModel) -> None:
-        """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no stand-ins of
-        others."""
-        check_model(self, model)
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Check the model and attach the stand-ins to it, once; takes a moment and memory for the changed weights."""
-        self.check_model(model)
-        attach_once(self, model)
 
     def allocate(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: Any
@@ -231,8 +177,6 @@ class Allocator:
             UnsupportedGenerationError: an option that would give other than one answer a prompt.
             WrongModelError: another model than the one this allocator was made for.
         """
-        from runtime.offline import generate_many
-
         return generate_many(self, model, tokenizer, prompts, batch_size=batch_size, advance=advance, **options)
 
     def __call__(
@@ -277,7 +221,3 @@ class Allocator:
             output["allocation_ms"], output["time_to_first_token_ms"] = allocation_ms, first_token_ms
             output["drift"] = None if self.drift is None else self.drift.state
         return output
-
-    def decider(self, limit_ms: float | None = None) -> Decider:
-        """What chooses plans for prompts, with a limit to the time it may take."""
-        return Decider(self.menu, self.controller, self.projection, self.certificate.price, self.drift, limit_ms)

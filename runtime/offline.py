@@ -15,9 +15,9 @@ from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
-from runtime.allocator import Allocator
 from runtime.call_arguments import UnsupportedGenerationError
 from runtime.deciding import Decider, Decision, prompt_key
+from runtime.parts import AllocatorParts
 from runtime.texts import AllocatedText, decoding_options, new_texts
 
 PROBE_TOKENS = 2048
@@ -32,7 +32,7 @@ _ONE_ANSWER_A_PROMPT = ("num_return_sequences", "cache", "return_dict_in_generat
 
 
 def finished_texts(
-    allocator: Allocator,
+    allocator: AllocatorParts,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -133,7 +133,7 @@ class _Kept:
 
 
 def generate_many(
-    allocator: Allocator,
+    allocator: AllocatorParts,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -160,7 +160,9 @@ def _check(batch_size: int, options: dict[str, Any]) -> None:
             )
 
 
-def _allocated(allocator: Allocator, model: PreTrainedModel, tokens: list[list[int]], kept: _Kept) -> list[LayerPlan]:
+def _allocated(
+    allocator: AllocatorParts, model: PreTrainedModel, tokens: list[list[int]], kept: _Kept
+) -> list[LayerPlan]:
     """The plans of all prompts [N]; fills `kept`."""
     lengths = [len(ids) for ids in tokens]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.plan import LayerPlan
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.labels.generate_answers import stop_token_ids
-from runtime.allocator import Allocator
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +23,15 @@ class AllocatedText:
 
 
 def generate_texts(
-    allocator: Allocator,
+    generate: Callable[..., Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     decoding: Decoding,
 ) -> list[AllocatedText]:
-    """Continue each of `prompts` [B] under the plan that the allocator chooses for it, as one batch."""
+    """Continue each of `prompts` [B] as one batch, by `allocator.generate`."""
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    output = allocator.generate(
+    output = generate(
         model,
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

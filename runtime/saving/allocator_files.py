@@ -6,7 +6,7 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from huggingface_hub import HfApi, snapshot_download
@@ -20,8 +20,10 @@ from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.projection import Projection
 from oracle.decoding import Decoding
-from runtime.allocator import Allocator
+from runtime.parts import AllocatorParts
 from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, file_hash, read_bundle, save_bundle
+
+Parts = TypeVar("Parts", bound=AllocatorParts)
 
 FORMAT_VERSION = 3
 STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
@@ -40,7 +42,7 @@ class ArtefactError(BundleError):
     """A folder that holds no allocator, or a damaged one."""
 
 
-def save_allocator(allocator: Allocator, folder: Path) -> None:
+def save_allocator(allocator: AllocatorParts, folder: Path) -> None:
     """See `Allocator.save_pretrained`."""
 
     def write(scratch: Path) -> Manifest:
@@ -58,13 +60,14 @@ def save_allocator(allocator: Allocator, folder: Path) -> None:
 
 
 def load_allocator(
+    kind: type[Parts],
     source: str | Path,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str = "",
-) -> Allocator:
-    """See `Allocator.from_pretrained`."""
+) -> Parts:
+    """See `Allocator.from_pretrained`; `kind` is what is made of the parts."""
     inside = Path(subfolder)
     if inside.is_absolute() or ".." in inside.parts:
         raise ArtefactError(f"the subfolder {subfolder!r} lies outside of {source}; give one that lies inside")
@@ -78,14 +81,14 @@ def load_allocator(
         )
     folder /= inside
     try:
-        return read_bundle(folder, lambda place, manifest: _loaded(folder, place, manifest))
+        return read_bundle(folder, lambda place, manifest: _loaded(kind, folder, place, manifest))
     except ArtefactError:
         raise
     except InputError as error:
         raise ArtefactError(str(error)) from None
 
 
-def content_digest(allocator: Allocator) -> str:
+def content_digest(allocator: AllocatorParts) -> str:
     """A name for all that decides how an allocator answers, equal for equal content, wherever it came from."""
     with tempfile.TemporaryDirectory() as scratch:
         write_files(allocator, Path(scratch))
@@ -93,7 +96,7 @@ def content_digest(allocator: Allocator) -> str:
     return digest_of({"files": hashes, "decoding": allocator.decoding.to_dict(), "model": allocator.fingerprint})
 
 
-def upload_allocator(allocator: Allocator, repo_id: str, private: bool | None, token: str | None) -> str:
+def upload_allocator(allocator: AllocatorParts, repo_id: str, private: bool | None, token: str | None) -> str:
     """See `Allocator.push_to_hub`."""
     api = HfApi(token=token)
     url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -105,7 +108,7 @@ def upload_allocator(allocator: Allocator, repo_id: str, private: bool | None, t
     return str(url)
 
 
-def write_files(allocator: Allocator, folder: Path) -> None:
+def write_files(allocator: AllocatorParts, folder: Path) -> None:
     """All files but the manifest."""
     allocator.menu.save(folder / MENU)
     allocator.projection.save(folder / PROJECTION)
@@ -118,12 +121,12 @@ def write_files(allocator: Allocator, folder: Path) -> None:
     (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
 
 
-def _loaded(folder: Path, place: Path, manifest: Manifest) -> Allocator:
+def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) -> Parts:
     """The allocator whose files lie in `place`, under the name `folder`."""
     _check_entries(folder, manifest)
     name, files = manifest["controller"], manifest["files"]
     try:
-        allocator = Allocator(
+        allocator = kind(
             menu=PlanMenu.load(place / MENU),
             controller=CONTROLLERS[name].load(place),
             controller_name=name,
@@ -163,7 +166,7 @@ def _check_entries(folder: Path, manifest: Manifest) -> None:
         raise ArtefactError(f"{folder} is damaged: manifest.json does not list {min(missing)}")
 
 
-def _check_together(allocator: Allocator) -> None:
+def _check_together(allocator: AllocatorParts) -> None:
     """Raises ArtefactError unless projection, controller, menu and stand-ins are of one make."""
     projection, plans = allocator.projection, len(allocator.menu)
     n_features = projection.n_features
@@ -194,7 +197,7 @@ def _downloaded(repo_id: str, **options: Any) -> Path:
         ) from None
 
 
-def _model_card(allocator: Allocator) -> str:
+def _model_card(allocator: AllocatorParts) -> str:
     plans = "\n".join(
         f"| {budget:.1%} | {plan.layers:g} | `{plan}` |"
         for plan, budget in zip(allocator.menu.plans, allocator.menu.budgets, strict=True)

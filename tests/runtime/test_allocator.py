@@ -14,7 +14,7 @@ from controller.features import prompt_features
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
-from runtime.fitting_model import WrongModelError
+from runtime.parts import WrongModelError
 from runtime.saving.allocator_files import ArtefactError
 from runtime.texts import generate_texts
 
@@ -142,10 +142,10 @@ def test_push_to_hub_uploads_the_saved_folder(model, allocator, monkeypatch) -> 
 
 
 def test_texts_come_with_their_plans(model, allocator) -> None:
-    texts = generate_texts(allocator, model, tiny_tokenizer(), ["abcdefgh", "ab"], Decoding(5))
+    texts = generate_texts(allocator.generate, model, tiny_tokenizer(), ["abcdefgh", "ab"], Decoding(5))
     assert len(texts) == 2
     for text, prompt in zip(texts, ["abcdefgh", "ab"], strict=True):
-        single = generate_texts(allocator, model, tiny_tokenizer(), [prompt], Decoding(5))[0]
+        single = generate_texts(allocator.generate, model, tiny_tokenizer(), [prompt], Decoding(5))[0]
         assert single == text
 
 

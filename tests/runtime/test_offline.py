@@ -18,8 +18,8 @@ from oracle.prompts import PromptError
 from runtime import offline
 from runtime.answer_files import AnswersError, answer_file
 from runtime.call_arguments import UnsupportedGenerationError
-from runtime.fitting_model import WrongModelError
 from runtime.offline import composed
+from runtime.parts import WrongModelError
 
 FULL = LayerPlan.full(N_LAYERS)
 PROMPTS = ["abcdefghijk"[: 3 + i % 9] + "xyz"[: i % 4] for i in range(23)]

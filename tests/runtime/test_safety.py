@@ -18,7 +18,7 @@ from backbone.testing import patches
 from controller.certificate.drift import FEWEST, RECOVERY, DriftAlarm, drift_scores
 from controller.features import extract
 from runtime import deciding, offline
-from runtime.fitting_model import WrongModelError
+from runtime.parts import WrongModelError
 
 FULL = LayerPlan.full(N_LAYERS)
 DICT = {"return_dict_in_generate": True}

@@ -1,0 +1,105 @@
+"""What an allocator is made of, and whether a model is the one that it was made for."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from backbone.errors import InputError
+from backbone.fingerprint import model_fingerprint
+from backbone.plan import PlanMenu
+from backbone.stand_ins.attaching import StandIns, attach, attached_digest, attached_to
+from controller.base import Controller
+from controller.certificate.certificate import Certificate
+from controller.certificate.drift import DriftAlarm
+from controller.projection import Projection
+from oracle.decoding import Decoding
+from runtime.deciding import Decider
+
+_attaching = threading.Lock()
+_ROUNDED = ", in float16, which rounds weights: load it in bfloat16 or float32 if it is the same model"
+
+
+class WrongModelError(InputError):
+    """An allocator was used with a model that it was not made for."""
+
+
+@dataclass(frozen=True)
+class AllocatorParts:
+    """All that is saved of an allocator.
+
+    Attributes:
+        menu: the plans to choose from.
+        controller: predicts what each plan keeps; `controller_name` is its name in `CONTROLLERS`.
+        projection: from raw features to the controller's.
+        certificate: its price decides; without a valid price every prompt runs the full plan.
+        decoding: how the answers behind the certificate were generated.
+        fingerprint: of the model it was made for.
+        model_source: where that model was loaded from.
+        stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
+            which without a plan stays what it is, bit for bit.
+        drift: watches whether the prompts that are generated from are like those of the certificate. While it rings
+            every prompt runs the full plan; see `DriftAlarm`. None to do without, as when the same prompts are timed
+            over and over: `dataclasses.replace(allocator, drift=None)`.
+    """
+
+    menu: PlanMenu
+    controller: Controller
+    controller_name: str
+    projection: Projection
+    certificate: Certificate
+    decoding: Decoding
+    fingerprint: str
+    model_source: str
+    stand_ins: StandIns | None = None
+    drift: DriftAlarm | None = None
+
+    def __repr__(self) -> str:
+        found = self.certificate
+        price = "no certified price: all run the full model"
+        if found.price is not None:
+            bound = f"{found.risk} <= {found.alpha:g}, confidence {1 - found.delta:g}"
+            price = f"price {found.price:.4g}, certified: {bound}"
+        return f"{type(self).__name__}({self.model_source!r}, {self.menu}, {self.controller_name}, {price})"
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no stand-ins of
+        others."""
+        if (found := model_fingerprint(model)) != self.fingerprint:
+            raise WrongModelError(
+                f"this allocator was made for {self.fingerprint} ({self.model_source}), "
+                f"the model given is {found}{_ROUNDED if model.dtype == torch.float16 else ''}"
+            )
+        own = "" if self.stand_ins is None else self.stand_ins.digest
+        others = attached_digest(model, self.menu.plans[0])
+        if others not in ("", own):
+            raise WrongModelError(
+                f"this model has stand-ins {others} attached, this allocator comes with {own or 'none'}: "
+                "call layerbudget.detach(model) first, or load the model a second time"
+            )
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Check the model and attach the stand-ins to it, once; takes a moment and memory for the changed weights.
+
+        Raises:
+            WrongModelError: another model, or stand-ins that change layers which the probe runs.
+        """
+        self.check_model(model)
+        plan, depth = self.menu.plans[0], self.menu.probe_depth
+        if self.stand_ins is not None:
+            with _attaching:
+                if not attached_digest(model, plan):
+                    attach(model, self.stand_ins)
+        attached = attached_to(model, plan)
+        if attached is not None and min(attached.changed, default=depth) < depth:
+            raise WrongModelError(
+                f"this allocator's stand-ins change layer {min(attached.changed)}, but every plan goes on from what "
+                f"the full model's first {depth} layers (probe_depth) made of the prompt"
+            )
+
+    def decider(self, limit_ms: float | None = None) -> Decider:
+        """What chooses plans for prompts, with a limit to the time it may take."""
+        return Decider(self.menu, self.controller, self.projection, self.certificate.price, self.drift, limit_ms)
