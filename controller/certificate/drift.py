@@ -131,7 +131,8 @@ class DriftAlarm:
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, also in another process, has seen what this one has, and goes on by itself."""
+        """A copy, also in another process, has seen what this one has, and goes on by itself. Made under the lock:
+        another thread may be counting."""
         with self._lock:
             return copy.deepcopy({name: value for name, value in self.__dict__.items() if name != "_lock"})
 
