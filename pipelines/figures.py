@@ -15,34 +15,54 @@ from numpy.typing import NDArray
 from oracle.frontier.frontier import Point
 
 INK, MUTED, GRID = "#1d2733", "#6b7785", "#e3e8ee"
-COLOURS = {
-    "full": "#1d2733",
-    "best_static": "#8a6d3b",
-    "static_mixture": "#b08d57",
-    "random": "#a0a8b3",
-    "oracle": "#2a9d6f",
-    "lightgbm": "#d1495b",
-    "mlp": "#3066be",
-    "logistic": "#7b5ea7",
-    "ensemble": "#e08e45",
-}
-NAMES = {
-    "full": "full model",
-    "best_static": "best static plan",
-    "static_mixture": "static mixture, equal budget",
-    "random": "random, equal budget",
-    "oracle": "oracle",
-    "lightgbm": "LightGBM",
-    "mlp": "MLP",
-    "logistic": "logistic regression",
-    "ensemble": "LightGBM and MLP",
-    "shuffled": "control: shuffled features",
-    "length": "control: prompt length alone",
-    "task": "control: name of the task alone",
-    "embedding": "control: mean embedding alone",
-    "unseen_tasks": "best controller, task never seen",
-    "template": "best controller, another template",
-}
+OTHERS = ("#2b8a8a", "#9c6644", "#5f7c3a", "#a23e8c", "#4f6d9a")
+"""Colours of controllers from packages of somebody's own."""
+
+
+class _Colours(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return OTHERS[sum(name.encode()) % len(OTHERS)]
+
+
+class _Names(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+COLOURS = _Colours(
+    {
+        "full": "#1d2733",
+        "best_static": "#8a6d3b",
+        "static_mixture": "#b08d57",
+        "random": "#a0a8b3",
+        "oracle": "#2a9d6f",
+        "lightgbm": "#d1495b",
+        "mlp": "#3066be",
+        "logistic": "#7b5ea7",
+        "ensemble": "#e08e45",
+    }
+)
+"""Of policies; another controller has one of `OTHERS`, always the same."""
+NAMES = _Names(
+    {
+        "full": "full model",
+        "best_static": "best static plan",
+        "static_mixture": "static mixture, equal budget",
+        "random": "random, equal budget",
+        "oracle": "oracle",
+        "lightgbm": "LightGBM",
+        "mlp": "MLP",
+        "logistic": "logistic regression",
+        "ensemble": "LightGBM and MLP",
+        "shuffled": "control: shuffled features",
+        "length": "control: prompt length alone",
+        "task": "control: name of the task alone",
+        "embedding": "control: mean embedding alone",
+        "unseen_tasks": "best controller, task never seen",
+        "template": "best controller, another template",
+    }
+)
+"""Of policies in words; another controller has its own name."""
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
