@@ -1,4 +1,4 @@
-"""Answer a file of prompts, one a line, in full batches of one plan each.
+"""Answer a file of prompts, one a line, as many as can be in batches of one plan.
 
 python examples/offline.py runs/demo/allocator prompts.txt answers.txt
 """
@@ -14,7 +14,6 @@ from layerbudget import Allocator, load_backbone
 def main(folder: str, prompts: str, answers: str) -> None:
     allocator = Allocator.from_pretrained(folder)
     model, tokenizer = load_backbone(allocator.model_source)
-    allocator.measure(model)  # once on a machine: lanes by measured times
     texts = [line for line in Path(prompts).read_text().splitlines() if line.strip()]
     found = allocator.generate_many(model, tokenizer, texts, advance=lambda done: print(f"{done} more answered"))
     Path(answers).write_text("".join(f"{answer.plan.layers:g} layers: {answer.text!r}\n" for answer in found))

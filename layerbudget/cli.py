@@ -171,7 +171,6 @@ def generate(
     from layerbudget import Allocator, load_backbone
     from oracle.context_lengths import check_lengths
     from runtime.answer_files import answer_file, check_places
-    from runtime.step_costs import known_step_costs
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
@@ -184,9 +183,6 @@ def generate(
         _print_answers(loaded, network, tokenizer, [prompt])
     else:
         assert prompts is not None
-        if not known_step_costs(network).measured:
-            typer.echo("Timing this model's passes, once on this machine", err=True)
-            loaded.measure(network)
         with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
 
             def begin(done: int, total: int) -> None:
