@@ -35,12 +35,14 @@ from controller.learning import CrossFit, Settings, learn
 from controller.report.headroom_card import captured_by
 from controller.report.report_card import price_for_loss, regret
 from oracle.prompts import SPLITS
-from pipelines.config import Config, TuningSection, load_config
+from pipelines.config import Config, load_config
+from pipelines.config_sections import TuningSection
 from pipelines.controls import CONTROLS, control_features, control_settings
+from pipelines.learning_table import Table
 from pipelines.settings_search import Search, Work, search
 from pipelines.stages.train import tuned_settings
 from pipelines.wall_clock import feature_ms
-from pipelines.workspace import Table, Workspace
+from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.paired_timing import generation_under, median_seconds, prompt_inputs
 

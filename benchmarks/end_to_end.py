@@ -37,7 +37,7 @@ from backbone.families import decoder_layers
 from backbone.loading import load_backbone
 from oracle.judges import KL, score
 from oracle.prompts import Prompt, load_prompts, split_of
-from pipelines.config import DataSection
+from pipelines.config_sections import DataSection
 from pipelines.wall_clock import NOISE
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
-from backbone.stand_ins.distillation import DistillSettings
-from backbone.stand_ins.ridge_regression import Form
-from backbone.stand_ins.trained_parts import Where
-from controller.base import CONTROLLERS
-from controller.features import check_sets
-from oracle.decoding import Decoding, checked_options
-from oracle.menus import MENUS
-from oracle.prompts import FIELDS, SPLITS, Split
 from pipelines import yaml_text
-
-Risk = Literal["insufficient", "score_lost"]
-AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
-
+from pipelines.config_sections import (
+    AdaptSection,
+    CalibrationSection,
+    DataSection,
+    DecodingSection,
+    EvaluationSection,
+    FeaturesSection,
+    LabelSection,
+    MenuSection,
+    ModelSection,
+    Section,
+    Text,
+    TrackingSection,
+    TuningSection,
+)
 
 LONGEST_NAME = 200
 """Characters of a run's name: file systems take 255, and names of files and studies are made from it."""
@@ -31,247 +34,6 @@ LONGEST_NAME = 200
 
 class ConfigError(InputError):
     """A configuration that cannot be used; the message names the key, its value and what would be right."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-Text = Annotated[str, Field(min_length=1)]
-"""Not empty."""
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class ModelSection(Section):
-    source: Text
-    """Hub id, folder, .gguf file, or package:NAME."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: str = "auto"
-
-
-class DataSection(Section):
-    path: Text = "embedded"
-    """`embedded`, a .jsonl file, or a name or folder that `datasets` loads."""
-    limit: int | None = Field(None, ge=8)
-    columns: dict[str, Text] = {}
-    """For a data set: our field -> its column."""
-    split: Text = "train"
-    """For a data set: which of its splits to read."""
-    judge: Text | None = None
-    """For prompts that name no judge."""
-    force_judge: Text | None = None
-    """For all prompts, whatever judge they name; `kl` and `agreement` hold answers against the full model's own."""
-    shares: dict[Split, float] = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
-    """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels."""
-
-    @model_validator(mode="after")
-    def _check_columns(self) -> DataSection:
-        if unknown := set(self.columns) - set(FIELDS):
-            raise ValueError(
-                f"columns names the field {min(unknown)!r}; the fields of a prompt are {', '.join(FIELDS)}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_shares(self) -> DataSection:
-        is_sound = all(0 <= share <= 1 for share in self.shares.values())
-        if set(self.shares) != set(SPLITS) or not is_sound or abs(sum(self.shares.values()) - 1) > 1e-6:
-            raise ValueError(f"shares must name {', '.join(SPLITS)} and sum to 1, got {self.shares}")
-        return self
-
-
-class DecodingSection(Section):
-    max_new_tokens: int = Field(32, ge=1)
-    stop: list[Text] = []
-    options: dict[str, Any] = {}
-    """Further arguments of `generate()` that change greedy answers, such as `repetition_penalty`, in place of what the
-    model's own generation config says."""
-
-    @model_validator(mode="after")
-    def _check_options(self) -> DecodingSection:
-        checked_options(self.options)
-        return self
-
-    def settings(self) -> Decoding:
-        return Decoding(self.max_new_tokens, tuple(self.stop), options=self.options)
-
-
-class MenuSection(Section):
-    method: Annotated[Text, AfterValidator(MENUS.checked)] = "greedy_layers"
-    probe_depth: int = Field(4, ge=1)
-    given: list[str] = []
-    """Plans in their text form, such as 0-12,16, for the method `given`; the full plan is added."""
-    plans: int = Field(8, ge=2)
-    """K, the full plan included."""
-    cheapest_budget: float = Field(0.5, gt=0, lt=1)
-    prompts: int = Field(32, ge=1)
-    """Prompts of the split `adapt` that a search looks at."""
-
-    @model_validator(mode="after")
-    def _check_method(self) -> MenuSection:
-        if (self.method == "given") != bool(self.given):
-            raise ValueError(f"the method 'given' and a list of plans in menu.given go together, got {self.method!r}")
-        return self
-
-
-class AdaptSection(Section):
-    method: AdaptMethod = "bridges"
-    """What makes the menu's plans better: closed-form bridges over their gaps, a trained adapter, both, or nothing;
-    `best` makes all of them and keeps what does best for the time it takes, on a fifth of the prompts held out."""
-    prompts: int = Field(400, ge=8)
-    """Prompts of the split `adapt`, with the full model's answers, to fit and train on."""
-    form: Form = "full"
-    rank: int = Field(64, ge=1)
-    """Of bridges that are `low_rank` or `diagonal_low_rank`."""
-    in_order: bool = False
-    """Fit a plan's later gaps on the states that it produces with its bridges so far."""
-    where: Where = "all"
-    """Weights that the adapter changes; `nowhere` trains the bridges alone."""
-    lora_rank: int = Field(16, ge=1)
-    epochs: float = Field(2.0, gt=0)
-    batch_tokens: int = Field(1024, ge=16)
-    plans_per_step: int = Field(3, ge=1)
-    learning_rate: float = Field(3e-4, gt=0)
-    references: bool = False
-    """Train towards the references too, where prompts have one; otherwise towards the full model alone."""
-
-    @model_validator(mode="after")
-    def _check_trained(self) -> AdaptSection:
-        if self.method == "adapter" and self.where == "nowhere":
-            raise ValueError("an adapter that sits 'nowhere' changes nothing; with the method 'both' it trains bridges")
-        return self
-
-    def settings(self) -> DistillSettings:
-        return DistillSettings(
-            where=self.where,
-            rank=self.lora_rank,
-            epochs=self.epochs,
-            batch_tokens=self.batch_tokens,
-            plans_per_step=self.plans_per_step,
-            learning_rate=self.learning_rate,
-        )
-
-
-class LabelSection(Section):
-    batch_size: int = Field(32, ge=1)
-    limit: int | None = Field(None, ge=8)
-    """Label this many of the prompts that are not in the split `adapt`, chosen by a hash of the id."""
-    shortcut: bool = True
-    """Follow the full model's answer with every plan and generate only what differs, instead of everything."""
-    tolerance: float = Field(0.0, ge=0, lt=1)
-    """A plan is sufficient if its score is at least the full plan's less this. With the judge `kl`, under which a
-    shortened plan hardly ever scores the full plan's 1, it has to be above 0."""
-
-
-class FeaturesSection(Section):
-    batch_size: int = Field(32, ge=1)
-    sets: list[str] = ["length", "tokens", "embedding", "states", "windows", "path"]
-    """Sets of features to read from the probe layers; `lens` is dearer, since it runs the output head."""
-
-    @model_validator(mode="after")
-    def _check_sets(self) -> FeaturesSection:
-        check_sets(self.sets)
-        if missing := {"length", "embedding"} - set(self.sets):
-            raise ValueError(f"sets must hold {min(missing)!r}, which the report's controls need, got {self.sets}")
-        return self
-
-
-class GivenSettings(Section):
-    """What is to be known to fit one controller; see `controller.learning.Settings`."""
-
-    sets: list[str] = Field(min_length=1)
-    components: int = Field(ge=1)
-    parameters: dict[str, Any] = {}
-
-
-class TuningSection(Section):
-    controllers: list[Annotated[Text, AfterValidator(CONTROLLERS.checked)]] = Field(["lightgbm", "mlp"], min_length=1)
-    trials: int = Field(20, ge=1)
-    """Finished trials of each controller, for the least regret; the first one tries the defaults, and those that fall
-    behind after some folds are given up."""
-    feature_sets: list[list[str]] = Field(
-        [["length", "path", "states"], ["length", "tokens", "path", "states"], ["length", "path", "states", "windows"]],
-        min_length=1,
-    )
-    """Combinations of sets of features to choose from."""
-    components: list[Annotated[int, Field(ge=1)]] = Field([12, 24, 48, 96], min_length=1)
-    """Numbers of principal components of the wide sets to choose from."""
-    folds: int = Field(4, ge=2, le=50)
-    """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
-    workers: int = Field(1, ge=1)
-    """Processes that try settings at the same time."""
-    given: dict[str, GivenSettings] = {}
-    """Settings of controllers for which nothing is searched, as in a run's tuning.json."""
-    storage: Text | None = None
-    """Any URL that Optuna takes; default: tuning.db in the run folder."""
-
-    @model_validator(mode="after")
-    def _check_names(self) -> TuningSection:
-        for sets in [*self.feature_sets, *(given.sets for given in self.given.values())]:
-            check_sets(sets)
-        if not all(self.feature_sets):
-            raise ValueError(f"feature_sets must not hold an empty set, got {self.feature_sets}")
-        if len(set(self.controllers)) < len(self.controllers):
-            raise ValueError(f"controllers names one twice, got {self.controllers}")
-        if unknown := set(self.given) - set(self.controllers):
-            raise ValueError(f"given holds settings of {min(unknown)!r}, which is not among tuning.controllers")
-        return self
-
-
-class CalibrationSection(Section):
-    risk: Risk = "score_lost"
-    """What is bounded: the mean of the score that answers lose, or the share of answers that are no longer sufficient
-    (`label.tolerance`)."""
-    alpha: float = Field(0.1, gt=0, lt=1)
-    """The bound."""
-    delta: float = Field(0.1, gt=0, lt=1)
-    """Probability that the bound fails."""
-    per_task: bool = False
-    """Bound the loss of every task instead of their mean."""
-    false_alarms: float = Field(0.01, gt=0, lt=1)
-    """Probability that the drift alarm ever rings although the prompts are like the calibration prompts."""
-
-
-class EvaluationSection(Section):
-    alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
-    """Mean losses at which the controllers and the controls are compared."""
-    control_trials: int = Field(8, ge=1)
-    """Trials of each control's own search: the defaults, the best controller's settings, and others."""
-    own_judges: int = Field(0, ge=0)
-    """With `data.force_judge`: also judge so many of the test prompts as they say themselves, to see what the
-    loss means there."""
-    template: str | None = None
-    """Another template, with {prompt} in it, into which some test prompts are put to see whether a controller still
-    works; their labels are made in addition."""
-    template_prompts: int = Field(64, ge=8)
-    frozen: bool = True
-    """Also label the test prompts under the plans without stand-ins, to show what these are worth."""
-    speed_prompts: int = Field(8, ge=1)
-    """Test prompts that speeds are measured on, as one batch and one at a time."""
-    speed_tokens: int = Field(16, ge=2)
-    """New tokens of each."""
-    speed_rounds: int = Field(20, ge=1)
-    """Times, at most, that everything is measured, in turn, after a warm-up; fewer once the figures are exact."""
-    speed_seconds: float = Field(60.0, gt=0)
-    """No round begins after this time, as long as there are five."""
-
-    @model_validator(mode="after")
-    def _check_template(self) -> EvaluationSection:
-        if self.template is None:
-            return self
-        try:
-            told_apart = self.template.format(prompt="a") != self.template.format(prompt="b")
-        except (ValueError, KeyError, IndexError, AttributeError):
-            told_apart = False
-        if not told_apart:
-            raise ValueError(f"template should hold {{prompt}}, and other braces twice, got {self.template!r}")
-        return self
-
-
-class TrackingSection(Section):
-    uri: Text = "sqlite:///mlruns/mlflow.db"
-    """Any URI that MLflow takes."""
-    experiment: Text = "layerbudget"
 
 
 class Config(Section):
@@ -289,7 +51,7 @@ class Config(Section):
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrackingSection = TrackingSection()
-    try_prompts: list[Text] = []
+    try_prompts: list[Text] = Field([])
     """Prompts that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)
     """Path of the YAML file this came from."""

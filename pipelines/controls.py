@@ -16,12 +16,13 @@ from controller.learning import Learned, Settings, learn
 from controller.report.headroom_card import captured_by
 from controller.report.report_card import price_for_loss
 from pipelines.config import Config
+from pipelines.learning_table import Table
 from pipelines.progress import progress
 from pipelines.settings_search import Work, regret_bounds, search_in_memory
 from pipelines.stages.calibrate import certified, price_of
 from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
-from pipelines.workspace import Table, Workspace
+from pipelines.workspace import Workspace
 
 CONTROLS = ("shuffled", "length", "task", "embedding")
 """Controllers of the best one's kind with features that know less: another prompt's, the length alone, the task's name

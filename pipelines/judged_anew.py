@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oracle.frontier.frontier import equal_mean_budget, static_points
-from pipelines.workspace import Table, Workspace
+from pipelines.learning_table import Table
+from pipelines.workspace import Workspace
 
 
 def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArray[np.intp]]) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ from controller.base import CONTROLLERS
 from controller.features import Features
 from controller.learning import CrossFit, Settings
 from controller.report.report_card import regret
-from pipelines.config import Config, ConfigError, TuningSection
+from pipelines.config import Config, ConfigError
+from pipelines.config_sections import TuningSection
 
 HEARTBEAT_S, GRACE_S = 10, 60
 """A trial whose worker was killed is tried again by another one after GRACE_S without a sign of life."""

@@ -17,7 +17,8 @@ from oracle.frontier.frontier import (
     sufficient_plans,
     upper_hull,
 )
-from pipelines.workspace import Table, Workspace
+from pipelines.learning_table import Table
+from pipelines.workspace import Workspace
 
 
 def before_and_after(workspace: Workspace, test: Table) -> dict[str, Any]:

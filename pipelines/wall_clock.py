@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from backbone.execution.probing import probe_states
 from controller.features import Features, extract, rows_of
 from controller.learning import Learned
+from pipelines.learning_table import Table
 from pipelines.progress import progress
-from pipelines.workspace import Table, Workspace
+from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.paired_timing import Ratio, generation_under, median_seconds, paired_ratio, paired_seconds, prompt_inputs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,46 +26,10 @@ from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
 from oracle.menus import LOOK_AT_NO_PROMPTS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
-from pipelines.config import Config, ConfigError, Risk
+from pipelines.config import Config, ConfigError
+from pipelines.learning_table import Table, quality_kept
 from pipelines.model_record import ModelFacts
 from pipelines.progress import progress, waiting
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """What there is to learn from: N prompts of one split.
-
-    Attributes:
-        prompts: the N prompts.
-        features: each set of raw features [N, F].
-        scores: under each plan [N, K].
-        sufficient: whether each plan is sufficient [N, K].
-        kept: share of quality that each plan keeps [N, K]: 1 less the loss that the certificate bounds.
-        budgets: of each plan [K].
-    """
-
-    prompts: list[Prompt]
-    features: Features
-    scores: NDArray[np.float64]
-    sufficient: NDArray[np.bool_]
-    kept: NDArray[np.float64]
-    budgets: NDArray[np.float64]
-
-    def rows(self, rows: NDArray[np.intp]) -> Table:
-        """Some of the prompts."""
-        return Table(
-            prompts=[self.prompts[row] for row in rows],
-            features=rows_of(self.features, rows),
-            scores=self.scores[rows],
-            sufficient=self.sufficient[rows],
-            kept=self.kept[rows],
-            budgets=self.budgets,
-        )
-
-    @property
-    def tasks(self) -> NDArray[np.str_]:
-        """Task of each prompt [N]."""
-        return np.array([prompt.task for prompt in self.prompts])
 
 
 class Workspace:
@@ -256,7 +220,7 @@ class Workspace:
             raise ConfigError(f"only {len(prompts)} labelled prompts are in {' and '.join(splits)}: raise label.limit")
         menu = self.menu()
         scores = score_matrix(self.labels.read(prompts, menu))
-        rows, features = self._features()
+        rows, features = self._features
         picked = np.array([rows[prompt.id] for prompt in prompts])
         table = self.table_of(prompts, scores, rows_of(features, picked))
         if len(table.prompts) < 2:
@@ -277,6 +241,7 @@ class Workspace:
             budgets=np.array(self.menu().budgets),
         )
 
+    @cached_property
     def _features(self) -> tuple[dict[str, int], Features]:
         """Row of each prompt's id, and all features.
 
@@ -292,11 +257,3 @@ class Workspace:
         names = [name for name in table.column_names if name not in ("id", "task")]
         features = {name: np.stack(table[name].to_numpy()) for name in names}
         return {name: row for row, name in enumerate(table["id"].to_pylist())}, features
-
-
-def quality_kept(risk: Risk, scores: NDArray[np.float64], sufficient: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """[N, K]: 1 less the loss of each plan. `insufficient`: 1 where the plan is not sufficient, else 0. `score_lost`:
-    how far its score lies below the full plan's; what it wins does not count."""
-    if risk == "insufficient":
-        return sufficient.astype(np.float64)
-    return 1.0 - np.clip(scores[:, -1:] - scores, 0.0, 1.0)

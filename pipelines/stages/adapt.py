@@ -22,7 +22,8 @@ from oracle.answered_prompts import answered_examples, reference_examples
 from oracle.frontier.frontier import static_points, upper_hull
 from oracle.labels.reader import score_matrix
 from oracle.prompts import Prompt
-from pipelines.config import AdaptMethod, Config
+from pipelines.config import Config
+from pipelines.config_sections import AdaptMethod
 from pipelines.progress import console, progress
 from pipelines.run_state import stage_key
 from pipelines.workspace import Workspace

@@ -17,9 +17,10 @@ from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.learning import Learned
 from controller.report.report_card import losses_at
 from pipelines.config import Config
+from pipelines.learning_table import Table
 from pipelines.progress import console
 from pipelines.stages.train import load_trained
-from pipelines.workspace import Table, Workspace
+from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 
 

@@ -20,11 +20,12 @@ from oracle.frontier.frontier import static_points, upper_hull
 from pipelines.config import Config
 from pipelines.controls import comparison
 from pipelines.judged_anew import by_own_judges
+from pipelines.learning_table import Table
 from pipelines.stages.calibrate import price_of
 from pipelines.stages.train import load_trained
 from pipelines.stand_in_gain import before_and_after
 from pipelines.wall_clock import decision_ms, feature_ms, speeds
-from pipelines.workspace import Table, Workspace
+from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
 

@@ -21,11 +21,12 @@ from oracle.frontier.frontier import least_sufficient, oracle_hull, static_point
 from oracle.labels.store import Label
 from pipelines import figures
 from pipelines.config import Config
+from pipelines.learning_table import Table
 from pipelines.progress import waiting
 from pipelines.run_state import RunState
 from pipelines.stages.train import load_trained
 from pipelines.tracking import log_run
-from pipelines.workspace import Table, Workspace
+from pipelines.workspace import Workspace
 
 YARDSTICKS = ("full", "best_static", "static_mixture", "random", "oracle")
 

@@ -10,8 +10,8 @@ from controller.learning import Settings
 from oracle.prompts import Prompt
 from pipelines.config import load_config
 from pipelines.controls import _knows_the_prompt, _unseen_tasks, control_features, control_settings
+from pipelines.learning_table import Table, quality_kept
 from pipelines.settings_search import Work, regret_bounds
-from pipelines.workspace import Table, quality_kept
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,7 +21,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from oracle.labels.store import CUT
 from oracle.prompts import load_prompts, split_of
-from pipelines.config import DataSection
+from pipelines.config_sections import DataSection
 from pipelines.run_state import content_hash
 from pipelines.wall_clock import NOISE
 
