@@ -84,10 +84,15 @@ class Labeller(LabelReader):
         """Label all prompts under the full plan alone."""
         self._generate(self.missing(prompts, full_plan), full_plan, None, advance)
 
-    def label_some(self, wanted: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan) -> None:
+    def label_some(
+        self,
+        wanted: Mapping[LayerPlan, Sequence[Prompt]],
+        full_plan: LayerPlan,
+        advance: Advance = lambda done: None,
+    ) -> None:
         """Label some prompts under some plans, as a search asks for them; their full plans' labels must be there."""
         missing = {plan: self.missing(prompts, plan) for plan, prompts in wanted.items()}
-        self._compare(missing, full_plan, lambda done: None)
+        self._compare(missing, full_plan, advance)
 
     def _compare(self, missing: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance) -> None:
         """The labels that are missing under shortened plans, each in the cheapest way that its judge allows."""

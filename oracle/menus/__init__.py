@@ -12,10 +12,12 @@ from oracle.menus.base import Advance, MenuTask
 MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
     "menus",
     {
+        "covering": "oracle.menus.covering:covering",
         "given": "oracle.menus.fixed:given",
         "evenly": "oracle.menus.fixed:evenly",
         "exiting": "oracle.menus.fixed:exiting",
         "middle_block": "oracle.menus.fixed:middle_block",
+        "gaps": "oracle.menus.fixed:gaps",
         "random_routes": "oracle.menus.fixed:random_routes",
         "block_influence": "oracle.menus.block_influence:block_influence",
         "greedy_layers": "oracle.menus.greedy:greedy_layers",
@@ -26,7 +28,7 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
 )
 """Name -> method: `method(task, advance)` proposes shortened plans; it may call `advance` at every step of a search."""
 
-LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "middle_block", "random_routes"})
+LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "middle_block", "gaps", "random_routes"})
 """The methods that need no prompts; any other may read the model's answers to those of its task."""
 
 

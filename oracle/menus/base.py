@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.families import decoder_layers
 from backbone.plan import PlanError
 from oracle.decoding import Decoding
+from oracle.menus.task_labels import TaskLabels
 
 Advance = Callable[[], None]
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class MenuTask:
         n_plans: K, the full plan included.
         cheapest_budget: share of the decoder's bytes that the cheapest plan should run.
         given: texts of the plans, for the method `given`.
+        labels: answers to the prompts and their scores under any plan, for methods that look at scores.
 
     Raises:
         PlanError: a probe as deep as the model.
@@ -41,6 +43,7 @@ class MenuTask:
     n_plans: int
     cheapest_budget: float
     given: Sequence[str] = ()
+    labels: TaskLabels | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.probe_depth < self.n_layers:

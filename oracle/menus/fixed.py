@@ -7,6 +7,9 @@ import random
 from backbone.plan import LayerPlan, PlanError
 from oracle.menus.base import Advance, MenuTask, spread
 
+GAP_LENGTHS = 8
+"""Lengths of gaps that are tried, at most."""
+
 
 def given(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """The plans that the user wrote down."""
@@ -35,6 +38,18 @@ def middle_block(task: MenuTask, advance: Advance) -> list[LayerPlan]:
         first = task.probe_depth + (task.n_layers - 1 - task.probe_depth - skipped) // 2
         plans.append(LayerPlan.skipping(task.n_layers, range(first, first + skipped)))
     return plans
+
+
+def gaps(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """One gap of neighbouring layers, of lengths and at places evenly spread from the probe layers to the last."""
+    longest = task.n_layers - task.fewest_layers
+    lengths = spread(range(1, longest + 1), max(1, min(GAP_LENGTHS, task.n_plans - 1)))
+    places = max(1, (task.n_plans - 1) // len(lengths))
+    return [
+        LayerPlan.skipping(task.n_layers, range(first, first + length))
+        for length in lengths
+        for first in spread(range(task.probe_depth, task.n_layers - length + 1), places)
+    ]
 
 
 def random_routes(task: MenuTask, advance: Advance) -> list[LayerPlan]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -42,18 +41,6 @@ def sublayer_removals(task: MenuTask) -> list[Removal]:
     attention: list[Removal] = [({i}, set()) for i in layers]
     mlp: list[Removal] = [(set(), {i}) for i in layers]
     return attention + mlp
-
-
-def search_steps(method: str, task: MenuTask) -> int:
-    """At most how often a search will call `advance`; 0 for methods that do not search."""
-    searches = {"greedy_layers": (layer_removals, 1), "greedy_sublayers": (sublayer_removals, 1)}
-    searches |= {"beam_layers": (layer_removals, 3), "bridged_layers": (layer_removals, 1)}
-    if method not in searches:
-        return 0
-    removals, width = searches[method]
-    n = len(removals(task))
-    removed = min(n, math.ceil((1 - task.cheapest_budget) / (1 - task.probe_depth / task.n_layers) * n))
-    return n + width * sum(n - i for i in range(1, removed))
 
 
 def _search(task: MenuTask, removals: Sequence[Removal], advance: Advance, *, width: int) -> list[LayerPlan]:

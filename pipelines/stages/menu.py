@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from backbone.families import decoder_layers
 from backbone.files import write_atomically
+from backbone.plan import LayerPlan
 from oracle.menus import build_menu
 from oracle.menus.base import MenuTask
-from oracle.menus.greedy import search_steps
+from oracle.menus.search_steps import search_steps
+from oracle.menus.task_labels import TaskLabels
+from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.progress import progress
 from pipelines.workspace import Workspace
@@ -19,15 +24,18 @@ def run(config: Config) -> Path:
     workspace = Workspace.of(config)
     model, tokenizer = workspace.backbone
     settings = config.menu
+    prompts, others = _parts(workspace.splits["adapt"], settings.prompts)
+    full = LayerPlan.full(len(decoder_layers(model)))
     task = MenuTask(
         model=model,
         tokenizer=tokenizer,
-        prompts=[prompt.prompt for prompt in workspace.splits["adapt"][:: _stride(workspace, settings.prompts)]],
+        prompts=[prompt.prompt for prompt in prompts],
         decoding=workspace.decoding,
         probe_depth=settings.probe_depth,
         n_plans=settings.plans,
         cheapest_budget=settings.cheapest_budget,
         given=settings.given,
+        labels=TaskLabels(workspace.labeller_of(model, tokenizer), tokenizer, prompts, others, full),
     )
     with progress("plans tried", search_steps(settings.method, task)) as advance:
         menu = build_menu(settings.method, task, lambda: advance(1))
@@ -35,6 +43,10 @@ def run(config: Config) -> Path:
     return workspace.path("menu.json")
 
 
-def _stride(workspace: Workspace, wanted: int) -> int:
-    """Prompts lie in the source's order, often by task: take every n-th to see all kinds."""
-    return max(1, len(workspace.splits["adapt"]) // wanted)
+def _parts(prompts: Sequence[Prompt], wanted: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that a search looks at, half of all at most, and the others.
+
+    Prompts lie in the source's order, often by task: every n-th is taken, to see all kinds.
+    """
+    stride = max(2, len(prompts) // wanted)
+    return list(prompts[::stride]), [prompt for place, prompt in enumerate(prompts) if place % stride]

@@ -7,7 +7,8 @@ from oracle.decoding import Decoding
 from oracle.menus import MENUS, build_menu
 from oracle.menus.base import MenuTask
 from oracle.menus.block_influence import layer_influence
-from oracle.menus.greedy import AnswerDivergence, search_steps
+from oracle.menus.greedy import AnswerDivergence
+from oracle.menus.search_steps import search_steps
 
 
 def task_of(model, **changes) -> MenuTask:
@@ -21,7 +22,7 @@ def task_of(model, **changes) -> MenuTask:
     return MenuTask(model, tiny_tokenizer(), **{**values, "cheapest_budget": 0.5, **changes})
 
 
-@pytest.mark.parametrize("method", sorted(MENUS))
+@pytest.mark.parametrize("method", sorted(set(MENUS) - {"covering"}))  # tests/oracle/test_covering.py
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 def test_menus_keep_the_contract(method, family) -> None:
     task = task_of(tiny_model(family))

@@ -1,0 +1,180 @@
+"""A menu of whatever shapes this model's prompts need: of many plans, those with which an oracle spends least.
+
+Prompts may need different places left out, not only fewer layers. A wide pool (the plans of other methods, every gap,
+pairs of the best gaps), each plan with its bridges, is judged first by divergence from the full model, which generates
+nothing, and what is left of it by the prompts' own judges; `oracle.menus.p_median` picks the menu.
+
+Shapes: `N` prompts, `P` plans, cheapest first, the last full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backbone.families import sublayer_bytes
+from backbone.fingerprint import model_fingerprint
+from backbone.plan import LayerPlan, PlanError, PlanMenu
+from backbone.stand_ins.attaching import StandIns, attach, detach
+from backbone.stand_ins.bridges import Bridge
+from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from oracle.judges import KL
+from oracle.menus import MENUS
+from oracle.menus.base import Advance, MenuTask
+from oracle.menus.p_median import best_plans, substituted
+from oracle.menus.task_labels import TaskLabels
+
+Floats = NDArray[np.float64]
+
+POOL = ("exiting", "gaps", "evenly")
+"""The methods whose plans are tried."""
+
+POOL_PLANS = 64
+"""Plans of each method of the pool, at most."""
+
+PAIRS = 24
+"""Pairs of gaps that are tried, at most."""
+
+LOSSES = (0.0, 0.02, 0.05)
+"""Shares of the full model's mean score that the oracle of a menu may lose; the menu is to be good at all of them."""
+
+DIVERGED = (0.02, 0.1, 0.3)
+"""The same by divergence, each for twice as many plans as the menu has, which the prompts' own judges get to see."""
+
+SUMS_BYTES = 2**30
+"""Memory for the sums that bridges are fitted from; with more gaps the prompts are run several times."""
+
+
+def covering(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """The K - 1 plans of a pool with which an oracle spends least at a few losses. Leaves the model without stand-ins.
+
+    Raises:
+        PlanError: a task without labels.
+    """
+    if task.labels is None:
+        raise PlanError("the menu 'covering' looks at scores, and this task has no labels")
+    pool = _Pool(task, task.labels, advance)
+    singles = pool_plans(task)
+    found = pool.measured(singles, KL)
+    pairs = two_gaps(found, task)
+    if pairs:
+        found = found.joined(pool.measured(pairs, KL))
+    kept = {plan for loss in DIVERGED for plan in found.good(2 * task.n_plans - 1, loss)}
+    return pool.measured(sorted(kept, key=str), None).best(task.n_plans, LOSSES)
+
+
+def most_measured(task: MenuTask) -> int:
+    """Plans that a search measures, at most."""
+    return len(pool_plans(task)) + PAIRS + len(DIVERGED) * 2 * (task.n_plans - 1)
+
+
+def pool_plans(task: MenuTask) -> list[LayerPlan]:
+    """The plans of the pool's methods that run no less than the cheapest budget."""
+    wide, sizes = replace(task, n_plans=POOL_PLANS + 1), sublayer_bytes(task.model)
+    plans = {plan for method in POOL for plan in MENUS[method](wide, lambda: None) if not plan.is_full}
+    return sorted((plan for plan in plans if plan.budget(sizes) >= task.cheapest_budget), key=str)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Plans with what they cost and keep.
+
+    Attributes:
+        plans: P plans.
+        budgets: of each, its bridges counted [P].
+        scores: of the prompts [N, P].
+    """
+
+    plans: list[LayerPlan]
+    budgets: Floats
+    scores: Floats
+
+    def joined(self, other: Measured) -> Measured:
+        """Both, cheapest first; `other` measured the same prompts, and its full plan is this one's."""
+        plans = [*other.plans[:-1], *self.plans]
+        budgets = np.concatenate([other.budgets[:-1], self.budgets])
+        scores = np.concatenate([other.scores[:, :-1], self.scores], axis=1)
+        order = sorted(range(len(plans)), key=lambda i: (plans[i].is_full, budgets[i], str(plans[i])))
+        return Measured([plans[i] for i in order], budgets[order], scores[:, order])
+
+    def best(self, count: int, losses: Sequence[float]) -> list[LayerPlan]:
+        """The `count` - 1 shortened plans with which an oracle spends least; see `p_median.best_plans`."""
+        return self._shortened(best_plans(self._judged, self.budgets, count, losses).plans)
+
+    def good(self, count: int, loss: float) -> list[LayerPlan]:
+        """A good choice of as many at one loss, found in a moment; see `p_median.substituted`."""
+        return self._shortened(substituted(self._judged, self.budgets, count, [loss]))
+
+    @property
+    def _judged(self) -> Floats:
+        """Scores of the prompts on which no judge failed."""
+        return self.scores[~np.isnan(self.scores).any(axis=1)]
+
+    def _shortened(self, places: Sequence[int]) -> list[LayerPlan]:
+        return [self.plans[place] for place in places if not self.plans[place].is_full]
+
+
+class _Pool:
+    """Measures plans with bridges, each of which is fitted once, on the full model's states."""
+
+    def __init__(self, task: MenuTask, labels: TaskLabels, advance: Advance) -> None:
+        self._task, self._labels, self._advance = task, labels, advance
+        self._fingerprint = model_fingerprint(task.model)
+        self._bridges: dict[range, Bridge] = {}
+
+    def measured(self, plans: Sequence[LayerPlan], judge: str | None) -> Measured:
+        """The plans and the full one; the prompts judged as they say, or by `judge`."""
+        model, made = self._task.model, 0
+        self._fit({gap for plan in plans for gap in plan.gaps} - self._bridges.keys())
+        stand_ins = StandIns(self._fingerprint, {plan: self._bridges_of(plan) for plan in plans})
+
+        def advance(done: int) -> None:
+            nonlocal made
+            before, made = made, made + done
+            for _ in range(made // len(self._labels.prompts) - before // len(self._labels.prompts)):
+                self._advance()
+
+        menu = PlanMenu.build(plans, sublayer_bytes(model), self._task.probe_depth)
+        menu = menu.with_added({str(plan): stand_ins.cost(model, plan) for plan in plans})
+        attach(model, stand_ins)
+        try:
+            return Measured(list(menu.plans), np.array(menu.budgets), self._labels.scores(menu.plans, judge, advance))
+        finally:
+            detach(model)
+
+    def _bridges_of(self, plan: LayerPlan) -> dict[int, Bridge]:
+        return {gap.start: self._bridges[gap] for gap in plan.gaps}
+
+    def _fit(self, gaps: set[range]) -> None:
+        if not gaps:
+            return
+        ordered = sorted(gaps, key=lambda gap: (gap.start, gap.stop))
+        sequences, n_layers = self._labels.sequences(), self._task.n_layers
+        size = self._task.model.config.get_text_config().hidden_size + 1
+        together = max(1, SUMS_BYTES // (4 * 8 * size * size))
+        for start in range(0, len(ordered), together):
+            plans = {gap: LayerPlan.skipping(n_layers, gap) for gap in ordered[start : start + together]}
+            fitted = bridges_of(fit_bridges(self._task.model, sequences, list(plans.values())))
+            self._bridges |= {gap: fitted[plan][gap.start] for gap, plan in plans.items()}
+
+
+def two_gaps(found: Measured, task: MenuTask) -> list[LayerPlan]:
+    """Pairs of gaps that are apart, those that diverge least of each total length: at most `PAIRS`."""
+    sizes = sublayer_bytes(task.model)
+    diverged = -np.log(np.maximum(np.nanmean(found.scores, axis=0), 1e-9))
+    gaps = {plan.gaps[0]: lost for plan, lost in zip(found.plans, diverged, strict=True) if _is_one_gap(plan)}
+    by_length: dict[int, list[tuple[float, str, LayerPlan]]] = {}
+    for first, second in combinations(sorted(gaps, key=lambda gap: gap.start), 2):
+        plan = LayerPlan.skipping(task.n_layers, [*first, *second])
+        if first.stop < second.start and plan.budget(sizes) >= task.cheapest_budget and plan not in found.plans:
+            by_length.setdefault(len(first) + len(second), []).append((gaps[first] + gaps[second], str(plan), plan))
+    each = max(1, PAIRS // max(len(by_length), 1))
+    return [plan for pairs in by_length.values() for _, _, plan in sorted(pairs)[:each]][:PAIRS]
+
+
+def _is_one_gap(plan: LayerPlan) -> bool:
+    return len(plan.gaps) == 1 and plan.skipped_attention == plan.skipped_mlp

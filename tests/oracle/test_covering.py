@@ -1,0 +1,107 @@
+"""Menus of the plans with which an oracle spends least."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from backbone.plan import LayerPlan, PlanError
+from backbone.stand_ins.attaching import attached_digest
+from oracle.decoding import Decoding
+from oracle.labels.labeller import Labeller
+from oracle.labels.store import LabelStore
+from oracle.menus import build_menu
+from oracle.menus.base import MenuTask
+from oracle.menus.covering import pool_plans
+from oracle.menus.p_median import best_plans, oracle_budget, substituted
+from oracle.menus.search_steps import search_steps
+from oracle.menus.task_labels import TaskLabels
+from oracle.prompts import Prompt
+
+TEXTS = ("abc", "hgfedcba", "aa", "cab", "bead", "feed")
+
+
+def covering_task(model, folder, **changes) -> MenuTask:
+    tokenizer, decoding = tiny_tokenizer(), Decoding(3)
+    prompts = [Prompt(str(number), "t", text, "", "kl") for number, text in enumerate(TEXTS)]
+    labeller = Labeller(model, tokenizer, decoding, LabelStore(folder / "labels.db"), 4)
+    others = [Prompt(text, "t", text, "", "agreement") for text in ("gab", "decade", "fade", "beef")]
+    labels = TaskLabels(labeller, tokenizer, prompts, others, LayerPlan.full(6))
+    values = {"probe_depth": 2, "n_plans": 4, "cheapest_budget": 0.5, "labels": labels, **changes}
+    return MenuTask(model, tokenizer, list(TEXTS), decoding, **values)
+
+
+def drawn(seed: int, n: int = 24, p: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [n, p] of 0 and 1, more often 1 under larger plans, and budgets [p]."""
+    draw = np.random.default_rng(seed)
+    budgets = np.append(np.sort(draw.uniform(0.4, 0.95, p - 1)), 1.0)
+    return (draw.random((n, p)) < budgets * draw.uniform(0.5, 1, (n, 1))).astype(float), budgets
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_menu_is_the_best_of_all_choices(seed) -> None:
+    scores, budgets = drawn(seed)
+    found = best_plans(scores, budgets, 4, [0.0, 0.1])
+    every = [[*plans, 8] for plans in combinations(range(8), 3)]
+    least = min(oracle_budget(scores, budgets, plans, [0.0, 0.1]) for plans in every)
+    assert found.budget == pytest.approx(least, rel=1e-3)
+    assert found.bound <= least + 1e-9
+    assert found.bound == pytest.approx(least, rel=2e-3)
+    assert found.plans[-1] == 8
+    assert len(found.plans) == 4
+
+
+def test_the_bound_holds_where_no_time_is_left() -> None:
+    scores, budgets = drawn(1)
+    found = best_plans(scores, budgets, 4, [0.05], seconds=0.0)
+    assert found.plans == substituted(scores, budgets, 4, [0.05])
+    assert found.bound <= found.budget
+
+
+def test_of_as_many_plans_as_there_are_all_are_taken() -> None:
+    scores, budgets = drawn(2, p=3)
+    assert best_plans(scores, budgets, 5, [0.0]).plans == [0, 1, 2]
+
+
+def test_prompts_that_need_different_places_get_both() -> None:
+    """Half of the prompts survive without layers 2 and 3, half without 4 and 5: a nested menu holds only one of these."""
+    scores = np.array([[1, 0, 0, 1]] * 4 + [[0, 1, 0, 1]] * 4, dtype=float)
+    budgets = np.array([0.6, 0.6, 0.8, 1.0])
+    assert best_plans(scores, budgets, 3, [0.0]).plans == [0, 1, 3]
+
+
+def test_covering_finds_the_layers_that_do_nothing(tmp_path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in (3, 4):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer].mlp.down_proj.weight.zero_()
+    menu = build_menu("covering", covering_task(model, tmp_path, n_plans=2, cheapest_budget=0.6))
+    assert menu.plans[0] == LayerPlan.skipping(6, {3, 4})
+    assert attached_digest(model, menu.plans[0]) == ""
+
+
+def test_a_search_that_was_stopped_finds_its_labels(tmp_path, monkeypatch) -> None:
+    model = tiny_model("llama")
+    task = covering_task(model, tmp_path)
+    menu, steps = build_menu("covering", task), []
+    monkeypatch.setattr(Labeller, "_keep", lambda *_: pytest.fail("a label was made again"))
+    assert build_menu("covering", covering_task(model, tmp_path), lambda: steps.append(1)) == menu
+    assert not steps
+
+
+def test_the_pool_holds_exits_gaps_and_even_spreads(tmp_path) -> None:
+    task = covering_task(tiny_model("llama"), tmp_path)
+    plans, steps = pool_plans(task), []
+    assert {LayerPlan.exiting(6, 4), LayerPlan.skipping(6, {2, 3}), LayerPlan.skipping(6, {4})} <= set(plans)
+    assert all(len(plan.skipped_layers) <= 3 for plan in plans)
+    build_menu("covering", task, lambda: steps.append(1))
+    assert len(plans) <= len(steps) <= search_steps("covering", task)
+
+
+def test_a_task_without_labels_is_refused() -> None:
+    task = MenuTask(tiny_model("llama"), tiny_tokenizer(), ["abc"], Decoding(3), 2, 4, 0.5)
+    with pytest.raises(PlanError, match="looks at scores"):
+        build_menu("covering", task)
