@@ -1,9 +1,9 @@
 """Which K plans should a menu hold? Those with which an oracle spends least: a p-median problem.
 
 An oracle gives each prompt the plan that suits it; the fewer plans a menu holds, the more it spends at the same mean
-score. The choice is the p-median problem (Hakimi 1964, Operations Research 12(3)) with a side constraint, the mean score
-of the knapsack of Glavas et al. 2024 (arXiv 2410.20022, section 4). Vertex substitution (Teitz and Bart 1968, Operations
-Research 16(5)) finds a good choice at once; HiGHS betters it, or proves how far from the best it can be.
+score. The choice is the p-median problem (Hakimi 1964, Operations Research 12(3)) with a side constraint, the mean
+score of the knapsack of Glavas et al. 2024 (arXiv 2410.20022, section 4). Vertex substitution (Teitz and Bart 1968,
+Operations Research 16(5)) finds a good choice at once; HiGHS betters it, or proves how far from the best it can be.
 
 Shapes: `N` prompts, `P` plans, cheapest first, the last full, `T` targets. `scores` is [N, P], `budgets` [P].
 """

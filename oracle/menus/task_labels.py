@@ -23,7 +23,7 @@ class TaskLabels:
         labeller: labels with what is attached to its model at the moment.
         tokenizer: of that model.
         prompts: the task's prompts [N], which plans are scored on.
-        others: prompts that bridges are fitted on; a plan would look too good on prompts that its bridges were fitted on.
+        others: prompts that bridges are fitted on; on those a plan would look better than it is.
         full: the full plan.
     """
 

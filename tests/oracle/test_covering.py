@@ -66,7 +66,7 @@ def test_of_as_many_plans_as_there_are_all_are_taken() -> None:
 
 
 def test_prompts_that_need_different_places_get_both() -> None:
-    """Half of the prompts survive without layers 2 and 3, half without 4 and 5: a nested menu holds only one of these."""
+    """Half of the prompts survive without one place, half without another: a nested menu holds only one of these."""
     scores = np.array([[1, 0, 0, 1]] * 4 + [[0, 1, 0, 1]] * 4, dtype=float)
     budgets = np.array([0.6, 0.6, 0.8, 1.0])
     assert best_plans(scores, budgets, 3, [0.0]).plans == [0, 1, 3]
