@@ -39,7 +39,6 @@ COLOURS = _Colours(
         "lightgbm": "#d1495b",
         "mlp": "#3066be",
         "logistic": "#7b5ea7",
-        "ensemble": "#e08e45",
     }
 )
 """Of policies; another controller has one of `OTHERS`, always the same."""
@@ -53,7 +52,6 @@ NAMES = _Names(
         "lightgbm": "LightGBM",
         "mlp": "MLP",
         "logistic": "logistic regression",
-        "ensemble": "LightGBM and MLP",
         "shuffled": "control: shuffled features",
         "length": "control: prompt length alone",
         "task": "control: name of the task alone",

@@ -1,4 +1,4 @@
-"""Stage 8: one self-contained HTML page, and the run in MLflow."""
+"""Stage 9: one self-contained HTML page, and the run in MLflow."""
 
 from __future__ import annotations
 
