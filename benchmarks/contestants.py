@@ -18,7 +18,8 @@ from oracle.decoding import cut_at_stop
 from oracle.labels.generate_answers import stop_token_ids
 from oracle.prompts import Prompt
 from runtime.allocator import Allocator
-from runtime.offline import composed
+from runtime.composing import Composer
+from runtime.step_costs import known_step_costs
 
 NEAR_TIE = 2
 """Two scores nearer than so many units in the last place of the larger may change places with the shape of a batch."""
@@ -96,7 +97,9 @@ class Contest:
         """All prompts at once, in batches of 32, the longest first."""
         longest = sorted(range(len(self._tokens)), key=lambda place: -len(self._tokens[place]))
         batches = [longest[start : start + 32] for start in range(0, len(longest), 32)]
-        parts = composed(self.plans, [len(ids) for ids in self._tokens], 32)
+        lengths = [len(ids) for ids in self._tokens]
+        composer = Composer(known_step_costs(self.model), self.plans, lengths, self._exact["max_new_tokens"])
+        parts = composer.composed(32)
         groups = self._of_one_plan(longest, 32)
         for plan, _ in groups:
             self._without(plan)
