@@ -180,8 +180,7 @@ class _Patches:
             places = rows.places(inside, output.device)
             own = taken(hidden_states.reshape(rows.n_rows, -1, hidden_states.shape[-1]), places)
             by_row = output.reshape(rows.n_rows, -1, output.shape[-1])
-            changed = swap.forward(own) if swap.change is None else taken(by_row, places) + swap.change(own)
-            return with_rows(by_row, places, changed).view_as(output)
+            return with_rows(by_row, places, taken(by_row, places) + swap.change(own)).view_as(output)
 
         return run
 
