@@ -15,7 +15,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,10 @@ def _path(key: str) -> Path:
 def _read(key: str) -> StepCosts | None:
     try:
         found = json.loads(_path(key).read_text())
-        names = [field.name for field in fields(StepCosts) if field.name != "measured"]
-        return StepCosts(*(tuple(found[name]) for name in names), measured=True)
+        return StepCosts(
+            **{name: tuple(found[name]) for name in ("tokens", "full_ms", "fixed_ms", "check_tokens", "check_ms")},
+            measured=True,
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

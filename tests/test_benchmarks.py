@@ -46,6 +46,39 @@ def test_decode_compares_plan_stock_and_deleted_model(model_folder, tmp_path, mo
     assert "x the time of the deleted model" in capsys.readouterr().out
 
 
+def test_mixed_batches_are_compared_step_by_step_and_a_stopped_run_goes_on(
+    model_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    """The comparison that runs on a GPU with a large shape, here on a tiny one."""
+    mixed = script("mixed")
+    (tmp_path / "demo.json").write_text((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    monkeypatch.setattr(mixed, "RESULTS", tmp_path)
+    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
+    sizes = ["--rounds", "1", "--new-tokens", "3", "--contexts", "8", "--caches", "dynamic", "static"]
+
+    def run(*batches: str, minutes: str = "9") -> list[dict]:
+        of = ["--model", str(model_folder), "--name", "tiny", "--dtype", "float32"]
+        command = ["mixed.py", *of, *sizes, "--minutes", minutes, "--batches", *batches]
+        monkeypatch.setattr(sys, "argv", command)
+        mixed.main()
+        return json.loads((tmp_path / "mixed-tiny-cpu-float32.json").read_text())["rows"]
+
+    single = run("1")
+    assert [(row["cache"], row["case"]) for row in single] == [
+        (cache, case) for cache in ("dynamic", "static") for case in ("stock", "alone")
+    ]
+    rows = run("1", "4")
+    assert rows[: len(single)] == single, "what was measured is kept"
+    mixtures = [row for row in rows if row["batch"] == 4 and row["case"] != "stock"]
+    assert [row["case"] for row in mixtures] == ["exit_half", "last_layer", "gap", "demo"] * 2
+    for row in mixtures:
+        assert row["cache_to_stock"] == pytest.approx(row["layers"] / 6, abs=1e-3)
+        assert row["step_ms"] > 0
+        assert 0 < row["law"] <= 1
+    assert run("1", "4", "8", minutes="0") == rows
+    assert "not begun: the time is up" in capsys.readouterr().out
+
+
 def test_frontier_writes_time_and_gap_of_every_problem(tmp_path, monkeypatch, capsys) -> None:
     frontier = script("frontier")
     monkeypatch.setattr(frontier, "RESULTS", tmp_path)

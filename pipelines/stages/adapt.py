@@ -24,10 +24,11 @@ from oracle.labels.reader import score_matrix
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
+from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under, prompt_inputs
 from pipelines.progress import console, progress
 from pipelines.run_state import stage_key
 from pipelines.workspace import Workspace
-from runtime.paired_timing import FEWEST_ROUNDS, generation_under, median_seconds, prompt_inputs
+from runtime.paired_timing import median_seconds
 
 HELD = 5
 """Every so many-th prompt is held out where methods are compared."""

@@ -14,9 +14,9 @@ from backbone.files import replacing
 from controller.features import Features, prompt_features, rows_of
 from oracle.prompts import Prompt
 from pipelines.config import Config
+from pipelines.paired_ratios import prompt_inputs
 from pipelines.progress import progress
 from pipelines.workspace import Workspace
-from runtime.paired_timing import prompt_inputs
 
 
 def run(config: Config) -> Path:
