@@ -108,6 +108,7 @@ def certify(
     tolerance: float = 0.0,
     prompts_hash: str = "",
     decoding: str = "",
+    chat_template: str = "",
 ) -> Certificate:
     """Finds the price and says what it is worth.
 
@@ -118,6 +119,7 @@ def certify(
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
         prompts_hash: of the calibration prompts.
         decoding: how the answers were generated, in words.
+        chat_template: hash of the template that the prompts were put into, if any.
     """
     names = np.asarray(tasks)
     price = valid_price(losses, alpha, delta, names if per_task else None, risk=risk)
@@ -135,6 +137,7 @@ def certify(
         per_task=_per_task(observed, names) if per_task else {},
         tolerance=tolerance,
         decoding=decoding,
+        chat_template=chat_template,
     )
 
 
