@@ -2,9 +2,10 @@
 
 python examples/chat.py runs/demo/allocator
 
-One message a line; an empty line ends the chat. In every turn the whole conversation is put into the chat template that
-the allocator was made with. The cache goes on, with its plan, where the new text begins with the tokens that are in it,
-so that no message is computed twice; where a template writes earlier turns otherwise than the model did, it starts anew.
+One message a line; an empty line ends the chat. In every turn the whole conversation is put into the chat template
+that the allocator was made with. The cache goes on, with its plan, where the new text begins with the tokens that are
+in it, so that no message is computed twice; where a template writes earlier turns otherwise than the model did, it
+starts anew.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from oracle.chat import ChatError, ChatTemplate, Message, tokens_of
 logger = logging.getLogger(__name__)
 
 HEAD_TOKENS, TAIL_TOKENS = 4, 8
-"""Tokens, at most, that prompts are told by at their beginning and end. Few, since some templates write the day's date
-soon after their beginning."""
+"""Tokens, at most, that prompts are told by at their beginning and end."""
+_ASKS_THE_DATE = "strftime_now"
+"""In the text of templates that write the day's date near their beginning."""
 
 _CONTENTS = ("a", "7 b", "(c)", "Zürich", "\nd", "**e**")
 """What users may say: the tokens at the edges must not depend on it."""
@@ -62,7 +63,8 @@ class ChatFormat:
         if not for_all:
             return cls(template)
         rows = [tokens_of(tokenizer, template.render(turns)) for turns in _conversations(template)]
-        head, tail = _common(rows)[:HEAD_TOKENS], _common([row[::-1] for row in rows])[:TAIL_TOKENS]
+        head = [] if _ASKS_THE_DATE in template.text else _common(rows)[:HEAD_TOKENS]
+        tail = _common([row[::-1] for row in rows])[:TAIL_TOKENS]
         return cls(template, tuple(head), tuple(tail[::-1]))
 
     def warn_without(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

@@ -116,7 +116,7 @@ def test_a_template_that_cannot_be_used_is_named(tmp_path, template, message) ->
 
 
 def test_a_template_file_that_is_none(tmp_path) -> None:
-    with pytest.raises(ChatError, match="cannot read the chat template .*none.jinja .No such file or directory"):
+    with pytest.raises(ChatError, match=r"cannot read the chat template .*none.jinja .No such file or directory"):
         ChatTemplate.of_file(tmp_path / "none.jinja", {})
     (tmp_path / "bytes.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ChatError, match="it is not UTF-8"):
@@ -129,7 +129,7 @@ def test_messages_need_a_template() -> None:
     prompt = Prompt("p1", "t", "", "", "exact", messages=(Message("user", "a"),))
     with pytest.raises(PromptError, match="the prompt 'p1': messages need a chat template"):
         prompt.rendered(None)
-    with pytest.raises(PromptError, match="the prompt 'p1': the chat template .* System role not supported"):
+    with pytest.raises(PromptError, match=r"the prompt 'p1': the chat template .* System role not supported"):
         Prompt("p1", "t", "", "", "exact", Question.of(SYSTEM).messages).rendered(ChatTemplate(WITH_BEGIN))
 
 
@@ -138,7 +138,7 @@ def test_of_several_templates_the_default_is_taken() -> None:
     tokenizer.chat_template = {"default": WITH_SYSTEM, "tool_use": WITH_BEGIN}
     assert template_of(tokenizer).text == WITH_SYSTEM
     tokenizer.chat_template = {"one": WITH_SYSTEM, "two": WITH_BEGIN}
-    with pytest.raises(ChatError, match="the tokenizer's chat templates cannot be used: .*no default"):
+    with pytest.raises(ChatError, match=r"the tokenizer's chat templates cannot be used: .*no default"):
         ChatTemplate.of_tokenizer(tokenizer)
 
 
@@ -174,7 +174,7 @@ def test_prompts_and_conversations_lie_in_one_file(tmp_path) -> None:
         {**ROW, "id": "b", "prompt": "1"},
         {**ROW, "id": "c", "prompt": "2", "raw": True},
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({**ROW, **row}) + "\n" for row in rows))
     found = [prompt.rendered(ChatTemplate(WITH_SYSTEM)) for prompt in load_prompts(str(path))]
     assert [prompt.prompt for prompt in found] == [
         "<system>be short;<user>  one two ;<assistant>",
@@ -202,15 +202,15 @@ def test_a_data_set_has_conversations_in_a_column(tmp_path) -> None:
 
 def test_prompts_become_tokens_in_one_place() -> None:
     """A call of the tokenizer elsewhere would double the beginning token, or leave a marked text out."""
-    calls = re.compile(r"tokenizer\(|apply_chat_template\(")
+    call = re.compile(r"\b_?tokenizer\(")
     found = {
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for package in ("backbone", "oracle", "controller", "runtime", "pipelines", "layerbudget")
         for path in (ROOT / package).rglob("*.py")
         for line in path.read_text().splitlines()
-        if calls.search(line) and "def " not in line
+        if call.search(line) and "def " not in line and "reference" not in line
     }
-    others = {line for line in found if not line.startswith("oracle/chat.py") and "reference" not in line}
-    assert {line.split(":")[0] for line in others} <= {"backbone/loading.py", "runtime/chat_format.py"} | {
-        "oracle/answered_prompts.py"
-    }, others
+    elsewhere = {line for line in found if not line.startswith(("oracle/chat.py", "backbone/loading.py"))}
+    assert elsewhere == {
+        "oracle/answered_prompts.py: ids = tokenizer(text, add_special_tokens=False).input_ids",  # of a reference
+    }
