@@ -5,8 +5,8 @@
 Reads a finished run. All of its prompts are predicted out of fold by every controller and every control, with the
 settings that the run found, and a price is picked on one random half of them and measured on the other, both ways: more
 prompts than a test split, and none of them seen. For every risk the certificate is made anew on random splits of such
-predictions, and on simulated losses whose mean is known. Times are of this machine, a decision against the prefill and 64
-new tokens of one of the run's prompts. Writes benchmarks/results/controllers-NAME.json.
+predictions, and on simulated losses whose mean is known. Times are of this machine, a decision against the prefill and
+64 new tokens of one of the run's prompts. Writes benchmarks/results/controllers-NAME.json.
 """
 
 from __future__ import annotations
