@@ -180,7 +180,8 @@ class Allocator(AllocatorParts):
             A text and its plan for each prompt, in their order.
 
         Raises:
-            UnsupportedGenerationError: an option that would give other than one answer a prompt.
+            UnsupportedGenerationError: an option that would give other than one answer a prompt, or a prompt that
+                cannot be rendered.
             WrongModelError: another model than the one this allocator was made for.
         """
         return generate_many(

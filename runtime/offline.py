@@ -15,7 +15,7 @@ from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
-from oracle.chat import Turns, tokens_of
+from oracle.chat import ChatError, Turns, tokens_of
 from runtime.call_arguments import UnsupportedGenerationError
 from runtime.deciding import Decider, Decision, prompt_key
 from runtime.parts import AllocatorParts
@@ -146,11 +146,18 @@ def generate_many(
 ) -> list[AllocatedText]:
     """See `Allocator.generate_many`."""
     texts: dict[int, AllocatedText] = {}
-    given = [allocator.rendered(prompt, raw=raw) for prompt in prompts]
+    given = [_rendered(allocator, number, prompt, raw) for number, prompt in enumerate(prompts)]
     for batch in finished_texts(allocator, model, tokenizer, given, batch_size=batch_size, **options):
         texts.update(batch)
         advance(len(batch))
     return [texts[index] for index in range(len(prompts))]
+
+
+def _rendered(allocator: AllocatorParts, number: int, prompt: str | Turns, raw: bool) -> str:
+    try:
+        return allocator.rendered(prompt, raw=raw)
+    except ChatError as error:
+        raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
 
 
 def _check(batch_size: int, options: dict[str, Any]) -> None:

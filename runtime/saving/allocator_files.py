@@ -27,7 +27,7 @@ from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, f
 
 Parts = TypeVar("Parts", bound=AllocatorParts)
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 STAND_INS, DRIFT, CHAT = "stand_ins.safetensors", "drift.safetensors", "chat.json"
 MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
 ENTRIES: dict[str, type] = {
