@@ -118,15 +118,15 @@ class Contest:
             "ideal": lambda: self._ideal(groups),
         }
 
-    def differing(self) -> dict[str, Any]:
-        """The prompts as one batch, every row under its own plan, against each prompt alone under it."""
-        every = range(len(self._tokens))
+    def differing(self, count: int) -> dict[str, Any]:
+        """The first prompts as one batch, every row under its own plan, against each prompt alone under it."""
+        every = range(min(count, len(self._tokens)))
         inputs = self.batch(every)
         together = self.allocator.generate(self.model, **inputs, **self._exact)
         assert isinstance(together, torch.Tensor)
         rows = together[:, inputs["input_ids"].shape[1] :].tolist()
         differing, ties = 0, 0
-        for place, plan in zip(every, self.plans, strict=True):
+        for place, plan in zip(every, self.plans, strict=False):
             with apply_plan(self.model, plan):
                 alone = self.model.generate(
                     **self.batch([place]), **self._exact, return_dict_in_generate=True, output_logits=True

@@ -174,16 +174,19 @@ def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path,
     model, _ = load_backbone(str(model_folder))
     make_allocator(model).save_pretrained(tmp_path / "allocator")
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
-    runtime = script("end_to_end")
+    runtime, results = script("end_to_end"), []
     monkeypatch.setattr(runtime, "RESULTS", tmp_path)
     data = ["--model", str(model_folder), "--allocator", str(tmp_path / "allocator"), "--data", str(prompts_file)]
-    options = "--prompts 8 --new-tokens 4 --rounds 2 --batches 1 4 --name tiny"
-    monkeypatch.setattr(sys, "argv", ["runtime.py", *data, *options.split()])
-    runtime.main()
-    result = json.loads((tmp_path / "runtime-tiny.json").read_text())
+    options = "--prompts 8 --new-tokens 4 --rounds 2 --name tiny --peers"
+    for sizes in ("1,4", "1,4,offline"):
+        monkeypatch.setattr(sys, "argv", ["runtime.py", *data, *options.split(), "--sizes", sizes])
+        runtime.main()
+        results.append(json.loads((tmp_path / "runtime-tiny.json").read_text()))
+    first, result = results
+    assert result["runs"][:2] == first["runs"], "what was measured is kept"
     assert result["differing"] == {"rows": 8, "tokens": 0, "rows_parted_at_a_near_tie": 0}
     assert [run["batch"] for run in result["runs"]] == [1, 4, "offline"]
-    chosen = result["allocator"]["layers_chosen"]
+    chosen = result["layers_chosen"]
     assert 4 <= chosen < 6, "some prompts must skip layers, or nothing is compared"
     for run in result["runs"]:
         rows = run["contestants"]
