@@ -30,6 +30,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def main() -> None:
     if not costs.measured:
         costs = measure_step_costs(model)
         keep_step_costs(model, costs)
+    result["step_costs"] = asdict(costs)
     for cache, context, batch in product(arguments.caches, arguments.contexts, arguments.batches):
         cell = {"cache": cache, "context": context, "batch": batch}
         if any(all(row[name] == value for name, value in cell.items()) for row in result["rows"]):
@@ -84,6 +86,7 @@ def main() -> None:
         except torch.OutOfMemoryError:
             result["rows"].append({**cell, "not_run": "the device's memory does not suffice"})
         path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n")
     slowest = max((row["step_to_stock"] for row in result["rows"] if "step_to_stock" in row), default=0.0)
     print(f"{path.name}: a mixed step takes at most {slowest:.3f} x a stock step")
 
