@@ -199,8 +199,8 @@ def test_the_draft_is_chosen_by_acceptance_and_costs() -> None:
     assert best_draft(FLAT, [of_rate(0.5, 0.7)])[1] == 1, "1.7 in 1.5; two drafts: 2.19 in 2"
     assert best_draft(FLAT, [of_rate(0.1, 0.9)])[1] == MAX_DRAFT
     assert best_draft(FLAT, []) == (None, 0)
-    cheap, sure = of_rate(0.3, 0.5), of_rate(0.6, 0.95)
-    assert best_draft(FLAT, [cheap, sure]) == (cheap, 1), "1.5 in 1.3, the sure one 1.95 in 1.6 or 4.1 in 3.4"
+    cheap, sure = of_rate(0.3, 0.5), of_rate(0.8, 0.95)
+    assert best_draft(FLAT, [cheap, sure]) == (cheap, 1), "1.5 in 1.3; the sure one at best 2.85 in 2.6"
     dear_head = StepCosts((1, 2), (1.0, 1.0), (0.3, 0.3), (1, 2), (1.0, 1.0), True)
     assert best_draft(dear_head, [cheap, sure])[0] is sure, "with a step of .51 instead of .3 the cheap plan loses"
     dear_checks = StepCosts((1, 2), (1.0, 1.0), (0.0, 0.0), (1, 2), (1.0, 2.0), True)
