@@ -96,7 +96,7 @@ class RowSets:
         All but the states come to every layer of a pass, such as masks and position embeddings, and are cut once.
         """
         shared = [value for name, value in kwargs.items() if name not in STATES]
-        key = (inside, self.current, *map(id, args[2:]), *map(id, shared))
+        key = (inside, self.current, *kwargs, *map(id, args[2:]), *map(id, shared))
         if key not in self._cuts:  # with the arguments themselves, so that their ids stay their own
             rest = {name: self.cut(value, inside) for name, value in kwargs.items() if name not in STATES}
             self._cuts[key] = ((args[2:], shared), ([self.cut(value, inside) for value in args[2:]], rest))
