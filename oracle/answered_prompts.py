@@ -23,7 +23,7 @@ def answered_examples(
 ) -> list[Example]:
     """Prompts with the full model's answers, which are labels; what is missing of them is made."""
     labeller.label_full(prompts, full_plan, advance)
-    labels = labeller.labels(full_plan)
+    labels = labeller.labels(full_plan, prompts)
     answers = [labels[key_of(prompt)].answer_ids for prompt in prompts]
     return [
         Example((*tokenizer(prompt.prompt).input_ids, *answer), len(answer))
