@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
 from backbone.stand_ins.training_targets import Example
 from oracle.decoding import Decoding
-from oracle.labels.labeller import Advance, Labeller
-from oracle.labels.reader import key_of
+from oracle.labels.labeller import Advance
+from oracle.labels.reader import Key, key_of
+from oracle.labels.store import Label
 from oracle.prompts import Prompt
 
 
+class FullAnswers(Protocol):
+    """A labeller, in this process or elsewhere."""
+
+    def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance) -> None: ...
+
+    def labels(self, plan: LayerPlan, prompts: Iterable[Prompt]) -> dict[Key, Label]: ...
+
+
 def answered_examples(
-    labeller: Labeller,
+    labeller: FullAnswers,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     full_plan: LayerPlan,

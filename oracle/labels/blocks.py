@@ -1,9 +1,9 @@
 """Blocks: the prompts whose labels are made together, whoever makes them.
 
-A block is several batches wide, so that plans share passes over it, and small enough that a worker who dies with it has
-lost little. How answers round, and how far they are generated, depends on the prompts beside them. Since blocks depend on
-the prompts alone, and not on how many processes there are or what is done already, one process and many workers give
-the same labels.
+A block is several batches wide, so that plans share passes over it, and small enough that little is lost with a worker
+that dies. How answers round, and how far they are generated, depends on the prompts beside them. Since blocks depend on
+the prompts alone, neither on the number of processes nor on what is done already, one process and many workers give the
+same labels.
 """
 
 from __future__ import annotations

@@ -128,9 +128,7 @@ class LabelStore:
         found = [_from_row(row) for row in self._select("*", (model, plan, decoding), prompts)]
         return {(label.prompt, label.judge): label for label in found}
 
-    def keys(
-        self, model: str, plan: str, decoding: str, prompts: Iterable[str] | None = None
-    ) -> set[tuple[str, str]]:
+    def keys(self, model: str, plan: str, decoding: str, prompts: Iterable[str] | None = None) -> set[tuple[str, str]]:
         """(prompt hash, judge) of the labels that `read` gives."""
         return {(prompt, judge) for prompt, judge in self._select("prompt, judge", (model, plan, decoding), prompts)}
 
