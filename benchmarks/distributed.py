@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -21,12 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from ray_processes import command, content, count, finish, label_until_killed, label_while_killing
+from ray_processes import command, content, count, finish, label_until_killed, label_while_killing, variables
+from timed_workers import TimedWorkers
 from tiny_project import make_project
 
 from runtime.paired_timing import machine
@@ -46,10 +45,12 @@ def main() -> None:
     timed.add_argument("--run", type=Path, required=True, help="folder of a run")
     timed.add_argument("--ways", nargs="+", choices=[*WAYS, "compare"], default=[*WAYS, "compare"])
     timed.add_argument("--work", type=Path, help="where the copies are; default: a folder that is removed")
+    timed.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over the run's own")
     child = parts.add_parser("child", help="used by `speed`")
     child.add_argument("run", type=Path)
     child.add_argument("way", choices=["alone", "ray"])
-    child.add_argument("shard", nargs="?")
+    child.add_argument("shard", help="such as 1/2; 1/1 for all")
+    child.add_argument("settings", nargs="*")
     killed = parts.add_parser("kills")
     killed.add_argument("--workers", type=int, default=20)
     killed.add_argument("--drivers", type=int, default=5)
@@ -59,30 +60,33 @@ def main() -> None:
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.part == "child":
-            print(json.dumps(label_timed(arguments.run, arguments.way, arguments.shard)))
+            print(json.dumps(label_timed(arguments.run, arguments.way, arguments.shard, arguments.settings)))
             return
-        path = RESULTS / f"distributed-{arguments.part}.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        part: Callable[[argparse.Namespace, Path], dict[str, Any]] = globals()[arguments.part]
-        found = {**known, **part(arguments, Path(folder)), "machine": machine()}
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+        part: Callable[[argparse.Namespace, Path], Iterator[dict[str, Any]]] = globals()[arguments.part]
+        for found in part(arguments, Path(folder)):
+            keep(RESULTS / f"distributed-{arguments.part}.json", found)
 
 
-def speed(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """Adds to what was measured before."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    text = json.dumps({**known, **found, "machine": machine()}, indent=2)
+    path.write_text(text + "\n")
+    print(text, flush=True)
+
+
+def speed(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Seconds of each way from the first block to the last label, and before them."""
-    work, found = arguments.work or folder, {}
+    work = arguments.work or folder
     for way in arguments.ways:
         if way == "compare":
-            found |= compared(work)
+            yield compared(work)
             continue
         copy = work / way / arguments.run.name
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(arguments.run, copy)
         remove_labels(copy)
-        found[way] = {"what": WAYS[way], **run_way(way, copy)}
-        print(found, flush=True)
-    return found
+        yield {"settings": arguments.set, way: {"what": WAYS[way], **run_way(way, copy, arguments.set)}}
 
 
 def remove_labels(run: Path) -> None:
@@ -91,14 +95,15 @@ def remove_labels(run: Path) -> None:
         path.unlink()
 
 
-def run_way(way: str, run: Path) -> dict[str, Any]:
-    given = {"one_process": [("alone",)], "ray": [("ray",)], "shards": [("alone", "1/2"), ("alone", "2/2")]}[way]
+def run_way(way: str, run: Path, settings: Sequence[str]) -> dict[str, Any]:
+    alone = {"one_process": [("alone", "1/1")], "shards": [("alone", "1/2"), ("alone", "2/2")]}
+    given = alone.get(way, [("ray", "1/1")])
     threads = "2" if way == "one_process" else "1"
     began = time.time()
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "child", str(run), *words],
-            env={**os.environ, "OMP_NUM_THREADS": threads},
+            [sys.executable, __file__, "child", str(run), *words, *settings],
+            env=variables(threads),
             stdout=subprocess.PIPE,
         )
         for words in given
@@ -123,7 +128,7 @@ def compared(work: Path) -> dict[str, Any]:
     return {"labels_equal_to_one_process": equal, "labels": len(yardstick)}
 
 
-def label_timed(run: Path, way: str, shard: str | None) -> dict[str, Any]:
+def label_timed(run: Path, way: str, shard: str, settings: Sequence[str]) -> dict[str, Any]:
     """Labels a run; times (seconds) of the first block's begin, of the last label, and of each piece."""
     from oracle.prompts import Shard
     from pipelines.config import load_config
@@ -131,13 +136,13 @@ def label_timed(run: Path, way: str, shard: str | None) -> dict[str, Any]:
     from pipelines.distributed import LOCAL, workers_at
     from pipelines.workspace import Workspace
 
-    config = load_config(run / "config.yaml", [f"runs={run.parent}", "ray.max_workers=2"])
+    config = load_config(run / "config.yaml", [f"runs={run.parent}", "ray.max_workers=2", *settings])
     workspace = Workspace.of(config.model_copy(update={"file": ""}))
-    menu, prompts = workspace.menu(), workspace.labelled
+    menu, prompts = workspace.menu(), Shard.parse(shard).select(workspace.labelled)
     if way == "alone":
         labeller = workspace.labeller
         first = time.time()
-        labeller.label(prompts if shard is None else Shard.parse(shard).select(prompts), menu)
+        labeller.label(prompts, menu)
         return {"first": first, "last": time.time(), "pieces": [[first, time.time()]]}
     with workers_at(LOCAL, config.ray) as workers:
         assert workers is not None
@@ -147,31 +152,7 @@ def label_timed(run: Path, way: str, shard: str | None) -> dict[str, Any]:
     return {"first": min(start for start, _ in timed.spans), "last": last, "pieces": sorted(timed.spans)}
 
 
-@dataclass
-class TimedWorkers:
-    """Workers that note when each piece was begun, with a loaded model, and done."""
-
-    workers: Any
-    spans: list[list[float]]
-
-    def map(self, task: Any, pieces: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        for number, (span, result) in self.workers.map(TimedTask(task), pieces):
-            self.spans.append(span)
-            yield number, result
-
-
-@dataclass
-class TimedTask:
-    task: Any
-
-    def __call__(self, piece: Any) -> tuple[list[float], Any]:
-        _ = self.task.backbone
-        start = time.time()
-        result = self.task(piece)
-        return [start, time.time()], result
-
-
-def kills(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def kills(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Labels with workers killed, with drivers killed, and in one process left alone; what is lost, doubled, other."""
     stores = {}
     draw, killed, held = random.Random(0), 0, []
@@ -186,7 +167,7 @@ def kills(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         finish(command("label", str(config), *(["--ray"] if name == "drivers" else [])))
         stores[name] = content(config.parent / "runs" / "tiny" / "labels.db")
     alone = stores.pop("alone")
-    return {
+    yield {
         "killed_workers": killed,
         "killed_drivers": len(held),
         "labels_after_each_killed_driver": held,
@@ -196,7 +177,7 @@ def kills(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def memory(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def memory(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """The driver's memory, in MiB, by the number of labels that are stored; what Ray shares is told apart."""
     config = make_project(folder, arguments.prompts, batch_size=64, max_new_tokens=2, plans=2)
     for stage in ("menu", "adapt"):
@@ -211,7 +192,7 @@ def memory(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             points.append([labels, round((used.rss - used.shared) / 2**20, 1), round(used.shared / 2**20, 1)])
             last = time.time()
     finish(driver)
-    return {
+    yield {
         "prompts": arguments.prompts,
         "labels": count(folder / "runs" / "tiny" / "labels.db"),
         "seconds": round(time.time() - start, 1),

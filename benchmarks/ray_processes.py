@@ -19,12 +19,16 @@ CONTENT = "model, prompt, plan, decoding, judge, answer, answer_ids, score, prom
 """All columns of a label but its time."""
 
 
-def command(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+def variables(threads: str) -> dict[str, str]:
+    """The environment of a process that finds layerbudget and these scripts, and no network."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+
+
+def command(*arguments: str) -> subprocess.Popen[bytes]:
     """A command of layerbudget with one thread for each process."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     words = [sys.executable, "-m", "layerbudget", *arguments]
-    return subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(words, env=variables("1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:

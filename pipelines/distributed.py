@@ -56,6 +56,7 @@ def workers_at(address: str | None, settings: RaySection) -> AbstractContextMana
 def _connected(address: str, settings: RaySection) -> Iterator[Workers]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a command reports to nobody unasked
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise Ray warns of a coming change
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise it tells of actors that could not start again
     try:
         import ray
     except ModuleNotFoundError:
