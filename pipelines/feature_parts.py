@@ -19,8 +19,8 @@ class FeatureParts:
         folder.mkdir(parents=True, exist_ok=True)
 
     def numbers(self) -> set[int]:
-        """The batches whose features are there; a damaged file is not."""
-        return {int(path.stem) for path in self._folder.glob("*.npz") if zipfile.is_zipfile(path)}
+        """The batches whose features are there; those of a damaged file are not."""
+        return {int(path.stem) for path in self._folder.glob("*.npz") if _is_whole(path)}
 
     def add(self, number: int, features: Features) -> None:
         with replacing(self._path(number)) as unfinished, unfinished.open("wb") as file:
@@ -36,3 +36,12 @@ class FeatureParts:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number}.npz"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is an archive whose checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False

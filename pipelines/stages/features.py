@@ -69,7 +69,8 @@ def _features_on(
     batches = [[prompts[row].prompt for row in rows] for rows in _batches(prompts, config.features.batch_size)]
     task = FeaturesTask(*given_to_workers(workspace), config.menu.probe_depth, config.features.sets)
     parts = FeatureParts(workspace.path("features") / stage_key(config, "features"))
-    missing = [number for number in range(len(batches)) if number not in parts.numbers()]
+    done = parts.numbers()
+    missing = [number for number in range(len(batches)) if number not in done]
     advance(len(prompts) - sum(len(batches[number]) for number in missing))
     for place, features in workers.map(task, [batches[number] for number in missing]):
         parts.add(missing[place], features)

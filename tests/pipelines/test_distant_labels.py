@@ -164,9 +164,13 @@ def test_blocks_hold_every_prompt_once_longest_first_and_equal_work() -> None:
 def test_parts_of_features_are_there_as_a_whole(tmp_path) -> None:
     parts = FeatureParts(tmp_path / "parts")
     values = {"length": np.arange(3, dtype=np.float32)[:, None]}
-    parts.add(2, values)
-    parts.add(10, values)
-    (tmp_path / "parts" / "2.npz").write_bytes(b"cut off")
+    for number in (2, 3, 4, 10):
+        parts.add(number, values)
+    written = (tmp_path / "parts" / "2.npz").read_bytes()
+    place = written.index(values["length"].tobytes())
+    (tmp_path / "parts" / "2.npz").write_bytes(written[:-1])
+    (tmp_path / "parts" / "3.npz").write_bytes(written[:place] + b"?" + written[place + 1 :])
+    (tmp_path / "parts" / "4.npz").write_bytes(b"")
     assert parts.numbers() == {10}
     assert np.array_equal(parts.all()[0]["length"], values["length"])
 
