@@ -50,7 +50,9 @@ def generate(
     loaded = Allocator.from_pretrained(allocator)
     if max_new_tokens:
         loaded = replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=max_new_tokens))
-    network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
+    network, tokenizer = load_backbone(
+        loaded.model_source if model is None else model, device="auto" if device is None else device
+    )
     if prompt is not None:
         check_lengths(network, tokenizer, [("on the command line", prompt)], loaded.decoding.max_new_tokens)
         print_answers(loaded, network, tokenizer, [prompt])

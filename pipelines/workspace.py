@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import astuple
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_o
 from pipelines.config import Config, ConfigError
 from pipelines.learning_table import Table, quality_kept
 from pipelines.model_record import ModelFacts
-from pipelines.progress import progress, waiting
+from pipelines.progress import progress, say_failures, waiting
 
 
 class Workspace:
@@ -52,6 +53,17 @@ class Workspace:
 
     def path(self, name: str) -> Path:
         return self.config.folder / name
+
+    def check_own(self, name: str, is_own: Callable[[PurePath], bool]) -> None:
+        """Raises ConfigError where somebody keeps a file in a folder of the run that a stage is about to replace.
+
+        Args:
+            is_own: whether a file, by its path in the folder, is one that the stage writes.
+        """
+        folder = self.path(name)
+        for path in sorted(folder.rglob("*")):
+            if not path.is_dir() and not is_own(path.relative_to(folder)):
+                raise ConfigError(f"{path} lies where this run keeps files of its own, and is none; move it away")
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -192,8 +204,10 @@ class Workspace:
 
     def label_anew(self, labeller: Labeller, prompts: list[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
         """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
+        before = len(labeller.failures)
         with progress(title, sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)) as advance:
             labeller.label(prompts, menu, advance)
+        say_failures(labeller.failures[before:])
         return score_matrix(labeller.read(prompts, menu))
 
     def frozen_menu(self) -> PlanMenu:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from backbone.files import replacing, write_atomically
+from backbone.files import UNFINISHED, replacing, write_atomically
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.distillation import History, distil
+from backbone.stand_ins.distillation import CHECKPOINT, History, distil
 from backbone.stand_ins.fit_bridges import Fits, bridges_of, bridging_rounds, fit_bridges
 from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples, reference_examples
@@ -36,6 +36,7 @@ HELD = 5
 def run(config: Config) -> Path:
     """Writes `stand_ins.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
     workspace = Workspace.of(config)
+    workspace.check_own("adapt", lambda file: file.name == CHECKPOINT or file.name.endswith(UNFINISHED))
     model, _ = workspace.backbone
     detach(model)
     made = _Making(workspace)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from controller.base import CONTROLLERS
 from controller.learning import Learned, Settings, learn
@@ -19,6 +19,8 @@ PROJECTION = "projection.safetensors"
 def run(config: Config) -> Path:
     """Fit every controller; writes `controllers/<name>/`."""
     workspace = Workspace.of(config)
+    target = workspace.path("controllers")
+    workspace.check_own("controllers", _is_own)
     table = workspace.table("train", "tune")
     unfinished = workspace.path(".controllers.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -30,9 +32,14 @@ def run(config: Config) -> Path:
             learned.projection.save(unfinished / name / PROJECTION)
             learned.controller.save(unfinished / name)
             advance(1)
-    target = workspace.path("controllers")
     shutil.rmtree(target, ignore_errors=True)
     return unfinished.rename(target)
+
+
+def _is_own(file: PurePath) -> bool:
+    """Whether this stage writes a file of that path in its folder."""
+    name, *rest = file.parts
+    return name in CONTROLLERS and "/".join(rest) in {PROJECTION, *CONTROLLERS[name].FILES}
 
 
 def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
