@@ -139,6 +139,7 @@ def _run(folder: Path, words: list[str], limits: Limits, out: Connection, err: C
     os.dup2(err.fileno(), 2)
     out.close()
     err.close()
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(folder)
     sys.argv = ["layerbudget", *words]
     if limits.file_bytes is not None:

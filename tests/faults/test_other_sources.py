@@ -119,7 +119,6 @@ ODD_WORDS = {
     "a package that is none": ("abc", "--model", "package:"),
     "a package inside of nothing": ("abc", "--model", "package:.x"),
     "a package without files": ("abc", "--model", "package:sys"),
-    "a batch of none": ("abc", "--batch-size", 0),
 }
 
 
@@ -158,19 +157,19 @@ def test_an_output_that_takes_no_more_is_one_sentence(finished) -> None:
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [("ab\u00e9",), ("--prompts", "more.jsonl")], ids=["a prompt", "a file"])
+@pytest.mark.parametrize("words", [("ab\u03a9",), ("--prompts", "more.jsonl")], ids=["a prompt", "a file"])
 def test_an_output_that_lacks_characters_gets_their_numbers(project, words) -> None:
-    (project.folder / "more.jsonl").write_text(json.dumps({"prompt": "ab\u00e9"}) + "\n")
+    (project.folder / "more.jsonl").write_text(json.dumps({"prompt": "ab\u03a9"}) + "\n")
     done = subprocess.run(
         [sys.executable, "-m", "layerbudget", "generate", "--allocator", "runs/tiny/allocator", *words],
         cwd=project.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"},
         capture_output=True,
         timeout=180,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     if words[0] == "--prompts":
-        assert json.loads(done.stdout)["prompt"] == "ab\u00e9"
+        assert json.loads(done.stdout)["prompt"] == "ab\u03a9"
     else:
-        assert b"ab\\xe9" in done.stdout
+        assert b"ab\\u03a9" in done.stdout

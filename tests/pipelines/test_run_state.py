@@ -275,6 +275,8 @@ def test_a_run_follows_the_models_generation_config_and_says_so(project) -> None
     assert "label.shortcut steps aside: with repetition_penalty=1.5" in " ".join(done.stdout.split())
     shown = layerbudget("inspect", project / "runs" / "penalised" / "allocator").stdout
     assert "repetition_penalty=1.5" in shown
+    certificate = json.loads((project / "runs" / "penalised" / "allocator" / "certificate.json").read_text())
+    assert certificate["decoding"].endswith("repetition_penalty=1.5")
     with sqlite3.connect(project / "runs" / "penalised" / "labels.db") as store:
         ((decoding,),) = store.execute("SELECT DISTINCT decoding FROM labels").fetchall()
     assert decoding.endswith("repetition_penalty=1.5")
