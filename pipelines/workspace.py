@@ -63,7 +63,9 @@ class Workspace:
         folder = self.path(name)
         for path in sorted(folder.rglob("*")):
             if not path.is_dir() and not is_own(path.relative_to(folder)):
-                raise ConfigError(f"{path} lies where this run keeps files of its own, and is none; move it away")
+                raise ConfigError(
+                    f"{path} lies in a folder that a stage replaces, and is none of its files; move it away"
+                )
 
     @cached_property
     def prompts(self) -> list[Prompt]:

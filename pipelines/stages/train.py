@@ -19,7 +19,6 @@ PROJECTION = "projection.safetensors"
 def run(config: Config) -> Path:
     """Fit every controller; writes `controllers/<name>/`."""
     workspace = Workspace.of(config)
-    target = workspace.path("controllers")
     workspace.check_own("controllers", _is_own)
     table = workspace.table("train", "tune")
     unfinished = workspace.path(".controllers.unfinished")
@@ -32,6 +31,7 @@ def run(config: Config) -> Path:
             learned.projection.save(unfinished / name / PROJECTION)
             learned.controller.save(unfinished / name)
             advance(1)
+    target = workspace.path("controllers")
     shutil.rmtree(target, ignore_errors=True)
     return unfinished.rename(target)
 

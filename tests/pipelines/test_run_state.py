@@ -111,7 +111,7 @@ def test_somebodys_file_in_a_folder_that_is_replaced_stays(project, stage, file)
     theirs = project / "runs" / "tiny" / file
     theirs.parent.mkdir(parents=True, exist_ok=True)
     theirs.write_text("mine")
-    assert f"{theirs} lies where this run keeps files of its own" in refused(stage, project / "tiny.yaml")
+    assert f"{theirs} lies in a folder that a stage replaces" in refused(stage, project / "tiny.yaml")
     assert theirs.read_text() == "mine"
     theirs.unlink()
     done = layerbudget("run", project / "tiny.yaml")
