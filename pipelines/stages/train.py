@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path, PurePath
 
 from controller.base import CONTROLLERS
+from controller.certificate.risks import kept_by_full
 from controller.learning import Learned, Settings, learn
 from controller.projection import Projection
 from pipelines.config import Config
 from pipelines.progress import progress
+from pipelines.run_state import check_own
 from pipelines.workspace import Workspace
 
 PROJECTION = "projection.safetensors"
@@ -19,7 +21,7 @@ PROJECTION = "projection.safetensors"
 def run(config: Config) -> Path:
     """Fit every controller; writes `controllers/<name>/`."""
     workspace = Workspace.of(config)
-    workspace.check_own("controllers", _is_own)
+    check_own(workspace.path("controllers"), _is_own)
     table = workspace.table("train", "tune")
     unfinished = workspace.path(".controllers.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -50,8 +52,9 @@ def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
 
 def load_trained(workspace: Workspace) -> dict[str, Learned]:
     """What this stage saved."""
+    full = kept_by_full(workspace.config.calibration.risk)
     folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
     return {
-        name: Learned(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder))
+        name: Learned(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), full)
         for name, folder in folders.items()
     }
