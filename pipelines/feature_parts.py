@@ -10,6 +10,8 @@ import numpy as np
 from backbone.files import replacing
 from controller.features import Features
 
+PART = ".npz"
+
 
 class FeatureParts:
     """Files `NUMBER.npz` in a folder of one computation's own; each is there as a whole or not at all."""
@@ -20,7 +22,7 @@ class FeatureParts:
 
     def numbers(self) -> set[int]:
         """The batches whose features are there; those of a damaged file are not."""
-        return {int(path.stem) for path in self._folder.glob("*.npz") if _is_whole(path)}
+        return {int(path.stem) for path in self._folder.glob(f"*{PART}") if _is_whole(path)}
 
     def add(self, number: int, features: Features) -> None:
         with replacing(self._path(number)) as unfinished, unfinished.open("wb") as file:
@@ -35,7 +37,7 @@ class FeatureParts:
         return found
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number}.npz"
+        return self._folder / f"{number}{PART}"
 
 
 def _is_whole(path: Path) -> bool:

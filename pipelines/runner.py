@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from rich.markup import escape
 
 from backbone.files import remove_strays, write_atomically
 from oracle.labels.store import LabelStore
 from oracle.prompts import Shard
 from pipelines.config import Config, ConfigError
 from pipelines.distributed import workers_at
-from pipelines.progress import console
+from pipelines.progress import console, say
 from pipelines.run_state import LOCK, RunState
 from pipelines.stage_list import BY_NAME, STAGES, Stage, all_before
 from pipelines.stages import label
@@ -73,14 +74,14 @@ def run_merge(config: Config, stores: Sequence[Path]) -> None:
     with _own_folder(config):
         own = LabelStore(config.folder / "labels.db")
         for store in stores:
-            console.print(f"{store}: {own.merge(store)} labels that were not there yet")
+            say(f"{store}: {own.merge(store)} labels that were not there yet")
 
 
 def _checked(config: Config) -> RunState:
     """What is there, after folder and prompts were found fit to use. Nothing is written."""
     Workspace.forget()
     state = RunState(config)
-    _ = Workspace.of(config).splits
+    _ = Workspace.of(config).given_splits
     return state
 
 
@@ -130,5 +131,5 @@ def _run_stage(config: Config, stage: Stage, state: RunState, **options: Any) ->
     run: Callable[..., Path] = import_module(f".stages.{stage.name}", __package__).run
     path = run(config, **options)
     state.record(stage, time.perf_counter() - start)
-    console.print(f"  {path}  [dim]{time.perf_counter() - start:.0f} s[/]")
+    console.print(f"  {escape(str(path))}  [dim]{time.perf_counter() - start:.0f} s[/]")
     return path

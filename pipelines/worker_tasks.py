@@ -16,6 +16,7 @@ from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, attach
 from backbone.stand_ins.fit_bridges import Batch, BatchSums, Sums
 from controller.features import Features, prompt_features
+from oracle.chat import padded_prompts
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
 from oracle.labels.store import Label, LabelStore
@@ -23,7 +24,6 @@ from oracle.prompts import Prompt
 from pipelines.config import ConfigError
 from pipelines.config_sections import ModelSection
 from pipelines.model_record import ModelFacts
-from runtime.paired_timing import prompt_inputs
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def features_of_batch(
     sets: Sequence[str],
 ) -> dict[str, np.ndarray]:
     """Some sets of features of prompts that run together."""
-    inputs = prompt_inputs(model, tokenizer, texts)
+    inputs = padded_prompts(tokenizer, texts).to(model.device)
     return prompt_features(model, inputs["input_ids"], inputs["attention_mask"], probe_depth, sets)
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 
-from backbone.files import replacing
+from backbone.files import UNFINISHED, replacing
 from controller.features import Features, rows_of
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.distant_labels import given_to_workers
 from pipelines.distributed import Workers
-from pipelines.feature_parts import FeatureParts
+from pipelines.feature_parts import PART, FeatureParts
 from pipelines.progress import progress
-from pipelines.run_state import stage_key
+from pipelines.run_state import check_own, stage_key
 from pipelines.worker_tasks import FeaturesTask, features_of_batch
 from pipelines.workspace import Workspace
 
@@ -30,6 +30,7 @@ def run(config: Config, workers: Workers | None = None) -> Path:
     What workers found of it is kept in `features/` until the end, and not looked for again.
     """
     workspace = Workspace.of(config)
+    check_own(workspace.path("features"), lambda file: file.suffix in (PART, UNFINISHED))
     prompts = workspace.labelled
     with progress("prompts", len(prompts)) as advance:
         if workers is None:
