@@ -73,10 +73,10 @@ class Registry(Mapping[str, T]):
     def check_there(self, name: str) -> None:
         """Raises RegistryError unless the name is known and its object can be imported, if it is somebody else's; ours
         may need torch, and are only looked for."""
-        if (entry := self._entries[self.checked(name)]) != self._ours.get(name):
+        if self.checked(name) not in self._ours:
             _ = self[name]
-        elif find_spec(entry.module) is None:
-            raise RegistryError(f"{entry.value}, which is {name!r} of the {self._kind}, is not there")
+        elif find_spec(self._ours[name].module) is None:
+            raise RegistryError(f"{self._ours[name].value}, which is {name!r} of the {self._kind}, is not there")
 
     def _import(self, entry: EntryPoint) -> T:
         try:

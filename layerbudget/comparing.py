@@ -46,6 +46,11 @@ def compare(
     typer.echo(summary(lines, loaded.menu.n_layers))
 
 
+def _asked(line: dict[str, Any]) -> str:
+    """The prompt, or the last turn of a conversation."""
+    return str(line["prompt"] if "prompt" in line else line["messages"][-1]["content"])
+
+
 def _print_table(lines: Sequence[dict[str, Any]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -59,7 +64,7 @@ def _print_table(lines: Sequence[dict[str, Any]]) -> None:
         same = line["full"] == line["allocated"]
         figures = f"{line['layers']:g} layers, {line['allocated_ms']:.0f} ms{', the same' if same else ''}"
         table.add_row(
-            Text(line["prompt"]),
+            Text(_asked(line)),
             Text(f"{line['full']}\n[{line['full_ms']:.0f} ms]"),
             Text(f"{line['allocated']}\n[{figures}]", style="" if same else "yellow"),
         )

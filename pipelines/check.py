@@ -12,7 +12,7 @@ from backbone.errors import InputError
 from backbone.model_source import look_at
 from backbone.plan import LayerPlan
 from controller.base import CONTROLLERS
-from controller.certificate.p_values import fewest_prompts
+from controller.certificate.fewest_prompts import fewest_prompts
 from controller.feature_sets import WIDE
 from oracle.menus import MENUS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of

@@ -10,15 +10,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
-from oracle.context_lengths import check_lengths
 from runtime.allocator import Allocator
-from runtime.answer_files import Key, check_places, partial_file, read_prompts, settings_digest, write_lines
+from runtime.answer_files import check_places, partial_file, read_prompts, rendered_texts, settings_digest, write_lines
 from runtime.paired_timing import synchronize
 from runtime.texts import AllocatedText, generate_texts
 
 ENTRIES = {
     "id": str,
-    "prompt": str,
     "full": str,
     "full_ms": float,
     "allocated": str,
@@ -26,7 +24,7 @@ ENTRIES = {
     "layers": float,
     "plan": str,
 }
-"""What a line holds: both answers, and the milliseconds that each took from the prompt's text to its own."""
+"""What a line holds beside what was asked: both answers, and the milliseconds that each took, from text to text."""
 
 Line = dict[str, Any]
 
@@ -55,16 +53,17 @@ def compare_file(
     """
     check_places(prompts, out, overwrite=overwrite)
     keys = read_prompts(prompts)
-    check_lengths(model, tokenizer, keys, allocator.decoding.max_new_tokens)
+    texts = rendered_texts(allocator, model, tokenizer, keys)
     settings = f"compare {settings_digest(allocator, model)}"
     with partial_file(out, settings, overwrite, ENTRIES) as partial:
         lines = partial.read() if partial else {}
         todo = [key for key in dict.fromkeys(keys) if key not in lines]
         begin(len(lines), len(lines) + len(todo))
         if todo:
-            _compared(allocator, model, tokenizer, todo[0], first="full")  # warm-up: tests of the model, first kernels
+            _compared(allocator, model, tokenizer, texts[todo[0]], "full")  # warm-up: tests of the model, first kernels
         for number, key in enumerate(todo):
-            lines[key] = _compared(allocator, model, tokenizer, key, first=("full", "allocated")[number % 2])
+            both = _compared(allocator, model, tokenizer, texts[key], ("full", "allocated")[number % 2])
+            lines[key] = {"id": key[0], **key[1].to_row(), **both}
             if partial:
                 partial.append([lines[key]])
             advance(1)
@@ -76,19 +75,17 @@ def compare_file(
 
 
 def _compared(
-    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: Key, *, first: str
+    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, first: str
 ) -> Line:
     ways: dict[str, Callable[..., Any]] = {"full": _in_full, "allocated": allocator.generate}
     answers: dict[str, tuple[AllocatedText, float]] = {}
     for way in sorted(ways, key=lambda name: name != first):
         start = time.perf_counter()
-        (answer,) = generate_texts(ways[way], model, tokenizer, [key[1]], allocator.decoding)
+        (answer,) = generate_texts(ways[way], model, tokenizer, [text], allocator.decoding)
         synchronize()
         answers[way] = answer, round((time.perf_counter() - start) * 1000, 2)
     (full, full_ms), (allocated, allocated_ms) = answers["full"], answers["allocated"]
     return {
-        "id": key[0],
-        "prompt": key[1],
         "full": full.text,
         "full_ms": full_ms,
         "allocated": allocated.text,

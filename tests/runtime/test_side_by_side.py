@@ -41,7 +41,7 @@ def test_both_answers_stand_side_by_side(saved, prompts, model_folder, tmp_path)
     done = layerbudget("compare", "--allocator", saved, "--prompts", prompts, "--out", out)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line.keys() for line in lines] == [ENTRIES.keys()] * 4
+    assert [line.keys() for line in lines] == [ENTRIES.keys() | {"prompt"}] * 4
     model, tokenizer = load_backbone(str(model_folder))
     for line in lines:
         inputs = tokenizer([line["prompt"]], return_tensors="pt")
@@ -62,18 +62,19 @@ def test_both_answers_stand_side_by_side(saved, prompts, model_folder, tmp_path)
 def test_a_comparison_that_was_stopped_goes_on(model, prompts, tmp_path, monkeypatch) -> None:
     allocator, out, asked = replace(make_allocator(model), decoding=Decoding(2)), tmp_path / "out.jsonl", []
 
-    def stopping(allocator, model, tokenizer, key, *, first):
-        asked.append(key[0])
+    def stopping(allocator, model, tokenizer, text, first):
+        asked.append(text)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return {**LINE, "id": key[0], "prompt": key[1]}
+        return {name: value for name, value in LINE.items() if name != "id"}
 
     monkeypatch.setattr(side_by_side, "_compared", stopping)
     with pytest.raises(KeyboardInterrupt):
         compare_file(allocator, model, tiny_tokenizer(), prompts, out)
     assert not out.exists()
     assert len(compare_file(allocator, model, tiny_tokenizer(), prompts, out)) == 4
-    assert asked == ["p0", "p0", "p1", "p2", "p2", "p2", "p3"], "the first of each time warms up"
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    assert asked == [texts[i] for i in (0, 0, 1, 2, 2, 2, 3)], "the first of each time warms up"
 
 
 def test_the_summary_says_layers_and_times() -> None:
