@@ -168,10 +168,12 @@ def _package_gguf(name: str) -> Path:
     check_package(name)
     try:
         package = importlib.import_module(name)
-    except ImportError as error:
-        raise LoadError(f"the package {name!r} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:  # somebody's own code, which may do anything
+        raise LoadError(f"cannot import the package {name!r}: {type(error).__name__}: {error}") from None
     if hasattr(package, "assemble"):  # weights published in parts that the package itself joins and checks
         return Path(package.assemble(cache_folder() / f"{name}.gguf"))
+    if getattr(package, "__file__", None) is None:
+        raise LoadError(f"package {name!r} has no files of its own; name one that carries a .gguf file")
     root = Path(str(package.__file__)).parent
     found = sorted(root.rglob("*.gguf"))
     if len(found) != 1:

@@ -41,7 +41,7 @@ def check_package(name: str) -> None:
     """Raises LoadError unless a package is installed."""
     try:
         found = find_spec(name)
-    except (ImportError, ValueError):
+    except Exception:  # a package in which it should lie may do anything
         found = None
     if found is None:
         pip_name = name.replace("_", "-")

@@ -53,7 +53,9 @@ def generate(
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
     loaded = loaded_allocator(allocator, max_new_tokens, stop)
-    network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
+    network, tokenizer = load_backbone(
+        loaded.model_source if model is None else model, device="auto" if device is None else device
+    )
     if prompt is not None:
         text = loaded.rendered(prompt, raw=raw)
         check_lengths(network, tokenizer, [("on the command line", text)], loaded.decoding.max_new_tokens)

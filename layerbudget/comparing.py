@@ -36,7 +36,9 @@ def compare(
 
     check_places(prompts, out, overwrite=overwrite)
     loaded = loaded_allocator(allocator, max_new_tokens, stop)
-    network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
+    network, tokenizer = load_backbone(
+        loaded.model_source if model is None else model, device="auto" if device is None else device
+    )
     with answers_bar() as (begin, advance):
         lines = compare_file(
             loaded, network, tokenizer, prompts, out, overwrite=overwrite, begin=begin, advance=advance
