@@ -155,6 +155,8 @@ def extract(
     """Some sets of features of prompts [B, S], in one transfer from the device.
 
     Args:
+        model: the model, for the set `lens`.
+        input_ids: tokens of the prompts [B, S].
         states: P + 1 states [B, S, D]: the embeddings, then after each probe layer.
         attention_mask: 1 for tokens [B, S].
         sets: names in `SETS`.

@@ -87,6 +87,7 @@ class Decoding:
         """The arguments of `generate()`; they count more than the model's generation config.
 
         Args:
+            tokenizer: whose padding token is used.
             stops: the tokens that end an answer.
         """
         return {

@@ -23,6 +23,7 @@ def rows_of_table(path: Path, text: str, columns: Mapping[str, str]) -> Rows:
     """The rows of a file, with our names for its columns; `id` and `task`, where it has none, are row and file name.
 
     Args:
+        path: of the file, for its ending and for messages.
         text: its content: CSV whose first line names the columns, or JSON, a list of objects.
         columns: our field -> the file's column; fields not named keep their own names.
 

@@ -84,6 +84,8 @@ def answer_file(
     on; then `out` is written as a whole.
 
     Args:
+        allocator, model, tokenizer: what answers.
+        batch_size: prompts generated together, at most.
         out: None for the standard output, at the end and without resuming.
         overwrite: `out` may be replaced, and answers that were begun with other settings be dropped.
         begin: called once, with the number of prompts that were answered before and of all.

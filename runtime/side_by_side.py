@@ -45,6 +45,8 @@ def compare_file(
     Prompts run one at a time. A comparison that was stopped goes on from `<out>.partial`.
 
     Args:
+        allocator, model, tokenizer: what answers.
+        prompts: the file of prompts.
         out, overwrite, begin, advance: see `runtime.answer_files.answer_file`.
 
     Raises:

@@ -54,6 +54,8 @@ class Lesson:
         """For each plan the sum over the answers' tokens of KL(full || plan), or of a reference's surprise, in nats.
 
         Args:
+            batch: examples that run together.
+            plans: shortened plans.
             step: a number for the draw of the vocabulary.
         """
         inputs = padded_inputs(self._model, [example.tokens[:-1] for example in batch])
