@@ -12,10 +12,11 @@ import typer
 import layerbudget
 from layerbudget import check_not_shadowed
 from layerbudget.answer_commands import generate
+from layerbudget.comparing import compare
 from layerbudget.failures import sentence_of
 from layerbudget.inspecting import inspect
 from layerbudget.options import with_ray_address
-from layerbudget.stage_commands import STAGES, merge, run, stage_command
+from layerbudget.stage_commands import STAGES, check, merge, run, stage_command
 
 app = typer.Typer(
     help="Learn how many decoder layers each prompt needs, and run only those.",
@@ -45,7 +46,9 @@ def options(
 
 
 app.command()(run)
+app.command()(check)
 app.command()(generate)
+app.command()(compare)
 app.command()(inspect)
 app.command(rich_help_panel="Single stages")(merge)
 for _name, _text in STAGES.items():
