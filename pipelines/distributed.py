@@ -41,6 +41,7 @@ class Workers(Protocol):
 
         Args:
             task: pickled to every worker once; what it keeps, such as a model, is there for the next piece.
+            pieces: pickled one by one.
 
         Raises:
             InputError: a task raised it.

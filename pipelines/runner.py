@@ -47,6 +47,8 @@ def run_one(config: Config, name: str, ray: str | None = None) -> Path:
     """One stage, whether or not it was done before; the stages it follows must be done.
 
     Args:
+        config: the run's.
+        name: of the stage.
         ray: address of a cluster that does the work of `adapt`, `label` or `features`; see `pipelines.distributed`.
     """
     _checked(config)

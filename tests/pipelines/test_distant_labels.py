@@ -14,11 +14,12 @@ import torch
 from command import layerbudget, refused
 
 from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from layerbudget import cli
 from layerbudget.options import LOCAL, with_ray_address
 from oracle.decoding import Decoding
 from oracle.labels.blocks import BATCHES, blocks
 from oracle.prompts import Prompt
-from pipelines import distributed
+from pipelines import distributed, runner
 from pipelines.config import ConfigError, load_config
 from pipelines.distant_labels import distant_labeller
 from pipelines.feature_parts import FeatureParts
@@ -209,5 +210,5 @@ def test_what_is_no_store_is_not_merged(alone, tmp_path) -> None:
 
 
 def test_the_command_line_does_not_import_ray() -> None:
-    code = "import sys, layerbudget.cli, pipelines.runner; sys.exit('ray' in sys.modules)"
+    code = f"import sys, {cli.__name__}, {runner.__name__}; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
