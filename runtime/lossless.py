@@ -123,9 +123,11 @@ def check_lossless(request: Request) -> None:
 def generate_losslessly(
     request: Request, plans: Sequence[DraftPlan], start: Moment
 ) -> tuple[Output, float, list[LayerPlan]]:
-    """Decode one prompt with the full model, drafting under one of `plans`.
+    """Decode one prompt with the full model, drafting under one of some plans.
 
     Args:
+        request: the prepared call.
+        plans: that may draft.
         start: when the call began.
 
     Returns:
