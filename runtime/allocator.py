@@ -115,10 +115,11 @@ class Allocator(AllocatorParts):
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
-        """Time this model's passes on its device, so that `lossless` drafts by milliseconds instead of an estimate.
+        """Time this model's passes on its device, so that `lossless` drafts, and `generate_many` composes
+        batches, by milliseconds instead of an estimate.
 
         Once for a model, device and dtype: the numbers are kept (under `$LAYERBUDGET_CACHE`) and found again by later
-        processes, and what is there is not measured again. Takes as long as some 120 decoding steps; `generate` never
+        processes, and what is there is not measured again. Takes as long as some 160 decoding steps; `generate` never
         does it by itself, so that no request pays for it.
         """
         self.prepare(model)
