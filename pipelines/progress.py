@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -23,6 +23,18 @@ EVERY_S = 30.0
 """Seconds between two lines where the output is no terminal."""
 
 
+def say(text: str, style: str | None = None) -> None:
+    """Print a line in which brackets, such as those of a user's path or message, are brackets and no markup."""
+    console.print(text, style=style, markup=False)
+
+
+def say_failures(failures: Sequence[str]) -> None:
+    """Name the first of the labels whose judge failed, one sentence each, if there are any."""
+    if failures:
+        say(f"{len(failures)} labels have no score, the first since {failures[0]}", style="red")
+        say("  prompts without a score under some plan are left out of everything that follows")
+
+
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows work of `total` steps; call what it yields with the number of steps done."""
@@ -30,7 +42,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield Lines(description, total)
         return
     columns = (
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -58,7 +70,7 @@ class Lines:
             return
         self._last = now
         left = max(0, self._total - self._done) * (now - self._start) / self._done
-        console.print(f"  {self._description}: {self._done:,} of {self._total:,}, {duration(left)} left")
+        say(f"  {self._description}: {self._done:,} of {self._total:,}, {duration(left)} left")
 
 
 def duration(seconds: float) -> str:
@@ -72,10 +84,10 @@ def duration(seconds: float) -> str:
 def waiting(description: str) -> Iterator[None]:
     """A spinner with the time passed, for work whose length is not known; elsewhere than on a terminal a line."""
     if not console.is_terminal:
-        console.print(f"  {description}")
+        say(f"  {description}")
         yield
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         bars.add_task(description, total=None)
         yield

@@ -102,7 +102,7 @@ def test_what_a_run_would_refuse_is_refused(config_file) -> None:
 
 def test_where_there_is_no_terminal_a_line_comes_now_and_then(monkeypatch) -> None:
     lines, now = [], [0.0]
-    monkeypatch.setattr(console, "print", lines.append)
+    monkeypatch.setattr(console, "print", lambda text, **options: lines.append(text))
     advance = Lines("labels", 1000, clock=lambda: now[0])
     for second in range(1, 101):
         now[0] = second
