@@ -93,6 +93,7 @@ def label_cost(labeller: Labeller, prompts: Sequence[Prompt], menu: PlanMenu, pa
     Args:
         labeller: keeps its labels in the file `path`.
         prompts: none of them labelled there yet; the first is the warm-up.
+        menu: the plans.
     """
     full_plan, rest = menu.plans[-1], prompts[1:]
     labeller.label(prompts[:1], menu)
