@@ -50,6 +50,7 @@ class Reference:
             if depth is not None:
                 left[newest] = depth
             run.append(n_layers if depth is None else depth)
+            logits[:, self.model.config.eos_token_id] = -torch.inf  # as `min_new_tokens` does
             ids.append(int(logits.argmax()))
         return ids[len(prompt) :], run
 
