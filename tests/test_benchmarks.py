@@ -131,10 +131,7 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["keep.py", "--run", str(tmp_path / "runs" / "tiny")])
     keep.main()
     assert "settings" in json.loads((tmp_path / "tiny.json").read_text())["tuning"]["controllers"]["mlp"]
-    page = (tmp_path / "tiny.html").read_text()
-    assert "Certificate" in page
-    assert "Examples" not in page
-    assert str(tmp_path) not in page
+    assert str(tmp_path) not in (tmp_path / "tiny.json").read_text()
 
 
 def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:

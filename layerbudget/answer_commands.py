@@ -1,0 +1,88 @@
+"""`layerbudget generate`: answers with the layers that a saved allocator chooses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerbudget.options import AllocatorSource, Device, ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from runtime.allocator import Allocator
+
+
+def generate(
+    allocator: AllocatorSource,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt to continue.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal.")
+    ] = None,
+    model: ModelSource = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: as in training.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --out names.")] = False,
+    device: Device = None,
+) -> None:
+    """Continue one prompt, or a file of prompts, each with the layers that the allocator chooses for it.
+
+    A run over a file that was stopped goes on where it was, when the same command is given again.
+    """
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give either a prompt or --prompts FILE.jsonl")
+    if (prompts is None and out is not None) or (out is None and overwrite):
+        raise typer.BadParameter("--out goes with --prompts FILE.jsonl, and --overwrite with --out")
+    from dataclasses import replace
+
+    from layerbudget import Allocator, load_backbone
+    from oracle.context_lengths import check_lengths
+    from runtime.answer_files import answer_file, check_places
+
+    if prompts is not None:
+        check_places(prompts, out, overwrite=overwrite)
+    loaded = Allocator.from_pretrained(allocator)
+    if max_new_tokens:
+        loaded = replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=max_new_tokens))
+    network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
+    if prompt is not None:
+        check_lengths(network, tokenizer, [("on the command line", prompt)], loaded.decoding.max_new_tokens)
+        print_answers(loaded, network, tokenizer, [prompt])
+    else:
+        assert prompts is not None
+        with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
+
+            def begin(done: int, total: int) -> None:
+                bar.length = total
+                bar.update(done)
+
+            answer_file(
+                loaded,
+                network,
+                tokenizer,
+                prompts,
+                out,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                begin=begin,
+                advance=bar.update,
+            )
+
+
+def print_answers(
+    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+) -> None:
+    """Answers with the layers that they ran, one after the other."""
+    from runtime.texts import generate_texts
+
+    full = allocator.menu.n_layers
+    for prompt, answer in zip(
+        prompts, generate_texts(allocator.generate, model, tokenizer, prompts, allocator.decoding), strict=True
+    ):
+        typer.echo(f"\n{prompt}\n  {answer.text}\n  [{answer.plan.layers:g} of {full} layers: {answer.plan}]")

@@ -1,0 +1,85 @@
+"""`layerbudget run CONFIG` and its single stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerbudget.answer_commands import print_answers
+from layerbudget.options import ConfigFile, Device, Settings
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+
+STAGES = {
+    "menu": "Find the plans that prompts choose from.",
+    "adapt": "Make the shortened plans better: bridges, adapters.",
+    "label": "Answer and judge every prompt under every plan; resumes where it stopped.",
+    "features": "Read the states of the first layers of every prompt.",
+    "tune": "Search the controllers' settings with Optuna; resumes where it stopped.",
+    "train": "Train the controllers.",
+    "calibrate": "Certify a price and save the allocator.",
+    "evaluate": "Measure all policies on unseen prompts.",
+    "report": "Write report.html and log the run to MLflow.",
+}
+
+
+def run(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Run every stage in order. Skips what is done, resumes what is not, redoes what the settings changed."""
+    from pipelines.runner import run_all
+
+    loaded = config_of(config, settings, device)
+    run_all(loaded)
+    _answer_try_prompts(loaded)
+
+
+def config_of(path: Path, settings: list[str] | None, device: str | None) -> Config:
+    """The configuration that the arguments of a command name."""
+    from pipelines.config import load_config
+
+    return load_config(path, [*(settings or []), *([f"model.device={device}"] if device else [])])
+
+
+def _answer_try_prompts(config: Config) -> None:
+    from pipelines.workspace import Workspace
+    from runtime.allocator import Allocator
+
+    if config.try_prompts:
+        allocator = Allocator.from_pretrained(config.folder / "allocator")
+        print_answers(allocator, *Workspace.of(config).adapted, config.try_prompts)
+    typer.echo(f"Report: {config.folder / 'report.html'}")
+
+
+def stage_command(name: str) -> Callable[..., None]:
+    """The command of a single stage."""
+    if name == "label":
+        return label
+
+    def stage(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+        from pipelines.runner import run_one
+
+        run_one(config_of(config, settings, device), name)
+
+    return stage
+
+
+def label(
+    config: ConfigFile,
+    settings: Settings = None,
+    device: Device = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="N/OF", help="Label one part only, such as 3/8; other processes may label the others."),
+    ] = None,
+) -> None:
+    from oracle.prompts import Shard
+    from pipelines.runner import run_one, run_shard
+
+    loaded = config_of(config, settings, device)
+    if shard is None:
+        run_one(loaded, "label")
+    else:
+        run_shard(loaded, Shard.parse(shard))
