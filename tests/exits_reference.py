@@ -17,14 +17,14 @@ from runtime.token_exits.unfinished import MOST_WAITING
 
 
 class ByDirection(Gate):
-    """Sure by the sign of a fixed direction of the state: some tokens leave, at different layers."""
+    """Sure by how far the state lies along a fixed direction, in waves: tokens leave at all layers, or not at all."""
 
     name = "direction"
 
     def confidence(self, candidate: Candidate) -> torch.Tensor:
         generator = torch.Generator().manual_seed(candidate.depth)
         direction = torch.randn(candidate.states.shape[-1], generator=generator)
-        return (unit_states(candidate.states) @ direction).sigmoid()
+        return (4 * (unit_states(candidate.states) @ direction)).sin() / 2 + 0.5
 
 
 class Reference:
@@ -44,7 +44,9 @@ class Reference:
             newest, n_layers = len(ids) - 1, len(self.layers)
             may_leave = step > 0 and not (self.settings.strategy == "recompute" and len(waiting) >= MOST_WAITING)
             frozen = {} if self.settings.strategy == "recompute" else dict(left)
-            depth = self._decide(ids, frozen, newest, self.settings.threshold_at(step, new_tokens)) if may_leave else None
+            depth = (
+                self._decide(ids, frozen, newest, self.settings.threshold_at(step, new_tokens)) if may_leave else None
+            )
             logits = self._logits(ids, frozen if depth is None else {**frozen, newest: depth}, newest)
             waiting = [] if depth is None else [max(depth, other) for other in [*waiting, depth]]
             if depth is not None:

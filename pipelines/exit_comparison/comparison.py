@@ -65,7 +65,7 @@ class Comparison:
         self._workspace, self._settings = workspace, workspace.config.token_exits
         if any(prompt.judge == KL for prompt in workspace.prompts):
             raise ConfigError(
-                f"token_exits.enabled compares answers, and the judge {KL!r} reads none: set data.force_judge to another"
+                f"token_exits.enabled compares answers, and the judge {KL!r} reads none; set another data.force_judge"
             )
         self.material, self._calibration = Material(workspace), workspace.config.calibration
         self.calibrate, self.test = (self._limited(workspace.table(split)) for split in ("calibrate", "test"))
@@ -104,7 +104,9 @@ class Comparison:
         best = cheapest_valid_plan(
             self.calibrate.losses, settings.alpha, settings.delta, settings.risk, None, self.calibrate.full
         )
-        return self._with_plans("best static plan", np.full(len(self.test.prompts), best), {"plan": str(self._budget_plans[best])})
+        return self._with_plans(
+            "best static plan", np.full(len(self.test.prompts), best), {"plan": str(self._budget_plans[best])}
+        )
 
     def _allocator(self) -> Contestant:
         allocator = Allocator.from_pretrained(self._workspace.path("allocator"))
@@ -152,7 +154,7 @@ class Comparison:
         thresholds: Sequence[float],
         plans: Callable[[int, Table], list[LayerPlan]] | None,
     ) -> Contestant:
-        """Answers the calibrate prompts at each step, tests the steps, and answers the test prompts at the valid one."""
+        """Answers the calibrate prompts at each step, tests the steps, answers the test prompts at the valid one."""
         answered = partial(self._answered, name, gate, heads, thresholds, plans)
         seen = [answered(self.calibrate, step) for step in range(len(thresholds))]
         scores, layers = (np.stack([each[part] for each in seen]) for part in (0, 1))
@@ -200,7 +202,12 @@ class Comparison:
         settings = self._settings
         return TokenExits(
             ExitSettings(
-                self.material.gate(gate, heads), heads, self.material.depths, threshold, settings.strategy, settings.decay
+                self.material.gate(gate, heads),
+                heads,
+                self.material.depths,
+                threshold,
+                settings.strategy,
+                settings.decay,
             )
         )
 

@@ -10,11 +10,11 @@ Shapes: `T` thresholds, safest first, `n` calibration prompts, `N` pooled prompt
 from __future__ import annotations
 
 import numpy as np
+from controller.certificate.redrawn_splits import Violations, redrawn
+from controller.certificate.risks import Risk
 from numpy.typing import NDArray
 
 from controller.certificate.calibration import last_valid, price_p_values
-from controller.certificate.redrawn_splits import Violations, redrawn
-from controller.certificate.risks import Risk
 
 Floats = NDArray[np.float64]
 

@@ -135,7 +135,13 @@ class Driver:
         token.order += 1
         heads = self._settings.heads
         return Candidate(
-            depth, *own, token.going, token.n_rows, heads, token.order - 1, token.memory,
+            depth,
+            *own,
+            token.going,
+            token.n_rows,
+            heads,
+            token.order - 1,
+            token.memory,
             None if last is None else last[token.going],
         )
 

@@ -57,6 +57,6 @@ def check_shared(filling: Filling, depths: tuple[int, ...]) -> None:
     """Raises TokenExitsError where a token may leave before any layer of some kind has run."""
     if depths[0] < (first := filling.first_shared()):
         raise TokenExitsError(
-            f"the strategy 'share' copies keys and values from a layer of the same kind, and this model's first of each "
-            f"kind lie before layer {first}: let tokens leave from there on, not before layer {depths[0]}"
+            f"the strategy 'share' copies keys and values from a layer of the same kind, and this model's first of "
+            f"each kind lie before layer {first}: let tokens leave from there on, not before layer {depths[0]}"
         )

@@ -98,7 +98,10 @@ def _difference(model: PreTrainedModel) -> float:
         for handle in handles:
             handle.remove()
     pairs = [
-        (torch.cat(project(layer, states[i], embeddings[i]), -1), torch.cat((cache.layers[i].keys, cache.layers[i].values), -1))
+        (
+            torch.cat(project(layer, states[i], embeddings[i]), -1),
+            torch.cat((cache.layers[i].keys, cache.layers[i].values), -1),
+        )
         for i, layer in enumerate(layers)
     ]
     return max(float((found - kept).float().norm() / kept.float().norm()) for found, kept in pairs)

@@ -70,7 +70,9 @@ def observe(
             decoder_of(model)(**padded_inputs(model, [example.tokens for _, example in batch]), use_cache=False)
         for row, (text, example) in enumerate(batch):
             span = slice(-example.answer, -1)
-            found.append((text, {depth: s[row, span].clone() for depth, s in states.items()}, example.tokens[span.start :]))
+            found.append(
+                (text, {depth: s[row, span].clone() for depth, s in states.items()}, example.tokens[span.start :])
+            )
         advance(len(batch))
     found = sorted((each for each in found if len(each[2]) > 1), key=lambda each: each[0])
     return Observed(
@@ -91,8 +93,15 @@ def confidences(gate: Gate, heads: ExitHeads, observed: Observed, depths: Sequen
         part = [
             gate.confidence(
                 Candidate(
-                    depth, observed.states[depth][rows], observed.states[depth - 1][rows], rows, n_tokens, heads, order,
-                    memory, observed.following[rows],
+                    depth,
+                    observed.states[depth][rows],
+                    observed.states[depth - 1][rows],
+                    rows,
+                    n_tokens,
+                    heads,
+                    order,
+                    memory,
+                    observed.following[rows],
                 )
             )
             for order, depth in enumerate(depths)

@@ -54,7 +54,7 @@ class ExitSettings:
         n_layers = len(decoder_layers(self.heads.model))
         if not self.depths or sorted({*self.depths}) != list(self.depths):
             raise TokenExitsError(f"the candidate layers must ascend and be at least one, got {self.depths}")
-        if not (0 < self.depths[0] and self.depths[-1] < n_layers):
+        if not (self.depths[0] > 0 and self.depths[-1] < n_layers):
             raise TokenExitsError(
                 f"tokens can leave before the layers 1 to {n_layers - 1} of this model, got {self.depths}"
             )

@@ -34,7 +34,9 @@ def kept(confidence: torch.Tensor, agrees: torch.Tensor, threshold: float) -> fl
 
 def mean_depth(confidence: torch.Tensor, depths: Sequence[int], n_layers: int, threshold: float) -> float:
     """Layers that a token runs, on average."""
-    return float(torch.tensor([*depths, n_layers]).to(confidence.device)[exits_at(confidence, threshold)].float().mean())
+    return float(
+        torch.tensor([*depths, n_layers]).to(confidence.device)[exits_at(confidence, threshold)].float().mean()
+    )
 
 
 def threshold_for(confidence: torch.Tensor, agrees: torch.Tensor, wanted: float) -> float:

@@ -60,7 +60,9 @@ class Unfinished:
 
     def allowed(self, rows: torch.Tensor, sure: torch.Tensor) -> torch.Tensor:
         """Which of the rows [r] that are sure may leave."""
-        full = [sum(map(len, self._waiting[row].values())) + len(self._along[row]) >= MOST_WAITING for row in rows.tolist()]
+        full = [
+            sum(map(len, self._waiting[row].values())) + len(self._along[row]) >= MOST_WAITING for row in rows.tolist()
+        ]
         return sure & ~torch.tensor(full, device=sure.device)
 
     def leave(self, token: TokenPass, depth: int, rows: torch.Tensor, states: torch.Tensor) -> None:

@@ -61,8 +61,8 @@ class Gate(ABC):
 
     The driver calls `confidence` once for each candidate layer and decoding step, with those rows alone that have not
     left; one gate may be asked by several threads. So it keeps nothing of a token but in `candidate.memory`. The token
-    leaves where the confidence is at least the threshold. One threshold serves all layers, and the certificate moves it,
-    so a confidence has to mean the same at every layer.
+    leaves where the confidence is at least the threshold. One threshold serves all layers, and the certificate moves
+    it, so a confidence has to mean the same at every layer.
 
     What is said of one row must not depend on which other rows are asked about with it, but for rounding.
 

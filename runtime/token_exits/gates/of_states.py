@@ -55,7 +55,9 @@ def fit_classifier(
         agrees: whether leaving there gives the last layer's prediction [T].
         penalty: of the mean square of the weights' effect; 1/2 |w|^2 times it is added to the mean loss.
     """
-    return Classifier({depth: _regression(unit_states(states[depth]), agrees[depth].float(), penalty) for depth in states})
+    return Classifier(
+        {depth: _regression(unit_states(states[depth]), agrees[depth].float(), penalty) for depth in states}
+    )
 
 
 def _regression(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tuple[torch.Tensor, float]:

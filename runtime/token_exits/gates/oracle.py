@@ -1,7 +1,7 @@
 """The gate that knows the answer: leave at the first layer whose prediction is the last layer's.
 
-Source: the oracle of Shan et al. 2024 (arXiv 2412.01455). It takes all layers to know, so it saves nothing: it shows what
-a gate could save.
+Source: the oracle of Shan et al. 2024 (arXiv 2412.01455). It takes all layers to know, so it saves nothing: it shows
+what a gate could save.
 """
 
 from __future__ import annotations

@@ -74,8 +74,15 @@ class GateConformance:
         last = heads.predictions(states[2])[picked]
         first, second = (
             Candidate(
-                depth, states[order][picked], states[max(order - 1, 0)][picked] * 0.5 + 0.1, picked, self.N_ROWS, heads,
-                order, memory, last,
+                depth,
+                states[order][picked],
+                states[max(order - 1, 0)][picked] * 0.5 + 0.1,
+                picked,
+                self.N_ROWS,
+                heads,
+                order,
+                memory,
+                last,
             )
             for order, depth in enumerate(self.DEPTHS)
         )
