@@ -10,12 +10,12 @@ from backbone.stand_ins.distillation import DistillSettings
 from backbone.stand_ins.ridge_regression import Form
 from backbone.stand_ins.trained_parts import Where
 from controller.base import CONTROLLERS
+from controller.certificate.risks import Risk
 from controller.features import check_sets
 from oracle.decoding import Decoding, checked_options
 from oracle.menus import MENUS
-from oracle.prompts import FIELDS, SPLITS, Split
+from oracle.prompts import COLUMNS, SPLITS, Split
 
-Risk = Literal["insufficient", "score_lost"]
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
 
@@ -47,14 +47,17 @@ class DataSection(Section):
     """For prompts that name no judge."""
     force_judge: Text | None = None
     """For all prompts, whatever judge they name; `kl` and `agreement` hold answers against the full model's own."""
+    chat_template: Text = "auto"
+    """What puts prompts into the form of a conversation: `auto`, the tokenizer's own template where it has one;
+    `never`; or a file with a Jinja template. Prompts marked `raw` are given as they are."""
     shares: dict[Split, float] = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
     """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> DataSection:
-        if unknown := set(self.columns) - set(FIELDS):
+        if unknown := set(self.columns) - set(COLUMNS):
             raise ValueError(
-                f"columns names the field {min(unknown)!r}; the fields of a prompt are {', '.join(FIELDS)}"
+                f"columns names the field {min(unknown)!r}; the fields of a prompt are {', '.join(COLUMNS)}"
             )
         return self
 
@@ -205,11 +208,12 @@ class TuningSection(Section):
 
 
 class CalibrationSection(Section):
-    risk: Risk = "score_lost"
-    """What is bounded: the mean of the score that answers lose, or the share of answers that are no longer sufficient
-    (`label.tolerance`)."""
+    risk: Risk = "mean_score"
+    """What is bounded: how far the mean score falls below the full model's, `mean_score`, where answers that win make
+    up for answers that lose; the mean of the score that answers lose, `score_lost`; or the share of answers that are no
+    longer sufficient (`label.tolerance`), `insufficient`."""
     alpha: float = Field(0.1, gt=0, lt=1)
-    """The bound."""
+    """The bound; for `mean_score` in shares of the full model's mean score."""
     delta: float = Field(0.1, gt=0, lt=1)
     """Probability that the bound fails."""
     per_task: bool = False
@@ -220,7 +224,7 @@ class CalibrationSection(Section):
 
 class EvaluationSection(Section):
     alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
-    """Mean losses at which the controllers and the controls are compared."""
+    """Mean losses, in the unit of `calibration.alpha`, at which the controllers and the controls are compared."""
     control_trials: int = Field(8, ge=1)
     """Trials of each control's own search: the defaults, the best controller's settings, and others."""
     own_judges: int = Field(0, ge=0)

@@ -16,11 +16,11 @@ from controller.certificate.calibration import cheapest_valid_plan
 from controller.report.frontier_card import frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
 from oracle.frontier.frontier import least_sufficient, static_points, upper_hull
+from oracle.frontier.knapsack import cheapest_choices
 from pipelines.config import Config
 from pipelines.controls import comparison
 from pipelines.judged_anew import by_own_judges
 from pipelines.learning_table import Table
-from pipelines.stages.calibrate import price_of
 from pipelines.stages.train import load_trained
 from pipelines.stand_in_gain import before_and_after
 from pipelines.wall_clock import decision_ms, feature_ms, speeds
@@ -44,9 +44,9 @@ def run(config: Config) -> Path:
     calibration = json.loads(workspace.path("calibration.json").read_text())
     trained = load_trained(workspace)
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
-    prices = {name: price_of(found["price"]) for name, found in calibration["certificates"].items()}
+    prices = {name: found["price"] for name, found in calibration["certificates"].items()}
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
-    best, bounds = calibration["best"], config.evaluation.alphas
+    best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
     speed = speeds(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, calibrate, chosen[best])
     cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
@@ -91,8 +91,16 @@ def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) ->
         "best_static": np.full(n_prompts, _best_static(config, calibrate)),
         "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), calibrate), n_prompts),
         "random": _draws(shares, n_prompts),
-        "oracle": least_sufficient(test.sufficient),
+        "oracle": _oracle(test),
     }
+
+
+def _oracle(test: Table) -> Choices:
+    """The cheapest choice that loses nothing, made with the scores in hand: on the whole where prompts that win make up
+    for others, else on every prompt."""
+    if test.risk == "mean_score":
+        return cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
+    return least_sufficient(test.sufficient)
 
 
 def _draws(weights: NDArray[np.float64], n_prompts: int) -> Choices:
@@ -104,7 +112,7 @@ def _best_static(config: Config, calibrate: Table) -> int:
     """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is."""
     settings = config.calibration
     groups = calibrate.tasks if settings.per_task else None
-    return cheapest_valid_plan(1.0 - calibrate.kept, settings.alpha, settings.delta, settings.risk, groups)
+    return cheapest_valid_plan(calibrate.losses, settings.alpha, settings.delta, settings.risk, groups, calibrate.full)
 
 
 def _mixture_at(budget: float, table: Table) -> NDArray[np.float64]:
@@ -125,7 +133,7 @@ def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
     repeats = len(chosen) // len(test.prompts)
     layers = [plan.layers for plan in workspace.menu().plans]
     scores, kept = np.tile(test.scores, (repeats, 1)), np.tile(test.kept, (repeats, 1))
-    return report_card(chosen, scores, kept, test.budgets, layers)
+    return report_card(chosen, scores, kept, test.budgets, layers, test.unit)
 
 
 def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> float:
