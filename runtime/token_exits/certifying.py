@@ -4,17 +4,16 @@
 The steps were set on other prompts. The first threshold that fails ends the test, so that the choice among them is
 covered by delta.
 
-Shapes: `T` thresholds, safest first, `n` calibration prompts, `N` pooled prompts.
+Shapes: `T` thresholds, safest first, `n` calibration prompts.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from controller.certificate.redrawn_splits import Violations, redrawn
-from controller.certificate.risks import Risk
 from numpy.typing import NDArray
 
 from controller.certificate.calibration import last_valid, price_p_values
+from controller.certificate.risks import Risk
 
 Floats = NDArray[np.float64]
 
@@ -42,27 +41,3 @@ def valid_step(losses: Floats, full: Floats, *, alpha: float, delta: float, risk
         full: the full model's scores [n].
     """
     return last_valid(price_p_values(losses, alpha, delta, risk, full=full), delta)
-
-
-def redrawn_steps(
-    losses: Floats,
-    layers: Floats,
-    full: Floats,
-    *,
-    alpha: float,
-    delta: float,
-    risk: Risk,
-    n_calibrate: int,
-    repeats: int = 500,
-) -> Violations:
-    """How often the certificate is broken when thresholds are chosen anew on random halves of the prompts.
-
-    Args:
-        losses: [T, N].
-        layers: share of the layers that tokens of each answer run on average [T, N].
-        full: the full model's scores [N].
-        n_calibrate: prompts to choose on; the others are the test.
-    """
-    never, all_layers = np.zeros((1, len(full))), np.ones((1, len(full)))
-    at_steps, run = np.concatenate([losses, never]), np.concatenate([layers, all_layers])
-    return redrawn(at_steps, run, alpha, delta, n_calibrate, repeats, risk=risk, full=full)

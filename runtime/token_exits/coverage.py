@@ -19,9 +19,11 @@ def risk_coverage_area(confidence: torch.Tensor, agrees: torch.Tensor) -> float:
         confidence, agrees: of T tokens at one layer.
     """
     order = confidence.argsort(descending=True, stable=True)
-    _, sizes = confidence[order].unique_consecutive(return_counts=True)
+    _, sizes = confidence[order].unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
     wrong = (~agrees[order]).double()
-    means = torch.stack([part.mean() for part in wrong.split(sizes.tolist())]).repeat_interleave(sizes)
+    means = torch.stack(
+        [part.mean() for part in torch.tensor_split(wrong, sizes.cumsum(0)[:-1].tolist())]
+    ).repeat_interleave(sizes)
     return float((means.cumsum(0) / torch.arange(1, len(means) + 1)).mean())
 
 

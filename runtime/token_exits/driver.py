@@ -131,15 +131,15 @@ class Driver:
     def _candidate(
         self, token: TokenPass, depth: int, states: torch.Tensor, before: torch.Tensor, last: torch.Tensor | None = None
     ) -> Candidate:
-        own = [t[:, 0] if token.all_go else t[:, 0].index_select(0, token.going) for t in (states, before)]
+        own, own_before = (t[:, 0] if token.all_go else t[:, 0][token.going] for t in (states, before))
         token.order += 1
-        heads = self._settings.heads
         return Candidate(
             depth,
-            *own,
+            own,
+            own_before,
             token.going,
             token.n_rows,
-            heads,
+            self._settings.heads,
             token.order - 1,
             token.memory,
             None if last is None else last[token.going],

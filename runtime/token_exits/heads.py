@@ -40,8 +40,9 @@ class ExitHeads:
         self.model = model
         self.bridges = {depth: bridge.to(model.device, model.dtype) for depth, bridge in (bridges or {}).items()}
         self.shortlist = None if shortlist is None else shortlist.to(model.device)
-        head: Any = model.get_output_embeddings()
-        self._head, self._norm = head, decoder_of(model).norm
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        decoder: Any = decoder_of(model)
+        self._head, self._norm = head, decoder.norm
         self._weight, self._bias = head.weight, getattr(head, "bias", None)
         if self.shortlist is not None:
             self._weight = head.weight.detach().index_select(0, self.shortlist).contiguous()

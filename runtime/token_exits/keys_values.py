@@ -45,7 +45,7 @@ def project(layer: Any, states: torch.Tensor, position_embeddings: KeysValues) -
 def _rotated(attention: nn.Module, keys: torch.Tensor, position_embeddings: KeysValues) -> torch.Tensor:
     """Keys turned by the function of the family's own module. It turns queries in the same call: here those of no head
     at all, which cost nothing."""
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     cosines, sines = position_embeddings
     rotated: torch.Tensor = rotate(keys[:, :0], keys, cosines, sines)[1]
     return rotated
@@ -97,11 +97,10 @@ def _difference(model: PreTrainedModel) -> float:
     finally:
         for handle in handles:
             handle.remove()
-    pairs = [
-        (
-            torch.cat(project(layer, states[i], embeddings[i]), -1),
-            torch.cat((cache.layers[i].keys, cache.layers[i].values), -1),
-        )
-        for i, layer in enumerate(layers)
-    ]
-    return max(float((found - kept).float().norm() / kept.float().norm()) for found, kept in pairs)
+    found = 0.0
+    for index, layer in enumerate(layers):
+        kept: Any = cache.layers[index]
+        whole = torch.cat((kept.keys, kept.values), -1).float()
+        made = torch.cat(project(layer, states[index], embeddings[index]), -1).float()
+        found = max(found, float((made - whole).norm() / whole.norm()))
+    return found

@@ -87,7 +87,7 @@ def observe(
 def confidences(gate: Gate, heads: ExitHeads, observed: Observed, depths: Sequence[int]) -> torch.Tensor:
     """How sure a gate is of each token at each candidate layer, if none leaves before [C, T]."""
     n_tokens, found = len(observed.following), []
-    parts = torch.arange(n_tokens, device=observed.following.device).split(AT_ONCE * 8)
+    parts = torch.split(torch.arange(n_tokens, device=observed.following.device), AT_ONCE * 8)
     for rows in parts:
         memory: dict[str, torch.Tensor] = {}
         part = [
@@ -116,7 +116,9 @@ def agreements(heads: ExitHeads, observed: Observed, depths: Sequence[int]) -> t
     [C, T]."""
     return torch.stack(
         [
-            torch.cat([heads.predictions(heads.output(depth, part)) for part in observed.states[depth].split(AT_ONCE)])
+            torch.cat(
+                [heads.predictions(heads.output(depth, part)) for part in torch.split(observed.states[depth], AT_ONCE)]
+            )
             == observed.following
             for depth in depths
         ]

@@ -48,9 +48,9 @@ def threshold_for(confidence: torch.Tensor, agrees: torch.Tensor, wanted: float)
     Returns:
         `NEVER` where no threshold keeps so many.
     """
-    tried = torch.quantile(confidence.flatten().double(), torch.linspace(1, 0, STEPS, dtype=torch.float64)).unique()
+    tried = torch.quantile(confidence.flatten().double(), torch.linspace(1, 0, STEPS, dtype=torch.float64))
     found = NEVER
-    for threshold in reversed(tried.tolist()):
+    for threshold in sorted({*tried.tolist()}, reverse=True):
         if kept(confidence, agrees, threshold) < wanted:
             break
         found = threshold

@@ -46,8 +46,8 @@ def train_bridges(
     found, losses = {}, {}
     for depth, bridge in heads.bridges.items():
         states = observed.states[depth]
-        data = [(states[part], targets[part]) for part in (~is_held, is_held)]
-        found[depth], losses[depth] = _trained(heads, bridge, *data, steps, batch, learning_rate, seed)
+        fitted, held = ((states[part], targets[part]) for part in (~is_held, is_held))
+        found[depth], losses[depth] = _trained(heads, bridge, fitted, held, steps, batch, learning_rate, seed)
     return found, losses
 
 
