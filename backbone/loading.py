@@ -177,6 +177,8 @@ def _package_gguf(name: str) -> Path:
     package = _imported_package(name)
     if hasattr(package, "assemble"):  # weights published in parts that the package itself joins and checks
         return Path(package.assemble(cache_folder() / f"{name}.gguf"))
+    if getattr(package, "__file__", None) is None:
+        raise LoadError(f"package {name!r} has no files of its own; name one that carries a .gguf file")
     root = Path(str(package.__file__)).parent
     found = sorted(root.rglob("*.gguf"))
     if len(found) != 1:
@@ -190,6 +192,8 @@ def _imported_package(name: str) -> ModuleType:
     except ImportError:
         pip_name = name.replace("_", "-")
         raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it") from None
+    except (Exception, SystemExit) as error:  # somebody's own code, which may do anything
+        raise LoadError(f"cannot import the package {name!r}: {type(error).__name__}: {error}") from None
 
 
 def _converted(gguf: Path) -> Path:

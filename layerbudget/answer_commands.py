@@ -56,7 +56,9 @@ def generate(
     loaded = Allocator.from_pretrained(allocator)
     if max_new_tokens:
         loaded = replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=max_new_tokens))
-    network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
+    network, tokenizer = load_backbone(
+        loaded.model_source if model is None else model, device="auto" if device is None else device
+    )
     if prompt is not None:
         text = loaded.rendered(prompt, raw=raw)
         check_lengths(network, tokenizer, [("on the command line", text)], loaded.decoding.max_new_tokens)

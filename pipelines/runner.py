@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from rich.markup import escape
 
 from backbone.files import remove_strays, write_atomically
 from oracle.prompts import Shard
@@ -109,5 +110,5 @@ def _run_stage(config: Config, stage: Stage, state: RunState) -> Path:
     run: Callable[[Config], Path] = import_module(f".stages.{stage.name}", __package__).run
     path = run(config)
     state.record(stage, time.perf_counter() - start)
-    console.print(f"  {path}  [dim]{time.perf_counter() - start:.0f} s[/]")
+    console.print(f"  {escape(str(path))}  [dim]{time.perf_counter() - start:.0f} s[/]")
     return path

@@ -32,7 +32,7 @@ from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_o
 from pipelines.config import Config, ConfigError
 from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
-from pipelines.progress import progress, waiting
+from pipelines.progress import progress, say_failures, waiting
 
 
 class Workspace:
@@ -241,8 +241,10 @@ class Workspace:
 
     def label_anew(self, labeller: Labeller, prompts: list[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
         """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
+        before = len(labeller.failures)
         with progress(title, sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)) as advance:
             labeller.label(prompts, menu, advance)
+        say_failures(labeller.failures[before:])
         return score_matrix(labeller.read(prompts, menu))
 
     def frozen_menu(self) -> PlanMenu:

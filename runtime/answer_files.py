@@ -216,7 +216,9 @@ def _settings(allocator: Allocator, model: PreTrainedModel) -> str:
 
 
 def _write(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # The standard output may have an encoding that lacks some characters; JSON can do without them.
+    ascii_only = out is None and (sys.stdout.encoding or "utf-8").lower() != "utf-8"
+    text = "".join(json.dumps(line, ensure_ascii=ascii_only) + "\n" for line in lines)
     if out is None:
         sys.stdout.write(text)
         return
