@@ -12,9 +12,10 @@ import typer
 import layerbudget
 from layerbudget import check_not_shadowed
 from layerbudget.answer_commands import generate
+from layerbudget.comparing import compare
 from layerbudget.failures import sentence_of
 from layerbudget.inspecting import inspect
-from layerbudget.stage_commands import STAGES, run, stage_command
+from layerbudget.stage_commands import STAGES, check, run, stage_command
 
 app = typer.Typer(
     help="Learn how many decoder layers each prompt needs, and run only those.",
@@ -44,7 +45,9 @@ def options(
 
 
 app.command()(run)
+app.command()(check)
 app.command()(generate)
+app.command()(compare)
 app.command()(inspect)
 for _name, _text in STAGES.items():
     app.command(_name, help=_text, rich_help_panel="Single stages")(stage_command(_name))

@@ -21,3 +21,15 @@ AllocatorSource = Annotated[
 ModelSource = Annotated[
     str | None, typer.Option("--model", metavar="M", help="Where to load the model from; default: as in training.")
 ]
+OutFile = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal."),
+]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: as in training.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop", metavar="STRING", help="Answers end before it; may be given again. Default: as in training."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file that --out names.")]

@@ -36,6 +36,14 @@ def run(config: ConfigFile, settings: Settings = None, device: Device = None) ->
     _answer_try_prompts(loaded)
 
 
+def check(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Say in a second what of a run can be known to fail: model, prompts, judges, splits, certificate, disk."""
+    from pipelines.check import check_run
+
+    for line in check_run(config_of(config, settings, device)):
+        typer.echo(line)
+
+
 def config_of(path: Path, settings: list[str] | None, device: str | None) -> Config:
     """The configuration that the arguments of a command name."""
     from pipelines.config import load_config

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from backbone.files import remove_strays, write_atomically
 from oracle.prompts import Shard
+from pipelines.check import check_run
 from pipelines.config import Config, ConfigError
 from pipelines.progress import console
 from pipelines.run_state import LOCK, RunState
@@ -30,6 +31,7 @@ def run_all(config: Config) -> None:
         for stage in STAGES:
             _say_done(stage)
         return
+    check_run(config)
     with _own_folder(config) as state:
         for stage in STAGES:
             if state.is_done(stage):

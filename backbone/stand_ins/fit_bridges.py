@@ -16,7 +16,8 @@ from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import Attached
 from backbone.stand_ins.bridges import Bridge
-from backbone.stand_ins.ridge_regression import Fit, Form, Moments, fit_bridge
+from backbone.stand_ins.ridge_regression import Fit, Moments, fit_bridge
+from backbone.stand_ins.settings import Form
 
 Fits = dict[LayerPlan, dict[int, Fit]]
 """For each plan its fitted bridges, by the first layer of the gap."""

@@ -10,13 +10,12 @@ Shapes: `T` tokens, `D` hidden size, `r` rank. Sums are float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from backbone.stand_ins.bridges import Bridge
+from backbone.stand_ins.settings import Form
 
-Form = Literal["full", "low_rank"]
 RIDGES = tuple(10.0**power for power in range(-9, 0))
 """Ridge strengths tried, as shares of the mean square of the inputs."""
 
