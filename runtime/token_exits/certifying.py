@@ -24,6 +24,7 @@ def losses_of(risk: Risk, scores: Floats, full: Floats, tolerance: float = 0.0) 
     Args:
         scores: of answers under each threshold [T, n].
         full: the full model's [n].
+        risk: which loss.
         tolerance: how much lower the score of a sufficient answer may be.
     """
     lost = full - scores
@@ -39,5 +40,6 @@ def valid_step(losses: Floats, full: Floats, *, alpha: float, delta: float, risk
     Args:
         losses: [T, n].
         full: the full model's scores [n].
+        alpha, delta, risk: as in `controller.certificate.calibration.valid_price`.
     """
     return last_valid(price_p_values(losses, alpha, delta, risk, full=full), delta)

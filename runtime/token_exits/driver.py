@@ -34,6 +34,8 @@ def exiting(model: PreTrainedModel, settings: ExitSettings, plan: LayerPlan, ste
     """Within this block and thread one decoding loop of `model` lets tokens leave. To be used inside `apply_plan`.
 
     Args:
+        model: on whose `generate()` the loop runs.
+        settings: how tokens leave.
         plan: under which the model runs; tokens leave below it.
         steps: the longest answer in tokens, for a decaying threshold.
     """

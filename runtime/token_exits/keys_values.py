@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from backbone.execution.live_changes import captured
+from backbone.execution.live_changes import captured, replaced
+from backbone.execution.plan_patches import Forward
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of
 
 FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -82,21 +83,19 @@ def _difference(model: PreTrainedModel) -> float:
     """The largest relative difference in any layer, over four tokens."""
     layers, decoder = decoder_layers(model), decoder_of(model)
     ids = torch.arange(1, 5, device=model.device)[None] % model.config.vocab_size
-    cache, embeddings = DynamicCache(config=model.config), {}
+    cache = DynamicCache(config=model.config)
+    embeddings: dict[int, KeysValues] = {}
 
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def noting(index: int, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
             embeddings[index] = kwargs["position_embeddings"]
+            return forward(*args, **kwargs)
 
-        return layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+        return run
 
-    handles = [keep(index) for index in range(len(layers))]
-    try:
-        with captured(layers, range(len(layers))) as states:
-            decoder(input_ids=ids, cache=cache, use_cache=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    noted = [(layer, "forward", noting(index, layer.forward)) for index, layer in enumerate(layers)]
+    with replaced(noted), captured(layers, range(len(layers))) as states:
+        decoder(input_ids=ids, cache=cache, use_cache=True)
     found = 0.0
     for index, layer in enumerate(layers):
         kept: Any = cache.layers[index]

@@ -60,6 +60,10 @@ def observe(
     an answer of n tokens gives n - 1.
 
     Args:
+        model: whose answers they are.
+        examples: prompts with the model's own answers.
+        batch_tokens: tokens that run together.
+        advance: called with the number of examples that were run.
         depths: candidate layers. The states before the layers in front of them, and after the last, are kept too.
     """
     layers = decoder_layers(model)

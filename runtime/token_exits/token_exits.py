@@ -63,6 +63,8 @@ class TokenExits:
         no later token took along.
 
         Args:
+            model: whose tokens leave.
+            inputs, generation_config, streamer, arguments: as those of stock `generate()`.
             plan: a plan for all rows, prompt and answer alike, below which tokens leave; None for all layers.
 
         Raises:

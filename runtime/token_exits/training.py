@@ -35,6 +35,8 @@ def train_bridges(
         observed: tokens at these layers.
         steps: of Adam, for each bridge.
         batch: tokens of a step.
+        learning_rate: of Adam.
+        seed: of the draw of tokens.
 
     Returns:
         The bridges by layer, and of each its divergence (nats a token) on held-out answers before and after.
