@@ -25,6 +25,7 @@ from pipelines.learning_table import Table
 from pipelines.progress import waiting
 from pipelines.run_state import RunState
 from pipelines.stages.train import load_trained
+from pipelines.summary import load_metrics
 from pipelines.tracking import log_run
 from pipelines.workspace import Workspace
 
@@ -35,7 +36,7 @@ def run(config: Config) -> Path:
     """Writes `report.html`, then logs the run to `tracking.uri`."""
     workspace = Workspace.of(config)
     table = workspace.table("test")
-    metrics = json.loads(workspace.path("metrics.json").read_text())
+    metrics = load_metrics(config)
     choices = json.loads(workspace.path("choices.json").read_text())["chosen"]
     chosen = np.array(choices[metrics["best"]])
     tasks = _task_rows(workspace, table, chosen)
