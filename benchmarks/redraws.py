@@ -3,17 +3,16 @@
     python benchmarks/redraws.py --run runs/demo --name demo
 
 One split of a hundred test prompts is an anecdote. Here all labelled prompts are dealt anew, in the run's own sizes, to
-those that a controller learns from, those that calibrate it and those that test it, with the settings that the run found;
-the test prompts of each draw were seen by nothing. Reported is the mean over the draws and the range that holds 90% of
-them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, so the mean of all
-of them is known less well than their number suggests. Nothing is generated. Writes benchmarks/results/redraws-NAME.json.
+those that a controller learns from, those that calibrate it and those that test it, with the settings that the run
+found; the test prompts of each draw were seen by nothing. Reported is the mean over the draws and the range that holds
+90% of them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, so the mean
+is known less well than their number suggests. Nothing is generated. Writes benchmarks/results/redraws-NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from controller.base import choose
 from controller.learning import Settings, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
-from oracle.frontier.frontier import equal_mean_budget
+from oracle.frontier.knapsack import cheapest_choices
 from oracle.prompts import SPLITS
 from pipelines.config import Config, load_config
 from pipelines.controls import control_features
 from pipelines.learning_table import Table
 from pipelines.progress import progress
-from pipelines.stages.calibrate import certified, price_of
+from pipelines.stages.calibrate import certified
 from pipelines.stages.evaluate import best_static
 from pipelines.stages.train import tuned_settings
 from pipelines.workspace import Workspace
@@ -80,13 +79,13 @@ def _figures(workspace: Workspace, settings: Settings, table: Table, parts: list
     test, calibrate = table.rows(parts[0]), table.rows(parts[1])
     features, sets = control_features(CONTROL, table, settings.sets)
     named = Settings(settings.name, sets, settings.components, settings.parameters)
-    control = Table(table.prompts, features, table.scores, table.sufficient, table.kept, table.budgets)
+    control = replace(table, features=features)
     static = best_static(workspace.config, calibrate)
     return {
         "allocator": _allocated(workspace, settings, table, parts),
         CONTROL: _allocated(workspace, named, control, parts),
         "best_static": _card(workspace, np.full(len(test.prompts), static), test),
-        "oracle": {"budget": equal_mean_budget(test.scores, test.budgets), "quality_ratio": 1.0},
+        "oracle": _card(workspace, cheapest_choices(test.scores, test.budgets, float(test.full.mean())), test),
     }
 
 
@@ -94,17 +93,15 @@ def _allocated(workspace: Workspace, settings: Settings, table: Table, parts: li
     test, calibrate, fit = (table.rows(rows) for rows in parts)
     learned = learn(settings, fit.features, fit.kept, fit.budgets)
     certificate = certified(learned.predict(calibrate.features), calibrate, workspace)
-    chosen = choose(learned.predict(test.features), test.budgets, price_of(certificate.price))
-    return {
-        **_card(workspace, chosen, test),
-        "certified": float(certificate.price is not None),
-        "within_bound": float(_card(workspace, chosen, test)["loss"] <= workspace.config.calibration.alpha),
-    }
+    chosen = choose(learned.predict(test.features), test.budgets, certificate.price)
+    card = _card(workspace, chosen, test)
+    within = card["loss"] <= workspace.config.calibration.alpha
+    return {**card, "certified": float(certificate.price is not None), "within_bound": float(within)}
 
 
 def _card(workspace: Workspace, chosen: Rows, test: Table) -> dict[str, Any]:
     layers = [plan.layers for plan in workspace.menu().plans]
-    card = asdict(report_card(chosen, test.scores, test.kept, test.budgets, layers))
+    card = asdict(report_card(chosen, test.scores, test.kept, test.budgets, layers, test.unit))
     return {name: card[name] for name in ("layers", "budget", "quality_ratio", "loss", "captured_headroom")}
 
 
@@ -124,14 +121,13 @@ def results_table(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- |",
     ]
     for name, found in result["policies"].items():
-        cells = [_cell(found.get("layers"), 1, ""), *(_cell(found[key], 100, "%") for key in ("budget", "quality_ratio"))]
+        shares = [_cell(found[key], 100, "%") for key in ("budget", "quality_ratio")]
+        cells = [_cell(found["layers"], 1, ""), *shares]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(found: dict[str, float] | None, scale: float, unit: str) -> str:
-    if found is None:
-        return ""
+def _cell(found: dict[str, float], scale: float, unit: str) -> str:
     mean, low, high = (f"{scale * found[key]:.1f}" for key in ("mean", "low", "high"))
     return f"{mean}{unit} ({low} to {high})"
 

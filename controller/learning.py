@@ -47,10 +47,12 @@ class Learned:
 
     projection: Projection
     controller: Controller
+    full: float = 1.0
+    """What the full plan keeps."""
 
     def predict(self, features: Features) -> Floats:
-        """Expected share of quality kept [N, K], from raw features."""
-        return self.controller.predict(self.projection(features))
+        """What is expected to be kept [N, K], from raw features."""
+        return self.controller.predict(self.projection(features), self.full)
 
 
 def learn(
@@ -65,7 +67,7 @@ def learn(
         projection = Projection.fit(features, settings.sets, settings.components)
     controller = CONTROLLERS[settings.name](**settings.parameters)
     controller.fit(projection(features), kept.astype(np.float32), budgets.astype(np.float32))
-    return Learned(projection, controller)
+    return Learned(projection, controller, float(kept[0, -1]))
 
 
 def folds(n: int, n_folds: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:

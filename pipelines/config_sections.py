@@ -10,12 +10,12 @@ from backbone.stand_ins.distillation import DistillSettings
 from backbone.stand_ins.ridge_regression import Form
 from backbone.stand_ins.trained_parts import Where
 from controller.base import CONTROLLERS
+from controller.certificate.risks import Risk
 from controller.features import check_sets
 from oracle.decoding import Decoding, checked_options
 from oracle.menus import MENUS
 from oracle.prompts import FIELDS, SPLITS, Split
 
-Risk = Literal["insufficient", "score_lost"]
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
 
@@ -205,11 +205,12 @@ class TuningSection(Section):
 
 
 class CalibrationSection(Section):
-    risk: Risk = "score_lost"
-    """What is bounded: the mean of the score that answers lose, or the share of answers that are no longer sufficient
-    (`label.tolerance`)."""
+    risk: Risk = "mean_score"
+    """What is bounded: how far the mean score falls below the full model's, `mean_score`, where answers that win make
+    up for answers that lose; the mean of the score that answers lose, `score_lost`; or the share of answers that are no
+    longer sufficient (`label.tolerance`), `insufficient`."""
     alpha: float = Field(0.1, gt=0, lt=1)
-    """The bound."""
+    """The bound; for `mean_score` in shares of the full model's mean score."""
     delta: float = Field(0.1, gt=0, lt=1)
     """Probability that the bound fails."""
     per_task: bool = False
@@ -220,7 +221,7 @@ class CalibrationSection(Section):
 
 class EvaluationSection(Section):
     alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
-    """Mean losses at which the controllers and the controls are compared."""
+    """Mean losses, in the unit of `calibration.alpha`, at which the controllers and the controls are compared."""
     control_trials: int = Field(8, ge=1)
     """Trials of each control's own search: the defaults, the best controller's settings, and others."""
     own_judges: int = Field(0, ge=0)

@@ -19,7 +19,7 @@ from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import progress
 from pipelines.settings_search import Work, regret_bounds, search_in_memory
-from pipelines.stages.calibrate import certified, price_of
+from pipelines.stages.calibrate import certified
 from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
 from pipelines.workspace import Workspace
@@ -76,7 +76,7 @@ def control_settings(best: Settings, features: Features, sets: tuple[str, ...], 
     changes = {"feature_sets": [list(sets)], "trials": trials, "given": {}}
     components = sorted({*config.tuning.components, best.components})
     tuning = config.tuning.model_copy(update={**changes, "components": components})
-    work = Work(features, fit.kept, fit.budgets, regret_bounds(config), tuning)
+    work = Work(features, fit.kept, fit.budgets, regret_bounds(config, fit), tuning)
     return search_in_memory(best.name, work, {"components": best.components, **best.parameters})
 
 
@@ -103,7 +103,8 @@ def _both(name: str, learned: Learned, calibrate: Table, test: Table) -> tuple[F
 
 
 def _chosen(seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float) -> Choices:
-    return choose(predicted, test.budgets, price_for_loss(seen, calibrate.kept, calibrate.budgets, alpha))
+    price = price_for_loss(seen, calibrate.kept, calibrate.budgets, alpha * calibrate.unit)
+    return choose(predicted, test.budgets, price)
 
 
 def _measured(alpha: float, chosen: Mapping[str, Choices], test: Table, controls: frozenset[str] = frozenset()) -> Rows:
@@ -118,7 +119,7 @@ def _outcome(chosen: Choices, test: Table) -> dict[str, float]:
     rows = np.arange(len(chosen))
     return {
         "budget": float(test.budgets[chosen].mean()),
-        "loss": 1.0 - float(test.kept[rows, chosen].mean()),
+        "loss": float(test.losses[rows, chosen].mean()) / test.unit,
         "quality_ratio": float(test.scores[rows, chosen].mean() / max(test.scores[:, -1].mean(), 1e-12)),
     }
 
@@ -127,7 +128,7 @@ def _certified(
     workspace: Workspace, seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float
 ) -> dict[str, Any]:
     price = certified(seen, calibrate, workspace, alpha).price
-    return {"alpha": alpha, "price": price, **_outcome(choose(predicted, test.budgets, price_of(price)), test)}
+    return {"alpha": alpha, "price": price, **_outcome(choose(predicted, test.budgets, price), test)}
 
 
 def _knows_the_prompt(rows: Rows, best: str, alpha: float) -> bool:

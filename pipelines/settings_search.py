@@ -27,6 +27,7 @@ from controller.learning import CrossFit, Settings
 from controller.report.report_card import regret
 from pipelines.config import Config, ConfigError
 from pipelines.config_sections import TuningSection
+from pipelines.learning_table import Table
 
 HEARTBEAT_S, GRACE_S = 10, 60
 """A trial whose worker was killed is tried again by another one after GRACE_S without a sign of life."""
@@ -51,7 +52,7 @@ class Work:
         features: of N prompts.
         kept: share of quality that each plan keeps [N, K].
         budgets: of the plans [K].
-        bounds: mean losses at which the regret counts.
+        bounds: mean losses at which the regret counts, in the unit of `controller.base.lost`.
         tuning: how to search.
     """
 
@@ -76,9 +77,9 @@ class Work:
         return found
 
 
-def regret_bounds(config: Config) -> tuple[float, ...]:
+def regret_bounds(config: Config, table: Table) -> tuple[float, ...]:
     """The mean losses at which regret counts: around what calibration will ask for."""
-    alpha = config.calibration.alpha
+    alpha = config.calibration.alpha * table.unit
     return alpha / 2, alpha, 1.5 * alpha
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import StandIns, attach
+from controller.certificate.risks import quality_kept
 from controller.features import Features, rows_of
 from oracle.context_lengths import check_lengths
 from oracle.decoding import Decoding
@@ -27,7 +28,7 @@ from oracle.labels.store import LabelStore, StoreError
 from oracle.menus import LOOK_AT_NO_PROMPTS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from pipelines.config import Config, ConfigError
-from pipelines.learning_table import Table, quality_kept
+from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
 from pipelines.progress import progress, waiting
 
@@ -239,6 +240,7 @@ class Workspace:
             sufficient=sufficient,
             kept=quality_kept(self.config.calibration.risk, known, sufficient),
             budgets=np.array(self.menu().budgets),
+            risk=self.config.calibration.risk,
         )
 
     @cached_property

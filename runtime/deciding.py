@@ -56,6 +56,7 @@ class Decider:
     """Probe, controller, price and alarm.
 
     Attributes:
+        full: what the full plan keeps, on the scale of what the controller learned.
         price: None sends every prompt to the full plan, without a probe.
         drift: while it rings, every prompt gets the full plan; the probe goes on, so that it can fall silent.
         is_served: the prompts that are decided about are served, so that the alarm counts them.
@@ -66,6 +67,7 @@ class Decider:
     controller: Controller
     projection: Projection
     price: float | None
+    full: float = 1.0
     drift: DriftAlarm | None = None
     limit_ms: float | None = None
     is_served: bool = True
@@ -131,7 +133,7 @@ class Decider:
                 dtype,
                 wider_dtypes(dtype),
             )
-        predicted = self.controller.predict(projected)
+        predicted = self.controller.predict(projected, self.full)
         if silent := int((finite & ~np.isfinite(predicted).all(axis=1)).sum()):
             logger.warning("the controller gave %d prompts no number; they run the full plan", silent)
         return projected, choose(predicted, np.array(self.menu.budgets), self.price).tolist()

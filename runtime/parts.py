@@ -15,6 +15,7 @@ from backbone.stand_ins.attaching import StandIns, attach, attached_digest, atta
 from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
+from controller.certificate.risks import kept_by_full
 from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.deciding import Decider
@@ -102,4 +103,5 @@ class AllocatorParts:
 
     def decider(self, limit_ms: float | None = None) -> Decider:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        return Decider(self.menu, self.controller, self.projection, self.certificate.price, self.drift, limit_ms)
+        price, full = self.certificate.price, kept_by_full(self.certificate.risk)
+        return Decider(self.menu, self.controller, self.projection, price, full, self.drift, limit_ms)

@@ -69,6 +69,7 @@ def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: 
         alpha=calibration.alpha if alpha is None else alpha,
         delta=calibration.delta,
         risk=calibration.risk,
+        full=table.full,
         tasks=table.tasks.tolist(),
         per_task=calibration.per_task,
         tolerance=config.label.tolerance,
@@ -77,14 +78,9 @@ def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: 
     )
 
 
-def price_of(price: float | None) -> float:
-    """The price to decide at; without a certificate one that accepts no loss at all."""
-    return float("inf") if price is None else price
-
-
 def _drift_alarm(learned: Learned, certificate: Certificate, table: Table, config: Config) -> DriftAlarm:
     projected = learned.projection(table.features)
-    chosen = choose(learned.controller.predict(projected), table.budgets, price_of(certificate.price))
+    chosen = choose(learned.predict(table.features), table.budgets, certificate.price)
     return DriftAlarm(drift_scores(projected, table.budgets[chosen]), config.calibration.false_alarms)
 
 

@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from backbone.files import write_atomically
 from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
-from controller.models.constant import MixtureController, OracleController
+from controller.models.constant import MixtureController
 from controller.report.frontier_card import LEVEL, frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
 from oracle.frontier.bootstrap import bootstrap_interval
-from oracle.frontier.frontier import static_points, upper_hull
+from oracle.frontier.frontier import least_sufficient, static_points, upper_hull
+from oracle.frontier.knapsack import cheapest_choices
 from pipelines.config import Config
 from pipelines.controls import comparison
 from pipelines.judged_anew import by_own_judges
 from pipelines.learning_table import Table
 from pipelines.shown_prompts import shown
-from pipelines.stages.calibrate import price_of
 from pipelines.stages.train import load_trained
 from pipelines.stand_in_gain import before_and_after
 from pipelines.wall_clock import decision_ms, feature_ms, speeds
@@ -48,9 +48,9 @@ def run(config: Config) -> Path:
     calibration = json.loads(workspace.path("calibration.json").read_text())
     trained = load_trained(workspace)
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
-    prices = {name: price_of(found["price"]) for name, found in calibration["certificates"].items()}
+    prices = {name: found["price"] for name, found in calibration["certificates"].items()}
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
-    best, bounds = calibration["best"], config.evaluation.alphas
+    best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
     speed = speeds(workspace, allocator, test, chosen[best])
     examples = shown(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, calibrate, chosen[best])
@@ -116,17 +116,23 @@ def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) ->
     """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
     n_plans = len(test.budgets)
     rows = np.arange(len(test.prompts), dtype=np.float32)[:, None]
-    oracle = OracleController()
-    oracle.fit(rows, test.sufficient.astype(np.float32), test.budgets.astype(np.float32))
     shares = (np.bincount(best, minlength=n_plans) / len(best)).tolist()
     mixture = _mixture_at(float(test.budgets[best].mean()), calibrate)
     return {
         "full": choose(MixtureController.static(n_plans, n_plans - 1).predict(rows), test.budgets, 1.0),
-        "best_static": np.full(len(rows), _best_static(config, calibrate)),
+        "best_static": np.full(len(rows), best_static(config, calibrate)),
         "static_mixture": _draws(mixture, rows, test.budgets),
         "random": _draws(shares, rows, test.budgets),
-        "oracle": choose(oracle.predict(rows), test.budgets, float("inf")),
+        "oracle": _oracle(test),
     }
+
+
+def _oracle(test: Table) -> Choices:
+    """The cheapest choice that loses nothing, made with the scores in hand: on the whole where prompts that win make up
+    for others, else on every prompt."""
+    if test.risk == "mean_score":
+        return cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
+    return least_sufficient(test.sufficient)
 
 
 def _draws(weights: list[float], rows: NDArray[np.float32], budgets: NDArray[np.float64]) -> Choices:
@@ -135,11 +141,11 @@ def _draws(weights: list[float], rows: NDArray[np.float32], budgets: NDArray[np.
     return choose(np.concatenate(draws), budgets, 1.0)
 
 
-def _best_static(config: Config, calibrate: Table) -> int:
+def best_static(config: Config, calibrate: Table) -> int:
     """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is."""
     settings = config.calibration
     groups = calibrate.tasks if settings.per_task else None
-    return cheapest_valid_plan(1.0 - calibrate.kept, settings.alpha, settings.delta, settings.risk, groups)
+    return cheapest_valid_plan(calibrate.losses, settings.alpha, settings.delta, settings.risk, groups, calibrate.full)
 
 
 def _mixture_at(budget: float, table: Table) -> list[float]:
@@ -160,7 +166,7 @@ def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
     repeats = len(chosen) // len(test.prompts)
     layers = [plan.layers for plan in workspace.menu().plans]
     scores, kept = np.tile(test.scores, (repeats, 1)), np.tile(test.kept, (repeats, 1))
-    return report_card(chosen, scores, kept, test.budgets, layers)
+    return report_card(chosen, scores, kept, test.budgets, layers, test.unit)
 
 
 def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from backbone.files import write_atomically
-from controller.certificate.p_values import fewest_prompts
+from controller.certificate.fewest_prompts import fewest_prompts
+from controller.certificate.p_values import CalibrationError
 from controller.report.report_card import price_curve
 from oracle.frontier.frontier import least_sufficient, oracle_hull, static_points, upper_hull
 from oracle.labels.store import Label
@@ -180,12 +182,10 @@ def _example(task: str, prompt: str, reference: str, layers: float, label: Label
 
 def _tighter(certificate: dict[str, Any]) -> list[dict[str, Any]]:
     """How many calibration prompts tighter bounds take: at least, and if the loss seen were half the bound."""
-    delta, risk = certificate["delta"], certificate["risk"]
-    return [
-        {
-            "alpha": alpha,
-            "least": fewest_prompts(alpha, delta, risk),
-            "half": fewest_prompts(alpha, delta, risk, alpha / 2),
-        }
-        for alpha in (certificate["alpha"] / part for part in (2, 5, 10))
-    ]
+    delta, risk, full = certificate["delta"], certificate["risk"], round(certificate["full_score"], 4)
+    found = []
+    for alpha in (certificate["alpha"] / part for part in (2, 5, 10)):
+        with suppress(CalibrationError):  # more than can be looked at
+            least, half = (fewest_prompts(alpha, delta, risk, lost, full) for lost in (0.0, alpha / 2))
+            found.append({"alpha": alpha, "least": least, "half": half})
+    return found

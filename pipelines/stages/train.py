@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from controller.base import CONTROLLERS
+from controller.certificate.risks import kept_by_full
 from controller.learning import Learned, Settings, learn
 from controller.projection import Projection
 from pipelines.config import Config
@@ -43,8 +44,9 @@ def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
 
 def load_trained(workspace: Workspace) -> dict[str, Learned]:
     """What this stage saved."""
+    full = kept_by_full(workspace.config.calibration.risk)
     folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
     return {
-        name: Learned(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder))
+        name: Learned(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), full)
         for name, folder in folders.items()
     }

@@ -30,7 +30,7 @@ def run(config: Config) -> Path:
     workspace = Workspace.of(config)
     table = workspace.table("train", "tune")
     tuning = config.tuning
-    work = Work(table.features, table.kept, table.budgets, regret_bounds(config), tuning)
+    work = Work(table.features, table.kept, table.budgets, regret_bounds(config, table), tuning)
     url, key = tuning.storage or f"sqlite:///{config.folder / 'tuning.db'}", _space_key(config)
     found = {
         name: _given(work, name)

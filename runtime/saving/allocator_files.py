@@ -25,7 +25,7 @@ from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, f
 
 Parts = TypeVar("Parts", bound=AllocatorParts)
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
 MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
 ENTRIES: dict[str, type] = {

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from controller.certificate.risks import quality_kept
 from controller.learning import Settings
 from oracle.prompts import Prompt
 from pipelines.config import load_config
 from pipelines.controls import _knows_the_prompt, _unseen_tasks, control_features, control_settings
-from pipelines.learning_table import Table, quality_kept
+from pipelines.learning_table import Table
 from pipelines.settings_search import Work, regret_bounds
 
 ROOT = Path(__file__).parents[2]
@@ -23,13 +24,14 @@ def table(n: int, seed: int) -> Table:
     scores = np.column_stack([np.clip(states[:, 0] + 0.5, 0, 1), np.ones(n)])
     prompts = [Prompt(str(i), "abc"[i % 3], "text", "", "kl") for i in range(n)]
     features = {"states": states, "length": random.normal(size=(n, 1)).astype(np.float32)}
-    return Table(prompts, features, scores, scores >= 1, scores, np.array([0.5, 1.0]))
+    return Table(prompts, features, scores, scores >= 1, scores, np.array([0.5, 1.0]), "score_lost")
 
 
 def test_the_loss_is_what_the_certificate_bounds() -> None:
     scores = np.array([[0.2, 0.9, 0.6], [0.6, 0.5, 0.6]])
     sufficient = scores >= scores[:, -1:]
     np.testing.assert_allclose(quality_kept("score_lost", scores, sufficient), [[0.6, 1, 1], [1, 0.9, 1]])
+    np.testing.assert_allclose(quality_kept("mean_score", scores, sufficient), [[0.3, 0.65, 0.5], [0.5, 0.45, 0.5]])
     np.testing.assert_array_equal(quality_kept("insufficient", scores, sufficient), [[0, 1, 1], [1, 0, 1]])
 
 
@@ -52,7 +54,7 @@ def test_a_control_is_searched_for_by_itself() -> None:
     features, sets = control_features("length", some, best.sets)
     found = control_settings(best, features, sets, some, config)
     assert (found.name, found.sets) == ("logistic", ("length",))
-    work = Work(features, some.kept, some.budgets, regret_bounds(config), config.tuning)
+    work = Work(features, some.kept, some.budgets, regret_bounds(config, some), config.tuning)
     own = work.judge(found)
     assert own <= work.judge(replace(best, sets=sets)), "the best controller's settings were tried too"
     assert own <= work.judge(Settings("logistic", sets, 24, {"l2": 0.03})), "and the defaults"

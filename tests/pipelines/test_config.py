@@ -54,7 +54,10 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("decoding.options={repetition: 2}", "options holds 'repetition', which is no argument of generate()"),
         ("tuning.objectives=[decision_ms]", "unknown key 'tuning.objectives'"),
         ("data.shares={adapt: -0.5, train: 0.9, tune: 0.1, calibrate: 0.25, test: 0.25}", "sum to 1, got"),
-        ("calibration.risk=doubt", "calibration.risk: Input should be 'insufficient' or 'score_lost', got 'doubt'"),
+        (
+            "calibration.risk=doubt",
+            "calibration.risk: Input should be 'mean_score', 'score_lost' or 'insufficient', got 'doubt'",
+        ),
         ("menu.method=magic", "menu.method: 'magic' is not among the menus, known are given, evenly, exiting,"),
         ("menu.method=given", "the method 'given' and a list of plans in menu.given go together"),
         ("data.shares={train: 1.0}", "data: shares must name adapt, train, tune, calibrate, test"),
