@@ -115,13 +115,6 @@ class LayerPlan:
                 mlp.update(range(first, last + 1))
         return cls(n_layers, frozenset(attention), frozenset(mlp))
 
-    def to_json(self) -> dict[str, Any]:
-        return {"n_layers": self.n_layers, "runs": str(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LayerPlan:
-        return cls.parse(data["runs"], data["n_layers"])
-
     @property
     def is_full(self) -> bool:
         return len(self.attention) == len(self.mlp) == self.n_layers

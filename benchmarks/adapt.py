@@ -50,7 +50,7 @@ from oracle.menus.base import MenuTask
 from oracle.prompts import Prompt, load_prompts
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = ("none", "bridges", "bridges_in_order", "bridges_low_rank", "adapter", "both", "both+references", "vectors")
+METHODS = ("none", "bridges", "bridges_in_order", "bridges_low_rank", "adapter", "both", "both+references")
 
 
 def main() -> None:
@@ -165,7 +165,7 @@ class Bench:
         if method == "none":
             return StandIns(fingerprint), {}
         examples, bridges = self.examples(prompts), {}
-        if method not in ("adapter", "vectors"):
+        if method != "adapter":
             form = "low_rank" if method == "bridges_low_rank" else "full"
             sequences = [example.tokens[:-1] for example in examples]
             fits = fit_bridges(self.model, sequences, plans, form=form, in_order=method == "bridges_in_order")  # type: ignore[arg-type]
@@ -173,7 +173,6 @@ class Bench:
             if method.startswith("bridges"):
                 return StandIns(fingerprint, bridges), {"tokens": sum(map(len, sequences))}
         settings = DistillSettings(
-            where="vectors" if method == "vectors" else "all",
             epochs=self.arguments.epochs,
             plans_per_step=self.arguments.plans_per_step,
             evaluate_every=20,

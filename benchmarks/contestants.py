@@ -1,4 +1,4 @@
-"""Our own ways to answer the prompts of benchmarks/runtime.py. Shapes: `N` prompts, `T` new tokens."""
+"""Our own ways to answer the prompts of benchmarks/end_to_end.py. Shapes: `N` prompts, `T` new tokens."""
 
 from __future__ import annotations
 

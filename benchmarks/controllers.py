@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import workload
 from numpy.typing import NDArray
+from redrawn_splits import resampled_violations
 
 from backbone.plan import LayerPlan
 from controller.base import Floats, choose
 from controller.certificate.calibration import valid_price
 from controller.certificate.p_values import Risk
-from controller.certificate.redrawn_splits import resampled_violations
 from controller.features import Features
 from controller.learning import CrossFit, Settings, learn
 from controller.report.headroom_card import captured_by

@@ -1,7 +1,7 @@
 """Generation end to end: stock, a static plan, the allocator, its ideal, and peers, on the same prompts in one process.
 
-    python benchmarks/runtime.py --model gemma --allocator runs/demo/allocator          # some 7 minutes on 2 cores
-    python benchmarks/runtime.py --model FOLDER --allocator DIR --data FILE.jsonl --device cuda --prompts 256
+    python benchmarks/end_to_end.py --model gemma --allocator runs/demo/allocator          # some 7 minutes on 2 cores
+    python benchmarks/end_to_end.py --model FOLDER --allocator DIR --data FILE.jsonl --device cuda --prompts 256
 
 Contestants take turns round by round; medians of the rounds count. All generate exactly --new-tokens tokens for every
 prompt; answers are then cut at the end of text and at the stop strings of the allocator's decoding, and judged.
@@ -15,7 +15,7 @@ prompt; answers are then cut at the end of text and at the stop strings of the a
 - lossless: the allocator's plan drafts, the full model checks (batch 1 only)
 - peers: see peers.py
 
-Run as benchmarks/runtime.py. A batch size b runs at most 8 * b prompts. Writes benchmarks/results/runtime-NAME.json.
+A batch size b runs at most 8 * b prompts. Writes benchmarks/results/runtime-NAME.json.
 """
 
 from __future__ import annotations

@@ -2,15 +2,14 @@
 
     python benchmarks/keep.py --run runs/qwen_mixed
 
-Writes benchmarks/results/NAME.json, the run's metrics with the settings of its controllers, and NAME.html, its report
-without the examples, which belong to whoever wrote the prompts. Of the model's source only the last part stays.
+Writes benchmarks/results/NAME.json, the run's metrics with the settings of its controllers. Of the model's source only
+the last part stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,10 +30,6 @@ def main() -> None:
         },
     }
     (RESULTS / f"{folder.name}.json").write_text(json.dumps(kept, indent=2) + "\n")
-    page = (folder / "report.html").read_text().replace(source, Path(source).name)
-    page, examples = re.subn(r"<section>\s*<h2>Examples</h2>.*?</section>", "", page, flags=re.DOTALL)
-    assert examples == 1, "the report has one section of examples"
-    (RESULTS / f"{folder.name}.html").write_text(page)
     print(RESULTS / f"{folder.name}.json")
 
 

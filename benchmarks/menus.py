@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import workload
+from split_half import split_half
+from static_plans import compare, quality_at
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.families import sublayer_bytes
@@ -36,14 +38,12 @@ from oracle.frontier.frontier import (
     sufficient_plans,
     upper_hull,
 )
-from oracle.frontier.split_half import split_half
 from oracle.labels.follow_full_answer import follow
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import LabelStore
 from oracle.menus import MENUS
 from oracle.menus.base import MenuTask
-from oracle.menus.comparing import compare, quality_at
 from oracle.prompts import Prompt
 
 RESULTS = Path(__file__).parent / "results"

@@ -154,9 +154,6 @@ CONTROLLERS: Registry[type[Controller]] = Registry(
         "lightgbm": "controller.models.gbdt:LightGBMController",
         "mlp": "controller.models.mlp:MLPController",
         "logistic": "controller.models.logistic:LogisticController",
-        "ensemble": "controller.models.ensemble:EnsembleController",
-        "mixture": "controller.models.constant:MixtureController",
-        "oracle": "controller.models.constant:OracleController",
     },
 )
 """Name -> class; the name is written in a saved allocator."""

@@ -108,7 +108,7 @@ class AdaptSection(Section):
     """Prompts of the split `adapt`, with the full model's answers, to fit and train on."""
     form: Form = "full"
     rank: int = Field(64, ge=1)
-    """Of bridges that are `low_rank` or `diagonal_low_rank`."""
+    """Of bridges that are `low_rank`."""
     in_order: bool = False
     """Fit a plan's later gaps on the states that it produces with its bridges so far."""
     where: Where = "all"

@@ -9,6 +9,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -39,7 +41,6 @@ COLOURS = _Colours(
         "lightgbm": "#d1495b",
         "mlp": "#3066be",
         "logistic": "#7b5ea7",
-        "ensemble": "#e08e45",
     }
 )
 """Of policies; another controller has one of `OTHERS`, always the same."""
@@ -53,7 +54,6 @@ NAMES = _Names(
         "lightgbm": "LightGBM",
         "mlp": "MLP",
         "logistic": "logistic regression",
-        "ensemble": "LightGBM and MLP",
         "shuffled": "control: shuffled features",
         "length": "control: prompt length alone",
         "task": "control: name of the task alone",
@@ -63,6 +63,7 @@ NAMES = _Names(
     }
 )
 """Of policies in words; another controller has its own name."""
+FEW_TO_MANY = LinearSegmentedColormap.from_list("layers", ["#c3d3ee", "#3066be", "#16294d"])
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -79,8 +80,11 @@ STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
+WIDE, HALF = 10.0, 4.8
+"""Widths in inches of a figure that fills the page and of one of two side by side: so texts have one size in both."""
 
 
+@matplotlib.rc_context(STYLE)
 def quality_against_budget(
     statics: Sequence[Point],
     mixture: Sequence[Point],
@@ -91,8 +95,7 @@ def quality_against_budget(
 ) -> str:
     """Mean score against mean budget: static plans and their mixtures, the oracle, each controller at all prices,
     each policy where it was set to work, and, where it is known, what the model's plans are worth without stand-ins."""
-    figure = Figure(figsize=(7.6, 4.6))
-    axes = figure.subplots()
+    figure, axes = _drawing(WIDE, 5.2)
     if frozen is not None:
         axes.plot(*_columns(frozen["oracle_hull"]), color=MUTED, lw=1.2, label="oracle frontier, frozen model")
         axes.plot(*_columns(frozen["static_hull"]), color=MUTED, lw=1.2, ls="--", label="mixtures, frozen model")
@@ -110,16 +113,16 @@ def quality_against_budget(
     return _svg(figure, "quality")
 
 
-def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int) -> str:
-    """For each kind of prompt: mean layers that the oracle needs and that the allocator ran."""
+@matplotlib.rc_context(STYLE)
+def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int, colour: str) -> str:
+    """For each kind of prompt: mean layers that the oracle needs and that the allocator, in its colour, ran."""
     tasks = sorted(layers, key=lambda task: layers[task][1])
     oracle, chosen = np.array([layers[task] for task in tasks]).T
-    figure = Figure(figsize=(7.6, 0.9 + 0.34 * len(tasks)))
-    axes = figure.subplots()
+    figure, axes = _drawing(HALF, 0.9 + 0.3 * len(tasks))
     rows = np.arange(len(tasks))
     axes.hlines(rows, oracle, chosen, color=GRID, lw=6)
     axes.scatter(oracle, rows, color=COLOURS["oracle"], s=60, label="least sufficient plan (oracle)", zorder=3)
-    axes.scatter(chosen, rows, color=COLOURS["lightgbm"], s=60, label="allocator", zorder=3)
+    axes.scatter(chosen, rows, color=colour, s=60, label="allocator", zorder=3)
     axes.axvline(n_layers, color=INK, lw=1, ls=":")
     axes.set(xlabel=f"mean layers run, of {n_layers}", yticks=rows, yticklabels=tasks)
     axes.grid(axis="y", visible=False)
@@ -127,11 +130,11 @@ def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int) -> 
     return _svg(figure, "tasks")
 
 
+@matplotlib.rc_context(STYLE)
 def layers_of_prompts(layers: Mapping[str, Sequence[float]], n_layers: int) -> str:
     """One square a test prompt, a row a task, coloured by the layers it ran."""
     tasks = sorted(layers, key=lambda task: float(np.mean(layers[task])))
-    figure = Figure(figsize=(7.6, 0.9 + 0.34 * len(tasks)))
-    axes = figure.subplots()
+    figure, axes = _drawing(HALF, 0.9 + 0.3 * len(tasks))
     lowest = min(min(values) for values in layers.values())
     for row, task in enumerate(tasks):
         values = sorted(layers[task])
@@ -140,8 +143,8 @@ def layers_of_prompts(layers: Mapping[str, Sequence[float]], n_layers: int) -> s
             [row] * len(values),
             c=values,
             marker="s",
-            s=46,
-            cmap="viridis_r",
+            s=30,
+            cmap=FEW_TO_MANY,
             vmin=lowest,
             vmax=n_layers,
         )
@@ -151,10 +154,10 @@ def layers_of_prompts(layers: Mapping[str, Sequence[float]], n_layers: int) -> s
     return _svg(figure, "prompts")
 
 
+@matplotlib.rc_context(STYLE)
 def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float64]]]) -> str:
     """Predicted share of quality that a shortened plan keeps, against what it kept."""
-    figure = Figure(figsize=(4.8, 4.2))
-    axes = figure.subplots()
+    figure, axes = _drawing(HALF, 4.4)
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
     for name, (expected, kept) in predictions.items():
         predicted, observed, counts = _bins(expected[:, :-1].ravel(), kept[:, :-1].ravel())
@@ -167,11 +170,11 @@ def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.
     return _svg(figure, "reliability")
 
 
+@matplotlib.rc_context(STYLE)
 def importance(shares: Mapping[str, Mapping[str, float]]) -> str:
     """For each controller, the share of the variance of the regret that each of its settings explains."""
     rows = [(name, key, share) for name, found in shares.items() for key, share in list(found.items())[:8]]
-    figure = Figure(figsize=(4.8, 0.9 + 0.26 * max(len(rows), 1)))
-    axes = figure.subplots()
+    figure, axes = _drawing(HALF, 0.9 + 0.26 * max(len(rows), 1))
     places = np.arange(len(rows))[::-1]
     axes.barh(places, [share for _, _, share in rows], color=[COLOURS[name] for name, _, _ in rows], height=0.7)
     axes.set(xlabel="share of the variance of the regret", yticks=places, yticklabels=[key for _, key, _ in rows])
@@ -187,13 +190,19 @@ def _bins(predicted: NDArray[np.float32], observed: NDArray[np.float64]) -> tupl
     return tuple(np.array(rows).T)
 
 
+def _drawing(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches and its axes."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
+
+
 def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
 def _svg(figure: Figure, name: str) -> str:
     out = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(out, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]

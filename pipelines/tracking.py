@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,37 @@ def _experiment(config: Config) -> str:
     """The experiment's id. With the embedded database, artifacts lie beside it, wherever the process was started."""
     import mlflow
 
+    database = _embedded_database(config.tracking.uri)
+    location = None if database is None else (database.parent / "artifacts").resolve().as_uri()
     found = mlflow.get_experiment_by_name(config.tracking.experiment)
-    if found is not None:
-        return str(found.experiment_id)
-    uri, location = config.tracking.uri, None
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").resolve().as_uri()
-    return str(mlflow.create_experiment(config.tracking.experiment, artifact_location=location))
+    if found is None:
+        return str(mlflow.create_experiment(config.tracking.experiment, artifact_location=location))
+    if database is not None and location is not None and location != found.artifact_location:
+        _follow_move(database, str(found.experiment_id), found.artifact_location, location)
+    return str(found.experiment_id)
+
+
+def _embedded_database(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _follow_move(database: Path, experiment: str, old: str, new: str) -> None:
+    """After the project was moved or copied, artifacts are where they lie now: MLflow keeps absolute places, and has no
+    call that changes them, so the database is told. An experiment whose artifacts somebody keeps elsewhere stays as it
+    is: its runs have no folders beside the database."""
+    folder = database.parent / "artifacts"
+    with closing(sqlite3.connect(database)) as connection, connection:
+        runs = [
+            run for (run,) in connection.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (experiment,))
+        ]
+        if not any((folder / run).is_dir() for run in runs):
+            return
+        connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (new, experiment))
+        connection.execute(
+            "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
+            "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
+            (new, len(old) + 1, experiment, len(old) + 1, f"{old}/"),
+        )
 
 
 def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:

@@ -202,8 +202,6 @@ class _Rows:
             index, n_rows = self._index(inside, output.device), len(self._current) * self._copies
             rows = hidden_states.reshape(n_rows, -1, hidden_states.shape[-1]).index_select(0, index)
             by_row = output.reshape(n_rows, -1, output.shape[-1])
-            if swap.change is None:
-                return by_row.index_copy(0, index, swap.forward(rows)).view_as(output)
             return by_row.index_add(0, index, swap.change(rows)).view_as(output)
 
         return run

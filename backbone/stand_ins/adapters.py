@@ -1,8 +1,8 @@
 """Adapters: small changes of some weights that all shortened plans share; the full plan keeps its own weights.
 
-A change is a low-rank product, LoRA (Hu et al. 2021, arXiv 2106.09685, section 4), or, for a norm's weight or a bias, a
-vector. It is merged into a copy of the weight, so that an adapted layer costs no more time than any other, at the price
-of one more copy of the adapted weights in memory, however many plans use it.
+A change is a low-rank product, LoRA (Hu et al. 2021, arXiv 2106.09685, section 4). It is merged into a copy of the
+weight, so that an adapted layer costs no more time than any other, at the price of one more copy of the adapted weights
+in memory, however many plans use it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Adapter:
     """Changes of a model's weights.
 
     Attributes:
-        changes: by parameter name; (up [out, r], down [r, in]), whose product is added, or (vector,), added as it is.
+        changes: by parameter name, the weight of a linear layer; up [out, r] and down [r, in], whose product is added.
     """
 
-    changes: Mapping[str, tuple[torch.Tensor, ...]]
+    changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
     def merged(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """By parameter name, copies of the changed weights, in the model's dtype and on its devices.
@@ -47,7 +47,6 @@ class Adapter:
         return {
             name: _low_rank(*(factor.to(merged[name].device, merged[name].dtype) for factor in factors))
             for name, factors in self.changes.items()
-            if len(factors) == 2
         }
 
     @torch.no_grad()
@@ -58,12 +57,13 @@ class Adapter:
             weight = getattr(module, own_name)
         except AttributeError:
             raise AdapterError(f"this adapter changes {name}, which the model does not have") from None
+        if not isinstance(module, nn.Linear | Conv1D) or own_name != "weight":
+            raise AdapterError(f"this adapter changes {name}, which is not the weight of a linear layer")
         if not weight.is_floating_point() or weight.is_meta:
             kind = "is not in memory" if weight.is_meta else f"is kept as {weight.dtype} (quantised)"
             raise AdapterError(f"this adapter changes {name}, which {kind}; load the model unquantised, on one device")
-        factors = [factor.to(weight.device, torch.float32) for factor in self.changes[name]]
-        change = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
-        change = change.T if isinstance(module, Conv1D) and change.dim() == 2 else change
+        up, down = (factor.to(weight.device, torch.float32) for factor in self.changes[name])
+        change = (up @ down).T if isinstance(module, Conv1D) else up @ down
         if change.shape != weight.shape:
             raise AdapterError(
                 f"this adapter changes {name} of shape {tuple(change.shape)}, the model's is {tuple(weight.shape)}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -96,15 +95,15 @@ class StandIns:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """A module that computes with other weights while a shortened plan runs: `forward` takes its forward's place.
+    """A linear layer with another weight while a shortened plan runs: `forward` takes the place of its own.
 
-    Where only some rows run shortened plans, `change` says what the other weights add to the output: inputs [.., in] ->
-    [.., out]. None where that is not a low-rank product.
+    Where only some rows run shortened plans, `change` says what the other weight adds to the output: inputs [.., in] ->
+    [.., out].
     """
 
     module: nn.Module
     forward: Callable[..., Any]
-    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    change: LowRank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,30 +149,17 @@ def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
     merged = {} if stand_ins.adapter is None else stand_ins.adapter.merged(model)
     changes = {} if stand_ins.adapter is None else stand_ins.adapter.low_rank(merged)
     digest = "" if stand_ins.is_empty else stand_ins.digest
-    set_attached(model, Attached(digest, bridges, swaps_of(model, merged, changes), changed_layers(model, merged)))
-
-
-def swaps_of(
-    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], changes: Mapping[str, LowRank] | None = None
-) -> tuple[Swap, ...]:
-    """The swaps after which the parameters of these names have these values; `changes`: see `Adapter.low_rank`."""
-    by_module: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, weight in weights.items():
-        owner, _, own_name = name.rpartition(".")
-        by_module[owner][own_name] = weight
-    return tuple(
-        _swap(
-            model.get_submodule(owner), changed, (changes or {}).get(f"{owner}.weight") if len(changed) == 1 else None
-        )
-        for owner, changed in by_module.items()
+    swaps = tuple(
+        _swap(model.get_submodule(name.removesuffix(".weight")), merged[name], changes[name]) for name in merged
     )
+    set_attached(model, Attached(digest, bridges, swaps, changed_layers(model, merged)))
 
 
-def _swap(module: nn.Module, weights: Mapping[str, torch.Tensor], change: LowRank | None) -> Swap:
-    """The module's own code over other weights: a twin that shares everything else with it. The module itself stays as
+def _swap(module: nn.Module, weight: nn.Parameter, change: LowRank) -> Swap:
+    """The module's own code over another weight: a twin that shares everything else with it. The module itself stays as
     it is, since other threads may be running it."""
     twin = copy.copy(module)
-    twin.__dict__["_parameters"] = {**module._parameters, **weights}
+    twin.__dict__["_parameters"] = {**module._parameters, "weight": weight}
     return Swap(module, partial(type(module).forward, twin), change)
 
 

@@ -19,28 +19,25 @@ from backbone.plan import LayerPlan
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bridge:
-    """Stands in for the layers of one gap: state -> state + state * diagonal + state @ (product of factors) + bias.
+    """Stands in for the layers of one gap: state -> state + state @ (product of factors) + bias.
 
     Attributes:
         factors: one matrix [D, D], or two, [D, r] and [r, D].
         bias: [D].
-        diagonal: [D], or None for none.
     """
 
     factors: tuple[torch.Tensor, ...]
     bias: torch.Tensor
-    diagonal: torch.Tensor | None = None
 
     def __call__(self, state: torch.Tensor) -> torch.Tensor:
         change = state
         for factor in self.factors:
             change = change @ factor.to(state.dtype)
-        change = state + change + self.bias.to(state.dtype)
-        return change if self.diagonal is None else change + state * self.diagonal.to(state.dtype)
+        return state + change + self.bias.to(state.dtype)
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        return [*self.factors, self.bias, *([] if self.diagonal is None else [self.diagonal])]
+        return [*self.factors, self.bias]
 
     @property
     def rank(self) -> int:
@@ -48,18 +45,16 @@ class Bridge:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Bridge:
         """The same map, its tensors moved and rounded."""
-        diagonal = None if self.diagonal is None else self.diagonal.to(device, dtype)
-        return Bridge(tuple(f.to(device, dtype) for f in self.factors), self.bias.to(device, dtype), diagonal)
+        return Bridge(tuple(f.to(device, dtype) for f in self.factors), self.bias.to(device, dtype))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name, as `from_tensors` takes them."""
-        named = {f"factor_{index}": factor for index, factor in enumerate(self.factors)} | {"bias": self.bias}
-        return named if self.diagonal is None else named | {"diagonal": self.diagonal}
+        return {f"factor_{index}": factor for index, factor in enumerate(self.factors)} | {"bias": self.bias}
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, torch.Tensor]) -> Bridge:
         factors = tuple(named[name] for name in sorted(named) if name.startswith("factor_"))
-        return cls(factors, named["bias"], named.get("diagonal"))
+        return cls(factors, named["bias"])
 
 
 Bridges = Mapping[LayerPlan, Mapping[int, Bridge]]

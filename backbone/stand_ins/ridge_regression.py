@@ -16,7 +16,7 @@ import torch
 
 from backbone.stand_ins.bridges import Bridge
 
-Form = Literal["full", "low_rank", "diagonal_low_rank"]
+Form = Literal["full", "low_rank"]
 RIDGES = tuple(10.0**power for power in range(-9, 0))
 """Ridge strengths tried, as shares of the mean square of the inputs."""
 
@@ -84,53 +84,43 @@ def fit_bridge(fitted: Moments, held: Moments, form: Form, rank: int) -> Fit:
 
     Args:
         fitted, held: sums over the tokens to fit on, and over those to choose by.
-        form: `full`; `low_rank`, a product of two matrices; `diagonal_low_rank`, such a product beside a diagonal. With
-            too few tokens for `full` it is `low_rank`, and the result says so.
-        rank: r of the low-rank forms; at most half of the number of tokens counts.
+        form: `full`, or `low_rank`, a product of two matrices. With too few tokens for `full` it is `low_rank`, and the
+            result says so.
+        rank: r of the form `low_rank`; at most half of the number of tokens counts.
     """
     size = fitted.cross.shape[1]
     if form == "full" and fitted.tokens < TOKENS_PER_INPUT * size:
         form = "low_rank"
     rank = max(1, min(rank, size, fitted.tokens // TOKENS_PER_INPUT))
-    diagonal = _diagonal(fitted) if form == "diagonal_low_rank" else torch.zeros_like(fitted.cross[0])
     best: tuple[float, float, torch.Tensor] | None = None
     for ridge in RIDGES:
-        solution = _solve(fitted, diagonal, ridge, None if form == "full" else rank)
+        solution = _solve(fitted, ridge, None if form == "full" else rank)
         if solution is None:
             continue
-        whole = solution.clone()
-        whole[:size].diagonal().add_(diagonal)
-        if (error := held.error(whole)) == error and (best is None or error < best[0]):
+        if (error := held.error(solution)) == error and (best is None or error < best[0]):
             best = (error, ridge, solution)
     if best is None:
         raise FloatingPointError("a bridge could not be fitted: the model's states are not finite")
     error, ridge, solution = best
-    bridge = _as_bridge(solution, diagonal, form, rank)
+    bridge = _as_bridge(solution, form, rank)
     nothing = held.error(torch.zeros_like(solution))
     return Fit(bridge, form, ridge, error, nothing, fitted.tokens)
 
 
-def _diagonal(moments: Moments) -> torch.Tensor:
-    """[D]: each coordinate's own regression on itself."""
-    size = moments.cross.shape[1]
-    return moments.cross[:size].diagonal() / moments.inputs.diagonal()[:size].clamp(min=1e-12)
-
-
-def _solve(moments: Moments, diagonal: torch.Tensor, ridge: float, rank: int | None) -> torch.Tensor | None:
-    """[D + 1, D]: ridge regression of what the diagonal leaves; of that, the best approximation of a given rank.
+def _solve(moments: Moments, ridge: float, rank: int | None) -> torch.Tensor | None:
+    """[D + 1, D]: ridge regression; where a rank is given, its best approximation of that rank.
 
     The latter is reduced-rank regression (Izenman 1975, Reduced-rank regression for the multivariate linear model): a
     truncated singular value decomposition of the predictions. None where the ridge is too small for the sums to be
     positive definite.
     """
     size = moments.cross.shape[1]
-    cross = moments.cross - moments.inputs[:, :size] * diagonal
     inputs = moments.inputs.clone()
     inputs.diagonal()[:size].add_(ridge * float(moments.inputs.diagonal()[:size].mean()))
     lower, failed = torch.linalg.cholesky_ex(inputs)
     if failed or not torch.isfinite(lower).all():
         return None
-    solution = torch.cholesky_solve(cross, lower)
+    solution = torch.cholesky_solve(moments.cross, lower)
     if rank is None:
         return solution
     left, values, right = torch.linalg.svd(lower.T @ solution, full_matrices=False)
@@ -139,11 +129,11 @@ def _solve(moments: Moments, diagonal: torch.Tensor, ridge: float, rank: int | N
     return truncated
 
 
-def _as_bridge(solution: torch.Tensor, diagonal: torch.Tensor, form: Form, rank: int) -> Bridge:
+def _as_bridge(solution: torch.Tensor, form: Form, rank: int) -> Bridge:
     weight, bias = solution[:-1], solution[-1].float()
     if form == "full":
         return Bridge((weight.float().contiguous(),), bias)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     scale = values[:rank].sqrt()
     factors = ((left[:, :rank] * scale).float().contiguous(), (scale[:, None] * right[:rank]).float().contiguous())
-    return Bridge(factors, bias, diagonal.float() if form == "diagonal_low_rank" else None)
+    return Bridge(factors, bias)

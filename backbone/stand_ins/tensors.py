@@ -70,24 +70,22 @@ def _bridge(plan: LayerPlan, first: int, named: Tensors) -> Bridge:
 
 
 def _is_bridge(shapes: Mapping[str, tuple[int, ...]], matrices: list[tuple[int, ...]]) -> bool:
-    """Whether these are a bias [D], one matrix [D, D] or two, [D, r] and [r, D], and perhaps a diagonal [D]."""
+    """Whether these are a bias [D], and one matrix [D, D] or two, [D, r] and [r, D]."""
     size = shapes.get("bias", ())
     return (
-        {"factor_0", "bias"} <= shapes.keys() <= {"factor_0", "factor_1", "bias", "diagonal"}
+        {"factor_0", "bias"} <= shapes.keys() <= {"factor_0", "factor_1", "bias"}
         and len(size) == 1
-        and shapes.get("diagonal", size) == size
         and all(len(matrix) == 2 for matrix in matrices)
         and (matrices[0][0], matrices[-1][1]) == size * 2
         and matrices[0][1] == matrices[-1][0]
     )
 
 
-def _change(parameter: str, named: Tensors) -> tuple[torch.Tensor, ...]:
-    factors = tuple(named[index] for index in sorted(named))
-    fits = [factor.dim() for factor in factors] in ([1], [2, 2])
-    if sorted(named) != ["0", "1"][: len(named)] or not fits or factors[0].shape[-1:] != factors[-1].shape[:1]:
-        raise StandInsError(f"the change of {parameter!r:.80} should be a vector, or two matrices to multiply")
-    return factors
+def _change(parameter: str, named: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    both = named.keys() == {"0", "1"} and all(factor.dim() == 2 for factor in named.values())
+    if not both or named["0"].shape[1] != named["1"].shape[0]:
+        raise StandInsError(f"the change of {parameter!r:.80} should be two matrices to multiply")
+    return named["0"], named["1"]
 
 
 def _number(text: str) -> int:

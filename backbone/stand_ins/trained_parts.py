@@ -1,4 +1,4 @@
-"""What an adapter's training changes: LoRA matrices or vectors of some layers, and the menu's bridges."""
+"""What an adapter's training changes: LoRA matrices of some layers, and the menu's bridges."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.stand_ins.adapters import Adapter, AdapterError
-from backbone.stand_ins.attaching import Attached, detach, set_attached, swaps_of
+from backbone.stand_ins.attaching import Attached, detach, set_attached
 from backbone.stand_ins.bridges import Bridge, Bridges
 
-Where = Literal["all", "beside_gaps", "vectors", "nowhere"]
-"""Weights that an adapter changes: all matrices, those of the layers next to a gap, norms and biases, or none."""
+Where = Literal["all", "beside_gaps", "nowhere"]
+"""Weights that an adapter changes: all matrices, those of the layers next to a gap, or none."""
 
 LORA_SCALE = 2.0
 """What the product of the LoRA matrices is multiplied with."""
@@ -52,10 +52,9 @@ class Trainable:
         seed: int,
     ) -> None:
         self._model, self.plans, self._layers = model, list(plans), layers
-        targets = _matrix_modules(model, layers) if where in ("all", "beside_gaps") else []
+        targets = [] if where == "nowhere" else _matrix_modules(model, layers)
         self._wrapped = _with_lora(model, targets, rank, seed) if targets else None
         self._lora = {name: model.get_submodule(name) for name in targets}
-        self._vectors = _vectors(model, layers) if where == "vectors" else {}
         self._bridges = {plan: {i: _copied(b, model) for i, b in of_plan.items()} for plan, of_plan in bridges.items()}
         self.parameters: dict[str, nn.Parameter] = {}
         for name, layer in self._lora.items():
@@ -65,7 +64,6 @@ class Trainable:
                 for part, tensor in bridge.tensors().items():
                     assert isinstance(tensor, nn.Parameter)
                     self.parameters[f"bridge {plan} {first} {part}"] = tensor
-        self.parameters |= self._vectors
 
     def is_bridge(self, name: str) -> bool:
         return name.startswith("bridge ")
@@ -73,11 +71,7 @@ class Trainable:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Within this block, shortened plans run with the parameters as they are now, differentiably."""
-        weights = {
-            n: (self._model.get_parameter(n) + delta).to(self._model.dtype) for n, delta in self._vectors.items()
-        }
-        swaps = swaps_of(self._model, weights)
-        set_attached(self._model, Attached("in training", self._bridges, swaps, frozenset(self._layers)))
+        set_attached(self._model, Attached("in training", self._bridges, changed=frozenset(self._layers)))
         try:
             yield
         finally:
@@ -89,12 +83,11 @@ class Trainable:
 
     @torch.no_grad()
     def result(self) -> tuple[Adapter | None, Bridges]:
-        """What was trained: copies on the CPU, matrices in bfloat16, vectors in float32."""
-        changes: dict[str, tuple[torch.Tensor, ...]] = {}
+        """What was trained: copies on the CPU, in bfloat16."""
+        changes = {}
         for name, layer in self._lora.items():
             up, down = _matrices(layer)
             changes[f"{name}.weight"] = (_stored(up * LORA_SCALE), _stored(down))
-        changes |= {name: (delta.detach().cpu().clone(),) for name, delta in self._vectors.items()}
         bridges = {
             plan: {first: bridge.to(torch.device("cpu"), torch.bfloat16) for first, bridge in of_plan.items()}
             for plan, of_plan in self._bridges.items()
@@ -136,12 +129,6 @@ def _with_lora(model: PreTrainedModel, targets: Sequence[str], rank: int, seed: 
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=int(LORA_SCALE * rank), target_modules=list(targets))
     return get_peft_model(model, config)
-
-
-def _vectors(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, nn.Parameter]:
-    inside = {id(p) for i in layers for p in decoder_layers(model)[i].parameters() if p.dim() == 1}
-    named = [(name, p) for name, p in model.named_parameters() if id(p) in inside]
-    return {name: nn.Parameter(torch.zeros_like(p, dtype=torch.float32)) for name, p in named}
 
 
 def _copied(bridge: Bridge, model: PreTrainedModel) -> Bridge:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from backbone.files import write_atomically
 from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
-from controller.models.constant import MixtureController
 from controller.report.frontier_card import LEVEL, frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
 from oracle.frontier.bootstrap import bootstrap_interval
@@ -114,15 +113,13 @@ def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None
 
 def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) -> dict[str, Choices]:
     """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
-    n_plans = len(test.budgets)
-    rows = np.arange(len(test.prompts), dtype=np.float32)[:, None]
-    shares = (np.bincount(best, minlength=n_plans) / len(best)).tolist()
-    mixture = _mixture_at(float(test.budgets[best].mean()), calibrate)
+    n_prompts, n_plans = test.sufficient.shape
+    shares = np.bincount(best, minlength=n_plans) / len(best)
     return {
-        "full": choose(MixtureController.static(n_plans, n_plans - 1).predict(rows), test.budgets, 1.0),
-        "best_static": np.full(len(rows), best_static(config, calibrate)),
-        "static_mixture": _draws(mixture, rows, test.budgets),
-        "random": _draws(shares, rows, test.budgets),
+        "full": np.full(n_prompts, n_plans - 1),
+        "best_static": np.full(n_prompts, best_static(config, calibrate)),
+        "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), calibrate), n_prompts),
+        "random": _draws(shares, n_prompts),
         "oracle": _oracle(test),
     }
 
@@ -135,10 +132,9 @@ def _oracle(test: Table) -> Choices:
     return least_sufficient(test.sufficient)
 
 
-def _draws(weights: list[float], rows: NDArray[np.float32], budgets: NDArray[np.float64]) -> Choices:
-    """[RANDOM_DRAWS * N] plans drawn with these weights."""
-    draws = [MixtureController(weights, seed).predict(rows) for seed in range(RANDOM_DRAWS)]
-    return choose(np.concatenate(draws), budgets, 1.0)
+def _draws(weights: NDArray[np.float64], n_prompts: int) -> Choices:
+    """[RANDOM_DRAWS * N] plans drawn with these weights [K], whatever the prompt."""
+    return np.random.default_rng(0).choice(len(weights), RANDOM_DRAWS * n_prompts, p=weights)
 
 
 def best_static(config: Config, calibrate: Table) -> int:
@@ -148,7 +144,7 @@ def best_static(config: Config, calibrate: Table) -> int:
     return cheapest_valid_plan(calibrate.losses, settings.alpha, settings.delta, settings.risk, groups, calibrate.full)
 
 
-def _mixture_at(budget: float, table: Table) -> list[float]:
+def _mixture_at(budget: float, table: Table) -> NDArray[np.float64]:
     """Weights [K] of the two neighbours on the hull of static plans whose mixture has a mean budget."""
     hull = upper_hull(static_points(table.scores, table.budgets))
     known = [int(np.flatnonzero(table.budgets == x)[0]) for x, _ in hull]
@@ -159,7 +155,7 @@ def _mixture_at(budget: float, table: Table) -> list[float]:
     share = 1.0 if high == low else float(np.clip((budget - low) / (high - low), 0, 1))
     weights[known[lower]] += 1 - share
     weights[known[upper]] += share
-    return weights.tolist()
+    return weights
 
 
 def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:

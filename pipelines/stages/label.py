@@ -1,4 +1,4 @@
-"""Stage 2: the label of every prompt under every plan."""
+"""Stage 3: the label of every prompt under every plan."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Stage 8: one self-contained HTML page, and the run in MLflow."""
+"""Stage 9: one self-contained HTML page, and the run in MLflow."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,7 +11,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
@@ -65,7 +65,7 @@ def run(config: Config) -> Path:
         n_layers=workspace.menu().n_layers,
         today=date.today().isoformat(),
     )
-    write_atomically(workspace.path("report.html"), page)
+    write_atomically(workspace.path("report.html"), with_labels(page))
     with waiting(f"logging to {config.tracking.uri}"):
         log_run(config, metrics, drawn, config.folder)
     return workspace.path("report.html")
@@ -87,22 +87,42 @@ def _figures(
     used: dict[str, list[float]] = defaultdict(list)
     for prompt, index in zip(table.prompts, chosen, strict=True):
         used[prompt.task].append(menu.plans[index].layers)
-    with matplotlib.rc_context(figures.STYLE):
-        return {
-            "quality": figures.quality_against_budget(
-                statics,
-                upper_hull(statics),
-                oracle_hull(table.scores, table.budgets),
-                curves,
-                cards,
-                metrics["stand_ins"].get("before"),
-            ),
-            "tasks": figures.layers_by_task(
-                {row["task"]: (row["needed"], row["layers"]) for row in tasks}, menu.n_layers
-            ),
-            "prompts": figures.layers_of_prompts(used, menu.n_layers),
-            "reliability": figures.reliability({name: (p, table.kept) for name, p in predictions.items()}),
-        }
+    return {
+        "quality": figures.quality_against_budget(
+            statics,
+            upper_hull(statics),
+            oracle_hull(table.scores, table.budgets),
+            curves,
+            cards,
+            metrics["stand_ins"].get("before"),
+        ),
+        "tasks": figures.layers_by_task(
+            {row["task"]: (row["needed"], row["layers"]) for row in tasks},
+            menu.n_layers,
+            figures.COLOURS[metrics["best"]],
+        ),
+        "prompts": figures.layers_of_prompts(used, menu.n_layers),
+        "reliability": figures.reliability({name: (p, table.kept) for name, p in predictions.items()}),
+    }
+
+
+_TABLE, _ROW, _HEADING = (re.compile(rf"<{name}\b.*?</{name}>", re.DOTALL) for name in ("table", "tr", "th"))
+
+
+def with_labels(page: str) -> str:
+    """The page with the heading of its column on every cell of its tables: on a narrow screen, where a row's cells
+    stand below each other, each shows it (`report.html.j2`)."""
+    return _TABLE.sub(lambda table: _labelled(table[0]), page)
+
+
+def _labelled(table: str) -> str:
+    headings = [re.sub("<[^>]*>", "", heading) for heading in _HEADING.findall(table)]
+
+    def row(found: re.Match[str]) -> str:
+        names = iter(headings)
+        return re.sub("<td(?=[ >])", lambda cell: f'<td data-label="{next(names)}"', found[0])
+
+    return _ROW.sub(row, table)
 
 
 def _compared(comparison: dict[str, Any]) -> dict[str, dict[float, dict[str, Any]]]:

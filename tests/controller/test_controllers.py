@@ -6,15 +6,12 @@ import pytest
 import torch
 
 from controller.base import CONTROLLERS, LearningError, choose, lost
-from controller.models.constant import MixtureController, OracleController
-from controller.models.ensemble import EnsembleController
 from controller.models.gbdt import LightGBMController
 from controller.models.logistic import LogisticController
 from controller.models.mlp import MLPController, soft_regret
 from controller.testing import ControllerConformance
 
-LEARNED = ["lightgbm", "mlp", "logistic", "ensemble"]
-ONE = 1.0  # a price at which mixtures and the oracle choose what they say keeps everything
+LEARNED = ["lightgbm", "mlp", "logistic"]
 
 
 class TestLightGBM(ControllerConformance):
@@ -40,21 +37,6 @@ class TestOrdinalMLP(ControllerConformance):
 class TestLogistic(ControllerConformance):
     def make(self):
         return LogisticController()
-
-
-class TestEnsemble(ControllerConformance):
-    def make(self):
-        return EnsembleController(lightgbm_n_trees=30, mlp_epochs=20)
-
-
-class TestMixture(ControllerConformance):
-    def make(self):
-        return MixtureController([0.2, 0.3, 0.5])
-
-
-class TestOracle(ControllerConformance):
-    def make(self):
-        return OracleController()
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -112,15 +94,6 @@ def test_lightgbm_never_expects_less_of_a_larger_budget() -> None:
     assert (np.diff(controller.predict(features), axis=1) >= 0).all()
 
 
-def test_an_ensemble_is_the_mean_of_its_members() -> None:
-    features, kept = ControllerConformance().data()
-    ensemble, trees, network = EnsembleController(mlp_epochs=5), LightGBMController(), MLPController(epochs=5)
-    for controller in (ensemble, trees, network):
-        controller.fit(features, kept, ControllerConformance.budgets)
-    mean = (trees.predict(features) + network.predict(features)) / 2
-    np.testing.assert_allclose(ensemble.predict(features), mean, atol=1e-6)
-
-
 def test_regret_is_least_for_the_true_shares() -> None:
     generator = torch.Generator().manual_seed(0)
     kept = torch.cat([torch.rand(500, 2, generator=generator), torch.ones(500, 1)], dim=1)
@@ -131,29 +104,6 @@ def test_regret_is_least_for_the_true_shares() -> None:
         soft_regret(shares, kept, budgets) for shares in (torch.ones(500, 2), torch.zeros(500, 2), kept[:, [1, 0]])
     ]
     assert all(right < other for other in wrong)
-
-
-def test_oracle_knows_its_prompts_and_no_others() -> None:
-    suite = TestOracle()
-    features, kept = suite.data()
-    controller, _ = suite.fitted()
-    np.testing.assert_array_equal(controller.predict(features), kept)
-    assert controller.predict(features + 1)[:, :-1].max() == 0
-
-
-def test_mixture_draws_with_its_weights() -> None:
-    features = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32)
-    budgets = [0.4, 0.6, 1.0]
-    chosen = choose(MixtureController([0.2, 0.3, 0.5]).predict(features), budgets, ONE)
-    np.testing.assert_allclose(np.bincount(chosen) / 4000, [0.2, 0.3, 0.5], atol=0.03)
-    other = choose(MixtureController([0.2, 0.3, 0.5], seed=1).predict(features), budgets, ONE)
-    assert (chosen != other).mean() > 0.4
-
-
-def test_static_plans_are_mixtures_of_one() -> None:
-    features, budgets = np.zeros((5, 2), dtype=np.float32), [0.25, 0.5, 0.75, 1.0]
-    assert (choose(MixtureController.static(4, 1).predict(features), budgets, ONE) == 1).all()
-    assert (choose(MixtureController.static(4, 3).predict(features), budgets, ONE) == 3).all()
 
 
 def test_the_decision_weighs_what_is_lost_against_what_is_saved() -> None:
@@ -186,10 +136,7 @@ def test_the_full_plan_keeps_the_same_for_all() -> None:
 
 def test_every_registered_name_resolves() -> None:
     assert {CONTROLLERS[name].__name__ for name in CONTROLLERS} == {
-        "EnsembleController",
         "LightGBMController",
         "LogisticController",
         "MLPController",
-        "MixtureController",
-        "OracleController",
     }

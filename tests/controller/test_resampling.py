@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from redrawn_splits import resampled_violations
 
 from controller.certificate.p_values import CalibrationError
-from controller.certificate.redrawn_splits import resampled_violations
 
 BUDGETS = np.array([0.6, 0.8, 1.0])
 

@@ -3,9 +3,9 @@ loses nothing."""
 
 import numpy as np
 import pytest
+from split_half import split_half
 
-from oracle.frontier.frontier import budget_at, equal_mean_budget, oracle_hull
-from oracle.frontier.split_half import split_half, split_half_equal_mean_budget
+from oracle.frontier.frontier import equal_mean_budget, oracle_hull
 
 BUDGETS = np.linspace(0.4, 1.0, 7)
 CHANCES = 0.2 + 0.6 * (BUDGETS - 0.4) / 0.6
@@ -21,15 +21,12 @@ def test_where_all_is_luck_the_naive_oracle_shines_and_the_unflattered_one_is_a_
     assert equal_mean_budget(scores_a, BUDGETS) < 0.55
     for budget, quality in split_half(scores_a, scores_b, BUDGETS):
         assert quality == pytest.approx(np.interp(budget, BUDGETS, CHANCES), abs=0.02)
-    assert split_half_equal_mean_budget(scores_a, scores_b, BUDGETS) == pytest.approx(1.0, abs=0.02)
 
 
 def test_where_nothing_is_luck_nothing_is_taken_away() -> None:
     scores = np.sort(np.random.default_rng(2).random((300, len(BUDGETS))), axis=1)
     honest, naive = np.array(split_half(scores, scores, BUDGETS)), np.array(oracle_hull(scores, BUDGETS))
     np.testing.assert_allclose(np.interp(honest[:, 0], *naive.T), honest[:, 1], atol=1e-9)
-    relaxed = budget_at(naive, scores[:, -1].mean())
-    assert split_half_equal_mean_budget(scores, scores, BUDGETS) == pytest.approx(relaxed)
 
 
 def test_the_two_ways_are_averaged_at_equal_budget() -> None:

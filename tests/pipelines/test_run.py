@@ -243,7 +243,7 @@ def test_features_of_another_model_are_refused(finished) -> None:
 
 def test_every_controller_and_option_of_the_report_card(config_file, prompts_file) -> None:
     path = config_file(
-        tuning={"controllers": ["logistic", "ensemble"], "trials": 2, "components": [4], "folds": 2},
+        tuning={"controllers": ["logistic", "mlp"], "trials": 2, "components": [4], "folds": 2},
         calibration={"risk": "insufficient", "alpha": 0.3, "delta": 0.2, "per_task": True},
         data={"path": str(prompts_file), "force_judge": "kl"},
         label={"tolerance": 0.3},
@@ -262,7 +262,7 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
     assert done.returncode == 0, done.stdout + done.stderr
     folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["best"] in ("logistic", "ensemble")
+    assert metrics["best"] in ("logistic", "mlp")
     assert [row["policy"] for row in metrics["comparison"]["template"]] == ["template"]
     assert metrics["certificate"]["risk"] == "insufficient"
     assert metrics["certificate"]["per_task"].keys() == {"short", "long"}

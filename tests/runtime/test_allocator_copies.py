@@ -18,7 +18,7 @@ COPIES = {"copy.deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pic
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("name", ["mlp", "lightgbm", "logistic", "ensemble"])
+@pytest.mark.parametrize("name", ["mlp", "lightgbm", "logistic"])
 def test_a_copy_allocates_the_same_plans(model, name, copied) -> None:
     batch = padded_batch()
     allocator = make_allocator(model, controller=CONTROLLERS[name](), name=name)

@@ -156,7 +156,7 @@ def of_bridges(part: str, tensor: torch.Tensor):
         (lambda t: {**t, "change": torch.zeros(1)}, "is no name of a tensor of stand-ins"),
         (lambda t: {**t, f"bridge|{HUGE}|0-{HUGE}|4|bias": torch.zeros(1)}, "should be a number of layers"),
         (lambda t: {name.replace("|3|", "|5|"): tensor for name, tensor in t.items()}, "has no gap"),
-        (lambda t: {name: tensor for name, tensor in t.items() if name[-2:] != "|1"}, "a vector, or two matrices"),
+        (lambda t: {name: tensor for name, tensor in t.items() if name[-2:] != "|1"}, "two matrices"),
         (lambda t: {**t, "change|a.b|0": torch.zeros(2, 3), "change|a.b|1": torch.zeros(2, 3)}, "two matrices"),
     ],
 )

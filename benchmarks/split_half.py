@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from oracle.frontier.frontier import Point, budget_at
+from oracle.frontier.frontier import Point
 from oracle.frontier.upgrades import Floats, climb, path
 
 
@@ -27,14 +27,3 @@ def split_half(scores_a: Floats, scores_b: Floats, budgets: Floats) -> list[Poin
     spent = np.union1d(one[0], other[0])
     scores = (np.interp(spent, *one) + np.interp(spent, *other)) / 2
     return list(zip(spent.tolist(), scores.tolist(), strict=True))
-
-
-def split_half_equal_mean_budget(scores_a: Floats, scores_b: Floats, budgets: Floats) -> float:
-    """The least mean budget at which the unflattered oracle has the full plan's mean score over both scorings.
-
-    Where its picks alone never get there, they are mixed with the full plan, up to the full budget. To be held against
-    `oracle.frontier.frontier.equal_mean_budget` of one scoring. Where the curve is flat near the full plan's score, its
-    noise decides where it first gets there, so a little flattery is left.
-    """
-    full = float((scores_a[:, -1].mean() + scores_b[:, -1].mean()) / 2)
-    return budget_at([*split_half(scores_a, scores_b, budgets), (float(budgets[-1]), full)], full)
