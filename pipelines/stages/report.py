@@ -26,6 +26,7 @@ from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import waiting
 from pipelines.run_state import RunState
+from pipelines.shown_prompts import RULE
 from pipelines.stages.train import load_trained
 from pipelines.summary import load_metrics
 from pipelines.tracking import log_run
@@ -56,6 +57,7 @@ def run(config: Config) -> Path:
         colours=figures.COLOURS,
         policies=policies,
         plans=_plan_rows(workspace, table, metrics),
+        rule=RULE,
         examples=_examples(workspace, table, chosen),
         tighter=_tighter(metrics["certificate"]),
         tasks=tasks,
