@@ -10,6 +10,7 @@ import pytest
 from tiny_allocator import make_allocator
 
 from backbone.loading import load_backbone
+from controller.certificate.risks import RISKS
 from pipelines.config import load_config
 from pipelines.runner import run_all
 
@@ -121,7 +122,9 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     split = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())["prompts"]
     assert result["prompts"] == sum(split.values()) - split["adapt"]
     assert {row["policy"] for row in result["captured"]} >= {"lightgbm", "mlp", "shuffled"}
-    assert {row["controller"] for row in result["certificate"]} == {"lightgbm", "mlp"}
+    assert {(row["risk"], row["controller"]) for row in result["certificate"]} == {
+        (risk, name) for risk in RISKS for name in ("lightgbm", "mlp")
+    }
     assert all(row["of_pool"]["low"] <= 0.2 for row in result["certificate"]), "delta is 0.2"
     assert all(row["violations"] <= 0.3 for row in result["simulated"])
     assert 0 < result["milliseconds"]["decision"] < result["milliseconds"]["generation"] * 100
