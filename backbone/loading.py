@@ -78,18 +78,29 @@ def load_backbone(
     _check_not_quantised(source, config)
     options["dtype"] = _checked_dtype(dtype, place)
     with _naming(source):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **hub, **options, output_loading_info=True)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise LoadError(f"the weights of {source!r} lack {missing[0]!r}, which would be filled with random numbers")
     family_of(model)
+    tokenizer = _tokenizer(folder, source, **hub)
+    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_backbone` gives with a model. Raises LoadError where there is none."""
+    return _tokenizer(_resolve(source), source)
+
+
+def _tokenizer(folder: str, source: str, **hub: Any) -> PreTrainedTokenizerBase:
+    with _naming(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **hub)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise LoadError(f"the tokenizer of {source!r} names neither a padding token nor an end of text; give it one")
-    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+    return tokenizer
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oracle.chat import tokens_of
 from oracle.prompts import PromptError
 
 
@@ -18,7 +19,7 @@ def check_lengths(
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, text in prompts:
-        count = len(tokenizer(text).input_ids)
+        count = len(tokens_of(tokenizer, text))
         if not count:
             raise PromptError(f"the prompt {name!r:.80} has no tokens: there is nothing to continue")
         if limit is not None and count + new_tokens > limit:

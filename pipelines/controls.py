@@ -163,10 +163,13 @@ def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibr
     """Some test prompts put into another template, with labels and features of their own."""
     evaluation = workspace.config.evaluation
     assert evaluation.template is not None
-    prompts = [
-        replace(prompt, id=f"{prompt.id} in template", prompt=evaluation.template.format(prompt=prompt.prompt))
-        for prompt in test.prompts[: evaluation.template_prompts]
-    ]
+    put = evaluation.template.format
+    prompts = workspace.rendered(
+        [
+            replace(prompt, id=f"{prompt.id} in template").reworded(lambda text: put(prompt=text))
+            for prompt in test.prompts[: evaluation.template_prompts]
+        ]
+    )
     scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels in another template")
     table = workspace.table_of(prompts, scores, features_of(workspace, prompts))
     predicted = learned.predict(table.features)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.judges import Judge, may_become_exact
 from oracle.labels.follow_full_answer import follow
@@ -141,7 +142,7 @@ class Shortcut:
         """The same drafts, of one plan, generated in one batch until they are settled."""
         limit, plan = self._decoding.max_new_tokens, drafts[0].plan
         start = time.perf_counter()
-        sequences = [[*self._tokenizer(draft.prompt.prompt).input_ids, *draft.ids] for draft in drafts]
+        sequences = [[*tokens_of(self._tokenizer, draft.prompt.prompt), *draft.ids] for draft in drafts]
         most = limit - min(len(draft.ids) for draft in drafts)
         enough = [self._enough(draft, full[draft.prompt].answer) for draft in drafts]
         rests = continue_batch(self._model, self._tokenizer, sequences, plan, self._decoding, most, enough)
