@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from backbone.plan import LayerPlan
+from oracle.chat import padded_prompts
 from oracle.judges import KL, score
 from oracle.prompts import Prompt
 from pipelines.learning_table import Table
 from pipelines.progress import progress
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.paired_timing import median_seconds, prompt_inputs
+from runtime.paired_timing import median_seconds
 from runtime.texts import decoding_options, new_texts
 
 SHOWN, ROUNDS = 6, 5
@@ -73,7 +74,7 @@ def _answered(
     workspace: Workspace, allocator: Allocator, prompt: Prompt, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     model, tokenizer = workspace.adapted
-    inputs = prompt_inputs(model, tokenizer, [prompt.prompt])
+    inputs = dict(padded_prompts(tokenizer, [prompt.prompt]).to(model.device))
     options = decoding_options(tokenizer, workspace.decoding)
     full = partial(model.generate, **inputs, **options)  # type: ignore[arg-type]
     allocated = partial(allocator.generate, model, **inputs, **options)
@@ -88,7 +89,7 @@ def _answered(
     seconds = median_seconds({"full": full, "allocated": allocated}, ROUNDS, lambda: advance(1))
     return {
         "task": prompt.task,
-        "prompt": prompt.prompt,
+        "prompt": prompt.shown,
         "reference": prompt.reference,
         "full_answer": full_answer,
         "answer": answer,
