@@ -48,7 +48,7 @@ def sentence(metrics: Metrics) -> str:
 def quality(metrics: Metrics) -> str:
     """What is kept of the full model's mean score, with its interval over prompts."""
     best = metrics[metrics["best"]]
-    interval = metrics["intervals"]["quality_ratio"]
+    interval = metrics["intervals"]["kept"]
     if interval["low"] is None:
         return "no share that could be measured"
     return f"{percent(best['quality_ratio'], 1)} ({_between(interval, 100, 0)}%)"

@@ -101,7 +101,7 @@ def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None
         return float(scores[drawn].mean() / full[drawn].mean()) if full[drawn].any() else float("nan")
 
     statistics: dict[str, Callable[[Choices], float]] = {
-        "quality_ratio": kept,
+        "kept": kept,
         "budget": lambda d: float(spent[d].mean()),
     }
     ends = {name: bootstrap_interval(found, len(chosen), level=LEVEL) for name, found in statistics.items()}

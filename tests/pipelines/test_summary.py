@@ -16,7 +16,7 @@ METRICS = {
     "mlp": {"layers": 13.62, "budget": 0.764, "quality_ratio": 0.9832},
     "model": {"layers": 18},
     "prompts": {"test": 148},
-    "intervals": {"quality_ratio": {"low": 0.961, "high": 1.004}},
+    "intervals": {"kept": {"low": 0.961, "high": 1.004}},
     "certificate": {"risk": "mean_score", "alpha": 0.03, "delta": 0.1, "price": 2.0},
     "speed": {"intervals": {"single": RATIO, "batch": NOISE}, "limit": RATIO, "prompts": 8, "rounds": 9},
     "examples": [
