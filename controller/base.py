@@ -148,8 +148,7 @@ def choose(kept: Floats, budgets: NDArray[Any], price: float | None) -> NDArray[
     if price is None:
         return np.full(len(kept), kept.shape[1] - 1)
     expected = lost(kept)
-    if len(kept) and kept[0, -1] < 1:  # plans can win
-        expected[:, :-1] += CAUTION * price
+    expected[:, :-1] += np.where(kept[:, -1:] < 1, CAUTION * price, 0.0)  # only where plans can win
     with np.errstate(invalid="ignore"):
         cost = np.asarray(budgets, dtype=np.float64) + np.where(expected != 0, price * expected, 0.0)
     cost[~np.isfinite(kept).all(axis=1), :-1] = np.inf
