@@ -160,7 +160,8 @@ def _unseen_tasks(settings: Settings, fit: Table, calibrate: Table, test: Table,
 
 
 def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibrate: Table, test: Table) -> Rows:
-    """Some test prompts put into another template, with labels and features of their own."""
+    """Some test prompts put into another template, with labels and features of their own; no rows where judges fail
+    on all of them."""
     evaluation = workspace.config.evaluation
     assert evaluation.template is not None
     put = evaluation.template.format
@@ -172,6 +173,8 @@ def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibr
     )
     scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels in another template")
     table = workspace.table_of(prompts, scores, features_of(workspace, prompts))
+    if not table.prompts:
+        return []
     predicted = learned.predict(table.features)
     return [
         row

@@ -122,6 +122,8 @@ def decision_ms(learned: Learned, features: Features, repeats: int = 50) -> floa
     """Median milliseconds in which a trained controller decides about one prompt, features in hand, after a warm-up.
 
     Args:
+        learned: a fitted controller with its projection.
+        repeats: times that it is timed.
         features: of N prompts, which take turns.
     """
     ones = [rows_of(features, np.array([row])) for row in range(min(repeats, len(next(iter(features.values())))))]

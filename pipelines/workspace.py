@@ -27,12 +27,11 @@ from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
-from oracle.menus import LOOK_AT_NO_PROMPTS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from pipelines.config import Config, ConfigError
 from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
-from pipelines.progress import progress, waiting
+from pipelines.progress import progress, say_failures, waiting
 
 
 class Workspace:
@@ -131,17 +130,13 @@ class Workspace:
         parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
         for prompt in prompts:
             parts[split_of(prompt, self.config.data.shares)].append(prompt)
-        needed = [split for split in SPLITS if split != "adapt" or self._makes_from_prompts]
+        needed = [split for split in SPLITS if split != "adapt" or self.config.makes_from_prompts]
         if small := [split for split in needed if len(parts[split]) < 2]:
             raise ConfigError(
                 f"{len(prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
                 "or more: use more prompts or other data.shares"
             )
         return parts
-
-    @property
-    def _makes_from_prompts(self) -> bool:
-        return self.config.adapt.method != "none" or self.config.menu.method not in LOOK_AT_NO_PROMPTS
 
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:
@@ -241,8 +236,10 @@ class Workspace:
 
     def label_anew(self, labeller: Labeller, prompts: list[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
         """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
+        before = len(labeller.failures)
         with progress(title, sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)) as advance:
             labeller.label(prompts, menu, advance)
+        say_failures(labeller.failures[before:])
         return score_matrix(labeller.read(prompts, menu))
 
     def frozen_menu(self) -> PlanMenu:

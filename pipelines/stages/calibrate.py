@@ -18,7 +18,7 @@ from controller.learning import Learned
 from controller.report.report_card import losses_at
 from pipelines.config import Config
 from pipelines.learning_table import Table
-from pipelines.progress import console
+from pipelines.progress import say
 from pipelines.stages.train import load_trained
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
@@ -38,7 +38,7 @@ def run(config: Config) -> Path:
     }
     best = json.loads(workspace.path("tuning.json").read_text())["best"]
     if certificates[best].price is None:
-        console.print(f"  [red]{certificates[best].sentence}[/]")
+        say(f"  {certificates[best].sentence}", style="red")
     allocator = Allocator(
         menu=workspace.menu(),
         controller=trained[best].controller,
@@ -62,6 +62,7 @@ def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: 
     """Learn-then-Test on a table, for a controller that predicted `predicted` [N, K] there.
 
     Args:
+        workspace: of the run.
         alpha: another bound than the configuration's.
     """
     config = workspace.config
