@@ -61,6 +61,9 @@ def shown(workspace: Workspace, allocator: Allocator, test: Table, chosen: NDArr
     The answers are generated anew, as `generate()` gives them, so that what is shown is what was timed.
 
     Args:
+        workspace: of the run.
+        allocator: the finished one.
+        test: the test prompts, in the source's order.
         chosen: the plan of each test prompt [N], by which prompts are picked.
     """
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
