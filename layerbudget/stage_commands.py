@@ -31,11 +31,24 @@ ON_RAY = ("adapt", "features")
 """Stages beside `label` whose work a cluster can do."""
 
 
-def run(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+def run(
+    config: ConfigFile,
+    settings: Settings = None,
+    device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it will take: prompts, tokens, disk, minutes a stage.")
+    ] = False,
+) -> None:
     """Run every stage in order. Skips what is done, resumes what is not, redoes what the settings changed."""
+    loaded = config_of(config, settings, device)
+    if dry_run:
+        from pipelines.dry_run import outlook
+        from pipelines.outlook_table import print_outlook
+
+        print_outlook(outlook(loaded))
+        return
     from pipelines.runner import run_all
 
-    loaded = config_of(config, settings, device)
     run_all(loaded)
     _answer_try_prompts(loaded)
     _close(loaded)

@@ -79,8 +79,9 @@ def _answered(
     model, tokenizer = workspace.adapted
     inputs = dict(padded_prompts(tokenizer, [prompt.prompt]).to(model.device))
     options = decoding_options(tokenizer, workspace.decoding)
-    full = partial(model.generate, **inputs, **options)  # type: ignore[arg-type]
-    allocated = partial(allocator.generate, model, **inputs, **options)
+    stock: Any = model.generate
+    full = partial(stock, **inputs, **options)
+    allocated: Any = partial(allocator.generate, model, **inputs, **options)
     output = allocated(return_dict_in_generate=True)
     plan: LayerPlan = output["layer_plans"][0]
 
