@@ -51,6 +51,7 @@ def run(
 
     run_all(loaded)
     _answer_try_prompts(loaded)
+    _close(loaded)
 
 
 def check(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
@@ -75,7 +76,13 @@ def _answer_try_prompts(config: Config) -> None:
     if config.try_prompts:
         allocator = Allocator.from_pretrained(config.folder / "allocator")
         print_answers(allocator, *Workspace.of(config).adapted, config.try_prompts)
-    typer.echo(f"Report: {config.folder / 'report.html'}")
+
+
+def _close(config: Config) -> None:
+    """What came of the run, as its own files say, also where everything was done before."""
+    from pipelines.summary import closing, load_metrics
+
+    typer.echo(closing(load_metrics(config), str(config.folder / "report.html")))
 
 
 def stage_command(name: str) -> Callable[..., None]:

@@ -166,8 +166,27 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     monkeypatch.setattr(keep, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["keep.py", "--run", str(tmp_path / "runs" / "tiny")])
     keep.main()
-    assert "settings" in json.loads((tmp_path / "tiny.json").read_text())["tuning"]["controllers"]["mlp"]
-    assert str(tmp_path) not in (tmp_path / "tiny.json").read_text()
+    kept = (tmp_path / "tiny.json").read_text()
+    assert "settings" in json.loads(kept)["tuning"]["controllers"]["mlp"]
+    assert "examples" not in json.loads(kept)
+    assert str(tmp_path) not in kept
+    _check_redraws(tmp_path, monkeypatch)
+
+
+def _check_redraws(tmp_path, monkeypatch) -> None:
+    redraws = script("redraws")
+    monkeypatch.setattr(redraws, "RESULTS", tmp_path)
+    run = str(tmp_path / "runs" / "tiny")
+    monkeypatch.setattr(sys, "argv", ["redraws.py", "--run", run, "--name", "tiny", "--draws", "4"])
+    redraws.main()
+    result = json.loads((tmp_path / "redraws-tiny.json").read_text())
+    assert result["draws"] == 4
+    policies = result["policies"]
+    assert policies.keys() == {"allocator", "task", "best_static", "oracle"}
+    budget = policies["allocator"]["budget"]
+    assert 0 < budget["low"] <= budget["mean"] <= budget["high"] <= 1
+    assert policies["oracle"]["budget"]["mean"] <= budget["mean"], "at the full model's mean score, or above"
+    assert redraws.results_table(result).count("\n") == 5
 
 
 def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:

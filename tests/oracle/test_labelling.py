@@ -99,12 +99,12 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
     for plain, short in zip(rows[False], rows[True], strict=True):
         assert short.score == plain.score
         if short.answer.endswith(CUT):
-            assert judge == "agreement"
+            assert judge in ("agreement", "exact")
             assert short.answer_ids == plain.answer_ids[: len(short.answer_ids)]
         else:
             assert (short.answer, short.answer_ids) == (plain.answer, plain.answer_ids)
     assert sum(label.answer == row.answer for label, row in zip(rows[True][3::5], rows[True][4::5], strict=True)) > 0
-    if judge == "agreement" and worth == 0:
+    if judge != "rouge_l" and worth == 0:
         assert sum(label.forward_tokens for label in rows[True]) < sum(label.forward_tokens for label in rows[False])
 
 
