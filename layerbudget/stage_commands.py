@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerbudget.answer_commands import print_answers
-from layerbudget.options import ConfigFile, Device, Settings
+from layerbudget.options import ConfigFile, Device, Ray, Settings
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -25,6 +25,10 @@ STAGES = {
     "evaluate": "Measure all policies on unseen prompts.",
     "report": "Write report.html and log the run to MLflow.",
 }
+
+
+ON_RAY = ("adapt", "features")
+"""Stages beside `label` whose work a cluster can do."""
 
 
 def run(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
@@ -65,6 +69,8 @@ def stage_command(name: str) -> Callable[..., None]:
     """The command of a single stage."""
     if name == "label":
         return label
+    if name in ON_RAY:
+        return _stage_on_ray(name)
 
     def stage(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
         from pipelines.runner import run_one
@@ -74,10 +80,20 @@ def stage_command(name: str) -> Callable[..., None]:
     return stage
 
 
+def _stage_on_ray(name: str) -> Callable[..., None]:
+    def stage(config: ConfigFile, settings: Settings = None, device: Device = None, ray: Ray = None) -> None:
+        from pipelines.runner import run_one
+
+        run_one(config_of(config, settings, device), name, ray)
+
+    return stage
+
+
 def label(
     config: ConfigFile,
     settings: Settings = None,
     device: Device = None,
+    ray: Ray = None,
     shard: Annotated[
         str | None,
         typer.Option(metavar="N/OF", help="Label one part only, such as 3/8; other processes may label the others."),
@@ -88,6 +104,19 @@ def label(
 
     loaded = config_of(config, settings, device)
     if shard is None:
-        run_one(loaded, "label")
+        run_one(loaded, "label", ray)
+    elif ray is not None:
+        raise typer.BadParameter("--shard is the way without Ray; with --ray the workers share out all prompts")
     else:
         run_shard(loaded, Shard.parse(shard))
+
+
+def merge(
+    config: ConfigFile,
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", readable=False, help="labels.db of other runs.")],
+    settings: Settings = None,
+) -> None:
+    """Take over labels that were made elsewhere, for example by `label --shard` on other machines."""
+    from pipelines.runner import run_merge
+
+    run_merge(config_of(config, settings, None), stores)

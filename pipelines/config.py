@@ -23,6 +23,7 @@ from pipelines.config_sections import (
     LabelSection,
     MenuSection,
     ModelSection,
+    RaySection,
     Section,
     Text,
     TrackingSection,
@@ -52,6 +53,7 @@ class Config(Section):
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrackingSection = TrackingSection()
+    ray: RaySection = RaySection()
     try_prompts: list[Text] = Field([])
     """Prompts that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)

@@ -260,3 +260,22 @@ class TrackingSection(Section):
     uri: Text = "sqlite:///mlruns/mlflow.db"
     """Any URI that MLflow takes."""
     experiment: Text = "layerbudget"
+
+
+class RaySection(Section):
+    """Workers of a cluster, with `--ray`. Changes when results come, not what they are."""
+
+    min_workers: int = Field(1, ge=1)
+    """Ray Data lets workers go that have nothing to do, down to this number."""
+    max_workers: int | None = Field(None, ge=1)
+    """Default: as many as there is room for in the cluster when it is joined."""
+    cpus: float = Field(1.0, gt=0)
+    """Cores of a worker, and its threads."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs of a worker. Default: one where the cluster has any, else none."""
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> RaySection:
+        if self.max_workers is not None and self.max_workers < self.min_workers:
+            raise ValueError(f"max_workers must be at least min_workers, {self.min_workers}, got {self.max_workers}")
+        return self

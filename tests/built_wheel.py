@@ -16,6 +16,7 @@ SOURCES_ONLY = (
     "tests/built_wheel.py",
     "tests/test_benchmarks.py",
     "tests/test_docstrings.py",
+    "tests/pipelines/test_ray.py",
 )
 """About the project's folders, or about scripts that are in no wheel."""
 

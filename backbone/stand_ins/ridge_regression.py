@@ -47,6 +47,13 @@ class Moments:
         self.residual += float(residual.pow(2).sum())
         self.tokens += len(x)
 
+    def merge(self, other: Moments) -> None:
+        """Count the tokens that another object has counted."""
+        self.inputs += other.inputs.to(self.inputs.device)
+        self.cross += other.cross.to(self.cross.device)
+        self.residual += other.residual
+        self.tokens += other.tokens
+
     def error(self, solution: torch.Tensor) -> float:
         """Mean squared error of a solution [D + 1, D], relative to the mean square of y."""
         explained = 2 * (solution * self.cross).sum() - ((self.inputs @ solution) * solution).sum()
