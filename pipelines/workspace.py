@@ -195,7 +195,7 @@ class Workspace:
     @cached_property
     def labels(self) -> LabelReader:
         """The labels of the adapted model that are there, read without it."""
-        facts, stand_ins = self.facts, self._adapt_record["digest"]
+        facts, stand_ins = self.facts, self.adapt_record["digest"]
 
         def key(plan: LayerPlan) -> str:
             return model_key(facts.fingerprint, facts.dtype, "" if plan.is_full else stand_ins)
@@ -226,10 +226,11 @@ class Workspace:
 
     def menu(self) -> PlanMenu:
         """The menu whose budgets count the bridges too."""
-        return self.frozen_menu().with_added(self._adapt_record["added_budget"])
+        return self.frozen_menu().with_added(self.adapt_record["added_budget"])
 
     @property
-    def _adapt_record(self) -> dict[str, Any]:
+    def adapt_record(self) -> dict[str, Any]:
+        """What the stage `adapt` noted."""
         record: dict[str, Any] = json.loads(self.path("adapt.json").read_text())
         return record
 
