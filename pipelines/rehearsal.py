@@ -27,8 +27,8 @@ from oracle.menus.base import MenuTask
 from oracle.menus.greedy import search_steps
 from oracle.prompts import Prompt
 from pipelines.config_sections import AdaptSection, EvaluationSection, TuningSection
+from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.settings_search import Work, default_settings
-from runtime.paired_timing import FEWEST_ROUNDS, generation_under
 
 FEW = 16
 """Prompts that are answered, followed and probed."""

@@ -22,10 +22,11 @@ from controller.features import Features, extract, rows_of
 from controller.learning import Learned
 from oracle.chat import padded_prompts
 from pipelines.learning_table import Table
+from pipelines.paired_ratios import Ratio, generation_under, paired_ratio, paired_seconds
 from pipelines.progress import progress
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.paired_timing import Ratio, generation_under, median_seconds, paired_ratio, paired_seconds
+from runtime.paired_timing import median_seconds
 
 NOISE = 1.03
 """A speed-up above what the layers left out allow, by more than this factor, is noise and is reported as such."""

@@ -19,6 +19,7 @@ from controller.report.report_card import ReportCard, regret, report_card
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import least_sufficient, static_points, upper_hull
 from oracle.frontier.knapsack import cheapest_choices
+from oracle.judges import KL
 from pipelines.config import Config
 from pipelines.controls import comparison
 from pipelines.judged_anew import by_own_judges
@@ -175,14 +176,15 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
     """What the labels cost, beside generating every answer under every plan.
 
     Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison
-    as far as they are known, so that the true ratio is a little lower.
+    as far as they are known, so that the true ratio is a little lower; under `kl`, where none is generated, as long as
+    the full model's.
     """
     menu = workspace.menu()
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
     labels = workspace.labels.read(workspace.labelled, menu)
     spent = sum(label.forward_tokens for row in labels for label in row)
     exhaustive = sum(
-        (label.prompt_tokens + len(label.answer_ids)) * share
+        (label.prompt_tokens + len((row[-1] if label.judge == KL else label).answer_ids)) * share
         for row in labels
         for label, share in zip(row, shares, strict=True)
     )
