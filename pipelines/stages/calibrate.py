@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from controller.base import choose
 from controller.certificate.calibration import certify
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm, drift_scores
+from controller.certificate.outliers import OutlierTest
 from controller.learning import Learned
 from controller.report.report_card import losses_at
 from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import console
 from pipelines.stages.train import load_trained
+from pipelines.unseen_tasks import outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 
@@ -31,11 +34,14 @@ def run(config: Config) -> Path:
     """
     workspace = Workspace.of(config)
     table = workspace.table("calibrate")
+    best = json.loads(workspace.path("tuning.json").read_text())["best"]
     trained = load_trained(workspace)
+    fit = workspace.table("train", "tune")
+    outliers = outlier_test(trained[best], fit, workspace.are_in("tune", fit), config)
+    trained = tested(trained, outliers)
     certificates = {
         name: certified(learned.predict(table.features), table, workspace) for name, learned in trained.items()
     }
-    best = json.loads(workspace.path("tuning.json").read_text())["best"]
     if certificates[best].price is None:
         console.print(f"  [red]{certificates[best].sentence}[/]")
     allocator = Allocator(
@@ -49,11 +55,17 @@ def run(config: Config) -> Path:
         model_source=config.model.source,
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
         drift=_drift_alarm(trained[best], certificates[best], table, config),
+        outliers=outliers,
     )
     allocator.save_pretrained(workspace.path("allocator"))
     data = {"best": best, "certificates": {name: _as_dict(found) for name, found in certificates.items()}}
     write_atomically(workspace.path("calibration.json"), json.dumps(data, indent=2) + "\n")
     return workspace.path("allocator")
+
+
+def tested(trained: Mapping[str, Learned], outliers: OutlierTest | None) -> dict[str, Learned]:
+    """Controllers that leave outliers to the full plan."""
+    return {name: replace(learned, outliers=outliers) for name, learned in trained.items()}
 
 
 def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: float | None = None) -> Certificate:

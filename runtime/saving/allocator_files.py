@@ -18,6 +18,7 @@ from backbone.stand_ins.attaching import StandIns
 from controller.base import CONTROLLERS
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
+from controller.certificate.outliers import OutlierTest
 from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.parts import AllocatorParts
@@ -26,7 +27,7 @@ from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, f
 Parts = TypeVar("Parts", bound=AllocatorParts)
 
 FORMAT_VERSION = 4
-STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
+STAND_INS, DRIFT, OUTLIERS = "stand_ins.safetensors", "drift.safetensors", "outliers.safetensors"
 MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
 ENTRIES: dict[str, type] = {
     "layerbudget_version": str,
@@ -118,6 +119,8 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
         allocator.stand_ins.save(folder / STAND_INS)
     if allocator.drift is not None:
         allocator.drift.save(folder / DRIFT)
+    if allocator.outliers is not None:
+        allocator.outliers.save(folder / OUTLIERS)
     (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
 
 
@@ -137,6 +140,7 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             model_source=manifest["model"]["source"],
             stand_ins=StandIns.load(place / STAND_INS) if STAND_INS in files else None,
             drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
+            outliers=OutlierTest.load(place / OUTLIERS) if OUTLIERS in files else None,
         )
         _check_together(allocator)
     except Exception as error:  # files that fit their SHA-256 were made by somebody else, and may hold anything
@@ -185,6 +189,10 @@ def _check_together(allocator: AllocatorParts) -> None:
                 )
     if allocator.drift is not None and allocator.drift.reference_scores.shape[1] != 2:
         raise ArtefactError("its drift reference should have 2 channels")
+    if allocator.outliers is not None and not set(allocator.outliers.projection.sets) <= set(projection.sets):
+        raise ArtefactError(
+            f"its outlier test reads {allocator.outliers.projection.sets}, which its controller does not"
+        )
 
 
 def _downloaded(repo_id: str, **options: Any) -> Path:
