@@ -143,7 +143,8 @@ def certify(
         decoding: how the answers were generated, in words.
     """
     names = np.asarray(tasks)
-    price = valid_price(losses, alpha, delta, names if per_task else None, risk=risk, full=full)
+    groups = names if per_task else None
+    price = valid_price(losses, alpha, delta, groups, risk=risk, full=full)
     observed = np.zeros(len(names)) if price is None else losses(price)  # without a price all run the full plan
     scores = np.ones(len(names)) if full is None else full
     return Certificate(
@@ -155,9 +156,9 @@ def certify(
         observed_risk=float(observed.mean()) / unit_of(risk, scores),
         prompts_hash=prompts_hash,
         date=datetime.now(UTC).date().isoformat(),
-        fewest_prompts=_fewest(alpha, delta, risk, scores, names if per_task else None),
+        fewest_prompts=_fewest(alpha, delta, risk, scores, groups),
         full_score=float(scores.mean()),
-        prompts_needed=_needed(losses(float(PRICES[0])), alpha, delta, risk, full) if price is None else None,
+        prompts_needed=None if price is not None else _needed(losses, alpha, delta, risk, scores, groups),
         per_task=_per_task(risk, observed, scores, names) if per_task else {},
         tolerance=tolerance,
         decoding=decoding,
@@ -175,12 +176,17 @@ def _fewest(alpha: float, delta: float, risk: Risk, full: Floats, groups: Groups
         return None
 
 
-def _needed(losses: Floats, alpha: float, delta: float, risk: Risk, full: Floats | None) -> int | None:
-    """About how many prompts that lose and vary like these [n] would do: the test with each of them several times."""
+def _needed(
+    losses: Callable[[float], Floats], alpha: float, delta: float, risk: Risk, full: Floats, groups: Groups | None
+) -> int | None:
+    """About how many prompts that lose and vary like these [n] at the safest price would do: the test with each of them
+    several times."""
+    safest = losses(float(PRICES[0]))
     for times in (2, 3, 4, 6, 8, 12, 16, 24, 32):
-        scores = None if full is None else np.tile(full, times)
-        if p_values(np.tile(losses, times)[None], alpha, delta, risk, scores)[0] <= delta:
-            return times * len(losses)
+        repeated = np.tile(safest, times)[None]
+        tasks = None if groups is None else np.tile(np.asarray(groups), times)
+        if price_p_values(repeated, alpha, delta, risk, tasks, np.tile(full, times))[0] <= delta:
+            return times * len(safest)
     return None
 
 

@@ -115,6 +115,8 @@ class Certificate:
     def _reason(self) -> str:
         claim = f"showing with {_percent(1 - self.delta)} confidence that {self._bound}"
         small = self.too_small()
+        if self.fewest_prompts is None and self.risk != "mean_score":
+            return f"{claim} takes more calibration prompts than can be looked at; ask for a larger bound"
         if self.fewest_prompts is None:
             scored = f"the full model's mean score on the {self.n} calibration prompts is {self.full_score:.3g}"
             return f"{scored}, too near 0 for {claim}; use prompts that it can answer, or another judge"
@@ -200,7 +202,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_risk(value: object, signed: bool) -> bool:
-    """Whether it is a mean loss; a signed one is at most 1 and may be below 0."""
+    """Whether it is a mean loss; a signed one may be below 0."""
     if not signed:
         return _is_amount(value)
     return type(value) in (int, float) and -MOST < value < MOST  # type: ignore[operator]

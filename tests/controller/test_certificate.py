@@ -35,6 +35,7 @@ TASKS = {"sums": {"n": 150, "observed_risk": 0.01}, "code": {"n": 100, "observed
             "takes at least 114 calibration prompts where that is 0.612, and there are 80",
         ),
         (replace(KEPT, price=None, prompts_needed=900), "at the spread of what they lose it takes about 900"),
+        (replace(LOST, price=None, fewest_prompts=None), "takes more calibration prompts than can be looked at"),
         (replace(KEPT, price=None, fewest_prompts=None, full_score=0.0001), "is 0.0001, too near 0 for showing"),
         (replace(COUNTED, price=None), "250 calibration prompts do not suffice"),
         (replace(COUNTED, price=None), "so all prompts run the full model"),
