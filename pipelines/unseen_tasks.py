@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from controller.base import choose
 from controller.certificate.calibration import valid_price
 from controller.certificate.outliers import OutlierTest
+from controller.features import WIDE
 from controller.learning import Learned, Settings, learn
 from controller.report.report_card import losses_at
 from pipelines.config import Config
@@ -71,8 +72,9 @@ def unseen_tasks(
 
 
 def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: Config) -> OutlierTest | None:
-    """The test that goes with a controller, of the features that it reads; None where `calibration.outliers` is 0 or
-    there are no prompts on either side.
+    """The test that goes with a controller, of the wide features that it reads, or of all without such.
+
+    None where `calibration.outliers` is 0 or there are no prompts on either side.
 
     Args:
         fit: the prompts that it learned from.
@@ -82,7 +84,8 @@ def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: 
     if not rate or (~held).sum() < 2 or not held.any():
         return None
     known, others = fit.rows(np.flatnonzero(~held)).features, fit.rows(np.flatnonzero(held)).features
-    return OutlierTest.fit(known, others, learned.projection.sets, len(learned.projection.components), rate)
+    read = learned.projection.sets
+    return OutlierTest.fit(known, others, [name for name in read if name in WIDE] or read, rate)
 
 
 def _certified(policy: Learned, calibrate: Table, test: Table, config: Config) -> Choices:

@@ -1,6 +1,6 @@
 """A prompt unlike all that were learned from runs the full model: a conformal outlier test.
 
-How far a prompt lies from the nearest prompts of the split `train` is compared with how far the prompts of the split
+How far a prompt lies from the nearest prompt of the split `train` is compared with how far the prompts of the split
 `tune` lie, which the scorer has not seen. Nothing else about the prompts is used, so that the decision is made before
 calibration and the certificate covers it.
 
@@ -25,8 +25,9 @@ from controller.base import LearningError
 from controller.features import Features, Floats, check_sets
 from controller.projection import ARRAYS, Projection
 
-NEIGHBOURS = 3
-"""References whose mean distance counts."""
+COMPONENTS = 12
+"""Principal components in which distances are taken. Chosen by measurement, `docs/controllers.md`: with more of them,
+each scaled to variance 1, what hardly varies counts as much as what tells kinds of prompts apart."""
 
 MOST_REFERENCES = 4000
 """More of them take longer to look through than they are worth."""
@@ -60,9 +61,9 @@ class OutlierTest:
 
     @classmethod
     def fit(
-        cls, references: Features, held: Features, sets: Sequence[str], n_components: int, rate: float
+        cls, references: Features, held: Features, sets: Sequence[str], rate: float, n_components: int = COMPONENTS
     ) -> OutlierTest:
-        """From the features of prompts that were learned from [R] and of others that are like them [n]."""
+        """From some sets of features of prompts that were learned from [R] and of others that are like them [n]."""
         projection = Projection.fit(references, sets, n_components)
         known = projection(references)
         if len(known) > MOST_REFERENCES:
@@ -74,14 +75,13 @@ class OutlierTest:
         return cls(projection, unfinished.references, float(scores[rank - 1]) if rank <= n else math.inf, rate, n)
 
     def scores(self, features: Features) -> NDArray[np.float64]:
-        """[N]: mean distance to the nearest references; inf where a feature is not finite."""
+        """[N]: distance to the nearest reference; inf where a feature is not finite."""
         rows = self.projection(features).astype(np.float64)
         finite = np.isfinite(rows).all(axis=1)
         rows = np.where(finite[:, None], rows, 0.0)
         known = self.references.astype(np.float64)
         squares = (rows**2).sum(1)[:, None] + (known**2).sum(1) - 2 * rows @ known.T
-        nearest = np.partition(np.maximum(squares, 0.0), min(NEIGHBOURS, len(known)) - 1, axis=1)[:, :NEIGHBOURS]
-        return np.where(finite, np.sqrt(nearest).mean(axis=1), np.inf)
+        return np.where(finite, np.sqrt(np.maximum(squares.min(axis=1), 0.0)), np.inf)
 
     def are_outliers(self, features: Features) -> NDArray[np.bool_]:
         """[N]: whether each prompt is unlike all references."""
@@ -121,7 +121,5 @@ class OutlierTest:
         if threshold.shape != (1,) or threshold.dtype != np.float64 or not threshold[0] >= 0:
             raise LearningError(f"{path} holds no outlier test: its threshold is no distance")
         if type(rate) is not float or not 0 < rate < 1 or type(held) is not int or held < 0:
-            raise LearningError(
-                f"{path} holds no outlier test: {rate!r:.40} of {held!r:.40} prompts is no share"
-            )
+            raise LearningError(f"{path} holds no outlier test: {rate!r:.40} of {held!r:.40} prompts is no share")
         return cls(projection, references, float(threshold[0]), rate, held)

@@ -190,9 +190,8 @@ def _check_together(allocator: AllocatorParts) -> None:
     if allocator.drift is not None and allocator.drift.reference_scores.shape[1] != 2:
         raise ArtefactError("its drift reference should have 2 channels")
     if allocator.outliers is not None and not set(allocator.outliers.projection.sets) <= set(projection.sets):
-        raise ArtefactError(
-            f"its outlier test reads {allocator.outliers.projection.sets}, which its controller does not"
-        )
+        read = ", ".join(allocator.outliers.projection.sets)
+        raise ArtefactError(f"its outlier test reads {read}, its controller {', '.join(projection.sets)}")
 
 
 def _downloaded(repo_id: str, **options: Any) -> Path:
