@@ -78,18 +78,29 @@ def load_backbone(
     _check_not_quantised(source, config)
     options["dtype"] = _checked_dtype(dtype, place)
     with _naming(source):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **hub, **options, output_loading_info=True)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise LoadError(f"the weights of {source!r} lack {missing[0]!r}, which would be filled with random numbers")
     family_of(model)
+    tokenizer = _tokenizer(folder, source, **hub)
+    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_backbone` gives with a model. Raises LoadError where there is none."""
+    return _tokenizer(_resolve(source), source)
+
+
+def _tokenizer(folder: str, source: str, **hub: Any) -> PreTrainedTokenizerBase:
+    with _naming(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **hub)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise LoadError(f"the tokenizer of {source!r} names neither a padding token nor an end of text; give it one")
-    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+    return tokenizer
 
 
 @contextmanager
@@ -166,6 +177,8 @@ def _package_gguf(name: str) -> Path:
     package = _imported_package(name)
     if hasattr(package, "assemble"):  # weights published in parts that the package itself joins and checks
         return Path(package.assemble(cache_folder() / f"{name}.gguf"))
+    if getattr(package, "__file__", None) is None:
+        raise LoadError(f"package {name!r} has no files of its own; name one that carries a .gguf file")
     root = Path(str(package.__file__)).parent
     found = sorted(root.rglob("*.gguf"))
     if len(found) != 1:
@@ -179,6 +192,8 @@ def _imported_package(name: str) -> ModuleType:
     except ImportError:
         pip_name = name.replace("_", "-")
         raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it") from None
+    except (Exception, SystemExit) as error:  # somebody's own code, which may do anything
+        raise LoadError(f"cannot import the package {name!r}: {type(error).__name__}: {error}") from None
 
 
 def _converted(gguf: Path) -> Path:

@@ -34,6 +34,7 @@ from controller.features import Features
 from controller.learning import CrossFit, Settings, learn
 from controller.report.headroom_card import captured_by
 from controller.report.report_card import price_for_loss, regret
+from oracle.chat import padded_prompts
 from oracle.prompts import SPLITS
 from pipelines.config import Config, load_config
 from pipelines.config_sections import TuningSection
@@ -44,7 +45,7 @@ from pipelines.stages.train import tuned_settings
 from pipelines.wall_clock import feature_ms
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.paired_timing import generation_under, median_seconds, prompt_inputs
+from runtime.paired_timing import generation_under, median_seconds
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = 5
@@ -198,7 +199,7 @@ def milliseconds(
         torch.set_num_threads(threads)
     model, tokenizer = workspace.backbone
     text = sorted((prompt.prompt for prompt in table.prompts), key=len)[len(table.prompts) // 2]
-    inputs = prompt_inputs(model, tokenizer, [text])
+    inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     full = LayerPlan.full(workspace.menu().n_layers)
     stock = median_seconds({"stock": generation_under(model, inputs, full, new_tokens)}, 3, _no)["stock"] * 1000
     features = feature_ms(workspace, text, 10)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from controller.base import Controller as Controller
     from controller.base import LearningError as LearningError
     from controller.testing import ControllerConformance as ControllerConformance
+    from oracle.chat import ChatError as ChatError
     from oracle.menus.base import MenuTask as MenuTask
     from oracle.search.base import Searcher as Searcher
     from oracle.search.testing import SearcherConformance as SearcherConformance
@@ -63,6 +64,7 @@ _NAMES = {
     "backbone.testing": ("FamilyConformance",),
     "controller.base": ("Controller", "LearningError"),
     "controller.testing": ("ControllerConformance",),
+    "oracle.chat": ("ChatError",),
     "oracle.menus.base": ("MenuTask",),
     "oracle.search.base": ("Searcher",),
     "oracle.search.testing": ("SearcherConformance",),

@@ -20,12 +20,16 @@ def generate(
     allocator: AllocatorSource,
     prompt: Annotated[str | None, typer.Argument(help="The prompt to continue.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt.")
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt or messages."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal.")
     ] = None,
     model: ModelSource = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the allocator's chat template.")
+    ] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: as in training.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --out names.")] = False,
@@ -39,6 +43,8 @@ def generate(
         raise typer.BadParameter("give either a prompt or --prompts FILE.jsonl")
     if (prompts is None and out is not None) or (out is None and overwrite):
         raise typer.BadParameter("--out goes with --prompts FILE.jsonl, and --overwrite with --out")
+    if raw and prompt is None:
+        raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
     from dataclasses import replace
 
     from layerbudget import Allocator, load_backbone
@@ -50,10 +56,13 @@ def generate(
     loaded = Allocator.from_pretrained(allocator)
     if max_new_tokens:
         loaded = replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=max_new_tokens))
-    network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
+    network, tokenizer = load_backbone(
+        loaded.model_source if model is None else model, device="auto" if device is None else device
+    )
     if prompt is not None:
-        check_lengths(network, tokenizer, [("on the command line", prompt)], loaded.decoding.max_new_tokens)
-        print_answers(loaded, network, tokenizer, [prompt])
+        text = loaded.rendered(prompt, raw=raw)
+        check_lengths(network, tokenizer, [("on the command line", text)], loaded.decoding.max_new_tokens)
+        print_answers(loaded, network, tokenizer, [prompt], raw=raw)
     else:
         assert prompts is not None
         with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
@@ -76,13 +85,17 @@ def generate(
 
 
 def print_answers(
-    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+    allocator: Allocator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    raw: bool = False,
 ) -> None:
     """Answers with the layers that they ran, one after the other."""
     from runtime.texts import generate_texts
 
-    full = allocator.menu.n_layers
-    for prompt, answer in zip(
-        prompts, generate_texts(allocator.generate, model, tokenizer, prompts, allocator.decoding), strict=True
-    ):
+    full, texts = allocator.menu.n_layers, [allocator.rendered(prompt, raw=raw) for prompt in prompts]
+    answers = generate_texts(allocator.generate, model, tokenizer, texts, allocator.decoding)
+    for prompt, answer in zip(prompts, answers, strict=True):
         typer.echo(f"\n{prompt}\n  {answer.text}\n  [{answer.plan.layers:g} of {full} layers: {answer.plan}]")

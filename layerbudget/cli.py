@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -52,6 +53,7 @@ for _name, _text in STAGES.items():
 def main() -> None:
     """Entry point: what is the input's fault or the machine's becomes one sentence and status 2; Ctrl-C becomes status
     130. Any other exception is a fault of ours and shows where it happened."""
+    _write_what_is_not_encoded_as_its_number()
     try:
         check_not_shadowed()
         from backbone.errors import InputError
@@ -77,6 +79,13 @@ def main() -> None:
         if sentence is None:
             raise
         _refuse(sentence)
+
+
+def _write_what_is_not_encoded_as_its_number() -> None:
+    """A prompt or an answer may hold what the terminal's encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse(sentence: str) -> NoReturn:

@@ -40,7 +40,7 @@ def config_of(path: Path, settings: list[str] | None, device: str | None) -> Con
     """The configuration that the arguments of a command name."""
     from pipelines.config import load_config
 
-    return load_config(path, [*(settings or []), *([f"model.device={device}"] if device else [])])
+    return load_config(path, [*(settings or []), *([] if device is None else [f"model.device={device!r}"])])
 
 
 def _answer_try_prompts(config: Config) -> None:

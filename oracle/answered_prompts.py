@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
 from backbone.stand_ins.training_targets import Example
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Advance, Labeller
 from oracle.labels.reader import key_of
@@ -26,7 +27,7 @@ def answered_examples(
     labels = labeller.labels(full_plan)
     answers = [labels[key_of(prompt)].answer_ids for prompt in prompts]
     return [
-        Example((*tokenizer(prompt.prompt).input_ids, *answer), len(answer))
+        Example((*tokens_of(tokenizer, prompt.prompt), *answer), len(answer))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -38,9 +39,9 @@ def reference_examples(
     examples = []
     for prompt in prompts:
         if prompt.reference:
-            text = f" {prompt.reference}" + (decoding.stop[0] if decoding.stop else "")
+            text = f"{'' if prompt.template else ' '}{prompt.reference}" + (decoding.stop[0] if decoding.stop else "")
             ids = tokenizer(text, add_special_tokens=False).input_ids
             ids = ids if decoding.stop else [*ids, tokenizer.eos_token_id]
             ids = ids[: decoding.max_new_tokens]
-            examples.append(Example((*tokenizer(prompt.prompt).input_ids, *ids), len(ids), from_reference=True))
+            examples.append(Example((*tokens_of(tokenizer, prompt.prompt), *ids), len(ids), from_reference=True))
     return examples

@@ -14,7 +14,7 @@ from controller.certificate.risks import Risk
 from controller.features import check_sets
 from oracle.decoding import Decoding, checked_options
 from oracle.menus import MENUS
-from oracle.prompts import FIELDS, SPLITS, Split
+from oracle.prompts import COLUMNS, SPLITS, Split
 
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
@@ -47,14 +47,17 @@ class DataSection(Section):
     """For prompts that name no judge."""
     force_judge: Text | None = None
     """For all prompts, whatever judge they name; `kl` and `agreement` hold answers against the full model's own."""
+    chat_template: Text = "auto"
+    """What puts prompts into the form of a conversation: `auto`, the tokenizer's own template where it has one;
+    `never`; or a file with a Jinja template. Prompts marked `raw` are given as they are."""
     shares: dict[Split, float] = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
     """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> DataSection:
-        if unknown := set(self.columns) - set(FIELDS):
+        if unknown := set(self.columns) - set(COLUMNS):
             raise ValueError(
-                f"columns names the field {min(unknown)!r}; the fields of a prompt are {', '.join(FIELDS)}"
+                f"columns names the field {min(unknown)!r}; the fields of a prompt are {', '.join(COLUMNS)}"
             )
         return self
 

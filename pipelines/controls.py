@@ -123,15 +123,21 @@ def _knows_the_prompt(rows: Rows, best: str, alpha: float) -> bool:
 
 
 def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibrate: Table, test: Table) -> Rows:
-    """Some test prompts put into another template, with labels and features of their own."""
+    """Some test prompts put into another template, with labels and features of their own; no rows where judges fail
+    on all of them."""
     evaluation = workspace.config.evaluation
     assert evaluation.template is not None
-    prompts = [
-        replace(prompt, id=f"{prompt.id} in template", prompt=evaluation.template.format(prompt=prompt.prompt))
-        for prompt in test.prompts[: evaluation.template_prompts]
-    ]
+    put = evaluation.template.format
+    prompts = workspace.rendered(
+        [
+            replace(prompt, id=f"{prompt.id} in template").reworded(lambda text: put(prompt=text))
+            for prompt in test.prompts[: evaluation.template_prompts]
+        ]
+    )
     scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels in another template")
     table = workspace.table_of(prompts, scores, features_of(workspace, prompts))
+    if not table.prompts:
+        return []
     predicted = learned.predict(table.features)
     return [
         row

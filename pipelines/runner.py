@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from rich.markup import escape
 
 from backbone.files import remove_strays, write_atomically
 from oracle.prompts import Shard
@@ -59,7 +60,7 @@ def _checked(config: Config) -> RunState:
     """What is there, after folder and prompts were found fit to use. Nothing is written."""
     Workspace.forget()
     state = RunState(config)
-    _ = Workspace.of(config).splits
+    _ = Workspace.of(config).given_splits
     return state
 
 
@@ -109,5 +110,5 @@ def _run_stage(config: Config, stage: Stage, state: RunState) -> Path:
     run: Callable[[Config], Path] = import_module(f".stages.{stage.name}", __package__).run
     path = run(config)
     state.record(stage, time.perf_counter() - start)
-    console.print(f"  {path}  [dim]{time.perf_counter() - start:.0f} s[/]")
+    console.print(f"  {escape(str(path))}  [dim]{time.perf_counter() - start:.0f} s[/]")
     return path

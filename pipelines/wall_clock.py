@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from backbone.execution.probing import probe_states
 from controller.features import Features, extract, rows_of
+from oracle.chat import padded_prompts
 from pipelines.learning_table import Table
 from pipelines.progress import progress
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.paired_timing import Ratio, generation_under, median_seconds, paired_ratio, paired_seconds, prompt_inputs
+from runtime.paired_timing import Ratio, generation_under, median_seconds, paired_ratio, paired_seconds
 
 NOISE = 1.03
 """A speed-up above what the layers left out allow, by more than this factor, is noise and is reported as such."""
@@ -37,8 +38,8 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
     order = np.argsort(chosen, kind="stable")
     picked = [order[int((i + 0.5) * len(order) / n_prompts)] for i in range(n_prompts)]
     texts = [test.prompts[index].prompt for index in picked]
-    batch = prompt_inputs(model, tokenizer, texts)
-    singles = [prompt_inputs(model, tokenizer, [text]) for text in texts]
+    batch = dict(padded_prompts(tokenizer, texts).to(model.device))
+    singles = [dict(padded_prompts(tokenizer, [text]).to(model.device)) for text in texts]
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
     plans = {str(plan): generation_under(model, batch, plan, n_tokens) for plan in timed.menu.plans}
     ends: dict[str, Callable[[], object]] = {
@@ -98,7 +99,7 @@ def prompt_ms(decide: Callable[[Features], object], features: Features, repeats:
 def feature_ms(workspace: Workspace, text: str, rounds: int) -> dict[str, float]:
     """Milliseconds that each set of features takes for one prompt, from the probe layers' states in hand."""
     (model, tokenizer), config = workspace.backbone, workspace.config
-    inputs = prompt_inputs(model, tokenizer, [text])
+    inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     states = probe_states(model, inputs["input_ids"], inputs["attention_mask"], config.menu.probe_depth)
     work = {
         name: partial(extract, model, states, inputs["input_ids"], inputs["attention_mask"], [name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,12 @@ import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.loading import load_backbone
+from backbone.loading import load_backbone, load_tokenizer
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import StandIns, attach
 from controller.certificate.risks import quality_kept
 from controller.features import Features, rows_of
+from oracle.chat import ChatTemplate, template_text
 from oracle.context_lengths import check_lengths
 from oracle.decoding import Decoding
 from oracle.frontier.frontier import sufficient_plans
@@ -30,7 +32,7 @@ from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_o
 from pipelines.config import Config, ConfigError
 from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
-from pipelines.progress import progress, waiting
+from pipelines.progress import progress, say_failures, waiting
 
 
 class Workspace:
@@ -55,13 +57,39 @@ class Workspace:
         return self.config.folder / name
 
     @cached_property
-    def prompts(self) -> list[Prompt]:
+    def given_prompts(self) -> list[Prompt]:
+        """The prompts as they stand in their source."""
         return self._loaded(self.config.data.force_judge)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts as the model is given them; loads it only in a run that never did."""
+        return self.rendered(self.given_prompts)
 
     @cached_property
     def prompts_as_judged(self) -> list[Prompt]:
         """The prompts with the judges that they came with."""
-        return self._loaded(None)
+        return self.rendered(self._loaded(None))
+
+    def rendered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts as the model is given them. Raises PromptError for one that the chat template cannot render."""
+        return [prompt.rendered(self.chat_template) for prompt in prompts]
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """What `data.chat_template` says; None where prompts are given as they are."""
+        if (wanted := self.config.data.chat_template) == "never":
+            return None
+        return self.facts.own_template if wanted == "auto" else ChatTemplate.of_file(Path(wanted), self.facts.tokens)
+
+    @property
+    def chat_template_key(self) -> str | None:
+        """What stages are done again for: the template, as far as it is known without loading the model."""
+        if (wanted := self.config.data.chat_template) == "never":
+            return None
+        if wanted != "auto":
+            return template_text(Path(wanted))
+        return self.facts.chat_template if self.path("model.json").exists() else None
 
     def _loaded(self, force_judge: str | None) -> list[Prompt]:
         data = self.config.data
@@ -76,8 +104,9 @@ class Workspace:
 
     @cached_property
     def prompts_hash(self) -> str:
-        """SHA-256 of all prompts, references and judges."""
-        return hashlib.sha256(json.dumps([astuple(prompt) for prompt in self.prompts]).encode()).hexdigest()
+        """SHA-256 of all prompts, references and judges, and of the template that they are put into."""
+        given = [astuple(prompt) for prompt in self.given_prompts]
+        return hashlib.sha256(json.dumps([given, self.chat_template_key]).encode()).hexdigest()
 
     @cached_property
     def labelled(self) -> list[Prompt]:
@@ -87,13 +116,25 @@ class Workspace:
 
     @cached_property
     def splits(self) -> dict[Split, list[Prompt]]:
+        return self._split(self.prompts)
+
+    @cached_property
+    def given_splits(self) -> dict[Split, list[Prompt]]:
+        """The splits of the prompts as they stand in their source; needs no model.
+
+        Raises:
+            ConfigError: too few prompts for a split.
+        """
+        return self._split(self.given_prompts)
+
+    def _split(self, prompts: Sequence[Prompt]) -> dict[Split, list[Prompt]]:
         parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
-        for prompt in self.prompts:
+        for prompt in prompts:
             parts[split_of(prompt, self.config.data.shares)].append(prompt)
         needed = [split for split in SPLITS if split != "adapt" or self._makes_from_prompts]
         if small := [split for split in needed if len(parts[split]) < 2]:
             raise ConfigError(
-                f"{len(self.prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
+                f"{len(prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
                 "or more: use more prompts or other data.shares"
             )
         return parts
@@ -119,6 +160,13 @@ class Workspace:
         check_lengths(*loaded, named, self.config.decoding.max_new_tokens)
         return loaded
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's, without loading the model."""
+        if "backbone" in self.__dict__:
+            return self.backbone[1]
+        return load_tokenizer(self.config.model.source)
+
     def _check_same_model(self, found: ModelFacts) -> None:
         """A run folder keeps to the weights, and to the generation config, that it began with."""
         path = self.path("model.json")
@@ -127,8 +175,8 @@ class Workspace:
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)
         elif known.identity != found.identity:
-            what = "model" if known.fingerprint != found.fingerprint else "generation config"
-            was, now = (x.fingerprint if what == "model" else x.identity[1:] for x in (known, found))
+            what = known.difference(found)
+            was, now = (x.described(what) for x in (known, found))
             raise ConfigError(
                 f"{self.config.folder} was made with the {what} {was}, but that of {self.config.model.source} is now "
                 f"{now}; give this run a name of its own, for example --set name={self.config.name}-2"
@@ -193,8 +241,10 @@ class Workspace:
 
     def label_anew(self, labeller: Labeller, prompts: list[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
         """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
+        before = len(labeller.failures)
         with progress(title, sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)) as advance:
             labeller.label(prompts, menu, advance)
+        say_failures(labeller.failures[before:])
         return score_matrix(labeller.read(prompts, menu))
 
     def frozen_menu(self) -> PlanMenu:

@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, Generat
 from backbone.families import decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
+from oracle.chat import Turns
 from runtime.call_arguments import (
     check_handed_on,
     check_known,
@@ -106,6 +107,8 @@ class Allocator(AllocatorParts):
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
         own = {name: value.to(model.device) for name, value in prefix_inputs(model, inputs).items()}
         positions = {**position_inputs(decoder_of(model), mask), **own}
+        if self.chat is not None:
+            self.chat.warn_without(input_ids, attention_mask)
         decider = replace(self.decider(), is_served=False)
         decision = decider.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
         return [self.menu.plans[index] for index in decision.chosen]
@@ -156,8 +159,9 @@ class Allocator(AllocatorParts):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Turns],
         *,
+        raw: bool = False,
         batch_size: int = 32,
         advance: Callable[[int], None] = lambda done: None,
         **options: Any,
@@ -166,6 +170,8 @@ class Allocator(AllocatorParts):
         generated in batches, as many of one plan as can be.
 
         Args:
+            prompts: texts or conversations, which are put into the allocator's chat template: see `rendered`.
+            raw: the texts are what the model is to continue, without the template.
             batch_size: prompts generated together, at most.
             advance: called with the number of prompts that were answered.
             options: arguments of `generate()`, in place of the decoding that the allocator was calibrated with.
@@ -174,10 +180,13 @@ class Allocator(AllocatorParts):
             A text and its plan for each prompt, in their order.
 
         Raises:
-            UnsupportedGenerationError: an option that would give other than one answer a prompt.
+            UnsupportedGenerationError: an option that would give other than one answer a prompt, or a prompt that
+                cannot be rendered.
             WrongModelError: another model than the one this allocator was made for.
         """
-        return generate_many(self, model, tokenizer, prompts, batch_size=batch_size, advance=advance, **options)
+        return generate_many(
+            self, model, tokenizer, prompts, raw=raw, batch_size=batch_size, advance=advance, **options
+        )
 
     def __call__(
         self,
@@ -209,6 +218,8 @@ class Allocator(AllocatorParts):
             if lossless:
                 check_lossless(request)
             self.prepare(model)
+            if self.chat is not None and not request.goes_on:
+                self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
             plans, prefix = plans_of(request, self.menu, self.decider(allocation_limit_ms))
             request.check_plans(plans)
             allocation_ms = (time.perf_counter() - began) * 1000

@@ -15,6 +15,7 @@ from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
+from oracle.chat import ChatError, Turns, tokens_of
 from runtime.call_arguments import UnsupportedGenerationError
 from runtime.deciding import Decider, Decision, prompt_key
 from runtime.parts import AllocatorParts
@@ -40,7 +41,7 @@ def finished_texts(
     batch_size: int,
     **options: Any,
 ) -> Iterator[list[tuple[int, AllocatedText]]]:
-    """Continue prompts [N], each under its own plan, in batches as `composed` makes them.
+    """Continue rendered prompts [N], each under its own plan, in batches as `composed` makes them.
 
     Batches go on from what the first layers made of their prompts when these were allocated, as far as `KEPT_BYTES`
     suffice. A batch for which the device's memory does not suffice is run half by half.
@@ -59,7 +60,7 @@ def finished_texts(
     _check(batch_size, options)
     if not prompts:
         return
-    tokens = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    tokens = [tokens_of(tokenizer, text) for text in prompts]
     if empty := [index for index, ids in enumerate(tokens) if not ids]:
         raise UnsupportedGenerationError(f"prompt {empty[0]} is empty: there is nothing to continue")
     settings = {**decoding_options(tokenizer, allocator.decoding), **options}
@@ -136,18 +137,27 @@ def generate_many(
     allocator: AllocatorParts,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Turns],
     *,
+    raw: bool,
     batch_size: int,
     advance: Callable[[int], None],
     **options: Any,
 ) -> list[AllocatedText]:
     """See `Allocator.generate_many`."""
     texts: dict[int, AllocatedText] = {}
-    for batch in finished_texts(allocator, model, tokenizer, prompts, batch_size=batch_size, **options):
+    given = [_rendered(allocator, number, prompt, raw) for number, prompt in enumerate(prompts)]
+    for batch in finished_texts(allocator, model, tokenizer, given, batch_size=batch_size, **options):
         texts.update(batch)
         advance(len(batch))
     return [texts[index] for index in range(len(prompts))]
+
+
+def _rendered(allocator: AllocatorParts, number: int, prompt: str | Turns, raw: bool) -> str:
+    try:
+        return allocator.rendered(prompt, raw=raw)
+    except ChatError as error:
+        raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
 
 
 def _check(batch_size: int, options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from backbone.execution.apply_plan import apply_plan
 from backbone.plan import LayerPlan
@@ -134,14 +134,6 @@ def generation_under(
             return model.generate(**inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)  # type: ignore[operator]
 
     return generate
-
-
-def prompt_inputs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> dict[str, torch.Tensor]:
-    """Texts as one left-padded batch [B, S]: `input_ids` and `attention_mask`, on the model's device."""
-    encoded = tokenizer(list(texts), return_tensors="pt", padding=True).to(model.device)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def machine() -> dict[str, str | int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from backbone.fingerprint import model_fingerprint
@@ -18,7 +19,9 @@ from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
 from controller.certificate.risks import kept_by_full
 from controller.projection import Projection
+from oracle.chat import Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
+from runtime.chat_format import ChatFormat
 from runtime.deciding import Decider
 
 _attaching = threading.Lock()
@@ -48,6 +51,7 @@ class AllocatorParts:
             over and over: `dataclasses.replace(allocator, drift=None)`.
         outliers: sends prompts unlike all known ones to the full plan, and belongs to what the certificate covers; None
             where it is off.
+        chat: the chat template that its prompts were rendered with; None where they were given as they are.
     """
 
     menu: PlanMenu
@@ -61,6 +65,7 @@ class AllocatorParts:
     stand_ins: StandIns | None = None
     drift: DriftAlarm | None = None
     outliers: OutlierTest | None = None
+    chat: ChatFormat | None = None
 
     def __repr__(self) -> str:
         found = self.certificate
@@ -104,6 +109,28 @@ class AllocatorParts:
                 f"this allocator's stand-ins change layer {min(attached.changed)}, but every plan goes on from what "
                 f"the full model's first {depth} layers (probe_depth) made of the prompt"
             )
+
+    def rendered(self, prompt: str | Turns | Question, *, raw: bool = False) -> str:
+        """A prompt's text as those were that this allocator was made with; `inputs` tokenizes it.
+
+        Args:
+            prompt: what the user says, or a conversation whose last turn is the user's: `[{"role": "user", "content":
+                "..."}]`. A text that was rendered before stays what it is.
+            raw: the text is what the model is to continue, without the template.
+
+        Raises:
+            ChatError: a conversation without a template, or that is none, or that the template cannot render.
+        """
+        if isinstance(prompt, Rendered):
+            return prompt
+        question = prompt if isinstance(prompt, Question) else Question.of(prompt, raw=raw)
+        return rendered(question, None if self.chat is None else self.chat.template)
+
+    def inputs(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Turns], *, raw: bool = False
+    ) -> BatchEncoding:
+        """Prompts as the inputs of `generate`, left-padded [B, S], rendered as `rendered` says."""
+        return padded_prompts(tokenizer, [self.rendered(prompt, raw=raw) for prompt in prompts])
 
     def decider(self, limit_ms: float | None = None) -> Decider:
         """What chooses plans for prompts, with a limit to the time it may take."""

@@ -27,6 +27,9 @@ from backbone.stand_ins.trained_parts import Trainable, Where, adapted_layers
 from backbone.stand_ins.training_checkpoint import Checkpoint
 from backbone.stand_ins.training_targets import Example, Lesson, contiguous_head
 
+CHECKPOINT = "checkpoint.safetensors"
+"""Where training stands, in the folder it is given."""
+
 
 @dataclass(frozen=True, slots=True)
 class DistillSettings:
@@ -108,9 +111,7 @@ def distil(
     trainable = Trainable(model, plans, bridges, layers, settings.where, settings.rank, settings.seed)
     try:
         with contiguous_head(model):
-            history = _Run(
-                model, trainable, examples, settings, Checkpoint(folder / "checkpoint.safetensors"), looked
-            ).go()
+            history = _Run(model, trainable, examples, settings, Checkpoint(folder / CHECKPOINT), looked).go()
         adapter, trained = trainable.result()
     finally:
         trainable.close()

@@ -131,6 +131,7 @@ def certify(
     tolerance: float = 0.0,
     prompts_hash: str = "",
     decoding: str = "",
+    chat_template: str = "",
 ) -> Certificate:
     """Finds the price and says what it is worth.
 
@@ -141,6 +142,7 @@ def certify(
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
         prompts_hash: of the calibration prompts.
         decoding: how the answers were generated, in words.
+        chat_template: hash of the template that the prompts were put into, if any.
     """
     names = np.asarray(tasks)
     groups = names if per_task else None
@@ -162,6 +164,7 @@ def certify(
         per_task=_per_task(risk, observed, scores, names) if per_task else {},
         tolerance=tolerance,
         decoding=decoding,
+        chat_template=chat_template,
     )
 
 

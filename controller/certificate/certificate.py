@@ -42,6 +42,7 @@ class Certificate:
         per_task: task -> {"n", "observed_risk"} where the bound holds in every task, empty where only overall.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
         decoding: how the answers were generated, in words.
+        chat_template: hash of the template that the prompts were put into; empty where they were given as they are.
         does_not_cover: what is not promised, in sentences.
     """
 
@@ -59,11 +60,14 @@ class Certificate:
     per_task: dict[str, dict[str, float]] = field(default_factory=dict)
     tolerance: float = 0.0
     decoding: str = ""
+    chat_template: str = ""
     does_not_cover: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.does_not_cover:
-            object.__setattr__(self, "does_not_cover", exclusions(self.date, self.per_task, self.decoding))
+            object.__setattr__(
+                self, "does_not_cover", exclusions(self.date, self.per_task, self.decoding, self.chat_template)
+            )
 
     @property
     def sentence(self) -> str:
@@ -151,15 +155,18 @@ class Certificate:
         return f"; {worst!r}, the worst task: {self._seen(self.per_task[worst]['observed_risk'])}"
 
 
-def exclusions(date: str, per_task: dict[str, dict[str, float]], decoding: str = "") -> tuple[str, ...]:
+def exclusions(
+    date: str, per_task: dict[str, dict[str, float]], decoding: str = "", chat_template: str = ""
+) -> tuple[str, ...]:
     """What a certificate does not promise, in sentences."""
     tasks = (
         f"Tasks other than {', '.join(sorted(per_task))}."
         if per_task
         else "Single tasks, or another mixture of them: a rare or hard task may lose more than the bound."
     )
+    template = f"; another chat template than {chat_template}, or none" if chat_template else ""
     return (
-        "Other kinds of prompts: other lengths, languages or templates.",
+        f"Other kinds of prompts: other lengths, languages or templates{template}.",
         tasks,
         "Single prompts: a mean is bounded, and any one prompt may lose everything.",
         f"Other decoding settings{f' than {decoding}' if decoding else ''}: sampling, longer answers, other ends.",
@@ -185,7 +192,7 @@ def _check_values(data: dict[str, Any]) -> None:
         **{name: data[name] is None or _is_count(data[name]) for name in ("fewest_prompts", "prompts_needed")},
         "observed_risk": _is_risk(data["observed_risk"], signed),
         **{name: _is_amount(data[name]) for name in ("tolerance", "full_score")},
-        **{name: isinstance(data[name], str) for name in ("prompts_hash", "date", "decoding")},
+        **{name: isinstance(data[name], str) for name in ("prompts_hash", "date", "decoding", "chat_template")},
     }
     if wrong := [name for name, is_right in right.items() if not is_right]:
         raise ValueError(f"{wrong[0]} is {data[wrong[0]]!r:.80}")

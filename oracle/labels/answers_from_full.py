@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.labels.follow_full_answer import follow
 from oracle.labels.generate_answers import Enough, answer_text, continue_batch, stop_token_ids
@@ -131,7 +132,7 @@ class Shortcut:
         """The same drafts, of one plan, generated in one batch until they are settled."""
         limit, plan = self._decoding.max_new_tokens, drafts[0].plan
         start = time.perf_counter()
-        sequences = [[*self._tokenizer(draft.prompt.prompt).input_ids, *draft.ids] for draft in drafts]
+        sequences = [[*tokens_of(self._tokenizer, draft.prompt.prompt), *draft.ids] for draft in drafts]
         most = limit - min(len(draft.ids) for draft in drafts)
         enough = [self._enough(draft, full[draft.prompt].answer) for draft in drafts]
         rests = continue_batch(self._model, self._tokenizer, sequences, plan, self._decoding, most, enough)

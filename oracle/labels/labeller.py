@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import attached_digest
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.judges import KL, score
 from oracle.labels.answers_from_full import Draft, Shortcut
@@ -199,7 +200,7 @@ class Labeller(LabelReader):
         Like in length, so that little is padded, and in the power of two of the expected answer's length (the full
         model's, or the reference's as long as that is not known), since a batch decodes until its longest answer ends.
         """
-        lengths = {prompt: len(self._tokenizer(prompt.prompt).input_ids) for prompt in prompts}
+        lengths = {prompt: len(tokens_of(self._tokenizer, prompt.prompt)) for prompt in prompts}
 
         def expected(prompt: Prompt) -> int:
             return len(self._tokenizer(prompt.reference).input_ids if full is None else full[prompt].answer_ids)

@@ -8,6 +8,7 @@ import torch
 
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
+from oracle.chat import tokens_of
 from oracle.menus.base import Advance, MenuTask
 
 
@@ -29,9 +30,9 @@ def layer_influence(task: MenuTask) -> list[float]:
     tokens = 0
     try:
         for prompt in task.prompts:
-            inputs = task.tokenizer(prompt, return_tensors="pt").to(task.model.device)
-            task.model(input_ids=inputs["input_ids"], use_cache=False)
-            tokens += inputs["input_ids"].numel()
+            ids = tokens_of(task.tokenizer, prompt)
+            task.model(input_ids=torch.tensor([ids], device=task.model.device), use_cache=False)
+            tokens += len(ids)
     finally:
         for hook in hooks:
             hook.remove()

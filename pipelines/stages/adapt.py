@@ -12,22 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from backbone.files import replacing, write_atomically
+from backbone.files import UNFINISHED, replacing, write_atomically
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.distillation import History, distil
+from backbone.stand_ins.distillation import CHECKPOINT, History, distil
 from backbone.stand_ins.fit_bridges import Fits, bridges_of, bridging_rounds, fit_bridges
 from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples, reference_examples
+from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
 from oracle.labels.reader import score_matrix
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
 from pipelines.progress import console, progress
-from pipelines.run_state import stage_key
+from pipelines.run_state import check_own, stage_key
 from pipelines.workspace import Workspace
-from runtime.paired_timing import FEWEST_ROUNDS, generation_under, median_seconds, prompt_inputs
+from runtime.paired_timing import FEWEST_ROUNDS, generation_under, median_seconds
 
 HELD = 5
 """Every so many-th prompt is held out where methods are compared."""
@@ -36,6 +37,7 @@ HELD = 5
 def run(config: Config) -> Path:
     """Writes `stand_ins.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
     workspace = Workspace.of(config)
+    check_own(workspace.path("adapt"), lambda file: file.name == CHECKPOINT or file.name.endswith(UNFINISHED))
     model, _ = workspace.backbone
     detach(model)
     made = _Making(workspace)
@@ -194,7 +196,7 @@ def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> 
     """
     model, tokenizer = workspace.backbone
     menu, prompts = workspace.frozen_menu(), _parts(workspace)[1]
-    batch = prompt_inputs(model, tokenizer, [prompt.prompt for prompt in prompts[:4]])
+    batch = dict(padded_prompts(tokenizer, [prompt.prompt for prompt in prompts[:4]]).to(model.device))
     n_tokens = workspace.config.evaluation.speed_tokens
     scores, times = {}, {}
     for method, stand_ins in candidates.items():

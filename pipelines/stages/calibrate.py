@@ -20,11 +20,12 @@ from controller.learning import Learned
 from controller.report.report_card import losses_at
 from pipelines.config import Config
 from pipelines.learning_table import Table
-from pipelines.progress import console
+from pipelines.progress import say
 from pipelines.stages.train import load_trained
 from pipelines.unseen_tasks import outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
+from runtime.chat_format import ChatFormat
 
 
 def run(config: Config) -> Path:
@@ -43,7 +44,7 @@ def run(config: Config) -> Path:
         name: certified(learned.predict(table.features), table, workspace) for name, learned in trained.items()
     }
     if certificates[best].price is None:
-        console.print(f"  [red]{certificates[best].sentence}[/]")
+        say(f"  {certificates[best].sentence}", style="red")
     allocator = Allocator(
         menu=workspace.menu(),
         controller=trained[best].controller,
@@ -56,6 +57,7 @@ def run(config: Config) -> Path:
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
         drift=_drift_alarm(trained[best], certificates[best], table, config),
         outliers=outliers,
+        chat=_chat_format(workspace),
     )
     allocator.save_pretrained(workspace.path("allocator"))
     data = {"best": best, "certificates": {name: _as_dict(found) for name, found in certificates.items()}}
@@ -87,6 +89,7 @@ def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: 
         tolerance=config.label.tolerance,
         prompts_hash=hashlib.sha256("".join(prompt.hash for prompt in table.prompts).encode()).hexdigest()[:16],
         decoding=str(workspace.decoding),
+        chat_template=max(prompt.template for prompt in table.prompts),  # those given as they are have an empty one
     )
 
 
@@ -94,6 +97,14 @@ def _drift_alarm(learned: Learned, certificate: Certificate, table: Table, confi
     projected = learned.projection(table.features)
     chosen = choose(learned.predict(table.features), table.budgets, certificate.price)
     return DriftAlarm(drift_scores(projected, table.budgets[chosen]), config.calibration.false_alarms)
+
+
+def _chat_format(workspace: Workspace) -> ChatFormat | None:
+    """None where every prompt was given as it is, so that those to come are too."""
+    is_rendered = [bool(prompt.template) for prompt in workspace.labelled]
+    if workspace.chat_template is None or not any(is_rendered):
+        return None
+    return ChatFormat.of(workspace.chat_template, workspace.tokenizer, for_all=all(is_rendered))
 
 
 def _as_dict(certificate: Certificate) -> dict[str, object]:

@@ -12,11 +12,11 @@ import pyarrow.parquet as parquet
 
 from backbone.files import replacing
 from controller.features import Features, prompt_features, rows_of
+from oracle.chat import padded_prompts
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.progress import progress
 from pipelines.workspace import Workspace
-from runtime.paired_timing import prompt_inputs
 
 
 def run(config: Config) -> Path:
@@ -44,7 +44,7 @@ def features_of(
     order = np.array(sorted(range(len(prompts)), key=lambda row: -len(prompts[row].prompt)))
     found: list[Features] = []
     for rows in np.array_split(order, range(config.features.batch_size, len(order), config.features.batch_size)):
-        inputs = prompt_inputs(model, tokenizer, [prompts[row].prompt for row in rows])
+        inputs = dict(padded_prompts(tokenizer, [prompts[row].prompt for row in rows]).to(model.device))
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         found.append(prompt_features(model, ids, mask, config.menu.probe_depth, config.features.sets))
         advance(len(rows))

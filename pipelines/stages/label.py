@@ -6,7 +6,7 @@ from pathlib import Path
 
 from oracle.prompts import Shard
 from pipelines.config import Config
-from pipelines.progress import console, progress
+from pipelines.progress import progress, say, say_failures
 from pipelines.workspace import Workspace
 
 
@@ -18,10 +18,8 @@ def run(config: Config, shard: Shard | None = None) -> Path:
     missing = sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)
     if config.label.shortcut and (options := labeller.decoding.changes_tokens):
         named = ", ".join(f"{name}={value}" for name, value in options.items())
-        console.print(f"  label.shortcut steps aside: with {named} the likeliest token is not the one chosen")
+        say(f"  label.shortcut steps aside: with {named} the likeliest token is not the one chosen")
     with progress("labels", missing) as advance:
         labeller.label(prompts, menu, advance)
-    if labeller.failures:
-        console.print(f"[red]{len(labeller.failures)} labels have no score, the first since {labeller.failures[0]}[/]")
-        console.print("  prompts without a score under some plan are left out of everything that follows")
+    say_failures(labeller.failures)
     return workspace.path("labels.db")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from controller.base import CONTROLLERS
 from controller.certificate.risks import kept_by_full
@@ -12,6 +12,7 @@ from controller.learning import Learned, Settings, learn
 from controller.projection import Projection
 from pipelines.config import Config
 from pipelines.progress import progress
+from pipelines.run_state import check_own
 from pipelines.workspace import Workspace
 
 PROJECTION = "projection.safetensors"
@@ -20,6 +21,7 @@ PROJECTION = "projection.safetensors"
 def run(config: Config) -> Path:
     """Fit every controller; writes `controllers/<name>/`."""
     workspace = Workspace.of(config)
+    check_own(workspace.path("controllers"), _is_own)
     table = workspace.table("train", "tune")
     unfinished = workspace.path(".controllers.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -34,6 +36,12 @@ def run(config: Config) -> Path:
     target = workspace.path("controllers")
     shutil.rmtree(target, ignore_errors=True)
     return unfinished.rename(target)
+
+
+def _is_own(file: PurePath) -> bool:
+    """Whether this stage writes a file of that path in its folder."""
+    name, *rest = file.parts
+    return name in CONTROLLERS and "/".join(rest) in {PROJECTION, *CONTROLLERS[name].FILES}
 
 
 def tuned_settings(workspace: Workspace) -> dict[str, Settings]:

@@ -20,14 +20,17 @@ from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
 from controller.projection import Projection
+from oracle.chat import NO_TEMPLATE
 from oracle.decoding import Decoding
+from runtime.chat_format import ChatFormat
 from runtime.parts import AllocatorParts
 from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, file_hash, read_bundle, save_bundle
 
 Parts = TypeVar("Parts", bound=AllocatorParts)
 
-FORMAT_VERSION = 4
-STAND_INS, DRIFT, OUTLIERS = "stand_ins.safetensors", "drift.safetensors", "outliers.safetensors"
+FORMAT_VERSION = 6
+STAND_INS, DRIFT, CHAT = "stand_ins.safetensors", "drift.safetensors", "chat.json"
+OUTLIERS = "outliers.safetensors"
 MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
 ENTRIES: dict[str, type] = {
     "layerbudget_version": str,
@@ -35,6 +38,7 @@ ENTRIES: dict[str, type] = {
     "model": dict,
     "controller": str,
     "decoding": dict,
+    "chat_template": str,
     "files": dict,
 }
 
@@ -55,6 +59,7 @@ def save_allocator(allocator: AllocatorParts, folder: Path) -> None:
             "model": {"fingerprint": allocator.fingerprint, "source": allocator.model_source},
             "controller": allocator.controller_name,
             "decoding": allocator.decoding.to_dict(),
+            "chat_template": chat_hash(allocator),
         }
 
     save_bundle(folder, write)
@@ -121,7 +126,14 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
         allocator.drift.save(folder / DRIFT)
     if allocator.outliers is not None:
         allocator.outliers.save(folder / OUTLIERS)
+    if allocator.chat is not None:
+        allocator.chat.save(folder / CHAT)
     (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
+
+
+def chat_hash(allocator: AllocatorParts) -> str:
+    """Names the chat template; `none` where prompts are given as they are."""
+    return NO_TEMPLATE if allocator.chat is None else allocator.chat.template.hash
 
 
 def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) -> Parts:
@@ -141,8 +153,11 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             stand_ins=StandIns.load(place / STAND_INS) if STAND_INS in files else None,
             drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
             outliers=OutlierTest.load(place / OUTLIERS) if OUTLIERS in files else None,
+            chat=ChatFormat.load(place / CHAT) if CHAT in files else None,
         )
         _check_together(allocator)
+        if (found := chat_hash(allocator)) != (said := manifest["chat_template"]):
+            raise ArtefactError(f"its chat template is {found}, manifest.json says {said!r:.80}")
     except Exception as error:  # files that fit their SHA-256 were made by somebody else, and may hold anything
         raise ArtefactError(f"{folder} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
     return allocator
@@ -224,7 +239,7 @@ from layerbudget import Allocator, load_backbone
 
 model, tokenizer = load_backbone({allocator.model_source!r})
 allocator = Allocator.from_pretrained("this folder or repository")
-inputs = tokenizer(["..."], return_tensors="pt")
+inputs = allocator.inputs(tokenizer, ["..."])
 output = allocator.generate(model, **inputs, max_new_tokens=32)
 ```
 

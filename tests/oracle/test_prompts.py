@@ -54,7 +54,7 @@ def test_a_byte_that_is_no_text_is_named_with_its_line(tmp_path) -> None:
 
 def test_a_table_with_gaps_is_refused(tmp_path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,reference,judge\na,b,exact\n,b,exact\n")
-    with pytest.raises(PromptError, match="row 1: the field 'prompt' is missing"):
+    with pytest.raises(PromptError, match="row 1: the prompt is missing"):
         load_prompts(str(tmp_path))
 
 
@@ -80,7 +80,7 @@ def test_a_data_set_with_other_column_names(tmp_path) -> None:
         ("train-0", "1+1", "2", "number"),
         ("train-1", "2+2", "4", "number"),
     ]
-    with pytest.raises(PromptError, match="has no column 'prompt'; it has question, answer"):
+    with pytest.raises(PromptError, match="has no column 'prompt' or 'messages'; it has question, answer"):
         load_prompts(str(folder), judge="number")
 
 

@@ -152,7 +152,7 @@ def test_options_go_to_generate(model, allocator) -> None:
         (["a"], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         (["a"], {"num_return_sequences": 2}, "which num_return_sequences does not fit"),
         (["a"], {"return_dict_in_generate": True}, "which return_dict_in_generate does not fit"),
-        (["a", ""], {}, "prompt 1 is empty"),
+        (["a", ""], {}, "prompt 1: the prompt is empty"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(model, allocator, prompts, options, message) -> None:
@@ -246,7 +246,7 @@ def test_without_a_file_answers_go_to_the_terminal(model, allocator, prompts_pat
     ("text", "message"),
     [
         (None, "no prompts file"),
-        ('{"id": "a"}\n', "line 1: the prompt is missing or empty"),
+        ('{"id": "a"}\n', "line 1: the prompt is missing; give prompt"),
         ("[]", "expected an object"),
     ],
 )

@@ -29,7 +29,7 @@ def knowing(model, rows: list[int], threshold: float = 0.05) -> OutlierTest:
 def test_only_the_prompt_that_is_unlike_the_others_is_sent_to_the_full_plan(model, tmp_path) -> None:
     allocator, batch = make_allocator(model), padded_batch()
     before = allocator.allocate(model, **batch)
-    strange = [place for place, plan in enumerate(before) if not plan.is_full][0]
+    strange = next(place for place, plan in enumerate(before) if not plan.is_full)
     known = [place for place in range(len(before)) if place != strange]
     watching = replace(allocator, outliers=knowing(model, known))
     watching.save_pretrained(tmp_path)
