@@ -21,7 +21,7 @@ from pipelines.settings_search import Work, regret_bounds, search_in_memory
 from pipelines.stages.calibrate import certified
 from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
-from pipelines.unseen_tasks import unseen_tasks
+from pipelines.unseen_tasks import are_among, unseen_tasks
 from pipelines.workspace import Workspace
 
 CONTROLS = ("shuffled", "length", "task", "embedding")
@@ -52,7 +52,7 @@ def comparison(
         chosen = {name: chosen_at(*both, calibrate, test, alpha) for name, both in predicted.items()}
         rows += measured(alpha, chosen, test, frozenset(CONTROLS))
     tested = _both(best, replace(learned[best], outliers=outliers), calibrate, test)
-    unseen = unseen_tasks(settings, fit, workspace.are_in("tune", fit), calibrate, test, workspace.config)
+    unseen = unseen_tasks(settings, fit, are_among(workspace.splits["tune"], fit), calibrate, test, workspace.config)
     found = {
         "at_losses": rows,
         "certified": [_certified(workspace, *tested, calibrate, test, alpha) for alpha in alphas],

@@ -6,6 +6,7 @@ Shapes: `N` prompts, `K` plans.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from controller.certificate.outliers import OutlierTest
 from controller.features import WIDE
 from controller.learning import Learned, Settings, learn
 from controller.report.report_card import losses_at
+from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.measured_policies import Choices, chosen_at, measured, outcome
@@ -69,6 +71,12 @@ def unseen_tasks(
         return {"at_losses": [], "tasks": []}
     policies = {alpha: {name: chosen[name, alpha] for name in (TESTED, UNTESTED)} for alpha in alphas}
     return {"at_losses": [row for alpha in alphas for row in measured(alpha, policies[alpha], test)], "tasks": rows}
+
+
+def are_among(prompts: Sequence[Prompt], table: Table) -> NDArray[np.bool_]:
+    """Whether each prompt of a table [N] is one of these."""
+    ids = {prompt.id for prompt in prompts}
+    return np.array([prompt.id in ids for prompt in table.prompts])
 
 
 def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: Config) -> OutlierTest | None:

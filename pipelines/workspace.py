@@ -278,11 +278,6 @@ class Workspace:
             raise ConfigError(f"the judges failed on all but {len(table.prompts)} prompts of {' and '.join(splits)}")
         return table
 
-    def are_in(self, split: Split, table: Table) -> NDArray[np.bool_]:
-        """Whether each prompt of a table [N] belongs to a split."""
-        ids = {prompt.id for prompt in self.splits[split]}
-        return np.array([prompt.id in ids for prompt in table.prompts])
-
     def table_of(self, prompts: list[Prompt], scores: NDArray[np.float64], features: Features) -> Table:
         """Prompts with their scores [N, K] and features, less those with a score that is NaN."""
         judged = np.flatnonzero(~np.isnan(scores).any(axis=1))

@@ -22,7 +22,7 @@ from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import say
 from pipelines.stages.train import load_trained
-from pipelines.unseen_tasks import outlier_test
+from pipelines.unseen_tasks import are_among, outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
@@ -38,7 +38,7 @@ def run(config: Config) -> Path:
     best = json.loads(workspace.path("tuning.json").read_text())["best"]
     trained = load_trained(workspace)
     fit = workspace.table("train", "tune")
-    outliers = outlier_test(trained[best], fit, workspace.are_in("tune", fit), config)
+    outliers = outlier_test(trained[best], fit, are_among(workspace.splits["tune"], fit), config)
     trained = tested(trained, outliers)
     certificates = {
         name: certified(learned.predict(table.features), table, workspace) for name, learned in trained.items()
