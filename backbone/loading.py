@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,15 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from backbone.errors import InputError
 from backbone.families import family_of
 from backbone.files import cache_folder
-
-PACKAGE_PREFIX = "package:"
-
-
-class LoadError(InputError):
-    """A model that cannot be loaded as asked; the message says what was wrong."""
+from backbone.model_source import PACKAGE_PREFIX, LoadError, check_folder, check_package, gguf_file
 
 
 def load_backbone(
@@ -165,16 +158,18 @@ def _resolve(source: str) -> str:
         return str(_converted(_package_gguf(source.removeprefix(PACKAGE_PREFIX))))
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise LoadError(f"no such GGUF file: {path}")
-        return str(_converted(path))
-    if source.startswith((".", "/", "~")) and not (path / "config.json").is_file():
-        raise LoadError(f"no model in the folder {path}: there is no config.json")
+        return str(_converted(gguf_file(path)))
+    if source.startswith((".", "/", "~")):
+        check_folder(path)
     return str(path) if path.is_dir() else source
 
 
 def _package_gguf(name: str) -> Path:
-    package = _imported_package(name)
+    check_package(name)
+    try:
+        package = importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # somebody's own code, which may do anything
+        raise LoadError(f"cannot import the package {name!r}: {type(error).__name__}: {error}") from None
     if hasattr(package, "assemble"):  # weights published in parts that the package itself joins and checks
         return Path(package.assemble(cache_folder() / f"{name}.gguf"))
     if getattr(package, "__file__", None) is None:
@@ -184,16 +179,6 @@ def _package_gguf(name: str) -> Path:
     if len(found) != 1:
         raise LoadError(f"package {name!r} should carry one .gguf file, found {len(found)} in {root}")
     return found[0]
-
-
-def _imported_package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        pip_name = name.replace("_", "-")
-        raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it") from None
-    except (Exception, SystemExit) as error:  # somebody's own code, which may do anything
-        raise LoadError(f"cannot import the package {name!r}: {type(error).__name__}: {error}") from None
 
 
 def _converted(gguf: Path) -> Path:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from controller.base import LearningError
-from controller.features import WIDE, Features, Floats, check_sets
+from controller.feature_sets import WIDE, check_sets
+from controller.features import Features, Floats
 
 LEAST_VARIANCE = 1e-4
 ARRAYS = ("mean", "scale", "components")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from backbone.execution.row_patches import RowPlansError as RowPlansError
     from backbone.execution.self_test import InexactPlanError as InexactPlanError
     from backbone.families import UnsupportedModelError as UnsupportedModelError
-    from backbone.loading import LoadError as LoadError
     from backbone.loading import load_backbone as load_backbone
+    from backbone.model_source import LoadError as LoadError
     from backbone.plan import LayerPlan as LayerPlan
     from backbone.plan import PlanError as PlanError
     from backbone.plan import PlanMenu as PlanMenu
@@ -55,7 +55,8 @@ _NAMES = {
     "backbone.execution.row_patches": ("RowPlansError",),
     "backbone.execution.self_test": ("InexactPlanError",),
     "backbone.families": ("UnsupportedModelError",),
-    "backbone.loading": ("LoadError", "load_backbone"),
+    "backbone.loading": ("load_backbone",),
+    "backbone.model_source": ("LoadError",),
     "backbone.plan": ("LayerPlan", "PlanError", "PlanMenu"),
     "backbone.registry": ("RegistryError",),
     "backbone.stand_ins.adapters": ("AdapterError",),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerbudget.options import AllocatorSource, Device, ModelSource
+from layerbudget.options import AllocatorSource, Device, MaxNewTokens, ModelSource, OutFile, Overwrite, Stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,16 +25,15 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt or messages."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal.")
-    ] = None,
+    out: OutFile = None,
     model: ModelSource = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the allocator's chat template.")
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: as in training.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    stop: Stop = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --out names.")] = False,
+    overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
     """Continue one prompt, or a file of prompts, each with the layers that the allocator chooses for it.
@@ -45,17 +46,13 @@ def generate(
         raise typer.BadParameter("--out goes with --prompts FILE.jsonl, and --overwrite with --out")
     if raw and prompt is None:
         raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
-    from dataclasses import replace
-
-    from layerbudget import Allocator, load_backbone
+    from layerbudget import load_backbone
     from oracle.context_lengths import check_lengths
     from runtime.answer_files import answer_file, check_places
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
-    loaded = Allocator.from_pretrained(allocator)
-    if max_new_tokens:
-        loaded = replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=max_new_tokens))
+    loaded = loaded_allocator(allocator, max_new_tokens, stop)
     network, tokenizer = load_backbone(
         loaded.model_source if model is None else model, device="auto" if device is None else device
     )
@@ -65,12 +62,7 @@ def generate(
         print_answers(loaded, network, tokenizer, [prompt], raw=raw)
     else:
         assert prompts is not None
-        with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
-
-            def begin(done: int, total: int) -> None:
-                bar.length = total
-                bar.update(done)
-
+        with answers_bar() as (begin, advance):
             answer_file(
                 loaded,
                 network,
@@ -80,8 +72,33 @@ def generate(
                 batch_size=batch_size,
                 overwrite=overwrite,
                 begin=begin,
-                advance=bar.update,
+                advance=advance,
             )
+
+
+def loaded_allocator(source: str, max_new_tokens: int | None, stop: list[str] | None) -> Allocator:
+    """An allocator whose answers end as the command says, and otherwise as in training."""
+    from dataclasses import replace
+
+    from layerbudget import Allocator
+
+    if stop and "" in stop:
+        raise typer.BadParameter("--stop takes a string that is not empty")
+    loaded = Allocator.from_pretrained(source)
+    new_tokens, ends = max_new_tokens or loaded.decoding.max_new_tokens, tuple(stop or loaded.decoding.stop)
+    return replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=new_tokens, stop=ends))
+
+
+@contextmanager
+def answers_bar() -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
+    """A bar on the standard error: what tells it the answers there before and of all, and what moves it on."""
+    with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
+
+        def begin(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done)
+
+        yield begin, bar.update
 
 
 def print_answers(

@@ -12,9 +12,11 @@ import typer
 import layerbudget
 from layerbudget import check_not_shadowed
 from layerbudget.answer_commands import generate
+from layerbudget.comparing import compare
 from layerbudget.failures import sentence_of
 from layerbudget.inspecting import inspect
-from layerbudget.stage_commands import STAGES, run, stage_command
+from layerbudget.options import with_ray_address
+from layerbudget.stage_commands import STAGES, check, merge, run, stage_command
 
 app = typer.Typer(
     help="Learn how many decoder layers each prompt needs, and run only those.",
@@ -44,8 +46,11 @@ def options(
 
 
 app.command()(run)
+app.command()(check)
 app.command()(generate)
+app.command()(compare)
 app.command()(inspect)
+app.command(rich_help_panel="Single stages")(merge)
 for _name, _text in STAGES.items():
     app.command(_name, help=_text, rich_help_panel="Single stages")(stage_command(_name))
 
@@ -61,7 +66,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     try:
         try:
-            app()
+            app(with_ray_address(sys.argv[1:]))
         finally:
             sys.stdout.flush()
     except InputError as error:

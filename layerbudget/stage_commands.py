@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerbudget.answer_commands import print_answers
-from layerbudget.options import ConfigFile, Device, Settings
+from layerbudget.options import ConfigFile, Device, Ray, Settings
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -27,6 +27,10 @@ STAGES = {
 }
 
 
+ON_RAY = ("adapt", "features")
+"""Stages beside `label` whose work a cluster can do."""
+
+
 def run(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Run every stage in order. Skips what is done, resumes what is not, redoes what the settings changed."""
     from pipelines.runner import run_all
@@ -34,6 +38,14 @@ def run(config: ConfigFile, settings: Settings = None, device: Device = None) ->
     loaded = config_of(config, settings, device)
     run_all(loaded)
     _answer_try_prompts(loaded)
+
+
+def check(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Say in a second what of a run can be known to fail: model, prompts, judges, splits, certificate, disk."""
+    from pipelines.check import check_run
+
+    for line in check_run(config_of(config, settings, device)):
+        typer.echo(line)
 
 
 def config_of(path: Path, settings: list[str] | None, device: str | None) -> Config:
@@ -57,6 +69,8 @@ def stage_command(name: str) -> Callable[..., None]:
     """The command of a single stage."""
     if name == "label":
         return label
+    if name in ON_RAY:
+        return _stage_on_ray(name)
 
     def stage(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
         from pipelines.runner import run_one
@@ -66,10 +80,20 @@ def stage_command(name: str) -> Callable[..., None]:
     return stage
 
 
+def _stage_on_ray(name: str) -> Callable[..., None]:
+    def stage(config: ConfigFile, settings: Settings = None, device: Device = None, ray: Ray = None) -> None:
+        from pipelines.runner import run_one
+
+        run_one(config_of(config, settings, device), name, ray)
+
+    return stage
+
+
 def label(
     config: ConfigFile,
     settings: Settings = None,
     device: Device = None,
+    ray: Ray = None,
     shard: Annotated[
         str | None,
         typer.Option(metavar="N/OF", help="Label one part only, such as 3/8; other processes may label the others."),
@@ -80,6 +104,19 @@ def label(
 
     loaded = config_of(config, settings, device)
     if shard is None:
-        run_one(loaded, "label")
+        run_one(loaded, "label", ray)
+    elif ray is not None:
+        raise typer.BadParameter("--shard is the way without Ray; with --ray the workers share out all prompts")
     else:
         run_shard(loaded, Shard.parse(shard))
+
+
+def merge(
+    config: ConfigFile,
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", readable=False, help="labels.db of other runs.")],
+    settings: Settings = None,
+) -> None:
+    """Take over labels that were made elsewhere, for example by `label --shard` on other machines."""
+    from pipelines.runner import run_merge
+
+    run_merge(config_of(config, settings, None), stores)

@@ -11,12 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import BatchEncoding, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import TYPE_CHECKING, Any
 
 from backbone.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant")
 
@@ -143,6 +143,8 @@ class ChatTemplate:
         Raises:
             ChatError: the template cannot render it.
         """
+        from transformers.utils.chat_template_utils import render_jinja_template  # slow, and prompts need none of it
+
         turns, variables = [asdict(message) for message in messages], dict[str, Any](self.tokens)
         try:
             texts: Any = render_jinja_template(

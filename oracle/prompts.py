@@ -15,6 +15,7 @@ from backbone.errors import InputError
 from oracle.chat import ChatError, ChatTemplate, Message, Question, Rendered, rendered
 from oracle.embedded_prompts import embedded_prompts
 from oracle.judges import check_judge
+from oracle.prompt_tables import ENDINGS, Rows, TableError, rows_of_table
 
 EMBEDDED = "embedded"
 FIELDS = ("id", "task", "reference", "judge")
@@ -127,9 +128,10 @@ def load_prompts(
     """The prompts of a source, in its order.
 
     Args:
-        source: `embedded` (the project's own), a `.jsonl` file, or a name or folder that `datasets.load_dataset` takes.
+        source: `embedded` (the project's own), a `.jsonl`, `.csv` or `.json` file, or a name or folder that
+            `datasets.load_dataset` takes.
         limit: keep this many, chosen by a hash of the id, so that a larger limit only adds prompts.
-        columns: for a data set, our field -> its column; fields not named keep their own names.
+        columns: for a table or data set, our field -> its column; fields not named keep their own names.
         dataset_split: which split of the data set to read.
         judge: the judge of prompts that name none.
         force_judge: the judge of all prompts, whatever they name.
@@ -141,6 +143,8 @@ def load_prompts(
         rows = [(f"{EMBEDDED} prompt {i}", row) for i, row in enumerate(embedded_prompts(), 1)]
     elif source.endswith(".jsonl"):
         rows = read_jsonl(Path(source))
+    elif source.endswith(ENDINGS) and not Path(source).is_dir():
+        rows = _read_table(Path(source), columns or {})
     else:
         rows = _read_dataset(source, columns or {}, dataset_split)
     default, forced = ({"judge": name} if name else {} for name in (judge, force_judge))
@@ -182,6 +186,15 @@ def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if lines[-1] == "":
         lines.pop()
     return [_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+
+
+def _read_table(path: Path, columns: Mapping[str, str]) -> Rows:
+    if not path.is_file():
+        raise PromptError(f"no prompts file {path}")
+    try:
+        return rows_of_table(path, _text_of(path), columns)
+    except TableError as error:
+        raise PromptError(str(error)) from None
 
 
 def _text_of(path: Path) -> str:

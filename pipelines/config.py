@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
+from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines import yaml_text
 from pipelines.config_sections import (
     AdaptSection,
@@ -22,6 +23,7 @@ from pipelines.config_sections import (
     LabelSection,
     MenuSection,
     ModelSection,
+    RaySection,
     Section,
     Text,
     TrackingSection,
@@ -51,6 +53,7 @@ class Config(Section):
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrackingSection = TrackingSection()
+    ray: RaySection = RaySection()
     try_prompts: list[Text] = Field([])
     """Prompts that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)
@@ -68,6 +71,11 @@ class Config(Section):
     @property
     def folder(self) -> Path:
         return self.runs / self.name
+
+    @property
+    def makes_from_prompts(self) -> bool:
+        """Whether the menu or the stand-ins are made from the prompts of the split `adapt`."""
+        return self.adapt.method != "none" or self.menu.method not in LOOK_AT_NO_PROMPTS
 
     def dump(self) -> str:
         """YAML with every key, from which the same run can be made."""

@@ -6,12 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from backbone.stand_ins.distillation import DistillSettings
-from backbone.stand_ins.ridge_regression import Form
-from backbone.stand_ins.trained_parts import Where
+from backbone.stand_ins.settings import DistillSettings, Form, Where
 from controller.base import CONTROLLERS
 from controller.certificate.risks import Risk
-from controller.features import check_sets
+from controller.feature_sets import check_sets
 from oracle.decoding import Decoding, checked_options
 from oracle.menus import MENUS
 from oracle.prompts import COLUMNS, SPLITS, Split
@@ -37,10 +35,10 @@ class ModelSection(Section):
 
 class DataSection(Section):
     path: Text = "embedded"
-    """`embedded`, a .jsonl file, or a name or folder that `datasets` loads."""
+    """`embedded`, a .jsonl, .csv or .json file, or a name or folder that `datasets` loads."""
     limit: int | None = Field(None, ge=8)
     columns: dict[str, Text] = {}
-    """For a data set: our field -> its column."""
+    """For a table or data set: our field -> its column."""
     split: Text = "train"
     """For a data set: which of its splits to read."""
     judge: Text | None = None
@@ -265,3 +263,22 @@ class TrackingSection(Section):
     uri: Text = "sqlite:///mlruns/mlflow.db"
     """Any URI that MLflow takes."""
     experiment: Text = "layerbudget"
+
+
+class RaySection(Section):
+    """Workers of a cluster, with `--ray`. Changes when results come, not what they are."""
+
+    min_workers: int = Field(1, ge=1)
+    """Ray Data lets workers go that have nothing to do, down to this number."""
+    max_workers: int | None = Field(None, ge=1)
+    """Default: as many as there is room for in the cluster when it is joined."""
+    cpus: float = Field(1.0, gt=0)
+    """Cores of a worker, and its threads."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs of a worker. Default: one where the cluster has any, else none."""
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> RaySection:
+        if self.max_workers is not None and self.max_workers < self.min_workers:
+            raise ValueError(f"max_workers must be at least min_workers, {self.min_workers}, got {self.max_workers}")
+        return self

@@ -20,6 +20,7 @@ def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArra
     none is left.
 
     Args:
+        workspace: of the run.
         chosen: plan of each test prompt [N], for each policy.
     """
     if not (count := workspace.config.evaluation.own_judges):

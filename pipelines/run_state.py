@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from backbone.files import UNFINISHED, write_atomically
-from backbone.loading import PACKAGE_PREFIX
+from backbone.model_source import PACKAGE_PREFIX
 from pipelines.config import Config, ConfigError
 from pipelines.stage_list import BY_NAME, Stage, all_before
 from pipelines.workspace import Workspace

@@ -168,6 +168,7 @@ def search_in_memory(name: str, work: Work, first: dict[str, Any]) -> Settings:
     """The settings of least regret of `tuning.trials` trials that nothing keeps: the defaults, `first`, and others.
 
     Args:
+        work: what settings are tried on.
         name: of the controller.
         first: parameters of the second trial, in place of the defaults.
     """

@@ -27,7 +27,6 @@ from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
-from oracle.menus import LOOK_AT_NO_PROMPTS
 from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
 from pipelines.config import Config, ConfigError
 from pipelines.learning_table import Table
@@ -131,17 +130,13 @@ class Workspace:
         parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
         for prompt in prompts:
             parts[split_of(prompt, self.config.data.shares)].append(prompt)
-        needed = [split for split in SPLITS if split != "adapt" or self._makes_from_prompts]
+        needed = [split for split in SPLITS if split != "adapt" or self.config.makes_from_prompts]
         if small := [split for split in needed if len(parts[split]) < 2]:
             raise ConfigError(
                 f"{len(prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
                 "or more: use more prompts or other data.shares"
             )
         return parts
-
-    @property
-    def _makes_from_prompts(self) -> bool:
-        return self.config.adapt.method != "none" or self.config.menu.method not in LOOK_AT_NO_PROMPTS
 
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:

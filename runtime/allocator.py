@@ -60,6 +60,7 @@ class Allocator(AllocatorParts):
         """Load a saved allocator from a folder or from a repository on the hub.
 
         Args:
+            source: a folder, or a repository's name.
             revision: branch, tag or commit of the repository.
             token: for a private repository; True takes the one that `hf auth login` stored.
             cache_dir: where downloads are kept; default: the hub's own cache.
@@ -170,6 +171,7 @@ class Allocator(AllocatorParts):
         generated in batches, as many of one plan as can be.
 
         Args:
+            tokenizer: of the model.
             prompts: texts or conversations, which are put into the allocator's chat template: see `rendered`.
             raw: the texts are what the model is to continue, without the template.
             batch_size: prompts generated together, at most.

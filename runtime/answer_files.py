@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,8 @@ def answer_file(
     on; then `out` is written as a whole.
 
     Args:
+        allocator, model, tokenizer: what answers.
+        batch_size: prompts generated together, at most.
         out: None for the standard output, at the end and without resuming.
         overwrite: `out` may be replaced, and answers that were begun with other settings be dropped.
         begin: called once, with the number of prompts that were answered before and of all.
@@ -96,10 +98,8 @@ def answer_file(
     """
     check_places(prompts, out, overwrite=overwrite)
     keys = read_prompts(prompts)
-    texts = {key: _rendered(allocator, *key) for key in keys}
-    named = [(key[0], text) for key, text in texts.items()]
-    check_lengths(model, tokenizer, named, allocator.decoding.max_new_tokens)
-    with _partial(out, _settings(allocator, model), overwrite) as partial:
+    texts = rendered_texts(allocator, model, tokenizer, keys)
+    with partial_file(out, settings_digest(allocator, model), overwrite, ENTRIES) as partial:
         answers = partial.read() if partial else {}
         todo = [key for key in dict.fromkeys(keys) if key not in answers]
         begin(len(keys) - sum(key not in answers for key in keys), len(keys))
@@ -111,9 +111,19 @@ def answer_file(
             answers |= lines
             advance(len(lines))
         check_out(prompts, out, overwrite=overwrite)  # somebody may have put a file there meanwhile
-        _write(out, [answers[key] for key in keys])
+        write_lines(out, [answers[key] for key in keys])
         if partial:
             partial.path.unlink(missing_ok=True)
+
+
+def rendered_texts(
+    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: Sequence[Key]
+) -> dict[Key, str]:
+    """What the model is given for each prompt. Raises PromptError for one that cannot be rendered, or is too long."""
+    texts = {key: _rendered(allocator, *key) for key in keys}
+    named = [(key[0], text) for key, text in texts.items()]
+    check_lengths(model, tokenizer, named, allocator.decoding.max_new_tokens)
+    return texts
 
 
 def _rendered(allocator: Allocator, name: str, question: Question) -> str:
@@ -132,7 +142,19 @@ def _partial_of(out: Path) -> Path:
 
 
 @contextmanager
-def _partial(out: Path | None, settings: str, overwrite: bool) -> Iterator[_Partial | None]:
+def partial_file(
+    out: Path | None, settings: str, overwrite: bool, entries: Mapping[str, type]
+) -> Iterator[PartialFile | None]:
+    """`<out>.partial`, for this process alone; None where answers go to the terminal.
+
+    Args:
+        settings: names everything that the lines depend on besides their prompts.
+        overwrite: lines that were begun with other settings are dropped.
+        entries: what a line holds.
+
+    Raises:
+        AnswersError: another process is writing there.
+    """
     if out is None:
         yield None
         return
@@ -142,16 +164,16 @@ def _partial(out: Path | None, settings: str, overwrite: bool) -> Iterator[_Part
     except Timeout:
         raise AnswersError(f"another process is writing --out {out}; wait for it or name another file") from None
     try:
-        yield _Partial(_partial_of(out), settings, overwrite)
+        yield PartialFile(_partial_of(out), settings, overwrite, entries)
     finally:
         lock.release()
 
 
-class _Partial:
+class PartialFile:
     """Answers so far, a line each, behind a first line that names the settings."""
 
-    def __init__(self, path: Path, settings: str, overwrite: bool) -> None:
-        self.path, self._settings, self._overwrite = path, settings, overwrite
+    def __init__(self, path: Path, settings: str, overwrite: bool, entries: Mapping[str, type]) -> None:
+        self.path, self._settings, self._overwrite, self._entries = path, settings, overwrite, entries
 
     def read(self) -> dict[Key, dict[str, Any]]:
         """The whole lines that are there. A last one that a kill has torn is cut off."""
@@ -162,7 +184,7 @@ class _Partial:
         try:
             first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
             begun_with = first["layerbudget_answers"]
-            found = {(line["id"], Question.of_row(line)): _whole(line) for line in lines}
+            found = {(line["id"], Question.of_row(line)): _whole(line, self._entries) for line in lines}
         except (ChatError, ValueError, KeyError, TypeError, RecursionError):
             raise AnswersError(
                 f"{self.path}, where answers are kept until all are there, is not layerbudget's or is damaged; "
@@ -192,10 +214,10 @@ def _header(settings: str) -> bytes:
     return json.dumps({"layerbudget_answers": settings}).encode() + b"\n"
 
 
-def _whole(line: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for a line that `_line` does not write."""
+def _whole(line: dict[str, Any], entries: Mapping[str, type]) -> dict[str, Any]:
+    """Raises ValueError for a line with other entries."""
     rest = {name: type(value) for name, value in line.items() if name not in ("prompt", "messages", "raw")}
-    if rest != ENTRIES:
+    if rest != entries:
         raise ValueError("a line with other entries")
     return line
 
@@ -210,12 +232,13 @@ def _line(key: Key, answer: AllocatedText) -> dict[str, Any]:
     }
 
 
-def _settings(allocator: Allocator, model: PreTrainedModel) -> str:
+def settings_digest(allocator: Allocator, model: PreTrainedModel) -> str:
     """A short name for everything that answers depend on besides their prompts."""
     return hashlib.sha256(f"{content_digest(allocator)} {model.dtype}".encode()).hexdigest()[:16]
 
 
-def _write(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
+def write_lines(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
+    """The whole file at once; None for the standard output."""
     # The standard output may have an encoding that lacks some characters; JSON can do without them.
     ascii_only = out is None and (sys.stdout.encoding or "utf-8").lower() != "utf-8"
     text = "".join(json.dumps(line, ensure_ascii=ascii_only) + "\n" for line in lines)

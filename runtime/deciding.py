@@ -87,6 +87,9 @@ class Decider:
         """The plans of prompts [B, S]. Waits for the device once, when the features are there.
 
         Args:
+            model: the model.
+            input_ids, attention_mask: the prompts [B, S]; None for a mask of ones.
+            inputs: further arguments of the decoder, such as `position_ids`.
             keep_cache: keep what the first layers made, for the passes that go on from it.
 
         Raises:

@@ -68,6 +68,7 @@ def generate_losslessly(
     """Decode one prompt with the full model, drafting under `plan`.
 
     Args:
+        request: the prepared call.
         prefix: what the first layers made of the prompt, from which the full model goes on; None to run them again.
         start: when the call began.
 

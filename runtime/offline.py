@@ -47,6 +47,7 @@ def finished_texts(
     suffice. A batch for which the device's memory does not suffice is run half by half.
 
     Args:
+        model, tokenizer: what answers.
         batch_size: prompts generated together, at most.
         options: arguments of `generate()`, in place of those that the allocator was calibrated with.
 

@@ -48,6 +48,7 @@ def patched_rows(model: PreTrainedModel, plans: Sequence[LayerPlan], attached: A
     """Within this block and thread the rows of each prompt run its plan. No check but those of the plans.
 
     Args:
+        model: the model.
         plans: of the B prompts; at least two differ.
         attached: what stands in for skipped layers, and the changes of weights that shortened plans run with.
 

@@ -106,6 +106,7 @@ def cheapest_valid_plan(
     is covered: to pick the best of K tests at `delta` each would be wrong up to K times as often.
 
     Args:
+        risk: what the losses are; see `controller.certificate.risks`.
         losses: of n prompts under K plans [n, K], cheapest first, the last full.
         groups: see `valid_price`.
         scores: the full model's [n], for `mean_score`.

@@ -24,6 +24,7 @@ def quality_kept(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> F
     loss. Under `mean_score` the full plan keeps 1/2, under the others 1.
 
     Args:
+        risk: the quantity that is bounded.
         scores: under each plan [N, K].
         sufficient: whether each plan is sufficient [N, K].
     """

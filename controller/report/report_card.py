@@ -53,6 +53,7 @@ def report_card(
     Several draws of a random policy can be given as one array [R * N] with `scores` and `kept` repeated R times.
 
     Args:
+        budgets, layers: of the plans [K].
         unit: of the loss, see `controller.certificate.risks.unit_of`.
     """
     rows = np.arange(len(chosen))

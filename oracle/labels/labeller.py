@@ -17,6 +17,7 @@ from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.judges import KL, score
 from oracle.labels.answers_from_full import Draft, Shortcut
+from oracle.labels.blocks import blocks
 from oracle.labels.divergence import diverge
 from oracle.labels.equal_batches import packed
 from oracle.labels.generate_answers import answer_batch
@@ -76,24 +77,33 @@ class Labeller(LabelReader):
         return model_key(self._fingerprint, str(self._model.dtype), attached_digest(self._model, plan))
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
-        """Label all prompts under all plans of the menu, the full plan first since others are compared with it."""
-        full_plan = menu.plans[-1]
-        self.label_full(prompts, full_plan, advance)
-        self._compare({plan: self.missing(prompts, plan) for plan in menu.plans[:-1]}, full_plan, advance)
+        """Label all prompts under all plans of the menu, block by block; see `oracle.labels.blocks`."""
+        for block in blocks(prompts, self._batch_size, self.decoding):
+            self.label_some(dict.fromkeys(menu.plans, block), menu.plans[-1], advance)
 
     def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
         """Label all prompts under the full plan alone."""
-        self._generate(self.missing(prompts, full_plan), full_plan, None, advance)
+        for block in blocks(prompts, self._batch_size, self.decoding):
+            self.label_some({full_plan: block}, full_plan, advance)
 
-    def label_some(self, wanted: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan) -> None:
-        """Label some prompts under some plans, as a search asks for them; their full plans' labels must be there."""
-        missing = {plan: self.missing(prompts, plan) for plan, prompts in wanted.items()}
-        self._compare(missing, full_plan, lambda done: None)
+    def label_some(
+        self,
+        wanted: Mapping[LayerPlan, Sequence[Prompt]],
+        full_plan: LayerPlan,
+        advance: Advance = lambda done: None,
+    ) -> None:
+        """Label some prompts under some plans, the full plan first since others are compared with it.
+
+        Of prompts that are wanted under other plans alone, as a search asks for them, its label must be there.
+        """
+        self._generate(self.missing(wanted.get(full_plan, ()), full_plan), full_plan, None, advance)
+        others = [plan for plan in wanted if plan != full_plan]
+        self._compare({plan: self.missing(wanted[plan], plan) for plan in others}, full_plan, advance)
 
     def _compare(self, missing: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance) -> None:
         """The labels that are missing under shortened plans, each in the cheapest way that its judge allows."""
-        labels = self.labels(full_plan)
         asked = {prompt for prompts in missing.values() for prompt in prompts}
+        labels = self.labels(full_plan, asked)
         if lost := [prompt.id for prompt in asked if key_of(prompt) not in labels]:
             raise StoreError(
                 f"the label store {self._store.path} is damaged: the full plan's label of prompt {min(lost)!r} was "

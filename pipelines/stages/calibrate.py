@@ -74,6 +74,7 @@ def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: 
     """Learn-then-Test on a table, for a controller that predicted `predicted` [N, K] there.
 
     Args:
+        workspace: of the run.
         alpha: another bound than the configuration's.
     """
     config = workspace.config

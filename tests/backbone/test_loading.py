@@ -14,7 +14,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from backbone import loading
 from backbone.fingerprint import model_fingerprint
-from backbone.loading import LoadError, load_backbone
+from backbone.loading import load_backbone
+from backbone.model_source import LoadError
 
 
 def test_a_folder_loads_ready_to_generate(model_folder) -> None:
