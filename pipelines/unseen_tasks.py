@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from controller.base import choose
 from controller.certificate.calibration import valid_price
 from controller.certificate.outliers import OutlierTest
-from controller.features import WIDE
+from controller.feature_sets import WIDE
 from controller.learning import Learned, Settings, learn
 from controller.report.report_card import losses_at
 from oracle.prompts import Prompt
@@ -40,6 +40,7 @@ def unseen_tasks(
         held: which of them are held prompts of the outlier test [N]; the others are its references.
         calibrate: prompts to pick prices on.
         test: prompts that are decided about.
+        config: `calibration` and `evaluation.alphas` are read.
 
     Returns:
         `at_losses`: rows for each of `evaluation.alphas`, at prices picked as for the other policies. `tasks`: for each
@@ -87,6 +88,7 @@ def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: 
     Args:
         fit: the prompts that it learned from.
         held: those of them that the threshold is made from [N].
+        config: the rate, `calibration.outliers`, is read.
     """
     rate = config.calibration.outliers
     if not rate or (~held).sum() < 2 or not held.any():

@@ -89,8 +89,8 @@ def prompt_ms(decide: Callable[[Features], object], features: Features, repeats:
     """Median milliseconds that something takes for the features of one prompt, after a warm-up.
 
     Args:
-        learned: a fitted controller with its projection.
         repeats: times that it is timed.
+        decide: what is timed.
         features: of N prompts, which take turns.
     """
     ones = [rows_of(features, np.array([row])) for row in range(min(repeats, len(next(iter(features.values())))))]

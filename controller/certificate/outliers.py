@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 
 from backbone.strict_json import parse
 from controller.base import LearningError
-from controller.features import Features, Floats, check_sets
+from controller.feature_sets import check_sets
+from controller.features import Features, Floats
 from controller.projection import ARRAYS, Projection
 
 COMPONENTS = 12
