@@ -27,6 +27,7 @@ ATTRIBUTES: dict[str, str] = {
     "transformers:GenerationMixin._get_candidate_generator": "lossless decoding puts its drafter there",
     "transformers.generation.candidate_generator:CandidateGenerator.get_candidates": "what a drafter implements",
     "transformers.generation.configuration_utils:GenerationMode": "which loop a configuration asks for",
+    "transformers.models.llama.modeling_llama:apply_rotary_pos_emb": "token exits turn the keys of layers left out",
     "transformers.pytorch_utils:Conv1D": "the linear layer of GPT-2, whose weight lies the other way round",
     "transformers.utils.chat_template_utils:render_jinja_template": "renders chat templates without a tokenizer",
     "torch.nn:Module._compiled_call_impl": "a model that was compiled by hand is refused by it",

@@ -18,6 +18,7 @@ from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from controller.learning import Learned
 from controller.report.report_card import losses_at
+from oracle.labels.token_agreement import acceptance_rates
 from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import say
@@ -55,6 +56,7 @@ def run(config: Config) -> Path:
         fingerprint=workspace.fingerprint,
         model_source=config.model.source,
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
+        acceptance=acceptance_rates(workspace.labels.read(workspace.labelled, workspace.menu())),
         drift=_drift_alarm(trained[best], certificates[best], table, config),
         outliers=outliers,
         chat=_chat_format(workspace),
