@@ -78,7 +78,7 @@ class OutlierTest:
     def scores(self, features: Features) -> NDArray[np.float64]:
         """[N]: distance to the nearest reference; inf where a feature is not finite."""
         rows = self.projection(features).astype(np.float64)
-        finite = np.isfinite(rows).all(axis=1)
+        finite = np.asarray(np.isfinite(rows).all(axis=1))
         rows = np.where(finite[:, None], rows, 0.0)
         known = self.references.astype(np.float64)
         squares = (rows**2).sum(1)[:, None] + (known**2).sum(1) - 2 * rows @ known.T
@@ -94,8 +94,8 @@ class OutlierTest:
         if math.isinf(self.threshold):
             return f"none can be told: {self.held} prompts of the split tune are too few for a share of {self.rate:g}"
         return (
-            f"a prompt farther from {len(self.references)} known ones than all but {self.rate:g} of {self.held} others "
-            "are runs the full plan"
+            f"a prompt that lies farther from all of {len(self.references)} known ones than {1 - self.rate:.3g} of "
+            f"{self.held} others do runs the full model"
         )
 
     def save(self, path: Path) -> None:
