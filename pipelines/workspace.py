@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import astuple
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,24 +20,28 @@ from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import StandIns, attach
 from controller.certificate.risks import quality_kept
 from controller.features import Features, rows_of
+from oracle.chat import ChatTemplate, template_text
 from oracle.context_lengths import check_lengths
 from oracle.decoding import Decoding
 from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
-from oracle.prompts import Prompt, Split
+from oracle.prompts import Prompt, Split, limited
 from pipelines.config import Config, ConfigError
 from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
 from pipelines.progress import progress, say_failures, waiting
-from pipelines.run_prompts import RunPrompts
+from pipelines.run_prompts import prompts_of, splits_of
 
 
-class Workspace(RunPrompts):
+class Workspace:
     """Everything is loaded when first asked for, and once a process."""
 
     _known: ClassVar[dict[str, Workspace]] = {}
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     @classmethod
     def of(cls, config: Config) -> Workspace:
@@ -44,6 +52,88 @@ class Workspace(RunPrompts):
     def forget(cls) -> None:
         """Drop what was loaded, so that a run sees files as they are now."""
         cls._known.clear()
+
+    def path(self, name: str) -> Path:
+        return self.config.folder / name
+
+    @cached_property
+    def given_prompts(self) -> list[Prompt]:
+        """The prompts as they stand in their source."""
+        return prompts_of(self.config, self.config.data.force_judge)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts as the model is given them; loads it only in a run that never did."""
+        return self.rendered(self.given_prompts)
+
+    @cached_property
+    def prompts_as_judged(self) -> list[Prompt]:
+        """The prompts with the judges that they came with."""
+        return self.rendered(prompts_of(self.config, None))
+
+    def rendered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts as the model is given them. Raises PromptError for one that the chat template cannot render."""
+        return [prompt.rendered(self.chat_template) for prompt in prompts]
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """What `data.chat_template` says; None where prompts are given as they are."""
+        if (wanted := self.config.data.chat_template) == "never":
+            return None
+        return self.facts.own_template if wanted == "auto" else ChatTemplate.of_file(Path(wanted), self.facts.tokens)
+
+    @property
+    def chat_template_key(self) -> str | None:
+        """What stages are done again for: the template, as far as it is known without loading the model."""
+        if (wanted := self.config.data.chat_template) == "never":
+            return None
+        if wanted != "auto":
+            return template_text(Path(wanted))
+        return self.facts.chat_template if self.path("model.json").exists() else None
+
+    @cached_property
+    def prompts_hash(self) -> str:
+        """SHA-256 of all prompts, references and judges, and of the template that they are put into."""
+        given = [astuple(prompt) for prompt in self.given_prompts]
+        return hashlib.sha256(json.dumps([given, self.chat_template_key]).encode()).hexdigest()
+
+    @cached_property
+    def labelled(self) -> list[Prompt]:
+        """The prompts that are labelled and learned from: all but the split `adapt`, or `label.limit` of these."""
+        adapt = set(self.splits["adapt"])
+        return limited([prompt for prompt in self.prompts if prompt not in adapt], self.config.label.limit)
+
+    @cached_property
+    def splits(self) -> dict[Split, list[Prompt]]:
+        return splits_of(self.prompts, self.config)
+
+    @cached_property
+    def given_splits(self) -> dict[Split, list[Prompt]]:
+        """The splits of the prompts as they stand in their source; needs no model.
+
+        Raises:
+            ConfigError: too few prompts for a split.
+        """
+        return splits_of(self.given_prompts, self.config)
+
+    def check_given(self) -> None:
+        """What can be known of the prompts without the model.
+
+        Raises:
+            ConfigError: too few prompts for a split.
+            PromptError: prompts that cannot be read, or conversations although there is to be no template.
+            ChatError: a template's file that cannot be read.
+        """
+        _ = self.given_splits, self.chat_template_key
+        if self.config.data.chat_template == "never":
+            _ = self.prompts
+
+    @cached_property
+    def labelled_splits(self) -> dict[Split, list[Prompt]]:
+        labelled = {prompt.id for prompt in self.labelled}
+        return {
+            split: [prompt for prompt in prompts if prompt.id in labelled] for split, prompts in self.splits.items()
+        }
 
     @cached_property
     def backbone(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
