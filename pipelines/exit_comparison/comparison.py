@@ -120,7 +120,7 @@ class Comparison:
 
     def _both(self, gate: str) -> Contestant:
         """The allocator's plan as the ceiling, exits below it: price and threshold take their steps together, both set
-        on the split `tune`."""
+        on other splits."""
         own, allocator = self.material.bridged, Allocator.from_pretrained(self._workspace.path("allocator"))
         thresholds = self.material.steps(self.material.gate(gate, own), own)
         prices = [self._price(allocator, 1 - wanted) for wanted in self._settings.agreements]

@@ -1,4 +1,4 @@
-"""What token exits of a run are made of: heads from the split `adapt`, thresholds from the split `tune`.
+"""What token exits of a run are made of: heads from the split `adapt`, thresholds from the splits `train` and `tune`.
 
 The full model's answers to both are labels that the run has anyway. No reference is looked at.
 """
@@ -53,11 +53,11 @@ class Material:
         return self._answered(self._workspace.splits["adapt"][: self._workspace.config.adapt.prompts])
 
     @property
-    def _for_heads(self) -> list[Example]:
+    def for_heads(self) -> list[Example]:
         return [example for place, example in enumerate(self._examples) if place % CLASSIFIED]
 
     @property
-    def _for_classifier(self) -> list[Example]:
+    def for_classifier(self) -> list[Example]:
         """No head has been fitted on these, so that they show how often heads are right."""
         return self._examples[::CLASSIFIED]
 
@@ -73,10 +73,10 @@ class Material:
     @cached_property
     def bridged(self) -> ExitHeads:
         """Closed-form bridges in front of them, where configured trained further."""
-        sequences = [example.tokens[:-1] for example in self._for_heads]
+        sequences = [example.tokens[:-1] for example in self.for_heads]
         heads = ExitHeads(self.model, fit_exit_bridges(self.model, sequences, self.depths), self._shortlist)
         if self.settings.training_steps:
-            observed = observe(self.model, self._for_heads, self.depths)
+            observed = observe(self.model, self.for_heads, self.depths)
             bridges, self.training = train_bridges(heads, observed, steps=self.settings.training_steps)
             heads = ExitHeads(self.model, bridges, self._shortlist)
         return heads
@@ -86,8 +86,9 @@ class Material:
 
     @cached_property
     def held_out(self) -> Observed:
-        """Answer tokens of the split `tune`, at most `token_exits.tokens`."""
-        observed = observe(self.model, self._answered(self._workspace.splits["tune"]), self.depths)
+        """Answer tokens of the splits `train` and `tune`, at most `token_exits.tokens`."""
+        splits = self._workspace.labelled_splits
+        observed = observe(self.model, self._answered([*splits["train"], *splits["tune"]]), self.depths)
         generator = torch.Generator().manual_seed(0)
         picked = torch.randperm(len(observed.following), generator=generator)[: self.settings.tokens].sort().values
         return observed.of(picked)
@@ -107,7 +108,7 @@ class Material:
         if name != "classifier":
             return GATES[name]()
         if id(heads) not in self._classifiers:
-            observed = observe(self.model, self._for_classifier, self.depths)
+            observed = observe(self.model, self.for_classifier, self.depths)
             picked = torch.arange(0, len(observed.following), max(len(observed.following) // self.settings.tokens, 1))
             observed = observed.of(picked)
             agrees = dict(zip(self.depths, agreements(heads, observed, self.depths), strict=True))
