@@ -40,12 +40,13 @@ from pipelines.config import Config, load_config
 from pipelines.config_sections import TuningSection
 from pipelines.controls import CONTROLS, control_features, control_settings
 from pipelines.learning_table import Table
+from pipelines.paired_ratios import generation_under
 from pipelines.settings_search import Search, Work, search
 from pipelines.stages.train import tuned_settings
 from pipelines.wall_clock import feature_ms
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.paired_timing import generation_under, median_seconds
+from runtime.paired_timing import median_seconds
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = 5

@@ -125,13 +125,20 @@ def lost(kept: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(1.0 - shares / shares[:, -1:])
 
 
+CAUTION = 1e-3
+"""How much a plan must be expected to win, in units of loss and for each unit of the price, where plans can win."""
+
+
 def choose(kept: Floats, budgets: NDArray[Any], price: float | None) -> NDArray[np.intp]:
     """The decision: for each row of `kept` [N, K] the plan that costs least when loss is paid for.
 
     The cost of a plan is its budget plus `price` times what it loses: the Lagrangian of "the least mean budget whose
     mean loss is at most alpha" (the multiple-choice knapsack of Glavas et al. 2024, arXiv 2410.20022, section 4, with
     predictions for scores). Of equally costly plans the cheaper one. A plan that is expected to be better than the full
-    one gets the price for what it wins.
+    one gets the price for what it wins, less `CAUTION` times the price. Expected wins are noisy, and the highest price
+    would else follow every one of them. So the highest price runs the full plan for all, each lower one lets more
+    prompts go, and the sequence of tests from high to low (`controller.certificate.calibration`) does not fail at its
+    first step.
 
     Args:
         kept: what each plan is expected to keep; a row with a value that is not finite gets the full plan.
@@ -141,6 +148,7 @@ def choose(kept: Floats, budgets: NDArray[Any], price: float | None) -> NDArray[
     if price is None:
         return np.full(len(kept), kept.shape[1] - 1)
     expected = lost(kept)
+    expected[:, :-1] += np.where(kept[:, -1:] < 1, CAUTION * price, 0.0)  # only where plans can win
     with np.errstate(invalid="ignore"):
         cost = np.asarray(budgets, dtype=np.float64) + np.where(expected != 0, price * expected, 0.0)
     cost[~np.isfinite(kept).all(axis=1), :-1] = np.inf

@@ -31,13 +31,27 @@ ON_RAY = ("adapt", "features")
 """Stages beside `label` whose work a cluster can do."""
 
 
-def run(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+def run(
+    config: ConfigFile,
+    settings: Settings = None,
+    device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it will take: prompts, tokens, disk, minutes a stage.")
+    ] = False,
+) -> None:
     """Run every stage in order. Skips what is done, resumes what is not, redoes what the settings changed."""
+    loaded = config_of(config, settings, device)
+    if dry_run:
+        from pipelines.dry_run import outlook
+        from pipelines.outlook_table import print_outlook
+
+        print_outlook(outlook(loaded))
+        return
     from pipelines.runner import run_all
 
-    loaded = config_of(config, settings, device)
     run_all(loaded)
     _answer_try_prompts(loaded)
+    _close(loaded)
 
 
 def check(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
@@ -62,7 +76,13 @@ def _answer_try_prompts(config: Config) -> None:
     if config.try_prompts:
         allocator = Allocator.from_pretrained(config.folder / "allocator")
         print_answers(allocator, *Workspace.of(config).adapted, config.try_prompts)
-    typer.echo(f"Report: {config.folder / 'report.html'}")
+
+
+def _close(config: Config) -> None:
+    """What came of the run, as its own files say, also where everything was done before."""
+    from pipelines.summary import closing, load_metrics
+
+    typer.echo(closing(load_metrics(config), str(config.folder / "report.html")))
 
 
 def stage_command(name: str) -> Callable[..., None]:

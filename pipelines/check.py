@@ -15,10 +15,10 @@ from controller.base import CONTROLLERS
 from controller.certificate.fewest_prompts import fewest_prompts
 from controller.feature_sets import WIDE
 from oracle.menus import MENUS
-from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
+from oracle.prompts import SPLITS, Prompt, Split, limited
 from pipelines.config import Config, ConfigError
+from pipelines.run_prompts import LEAST_OF_A_SPLIT, prompts_of, splits_of
 
-LEAST_OF_A_SPLIT = 2
 LABEL_BYTES = 2_000
 """Of one answer with its score in the database of labels, as the demo's are."""
 OTHER_BYTES = 64 * 2**20
@@ -40,7 +40,8 @@ def check_run(config: Config) -> list[str]:
         except _UnknownError:
             continue  # another check has said why
         except InputError as error:
-            problems.append(str(error))
+            if str(error) not in problems:  # several look at the splits
+                problems.append(str(error))
     if problems:
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise ConfigError(count + "; ".join(problems))
@@ -80,15 +81,7 @@ class _Checks:
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
-        data = self._config.data
-        return load_prompts(
-            data.path,
-            limit=data.limit,
-            columns=data.columns,
-            dataset_split=data.split,
-            judge=data.judge,
-            force_judge=data.force_judge,
-        )
+        return prompts_of(self._config, self._config.data.force_judge)
 
     def prompts_of_run(self) -> str:
         """Also checks every prompt's judge, which is imported."""
@@ -101,10 +94,9 @@ class _Checks:
         """The prompts that each split has, those that are labelled in the splits that need labels."""
         if "_prompts" not in self.__dict__:
             raise _UnknownError
-        parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
-        for prompt in self._prompts:
-            parts[split_of(prompt, self._config.data.shares)].append(prompt)
-        labelled = [prompt for split in SPLITS[1:] for prompt in parts[split]]
+        parts = splits_of(self._prompts, self._config)
+        adapt = {*parts["adapt"]}
+        labelled = [prompt for prompt in self._prompts if prompt not in adapt]
         kept = {prompt.id for prompt in limited(labelled, self._config.label.limit)}
         return {
             split: [prompt for prompt in prompts if split == "adapt" or prompt.id in kept]
@@ -113,11 +105,10 @@ class _Checks:
 
     def splits(self) -> str:
         sizes = {split: len(prompts) for split, prompts in self._of_split.items()}
-        needed = {split: LEAST_OF_A_SPLIT for split in SPLITS if split != "adapt" or self._config.makes_from_prompts}
-        if small := [split for split, least in needed.items() if sizes[split] < least]:
+        if small := [split for split in SPLITS[1:] if sizes[split] < LEAST_OF_A_SPLIT]:
             raise ConfigError(
-                f"{len(self._prompts)} prompts leave {sizes[small[0]]} for the split {small[0]!r}, which needs "
-                f"{LEAST_OF_A_SPLIT} or more: use more prompts or other data.shares"
+                f"label.limit={self._config.label.limit} leaves {sizes[small[0]]} labelled prompts for the split "
+                f"{small[0]!r}, which needs {LEAST_OF_A_SPLIT} or more"
             )
         if (learned := sizes["train"] + sizes["tune"]) < self._config.tuning.folds:
             raise ConfigError(

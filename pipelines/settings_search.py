@@ -98,6 +98,11 @@ def _defaults(name: str, tuning: TuningSection) -> dict[str, Any]:
     return {"features": "+".join(tuning.feature_sets[0]), "components": middle, **CONTROLLERS[name].defaults()}
 
 
+def default_settings(name: str, tuning: TuningSection) -> Settings:
+    """The settings that the first trial tries."""
+    return settings_of(name, optuna.trial.FixedTrial(_defaults(name, tuning)), tuning)
+
+
 def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.Study:
     """The study of a search, as far as it came.
 

@@ -27,11 +27,12 @@ from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
-from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
+from oracle.prompts import Prompt, Split, limited
 from pipelines.config import Config, ConfigError
 from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
 from pipelines.progress import progress, say_failures, waiting
+from pipelines.run_prompts import prompts_of, splits_of
 
 
 class Workspace:
@@ -58,7 +59,7 @@ class Workspace:
     @cached_property
     def given_prompts(self) -> list[Prompt]:
         """The prompts as they stand in their source."""
-        return self._loaded(self.config.data.force_judge)
+        return prompts_of(self.config, self.config.data.force_judge)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -68,7 +69,7 @@ class Workspace:
     @cached_property
     def prompts_as_judged(self) -> list[Prompt]:
         """The prompts with the judges that they came with."""
-        return self.rendered(self._loaded(None))
+        return self.rendered(prompts_of(self.config, None))
 
     def rendered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts as the model is given them. Raises PromptError for one that the chat template cannot render."""
@@ -90,17 +91,6 @@ class Workspace:
             return template_text(Path(wanted))
         return self.facts.chat_template if self.path("model.json").exists() else None
 
-    def _loaded(self, force_judge: str | None) -> list[Prompt]:
-        data = self.config.data
-        return load_prompts(
-            data.path,
-            limit=data.limit,
-            columns=data.columns,
-            dataset_split=data.split,
-            judge=data.judge,
-            force_judge=force_judge,
-        )
-
     @cached_property
     def prompts_hash(self) -> str:
         """SHA-256 of all prompts, references and judges, and of the template that they are put into."""
@@ -115,7 +105,7 @@ class Workspace:
 
     @cached_property
     def splits(self) -> dict[Split, list[Prompt]]:
-        return self._split(self.prompts)
+        return splits_of(self.prompts, self.config)
 
     @cached_property
     def given_splits(self) -> dict[Split, list[Prompt]]:
@@ -124,19 +114,7 @@ class Workspace:
         Raises:
             ConfigError: too few prompts for a split.
         """
-        return self._split(self.given_prompts)
-
-    def _split(self, prompts: Sequence[Prompt]) -> dict[Split, list[Prompt]]:
-        parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
-        for prompt in prompts:
-            parts[split_of(prompt, self.config.data.shares)].append(prompt)
-        needed = [split for split in SPLITS if split != "adapt" or self.config.makes_from_prompts]
-        if small := [split for split in needed if len(parts[split]) < 2]:
-            raise ConfigError(
-                f"{len(prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
-                "or more: use more prompts or other data.shares"
-            )
-        return parts
+        return splits_of(self.given_prompts, self.config)
 
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:
@@ -217,7 +195,7 @@ class Workspace:
     @cached_property
     def labels(self) -> LabelReader:
         """The labels of the adapted model that are there, read without it."""
-        facts, stand_ins = self.facts, self._adapt_record["digest"]
+        facts, stand_ins = self.facts, self.adapt_record["digest"]
 
         def key(plan: LayerPlan) -> str:
             return model_key(facts.fingerprint, facts.dtype, "" if plan.is_full else stand_ins)
@@ -248,10 +226,11 @@ class Workspace:
 
     def menu(self) -> PlanMenu:
         """The menu whose budgets count the bridges too."""
-        return self.frozen_menu().with_added(self._adapt_record["added_budget"])
+        return self.frozen_menu().with_added(self.adapt_record["added_budget"])
 
     @property
-    def _adapt_record(self) -> dict[str, Any]:
+    def adapt_record(self) -> dict[str, Any]:
+        """What the stage `adapt` noted."""
         record: dict[str, Any] = json.loads(self.path("adapt.json").read_text())
         return record
 

@@ -28,7 +28,7 @@ from runtime.call_arguments import (
 )
 from runtime.device_clock import Moment
 from runtime.generation import decode, plans_of
-from runtime.lossless import check_lossless, generate_losslessly
+from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import generate_many
 from runtime.parts import AllocatorParts
 from runtime.request import Request
@@ -115,10 +115,11 @@ class Allocator(AllocatorParts):
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
-        """Time this model's passes on its device, so that `lossless` drafts by milliseconds instead of an estimate.
+        """Time this model's passes on its device, so that `lossless` drafts, and `generate_many` composes
+        batches, by milliseconds instead of an estimate.
 
         Once for a model, device and dtype: the numbers are kept (under `$LAYERBUDGET_CACHE`) and found again by later
-        processes, and what is there is not measured again. Takes as long as some 120 decoding steps; `generate` never
+        processes, and what is there is not measured again. Takes as long as some 160 decoding steps; `generate` never
         does it by itself, so that no request pays for it.
         """
         self.prepare(model)
@@ -206,7 +207,8 @@ class Allocator(AllocatorParts):
 
         Args:
             allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
-            lossless: give the full model's own answer; the plan only drafts it (see `runtime.lossless`).
+            lossless: give the full model's own answer; a plan of the menu only drafts it (see `runtime.lossless`). No
+                plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does.
         """
         start, began = Moment(model.device), time.perf_counter()
         loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
@@ -222,12 +224,13 @@ class Allocator(AllocatorParts):
             self.prepare(model)
             if self.chat is not None and not request.goes_on:
                 self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
-            plans, prefix = plans_of(request, self.menu, self.decider(allocation_limit_ms))
-            request.check_plans(plans)
-            allocation_ms = (time.perf_counter() - began) * 1000
             if lossless:
-                output, first_token_ms = generate_losslessly(request, plans[0], prefix, start)
+                allocation_ms = (time.perf_counter() - began) * 1000
+                output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
             else:
+                plans, prefix = plans_of(request, self.menu, self.decider(allocation_limit_ms))
+                request.check_plans(plans)
+                allocation_ms = (time.perf_counter() - began) * 1000
                 output, first_token_ms = decode(request, plans, prefix, start)
         if not isinstance(output, torch.Tensor):
             output["layer_plans"] = plans

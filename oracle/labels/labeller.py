@@ -189,7 +189,7 @@ class Labeller(LabelReader):
             labels = []
             for prompt, row in zip(batch, found, strict=True):
                 for plan in [plan for plan in plans if prompt in wanted[plan]]:
-                    draft = Draft(prompt, plan, list(full[prompt].answer_ids), row[plan].forward_tokens, seconds)
+                    draft = Draft(prompt, plan, list(row[plan].ids), row[plan].forward_tokens, seconds)
                     value = self._checked(prompt, row[plan].score)
                     labels.append(self._labelled(draft, CUT, full[prompt].prompt_tokens, value))
             self._keep(labels, advance)

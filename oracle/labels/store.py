@@ -51,8 +51,8 @@ class Label:
         judge: name of the judge.
         answer: the answer, cut at the stop string; ends with CUT where its score was certain before its end. The judge
             `kl` needs none under a shortened plan: CUT alone.
-        answer_ids: tokens of the answer, the stopping one included; for CUT alone the full model's, along which the
-            plan was compared.
+        answer_ids: tokens of the answer, the stopping one included; of one that was cut short at least up to the first
+            that is not the full model's.
         score: in [0, 1]; NaN where the judge failed.
         prompt_tokens: tokens of the prompt, padding not counted.
         forward_tokens: tokens that were passed through the network for this label, each weighted by the share of the

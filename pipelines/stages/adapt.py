@@ -28,11 +28,12 @@ from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
 from pipelines.distant_labels import DistantLabeller, distant_labeller, given_to_workers
 from pipelines.distributed import Workers
+from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.progress import console, progress
 from pipelines.run_state import check_own, stage_key
 from pipelines.worker_tasks import SumsTask
 from pipelines.workspace import Workspace
-from runtime.paired_timing import FEWEST_ROUNDS, generation_under, median_seconds
+from runtime.paired_timing import median_seconds
 
 HELD = 5
 """Every so many-th prompt is held out where methods are compared."""

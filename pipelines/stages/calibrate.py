@@ -16,6 +16,7 @@ from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.learning import Learned
 from controller.report.report_card import losses_at
+from oracle.labels.token_agreement import acceptance_rates
 from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import say
@@ -49,6 +50,7 @@ def run(config: Config) -> Path:
         fingerprint=workspace.fingerprint,
         model_source=config.model.source,
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
+        acceptance=acceptance_rates(workspace.labels.read(workspace.labelled, workspace.menu())),
         drift=_drift_alarm(trained[best], certificates[best], table, config),
         chat=_chat_format(workspace),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from numpy.typing import NDArray
 from backbone.files import write_atomically
 from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
-from controller.report.frontier_card import frontier_card
+from controller.report.frontier_card import LEVEL, frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
+from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import least_sufficient, static_points, upper_hull
 from oracle.frontier.knapsack import cheapest_choices
+from oracle.judges import KL
 from pipelines.config import Config
 from pipelines.controls import comparison
 from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
 from pipelines.learning_table import Table
+from pipelines.shown_prompts import shown
 from pipelines.stages.train import load_trained
 from pipelines.stand_in_gain import before_and_after
 from pipelines.wall_clock import decision_ms, feature_ms, speeds
@@ -49,6 +53,7 @@ def run(config: Config) -> Path:
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
     best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
     speed = speeds(workspace, allocator, test, chosen[best])
+    examples = shown(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, calibrate, chosen[best])
     cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
     metrics: dict[str, Any] = {
@@ -60,6 +65,7 @@ def run(config: Config) -> Path:
     metrics |= {
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
+        "intervals": _intervals(chosen[best], test),
         "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
         "comparison": comparison(workspace, best, calibrate, test),
         "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
@@ -73,7 +79,12 @@ def run(config: Config) -> Path:
         "overhead_ms": speed["overhead_ms"],
         "feature_ms": feature_ms(workspace, test.prompts[0].prompt, FEATURE_ROUNDS),
         "speed": speed,
-        "model": {"source": config.model.source, "fingerprint": workspace.fingerprint},
+        "examples": examples,
+        "model": {
+            "source": config.model.source,
+            "fingerprint": workspace.fingerprint,
+            "layers": workspace.menu().n_layers,
+        },
         "machine": machine(),
     }
     if config.token_exits.enabled:
@@ -85,13 +96,32 @@ def run(config: Config) -> Path:
     return workspace.path("metrics.json")
 
 
+def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None]]:
+    """How far the allocator's figures could be off if other test prompts had been drawn."""
+    scores, full = test.scores[np.arange(len(chosen)), chosen], test.scores[:, -1]
+    spent = test.budgets[chosen]
+
+    def kept(drawn: Choices) -> float:
+        return float(scores[drawn].mean() / full[drawn].mean()) if full[drawn].any() else float("nan")
+
+    statistics: dict[str, Callable[[Choices], float]] = {
+        "kept": kept,
+        "budget": lambda d: float(spent[d].mean()),
+    }
+    ends = {name: bootstrap_interval(found, len(chosen), level=LEVEL) for name, found in statistics.items()}
+    return {
+        name: {end: None if np.isnan(value) else value for end, value in zip(("low", "high"), found, strict=True)}
+        for name, found in ends.items()
+    }
+
+
 def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) -> dict[str, Choices]:
     """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
     n_prompts, n_plans = test.sufficient.shape
     shares = np.bincount(best, minlength=n_plans) / len(best)
     return {
         "full": np.full(n_prompts, n_plans - 1),
-        "best_static": np.full(n_prompts, _best_static(config, calibrate)),
+        "best_static": np.full(n_prompts, best_static(config, calibrate)),
         "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), calibrate), n_prompts),
         "random": _draws(shares, n_prompts),
         "oracle": _oracle(test),
@@ -111,7 +141,7 @@ def _draws(weights: NDArray[np.float64], n_prompts: int) -> Choices:
     return np.random.default_rng(0).choice(len(weights), RANDOM_DRAWS * n_prompts, p=weights)
 
 
-def _best_static(config: Config, calibrate: Table) -> int:
+def best_static(config: Config, calibrate: Table) -> int:
     """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is."""
     settings = config.calibration
     groups = calibrate.tasks if settings.per_task else None
@@ -149,14 +179,15 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
     """What the labels cost, beside generating every answer under every plan.
 
     Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison
-    as far as they are known, so that the true ratio is a little lower.
+    as far as they are known, so that the true ratio is a little lower; under `kl`, where none is generated, as long as
+    the full model's.
     """
     menu = workspace.menu()
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
     labels = workspace.labels.read(workspace.labelled, menu)
     spent = sum(label.forward_tokens for row in labels for label in row)
     exhaustive = sum(
-        (label.prompt_tokens + len(label.answer_ids)) * share
+        (label.prompt_tokens + len((row[-1] if label.judge == KL else label).answer_ids)) * share
         for row in labels
         for label, share in zip(row, shares, strict=True)
     )

@@ -17,9 +17,17 @@ from pipelines.workspace import Workspace
 def run(config: Config) -> Path:
     """Search the plans with a few prompts of the split `adapt`; writes `menu.json`."""
     workspace = Workspace.of(config)
-    model, tokenizer = workspace.backbone
-    settings = config.menu
-    task = MenuTask(
+    task, settings = menu_task(workspace), config.menu
+    with progress("plans tried", search_steps(settings.method, task)) as advance:
+        menu = build_menu(settings.method, task, lambda: advance(1))
+    write_atomically(workspace.path("menu.json"), json.dumps(menu.to_json(), indent=2) + "\n")
+    return workspace.path("menu.json")
+
+
+def menu_task(workspace: Workspace) -> MenuTask:
+    """What the menu is made for."""
+    (model, tokenizer), settings = workspace.backbone, workspace.config.menu
+    return MenuTask(
         model=model,
         tokenizer=tokenizer,
         prompts=[prompt.prompt for prompt in workspace.splits["adapt"][:: _stride(workspace, settings.prompts)]],
@@ -29,10 +37,6 @@ def run(config: Config) -> Path:
         cheapest_budget=settings.cheapest_budget,
         given=settings.given,
     )
-    with progress("plans tried", search_steps(settings.method, task)) as advance:
-        menu = build_menu(settings.method, task, lambda: advance(1))
-    write_atomically(workspace.path("menu.json"), json.dumps(menu.to_json(), indent=2) + "\n")
-    return workspace.path("menu.json")
 
 
 def _stride(workspace: Workspace, wanted: int) -> int:

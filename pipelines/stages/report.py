@@ -26,7 +26,9 @@ from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import waiting
 from pipelines.run_state import RunState
+from pipelines.shown_prompts import RULE
 from pipelines.stages.train import load_trained
+from pipelines.summary import load_metrics
 from pipelines.tracking import log_run
 from pipelines.workspace import Workspace
 
@@ -37,7 +39,7 @@ def run(config: Config) -> Path:
     """Writes `report.html`, then logs the run to `tracking.uri`."""
     workspace = Workspace.of(config)
     table = workspace.table("test")
-    metrics = json.loads(workspace.path("metrics.json").read_text())
+    metrics = load_metrics(config)
     choices = json.loads(workspace.path("choices.json").read_text())["chosen"]
     chosen = np.array(choices[metrics["best"]])
     tasks = _task_rows(workspace, table, chosen)
@@ -55,6 +57,7 @@ def run(config: Config) -> Path:
         colours=figures.COLOURS,
         policies=policies,
         plans=_plan_rows(workspace, table, metrics),
+        rule=RULE,
         examples=_examples(workspace, table, chosen),
         tighter=_tighter(metrics["certificate"]),
         tasks=tasks,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from backbone.errors import InputError
 from backbone.plan import PlanMenu
 from backbone.stand_ins.attaching import StandIns
+from backbone.strict_json import parse
 from controller.base import CONTROLLERS
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
@@ -28,7 +31,8 @@ from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, f
 Parts = TypeVar("Parts", bound=AllocatorParts)
 
 FORMAT_VERSION = 5
-STAND_INS, DRIFT, CHAT = "stand_ins.safetensors", "drift.safetensors", "chat.json"
+STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
+ACCEPTANCE, CHAT = "acceptance.json", "chat.json"
 MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
 ENTRIES: dict[str, type] = {
     "layerbudget_version": str,
@@ -122,6 +126,9 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
         allocator.stand_ins.save(folder / STAND_INS)
     if allocator.drift is not None:
         allocator.drift.save(folder / DRIFT)
+    if allocator.acceptance is not None:
+        rates = dict(zip(map(str, allocator.menu.plans), allocator.acceptance, strict=True))
+        (folder / ACCEPTANCE).write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
     if allocator.chat is not None:
         allocator.chat.save(folder / CHAT)
     (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
@@ -150,12 +157,26 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
             chat=ChatFormat.load(place / CHAT) if CHAT in files else None,
         )
+        if ACCEPTANCE in files:
+            allocator = replace(allocator, acceptance=_acceptance(place / ACCEPTANCE, allocator.menu))
         _check_together(allocator)
         if (found := chat_hash(allocator)) != (said := manifest["chat_template"]):
             raise ArtefactError(f"its chat template is {found}, manifest.json says {said!r:.80}")
     except Exception as error:  # files that fit their SHA-256 were made by somebody else, and may hold anything
         raise ArtefactError(f"{folder} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
     return allocator
+
+
+def _acceptance(path: Path, menu: PlanMenu) -> tuple[float, ...]:
+    """Raises ArtefactError for a file that holds other than a share for each plan of the menu."""
+    rates = parse(path.read_text(encoding="utf-8"))
+    names = [str(plan) for plan in menu.plans]
+    if not isinstance(rates, dict) or rates.keys() != {*names}:
+        raise ArtefactError(f"{path.name} should hold a rate for each plan of the menu, got {rates!r:.80}")
+    for rate in rates.values():
+        if type(rate) not in (int, float) or not 0 <= rate <= 1:
+            raise ArtefactError(f"a rate of {path.name} is a share from 0 to 1, got {rate!r:.80}")
+    return tuple(float(rates[name]) for name in names)
 
 
 def _check_entries(folder: Path, manifest: Manifest) -> None:

@@ -128,6 +128,17 @@ def test_a_plan_that_is_expected_to_win_is_welcome() -> None:
     np.testing.assert_array_equal(choose(kept, budgets, 100.0), [0, 1, 2, 2])
 
 
+def test_the_highest_price_follows_no_expected_win_and_lower_ones_ever_more() -> None:
+    """What is expected to be won is noise here; still each price lets more prompts leave the full plan."""
+    kept = np.random.default_rng(0).normal(0.5, 0.02, (200, 3)).astype(np.float32)
+    kept[:, -1] = 0.5
+    left = [(choose(kept, np.array([0.5, 0.75, 1.0]), price) < 2).mean() for price in (1000.0, 100.0, 30.0, 10.0, 1.0)]
+    assert left[0] == 0
+    assert left[-1] == 1
+    assert left == sorted(left)
+    assert 0 < left[2] < left[3], "by and by"
+
+
 def test_the_full_plan_keeps_the_same_for_all() -> None:
     features, kept = ControllerConformance().data()
     with pytest.raises(LearningError, match="must keep the same for all"):

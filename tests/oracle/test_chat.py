@@ -1,6 +1,7 @@
 """What a chat template makes of a prompt, and its tokens: as `tokenizer.apply_chat_template` has them."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -54,6 +55,11 @@ def test_the_beginning_token_never_comes_twice() -> None:
     assert tokenizer(text).input_ids[:2] == [tokenizer.bos_token_id] * 2, "what is to be avoided"
     for given in (text, Rendered(text)):
         assert tokens_of(tokenizer, given).count(tokenizer.bos_token_id) == 1
+
+
+def test_a_rendered_text_stays_one_on_its_way_to_another_process() -> None:
+    arrived, tokenizer = pickle.loads(pickle.dumps(Rendered("abc"))), chat_tokenizer()
+    assert tokens_of(tokenizer, arrived) == tokenizer("abc").input_ids[1:]
 
 
 def test_labelling_answers_what_stock_generate_answers() -> None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -97,8 +98,8 @@ def test_plans_that_the_model_cannot_have(fails) -> None:
 
 
 def test_a_full_disk_is_seen_before_it_is_full(fails, monkeypatch) -> None:
-    monkeypatch.setattr(check, "OTHER_BYTES", 2**70)
-    assert "MB are free" in fails()
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3_000_000))
+    assert "and 3 MB are free" in fails()
 
 
 def test_a_folder_that_cannot_be_written_to(fails, tmp_path, monkeypatch) -> None:

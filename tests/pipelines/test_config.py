@@ -59,7 +59,7 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
             "calibration.risk: Input should be 'mean_score', 'score_lost' or 'insufficient', got 'doubt'",
         ),
         ("menu.method=magic", "menu.method: 'magic' is not among the menus, known are given, evenly, exiting,"),
-        ("menu.method=given", "the method 'given' and a list of plans in menu.given go together"),
+        ("menu.method=exiting", "the method 'given' and a list of plans in menu.given go together"),
         ("data.shares={train: 1.0}", "data: shares must name adapt, train, tune, calibrate, test"),
         (f"name={'a' * 300}", "name: String should have at most 200 characters"),
         ("name=a.", "name: String should match pattern"),

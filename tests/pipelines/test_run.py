@@ -387,6 +387,9 @@ def test_the_judge_kl_needs_no_reference_and_generates_the_full_answers_only(con
     assert 0 <= metrics["oracle"]["loss"] <= 0.1, "within the tolerance"
     assert metrics["oracle"]["budget"] < 1
     assert metrics["labelling"]["ratio_to_exhaustive"] < 1
+    rates = json.loads((folder / "allocator" / "acceptance.json").read_text())
+    assert rates.pop("0-5") == 1
+    assert all(0 < rate < 1 for rate in rates.values()), "what a plan says is not all the full model's"
 
 
 def test_a_single_stage_names_the_one_it_needs(config_file) -> None:

@@ -1,0 +1,38 @@
+"""What a run will take, as a table on the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from pipelines.dry_run import Outlook
+from pipelines.progress import console, duration
+
+_HOW_GOOD = (
+    "Estimated from {measured:.0f} s of measurements on this machine, scaled by counts. Take the total as right within "
+    "a factor of two, and a stage's time within three: answers may be longer, plans may follow the full model less, "
+    "trials may be given up early, and other work may slow the machine."
+)
+
+
+def print_outlook(found: Outlook | None) -> None:
+    """Prompts of each split, then the work and the time of each stage; None for a run that is finished."""
+    if found is None:
+        console.print("every stage is done; nothing is left to do")
+        return
+    splits = Table("split", "prompts", "labelled", "prompt tokens", box=None, pad_edge=False)
+    for split in found.splits:
+        splits.add_row(split.name, f"{split.prompts:,}", f"{split.labelled:,}", f"{split.tokens:,}")
+    console.print(splits)
+    console.print(
+        f"\n{found.plans} plans; about {found.answer_tokens:,} answer tokens; {_size(found.disk_bytes)} of disk\n"
+    )
+    stages = Table("stage", "work", "time", box=None, pad_edge=False)
+    for stage in found.stages:
+        stages.add_row(stage.name, stage.what, "" if stage.what == "done" else duration(stage.seconds))
+    stages.add_row("all", "", duration(found.seconds))
+    console.print(stages)
+    console.print("\n" + _HOW_GOOD.format(measured=found.measured_seconds))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.1f} MB"
