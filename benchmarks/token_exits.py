@@ -1,6 +1,7 @@
 """Token exits: what they cost, what the papers found replayed, and who wins against plans.
 
     python benchmarks/token_exits.py targets --model gemma --name gemma     # a step against deleted layers, and stock
+    python benchmarks/token_exits.py answers --run runs/token_exits --name gemma    # untimed, before the comparison
     python benchmarks/token_exits.py findings --run runs/token_exits --name gemma
     python benchmarks/token_exits.py comparison --run runs/token_exits --name gemma --set token_exits.prompts=100
 
@@ -36,8 +37,10 @@ from oracle.chat import padded_prompts
 from oracle.embedded_prompts import embedded_prompts
 from pipelines.config import load_config
 from pipelines.exit_comparison.clock import compared
+from pipelines.exit_comparison.comparison import Comparison
+from pipelines.paired_ratios import paired_ratio, paired_seconds
 from pipelines.workspace import Workspace
-from runtime.paired_timing import machine, paired_ratio, paired_seconds
+from runtime.paired_timing import machine
 from runtime.token_exits.certifying import valid_step
 from runtime.token_exits.gates.base import Candidate, Constant
 from runtime.token_exits.gates.of_states import Saturation
@@ -54,7 +57,7 @@ DELTA = 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["targets", "findings", "comparison"])
+    parser.add_argument("part", choices=["targets", "findings", "answers", "comparison"])
     parser.add_argument("--model", default="gemma")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--name", required=True)
@@ -63,6 +66,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--set", action="append", default=[])
     given = parser.parse_args()
+    if given.part == "answers":
+        Comparison(_workspace(given.run, given.set)).contestants()
+        return
     if given.part == "targets":
         found: dict[str, Any] = targets(given)
     else:

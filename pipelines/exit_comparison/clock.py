@@ -13,8 +13,9 @@ from backbone.execution.apply_plan import apply_plans
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
 from pipelines.exit_comparison.comparison import Comparison, Contestant, described
+from pipelines.paired_ratios import paired_ratio, paired_seconds
 from pipelines.workspace import Workspace
-from runtime.paired_timing import median_seconds, paired_ratio, paired_seconds
+from runtime.paired_timing import median_seconds
 from runtime.token_exits.gates.base import Candidate, Gate
 from runtime.token_exits.heads import ExitHeads
 

@@ -85,8 +85,8 @@ class Comparison:
         return table.rows(np.arange(min(self._settings.prompts, len(table.prompts))))
 
     def _full_answers(self) -> dict[str, str]:
-        labels = self._workspace.labels.labels(self._budget_plans[-1])
         prompts = [*self.calibrate.prompts, *self.test.prompts]
+        labels = self._workspace.labels.labels(self._budget_plans[-1], prompts)
         return {prompt.id: labels[key_of(prompt)].answer for prompt in prompts}
 
     def _full(self) -> Contestant:

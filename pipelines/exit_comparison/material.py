@@ -88,7 +88,8 @@ class Material:
     def held_out(self) -> Observed:
         """Answer tokens of the splits `train` and `tune`, at most `token_exits.tokens`."""
         splits = self._workspace.labelled_splits
-        observed = observe(self.model, self._answered([*splits["train"], *splits["tune"]]), self.depths)
+        prompts = [*splits["train"], *splits["tune"]][: self.settings.tokens // 2]  # most answers have two or more
+        observed = observe(self.model, self._answered(prompts), self.depths)
         generator = torch.Generator().manual_seed(0)
         picked = torch.randperm(len(observed.following), generator=generator)[: self.settings.tokens].sort().values
         return observed.of(picked)
