@@ -54,7 +54,9 @@ def main() -> None:
     killed = parts.add_parser("kills")
     killed.add_argument("--workers", type=int, default=20)
     killed.add_argument("--drivers", type=int, default=5)
-    killed.add_argument("--prompts", type=int, default=6000)
+    killed.add_argument("--kinds", nargs="*", choices=["workers", "drivers"], default=["workers", "drivers"])
+    killed.add_argument("--prompts", type=int, default=3000)
+    killed.add_argument("--work", type=Path, help="where the runs are; default: a folder that is removed")
     flat = parts.add_parser("memory")
     flat.add_argument("--prompts", type=int, default=100_000)
     arguments = options.parse_args()
@@ -153,28 +155,29 @@ def label_timed(run: Path, way: str, shard: str, settings: Sequence[str]) -> dic
 
 
 def kills(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Labels with workers killed, with drivers killed, and in one process left alone; what is lost, doubled, other."""
-    stores = {}
-    draw, killed, held = random.Random(0), 0, []
-    for name in ("alone", "workers", "drivers"):
-        config = make_project(folder / name, arguments.prompts, batch_size=4, max_new_tokens=6)
+    """Labels in one process left alone, with workers killed, with drivers killed; what is lost, doubled, other."""
+    work, draw = arguments.work or folder, random.Random(0)
+    configs = {name: prepared(work / name, arguments.prompts) for name in ("alone", *arguments.kinds)}
+    if "workers" in configs:
+        yield {"killed_workers": label_while_killing(configs["workers"], arguments.workers, draw)}
+    if "drivers" in configs:
+        held = [label_until_killed(configs["drivers"], draw) for _ in range(arguments.drivers)]
+        yield {"killed_drivers": len(held), "labels_after_each_killed_driver": held}
+        finish(command("label", str(configs["drivers"]), "--ray"))
+    finish(command("label", str(configs["alone"])))
+    stores = {name: content(path.parent / "runs" / "tiny" / "labels.db") for name, path in configs.items()}
+    for name in arguments.kinds:
+        yield {f"equal_after_killed_{name}": stores[name] == stores["alone"]}
+        yield {f"labels_after_killed_{name}": len(stores[name]), "labels": len(stores["alone"])}
+
+
+def prepared(folder: Path, prompts: int) -> Path:
+    """A tiny run that is about to be labelled, made unless it is there."""
+    if not (folder / "runs" / "tiny" / "adapt.json").exists():
+        config = make_project(folder, prompts, batch_size=4, max_new_tokens=6)
         for stage in ("menu", "adapt"):
             finish(command(stage, str(config)))
-        if name == "workers":
-            killed = label_while_killing(config, arguments.workers, draw)
-        for _ in range(arguments.drivers if name == "drivers" else 0):
-            held.append(label_until_killed(config, draw))
-        finish(command("label", str(config), *(["--ray"] if name == "drivers" else [])))
-        stores[name] = content(config.parent / "runs" / "tiny" / "labels.db")
-    alone = stores.pop("alone")
-    yield {
-        "killed_workers": killed,
-        "killed_drivers": len(held),
-        "labels_after_each_killed_driver": held,
-        "labels": len(alone),
-        **{f"equal_after_killed_{name}": rows == alone for name, rows in stores.items()},
-        **{f"labels_after_killed_{name}": len(rows) for name, rows in stores.items()},
-    }
+    return folder / "tiny.yaml"
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:

@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--no-law", action="store_true", help="do not measure what the law needs, if it is not known")
     parser.add_argument("--minutes", type=float, default=60.0)
     arguments = parser.parse_args()
     deadline = time.perf_counter() + 60 * arguments.minutes
@@ -70,10 +71,10 @@ def main() -> None:
     path = RESULTS / f"mixed-{arguments.name or Path(arguments.model).name}-{model.device.type}-{arguments.dtype}.json"
     result = begun(path, {name: getattr(arguments, name) for name in SETTINGS})
     costs = known_step_costs(model)
-    if not costs.measured:
+    if not (costs.measured or arguments.no_law):
         costs = measure_step_costs(model)
         keep_step_costs(model, costs)
-    result["step_costs"] = asdict(costs)
+    result["step_costs"] = asdict(costs) if costs.measured else None
     for cache, context, batch in product(arguments.caches, arguments.contexts, arguments.batches):
         cell = {"cache": cache, "context": context, "batch": batch}
         if any(all(row[name] == value for name, value in cell.items()) for row in result["rows"]):
@@ -220,7 +221,7 @@ def measure(
         if name in planned:
             row["layers"] = round(sum(plan.layers for plan in planned[name]) / batch, 3)
             row["step_to_stock"] = paired(variant.step_ms, stock.step_ms)
-            row["law"] = round(predicted(costs, planned[name]), 3)
+            row["law"] = round(predicted(costs, planned[name]), 3) if costs.measured else None
             row["cache_to_stock"] = round(cache_bytes(variant.cache) / cache_bytes(stock.cache), 3)
         print(json.dumps({**cell, **row}), flush=True)
         found.append(row)
