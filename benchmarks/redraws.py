@@ -33,6 +33,7 @@ from pipelines.progress import progress
 from pipelines.stages.calibrate import certified
 from pipelines.stages.evaluate import best_static
 from pipelines.stages.train import tuned_settings
+from pipelines.unseen_tasks import outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 
@@ -82,16 +83,22 @@ def _figures(workspace: Workspace, settings: Settings, table: Table, parts: list
     control = replace(table, features=features)
     static = best_static(workspace.config, calibrate)
     return {
-        "allocator": _allocated(workspace, settings, table, parts),
+        "allocator": _allocated(workspace, settings, table, parts, len(workspace.labelled_splits["tune"])),
         CONTROL: _allocated(workspace, named, control, parts),
         "best_static": _card(workspace, np.full(len(test.prompts), static), test),
         "oracle": _card(workspace, cheapest_choices(test.scores, test.budgets, float(test.full.mean())), test),
     }
 
 
-def _allocated(workspace: Workspace, settings: Settings, table: Table, parts: list[Rows]) -> dict[str, Any]:
+def _allocated(
+    workspace: Workspace, settings: Settings, table: Table, parts: list[Rows], held: int = 0
+) -> dict[str, Any]:
+    """Of one controller; `held` of the prompts that it is fitted on make the threshold of the outlier test, if any."""
     test, calibrate, fit = (table.rows(rows) for rows in parts)
     learned = learn(settings, fit.features, fit.kept, fit.budgets)
+    if held:
+        of_test = np.arange(len(fit.prompts)) < held
+        learned = replace(learned, outliers=outlier_test(learned, fit, of_test, workspace.config))
     certificate = certified(learned.predict(calibrate.features), calibrate, workspace)
     chosen = choose(learned.predict(test.features), test.budgets, certificate.price)
     card = _card(workspace, chosen, test)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import CONTROLLERS, Controller, Floats
+from controller.certificate.outliers import OutlierTest
 from controller.features import Features, rows_of
 from controller.projection import Projection
 
@@ -49,10 +50,14 @@ class Learned:
     controller: Controller
     full: float = 1.0
     """What the full plan keeps."""
+    outliers: OutlierTest | None = None
 
     def predict(self, features: Features) -> Floats:
-        """What is expected to be kept [N, K], from raw features."""
-        return self.controller.predict(self.projection(features), self.full)
+        """What is expected to be kept [N, K], from raw features; NaN under every shortened plan for outliers."""
+        kept = self.controller.predict(self.projection(features), self.full)
+        if self.outliers is not None:
+            kept[self.outliers.are_outliers(features), :-1] = np.nan
+        return kept
 
 
 def learn(

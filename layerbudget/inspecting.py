@@ -33,6 +33,8 @@ def inspect(
     typer.echo(f"Certificate  {certificate.sentence} Made on {certificate.date}.")
     for sentence in certificate.does_not_cover:
         typer.echo(f"  does not cover: {sentence}")
+    if allocator.outliers is not None:
+        typer.echo(f"Outliers     {allocator.outliers.description}")
     if allocator.drift is not None:
         typer.echo(f"Drift alarm  {allocator.drift.description}")
     typer.echo(f"\nMenu of {len(allocator.menu)} plans:")

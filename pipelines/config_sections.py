@@ -216,6 +216,9 @@ class CalibrationSection(Section):
     """Probability that the bound fails."""
     per_task: bool = False
     """Bound the loss of every task instead of their mean."""
+    outliers: float = Field(0.05, ge=0, lt=1)
+    """Share of prompts like the calibration prompts that a test may take for unlike all known ones and send to the full
+    plan, before calibration; 0 for no such test."""
     false_alarms: float = Field(0.01, gt=0, lt=1)
     """Probability that the drift alarm ever rings although the prompts are like the calibration prompts."""
 

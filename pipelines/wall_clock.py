@@ -19,7 +19,6 @@ from backbone.execution.delete_layers import delete_layers
 from backbone.execution.probing import probe_states
 from backbone.plan import LayerPlan
 from controller.features import Features, extract, rows_of
-from controller.learning import Learned
 from oracle.chat import padded_prompts
 from pipelines.learning_table import Table
 from pipelines.paired_ratios import Ratio, generation_under, paired_ratio, paired_seconds
@@ -119,16 +118,16 @@ def described(ratio: Ratio) -> dict[str, Any]:
     return {**asdict(ratio), "exceeds_noise": ratio.exceeds_noise}
 
 
-def decision_ms(learned: Learned, features: Features, repeats: int = 50) -> float:
-    """Median milliseconds in which a trained controller decides about one prompt, features in hand, after a warm-up.
+def prompt_ms(decide: Callable[[Features], object], features: Features, repeats: int = 50) -> float:
+    """Median milliseconds that something takes for the features of one prompt, after a warm-up.
 
     Args:
-        learned: a fitted controller with its projection.
         repeats: times that it is timed.
+        decide: what is timed.
         features: of N prompts, which take turns.
     """
     ones = [rows_of(features, np.array([row])) for row in range(min(repeats, len(next(iter(features.values())))))]
-    work: dict[int, Callable[[], object]] = {row: partial(learned.predict, one) for row, one in enumerate(ones)}
+    work: dict[int, Callable[[], object]] = {row: partial(decide, one) for row, one in enumerate(ones)}
     return 1000 * median(median_seconds(work, 3, lambda: None).values())
 
 

@@ -16,6 +16,7 @@ from backbone.stand_ins.attaching import StandIns, attach, attached_digest, atta
 from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
+from controller.certificate.outliers import OutlierTest
 from controller.certificate.risks import kept_by_full
 from controller.projection import Projection
 from oracle.chat import Question, Rendered, Turns, padded_prompts, rendered
@@ -51,6 +52,8 @@ class AllocatorParts:
         drift: watches whether the prompts that are generated from are like those of the certificate. While it rings
             every prompt runs the full plan; see `DriftAlarm`. None to do without, as when the same prompts are timed
             over and over: `dataclasses.replace(allocator, drift=None)`.
+        outliers: sends prompts unlike all known ones to the full plan, and belongs to what the certificate covers; None
+            where it is off.
         chat: the chat template that its prompts were rendered with; None where they were given as they are.
     """
 
@@ -64,6 +67,7 @@ class AllocatorParts:
     model_source: str
     stand_ins: StandIns | None = None
     drift: DriftAlarm | None = None
+    outliers: OutlierTest | None = None
     acceptance: tuple[float, ...] | None = None
     chat: ChatFormat | None = None
 
@@ -135,4 +139,4 @@ class AllocatorParts:
     def decider(self, limit_ms: float | None = None) -> Decider:
         """What chooses plans for prompts, with a limit to the time it may take."""
         price, full = self.certificate.price, kept_by_full(self.certificate.risk)
-        return Decider(self.menu, self.controller, self.projection, price, full, self.drift, limit_ms)
+        return Decider(self.menu, self.controller, self.projection, price, full, self.outliers, self.drift, limit_ms)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from controller.base import choose
 from controller.certificate.calibration import certify
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm, drift_scores
+from controller.certificate.outliers import OutlierTest
 from controller.learning import Learned
 from controller.report.report_card import losses_at
 from oracle.labels.token_agreement import acceptance_rates
@@ -21,6 +23,7 @@ from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import say
 from pipelines.stages.train import load_trained
+from pipelines.unseen_tasks import are_among, outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
@@ -33,11 +36,14 @@ def run(config: Config) -> Path:
     """
     workspace = Workspace.of(config)
     table = workspace.table("calibrate")
+    best = json.loads(workspace.path("tuning.json").read_text())["best"]
     trained = load_trained(workspace)
+    fit = workspace.table("train", "tune")
+    outliers = outlier_test(trained[best], fit, are_among(workspace.splits["tune"], fit), config)
+    trained = tested(trained, outliers)
     certificates = {
         name: certified(learned.predict(table.features), table, workspace) for name, learned in trained.items()
     }
-    best = json.loads(workspace.path("tuning.json").read_text())["best"]
     if certificates[best].price is None:
         say(f"  {certificates[best].sentence}", style="red")
     allocator = Allocator(
@@ -52,12 +58,18 @@ def run(config: Config) -> Path:
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
         acceptance=acceptance_rates(workspace.labels.read(workspace.labelled, workspace.menu())),
         drift=_drift_alarm(trained[best], certificates[best], table, config),
+        outliers=outliers,
         chat=_chat_format(workspace),
     )
     allocator.save_pretrained(workspace.path("allocator"))
     data = {"best": best, "certificates": {name: _as_dict(found) for name, found in certificates.items()}}
     write_atomically(workspace.path("calibration.json"), json.dumps(data, indent=2) + "\n")
     return workspace.path("allocator")
+
+
+def tested(trained: Mapping[str, Learned], outliers: OutlierTest | None) -> dict[str, Learned]:
+    """Controllers that leave outliers to the full plan."""
+    return {name: replace(learned, outliers=outliers) for name, learned in trained.items()}
 
 
 def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: float | None = None) -> Certificate:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from backbone.files import write_atomically
 from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
+from controller.certificate.outliers import OutlierTest
 from controller.report.frontier_card import LEVEL, frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
 from oracle.frontier.bootstrap import bootstrap_interval
@@ -26,9 +27,10 @@ from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
 from pipelines.learning_table import Table
 from pipelines.shown_prompts import shown
+from pipelines.stages.calibrate import tested
 from pipelines.stages.train import load_trained
 from pipelines.stand_in_gain import before_and_after
-from pipelines.wall_clock import decision_ms, feature_ms, speeds
+from pipelines.wall_clock import feature_ms, prompt_ms, speeds
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
@@ -47,7 +49,7 @@ def run(config: Config) -> Path:
     test, calibrate = workspace.table("test"), workspace.table("calibrate")
     allocator = Allocator.from_pretrained(workspace.path("allocator"))
     calibration = json.loads(workspace.path("calibration.json").read_text())
-    trained = load_trained(workspace)
+    trained = tested(load_trained(workspace), allocator.outliers)
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
     prices = {name: found["price"] for name, found in calibration["certificates"].items()}
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
@@ -61,13 +63,14 @@ def run(config: Config) -> Path:
     }
     for name, kept in predicted.items():
         metrics[name]["regret"] = regret(kept, test.kept, test.budgets, bounds)
-        metrics[name]["decision_ms"] = decision_ms(trained[name], test.features)
+        metrics[name]["decision_ms"] = prompt_ms(trained[name].predict, test.features)
     metrics |= {
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
         "intervals": _intervals(chosen[best], test),
         "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
-        "comparison": comparison(workspace, best, calibrate, test),
+        "comparison": comparison(workspace, best, calibrate, test, allocator.outliers),
+        "outliers": _outliers(allocator.outliers, test),
         "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
         "stand_ins": before_and_after(workspace, test),
         "certificate": calibration["certificates"][best],
@@ -126,6 +129,14 @@ def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) ->
         "random": _draws(shares, n_prompts),
         "oracle": _oracle(test),
     }
+
+
+def _outliers(found: OutlierTest | None, test: Table) -> dict[str, float] | None:
+    """What the outlier test was asked for, does on the test prompts, and takes; None without one."""
+    if found is None:
+        return None
+    sent = float(found.are_outliers(test.features).mean())
+    return {"rate": found.rate, "sent": sent, "held": found.held, "ms": prompt_ms(found.are_outliers, test.features)}
 
 
 def _oracle(test: Table) -> Choices:

@@ -27,10 +27,12 @@ from pipelines.learning_table import Table
 from pipelines.progress import waiting
 from pipelines.run_state import RunState
 from pipelines.shown_prompts import RULE
+from pipelines.stages.calibrate import tested
 from pipelines.stages.train import load_trained
 from pipelines.summary import load_metrics
 from pipelines.tracking import log_run
 from pipelines.workspace import Workspace
+from runtime.allocator import Allocator
 
 YARDSTICKS = ("full", "best_static", "static_mixture", "random", "oracle")
 
@@ -81,8 +83,13 @@ def _figures(
     tasks: list[dict[str, Any]],
     policies: Sequence[str],
 ) -> dict[str, str]:
-    predictions = {name: learned.predict(table.features) for name, learned in load_trained(workspace).items()}
-    curves = {name: price_curve(kept, table.scores, table.budgets) for name, kept in predictions.items()}
+    trained = load_trained(workspace)
+    decided = tested(trained, Allocator.from_pretrained(workspace.path("allocator")).outliers)
+    predictions = {name: learned.predict(table.features) for name, learned in trained.items()}
+    curves = {
+        name: price_curve(learned.predict(table.features), table.scores, table.budgets)
+        for name, learned in decided.items()
+    }
     statics = static_points(table.scores, table.budgets)
     cards = {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in policies}
     menu = workspace.menu()

@@ -21,6 +21,7 @@ from backbone.strict_json import parse
 from controller.base import CONTROLLERS
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
+from controller.certificate.outliers import OutlierTest
 from controller.projection import Projection
 from oracle.chat import NO_TEMPLATE
 from oracle.decoding import Decoding
@@ -30,8 +31,8 @@ from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, f
 
 Parts = TypeVar("Parts", bound=AllocatorParts)
 
-FORMAT_VERSION = 5
-STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
+FORMAT_VERSION = 6
+STAND_INS, DRIFT, OUTLIERS = "stand_ins.safetensors", "drift.safetensors", "outliers.safetensors"
 ACCEPTANCE, CHAT = "acceptance.json", "chat.json"
 MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
 ENTRIES: dict[str, type] = {
@@ -126,6 +127,8 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
         allocator.stand_ins.save(folder / STAND_INS)
     if allocator.drift is not None:
         allocator.drift.save(folder / DRIFT)
+    if allocator.outliers is not None:
+        allocator.outliers.save(folder / OUTLIERS)
     if allocator.acceptance is not None:
         rates = dict(zip(map(str, allocator.menu.plans), allocator.acceptance, strict=True))
         (folder / ACCEPTANCE).write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
@@ -155,6 +158,7 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             model_source=manifest["model"]["source"],
             stand_ins=StandIns.load(place / STAND_INS) if STAND_INS in files else None,
             drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
+            outliers=OutlierTest.load(place / OUTLIERS) if OUTLIERS in files else None,
             chat=ChatFormat.load(place / CHAT) if CHAT in files else None,
         )
         if ACCEPTANCE in files:
@@ -220,6 +224,9 @@ def _check_together(allocator: AllocatorParts) -> None:
                 )
     if allocator.drift is not None and allocator.drift.reference_scores.shape[1] != 2:
         raise ArtefactError("its drift reference should have 2 channels")
+    if allocator.outliers is not None and not set(allocator.outliers.projection.sets) <= set(projection.sets):
+        read = ", ".join(allocator.outliers.projection.sets)
+        raise ArtefactError(f"its outlier test reads {read}, its controller {', '.join(projection.sets)}")
 
 
 def _downloaded(repo_id: str, **options: Any) -> Path:
