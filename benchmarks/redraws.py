@@ -34,7 +34,6 @@ from pipelines.stages.calibrate import certified
 from pipelines.stages.evaluate import best_static
 from pipelines.stages.train import tuned_settings
 from pipelines.unseen_tasks import outlier_test
-from pipelines.unseen_tasks import outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 

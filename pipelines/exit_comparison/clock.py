@@ -100,11 +100,11 @@ def _by_plan(plans: Sequence[LayerPlan | None]) -> dict[LayerPlan | None, list[i
 @torch.no_grad()
 def gate_costs(comparison: Comparison) -> dict[str, dict[str, float]]:
     """Milliseconds in which each gate looks at the rows of a batch at one candidate layer, with its head: by gate and
-    batch size, over the shortlist; `entropy, whole head` reads the whole vocabulary."""
+    batch size, over the shortlist; `entropy of the whole head` reads the whole vocabulary."""
     material = comparison.material
     short, whole = material.bridged, ExitHeads(material.model, material.bridged.bridges)
     gates = {name: (material.gate(name, short), short) for name in material.settings.gates}
-    gates["entropy, whole head"] = (material.gate("entropy", whole), whole)
+    gates["entropy of the whole head"] = (material.gate("entropy", whole), whole)
     depth, observed = material.depths[0], material.held_out
     costs: dict[str, dict[str, float]] = {name: {} for name in gates}
     for size in material.settings.batches:

@@ -49,7 +49,7 @@ def test_a_run_compares_token_exits(config_file) -> None:
         assert len(certificate["thresholds"]) == len(certificate["losses"]) == 2
         assert each["step"] is not None or each["layers_a_token"] == 6
     assert all(after <= before for before, after in found["training"].values())
-    assert set(found["gates"]) == {*EXITS["gates"], "entropy, whole head"}
+    assert set(found["gates"]) == {*EXITS["gates"], "entropy of the whole head"}
     assert "Token exits beside plans" in (folder / "report.html").read_text()
     _check_resumes(path, folder)
 
