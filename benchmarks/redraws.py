@@ -68,18 +68,15 @@ def redrawn(config: Config, draws: int) -> dict[str, Any]:
         for draw in range(draws):
             order = np.random.default_rng(draw).permutation(len(table.prompts))
             ends = np.cumsum([sizes["test"], sizes["calibrate"]])
-            found.append(_figures(workspace, settings, table, np.split(order, ends), sizes["tune"]))
+            found.append(_figures(workspace, settings, table, np.split(order, ends)))
             advance(1)
     policies = {name: {key: [draw[name][key] for draw in found] for key in found[0][name]} for name in found[0]}
     summary = {name: {key: _summary(values) for key, values in some.items()} for name, some in policies.items()}
     return {"draws": draws, "level": LEVEL, "prompts": sizes, "policies": summary}
 
 
-def _figures(
-    workspace: Workspace, settings: Settings, table: Table, parts: list[Rows], n_tune: int
-) -> dict[str, dict[str, Any]]:
-    """Of one draw, on its test prompts: the allocator, whose outlier test is made as in a run, from `n_tune` of the
-    prompts that it learned from, the control without such a test, the best static plan, and the oracle."""
+def _figures(workspace: Workspace, settings: Settings, table: Table, parts: list[Rows]) -> dict[str, dict[str, Any]]:
+    """Of one draw, on its test prompts: the allocator, the control, the best static plan, and the oracle."""
     test, calibrate = table.rows(parts[0]), table.rows(parts[1])
     features, sets = control_features(CONTROL, table, settings.sets)
     named = Settings(settings.name, sets, settings.components, settings.parameters)

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
+from oracle.judges import KL
 from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines import yaml_text
 from pipelines.config_sections import (
@@ -26,6 +27,7 @@ from pipelines.config_sections import (
     RaySection,
     Section,
     Text,
+    TokenExitsSection,
     TrackingSection,
     TuningSection,
 )
@@ -52,6 +54,7 @@ class Config(Section):
     tuning: TuningSection = TuningSection()
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    token_exits: TokenExitsSection = TokenExitsSection()
     tracking: TrackingSection = TrackingSection()
     ray: RaySection = RaySection()
     try_prompts: list[Text] = Field([])
@@ -66,6 +69,12 @@ class Config(Section):
             raise ValueError(
                 f"tuning.feature_sets names {min(missing)!r}, which features.sets does not hold: {self.features.sets}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_judged(self) -> Config:
+        if self.token_exits.enabled and KL in (self.data.judge, self.data.force_judge):
+            raise ValueError(f"token_exits.enabled compares answers, and the judge {KL!r} reads none; name another")
         return self
 
     @property

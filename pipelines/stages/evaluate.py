@@ -23,6 +23,7 @@ from oracle.frontier.knapsack import cheapest_choices
 from oracle.judges import KL
 from pipelines.config import Config
 from pipelines.controls import comparison
+from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
 from pipelines.learning_table import Table
 from pipelines.shown_prompts import shown
@@ -89,6 +90,8 @@ def run(config: Config) -> Path:
         },
         "machine": machine(),
     }
+    if config.token_exits.enabled:
+        metrics["token_exits"] = compared(workspace)
     write_atomically(workspace.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
     choices = {name: choice[: len(test.prompts)].tolist() for name, choice in chosen.items()}
     data = {"ids": [prompt.id for prompt in test.prompts], "chosen": choices}
