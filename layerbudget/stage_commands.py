@@ -43,7 +43,7 @@ def run(
     loaded = config_of(config, settings, device)
     if dry_run:
         from pipelines.dry_run import outlook
-        from pipelines.outlook_table import print_outlook
+        from pipelines.outlook import print_outlook
 
         print_outlook(outlook(loaded))
         return

@@ -20,9 +20,11 @@ from oracle.menus import LOOK_AT_NO_PROMPTS, build_menu
 from oracle.prompts import SPLITS, Prompt
 from pipelines.config import Config
 from pipelines.controls import CONTROLS
+from pipelines.outlook import Outlook, SplitSize, StageCost
 from pipelines.progress import waiting
 from pipelines.rehearsal import (
     FEW,
+    MANY,
     LabelCost,
     bridge_seconds,
     evenly,
@@ -45,53 +47,6 @@ LITTLE = 5.0
 """Seconds that are taken for a stage whose work is small and is not measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class StageCost:
-    """What a stage will take.
-
-    Attributes:
-        what: the work, in words; `done` where nothing is left of it.
-        seconds: estimated.
-    """
-
-    name: str
-    what: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class SplitSize:
-    """The prompts of a split, those of them that are labelled, and the tokens of all its prompts."""
-
-    name: str
-    prompts: int
-    labelled: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What a run will take.
-
-    Attributes:
-        plans: K, the full plan included.
-        answer_tokens: tokens that will be generated or followed, over all labels that are missing.
-        disk_bytes: that the run folder will hold.
-        measured_seconds: that the measurements took, the model's loading apart.
-    """
-
-    splits: list[SplitSize]
-    plans: int
-    answer_tokens: int
-    disk_bytes: float
-    stages: list[StageCost]
-    measured_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
-
-
 def outlook(config: Config) -> Outlook | None:
     """Measures and estimates; None where every stage is done. Writes nothing into the run's folder.
 
@@ -100,7 +55,7 @@ def outlook(config: Config) -> Outlook | None:
     """
     Workspace.forget()
     state = RunState(config)
-    _ = Workspace.of(config).given_splits
+    Workspace.of(config).check_given()
     done = {stage.name for stage in STAGES if state.is_done(stage)}
     if len(done) == len(STAGES):
         return None
@@ -141,7 +96,7 @@ class _Rehearsal:
     def outlook(self) -> Outlook:
         model_and_tokenizer = self.scratch.backbone
         start = time.perf_counter()
-        with waiting(f"measuring on {FEW} of {len(self.scratch.prompts)} prompts"):
+        with waiting(f"measuring on {len(self.few)} of {len(self.scratch.prompts)} prompts"):
             stages = [StageCost(stage.name, *self._cost(stage.name)) for stage in STAGES]
         tokenizer = model_and_tokenizer[1]
         return Outlook(
@@ -179,7 +134,7 @@ class _Rehearsal:
 
     @cached_property
     def few(self) -> list[Prompt]:
-        return evenly(self.scratch.labelled, FEW)
+        return evenly(self.scratch.labelled, 1 + FEW + min(MANY, self.config.label.batch_size))
 
     @cached_property
     def label(self) -> LabelCost:
@@ -242,10 +197,10 @@ class _Rehearsal:
         answers = min(count, self._missing(prompts, self.menu.plans[-1:]))
         (model, tokenizer), answer = self.scratch.backbone, round(self.label.answer_tokens)
         sequences = [(ids := tokens_of(tokenizer, prompt.prompt)) + ids[:1] * answer for prompt in self.few]
-        bridges = 0.0 if settings.method == "adapter" else bridge_seconds(model, sequences, self.menu, settings)
+        bridges = 0.0 if settings.method == "adapter" else bridge_seconds(model, sequences, self.menu, settings, count)
         trained = {"adapter": 1, "both": 1, "best": 2}.get(settings.method, 0)
         training = training_seconds(model, sequences, self.menu, settings) if trained else 0.0
-        seconds = answers * self.label.full + count * (bridges + trained * settings.epochs * training)
+        seconds = answers * self.label.full + bridges + count * trained * settings.epochs * training
         return f"{settings.method} from {count} prompts, {answers} of them to be answered", seconds
 
     def _label(self) -> tuple[str, float]:

@@ -30,8 +30,14 @@ from pipelines.config_sections import AdaptSection, EvaluationSection, TuningSec
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.settings_search import Work, default_settings
 
-FEW = 16
-"""Prompts that are answered, followed and probed."""
+FEW = 8
+"""Prompts that are answered and followed at first."""
+MANY = 64
+"""Prompts, at most, that are then answered and followed together."""
+LABEL_SECONDS = 30.0
+"""Time, by what the first prompts took, for those that follow."""
+BYTES_OF_A_LABEL = 200.0
+"""At least, in the store."""
 SEARCH_PROMPTS, SEARCH_SECONDS = 4, 10.0
 """Prompts that a search for a menu looks at here, and the seconds after which it is stopped."""
 
@@ -90,29 +96,51 @@ def menu_seconds(method: str, task: MenuTask) -> float:
 def label_cost(labeller: Labeller, prompts: Sequence[Prompt], menu: PlanMenu, path: Path) -> LabelCost:
     """Answers to and labels of a few prompts, by the labeller, after a warm-up.
 
+    First of `FEW` prompts; if these are quick, of as many as run together, since larger batches cost less a prompt.
+
     Args:
         labeller: keeps its labels in the file `path`.
-        prompts: none of them labelled there yet; the first is the warm-up.
+        prompts: a batch of them, none of them labelled there yet; the first is the warm-up.
         menu: the plans.
     """
-    full_plan, rest = menu.plans[-1], prompts[1:]
     labeller.label(prompts[:1], menu)
-    full = timed(lambda: labeller.label_full(rest, full_plan))
-    shortened = timed(lambda: labeller.label(rest, menu))
-    rows = labeller.read(rest, menu)
-    tokens = float(np.mean([len(row[-1].answer_ids) for row in rows]))
-    stored = path.stat().st_size / (len(prompts) * len(menu))
-    return LabelCost(full / len(rest), shortened / len(rest), tokens, stored)
+    first, others = prompts[1 : FEW + 1], prompts[FEW + 1 :]
+    cost = _label_cost(labeller, first, menu, path)
+    affordable = int(LABEL_SECONDS / (cost.full + cost.shortened))
+    if len(others) > FEW and affordable > FEW:
+        cost = _label_cost(labeller, others[:affordable], menu, path)
+    return cost
+
+
+def _label_cost(labeller: Labeller, prompts: Sequence[Prompt], menu: PlanMenu, path: Path) -> LabelCost:
+    before = path.stat().st_size
+    full = timed(lambda: labeller.label_full(prompts, menu.plans[-1]))
+    shortened = timed(lambda: labeller.label(prompts, menu))
+    tokens = float(np.mean([len(row[-1].answer_ids) for row in labeller.read(prompts, menu)]))
+    stored = max(BYTES_OF_A_LABEL, (path.stat().st_size - before) / (len(prompts) * len(menu)))
+    return LabelCost(full / len(prompts), shortened / len(prompts), tokens, stored)
 
 
 def bridge_seconds(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], menu: PlanMenu, settings: AdaptSection
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], menu: PlanMenu, settings: AdaptSection, count: int
 ) -> float:
-    """The fit of the menu's bridges, for one sequence of a prompt with its answer; the passes grow with these."""
+    """The fit of the menu's bridges on so many sequences of a prompt with its answer.
+
+    From two fits, of few sequences and of all given: the passes grow with the sequences, the solutions do not.
+
+    Args:
+        model, menu, settings: what is fitted, and how.
+        sequences: some of them, to measure on.
+        count: sequences of the run.
+    """
     detach(model)
     form, rank, in_order = settings.form, settings.rank, settings.in_order
-    fit = partial(fit_bridges, model, sequences, menu.plans[:-1], form=form, rank=rank, in_order=in_order)
-    return timed(fit) / len(sequences)
+    fit = partial(fit_bridges, model, plans=menu.plans[:-1], form=form, rank=rank, in_order=in_order)
+    part = sequences[: max(1, len(sequences) // 4)]
+    fit(part)  # the warm-up
+    few, many = timed(lambda: fit(part)), timed(lambda: fit(sequences))
+    slope = max(0.0, many - few) / max(1, len(sequences) - len(part))
+    return many + slope * (count - len(sequences))
 
 
 def training_seconds(

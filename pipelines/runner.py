@@ -85,7 +85,7 @@ def _checked(config: Config) -> RunState:
     """What is there, after folder and prompts were found fit to use. Nothing is written."""
     Workspace.forget()
     state = RunState(config)
-    _ = Workspace.of(config).given_splits
+    Workspace.of(config).check_given()
     return state
 
 

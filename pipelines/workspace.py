@@ -116,6 +116,18 @@ class Workspace:
         """
         return splits_of(self.given_prompts, self.config)
 
+    def check_given(self) -> None:
+        """What can be known of the prompts without the model.
+
+        Raises:
+            ConfigError: too few prompts for a split.
+            PromptError: prompts that cannot be read, or conversations although there is to be no template.
+            ChatError: a template's file that cannot be read.
+        """
+        _ = self.given_splits, self.chat_template_key
+        if self.config.data.chat_template == "never":
+            _ = self.prompts
+
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:
         labelled = {prompt.id for prompt in self.labelled}

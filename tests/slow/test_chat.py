@@ -79,7 +79,7 @@ def test_labels_are_the_tokens_of_stock_generate(loaded, stock, allocator, tmp_p
     prompts = [Prompt(text, "chat", text, "", "agreement").rendered(template) for text in QUESTIONS]
     full = allocator.menu.plans[-1]
     labeller.label_full(prompts, full)
-    labels = labeller.labels(full)
+    labels = labeller.labels(full, prompts)
     assert [list(labels[key_of(prompt)].answer_ids) for prompt in prompts] == stock
 
 

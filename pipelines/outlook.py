@@ -1,10 +1,11 @@
-"""What a run will take, as a table on the terminal."""
+"""What a run will take: the figures, and the table on the terminal."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich.table import Table
 
-from pipelines.dry_run import Outlook
 from pipelines.progress import console, duration
 
 _HOW_GOOD = (
@@ -12,6 +13,53 @@ _HOW_GOOD = (
     "a factor of two, and a stage's time within three: answers may be longer, plans may follow the full model less, "
     "trials may be given up early, and other work may slow the machine."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What a stage will take.
+
+    Attributes:
+        what: the work, in words; `done` where nothing is left of it.
+        seconds: estimated.
+    """
+
+    name: str
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSize:
+    """The prompts of a split, those of them that are labelled, and the tokens of all its prompts."""
+
+    name: str
+    prompts: int
+    labelled: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a run will take.
+
+    Attributes:
+        plans: K, the full plan included.
+        answer_tokens: tokens that will be generated or followed, over all labels that are missing.
+        disk_bytes: that the run folder will hold.
+        measured_seconds: that the measurements took, the model's loading apart.
+    """
+
+    splits: list[SplitSize]
+    plans: int
+    answer_tokens: int
+    disk_bytes: float
+    stages: list[StageCost]
+    measured_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
 
 
 def print_outlook(found: Outlook | None) -> None:
