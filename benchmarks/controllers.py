@@ -37,8 +37,8 @@ from controller.report.report_card import price_for_loss, regret
 from oracle.chat import padded_prompts
 from oracle.prompts import SPLITS
 from pipelines.config import Config, load_config
-from pipelines.config_sections import TuningSection
 from pipelines.controls import CONTROLS, control_features, control_settings
+from pipelines.learning_sections import TuningSection
 from pipelines.learning_table import Table
 from pipelines.paired_ratios import generation_under
 from pipelines.settings_search import Search, Work, search

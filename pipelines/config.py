@@ -16,10 +16,8 @@ from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines import yaml_text
 from pipelines.config_sections import (
     AdaptSection,
-    CalibrationSection,
     DataSection,
     DecodingSection,
-    EvaluationSection,
     FeaturesSection,
     LabelSection,
     MenuSection,
@@ -27,10 +25,9 @@ from pipelines.config_sections import (
     RaySection,
     Section,
     Text,
-    TokenExitsSection,
     TrackingSection,
-    TuningSection,
 )
+from pipelines.learning_sections import CalibrationSection, EvaluationSection, TokenExitsSection, TuningSection
 
 LONGEST_NAME = 200
 """Characters of a run's name: file systems take 255, and names of files and studies are made from it."""

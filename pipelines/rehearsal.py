@@ -26,7 +26,8 @@ from oracle.menus import build_menu
 from oracle.menus.base import MenuTask
 from oracle.menus.greedy import search_steps
 from oracle.prompts import Prompt
-from pipelines.config_sections import AdaptSection, EvaluationSection, TuningSection
+from pipelines.config_sections import AdaptSection
+from pipelines.learning_sections import EvaluationSection, TuningSection
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.settings_search import Work, default_settings
 

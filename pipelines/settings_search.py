@@ -26,7 +26,7 @@ from controller.features import Features
 from controller.learning import CrossFit, Settings
 from controller.report.report_card import regret
 from pipelines.config import Config, ConfigError
-from pipelines.config_sections import TuningSection
+from pipelines.learning_sections import TuningSection
 from pipelines.learning_table import Table
 
 HEARTBEAT_S, GRACE_S = 10, 60

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
@@ -71,7 +72,7 @@ class ExitAnswers:
             key: stands for all that `make` puts into the token exits.
             plans: a plan for each prompt, below which its tokens leave. Prompts of one plan are answered together.
         """
-        own = plans or [None] * len(prompts)
+        own: Sequence[LayerPlan | None] = plans or [None] * len(prompts)
         by_plan: dict[LayerPlan | None, list[Prompt]] = {}
         for prompt, plan in zip(prompts, own, strict=True):
             if (key, prompt.id) not in self._known:
@@ -91,7 +92,8 @@ class ExitAnswers:
         stops = stop_token_ids(self._tokenizer, self._decoding)
         options = self._decoding.arguments(self._tokenizer, list(stops))
         output = exits.generate(self._model, **inputs, **options, plan=plan, return_dict_in_generate=True)
-        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[union-attr]
+        assert not isinstance(output, torch.Tensor)
+        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         found = []
         for prompt, ids, layers in zip(prompts, rows, output["layers_run"].tolist(), strict=True):
             n_tokens = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))

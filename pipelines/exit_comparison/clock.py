@@ -103,7 +103,9 @@ def gate_costs(comparison: Comparison) -> dict[str, dict[str, float]]:
     batch size, over the shortlist; `entropy of the whole head` reads the whole vocabulary."""
     material = comparison.material
     short, whole = material.bridged, ExitHeads(material.model, material.bridged.bridges)
-    gates = {name: (material.gate(name, short), short) for name in material.settings.gates}
+    gates: dict[str, tuple[Gate, ExitHeads]] = {
+        name: (material.gate(name, short), short) for name in material.settings.gates
+    }
     gates["entropy of the whole head"] = (material.gate("entropy", whole), whole)
     depth, observed = material.depths[0], material.held_out
     costs: dict[str, dict[str, float]] = {name: {} for name in gates}
@@ -114,7 +116,7 @@ def gate_costs(comparison: Comparison) -> dict[str, dict[str, float]]:
         def look(gate: Gate, heads: ExitHeads, states: Any = states, before: Any = before, n: int = size) -> object:
             return gate.confidence(Candidate(depth, states, before, torch.arange(n), n, heads))
 
-        work = {name: (lambda pair=pair, look=look: look(*pair)) for name, pair in gates.items()}  # type: ignore[misc]
+        work = {name: (lambda pair=pair, look=look: look(*pair)) for name, pair in gates.items()}
         for name, seconds in median_seconds(work, GATE_ROUNDS, lambda: None).items():
             costs[name][str(size)] = 1000 * seconds
     return costs

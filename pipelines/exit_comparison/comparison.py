@@ -154,8 +154,7 @@ class Comparison:
         scores, layers = (np.stack([each[part] for each in seen]) for part in (0, 1))
         settings, full = self._calibration, self.calibrate.full
         losses = losses_of(settings.risk, scores, full, self._workspace.config.label.tolerance)
-        rate = {"alpha": settings.alpha, "delta": settings.delta, "risk": settings.risk}
-        step = valid_step(losses, full, **rate)
+        step = valid_step(losses, full, alpha=settings.alpha, delta=settings.delta, risk=settings.risk)
         certificate = {
             "thresholds": list(thresholds),
             "agreements": list(self._settings.agreements),
