@@ -9,9 +9,9 @@ from rich.table import Table
 from pipelines.progress import console, duration
 
 _HOW_GOOD = (
-    "A guide, from {measured:.0f} s of measurements on this machine, scaled by counts. Answers may be longer, plans may "
-    "follow the full model less before they have stand-ins and more afterwards, trials may be given up early, and other "
-    "work may slow the machine."
+    "A guide, from {measured:.0f} s of measurements on this machine, scaled by counts. Answers may be longer, plans "
+    "may follow the full model less before they have stand-ins and more afterwards, trials may be given up early, and "
+    "other work may slow the machine."
 )
 
 
