@@ -88,10 +88,9 @@ def run(config: Config) -> Path:
             "fingerprint": workspace.fingerprint,
             "layers": workspace.menu().n_layers,
         },
+        "token_exits": compared(workspace) if config.token_exits.enabled else None,
         "machine": machine(),
     }
-    if config.token_exits.enabled:
-        metrics["token_exits"] = compared(workspace)
     write_atomically(workspace.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
     choices = {name: choice[: len(test.prompts)].tolist() for name, choice in chosen.items()}
     data = {"ids": [prompt.id for prompt in test.prompts], "chosen": choices}
