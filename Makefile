@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch>=2.13"
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-wheel faults lint bench
+.PHONY: demo test test-ray test-wheel faults lint bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -19,6 +19,11 @@ test: $(VENV)/installed
 # The long table of damaged files and of stages that the machine refuses something: some minutes, counts at the end.
 faults: $(VENV)/installed
 	OMP_NUM_THREADS=1 LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/faults --numprocesses auto --dist loadfile
+
+# With Ray, on a local cluster of two workers: equal labels, 20 killed workers, 5 killed drivers; some minutes.
+test-ray: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[ray]"
+	LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/pipelines/test_ray.py tests/pipelines/test_distant_labels.py -v
 
 # Every test once more, against a wheel instead of the project's own folders.
 test-wheel: $(VENV)/installed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backbone.errors import InputError
+from backbone.execution.live_changes import replaced
 from backbone.plan import SublayerBytes
 
 
@@ -141,13 +143,16 @@ def _only_layer_list(model: PreTrainedModel) -> tuple[str, str]:
 
 @torch.no_grad()
 def _output_of_first_layer(decoder: nn.Module, layers: str) -> object:
-    outputs: list[object] = []
-    hook = getattr(decoder, layers)[0].register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
+    first, outputs = getattr(decoder, layers)[0], []
+    forward = first.forward
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(forward(*args, **kwargs))
+        return outputs[-1]
+
+    with replaced([(first, "forward", keep)]):
         device = next(decoder.parameters()).device
         decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        hook.remove()
     return outputs[0] if outputs else None
 
 

@@ -54,6 +54,7 @@ def last_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], counts:
     """For each of B rows the logits [A, V] of its last A tokens; the head runs for few others where the model allows.
 
     Args:
+        inputs: see `padded_inputs`.
         counts: A of each row.
     """
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters

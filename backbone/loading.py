@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,15 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from backbone.errors import InputError
 from backbone.families import family_of
 from backbone.files import cache_folder
-
-PACKAGE_PREFIX = "package:"
-
-
-class LoadError(InputError):
-    """A model that cannot be loaded as asked; the message says what was wrong."""
+from backbone.model_source import PACKAGE_PREFIX, LoadError, check_folder, check_package, gguf_file
 
 
 def load_backbone(
@@ -78,18 +71,29 @@ def load_backbone(
     _check_not_quantised(source, config)
     options["dtype"] = _checked_dtype(dtype, place)
     with _naming(source):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **hub, **options, output_loading_info=True)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise LoadError(f"the weights of {source!r} lack {missing[0]!r}, which would be filled with random numbers")
     family_of(model)
+    tokenizer = _tokenizer(folder, source, **hub)
+    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_backbone` gives with a model. Raises LoadError where there is none."""
+    return _tokenizer(_resolve(source), source)
+
+
+def _tokenizer(folder: str, source: str, **hub: Any) -> PreTrainedTokenizerBase:
+    with _naming(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **hub)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise LoadError(f"the tokenizer of {source!r} names neither a padding token nor an end of text; give it one")
-    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+    return tokenizer
 
 
 @contextmanager
@@ -154,31 +158,27 @@ def _resolve(source: str) -> str:
         return str(_converted(_package_gguf(source.removeprefix(PACKAGE_PREFIX))))
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise LoadError(f"no such GGUF file: {path}")
-        return str(_converted(path))
-    if source.startswith((".", "/", "~")) and not (path / "config.json").is_file():
-        raise LoadError(f"no model in the folder {path}: there is no config.json")
+        return str(_converted(gguf_file(path)))
+    if source.startswith((".", "/", "~")):
+        check_folder(path)
     return str(path) if path.is_dir() else source
 
 
 def _package_gguf(name: str) -> Path:
-    package = _imported_package(name)
+    check_package(name)
+    try:
+        package = importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # somebody's own code, which may do anything
+        raise LoadError(f"cannot import the package {name!r}: {type(error).__name__}: {error}") from None
     if hasattr(package, "assemble"):  # weights published in parts that the package itself joins and checks
         return Path(package.assemble(cache_folder() / f"{name}.gguf"))
+    if getattr(package, "__file__", None) is None:
+        raise LoadError(f"package {name!r} has no files of its own; name one that carries a .gguf file")
     root = Path(str(package.__file__)).parent
     found = sorted(root.rglob("*.gguf"))
     if len(found) != 1:
         raise LoadError(f"package {name!r} should carry one .gguf file, found {len(found)} in {root}")
     return found[0]
-
-
-def _imported_package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        pip_name = name.replace("_", "-")
-        raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it") from None
 
 
 def _converted(gguf: Path) -> Path:

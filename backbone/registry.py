@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import TypeVar
 
 from backbone.errors import InputError
@@ -68,6 +69,14 @@ class Registry(Mapping[str, T]):
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ","
             raise RegistryError(f"{name!r:.80} is not among the {self._kind}{hint} known are {', '.join(self)}")
         return name
+
+    def check_there(self, name: str) -> None:
+        """Raises RegistryError unless the name is known and its object can be imported, if it is somebody else's; ours
+        may need torch, and are only looked for."""
+        if self.checked(name) not in self._ours:
+            _ = self[name]
+        elif find_spec(self._ours[name].module) is None:
+            raise RegistryError(f"{self._ours[name].value}, which is {name!r} of the {self._kind}, is not there")
 
     def _import(self, entry: EntryPoint) -> T:
         try:

@@ -30,8 +30,9 @@ from backbone.fingerprint import model_fingerprint
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import StandIns, attach, attached_to, detach, set_attached
-from backbone.stand_ins.distillation import DistillSettings, distil
+from backbone.stand_ins.distillation import distil
 from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from backbone.stand_ins.settings import DistillSettings
 from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples, reference_examples
 from oracle.frontier.frontier import (

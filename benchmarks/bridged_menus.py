@@ -5,8 +5,8 @@
 
 One half of the prompts makes the menus and fits the bridges, the other half measures them. For each menu: what the best
 mixture of its plans runs at a mean score of 98% and 100% of the full model's, and what an oracle runs that picks one of
-them for each prompt, with 90% intervals over redrawn prompts; and in how many of these the first method's oracle runs no
-more than each other's. Labels are kept in the folder --work, where a stopped run goes on. Writes
+them for each prompt, with 90% intervals over redrawn prompts; and in how many of these the first method's oracle runs
+no more than each other's. Labels are kept in the folder --work, where a stopped run goes on. Writes
 benchmarks/results/bridged-menus-NAME.json.
 """
 
@@ -57,10 +57,10 @@ def main() -> None:
     labeller = Labeller(model, tokenizer, decoding, LabelStore(arguments.work / "labels.db"), arguments.batch_size)
     scored, others = searched[::2], searched[1::2]
     full = LayerPlan.full(model.config.get_text_config().num_hidden_layers)
-    labels = TaskLabels(labeller, tokenizer, scored, others, full)
+    labels = TaskLabels(lambda: labeller, tokenizer, scored, others, full)
     shape = (arguments.probe_depth, arguments.plans, arguments.cheapest_budget)
     task = MenuTask(model, tokenizer, [p.prompt for p in scored], decoding, *shape, labels=labels)
-    everyone = TaskLabels(labeller, tokenizer, scored, searched, full)
+    everyone = TaskLabels(lambda: labeller, tokenizer, scored, searched, full)
     measured = {}
     for method in arguments.methods:
         start = time.perf_counter()

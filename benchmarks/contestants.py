@@ -18,7 +18,8 @@ from oracle.decoding import cut_at_stop
 from oracle.labels.generate_answers import stop_token_ids
 from oracle.prompts import Prompt
 from runtime.allocator import Allocator
-from runtime.offline import composed
+from runtime.composing import Composer
+from runtime.step_costs import known_step_costs
 
 NEAR_TIE = 2
 """Two scores nearer than so many units in the last place of the larger may change places with the shape of a batch."""
@@ -96,7 +97,9 @@ class Contest:
         """All prompts at once, in batches of 32, the longest first."""
         longest = sorted(range(len(self._tokens)), key=lambda place: -len(self._tokens[place]))
         batches = [longest[start : start + 32] for start in range(0, len(longest), 32)]
-        parts = composed(self.plans, [len(ids) for ids in self._tokens], 32)
+        lengths = [len(ids) for ids in self._tokens]
+        composer = Composer(known_step_costs(self.model), self.plans, lengths, self._exact["max_new_tokens"])
+        parts = composer.composed(32)
         groups = self._of_one_plan(longest, 32)
         for plan, _ in groups:
             self._without(plan)
@@ -115,15 +118,15 @@ class Contest:
             "ideal": lambda: self._ideal(groups),
         }
 
-    def differing(self) -> dict[str, Any]:
-        """The prompts as one batch, every row under its own plan, against each prompt alone under it."""
-        every = range(len(self._tokens))
+    def differing(self, count: int) -> dict[str, Any]:
+        """The first prompts as one batch, every row under its own plan, against each prompt alone under it."""
+        every = range(min(count, len(self._tokens)))
         inputs = self.batch(every)
         together = self.allocator.generate(self.model, **inputs, **self._exact)
         assert isinstance(together, torch.Tensor)
         rows = together[:, inputs["input_ids"].shape[1] :].tolist()
         differing, ties = 0, 0
-        for place, plan in zip(every, self.plans, strict=True):
+        for place, plan in zip(every, self.plans, strict=False):
             with apply_plan(self.model, plan):
                 alone = self.model.generate(
                     **self.batch([place]), **self._exact, return_dict_in_generate=True, output_logits=True

@@ -4,9 +4,9 @@
 
 Reads a finished run. All of its prompts are predicted out of fold by every controller and every control, with the
 settings that the run found, and a price is picked on one random half of them and measured on the other, both ways: more
-prompts than a test split, and none of them seen. The certificate is made anew on random splits of these predictions,
-and on simulated losses whose mean is known. Times are of this machine, a decision against the prefill and 64 new tokens
-of one of the run's prompts. Writes benchmarks/results/controllers-NAME.json.
+prompts than a test split, and none of them seen. For every risk the certificate is made anew on random splits of such
+predictions, and on simulated losses whose mean is known. Times are of this machine, a decision against the prefill and
+64 new tokens of one of the run's prompts. Writes benchmarks/results/controllers-NAME.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,22 +29,24 @@ from redrawn_splits import resampled_violations
 from backbone.plan import LayerPlan
 from controller.base import Floats, choose
 from controller.certificate.calibration import valid_price
-from controller.certificate.p_values import Risk
+from controller.certificate.risks import RISKS, Risk
 from controller.features import Features
 from controller.learning import CrossFit, Settings, learn
 from controller.report.headroom_card import captured_by
 from controller.report.report_card import price_for_loss, regret
+from oracle.chat import padded_prompts
 from oracle.prompts import SPLITS
 from pipelines.config import Config, load_config
-from pipelines.config_sections import TuningSection
 from pipelines.controls import CONTROLS, control_features, control_settings
+from pipelines.learning_sections import TuningSection
 from pipelines.learning_table import Table
+from pipelines.paired_ratios import generation_under
 from pipelines.settings_search import Search, Work, search
 from pipelines.stages.train import tuned_settings
 from pipelines.wall_clock import feature_ms
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.paired_timing import generation_under, median_seconds, prompt_inputs
+from runtime.paired_timing import median_seconds
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = 5
@@ -70,9 +72,12 @@ def main() -> None:
     result = {
         "prompts": len(table.prompts),
         "captured": [row for alpha in arguments.alphas for row in captured(predicted, table, alpha)],
-        "regret": {name: regret(kept, table.kept, table.budgets, arguments.alphas) for name, kept in predicted.items()},
-        "certificate": certificates(config, table, {name: predicted[name] for name in settings}, arguments),
-        "simulated": [simulated(risk, n, arguments.splits) for risk in get_args(Risk) for n in (100, 250, 1000)],
+        "regret": {
+            name: regret(kept, table.kept, table.budgets, [alpha * table.unit for alpha in arguments.alphas])
+            for name, kept in predicted.items()
+        },
+        "certificate": [row for risk in RISKS for row in certificates(config, risk, settings, arguments)],
+        "simulated": [simulated(risk, n, arguments.splits) for risk in RISKS for n in (100, 250, 1000)],
         "milliseconds": milliseconds(workspace, table, settings, arguments.new_tokens),
         "tuning": tuning(arguments) if arguments.tuning_prompts else None,
     }
@@ -110,7 +115,8 @@ def captured(predicted: Mapping[str, Floats], table: Table, alpha: float) -> lis
     chosen = {name: np.zeros(len(order), dtype=np.intp) for name in predicted}
     for name, kept in predicted.items():
         for seen, unseen in (halves, halves[::-1]):
-            price = price_for_loss(kept[seen], table.kept[seen], table.budgets, alpha)
+            unit = table.rows(seen).unit
+            price = price_for_loss(kept[seen], table.kept[seen], table.budgets, alpha * unit)
             chosen[name][unseen] = choose(kept[unseen], table.budgets, price)
     found, rows = captured_by(chosen, table.scores, table.budgets, frozenset(CONTROLS)), np.arange(len(order))
     return [
@@ -118,7 +124,7 @@ def captured(predicted: Mapping[str, Floats], table: Table, alpha: float) -> lis
             "alpha": alpha,
             "policy": name,
             "budget": float(table.budgets[choice].mean()),
-            "loss": 1 - float(table.kept[rows, choice].mean()),
+            "loss": float(table.losses[rows, choice].mean()) / table.unit,
             **asdict(found[name]),
         }
         for name, choice in chosen.items()
@@ -126,27 +132,23 @@ def captured(predicted: Mapping[str, Floats], table: Table, alpha: float) -> lis
 
 
 def certificates(
-    config: Config, table: Table, predicted: Mapping[str, Floats], arguments: argparse.Namespace
+    config: Config, risk: Risk, settings: Mapping[str, Settings], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """How often a certificate is broken over random splits of the prompts, at each bound."""
-    calibration, n = config.calibration, len(table.prompts) // 2
+    """How often a certificate of a risk is broken over random splits of the prompts, at each bound; controllers learn
+    for that risk, with the settings that were found for the run's."""
+    calibration = config.calibration.model_copy(update={"risk": risk})
+    table = Workspace.of(config.model_copy(update={"calibration": calibration})).table(*SPLITS)
+
+    def violations(kept: Floats, alpha: float) -> dict[str, Any]:
+        sizes = (len(table.prompts) // 2, arguments.splits)
+        found = resampled_violations(
+            kept, table.losses, table.budgets, alpha, calibration.delta, *sizes, risk=risk, full=table.full
+        )
+        return asdict(found)
+
+    predicted = {name: _predictions(own, table.features, table) for name, own in settings.items()}
     return [
-        {
-            "controller": name,
-            "alpha": alpha,
-            **asdict(
-                resampled_violations(
-                    kept,
-                    1 - table.kept,
-                    table.budgets,
-                    alpha,
-                    calibration.delta,
-                    n,
-                    arguments.splits,
-                    risk=calibration.risk,
-                )
-            ),
-        }
+        {"risk": risk, "controller": name, "alpha": alpha, **violations(kept, alpha)}
         for name, kept in predicted.items()
         for alpha in arguments.alphas
     ]
@@ -155,13 +157,27 @@ def certificates(
 def simulated(risk: Risk, n: int, repeats: int, alpha: float = 0.05, delta: float = 0.1) -> dict[str, Any]:
     """Where the truth is known: a shortened plan whose mean loss is `alpha` to a hair above, so that every certificate
     which lets a prompt run it is wrong, and may be given with probability `delta` at most."""
-    random, budgets, mean, wrong = np.random.default_rng(0), np.array([0.5, 1.0]), alpha * 1.001, 0
+    random, budgets, wrong = np.random.default_rng(0), np.array([0.5, 1.0]), 0
     kept = np.tile(np.array([[0.9, 1.0]], dtype=np.float32), (n, 1))
     for _ in range(repeats):
-        lost = random.random(n) < mean if risk == "insufficient" else random.beta(0.3, 0.3 * (1 / mean - 1), n)
-        price = valid_price(partial(_losses, kept, lost, budgets), alpha, delta, risk=risk)
+        lost, full = _simulated_losses(random, risk, n, alpha * 1.001)
+        price = valid_price(partial(_losses, kept, lost, budgets), alpha, delta, risk=risk, full=full)
         wrong += price is not None and bool((choose(kept, budgets, price) == 0).any())
     return {"risk": risk, "n": n, "alpha": alpha, "delta": delta, "repeats": repeats, "violations": wrong / repeats}
+
+
+def _simulated_losses(
+    random: np.random.Generator, risk: Risk, n: int, mean: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Losses and the full model's scores [n], with a mean loss in the risk's unit. For `mean_score` the full model is
+    right on .6 of the prompts, and half of the answers change."""
+    full = (random.random(n) < 0.6).astype(np.float64)
+    if risk == "mean_score":
+        changed, right = random.random(n) < 0.5, random.random(n) < 0.6 * (1 - mean / 0.5)
+        return np.where(changed, full - right, 0.0), full
+    if risk == "insufficient":
+        return (random.random(n) < mean).astype(np.float64), full
+    return random.beta(0.3, 0.3 * (1 / mean - 1), n), full
 
 
 def _losses(kept: Floats, lost: NDArray[Any], budgets: NDArray[np.float64], price: float) -> NDArray[np.float64]:
@@ -184,7 +200,7 @@ def milliseconds(
         torch.set_num_threads(threads)
     model, tokenizer = workspace.backbone
     text = sorted((prompt.prompt for prompt in table.prompts), key=len)[len(table.prompts) // 2]
-    inputs = prompt_inputs(model, tokenizer, [text])
+    inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     full = LayerPlan.full(workspace.menu().n_layers)
     stock = median_seconds({"stock": generation_under(model, inputs, full, new_tokens)}, 3, _no)["stock"] * 1000
     features = feature_ms(workspace, text, 10)

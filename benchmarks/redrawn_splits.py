@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from controller.base import choose
 from controller.certificate.calibration import PRICES, last_valid, price_p_values
-from controller.certificate.p_values import CalibrationError, Risk
+from controller.certificate.p_values import CalibrationError
+from controller.certificate.risks import Risk, unit_of
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +44,8 @@ class Violations:
             certificate without slack is broken in up to 18% of the splits (1.28 / sqrt(2) standard deviations), and
             that is no fault.
         mean_budget: of the prompts left out, in shares of the decoder.
-        mean_risk: mean loss of the prompts left out.
+        mean_risk: mean loss of the prompts left out; for `mean_score`, like every mean loss here, in shares of the full
+            model's mean score on the same prompts.
     """
 
     repeats: int
@@ -65,6 +67,7 @@ def resampled_violations(
     seed: int = 0,
     *,
     risk: Risk = "insufficient",
+    full: Floats | None = None,
 ) -> Violations:
     """Calibrates on `n_calibrate` random prompts, `repeats` times, and counts how often `alpha` is exceeded.
 
@@ -72,7 +75,7 @@ def resampled_violations(
         kept_predictions: what a controller that saw none of these prompts expects to be kept [N, K].
         losses: what each plan really loses on each prompt [N, K].
         budgets: share of the decoder that each plan runs [K], ascending.
-        alpha, delta, risk: as in `controller.certificate.calibration.valid_price`.
+        alpha, delta, risk, full: as in `controller.certificate.calibration.valid_price`.
         n_calibrate: prompts to calibrate on; the other N - n_calibrate are the test.
         repeats: number of splits.
         seed: another seed splits otherwise.
@@ -80,19 +83,48 @@ def resampled_violations(
     Raises:
         CalibrationError: a split that leaves no prompts on one side, or losses that cannot be.
     """
-    if not 0 < n_calibrate < len(losses):
-        raise CalibrationError(
-            f"{n_calibrate} of {len(losses)} prompts to calibrate on: there must be some on both sides"
-        )
     at_prices, run = _outcomes(kept_predictions, losses, budgets)
+    return redrawn(at_prices, run, alpha, delta, n_calibrate, repeats, seed, risk=risk, full=full)
+
+
+def redrawn(
+    at_steps: Floats,
+    run: Floats,
+    alpha: float,
+    delta: float,
+    n_calibrate: int,
+    repeats: int = 500,
+    seed: int = 0,
+    *,
+    risk: Risk = "insufficient",
+    full: Floats | None = None,
+) -> Violations:
+    """The same for any steps that are tested one after the other, such as prices or thresholds.
+
+    Args:
+        at_steps: loss of each prompt at each step, safest first, and in the last row without any [T + 1, N].
+        run: share of the decoder that each prompt runs there [T + 1, N].
+        alpha, delta, n_calibrate, repeats, seed, risk, full: as in `resampled_violations`.
+
+    Raises:
+        CalibrationError: a split that leaves no prompts on one side, or losses that cannot be.
+    """
+    n_prompts = at_steps.shape[1]
+    if not 0 < n_calibrate < n_prompts:
+        raise CalibrationError(
+            f"{n_calibrate} of {n_prompts} prompts to calibrate on: there must be some on both sides"
+        )
     draws, means = np.random.default_rng(seed), []
+    scores = np.ones(n_prompts) if full is None else full
     for _ in range(repeats):
-        order = draws.permutation(len(losses))
+        order = draws.permutation(n_prompts)
         # choices do not depend on the split, so a split only picks columns
-        index = last_valid(price_p_values(at_prices[:-1, order[:n_calibrate]], alpha, delta, risk), delta)
-        row = len(PRICES) if index is None else index
-        rest = order[n_calibrate:]
-        means.append((row < len(PRICES), at_prices[row].mean(), at_prices[row, rest].mean(), run[row, rest].mean()))
+        seen, rest = order[:n_calibrate], order[n_calibrate:]
+        index = last_valid(price_p_values(at_steps[:-1, seen], alpha, delta, risk, full=scores[seen]), delta)
+        row = len(at_steps) - 1 if index is None else index
+        of_all = at_steps[row].mean() / unit_of(risk, scores)
+        of_rest = at_steps[row, rest].mean() / unit_of(risk, scores[rest])
+        means.append((row < len(at_steps) - 1, of_all, of_rest, run[row, rest].mean()))
     certified, of_pool, of_rest, budget = np.array(means).T
     return Violations(
         repeats=repeats,

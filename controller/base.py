@@ -35,10 +35,11 @@ class Trial(Protocol):
 
 
 class Controller(ABC):
-    """Predicts, for each prompt and plan, the share of quality that the plan keeps.
+    """Predicts, for each prompt and plan, how much quality the plan keeps, on a scale from 0 to 1.
 
-    What is kept is 1 - loss. For the loss "the answer is no longer sufficient", 0 or 1, it is the probability that the
-    plan is sufficient; for a loss between 0 and 1, its expectation.
+    Where only losses count, that is 1 - loss, and the full plan keeps 1. For the loss "the answer is no longer
+    sufficient", 0 or 1, it is the probability that the plan is sufficient; for a loss between 0 and 1, its expectation.
+    Where a plan may also win, it is (1 + score - full model's score) / 2, and the full plan keeps 1/2: see `lost`.
 
     `fit` is called once, by the tune and train stages, `predict` any number of times, also while serving, from several
     threads. `predict` gives the same numbers for the same row whatever the other rows, their order and their number,
@@ -56,27 +57,32 @@ class Controller(ABC):
 
         Args:
             features: projected features [N, F].
-            kept: share of quality that each plan keeps for each prompt, in [0, 1], [N, K]; the last column is 1.
+            kept: what each plan keeps for each prompt, in [0, 1], [N, K]; the last column is the same for all, above 0.
             budgets: share of the decoder that each plan runs [K], ascending, the last 1.
 
         Raises:
-            LearningError: features that are not finite, or a share outside [0, 1].
+            LearningError: features that are not finite, a share outside [0, 1], or a full plan that does not keep the
+                same for all.
         """
         if bad := int((~np.isfinite(features).all(axis=1)).sum()):
             raise LearningError(f"{bad} of {len(features)} prompts have features that are not finite; leave them out")
         if not ((kept >= 0) & (kept <= 1)).all():
             raise LearningError("the shares of quality to learn from must lie in [0, 1]")
+        if len(kept) and not (kept[0, -1] > 0 and (kept[:, -1] == kept[0, -1]).all()):
+            raise LearningError("the full plan must keep the same for all prompts, more than 0")
         self._fit(np.array(features, np.float32), np.array(kept, np.float32), np.array(budgets, np.float32))
 
-    def predict(self, features: Floats) -> Floats:
-        """[N, F] -> expected shares in [0, 1], [N, K]; the last column, the full plan, is 1.
+    def predict(self, features: Floats, full: float = 1.0) -> Floats:
+        """[N, F] -> what is expected to be kept, in [0, 1], [N, K].
 
-        A row with a feature that is not finite is NaN under every shortened plan, and gets the full one from `choose`.
+        The last column, the full plan, is `full`: what it was in what the controller learned from, which is not in its
+        files. A row with a feature that is not finite is NaN under every shortened plan, and gets the full one from
+        `choose`.
         """
         finite = np.asarray(np.isfinite(features).all(axis=1))
         kept = self._predict(np.where(finite[:, None], features, 0.0).astype(np.float32)).astype(np.float32)
         kept[~finite] = np.nan
-        kept[:, -1] = 1.0
+        kept[:, -1] = full
         return kept
 
     @abstractmethod
@@ -109,21 +115,42 @@ class Controller(ABC):
         return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
-def choose(kept: Floats, budgets: NDArray[Any], price: float) -> NDArray[np.intp]:
+def lost(kept: NDArray[Any]) -> NDArray[np.float64]:
+    """[N, K]: what each plan loses against the full one, 1 - kept / what the full plan keeps; below 0 where it wins.
+
+    Where the full plan keeps 1 that is 1 - kept. Where it keeps 1/2, and a plan (1 + score - full model's score) / 2,
+    it is the full model's score less the plan's.
+    """
+    shares = np.asarray(kept, dtype=np.float64)
+    return np.asarray(1.0 - shares / shares[:, -1:])
+
+
+CAUTION = 1e-3
+"""How much a plan must be expected to win, in units of loss and for each unit of the price, where plans can win."""
+
+
+def choose(kept: Floats, budgets: NDArray[Any], price: float | None) -> NDArray[np.intp]:
     """The decision: for each row of `kept` [N, K] the plan that costs least when loss is paid for.
 
-    The cost of a plan is its budget plus `price` times what it loses, 1 - kept: the Lagrangian of "the least mean
-    budget whose mean loss is at most alpha" (the multiple-choice knapsack of Glavas et al. 2024, arXiv 2410.20022,
-    section 4, with predictions for scores). Of equally costly plans the cheaper one.
+    The cost of a plan is its budget plus `price` times what it loses: the Lagrangian of "the least mean budget whose
+    mean loss is at most alpha" (the multiple-choice knapsack of Glavas et al. 2024, arXiv 2410.20022, section 4, with
+    predictions for scores). Of equally costly plans the cheaper one. A plan that is expected to be better than the full
+    one gets the price for what it wins, less `CAUTION` times the price. Expected wins are noisy, and the highest price
+    would else follow every one of them. So the highest price runs the full plan for all, each lower one lets more
+    prompts go, and the sequence of tests from high to low (`controller.certificate.calibration`) does not fail at its
+    first step.
 
     Args:
-        kept: expected share of quality that each plan keeps; a row with a value that is not finite gets the full plan.
+        kept: what each plan is expected to keep; a row with a value that is not finite gets the full plan.
         budgets: of each plan [K].
-        price: what all of the quality is worth, in decoders; inf accepts no expected loss at all.
+        price: what a loss of 1 costs, in decoders; inf accepts no expected loss at all; None is the full plan for all.
     """
-    lost = np.maximum(1.0 - kept.astype(np.float64), 0.0)
+    if price is None:
+        return np.full(len(kept), kept.shape[1] - 1)
+    expected = lost(kept)
+    expected[:, :-1] += np.where(kept[:, -1:] < 1, CAUTION * price, 0.0)  # only where plans can win
     with np.errstate(invalid="ignore"):
-        cost = np.asarray(budgets, dtype=np.float64) + np.where(lost > 0, price * lost, 0.0)
+        cost = np.asarray(budgets, dtype=np.float64) + np.where(expected != 0, price * expected, 0.0)
     cost[~np.isfinite(kept).all(axis=1), :-1] = np.inf
     cost[:, -1] = budgets[-1]
     return np.asarray(cost.argmin(axis=1))

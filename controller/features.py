@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbone.errors import InputError
 from backbone.execution.probing import probe_states
 from backbone.families import decoder_of
+from controller.feature_sets import NAMES, FeatureError
 
 Floats = NDArray[np.float32]
 Features = dict[str, Floats]
@@ -24,10 +24,6 @@ Features = dict[str, Floats]
 
 WINDOW = 16
 """Last tokens of a prompt that the set `windows` looks at."""
-
-
-class FeatureError(InputError):
-    """An unknown set of features, or one that this model cannot give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +139,9 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     return norms[-1]
 
 
-SETS: dict[str, Callable[[Probed], torch.Tensor]] = {
-    function.__name__: function for function in (length, tokens, embedding, states, windows, path, lens)
-}
-WIDE = ("embedding", "states", "windows")
-"""Sets as wide as the hidden size, of which controllers see principal components."""
-
-
-def check_sets(sets: Sequence[str]) -> None:
-    """Raises FeatureError for names that are no sets of features."""
-    if unknown := [name for name in sets if name not in SETS]:
-        raise FeatureError(f"unknown features {unknown[0]!r}; known are {', '.join(SETS)}")
+SETS: dict[str, Callable[[Probed], torch.Tensor]] = dict(
+    zip(NAMES, (length, tokens, embedding, states, windows, path, lens), strict=True)
+)
 
 
 @torch.inference_mode()
@@ -167,6 +155,8 @@ def extract(
     """Some sets of features of prompts [B, S], in one transfer from the device.
 
     Args:
+        model: the model, for the set `lens`.
+        input_ids: tokens of the prompts [B, S].
         states: P + 1 states [B, S, D]: the embeddings, then after each probe layer.
         attention_mask: 1 for tokens [B, S].
         sets: names in `SETS`.

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import CONTROLLERS, Controller, Floats
+from controller.certificate.outliers import OutlierTest
 from controller.features import Features, rows_of
 from controller.projection import Projection
 
@@ -47,10 +48,16 @@ class Learned:
 
     projection: Projection
     controller: Controller
+    full: float = 1.0
+    """What the full plan keeps."""
+    outliers: OutlierTest | None = None
 
     def predict(self, features: Features) -> Floats:
-        """Expected share of quality kept [N, K], from raw features."""
-        return self.controller.predict(self.projection(features))
+        """What is expected to be kept [N, K], from raw features; NaN under every shortened plan for outliers."""
+        kept = self.controller.predict(self.projection(features), self.full)
+        if self.outliers is not None:
+            kept[self.outliers.are_outliers(features), :-1] = np.nan
+        return kept
 
 
 def learn(
@@ -65,7 +72,7 @@ def learn(
         projection = Projection.fit(features, settings.sets, settings.components)
     controller = CONTROLLERS[settings.name](**settings.parameters)
     controller.fit(projection(features), kept.astype(np.float32), budgets.astype(np.float32))
-    return Learned(projection, controller)
+    return Learned(projection, controller, float(kept[0, -1]))
 
 
 def folds(n: int, n_folds: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:

@@ -12,9 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from controller.base import LearningError
-from controller.features import WIDE, Features, Floats, check_sets
+from controller.feature_sets import WIDE, check_sets
+from controller.features import Features, Floats
 
 LEAST_VARIANCE = 1e-4
+ARRAYS = ("mean", "scale", "components")
+"""What is saved of a projection beside the names of its sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,15 @@ class Projection:
         """The same with at most so many components."""
         return replace(self, components=np.ascontiguousarray(self.components[:n_components]))
 
-    def save(self, path: Path) -> None:
+    @property
+    def arrays(self) -> dict[str, Floats]:
+        """What is saved beside the names of the sets."""
         arrays = {"mean": self.mean, "scale": self.scale, "components": self.components}
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+    def save(self, path: Path) -> None:
         # One entry of metadata: the library writes several in an order that changes from process to process.
-        metadata = {"sets": json.dumps(self.sets)}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
+        save_file(self.arrays, path, {"sets": json.dumps(self.sets)})
 
     @property
     def n_features(self) -> int:
@@ -87,22 +94,27 @@ class Projection:
         try:
             with safe_open(path, "numpy") as file:
                 sets = tuple(json.loads((file.metadata() or {})["sets"]))
-                arrays = {name: file.get_tensor(name) for name in ("mean", "scale", "components")}
+                arrays = {name: file.get_tensor(name) for name in ARRAYS}
             check_sets(sets)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise LearningError(f"{path} holds no projection: {error}") from None
+        return cls.of_arrays(path, sets, arrays)
+
+    @classmethod
+    def of_arrays(cls, path: Path, sets: tuple[str, ...], arrays: dict[str, Floats]) -> Projection:
+        """From what `arrays` gave, read from a file; raises LearningError where it cannot be."""
         mean, scale, components = arrays["mean"], arrays["scale"], arrays["components"]
         fits = mean.ndim == 1 and scale.shape == mean.shape and components.ndim == 2
-        if not fits or components.shape[1] > len(mean) or any(a.dtype != np.float32 for a in arrays.values()):
+        if not fits or components.shape[1] > len(mean) or any(a.dtype != np.float32 for a in (mean, scale, components)):
             raise LearningError(
                 f"{path} holds no projection: mean {mean.shape}, scale {scale.shape} and components {components.shape} "
                 "do not fit, or are not float32"
             )
-        if not all(np.isfinite(array).all() for array in arrays.values()) or not (scale > 0).all():
+        if not all(np.isfinite(array).all() for array in (mean, scale, components)) or not (scale > 0).all():
             raise LearningError(
                 f"{path} holds no projection: some of its numbers are not finite, or a scale not above 0"
             )
-        return cls(sets=sets, wide=components.shape[1], **arrays)
+        return cls(sets, mean, scale, components.shape[1], components)
 
 
 def _joined(features: Features, sets: Sequence[str]) -> Floats:

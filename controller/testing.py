@@ -48,6 +48,17 @@ class ControllerConformance:
         assert (predicted <= 1).all()
         assert (predicted[:, -1] == 1).all()
 
+    def test_a_plan_may_keep_more_than_the_full_one(self) -> None:
+        features, kept = self.data()
+        signed = np.column_stack([kept[:, :-1], np.full(len(kept), 0.5, dtype=np.float32)])
+        controller = self.make()
+        controller.fit(features, signed, self.budgets)
+        predicted = controller.predict(features, full=0.5)
+        assert np.isfinite(predicted).all()
+        assert (predicted >= 0).all()
+        assert (predicted <= 1).all()
+        assert (predicted[:, -1] == 0.5).all()
+
     def test_fitting_twice_gives_the_same_predictions(self) -> None:
         (first, features), (second, _) = self.fitted(), self.fitted()
         np.testing.assert_array_equal(first.predict(features), second.predict(features))

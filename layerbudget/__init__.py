@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from backbone.execution.row_patches import RowPlansError as RowPlansError
     from backbone.execution.self_test import InexactPlanError as InexactPlanError
     from backbone.families import UnsupportedModelError as UnsupportedModelError
-    from backbone.loading import LoadError as LoadError
     from backbone.loading import load_backbone as load_backbone
+    from backbone.model_source import LoadError as LoadError
     from backbone.plan import LayerPlan as LayerPlan
     from backbone.plan import PlanError as PlanError
     from backbone.plan import PlanMenu as PlanMenu
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from controller.base import Controller as Controller
     from controller.base import LearningError as LearningError
     from controller.testing import ControllerConformance as ControllerConformance
+    from oracle.chat import ChatError as ChatError
     from oracle.menus.base import MenuTask as MenuTask
     from oracle.search.base import Searcher as Searcher
     from oracle.search.testing import SearcherConformance as SearcherConformance
@@ -54,7 +55,8 @@ _NAMES = {
     "backbone.execution.row_patches": ("RowPlansError",),
     "backbone.execution.self_test": ("InexactPlanError",),
     "backbone.families": ("UnsupportedModelError",),
-    "backbone.loading": ("LoadError", "load_backbone"),
+    "backbone.loading": ("load_backbone",),
+    "backbone.model_source": ("LoadError",),
     "backbone.plan": ("LayerPlan", "PlanError", "PlanMenu"),
     "backbone.registry": ("RegistryError",),
     "backbone.stand_ins.adapters": ("AdapterError",),
@@ -63,6 +65,7 @@ _NAMES = {
     "backbone.testing": ("FamilyConformance",),
     "controller.base": ("Controller", "LearningError"),
     "controller.testing": ("ControllerConformance",),
+    "oracle.chat": ("ChatError",),
     "oracle.menus.base": ("MenuTask",),
     "oracle.search.base": ("Searcher",),
     "oracle.search.testing": ("SearcherConformance",),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerbudget.options import AllocatorSource, Device, ModelSource
+from layerbudget.options import AllocatorSource, Device, MaxNewTokens, ModelSource, OutFile, Overwrite, Stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,15 +22,18 @@ def generate(
     allocator: AllocatorSource,
     prompt: Annotated[str | None, typer.Argument(help="The prompt to continue.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt.")
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt or messages."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal.")
-    ] = None,
+    out: OutFile = None,
     model: ModelSource = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: as in training.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the allocator's chat template.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = None,
+    stop: Stop = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --out names.")] = False,
+    overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
     """Continue one prompt, or a file of prompts, each with the layers that the allocator chooses for it.
@@ -39,29 +44,25 @@ def generate(
         raise typer.BadParameter("give either a prompt or --prompts FILE.jsonl")
     if (prompts is None and out is not None) or (out is None and overwrite):
         raise typer.BadParameter("--out goes with --prompts FILE.jsonl, and --overwrite with --out")
-    from dataclasses import replace
-
-    from layerbudget import Allocator, load_backbone
+    if raw and prompt is None:
+        raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
+    from layerbudget import load_backbone
     from oracle.context_lengths import check_lengths
     from runtime.answer_files import answer_file, check_places
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
-    loaded = Allocator.from_pretrained(allocator)
-    if max_new_tokens:
-        loaded = replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=max_new_tokens))
-    network, tokenizer = load_backbone(model or loaded.model_source, device=device or "auto")
+    loaded = loaded_allocator(allocator, max_new_tokens, stop)
+    network, tokenizer = load_backbone(
+        loaded.model_source if model is None else model, device="auto" if device is None else device
+    )
     if prompt is not None:
-        check_lengths(network, tokenizer, [("on the command line", prompt)], loaded.decoding.max_new_tokens)
-        print_answers(loaded, network, tokenizer, [prompt])
+        text = loaded.rendered(prompt, raw=raw)
+        check_lengths(network, tokenizer, [("on the command line", text)], loaded.decoding.max_new_tokens)
+        print_answers(loaded, network, tokenizer, [prompt], raw=raw)
     else:
         assert prompts is not None
-        with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
-
-            def begin(done: int, total: int) -> None:
-                bar.length = total
-                bar.update(done)
-
+        with answers_bar() as (begin, advance):
             answer_file(
                 loaded,
                 network,
@@ -71,18 +72,47 @@ def generate(
                 batch_size=batch_size,
                 overwrite=overwrite,
                 begin=begin,
-                advance=bar.update,
+                advance=advance,
             )
 
 
+def loaded_allocator(source: str, max_new_tokens: int | None, stop: list[str] | None) -> Allocator:
+    """An allocator whose answers end as the command says, and otherwise as in training."""
+    from dataclasses import replace
+
+    from layerbudget import Allocator
+
+    if stop and "" in stop:
+        raise typer.BadParameter("--stop takes a string that is not empty")
+    loaded = Allocator.from_pretrained(source)
+    new_tokens, ends = max_new_tokens or loaded.decoding.max_new_tokens, tuple(stop or loaded.decoding.stop)
+    return replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=new_tokens, stop=ends))
+
+
+@contextmanager
+def answers_bar() -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
+    """A bar on the standard error: what tells it the answers there before and of all, and what moves it on."""
+    with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
+
+        def begin(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done)
+
+        yield begin, bar.update
+
+
 def print_answers(
-    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+    allocator: Allocator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    raw: bool = False,
 ) -> None:
     """Answers with the layers that they ran, one after the other."""
     from runtime.texts import generate_texts
 
-    full = allocator.menu.n_layers
-    for prompt, answer in zip(
-        prompts, generate_texts(allocator.generate, model, tokenizer, prompts, allocator.decoding), strict=True
-    ):
+    full, texts = allocator.menu.n_layers, [allocator.rendered(prompt, raw=raw) for prompt in prompts]
+    answers = generate_texts(allocator.generate, model, tokenizer, texts, allocator.decoding)
+    for prompt, answer in zip(prompts, answers, strict=True):
         typer.echo(f"\n{prompt}\n  {answer.text}\n  [{answer.plan.layers:g} of {full} layers: {answer.plan}]")

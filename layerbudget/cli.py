@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -11,9 +12,11 @@ import typer
 import layerbudget
 from layerbudget import check_not_shadowed
 from layerbudget.answer_commands import generate
+from layerbudget.comparing import compare
 from layerbudget.failures import sentence_of
 from layerbudget.inspecting import inspect
-from layerbudget.stage_commands import STAGES, run, stage_command
+from layerbudget.options import with_ray_address
+from layerbudget.stage_commands import STAGES, check, merge, run, stage_command
 
 app = typer.Typer(
     help="Learn how many decoder layers each prompt needs, and run only those.",
@@ -43,8 +46,11 @@ def options(
 
 
 app.command()(run)
+app.command()(check)
 app.command()(generate)
+app.command()(compare)
 app.command()(inspect)
+app.command(rich_help_panel="Single stages")(merge)
 for _name, _text in STAGES.items():
     app.command(_name, help=_text, rich_help_panel="Single stages")(stage_command(_name))
 
@@ -52,6 +58,7 @@ for _name, _text in STAGES.items():
 def main() -> None:
     """Entry point: what is the input's fault or the machine's becomes one sentence and status 2; Ctrl-C becomes status
     130. Any other exception is a fault of ours and shows where it happened."""
+    _write_what_is_not_encoded_as_its_number()
     try:
         check_not_shadowed()
         from backbone.errors import InputError
@@ -59,7 +66,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     try:
         try:
-            app()
+            app(with_ray_address(sys.argv[1:]))
         finally:
             sys.stdout.flush()
     except InputError as error:
@@ -77,6 +84,13 @@ def main() -> None:
         if sentence is None:
             raise
         _refuse(sentence)
+
+
+def _write_what_is_not_encoded_as_its_number() -> None:
+    """A prompt or an answer may hold what the terminal's encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse(sentence: str) -> NoReturn:

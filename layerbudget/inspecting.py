@@ -24,11 +24,17 @@ def inspect(
         f"from the first {allocator.menu.probe_depth} layers"
     )
     typer.echo(f"Decoding     {allocator.decoding}")
+    chat = "none: prompts are given as they are"
+    if allocator.chat is not None:
+        chat = f"{allocator.chat.template.hash}: prompts are put into it"
+    typer.echo(f"Template     {chat}")
     price = "none: every prompt runs the full model" if certificate.price is None else f"{certificate.price:.4g}"
     typer.echo(f"Price        {price}")
     typer.echo(f"Certificate  {certificate.sentence} Made on {certificate.date}.")
     for sentence in certificate.does_not_cover:
         typer.echo(f"  does not cover: {sentence}")
+    if allocator.outliers is not None:
+        typer.echo(f"Outliers     {allocator.outliers.description}")
     if allocator.drift is not None:
         typer.echo(f"Drift alarm  {allocator.drift.description}")
     typer.echo(f"\nMenu of {len(allocator.menu)} plans:")

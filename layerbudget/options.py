@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+LOCAL = "local"
+"""See `pipelines.distributed.LOCAL`, which is not imported here, since it takes long."""
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", readable=False, help="YAML file of the run, such as configs/demo.yaml.")
@@ -21,3 +25,34 @@ AllocatorSource = Annotated[
 ModelSource = Annotated[
     str | None, typer.Option("--model", metavar="M", help="Where to load the model from; default: as in training.")
 ]
+OutFile = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal."),
+]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: as in training.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop", metavar="STRING", help="Answers end before it; may be given again. Default: as in training."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file that --out names.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Let the workers of a Ray cluster do it: HOST:PORT, `auto` for one that runs on this machine; without an "
+        "address one of this machine's cores is started.",
+    ),
+]
+
+
+def with_ray_address(arguments: Sequence[str]) -> list[str]:
+    """The arguments of the command line with `--ray` alone, before another option or at the end, as `--ray=local`.
+
+    Typer has no options whose value may be left out.
+    """
+    following = [*arguments[1:], "-"]
+    alone = [word == "--ray" and after.startswith("-") for word, after in zip(arguments, following, strict=False)]
+    return [f"--ray={LOCAL}" if bare else word for word, bare in zip(arguments, alone, strict=True)]

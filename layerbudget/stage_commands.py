@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerbudget.answer_commands import print_answers
-from layerbudget.options import ConfigFile, Device, Settings
+from layerbudget.options import ConfigFile, Device, Ray, Settings
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -27,20 +27,46 @@ STAGES = {
 }
 
 
-def run(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+ON_RAY = ("adapt", "features")
+"""Stages beside `label` whose work a cluster can do."""
+
+
+def run(
+    config: ConfigFile,
+    settings: Settings = None,
+    device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it will take: prompts, tokens, disk, minutes a stage.")
+    ] = False,
+) -> None:
     """Run every stage in order. Skips what is done, resumes what is not, redoes what the settings changed."""
+    loaded = config_of(config, settings, device)
+    if dry_run:
+        from pipelines.dry_run import outlook
+        from pipelines.outlook import print_outlook
+
+        print_outlook(outlook(loaded))
+        return
     from pipelines.runner import run_all
 
-    loaded = config_of(config, settings, device)
     run_all(loaded)
     _answer_try_prompts(loaded)
+    _close(loaded)
+
+
+def check(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Say in a second what of a run can be known to fail: model, prompts, judges, splits, certificate, disk."""
+    from pipelines.check import check_run
+
+    for line in check_run(config_of(config, settings, device)):
+        typer.echo(line)
 
 
 def config_of(path: Path, settings: list[str] | None, device: str | None) -> Config:
     """The configuration that the arguments of a command name."""
     from pipelines.config import load_config
 
-    return load_config(path, [*(settings or []), *([f"model.device={device}"] if device else [])])
+    return load_config(path, [*(settings or []), *([] if device is None else [f"model.device={device!r}"])])
 
 
 def _answer_try_prompts(config: Config) -> None:
@@ -50,13 +76,21 @@ def _answer_try_prompts(config: Config) -> None:
     if config.try_prompts:
         allocator = Allocator.from_pretrained(config.folder / "allocator")
         print_answers(allocator, *Workspace.of(config).adapted, config.try_prompts)
-    typer.echo(f"Report: {config.folder / 'report.html'}")
+
+
+def _close(config: Config) -> None:
+    """What came of the run, as its own files say, also where everything was done before."""
+    from pipelines.summary import closing, load_metrics
+
+    typer.echo(closing(load_metrics(config), str(config.folder / "report.html")))
 
 
 def stage_command(name: str) -> Callable[..., None]:
     """The command of a single stage."""
     if name == "label":
         return label
+    if name in ON_RAY:
+        return _stage_on_ray(name)
 
     def stage(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
         from pipelines.runner import run_one
@@ -66,10 +100,20 @@ def stage_command(name: str) -> Callable[..., None]:
     return stage
 
 
+def _stage_on_ray(name: str) -> Callable[..., None]:
+    def stage(config: ConfigFile, settings: Settings = None, device: Device = None, ray: Ray = None) -> None:
+        from pipelines.runner import run_one
+
+        run_one(config_of(config, settings, device), name, ray)
+
+    return stage
+
+
 def label(
     config: ConfigFile,
     settings: Settings = None,
     device: Device = None,
+    ray: Ray = None,
     shard: Annotated[
         str | None,
         typer.Option(metavar="N/OF", help="Label one part only, such as 3/8; other processes may label the others."),
@@ -80,6 +124,19 @@ def label(
 
     loaded = config_of(config, settings, device)
     if shard is None:
-        run_one(loaded, "label")
+        run_one(loaded, "label", ray)
+    elif ray is not None:
+        raise typer.BadParameter("--shard is the way without Ray; with --ray the workers share out all prompts")
     else:
         run_shard(loaded, Shard.parse(shard))
+
+
+def merge(
+    config: ConfigFile,
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", readable=False, help="labels.db of other runs.")],
+    settings: Settings = None,
+) -> None:
+    """Take over labels that were made elsewhere, for example by `label --shard` on other machines."""
+    from pipelines.runner import run_merge
+
+    run_merge(config_of(config, settings, None), stores)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
 from backbone.stand_ins.training_targets import Example
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding
-from oracle.labels.labeller import Advance, Labeller
-from oracle.labels.reader import key_of
+from oracle.labels.labeller import Advance
+from oracle.labels.reader import Key, key_of
+from oracle.labels.store import Label
 from oracle.prompts import Prompt
 
 
+class FullAnswers(Protocol):
+    """A labeller, in this process or elsewhere."""
+
+    def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance) -> None: ...
+
+    def labels(self, plan: LayerPlan, prompts: Iterable[Prompt]) -> dict[Key, Label]: ...
+
+
 def answered_examples(
-    labeller: Labeller,
+    labeller: FullAnswers,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     full_plan: LayerPlan,
@@ -23,10 +34,10 @@ def answered_examples(
 ) -> list[Example]:
     """Prompts with the full model's answers, which are labels; what is missing of them is made."""
     labeller.label_full(prompts, full_plan, advance)
-    labels = labeller.labels(full_plan)
+    labels = labeller.labels(full_plan, prompts)
     answers = [labels[key_of(prompt)].answer_ids for prompt in prompts]
     return [
-        Example((*tokenizer(prompt.prompt).input_ids, *answer), len(answer))
+        Example((*tokens_of(tokenizer, prompt.prompt), *answer), len(answer))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -38,9 +49,9 @@ def reference_examples(
     examples = []
     for prompt in prompts:
         if prompt.reference:
-            text = f" {prompt.reference}" + (decoding.stop[0] if decoding.stop else "")
+            text = f"{'' if prompt.template else ' '}{prompt.reference}" + (decoding.stop[0] if decoding.stop else "")
             ids = tokenizer(text, add_special_tokens=False).input_ids
             ids = ids if decoding.stop else [*ids, tokenizer.eos_token_id]
             ids = ids[: decoding.max_new_tokens]
-            examples.append(Example((*tokenizer(prompt.prompt).input_ids, *ids), len(ids), from_reference=True))
+            examples.append(Example((*tokens_of(tokenizer, prompt.prompt), *ids), len(ids), from_reference=True))
     return examples

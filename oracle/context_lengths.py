@@ -6,19 +6,22 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oracle.chat import tokens_of
 from oracle.prompts import PromptError
 
 
 def check_lengths(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[tuple[str, str]], new_tokens: int
 ) -> None:
-    """Raises PromptError for the first prompt (id, text) that has no tokens, or too many for the model to answer.
+    """Raises PromptError for the first prompt (id, text) that is no text, or has no tokens, or too many for the model
+    to answer.
 
     A model whose configuration names no `max_position_embeddings` takes any length.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, text in prompts:
-        count = len(tokenizer(text).input_ids)
+        _check_text(name, text)
+        count = len(tokens_of(tokenizer, text))
         if not count:
             raise PromptError(f"the prompt {name!r:.80} has no tokens: there is nothing to continue")
         if limit is not None and count + new_tokens > limit:
@@ -26,3 +29,13 @@ def check_lengths(
                 f"the prompt {name!r:.80} has {count} tokens, which with {new_tokens} new ones is more than the "
                 f"{limit} (max_position_embeddings) that this model takes; shorten it, or ask for fewer new tokens"
             )
+
+
+def _check_text(name: str, text: str) -> None:
+    """A byte on the command line that is not UTF-8 becomes half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt {name!r:.80} holds {text[error.start]!r}, which is no character; give it in UTF-8"
+        ) from None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from backbone.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NEUTRAL: dict[str, Any] = {
     "repetition_penalty": 1.0,
@@ -86,6 +87,7 @@ class Decoding:
         """The arguments of `generate()`; they count more than the model's generation config.
 
         Args:
+            tokenizer: whose padding token is used.
             stops: the tokens that end an answer.
         """
         return {
@@ -119,6 +121,10 @@ def checked_options(options: Any) -> dict[str, Any]:
     """Raises DecodingError unless these are options of `generate()` that a greedy answer may depend on."""
     if not isinstance(options, dict):
         raise DecodingError(f"options must hold arguments of generate(), got {options!r:.80}")
+    if not options:
+        return options
+    from transformers import GenerationConfig  # slow, and a configuration without options is checked without it
+
     for name in options:
         if name in _ELSEWHERE:
             raise DecodingError(f"options cannot hold {name!r}: answers are greedy and end as `decoding` itself says")

@@ -31,6 +31,12 @@ def exact(answer: str, reference: str, full_answer: str) -> float:
     return float(_normalised(answer) == _normalised(reference))
 
 
+def may_become_exact(begun: str, reference: str) -> bool:
+    """Whether an answer that begins with this text, which has no white space around it, can still be `exact`."""
+    so_far, wanted = begun.casefold(), _normalised(reference)
+    return wanted.startswith(so_far) or (so_far.startswith(wanted) and not _normalised(so_far[len(wanted) :]))
+
+
 def number(answer: str, reference: str, full_answer: str) -> float:
     """1 if the last number of the answer equals the last number of the reference; thousands commas are ignored."""
     found, wanted = _last_number(answer), _last_number(reference)

@@ -11,22 +11,23 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
+from oracle.judges import KL
+from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines import yaml_text
 from pipelines.config_sections import (
     AdaptSection,
-    CalibrationSection,
     DataSection,
     DecodingSection,
-    EvaluationSection,
     FeaturesSection,
     LabelSection,
     MenuSection,
     ModelSection,
+    RaySection,
     Section,
     Text,
     TrackingSection,
-    TuningSection,
 )
+from pipelines.learning_sections import CalibrationSection, EvaluationSection, TokenExitsSection, TuningSection
 
 LONGEST_NAME = 200
 """Characters of a run's name: file systems take 255, and names of files and studies are made from it."""
@@ -50,7 +51,9 @@ class Config(Section):
     tuning: TuningSection = TuningSection()
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    token_exits: TokenExitsSection = TokenExitsSection()
     tracking: TrackingSection = TrackingSection()
+    ray: RaySection = RaySection()
     try_prompts: list[Text] = Field([])
     """Prompts that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)
@@ -65,9 +68,20 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_judged(self) -> Config:
+        if self.token_exits.enabled and KL in (self.data.judge, self.data.force_judge):
+            raise ValueError(f"token_exits.enabled compares answers, and the judge {KL!r} reads none; name another")
+        return self
+
     @property
     def folder(self) -> Path:
         return self.runs / self.name
+
+    @property
+    def makes_from_prompts(self) -> bool:
+        """Whether the menu or the stand-ins are made from the prompts of the split `adapt`."""
+        return self.adapt.method != "none" or self.menu.method not in LOOK_AT_NO_PROMPTS
 
     def dump(self) -> str:
         """YAML with every key, from which the same run can be made."""

@@ -6,16 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from backbone.stand_ins.distillation import DistillSettings
-from backbone.stand_ins.ridge_regression import Form
-from backbone.stand_ins.trained_parts import Where
-from controller.base import CONTROLLERS
-from controller.features import check_sets
+from backbone.stand_ins.settings import DistillSettings, Form, Where
+from controller.feature_sets import check_sets
 from oracle.decoding import Decoding, checked_options
 from oracle.menus import MENUS
-from oracle.prompts import FIELDS, SPLITS, Split
+from oracle.prompts import COLUMNS, SPLITS, Split
 
-Risk = Literal["insufficient", "score_lost"]
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
 
 
@@ -37,24 +33,27 @@ class ModelSection(Section):
 
 class DataSection(Section):
     path: Text = "embedded"
-    """`embedded`, a .jsonl file, or a name or folder that `datasets` loads."""
+    """`embedded`, a .jsonl, .csv or .json file, or a name or folder that `datasets` loads."""
     limit: int | None = Field(None, ge=8)
     columns: dict[str, Text] = {}
-    """For a data set: our field -> its column."""
+    """For a table or data set: our field -> its column."""
     split: Text = "train"
     """For a data set: which of its splits to read."""
     judge: Text | None = None
     """For prompts that name no judge."""
     force_judge: Text | None = None
     """For all prompts, whatever judge they name; `kl` and `agreement` hold answers against the full model's own."""
+    chat_template: Text = "auto"
+    """What puts prompts into the form of a conversation: `auto`, the tokenizer's own template where it has one;
+    `never`; or a file with a Jinja template. Prompts marked `raw` are given as they are."""
     shares: dict[Split, float] = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
     """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> DataSection:
-        if unknown := set(self.columns) - set(FIELDS):
+        if unknown := set(self.columns) - set(COLUMNS):
             raise ValueError(
-                f"columns names the field {min(unknown)!r}; the fields of a prompt are {', '.join(FIELDS)}"
+                f"columns names the field {min(unknown)!r}; the fields of a prompt are {', '.join(COLUMNS)}"
             )
         return self
 
@@ -162,99 +161,26 @@ class FeaturesSection(Section):
         return self
 
 
-class GivenSettings(Section):
-    """What is to be known to fit one controller; see `controller.learning.Settings`."""
-
-    sets: list[str] = Field(min_length=1)
-    components: int = Field(ge=1)
-    parameters: dict[str, Any] = {}
-
-
-class TuningSection(Section):
-    controllers: list[Annotated[Text, AfterValidator(CONTROLLERS.checked)]] = Field(["lightgbm", "mlp"], min_length=1)
-    trials: int = Field(20, ge=1)
-    """Finished trials of each controller, for the least regret; the first one tries the defaults, and those that fall
-    behind after some folds are given up."""
-    feature_sets: list[list[str]] = Field(
-        [["length", "path", "states"], ["length", "tokens", "path", "states"], ["length", "path", "states", "windows"]],
-        min_length=1,
-    )
-    """Combinations of sets of features to choose from."""
-    components: list[Annotated[int, Field(ge=1)]] = Field([12, 24, 48, 96], min_length=1)
-    """Numbers of principal components of the wide sets to choose from."""
-    folds: int = Field(4, ge=2, le=50)
-    """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
-    workers: int = Field(1, ge=1)
-    """Processes that try settings at the same time."""
-    given: dict[str, GivenSettings] = {}
-    """Settings of controllers for which nothing is searched, as in a run's tuning.json."""
-    storage: Text | None = None
-    """Any URL that Optuna takes; default: tuning.db in the run folder."""
-
-    @model_validator(mode="after")
-    def _check_names(self) -> TuningSection:
-        for sets in [*self.feature_sets, *(given.sets for given in self.given.values())]:
-            check_sets(sets)
-        if not all(self.feature_sets):
-            raise ValueError(f"feature_sets must not hold an empty set, got {self.feature_sets}")
-        if len(set(self.controllers)) < len(self.controllers):
-            raise ValueError(f"controllers names one twice, got {self.controllers}")
-        if unknown := set(self.given) - set(self.controllers):
-            raise ValueError(f"given holds settings of {min(unknown)!r}, which is not among tuning.controllers")
-        return self
-
-
-class CalibrationSection(Section):
-    risk: Risk = "score_lost"
-    """What is bounded: the mean of the score that answers lose, or the share of answers that are no longer sufficient
-    (`label.tolerance`)."""
-    alpha: float = Field(0.1, gt=0, lt=1)
-    """The bound."""
-    delta: float = Field(0.1, gt=0, lt=1)
-    """Probability that the bound fails."""
-    per_task: bool = False
-    """Bound the loss of every task instead of their mean."""
-    false_alarms: float = Field(0.01, gt=0, lt=1)
-    """Probability that the drift alarm ever rings although the prompts are like the calibration prompts."""
-
-
-class EvaluationSection(Section):
-    alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
-    """Mean losses at which the controllers and the controls are compared."""
-    control_trials: int = Field(8, ge=1)
-    """Trials of each control's own search: the defaults, the best controller's settings, and others."""
-    own_judges: int = Field(0, ge=0)
-    """With `data.force_judge`: also judge so many of the test prompts as they say themselves, to see what the
-    loss means there."""
-    template: str | None = None
-    """Another template, with {prompt} in it, into which some test prompts are put to see whether a controller still
-    works; their labels are made in addition."""
-    template_prompts: int = Field(64, ge=8)
-    frozen: bool = True
-    """Also label the test prompts under the plans without stand-ins, to show what these are worth."""
-    speed_prompts: int = Field(8, ge=1)
-    """Test prompts that speeds are measured on, as one batch and one at a time."""
-    speed_tokens: int = Field(16, ge=2)
-    """New tokens of each."""
-    speed_rounds: int = Field(20, ge=1)
-    """Times, at most, that everything is measured, in turn, after a warm-up; fewer once the figures are exact."""
-    speed_seconds: float = Field(60.0, gt=0)
-    """No round begins after this time, as long as there are five."""
-
-    @model_validator(mode="after")
-    def _check_template(self) -> EvaluationSection:
-        if self.template is None:
-            return self
-        try:
-            told_apart = self.template.format(prompt="a") != self.template.format(prompt="b")
-        except (ValueError, KeyError, IndexError, AttributeError):
-            told_apart = False
-        if not told_apart:
-            raise ValueError(f"template should hold {{prompt}}, and other braces twice, got {self.template!r}")
-        return self
-
-
 class TrackingSection(Section):
     uri: Text = "sqlite:///mlruns/mlflow.db"
     """Any URI that MLflow takes."""
     experiment: Text = "layerbudget"
+
+
+class RaySection(Section):
+    """Workers of a cluster, with `--ray`. Changes when results come, not what they are."""
+
+    min_workers: int = Field(1, ge=1)
+    """Ray Data lets workers go that have nothing to do, down to this number."""
+    max_workers: int | None = Field(None, ge=1)
+    """Default: as many as there is room for in the cluster when it is joined."""
+    cpus: float = Field(1.0, gt=0)
+    """Cores of a worker, and its threads."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs of a worker. Default: one where the cluster has any, else none."""
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> RaySection:
+        if self.max_workers is not None and self.max_workers < self.min_workers:
+            raise ValueError(f"max_workers must be at least min_workers, {self.min_workers}, got {self.max_workers}")
+        return self

@@ -59,6 +59,7 @@ NAMES = _Names(
         "task": "control: name of the task alone",
         "embedding": "control: mean embedding alone",
         "unseen_tasks": "best controller, task never seen",
+        "unseen_untested": "the same without the outlier test",
         "template": "best controller, another template",
     }
 )

@@ -16,10 +16,11 @@ from pipelines.workspace import Workspace
 def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArray[np.intp]]) -> dict[str, Any] | None:
     """Scores of every static plan and of some policies, where each prompt is judged as its file says.
 
-    Labels `evaluation.own_judges` test prompts in addition; None if that is 0. Prompts that their judge fails on are
-    left out.
+    Labels `evaluation.own_judges` test prompts in addition. Prompts that their judge fails on are left out; None if
+    none is left.
 
     Args:
+        workspace: of the run.
         chosen: plan of each test prompt [N], for each policy.
     """
     if not (count := workspace.config.evaluation.own_judges):
@@ -28,6 +29,8 @@ def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArra
     prompts = [own[prompt.id] for prompt in test.prompts[:count]]
     scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels by own judges")
     judged = np.flatnonzero(~np.isnan(scores).any(axis=1))
+    if not len(judged):
+        return None
     scores, full = scores[judged], max(float(scores[judged, -1].mean()), 1e-12)
     return {
         "prompts": len(judged),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.base import lost
+from controller.certificate.risks import Risk, unit_of
 from controller.features import Features, rows_of
 from oracle.prompts import Prompt
-from pipelines.config_sections import Risk
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,9 @@ class Table:
         features: each set of raw features [N, F].
         scores: under each plan [N, K].
         sufficient: whether each plan is sufficient [N, K].
-        kept: share of quality that each plan keeps [N, K]: 1 less the loss that the certificate bounds.
+        kept: what each plan keeps [N, K], see `controller.certificate.risks.quality_kept`.
         budgets: of each plan [K].
+        risk: which loss the certificate bounds.
     """
 
     prompts: list[Prompt]
@@ -31,6 +33,7 @@ class Table:
     sufficient: NDArray[np.bool_]
     kept: NDArray[np.float64]
     budgets: NDArray[np.float64]
+    risk: Risk
 
     def rows(self, rows: NDArray[np.intp]) -> Table:
         """Some of the prompts."""
@@ -41,17 +44,25 @@ class Table:
             sufficient=self.sufficient[rows],
             kept=self.kept[rows],
             budgets=self.budgets,
+            risk=self.risk,
         )
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """Of each plan on each prompt [N, K]."""
+        return lost(self.kept)
+
+    @property
+    def full(self) -> NDArray[np.float64]:
+        """The full model's score of each prompt [N]."""
+        return self.scores[:, -1]
+
+    @property
+    def unit(self) -> float:
+        """What a mean of `losses` is divided by to be held against a bound."""
+        return unit_of(self.risk, self.full)
 
     @property
     def tasks(self) -> NDArray[np.str_]:
         """Task of each prompt [N]."""
         return np.array([prompt.task for prompt in self.prompts])
-
-
-def quality_kept(risk: Risk, scores: NDArray[np.float64], sufficient: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """[N, K]: 1 less the loss of each plan. `insufficient`: 1 where the plan is not sufficient, else 0. `score_lost`:
-    how far its score lies below the full plan's; what it wins does not count."""
-    if risk == "insufficient":
-        return sufficient.astype(np.float64)
-    return 1.0 - np.clip(scores[:, -1:] - scores, 0.0, 1.0)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePath
 from typing import Any
 
 from backbone.files import UNFINISHED, write_atomically
-from backbone.loading import PACKAGE_PREFIX
+from backbone.model_source import PACKAGE_PREFIX
 from pipelines.config import Config, ConfigError
 from pipelines.stage_list import BY_NAME, Stage, all_before
 from pipelines.workspace import Workspace
@@ -165,6 +166,17 @@ def _check_unused(config: Config) -> None:
             f"{config.folder} holds {foreign[0]!r}, but no run (there is no run.json); choose another name, "
             f"for example --set name={config.name}-2"
         )
+
+
+def check_own(folder: Path, is_own: Callable[[PurePath], bool]) -> None:
+    """Raises ConfigError where somebody keeps a file in a folder that a stage is about to replace.
+
+    Args:
+        is_own: whether a file, by its path in the folder, is one that the stage writes.
+    """
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and not is_own(path.relative_to(folder)):
+            raise ConfigError(f"{path} lies in a folder that a stage replaces, and is none of its files; move it away")
 
 
 def _value(values: dict[str, Any], key: str) -> Any:

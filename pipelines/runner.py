@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+from rich.markup import escape
 
 from backbone.files import remove_strays, write_atomically
+from oracle.labels.store import LabelStore
 from oracle.prompts import Shard
+from pipelines.check import check_run
 from pipelines.config import Config, ConfigError
-from pipelines.progress import console
+from pipelines.distributed import workers_at
+from pipelines.progress import console, say
 from pipelines.run_state import LOCK, RunState
 from pipelines.stage_list import BY_NAME, STAGES, Stage, all_before
 from pipelines.stages import label
@@ -29,6 +34,7 @@ def run_all(config: Config) -> None:
         for stage in STAGES:
             _say_done(stage)
         return
+    check_run(config)
     with _own_folder(config) as state:
         for stage in STAGES:
             if state.is_done(stage):
@@ -37,12 +43,19 @@ def run_all(config: Config) -> None:
                 _run_stage(config, stage, state)
 
 
-def run_one(config: Config, name: str) -> Path:
-    """One stage, whether or not it was done before; the stages it follows must be done."""
+def run_one(config: Config, name: str, ray: str | None = None) -> Path:
+    """One stage, whether or not it was done before; the stages it follows must be done.
+
+    Args:
+        config: the run's.
+        name: of the stage.
+        ray: address of a cluster that does the work of `adapt`, `label` or `features`; see `pipelines.distributed`.
+    """
     _checked(config)
     with _own_folder(config) as state:
         _check_done_before(BY_NAME[name], state)
-        return _run_stage(config, BY_NAME[name], state)
+        with workers_at(ray, config.ray) as workers:
+            return _run_stage(config, BY_NAME[name], state, **({} if workers is None else {"workers": workers}))
 
 
 def run_shard(config: Config, shard: Shard) -> Path:
@@ -55,11 +68,24 @@ def run_shard(config: Config, shard: Shard) -> Path:
     return path
 
 
+def run_merge(config: Config, stores: Sequence[Path]) -> None:
+    """Take over the labels that other stores hold, for example those of shards that were made elsewhere.
+
+    Raises:
+        StoreError: one of them is no label store; those before it have been taken over.
+    """
+    _checked(config)
+    with _own_folder(config):
+        own = LabelStore(config.folder / "labels.db")
+        for store in stores:
+            say(f"{store}: {own.merge(store)} labels that were not there yet")
+
+
 def _checked(config: Config) -> RunState:
     """What is there, after folder and prompts were found fit to use. Nothing is written."""
     Workspace.forget()
     state = RunState(config)
-    _ = Workspace.of(config).splits
+    Workspace.of(config).check_given()
     return state
 
 
@@ -103,11 +129,11 @@ def _keep_resolved(config: Config) -> None:
         write_atomically(path, text)
 
 
-def _run_stage(config: Config, stage: Stage, state: RunState) -> Path:
+def _run_stage(config: Config, stage: Stage, state: RunState, **options: Any) -> Path:
     console.print(f"[bold]{stage.name}[/]: {stage.title}")
     start = time.perf_counter()
-    run: Callable[[Config], Path] = import_module(f".stages.{stage.name}", __package__).run
-    path = run(config)
+    run: Callable[..., Path] = import_module(f".stages.{stage.name}", __package__).run
+    path = run(config, **options)
     state.record(stage, time.perf_counter() - start)
-    console.print(f"  {path}  [dim]{time.perf_counter() - start:.0f} s[/]")
+    console.print(f"  {escape(str(path))}  [dim]{time.perf_counter() - start:.0f} s[/]")
     return path

@@ -26,7 +26,8 @@ from controller.features import Features
 from controller.learning import CrossFit, Settings
 from controller.report.report_card import regret
 from pipelines.config import Config, ConfigError
-from pipelines.config_sections import TuningSection
+from pipelines.learning_sections import TuningSection
+from pipelines.learning_table import Table
 
 HEARTBEAT_S, GRACE_S = 10, 60
 """A trial whose worker was killed is tried again by another one after GRACE_S without a sign of life."""
@@ -51,7 +52,7 @@ class Work:
         features: of N prompts.
         kept: share of quality that each plan keeps [N, K].
         budgets: of the plans [K].
-        bounds: mean losses at which the regret counts.
+        bounds: mean losses at which the regret counts, in the unit of `controller.base.lost`.
         tuning: how to search.
     """
 
@@ -76,9 +77,9 @@ class Work:
         return found
 
 
-def regret_bounds(config: Config) -> tuple[float, ...]:
+def regret_bounds(config: Config, table: Table) -> tuple[float, ...]:
     """The mean losses at which regret counts: around what calibration will ask for."""
-    alpha = config.calibration.alpha
+    alpha = config.calibration.alpha * table.unit
     return alpha / 2, alpha, 1.5 * alpha
 
 
@@ -95,6 +96,11 @@ def _defaults(name: str, tuning: TuningSection) -> dict[str, Any]:
     """What the first trial tries."""
     middle = tuning.components[len(tuning.components) // 2]
     return {"features": "+".join(tuning.feature_sets[0]), "components": middle, **CONTROLLERS[name].defaults()}
+
+
+def default_settings(name: str, tuning: TuningSection) -> Settings:
+    """The settings that the first trial tries."""
+    return settings_of(name, optuna.trial.FixedTrial(_defaults(name, tuning)), tuning)
 
 
 def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.Study:
@@ -167,6 +173,7 @@ def search_in_memory(name: str, work: Work, first: dict[str, Any]) -> Settings:
     """The settings of least regret of `tuning.trials` trials that nothing keeps: the defaults, `first`, and others.
 
     Args:
+        work: what settings are tried on.
         name: of the controller.
         first: parameters of the second trial, in place of the defaults.
     """

@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "evaluate",
         "measure all policies on unseen prompts",
-        ("evaluation",),
+        ("evaluation", "token_exits"),
         ("calibrate",),
         ("metrics.json", "choices.json"),
     ),

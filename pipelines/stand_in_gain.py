@@ -24,8 +24,8 @@ from pipelines.workspace import Workspace
 def before_and_after(workspace: Workspace, test: Table) -> dict[str, Any]:
     """How the stand-ins were made, and the curves of static plans and of the oracle without and with them.
 
-    Labels the test prompts under the frozen plans, unless there are no stand-ins or `evaluation.frozen` is off; then
-    `before` is missing.
+    Labels the test prompts under the frozen plans, unless there are no stand-ins or `evaluation.frozen` is off; then,
+    or where judges fail on all of these answers, `before` is missing.
     """
     record = json.loads(workspace.path("adapt.json").read_text())
     found = {"method": record["method"], "after": _curves(test.scores, test.budgets, workspace.config.label.tolerance)}
@@ -40,6 +40,8 @@ def before_and_after(workspace: Workspace, test: Table) -> dict[str, Any]:
     finally:
         attach(model, workspace.stand_ins)
     judged = scores[~np.isnan(scores).any(axis=1)]
+    if not len(judged):
+        return found
     return found | {"before": _curves(judged, np.array(menu.budgets), workspace.config.label.tolerance)}
 
 

@@ -18,6 +18,7 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
     """Log one run to `tracking.uri`.
 
     Args:
+        config: of the run.
         metrics: nested; numbers become metrics named by their path.
         figures: name -> SVG text.
         folder: the run folder, of which the allocator, the configuration, the metrics and the report are kept.

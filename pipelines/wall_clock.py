@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.delete_layers import delete_layers
 from backbone.execution.probing import probe_states
+from backbone.plan import LayerPlan
 from controller.features import Features, extract, rows_of
-from controller.learning import Learned
+from oracle.chat import padded_prompts
 from pipelines.learning_table import Table
+from pipelines.paired_ratios import Ratio, generation_under, paired_ratio, paired_seconds
 from pipelines.progress import progress
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.paired_timing import Ratio, generation_under, median_seconds, paired_ratio, paired_seconds, prompt_inputs
+from runtime.paired_timing import median_seconds
 
 NOISE = 1.03
 """A speed-up above what the layers left out allow, by more than this factor, is noise and is reported as such."""
@@ -30,7 +37,8 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
     """Times of some test prompts: under every plan, and with the allocator against stock `generate()`.
 
     `batch` is all of them at once, `single` one after the other. The prompts are picked evenly along the plans chosen
-    for them, so that a few stand for all.
+    for them, so that a few stand for all. `limit` is what the layers left out allow one at a time: each prompt on a
+    model without the layers that its plan leaves out, and without a decision.
     """
     (model, tokenizer), settings = workspace.adapted, workspace.config.evaluation
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
@@ -38,8 +46,8 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
     order = np.argsort(chosen, kind="stable")
     picked = [order[int((i + 0.5) * len(order) / n_prompts)] for i in range(n_prompts)]
     texts = [test.prompts[index].prompt for index in picked]
-    batch = prompt_inputs(model, tokenizer, texts)
-    singles = [prompt_inputs(model, tokenizer, [text]) for text in texts]
+    batch = dict(padded_prompts(tokenizer, texts).to(model.device))
+    singles = [dict(padded_prompts(tokenizer, [text]).to(model.device)) for text in texts]
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
     plans = {str(plan): generation_under(model, batch, plan, n_tokens) for plan in timed.menu.plans}
     ends: dict[str, Callable[[], object]] = {
@@ -48,9 +56,15 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
         "stock_single": lambda: [model.generate(**one, **exact) for one in singles],  # type: ignore[operator]
         "allocator_single": lambda: [timed.generate(model, **one, **exact) for one in singles],
         "allocate_single": lambda: [timed.allocate(model, **one) for one in singles],
+        "shortened_single": _shortened(model, singles, [timed.menu.plans[chosen[index]] for index in picked], exact),
     }
     full = list(plans)[-1]
-    pairs = [(f"stock_{how}", f"allocator_{how}") for how in ("single", "batch")] + [(full, name) for name in plans]
+    pairs = [
+        *((f"stock_{how}", f"allocator_{how}") for how in ("single", "batch")),
+        ("stock_single", "shortened_single"),
+        ("shortened_single", "allocator_single"),
+        *((full, name) for name in plans),
+    ]
     with progress("timings", (settings.speed_rounds + 1) * (len(plans) + len(ends))) as advance:
         rounds = paired_seconds(
             {**plans, **ends},
@@ -75,9 +89,28 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
         "credible": single.value <= limit * NOISE,
         "speedup_batch": ratios[pairs[1]].value,
         "intervals": {how: described(ratios[pair]) for how, pair in zip(("single", "batch"), pairs, strict=False)},
+        "limit": described(ratios[pairs[2]]),
+        "of_limit": described(ratios[pairs[3]]),
         "plan_intervals": [described(ratios[full, name]) for name in plans],
         "overhead_ms": seconds["allocate_single"] * 1000 / len(texts),
     }
+
+
+def _shortened(
+    model: PreTrainedModel, singles: list[dict[str, torch.Tensor]], plans: list[LayerPlan], exact: dict[str, Any]
+) -> Callable[[], object]:
+    """Stock generation for each prompt on a model in which the layers that its plan leaves out do not exist; a plan
+    that runs half of a layer is applied instead, which takes the same time within 2%."""
+    halves = {plan for plan in plans if plan.attention != plan.mlp}
+    short = {plan: model if plan in halves else delete_layers(model, plan) for plan in {*plans}}
+
+    def generate() -> object:
+        for one, plan in zip(singles, plans, strict=True):
+            with apply_plan(model, plan) if plan in halves else nullcontext():
+                short[plan].generate(**one, **exact)  # type: ignore[operator]
+        return None
+
+    return generate
 
 
 def described(ratio: Ratio) -> dict[str, Any]:
@@ -85,21 +118,23 @@ def described(ratio: Ratio) -> dict[str, Any]:
     return {**asdict(ratio), "exceeds_noise": ratio.exceeds_noise}
 
 
-def decision_ms(learned: Learned, features: Features, repeats: int = 50) -> float:
-    """Median milliseconds in which a trained controller decides about one prompt, features in hand, after a warm-up.
+def prompt_ms(decide: Callable[[Features], object], features: Features, repeats: int = 50) -> float:
+    """Median milliseconds that something takes for the features of one prompt, after a warm-up.
 
     Args:
+        repeats: times that it is timed.
+        decide: what is timed.
         features: of N prompts, which take turns.
     """
     ones = [rows_of(features, np.array([row])) for row in range(min(repeats, len(next(iter(features.values())))))]
-    work: dict[int, Callable[[], object]] = {row: partial(learned.predict, one) for row, one in enumerate(ones)}
+    work: dict[int, Callable[[], object]] = {row: partial(decide, one) for row, one in enumerate(ones)}
     return 1000 * median(median_seconds(work, 3, lambda: None).values())
 
 
 def feature_ms(workspace: Workspace, text: str, rounds: int) -> dict[str, float]:
     """Milliseconds that each set of features takes for one prompt, from the probe layers' states in hand."""
     (model, tokenizer), config = workspace.backbone, workspace.config
-    inputs = prompt_inputs(model, tokenizer, [text])
+    inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     states = probe_states(model, inputs["input_ids"], inputs["attention_mask"], config.menu.probe_depth)
     work = {
         name: partial(extract, model, states, inputs["input_ids"], inputs["attention_mask"], [name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
@@ -14,22 +15,24 @@ import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.loading import load_backbone
+from backbone.loading import load_backbone, load_tokenizer
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import StandIns, attach
+from controller.certificate.risks import quality_kept
 from controller.features import Features, rows_of
+from oracle.chat import ChatTemplate, template_text
 from oracle.context_lengths import check_lengths
 from oracle.decoding import Decoding
 from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
-from oracle.menus import LOOK_AT_NO_PROMPTS
-from oracle.prompts import SPLITS, Prompt, Split, limited, load_prompts, split_of
+from oracle.prompts import Prompt, Split, limited
 from pipelines.config import Config, ConfigError
-from pipelines.learning_table import Table, quality_kept
+from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
-from pipelines.progress import progress, waiting
+from pipelines.progress import progress, say_failures, waiting
+from pipelines.run_prompts import prompts_of, splits_of
 
 
 class Workspace:
@@ -54,29 +57,45 @@ class Workspace:
         return self.config.folder / name
 
     @cached_property
+    def given_prompts(self) -> list[Prompt]:
+        """The prompts as they stand in their source."""
+        return prompts_of(self.config, self.config.data.force_judge)
+
+    @cached_property
     def prompts(self) -> list[Prompt]:
-        return self._loaded(self.config.data.force_judge)
+        """The prompts as the model is given them; loads it only in a run that never did."""
+        return self.rendered(self.given_prompts)
 
     @cached_property
     def prompts_as_judged(self) -> list[Prompt]:
         """The prompts with the judges that they came with."""
-        return self._loaded(None)
+        return self.rendered(prompts_of(self.config, None))
 
-    def _loaded(self, force_judge: str | None) -> list[Prompt]:
-        data = self.config.data
-        return load_prompts(
-            data.path,
-            limit=data.limit,
-            columns=data.columns,
-            dataset_split=data.split,
-            judge=data.judge,
-            force_judge=force_judge,
-        )
+    def rendered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts as the model is given them. Raises PromptError for one that the chat template cannot render."""
+        return [prompt.rendered(self.chat_template) for prompt in prompts]
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """What `data.chat_template` says; None where prompts are given as they are."""
+        if (wanted := self.config.data.chat_template) == "never":
+            return None
+        return self.facts.own_template if wanted == "auto" else ChatTemplate.of_file(Path(wanted), self.facts.tokens)
+
+    @property
+    def chat_template_key(self) -> str | None:
+        """What stages are done again for: the template, as far as it is known without loading the model."""
+        if (wanted := self.config.data.chat_template) == "never":
+            return None
+        if wanted != "auto":
+            return template_text(Path(wanted))
+        return self.facts.chat_template if self.path("model.json").exists() else None
 
     @cached_property
     def prompts_hash(self) -> str:
-        """SHA-256 of all prompts, references and judges."""
-        return hashlib.sha256(json.dumps([astuple(prompt) for prompt in self.prompts]).encode()).hexdigest()
+        """SHA-256 of all prompts, references and judges, and of the template that they are put into."""
+        given = [astuple(prompt) for prompt in self.given_prompts]
+        return hashlib.sha256(json.dumps([given, self.chat_template_key]).encode()).hexdigest()
 
     @cached_property
     def labelled(self) -> list[Prompt]:
@@ -86,20 +105,28 @@ class Workspace:
 
     @cached_property
     def splits(self) -> dict[Split, list[Prompt]]:
-        parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
-        for prompt in self.prompts:
-            parts[split_of(prompt, self.config.data.shares)].append(prompt)
-        needed = [split for split in SPLITS if split != "adapt" or self._makes_from_prompts]
-        if small := [split for split in needed if len(parts[split]) < 2]:
-            raise ConfigError(
-                f"{len(self.prompts)} prompts leave {len(parts[small[0]])} for the split {small[0]!r}, which needs 2 "
-                "or more: use more prompts or other data.shares"
-            )
-        return parts
+        return splits_of(self.prompts, self.config)
 
-    @property
-    def _makes_from_prompts(self) -> bool:
-        return self.config.adapt.method != "none" or self.config.menu.method not in LOOK_AT_NO_PROMPTS
+    @cached_property
+    def given_splits(self) -> dict[Split, list[Prompt]]:
+        """The splits of the prompts as they stand in their source; needs no model.
+
+        Raises:
+            ConfigError: too few prompts for a split.
+        """
+        return splits_of(self.given_prompts, self.config)
+
+    def check_given(self) -> None:
+        """What can be known of the prompts without the model.
+
+        Raises:
+            ConfigError: too few prompts for a split.
+            PromptError: prompts that cannot be read, or conversations although there is to be no template.
+            ChatError: a template's file that cannot be read.
+        """
+        _ = self.given_splits, self.chat_template_key
+        if self.config.data.chat_template == "never":
+            _ = self.prompts
 
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:
@@ -118,6 +145,13 @@ class Workspace:
         check_lengths(*loaded, named, self.config.decoding.max_new_tokens)
         return loaded
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's, without loading the model."""
+        if "backbone" in self.__dict__:
+            return self.backbone[1]
+        return load_tokenizer(self.config.model.source)
+
     def _check_same_model(self, found: ModelFacts) -> None:
         """A run folder keeps to the weights, and to the generation config, that it began with."""
         path = self.path("model.json")
@@ -126,8 +160,8 @@ class Workspace:
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)
         elif known.identity != found.identity:
-            what = "model" if known.fingerprint != found.fingerprint else "generation config"
-            was, now = (x.fingerprint if what == "model" else x.identity[1:] for x in (known, found))
+            what = known.difference(found)
+            was, now = (x.described(what) for x in (known, found))
             raise ConfigError(
                 f"{self.config.folder} was made with the {what} {was}, but that of {self.config.model.source} is now "
                 f"{now}; give this run a name of its own, for example --set name={self.config.name}-2"
@@ -173,7 +207,7 @@ class Workspace:
     @cached_property
     def labels(self) -> LabelReader:
         """The labels of the adapted model that are there, read without it."""
-        facts, stand_ins = self.facts, self._adapt_record["digest"]
+        facts, stand_ins = self.facts, self.adapt_record["digest"]
 
         def key(plan: LayerPlan) -> str:
             return model_key(facts.fingerprint, facts.dtype, "" if plan.is_full else stand_ins)
@@ -192,8 +226,10 @@ class Workspace:
 
     def label_anew(self, labeller: Labeller, prompts: list[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
         """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
+        before = len(labeller.failures)
         with progress(title, sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)) as advance:
             labeller.label(prompts, menu, advance)
+        say_failures(labeller.failures[before:])
         return score_matrix(labeller.read(prompts, menu))
 
     def frozen_menu(self) -> PlanMenu:
@@ -202,10 +238,11 @@ class Workspace:
 
     def menu(self) -> PlanMenu:
         """The menu whose budgets count the bridges too."""
-        return self.frozen_menu().with_added(self._adapt_record["added_budget"])
+        return self.frozen_menu().with_added(self.adapt_record["added_budget"])
 
     @property
-    def _adapt_record(self) -> dict[str, Any]:
+    def adapt_record(self) -> dict[str, Any]:
+        """What the stage `adapt` noted."""
         record: dict[str, Any] = json.loads(self.path("adapt.json").read_text())
         return record
 
@@ -239,6 +276,7 @@ class Workspace:
             sufficient=sufficient,
             kept=quality_kept(self.config.calibration.risk, known, sufficient),
             budgets=np.array(self.menu().budgets),
+            risk=self.config.calibration.risk,
         )
 
     @cached_property

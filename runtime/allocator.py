@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, Generat
 from backbone.families import decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
+from oracle.chat import Turns
 from runtime.call_arguments import (
     check_handed_on,
     check_known,
@@ -27,7 +28,7 @@ from runtime.call_arguments import (
 )
 from runtime.device_clock import Moment
 from runtime.generation import decode, plans_of
-from runtime.lossless import check_lossless, generate_losslessly
+from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import generate_many
 from runtime.parts import AllocatorParts
 from runtime.request import Request
@@ -59,6 +60,7 @@ class Allocator(AllocatorParts):
         """Load a saved allocator from a folder or from a repository on the hub.
 
         Args:
+            source: a folder, or a repository's name.
             revision: branch, tag or commit of the repository.
             token: for a private repository; True takes the one that `hf auth login` stored.
             cache_dir: where downloads are kept; default: the hub's own cache.
@@ -106,15 +108,18 @@ class Allocator(AllocatorParts):
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
         own = {name: value.to(model.device) for name, value in prefix_inputs(model, inputs).items()}
         positions = {**position_inputs(decoder_of(model), mask), **own}
+        if self.chat is not None:
+            self.chat.warn_without(input_ids, attention_mask)
         decider = replace(self.decider(), is_served=False)
         decision = decider.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
-        """Time this model's passes on its device, so that `lossless` drafts by milliseconds instead of an estimate.
+        """Time this model's passes on its device, so that `lossless` drafts, and `generate_many` composes
+        batches, by milliseconds instead of an estimate.
 
         Once for a model, device and dtype: the numbers are kept (under `$LAYERBUDGET_CACHE`) and found again by later
-        processes, and what is there is not measured again. Takes as long as some 120 decoding steps; `generate` never
+        processes, and what is there is not measured again. Takes as long as some 160 decoding steps; `generate` never
         does it by itself, so that no request pays for it.
         """
         self.prepare(model)
@@ -156,8 +161,9 @@ class Allocator(AllocatorParts):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Turns],
         *,
+        raw: bool = False,
         batch_size: int = 32,
         advance: Callable[[int], None] = lambda done: None,
         **options: Any,
@@ -166,6 +172,9 @@ class Allocator(AllocatorParts):
         generated in batches, as many of one plan as can be.
 
         Args:
+            tokenizer: of the model.
+            prompts: texts or conversations, which are put into the allocator's chat template: see `rendered`.
+            raw: the texts are what the model is to continue, without the template.
             batch_size: prompts generated together, at most.
             advance: called with the number of prompts that were answered.
             options: arguments of `generate()`, in place of the decoding that the allocator was calibrated with.
@@ -174,10 +183,13 @@ class Allocator(AllocatorParts):
             A text and its plan for each prompt, in their order.
 
         Raises:
-            UnsupportedGenerationError: an option that would give other than one answer a prompt.
+            UnsupportedGenerationError: an option that would give other than one answer a prompt, or a prompt that
+                cannot be rendered.
             WrongModelError: another model than the one this allocator was made for.
         """
-        return generate_many(self, model, tokenizer, prompts, batch_size=batch_size, advance=advance, **options)
+        return generate_many(
+            self, model, tokenizer, prompts, raw=raw, batch_size=batch_size, advance=advance, **options
+        )
 
     def __call__(
         self,
@@ -195,7 +207,8 @@ class Allocator(AllocatorParts):
 
         Args:
             allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
-            lossless: give the full model's own answer; the plan only drafts it (see `runtime.lossless`).
+            lossless: give the full model's own answer; a plan of the menu only drafts it (see `runtime.lossless`). No
+                plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does.
         """
         start, began = Moment(model.device), time.perf_counter()
         loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
@@ -209,12 +222,15 @@ class Allocator(AllocatorParts):
             if lossless:
                 check_lossless(request)
             self.prepare(model)
-            plans, prefix = plans_of(request, self.menu, self.decider(allocation_limit_ms))
-            request.check_plans(plans)
-            allocation_ms = (time.perf_counter() - began) * 1000
+            if self.chat is not None and not request.goes_on:
+                self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
             if lossless:
-                output, first_token_ms = generate_losslessly(request, plans[0], prefix, start)
+                allocation_ms = (time.perf_counter() - began) * 1000
+                output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
             else:
+                plans, prefix = plans_of(request, self.menu, self.decider(allocation_limit_ms))
+                request.check_plans(plans)
+                allocation_ms = (time.perf_counter() - began) * 1000
                 output, first_token_ms = decode(request, plans, prefix, start)
         if not isinstance(output, torch.Tensor):
             output["layer_plans"] = plans

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from backbone.files import lock_of, replacing
+from oracle.chat import ChatError, Question
 from oracle.context_lengths import check_lengths
-from oracle.prompts import PromptError, read_jsonl
+from oracle.prompts import PromptError, question_of, read_jsonl
 from runtime.allocator import Allocator
 from runtime.offline import finished_texts
 from runtime.saving.allocator_files import content_digest
 from runtime.texts import AllocatedText
 
-Key = tuple[str, str]
-"""Id and prompt of a line."""
+Key = tuple[str, Question]
+"""Id of a line, and what it asks."""
 
 
-ENTRIES = {"id": str, "prompt": str, "answer": str, "layers": float, "plan": str}
-"""What a line of answers holds."""
+ENTRIES = {"id": str, "answer": str, "layers": float, "plan": str}
+"""What a line of answers holds beside what was asked."""
 
 
 class AnswersError(InputError):
@@ -83,6 +84,8 @@ def answer_file(
     on; then `out` is written as a whole.
 
     Args:
+        allocator, model, tokenizer: what answers.
+        batch_size: prompts generated together, at most.
         out: None for the standard output, at the end and without resuming.
         overwrite: `out` may be replaced, and answers that were begun with other settings be dropped.
         begin: called once, with the number of prompts that were answered before and of all.
@@ -95,22 +98,39 @@ def answer_file(
     """
     check_places(prompts, out, overwrite=overwrite)
     keys = read_prompts(prompts)
-    check_lengths(model, tokenizer, keys, allocator.decoding.max_new_tokens)
-    with _partial(out, _settings(allocator, model), overwrite) as partial:
+    texts = rendered_texts(allocator, model, tokenizer, keys)
+    with partial_file(out, settings_digest(allocator, model), overwrite, ENTRIES) as partial:
         answers = partial.read() if partial else {}
         todo = [key for key in dict.fromkeys(keys) if key not in answers]
         begin(len(keys) - sum(key not in answers for key in keys), len(keys))
-        texts = [prompt for _, prompt in todo]
-        for batch in finished_texts(allocator, model, tokenizer, texts, batch_size=batch_size):
+        left = [texts[key] for key in todo]
+        for batch in finished_texts(allocator, model, tokenizer, left, batch_size=batch_size):
             lines = {todo[index]: _line(todo[index], answer) for index, answer in batch}
             if partial:
                 partial.append(lines.values())
             answers |= lines
             advance(len(lines))
         check_out(prompts, out, overwrite=overwrite)  # somebody may have put a file there meanwhile
-        _write(out, [answers[key] for key in keys])
+        write_lines(out, [answers[key] for key in keys])
         if partial:
             partial.path.unlink(missing_ok=True)
+
+
+def rendered_texts(
+    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: Sequence[Key]
+) -> dict[Key, str]:
+    """What the model is given for each prompt. Raises PromptError for one that cannot be rendered, or is too long."""
+    texts = {key: _rendered(allocator, *key) for key in keys}
+    named = [(key[0], text) for key, text in texts.items()]
+    check_lengths(model, tokenizer, named, allocator.decoding.max_new_tokens)
+    return texts
+
+
+def _rendered(allocator: Allocator, name: str, question: Question) -> str:
+    try:
+        return allocator.rendered(question)
+    except ChatError as error:
+        raise PromptError(f"the prompt {name!r:.80}: {error}") from None
 
 
 def _are_same(first: Path, second: Path) -> bool:
@@ -122,7 +142,19 @@ def _partial_of(out: Path) -> Path:
 
 
 @contextmanager
-def _partial(out: Path | None, settings: str, overwrite: bool) -> Iterator[_Partial | None]:
+def partial_file(
+    out: Path | None, settings: str, overwrite: bool, entries: Mapping[str, type]
+) -> Iterator[PartialFile | None]:
+    """`<out>.partial`, for this process alone; None where answers go to the terminal.
+
+    Args:
+        settings: names everything that the lines depend on besides their prompts.
+        overwrite: lines that were begun with other settings are dropped.
+        entries: what a line holds.
+
+    Raises:
+        AnswersError: another process is writing there.
+    """
     if out is None:
         yield None
         return
@@ -132,16 +164,16 @@ def _partial(out: Path | None, settings: str, overwrite: bool) -> Iterator[_Part
     except Timeout:
         raise AnswersError(f"another process is writing --out {out}; wait for it or name another file") from None
     try:
-        yield _Partial(_partial_of(out), settings, overwrite)
+        yield PartialFile(_partial_of(out), settings, overwrite, entries)
     finally:
         lock.release()
 
 
-class _Partial:
+class PartialFile:
     """Answers so far, a line each, behind a first line that names the settings."""
 
-    def __init__(self, path: Path, settings: str, overwrite: bool) -> None:
-        self.path, self._settings, self._overwrite = path, settings, overwrite
+    def __init__(self, path: Path, settings: str, overwrite: bool, entries: Mapping[str, type]) -> None:
+        self.path, self._settings, self._overwrite, self._entries = path, settings, overwrite, entries
 
     def read(self) -> dict[Key, dict[str, Any]]:
         """The whole lines that are there. A last one that a kill has torn is cut off."""
@@ -152,8 +184,8 @@ class _Partial:
         try:
             first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
             begun_with = first["layerbudget_answers"]
-            found = {(line["id"], line["prompt"]): _whole(line) for line in lines}
-        except (ValueError, KeyError, TypeError, RecursionError):
+            found = {(line["id"], Question.of_row(line)): _whole(line, self._entries) for line in lines}
+        except (ChatError, ValueError, KeyError, TypeError, RecursionError):
             raise AnswersError(
                 f"{self.path}, where answers are kept until all are there, is not layerbudget's or is damaged; "
                 "move it away"
@@ -182,9 +214,10 @@ def _header(settings: str) -> bytes:
     return json.dumps({"layerbudget_answers": settings}).encode() + b"\n"
 
 
-def _whole(line: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for a line that `_line` does not write."""
-    if {name: type(value) for name, value in line.items()} != ENTRIES:
+def _whole(line: dict[str, Any], entries: Mapping[str, type]) -> dict[str, Any]:
+    """Raises ValueError for a line with other entries."""
+    rest = {name: type(value) for name, value in line.items() if name not in ("prompt", "messages", "raw")}
+    if rest != entries:
         raise ValueError("a line with other entries")
     return line
 
@@ -192,20 +225,23 @@ def _whole(line: dict[str, Any]) -> dict[str, Any]:
 def _line(key: Key, answer: AllocatedText) -> dict[str, Any]:
     return {
         "id": key[0],
-        "prompt": key[1],
+        **key[1].to_row(),
         "answer": answer.text,
         "layers": answer.plan.layers,
         "plan": str(answer.plan),
     }
 
 
-def _settings(allocator: Allocator, model: PreTrainedModel) -> str:
+def settings_digest(allocator: Allocator, model: PreTrainedModel) -> str:
     """A short name for everything that answers depend on besides their prompts."""
     return hashlib.sha256(f"{content_digest(allocator)} {model.dtype}".encode()).hexdigest()[:16]
 
 
-def _write(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+def write_lines(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
+    """The whole file at once; None for the standard output."""
+    # The standard output may have an encoding that lacks some characters; JSON can do without them.
+    ascii_only = out is None and (sys.stdout.encoding or "utf-8").lower() != "utf-8"
+    text = "".join(json.dumps(line, ensure_ascii=ascii_only) + "\n" for line in lines)
     if out is None:
         sys.stdout.write(text)
         return
@@ -214,17 +250,14 @@ def _write(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def read_prompts(path: Path) -> list[Key]:
-    """Id and prompt of each line of a JSONL file; the line's number where it names no id.
+    """Id of each line of a JSONL file, the line's number where it names none, and what it asks.
 
     Raises:
         PromptError: no such file, no line in it, or a line without a prompt.
     """
-    rows = []
-    for number, (place, row) in enumerate(read_jsonl(path), 1):
-        text = row.get("prompt")
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"{place}: the prompt is missing or empty")
-        rows.append((str(row.get("id", number)), text))
+    rows = [
+        (str(row.get("id", number)), question_of(place, row)) for number, (place, row) in enumerate(read_jsonl(path), 1)
+    ]
     if not rows:
         raise PromptError(f"{path} holds no prompts: each line should be an object with a prompt")
     return rows

@@ -22,6 +22,7 @@ from backbone.execution.self_test import wider_dtypes
 from backbone.plan import PlanMenu
 from controller.base import Controller, Floats, choose
 from controller.certificate.drift import RECOVERY, DriftAlarm
+from controller.certificate.outliers import OutlierTest
 from controller.features import Features, extract
 from controller.projection import Projection
 
@@ -53,9 +54,11 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Decider:
-    """Probe, controller, price and alarm.
+    """Probe, controller, price, outlier test and alarm.
 
     Attributes:
+        full: what the full plan keeps, on the scale of what the controller learned.
+        outliers: prompts that it takes for unlike all known ones get the full plan; None for no such test.
         price: None sends every prompt to the full plan, without a probe.
         drift: while it rings, every prompt gets the full plan; the probe goes on, so that it can fall silent.
         is_served: the prompts that are decided about are served, so that the alarm counts them.
@@ -66,6 +69,8 @@ class Decider:
     controller: Controller
     projection: Projection
     price: float | None
+    full: float = 1.0
+    outliers: OutlierTest | None = None
     drift: DriftAlarm | None = None
     limit_ms: float | None = None
     is_served: bool = True
@@ -82,6 +87,9 @@ class Decider:
         """The plans of prompts [B, S]. Waits for the device once, when the features are there.
 
         Args:
+            model: the model.
+            input_ids, attention_mask: the prompts [B, S]; None for a mask of ones.
+            inputs: further arguments of the decoder, such as `position_ids`.
             keep_cache: keep what the first layers made, for the passes that go on from it.
 
         Raises:
@@ -131,9 +139,11 @@ class Decider:
                 dtype,
                 wider_dtypes(dtype),
             )
-        predicted = self.controller.predict(projected)
+        predicted = self.controller.predict(projected, self.full)
         if silent := int((finite & ~np.isfinite(predicted).all(axis=1)).sum()):
             logger.warning("the controller gave %d prompts no number; they run the full plan", silent)
+        if self.outliers is not None:
+            predicted[self.outliers.are_outliers(features), :-1] = np.nan
         return projected, choose(predicted, np.array(self.menu.budgets), self.price).tolist()
 
     def _watched(self, projected: Floats, chosen: list[int], keys: Sequence[bytes]) -> list[int]:

@@ -1,7 +1,11 @@
-"""The full model's own answer, faster: the predicted plan drafts tokens, the full model checks them all in one pass.
+"""The full model's own answer, faster: a shorter plan drafts tokens, the full model checks them all in one pass.
 
 Speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) with the model as its own draft. Greedy answers are the
 full model's, up to the rounding of passes over several tokens; sampled ones follow its distribution (section 2.3).
+
+Which plan of the menu drafts, and how many tokens, is chosen for the most tokens a millisecond, by what passes cost and
+by how often its tokens are the full model's: on the labelled prompts, and then in this request. Where no plan pays, the
+full model decodes as ever.
 
 Draft and check share one cache. Before a draft all its layers hold what the full model made of the text so far, so the
 plan attends to better keys and values than its own. What the plan adds is its approximation: it is cut off before the
@@ -15,6 +19,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,21 +30,73 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.prompt_prefix import Prefix, replaying
-from backbone.families import sublayer_bytes
+from backbone.families import decoder_layers
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 from runtime.call_arguments import UnsupportedGenerationError
 from runtime.device_clock import FirstToken, Moment
-from runtime.generation import Output
+from runtime.generation import Output, decode
+from runtime.parts import AllocatorParts
 from runtime.request import Request
 from runtime.step_costs import StepCosts, known_step_costs
 
 MAX_DRAFT = 8
 """Tokens drafted before a check, at most."""
 
-PRIOR_ACCEPTED, PRIOR_JUDGED = 4.0, 5.0
-"""Until a request has shown better: of 5 judged tokens 4 are accepted."""
+PRIOR_JUDGED = 5.0
+"""What the labels say of a plan counts as much as so many judged tokens of a request."""
+
+REFUSED = 2.0
+"""Where no label says anything: a plan that leaves out a share of the decoder is refused so many times as often."""
+
+
+@dataclass(slots=True)
+class DraftPlan:
+    """A shortened plan of the menu that may draft.
+
+    Attributes:
+        plan: the plan.
+        budget: its share of the decoder.
+        accepted, judged: its tokens that the full model kept, and those that it judged, with what the labels say.
+    """
+
+    plan: LayerPlan
+    budget: float
+    accepted: float
+    judged: float = PRIOR_JUDGED
+
+    @property
+    def rate(self) -> float:
+        return self.accepted / self.judged
+
+
+def draft_plans(allocator: AllocatorParts) -> list[DraftPlan]:
+    """The shortened plans of an allocator's menu, as its labels know them."""
+    menu = allocator.menu
+    rates = allocator.acceptance or [max(1 - REFUSED * (1 - budget), 0.0) for budget in menu.budgets]
+    return [
+        DraftPlan(plan, budget, rate * PRIOR_JUDGED)
+        for plan, budget, rate in zip(menu.plans, menu.budgets, rates, strict=True)
+        if not plan.is_full
+    ]
+
+
+def best_draft(costs: StepCosts, plans: Sequence[DraftPlan]) -> tuple[DraftPlan | None, int]:
+    """Which plan is to draft how many tokens for the most tokens a millisecond; None and 0 if decoding without drafts
+    is as fast.
+
+    A round of k drafts takes k steps of the plan and a full pass over k + 1 tokens, and gives on average
+    (1 - rate^(k + 1)) / (1 - rate) tokens (Leviathan et al. 2023, equation 1).
+    """
+    lengths = np.arange(MAX_DRAFT + 1)
+    checks, best = costs.checking_ms(lengths + 1), (1 / costs.checking_ms(np.array([1]))[0], 0)
+    chosen = None
+    for draft in plans:
+        tokens = np.cumsum(draft.rate**lengths)
+        speeds = tokens / (lengths * costs.ms(draft.budget, np.array([1]))[0] + checks)
+        if speeds.max() > best[0]:
+            chosen, best = draft, (float(speeds.max()), int(speeds.argmax()))
+    return chosen, best[1]
 
 
 def check_lossless(request: Request) -> None:
@@ -63,61 +121,81 @@ def check_lossless(request: Request) -> None:
 
 
 def generate_losslessly(
-    request: Request, plan: LayerPlan, prefix: Prefix | None, start: Moment
-) -> tuple[Output, float]:
-    """Decode one prompt with the full model, drafting under `plan`.
+    request: Request, plans: Sequence[DraftPlan], start: Moment
+) -> tuple[Output, float, list[LayerPlan]]:
+    """Decode one prompt with the full model, drafting under one of some plans.
 
     Args:
-        prefix: what the first layers made of the prompt, from which the full model goes on; None to run them again.
+        request: the prepared call.
+        plans: that may draft.
         start: when the call began.
 
     Returns:
-        The output, and the milliseconds from `start` to the first token. If it is an output object, it has
-        `draft_tokens`, `accepted_tokens`, `acceptance` (their ratio, None without drafts), `full_passes` (the prompt's
-        among them) and `generation_ms`.
+        The output, the milliseconds from `start` to the first token, and the plan that drafted, the full one if none
+        did. An output object has `draft_tokens`, `accepted_tokens`, `acceptance` (their ratio, None without drafts),
+        `full_passes` (the prompt's among them) and `generation_ms`.
     """
-    began = time.perf_counter()
-    clock = FirstToken(request.model.device)
-    processors = LogitsProcessorList([*request.loop["logits_processor"], clock])
-    drafter = Drafter(request, plan, processors)
-    checking = _Checking(request.model, prefix, drafter)
-    loop = {**request.loop, "logits_processor": processors, "generation_config": request.config}
-    # A method of the library, given a stand-in for the model: so nothing on the model itself has to be changed.
-    decode: Any = type(request.model)._assisted_decoding  # type: ignore[attr-defined]
-    output: Any = decode(checking, request.input_ids, **loop, **request.kwargs)
+    began, full = time.perf_counter(), LayerPlan.full(len(decoder_layers(request.model)))
+    drafter = Drafter(request, plans)
+    if drafter.pays:
+        output, first_token_ms, passes = _decode_with_drafts(request, drafter, full, start)
+    else:
+        output, first_token_ms = decode(request, [full], None, start)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        passes = sequences.shape[1] - request.input_ids.shape[1]
     if not isinstance(output, torch.Tensor):
         output["draft_tokens"], output["accepted_tokens"] = drafter.drafted, drafter.accepted
         output["acceptance"] = drafter.accepted / drafter.drafted if drafter.drafted else None
-        output["full_passes"] = checking.passes
+        output["full_passes"] = passes
         output["generation_ms"] = (time.perf_counter() - began) * 1000
-    return output, clock.moment.ms_since(start) if clock.moment else 0.0
+    return output, first_token_ms, [drafter.last or full]
+
+
+def _decode_with_drafts(request: Request, drafter: Drafter, full: LayerPlan, start: Moment) -> tuple[Any, float, int]:
+    """The output, the milliseconds to the first token, and the passes of the full model."""
+    clock = FirstToken(request.model.device)
+    drafter.processors = LogitsProcessorList([*request.loop["logits_processor"], clock])
+    checking = _Checking(request.model, full, drafter)
+    loop = {**request.loop, "logits_processor": drafter.processors, "generation_config": request.config}
+    # A method of the library, given a stand-in for the model: so nothing on the model itself has to be changed.
+    decode_assisted: Any = type(request.model)._assisted_decoding  # type: ignore[attr-defined]
+    output = decode_assisted(checking, request.input_ids, **loop, **request.kwargs)
+    return output, clock.moment.ms_since(start) if clock.moment else 0.0, checking.passes
 
 
 class Drafter(CandidateGenerator):
-    """Drafts as many tokens as pay by the request's acceptance so far; once none does, no more.
+    """Drafts as many tokens as pay, under the plan with which they pay most; once none does, no more.
 
     Attributes:
+        processors: of the request's scores.
+        last: the plan that drafted last.
         drafted: tokens drafted so far.
         accepted: of these, tokens that the full model kept.
     """
 
-    def __init__(self, request: Request, plan: LayerPlan, processors: LogitsProcessorList) -> None:
-        self._request, self._plan, self._processors = request, plan, processors
-        self._costs, self._budget = known_step_costs(request.model), plan.budget(sublayer_bytes(request.model))
+    def __init__(self, request: Request, plans: Sequence[DraftPlan]) -> None:
+        self._request, self._plans, self._costs = request, plans, known_step_costs(request.model)
         self._mask = request.kwargs.get("attention_mask")
-        self._started, self._offered, self._judged = False, 0, 0
-        self._length = MAX_DRAFT
+        self._started, self._offered = False, 0
+        self._draft_plan, self._length = best_draft(self._costs, plans)
+        self.processors = LogitsProcessorList()
+        self.last: LayerPlan | None = None
         self.drafted = self.accepted = 0
+
+    @property
+    def pays(self) -> bool:
+        return self._length > 0
 
     def get_candidates(self, input_ids: Any, **_: Any) -> tuple[Any, Any]:
         """Text [1, S] with drafted tokens behind it, and, for sampling, the scores [1, n, V] they were drawn from."""
         first, self._started = not self._started, True
-        self._length = 0 if self._plan.is_full or not self._length else self._paying_length()
+        if self.pays:
+            self._draft_plan, self._length = best_draft(self._costs, self._plans)
         left = int(self._request.config.max_length or 0) - input_ids.shape[1] - 1
         self._offered = 0 if first else max(min(self._length, left), 0)
-        if not self._offered:
+        if not self._offered or self._draft_plan is None:
             return input_ids, None
-        ids, scores = self._draft(input_ids)
+        ids, scores = self._draft(input_ids, self._draft_plan.plan)
         self._offered = ids.shape[1] - input_ids.shape[1]
         self.drafted += self._offered
         return ids, scores if self._request.config.do_sample else None
@@ -126,20 +204,19 @@ class Drafter(CandidateGenerator):
         """Learn how many of the drafted tokens were kept; those behind the first refused one were not judged."""
         kept = min(int(num_matches), self._offered)
         self.accepted += kept
-        self._judged += min(kept + 1, self._offered)
-
-    def _paying_length(self) -> int:
-        rate = (self.accepted + PRIOR_ACCEPTED) / (self._judged + PRIOR_JUDGED)
-        return paying_length(self._costs, self._budget, rate)
+        if self._draft_plan is not None:
+            self._draft_plan.accepted += kept
+            self._draft_plan.judged += min(kept + 1, self._offered)
 
     @torch.no_grad()
-    def _draft(self, input_ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        cache, ids, scores = _view(self._request.kwargs["cache"], self._plan), input_ids, []
+    def _draft(self, input_ids: Any, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        cache, ids, scores = _view(self._request.kwargs["cache"], plan), input_ids, []
+        self.last = plan
         ends = getattr(self._request.config, "_eos_token_tensor", None)
-        with apply_plan(self._request.model, self._plan):
+        with apply_plan(self._request.model, plan):
             for _ in range(self._offered):
                 logits = self._request.model(**self._step(ids), cache=cache, use_cache=True).logits[:, -1]
-                scores.append(self._processors(ids, logits.to(input_ids.device, torch.float32, copy=True)))
+                scores.append(self.processors(ids, logits.to(input_ids.device, torch.float32, copy=True)))
                 token = self._chosen(scores[-1])
                 ids = torch.cat([ids, token], dim=1)
                 if ends is not None and torch.isin(token, ends.to(token.device)).any():
@@ -161,25 +238,12 @@ class Drafter(CandidateGenerator):
         return {"input_ids": ids[:, -1:], "attention_mask": mask, **positions}
 
 
-def paying_length(costs: StepCosts, budget: float, rate: float) -> int:
-    """How many tokens to draft for the most tokens a millisecond, if each is accepted with probability `rate`; 0 if
-    decoding without drafts is as fast.
-
-    A round of k drafts takes k steps of the plan and a full pass over k + 1 tokens, and gives on average
-    (1 - rate^(k + 1)) / (1 - rate) tokens (Leviathan et al. 2023, equation 1).
-    """
-    lengths = np.arange(MAX_DRAFT + 1)
-    tokens = np.array([sum(rate**power for power in range(length + 1)) for length in lengths])
-    step = costs.ms(budget, np.array([1]))[0]
-    return int((tokens / (lengths * step + costs.ms(1.0, lengths + 1))).argmax())
-
-
 class _Checking:
-    """The model as transformers' loop for assisted decoding sees it: each pass is one of the full model, the first goes
-    on from the prefix, and the candidates come from the drafter."""
+    """The model as transformers' loop for assisted decoding sees it: each pass is one of the full model, and the
+    candidates come from the drafter."""
 
-    def __init__(self, model: PreTrainedModel, prefix: Prefix | None, drafter: Drafter) -> None:
-        self._model, self._prefix, self._drafter = model, prefix, drafter
+    def __init__(self, model: PreTrainedModel, full: LayerPlan, drafter: Drafter) -> None:
+        self._model, self._full, self._drafter = model, full, drafter
         self.passes = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -189,13 +253,9 @@ class _Checking:
         return self._drafter
 
     def __call__(self, **inputs: Any) -> Any:
-        prefix, self._prefix = self._prefix, None
         self.passes += 1
-        with apply_plan(self._model, LayerPlan.full(self._drafter._plan.n_layers)):
-            if prefix is None:
-                return self._model(**inputs)
-            with replaying(self._model, prefix, release=True):
-                return self._model(**inputs)
+        with apply_plan(self._model, self._full):
+            return self._model(**inputs)
 
 
 def _view(cache: Cache, plan: LayerPlan) -> Cache:

@@ -15,9 +15,12 @@ from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
+from oracle.chat import ChatError, Turns, tokens_of
 from runtime.call_arguments import UnsupportedGenerationError
+from runtime.composing import Composer
 from runtime.deciding import Decider, Decision, prompt_key
 from runtime.parts import AllocatorParts
+from runtime.step_costs import known_step_costs
 from runtime.texts import AllocatedText, decoding_options, new_texts
 
 PROBE_TOKENS = 2048
@@ -40,12 +43,13 @@ def finished_texts(
     batch_size: int,
     **options: Any,
 ) -> Iterator[list[tuple[int, AllocatedText]]]:
-    """Continue prompts [N], each under its own plan, in batches as `composed` makes them.
+    """Continue rendered prompts [N], each under its own plan, in batches as `Composer` makes them.
 
     Batches go on from what the first layers made of their prompts when these were allocated, as far as `KEPT_BYTES`
     suffice. A batch for which the device's memory does not suffice is run half by half.
 
     Args:
+        model, tokenizer: what answers.
         batch_size: prompts generated together, at most.
         options: arguments of `generate()`, in place of those that the allocator was calibrated with.
 
@@ -59,7 +63,7 @@ def finished_texts(
     _check(batch_size, options)
     if not prompts:
         return
-    tokens = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    tokens = [tokens_of(tokenizer, text) for text in prompts]
     if empty := [index for index, ids in enumerate(tokens) if not ids]:
         raise UnsupportedGenerationError(f"prompt {empty[0]} is empty: there is nothing to continue")
     settings = {**decoding_options(tokenizer, allocator.decoding), **options}
@@ -75,34 +79,11 @@ def finished_texts(
     copies = int(settings.get("num_beams") or getattr(model.generation_config, "num_beams", None) or 1)
     kept = _Kept(0 if any(settings.get(name) for name in _SEVERAL_TOKENS_AT_ONCE) else KEPT_BYTES)
     plans = _allocated(allocator, model, tokens, kept)
-    for part in composed(plans, [len(ids) for ids in tokens], batch_size):
+    n_new = int(settings.get("max_new_tokens") or allocator.decoding.max_new_tokens)
+    batches = Composer(known_step_costs(model), plans, [len(ids) for ids in tokens], n_new)
+    for part in batches.composed(batch_size):
         yield in_halves(part, run)
         kept.drop(part)
-
-
-def composed(plans: Sequence[LayerPlan], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """The places of N prompts in batches: full ones of one plan first, then what is left of each plan, mixed.
-
-    A batch of one plan saves the weights of the layers that it leaves out, where a mixed one reads those of its deepest
-    row. Of one plan, and among those left, neighbours are of like length, so that little is padded; the deepest plans
-    and the longest prompts come first, so that too little memory shows at once.
-
-    Args:
-        plans: of the prompts.
-        lengths: tokens of the prompts.
-        batch_size: prompts that run together, at most.
-    """
-    by_plan: dict[LayerPlan, list[int]] = {}
-    for place in sorted(
-        range(len(plans)), key=lambda place: (-plans[place].layers, str(plans[place]), -lengths[place])
-    ):
-        by_plan.setdefault(plans[place], []).append(place)
-    full, left = [], []
-    for places in by_plan.values():
-        whole = len(places) - len(places) % batch_size
-        full += [places[start : start + batch_size] for start in range(0, whole, batch_size)]
-        left += places[whole:]
-    return full + [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
 
 
 @dataclass(slots=True)
@@ -136,18 +117,27 @@ def generate_many(
     allocator: AllocatorParts,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Turns],
     *,
+    raw: bool,
     batch_size: int,
     advance: Callable[[int], None],
     **options: Any,
 ) -> list[AllocatedText]:
     """See `Allocator.generate_many`."""
     texts: dict[int, AllocatedText] = {}
-    for batch in finished_texts(allocator, model, tokenizer, prompts, batch_size=batch_size, **options):
+    given = [_rendered(allocator, number, prompt, raw) for number, prompt in enumerate(prompts)]
+    for batch in finished_texts(allocator, model, tokenizer, given, batch_size=batch_size, **options):
         texts.update(batch)
         advance(len(batch))
     return [texts[index] for index in range(len(prompts))]
+
+
+def _rendered(allocator: AllocatorParts, number: int, prompt: str | Turns, raw: bool) -> str:
+    try:
+        return allocator.rendered(prompt, raw=raw)
+    except ChatError as error:
+        raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
 
 
 def _check(batch_size: int, options: dict[str, Any]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from backbone.fingerprint import model_fingerprint
@@ -15,8 +16,12 @@ from backbone.stand_ins.attaching import StandIns, attach, attached_digest, atta
 from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
+from controller.certificate.outliers import OutlierTest
+from controller.certificate.risks import kept_by_full
 from controller.projection import Projection
+from oracle.chat import Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
+from runtime.chat_format import ChatFormat
 from runtime.deciding import Decider
 
 _attaching = threading.Lock()
@@ -41,9 +46,15 @@ class AllocatorParts:
         model_source: where that model was loaded from.
         stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
             which without a plan stays what it is, bit for bit.
+        acceptance: for each plan of the menu the share of its tokens that the full model says too (see
+            `oracle.labels.token_agreement`), by which the lossless mode chooses the plan that drafts; None where no
+            label told.
         drift: watches whether the prompts that are generated from are like those of the certificate. While it rings
             every prompt runs the full plan; see `DriftAlarm`. None to do without, as when the same prompts are timed
             over and over: `dataclasses.replace(allocator, drift=None)`.
+        outliers: sends prompts unlike all known ones to the full plan, and belongs to what the certificate covers; None
+            where it is off.
+        chat: the chat template that its prompts were rendered with; None where they were given as they are.
     """
 
     menu: PlanMenu
@@ -56,6 +67,9 @@ class AllocatorParts:
     model_source: str
     stand_ins: StandIns | None = None
     drift: DriftAlarm | None = None
+    outliers: OutlierTest | None = None
+    acceptance: tuple[float, ...] | None = None
+    chat: ChatFormat | None = None
 
     def __repr__(self) -> str:
         found = self.certificate
@@ -100,6 +114,29 @@ class AllocatorParts:
                 f"the full model's first {depth} layers (probe_depth) made of the prompt"
             )
 
+    def rendered(self, prompt: str | Turns | Question, *, raw: bool = False) -> str:
+        """A prompt's text as those were that this allocator was made with; `inputs` tokenizes it.
+
+        Args:
+            prompt: what the user says, or a conversation whose last turn is the user's: `[{"role": "user", "content":
+                "..."}]`. A text that was rendered before stays what it is.
+            raw: the text is what the model is to continue, without the template.
+
+        Raises:
+            ChatError: a conversation without a template, or that is none, or that the template cannot render.
+        """
+        if isinstance(prompt, Rendered):
+            return prompt
+        question = prompt if isinstance(prompt, Question) else Question.of(prompt, raw=raw)
+        return rendered(question, None if self.chat is None else self.chat.template)
+
+    def inputs(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Turns], *, raw: bool = False
+    ) -> BatchEncoding:
+        """Prompts as the inputs of `generate`, left-padded [B, S], rendered as `rendered` says."""
+        return padded_prompts(tokenizer, [self.rendered(prompt, raw=raw) for prompt in prompts])
+
     def decider(self, limit_ms: float | None = None) -> Decider:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        return Decider(self.menu, self.controller, self.projection, self.certificate.price, self.drift, limit_ms)
+        price, full = self.certificate.price, kept_by_full(self.certificate.risk)
+        return Decider(self.menu, self.controller, self.projection, price, full, self.outliers, self.drift, limit_ms)

@@ -87,6 +87,11 @@ class Request:
         return self.kwargs.get("cache")
 
     @property
+    def goes_on(self) -> bool:
+        """The call goes on from a cache that is filled."""
+        return self.cache is not None and int(self.cache.get_seq_length()) > 0
+
+    @property
     def captures_layers(self) -> bool:
         """Every layer must really run its prompt, since what happens in it is asked for."""
         return bool(self.config.output_attentions or self.config.output_hidden_states)
@@ -112,7 +117,7 @@ class Request:
                 with other stand-ins.
         """
         cache = self.cache
-        if cache is None or int(cache.get_seq_length()) == 0:
+        if cache is None or not self.goes_on:
             return None
         known = remembered_plans(cache)
         if known is None and any(isinstance(layer, DummyLayer) for layer in cache.layers):

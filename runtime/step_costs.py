@@ -1,8 +1,10 @@
-"""What a pass of a model costs: milliseconds as a function of the plan's budget and of the tokens in the pass.
+"""What a pass of a model costs: milliseconds as a function of the layers that run and of the tokens in the pass.
 
 A pass is taken to cost `fixed(tokens) + budget * layers(tokens)`: the output head and the overhead of a call, and the
-decoder's layers. What attention adds for long contexts is left out. The numbers decide how much is drafted, never
-about outputs, so an estimate serves until somebody measures.
+decoder's layers. What attention adds for long contexts is left out. The numbers decide how much is drafted and which
+prompts run together, never about outputs, so an estimate serves until somebody measures.
+
+Shapes: `L` layers, `N` numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers, sublayer_bytes
@@ -35,6 +37,7 @@ BALANCE_TOKENS = {"cuda": 256, "cpu": 32}
 bfloat16, roughly, and between what two models showed on a CPU (16 for Gemma 3 270M, 43 for Qwen2.5 1.5B, 2 cores)."""
 
 DECODE_ROWS, PROMPT_TOKENS = (1, 2, 4, 8, 16, 32, 64), 256
+CHECK_TOKENS, CONTEXT_TOKENS = (1, 2, 4, 8, 16), 64
 PASSES, ROUNDS = 2, 3
 
 
@@ -44,22 +47,39 @@ class StepCosts:
 
     Attributes:
         tokens: ascending, at least two.
-        full_ms: of a pass of the full model with so many tokens.
+        full_ms: of a pass of the full model with so many tokens, a row each, or of a prompt's where they are many.
         fixed_ms: the part of it that does not depend on the layers that run.
+        check_tokens: ascending, at least two.
+        check_ms: of a pass of the full model with so many tokens of one row behind its text, the head over all of them.
         measured: whether these are milliseconds; an estimate has ratios only.
     """
 
     tokens: tuple[int, ...]
     full_ms: tuple[float, ...]
     fixed_ms: tuple[float, ...]
+    check_tokens: tuple[int, ...]
+    check_ms: tuple[float, ...]
     measured: bool
 
     def ms(self, budget: float, tokens: NDArray[Any]) -> NDArray[np.float64]:
         """Time of passes with [N] tokens under a plan of this budget [N]."""
         at_grid = np.array(self.fixed_ms) + budget * (np.array(self.full_ms) - np.array(self.fixed_ms))
-        last = (at_grid[-1] - at_grid[-2]) / (self.tokens[-1] - self.tokens[-2])
-        beyond = np.maximum(tokens - self.tokens[-1], 0) * max(last, 0.0)
-        return np.asarray(np.interp(tokens, self.tokens, at_grid) + beyond)
+        return _along(self.tokens, at_grid, tokens)
+
+    def mixed_ms(self, tokens: int, run: NDArray[Any]) -> float:
+        """Time of one pass with so many tokens, of which each layer runs some [L]."""
+        layers = self.ms(1.0, run) - self.ms(0.0, run)
+        return float(self.ms(0.0, np.array([tokens]))[0] + (layers * (run > 0)).mean())
+
+    def checking_ms(self, tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """Time of passes of the full model with [N] tokens of one row."""
+        return _along(self.check_tokens, np.array(self.check_ms), tokens)
+
+
+def _along(grid: tuple[int, ...], values: NDArray[np.float64], tokens: NDArray[Any]) -> NDArray[np.float64]:
+    """Values at [N] numbers of tokens, on straight lines between those of the grid; beyond it on the last line."""
+    slope = max((values[-1] - values[-2]) / (grid[-1] - grid[-2]), 0.0)
+    return np.asarray(np.interp(tokens, grid, values) + np.maximum(tokens - grid[-1], 0) * slope)
 
 
 def estimated_step_costs(model: PreTrainedModel) -> StepCosts:
@@ -70,14 +90,15 @@ def estimated_step_costs(model: PreTrainedModel) -> StepCosts:
     tokens = (1, BALANCE_TOKENS.get(model.device.type, 32))
     factors = [1 + count / tokens[1] for count in tokens]
     full_ms, fixed_ms = [(decoder + fixed) * factor for factor in factors], [fixed * factor for factor in factors]
-    return StepCosts(tokens, tuple(full_ms), tuple(fixed_ms), measured=False)
+    return StepCosts(tokens, tuple(full_ms), tuple(fixed_ms), tokens, tuple(full_ms), measured=False)
 
 
 @torch.no_grad()
 def measure_step_costs(model: PreTrainedModel, advance: Callable[[], None] = lambda: None) -> StepCosts:
-    """Time passes of the full model and of its first half in turn, at several numbers of tokens, without stand-ins.
+    """Time passes of the full model and of its first half in turn, at several numbers of tokens, without stand-ins, and
+    passes over several tokens of one row as checks of drafts are: behind a text, in a cache from which they are cut.
 
-    Takes as long as some 120 decoding steps and a few prompts.
+    Takes as long as some 160 decoding steps and a few prompts.
     """
     n_layers = len(decoder_layers(model))
     half = LayerPlan.exiting(n_layers, (n_layers + 1) // 2)
@@ -90,8 +111,11 @@ def measure_step_costs(model: PreTrainedModel, advance: Callable[[], None] = lam
         layers = 0.0 if share == 1 else max(full - short, 0.0) / (1 - share)
         full_ms.append(full)
         fixed_ms.append(max(full - layers, 0.0))
+    checks = median_seconds({count: _check(model, count) for count in CHECK_TOKENS}, ROUNDS, advance)
+    check_ms = [1000 * seconds / PASSES for seconds in checks.values()]
+    rising = [tuple(np.maximum.accumulate(times).tolist()) for times in (full_ms, check_ms)]
     tokens = tuple(rows * length for rows, length in shapes)
-    return StepCosts(tokens, tuple(np.maximum.accumulate(full_ms).tolist()), tuple(fixed_ms), measured=True)
+    return StepCosts(tokens, rising[0], tuple(fixed_ms), CHECK_TOKENS, rising[1], measured=True)
 
 
 def _passes(model: PreTrainedModel, plan: LayerPlan, shape: tuple[int, int]) -> Callable[[], None]:
@@ -103,6 +127,19 @@ def _passes(model: PreTrainedModel, plan: LayerPlan, shape: tuple[int, int]) -> 
         with apply_plan(model, plan, frozen=True):
             for _ in range(PASSES):
                 model(input_ids=ids, use_cache=True, **options)
+
+    return run
+
+
+def _check(model: PreTrainedModel, count: int) -> Callable[[], None]:
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.ones((1, CONTEXT_TOKENS), dtype=torch.long, device=model.device), cache=cache, use_cache=True)
+    ids = torch.ones((1, count), dtype=torch.long, device=model.device)
+
+    def run() -> None:
+        for _ in range(PASSES):
+            model(input_ids=ids, cache=cache, use_cache=True)
+            cache.crop(-count)
 
     return run
 
@@ -154,8 +191,10 @@ def _path(key: str) -> Path:
 def _read(key: str) -> StepCosts | None:
     try:
         found = json.loads(_path(key).read_text())
-        tokens, full_ms, fixed_ms = (tuple(found[name]) for name in ("tokens", "full_ms", "fixed_ms"))
-        return StepCosts(tokens, full_ms, fixed_ms, measured=True)
+        return StepCosts(
+            **{name: tuple(found[name]) for name in ("tokens", "full_ms", "fixed_ms", "check_tokens", "check_ms")},
+            measured=True,
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
+from oracle.chat import padded_prompts
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.labels.generate_answers import stop_token_ids
 
@@ -29,8 +30,8 @@ def generate_texts(
     prompts: Sequence[str],
     decoding: Decoding,
 ) -> list[AllocatedText]:
-    """Continue each of `prompts` [B] as one batch, by `allocator.generate`."""
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    """Continue each of `prompts` [B], rendered, as one batch, by `allocator.generate`."""
+    inputs = padded_prompts(tokenizer, prompts).to(model.device)
     output = generate(
         model,
         input_ids=inputs["input_ids"],

@@ -11,7 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"backbone", "controller", "layerbudget", "oracle", "pipelines", "runtime"}
-SOURCES_ONLY = ("tests/test_packaging.py", "tests/built_wheel.py", "tests/test_benchmarks.py")
+SOURCES_ONLY = (
+    "tests/test_packaging.py",
+    "tests/built_wheel.py",
+    "tests/test_benchmarks.py",
+    "tests/test_docstrings.py",
+    "tests/pipelines/test_ray.py",
+)
 """About the project's folders, or about scripts that are in no wheel."""
 
 

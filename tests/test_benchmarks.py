@@ -10,6 +10,7 @@ import pytest
 from tiny_allocator import make_allocator
 
 from backbone.loading import load_backbone
+from controller.certificate.risks import RISKS
 from pipelines.config import load_config
 from pipelines.runner import run_all
 
@@ -44,6 +45,39 @@ def test_decode_compares_plan_stock_and_deleted_model(model_folder, tmp_path, mo
     assert all(row["cache_bytes"] == row["cache_bytes_deleted"] > 0 for row in rows)
     assert rows[1]["cache_bytes"] * 2 == rows[0]["cache_bytes"]
     assert "x the time of the deleted model" in capsys.readouterr().out
+
+
+def test_mixed_batches_are_compared_step_by_step_and_a_stopped_run_goes_on(
+    model_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    """The comparison that runs on a GPU with a large shape, here on a tiny one."""
+    mixed = script("mixed")
+    (tmp_path / "demo.json").write_text((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    monkeypatch.setattr(mixed, "RESULTS", tmp_path)
+    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
+    sizes = ["--rounds", "1", "--new-tokens", "3", "--contexts", "8", "--caches", "dynamic", "static"]
+
+    def run(*batches: str, minutes: str = "9") -> list[dict]:
+        of = ["--model", str(model_folder), "--name", "tiny", "--dtype", "float32"]
+        command = ["mixed.py", *of, *sizes, "--minutes", minutes, "--batches", *batches]
+        monkeypatch.setattr(sys, "argv", command)
+        mixed.main()
+        return json.loads((tmp_path / "mixed-tiny-cpu-float32.json").read_text())["rows"]
+
+    single = run("1")
+    assert [(row["cache"], row["case"]) for row in single] == [
+        (cache, case) for cache in ("dynamic", "static") for case in ("stock", "alone")
+    ]
+    rows = run("1", "4")
+    assert rows[: len(single)] == single, "what was measured is kept"
+    mixtures = [row for row in rows if row["batch"] == 4 and row["case"] != "stock"]
+    assert [row["case"] for row in mixtures] == ["exit_half", "last_layer", "gap", "demo"] * 2
+    for row in mixtures:
+        assert row["cache_to_stock"] == pytest.approx(row["layers"] / 6, abs=1e-3)
+        assert row["step_ms"] > 0
+        assert 0 < row["law"] <= 1
+    assert run("1", "4", "8", minutes="0") == rows
+    assert "not begun: the time is up" in capsys.readouterr().out
 
 
 def test_frontier_writes_time_and_gap_of_every_problem(tmp_path, monkeypatch, capsys) -> None:
@@ -121,7 +155,9 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     split = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())["prompts"]
     assert result["prompts"] == sum(split.values()) - split["adapt"]
     assert {row["policy"] for row in result["captured"]} >= {"lightgbm", "mlp", "shuffled"}
-    assert {row["controller"] for row in result["certificate"]} == {"lightgbm", "mlp"}
+    assert {(row["risk"], row["controller"]) for row in result["certificate"]} == {
+        (risk, name) for risk in RISKS for name in ("lightgbm", "mlp")
+    }
     assert all(row["of_pool"]["low"] <= 0.2 for row in result["certificate"]), "delta is 0.2"
     assert all(row["violations"] <= 0.3 for row in result["simulated"])
     assert 0 < result["milliseconds"]["decision"] < result["milliseconds"]["generation"] * 100
@@ -130,24 +166,46 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     monkeypatch.setattr(keep, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["keep.py", "--run", str(tmp_path / "runs" / "tiny")])
     keep.main()
-    assert "settings" in json.loads((tmp_path / "tiny.json").read_text())["tuning"]["controllers"]["mlp"]
-    assert str(tmp_path) not in (tmp_path / "tiny.json").read_text()
+    kept = (tmp_path / "tiny.json").read_text()
+    assert "settings" in json.loads(kept)["tuning"]["controllers"]["mlp"]
+    assert "examples" not in json.loads(kept)
+    assert str(tmp_path) not in kept
+    _check_redraws(tmp_path, monkeypatch)
+
+
+def _check_redraws(tmp_path, monkeypatch) -> None:
+    redraws = script("redraws")
+    monkeypatch.setattr(redraws, "RESULTS", tmp_path)
+    run = str(tmp_path / "runs" / "tiny")
+    monkeypatch.setattr(sys, "argv", ["redraws.py", "--run", run, "--name", "tiny", "--draws", "4"])
+    redraws.main()
+    result = json.loads((tmp_path / "redraws-tiny.json").read_text())
+    assert result["draws"] == 4
+    policies = result["policies"]
+    assert policies.keys() == {"allocator", "task", "best_static", "oracle"}
+    budget = policies["allocator"]["budget"]
+    assert 0 < budget["low"] <= budget["mean"] <= budget["high"] <= 1
+    assert policies["oracle"]["quality_ratio"]["low"] > 0.999, "at the full model's mean score, or above"
+    assert redraws.results_table(result).count("\n") == 5
 
 
 def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:
     model, _ = load_backbone(str(model_folder))
     make_allocator(model).save_pretrained(tmp_path / "allocator")
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
-    runtime = script("end_to_end")
+    runtime, results = script("end_to_end"), []
     monkeypatch.setattr(runtime, "RESULTS", tmp_path)
     data = ["--model", str(model_folder), "--allocator", str(tmp_path / "allocator"), "--data", str(prompts_file)]
-    options = "--prompts 8 --new-tokens 4 --rounds 2 --batches 1 4 --name tiny"
-    monkeypatch.setattr(sys, "argv", ["runtime.py", *data, *options.split()])
-    runtime.main()
-    result = json.loads((tmp_path / "runtime-tiny.json").read_text())
+    options = "--prompts 8 --new-tokens 4 --rounds 2 --name tiny --peers"
+    for sizes in ("1,4", "1,4,offline"):
+        monkeypatch.setattr(sys, "argv", ["runtime.py", *data, *options.split(), "--sizes", sizes])
+        runtime.main()
+        results.append(json.loads((tmp_path / "runtime-tiny.json").read_text()))
+    first, result = results
+    assert result["runs"][:2] == first["runs"], "what was measured is kept"
     assert result["differing"] == {"rows": 8, "tokens": 0, "rows_parted_at_a_near_tie": 0}
     assert [run["batch"] for run in result["runs"]] == [1, 4, "offline"]
-    chosen = result["allocator"]["layers_chosen"]
+    chosen = result["layers_chosen"]
     assert 4 <= chosen < 6, "some prompts must skip layers, or nothing is compared"
     for run in result["runs"]:
         rows = run["contestants"]

@@ -1,13 +1,19 @@
 """The examples run, on a tiny model."""
 
+import os
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command import layerbudget
 from tiny_allocator import make_allocator
 
 from backbone.loading import load_backbone
+from pipelines.config import load_config
+from pipelines.workspace import Workspace
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -45,3 +51,21 @@ def test_offline_answers_every_line_in_order(folder, tmp_path, capsys) -> None:
     run("offline")(folder, str(prompts), str(answers))
     assert len(answers.read_text().splitlines()) == 3
     assert "more answered" in capsys.readouterr().out
+
+
+def test_a_slurm_array_labels_in_parts_that_are_merged(config_file, tmp_path, monkeypatch) -> None:
+    path = config_file(runs="runs")
+    monkeypatch.chdir(tmp_path)
+    for stage in ("menu", "adapt"):
+        assert layerbudget(stage, path.name).returncode == 0
+    (tmp_path / "layerbudget").write_text(f'#!/bin/sh\nexec {sys.executable} -m layerbudget "$@"\n')
+    (tmp_path / "layerbudget").chmod(0o755)
+    script = ["bash", str(EXAMPLES / "label_array.sh"), path.name, "tiny"]
+    known = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_COUNT": "2"}
+    known["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    for part in "12":
+        subprocess.run(script, env={**known, "SLURM_ARRAY_TASK_ID": part}, check=True, capture_output=True)
+    done = layerbudget("merge", path.name, *(f"runs-{part}/tiny/labels.db" for part in "12"))
+    assert done.returncode == 0, done.stderr
+    workspace = Workspace(load_config(path))
+    assert workspace.labels_digest() is not None, "none is missing, so `run` goes on"

@@ -67,6 +67,7 @@ def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[
     for rounding.
 
     Args:
+        model: the model.
         plans: of the B prompts. A pass over R = B * c rows takes c neighbouring rows as one prompt's, such as its
             beams or samples in `generate()`.
 

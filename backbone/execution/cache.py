@@ -51,7 +51,7 @@ def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
         cache.layers.extend(cache.layer_class_to_replicate() for _ in range(plan.n_layers - len(cache.layers)))
     for index, layer in enumerate(cache.layers):
         is_placeholder = isinstance(layer, DummyLayer)
-        if _own_rows(layer) is not None:
+        if _has_own_rows(layer):
             raise CacheMismatchError(
                 f"this cache was filled under a plan for each row, and {plan} is one for all; use a new cache"
             )
@@ -67,6 +67,10 @@ def drop_skipped_layers(cache: Cache, plan: LayerPlan) -> None:
             cache.layers[index] = SkippedLayer(plan, index)
 
 
+Held = tuple[int, ...]
+"""The rows of a batch that a layer of a cache holds, ascending."""
+
+
 @lru_cache
 def _of_some_rows(kind: type[CacheLayerMixin]) -> type[Any]:
     """A class of cache layers that hold some rows of the batch: what is asked of the whole cache, by the places of rows
@@ -76,51 +80,45 @@ def _of_some_rows(kind: type[CacheLayerMixin]) -> type[Any]:
     """
 
     class OfSomeRows(kind):  # type: ignore[misc, valid-type]
-        _rows: torch.Tensor
+        _held: Held
         _n_rows: int
 
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if len(key_states) != len(self._rows):
+            if len(key_states) != len(self._held):
                 raise CacheMismatchError(
-                    f"this cache was filled under a plan for each row: one of its layers holds {len(self._rows)} of "
+                    f"this cache was filled under a plan for each row: one of its layers holds {len(self._held)} of "
                     f"{self._n_rows} rows, and got {len(key_states)}; go on with the same plans, or with a new cache"
                 )
             return super().update(key_states, value_states, *args, **kwargs)
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            super().reorder_cache(self._places()[beam_idx.cpu()[self._rows]])
+            super().reorder_cache(self._places()[beam_idx.cpu()[list(self._held)]])
 
         def batch_select_indices(self, indices: torch.Tensor) -> None:
             places = self._places()[torch.arange(self._n_rows)[indices.cpu()]]
             super().batch_select_indices(places[places >= 0])
-            self._rows, self._n_rows = (places >= 0).nonzero()[:, 0], len(places)
+            self._held, self._n_rows = tuple((places >= 0).nonzero()[:, 0].tolist()), len(places)
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
-            self._rows = (self._rows[:, None] * repeats + torch.arange(repeats)).flatten()
+            self._held = tuple(row * repeats + copy for row in self._held for copy in range(repeats))
             self._n_rows *= repeats
 
         def _places(self) -> torch.Tensor:
             """For each row of the batch its place in this layer, -1 for those that it does not hold."""
             places = torch.full((self._n_rows,), -1)
-            places[self._rows] = torch.arange(len(self._rows))
+            places[list(self._held)] = torch.arange(len(self._held))
             return places
 
     return OfSomeRows
 
 
-def _hold_some_rows(layer: Any, rows: torch.Tensor, n_rows: int) -> None:
-    """From now on an empty layer holds the rows [r], ascending, of `n_rows`."""
-    layer.__class__ = _of_some_rows(type(layer))  # type: ignore[arg-type]
-    layer._rows, layer._n_rows = rows, n_rows
-
-
-def keep_rows(cache: Cache, rows: Sequence[torch.Tensor | None], n_rows: int) -> None:
+def keep_rows(cache: Cache, rows: Sequence[Held], n_rows: int) -> None:
     """Make each of the L layers of a fresh cache hold the keys and values of some rows; a cache that was filled like
     this before passes unchanged.
 
     Args:
-        rows: of each layer, the places of its rows among all, ascending; None for all of them.
+        rows: of each layer.
         n_rows: R.
 
     Raises:
@@ -129,33 +127,40 @@ def keep_rows(cache: Cache, rows: Sequence[torch.Tensor | None], n_rows: int) ->
     if cache.layer_class_to_replicate is not None:
         cache.layers.extend(cache.layer_class_to_replicate() for _ in range(len(rows) - len(cache.layers)))
     for index, (layer, wanted) in enumerate(zip(cache.layers, rows, strict=True)):
-        held = _rows_held(layer)
-        if held == "nothing yet" and wanted is not None:
-            if not len(wanted):
-                cache.layers[index] = SkippedLayer("of each row", index)
-            elif isinstance(layer, CacheLayerMixin):
-                _hold_some_rows(layer, wanted, n_rows)
-            else:
-                raise CacheMismatchError(f"the {type(layer).__name__} of this cache cannot hold some rows of a batch")
-        elif held != "nothing yet" and held != (None if wanted is None else wanted.tolist()):
+        held = _rows_held(layer, n_rows)
+        if held is None:
+            if len(wanted) < n_rows:
+                _hold_rows(cache, index, wanted, n_rows)
+        elif held != wanted:
             raise CacheMismatchError(
-                f"this cache was filled under other plans: layer {index} holds the rows {held or 'of all'}, wanted "
-                f"{'all' if wanted is None else wanted.tolist()}; use a new cache or the plans that filled it"
+                f"this cache was filled under other plans: layer {index} holds the rows {list(held)}, wanted "
+                f"{list(wanted)}; use a new cache or the plans that filled it"
             )
 
 
-def _rows_held(layer: Any) -> list[int] | str | None:
-    """The rows that a layer of a cache holds, None for all of them, or "nothing yet"."""
+def _hold_rows(cache: Cache, index: int, rows: Held, n_rows: int) -> None:
+    """From now on an empty layer holds fewer rows than all."""
+    layer: Any = cache.layers[index]
+    if not rows:
+        cache.layers[index] = SkippedLayer("of each row", index)
+        return
+    if not isinstance(layer, CacheLayerMixin):
+        raise CacheMismatchError(f"the {type(layer).__name__} of this cache cannot hold some rows of a batch")
+    layer.__class__ = _of_some_rows(type(layer))
+    layer._held, layer._n_rows = rows, n_rows  # type: ignore[attr-defined]
+
+
+def _rows_held(layer: Any, n_rows: int) -> Held | None:
+    """The rows that a layer of a cache holds; None if it holds nothing yet."""
     if isinstance(layer, DummyLayer):
-        return []
-    if (rows := _own_rows(layer)) is not None:
-        return rows.tolist() if len(rows) < layer._n_rows else None
-    return None if layer.get_seq_length() else "nothing yet"
+        return ()
+    if _has_own_rows(layer):
+        return layer._held  # type: ignore[no-any-return]
+    return tuple(range(n_rows)) if layer.get_seq_length() else None
 
 
-def _own_rows(layer: object) -> torch.Tensor | None:
-    """The rows of a layer that holds some; None for any other layer."""
-    return getattr(layer, "_rows", None)
+def _has_own_rows(layer: object) -> bool:
+    return hasattr(layer, "_held")
 
 
 _FILLED_UNDER = "_layerbudget_filled_under"

@@ -17,6 +17,7 @@ def probe_states(
     """Hidden states before and after each of the first `depth` layers; no later layer and no head is computed.
 
     Args:
+        model: the model, without a plan.
         input_ids: prompt tokens, int64 [B, S], left-padded.
         attention_mask: 1 for tokens, 0 for padding [B, S].
         depth: number of layers that run, at least 1.

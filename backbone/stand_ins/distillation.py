@@ -23,41 +23,13 @@ from backbone.left_padding import by_tokens
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns
 from backbone.stand_ins.bridges import Bridges
-from backbone.stand_ins.trained_parts import Trainable, Where, adapted_layers
+from backbone.stand_ins.settings import DistillSettings
+from backbone.stand_ins.trained_parts import Trainable, adapted_layers
 from backbone.stand_ins.training_checkpoint import Checkpoint
 from backbone.stand_ins.training_targets import Example, Lesson, contiguous_head
 
-
-@dataclass(frozen=True, slots=True)
-class DistillSettings:
-    """How to train.
-
-    Attributes:
-        where: weights that the adapter changes; with `nowhere` the bridges alone are trained.
-        rank: of the LoRA matrices.
-        epochs: passes over the examples.
-        batch_tokens: tokens of a step, padding included.
-        plans_per_step: how many plans run at a step, at least 1.
-        learning_rate, bridge_learning_rate: of AdamW, at their highest.
-        vocabulary: tokens, beside the likely ones, that a step's distributions range over; the others are left out.
-        evaluate_every: steps between looks at the held examples and checkpoints.
-        patience: looks without a better loss after which training stops.
-        held: share of the examples that is held out.
-        seed: of everything random.
-    """
-
-    where: Where = "all"
-    rank: int = 16
-    epochs: float = 1.0
-    batch_tokens: int = 1024
-    plans_per_step: int = 3
-    learning_rate: float = 3e-4
-    bridge_learning_rate: float = 2e-4
-    vocabulary: int = 8192
-    evaluate_every: int = 25
-    patience: int = 4
-    held: float = 0.1
-    seed: int = 0
+CHECKPOINT = "checkpoint.safetensors"
+"""Where training stands, in the folder it is given."""
 
 
 @dataclass(slots=True)
@@ -108,9 +80,7 @@ def distil(
     trainable = Trainable(model, plans, bridges, layers, settings.where, settings.rank, settings.seed)
     try:
         with contiguous_head(model):
-            history = _Run(
-                model, trainable, examples, settings, Checkpoint(folder / "checkpoint.safetensors"), looked
-            ).go()
+            history = _Run(model, trainable, examples, settings, Checkpoint(folder / CHECKPOINT), looked).go()
         adapter, trained = trainable.result()
     finally:
         trainable.close()

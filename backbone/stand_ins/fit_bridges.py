@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import Attached
 from backbone.stand_ins.bridges import Bridge
-from backbone.stand_ins.ridge_regression import Fit, Form, Moments, fit_bridge
+from backbone.stand_ins.ridge_regression import Fit, Moments, fit_bridge
+from backbone.stand_ins.settings import Form
 
 Fits = dict[LayerPlan, dict[int, Fit]]
 """For each plan its fitted bridges, by the first layer of the gap."""
@@ -25,6 +27,12 @@ HELD = 8
 """Every so many-th sequence is held out, to choose the ridge strength by."""
 
 Gap = tuple[LayerPlan, range]
+Batch = Sequence[tuple[int, Sequence[int]]]
+"""Sequences with their numbers."""
+Sums = list[tuple[Moments, Moments]]
+"""Over the fitted and over the held tokens, for each of the different states before and after gaps."""
+Over = Callable[["BatchSums", Sequence[Batch]], Iterable[tuple[int, Sums]]]
+"""Number of each batch, in any order, and its sums."""
 Passed = tuple[dict[int, torch.Tensor], dict[Gap, torch.Tensor], torch.Tensor, torch.Tensor]
 """Of one batch: the full model's states by depth, the states before each gap, which places hold tokens [B, S], and
 which rows are held out [B, 1]."""
@@ -41,6 +49,7 @@ def fit_bridges(
     in_order: bool = False,
     batch_tokens: int = 4096,
     advance: Callable[[int], None] = lambda done: None,
+    over: Over | None = None,
 ) -> Fits:
     """A bridge for every gap of every plan.
 
@@ -52,11 +61,14 @@ def fit_bridges(
             passes over the sequences as the plan has gaps; otherwise all on the full model's states, in one.
         batch_tokens: tokens that run together.
         advance: called with the number of sequences that were run.
+        over: makes the sums over all batches, for example in many processes; default: in this one.
     """
     fits: Fits = {plan: {} for plan in plans}
+    batches = by_tokens(list(enumerate(sequences)), [len(tokens) for tokens in sequences], batch_tokens)
     for number in range(bridging_rounds(plans, in_order)):
         wanted = [(plan, gap) for plan in plans for gap in (plan.gaps[number : number + 1] if in_order else plan.gaps)]
-        sums = _sums(model, sequences, wanted, fits if number else None, batch_tokens, advance)
+        summing = BatchSums(wanted, bridges_of(fits) if number else None)
+        sums = _sums(model, batches, summing, over, advance)
         known: dict[int, Fit] = {}
         for (plan, gap), (fitted, held) in sums.items():
             if id(fitted) not in known:
@@ -77,50 +89,90 @@ def bridging_rounds(plans: Sequence[LayerPlan], in_order: bool) -> int:
 
 def _sums(
     model: PreTrainedModel,
-    sequences: Sequence[Sequence[int]],
-    wanted: Sequence[Gap],
-    fits: Fits | None,
-    batch_tokens: int,
+    batches: Sequence[Batch],
+    summing: BatchSums,
+    over: Over | None,
     advance: Callable[[int], None],
 ) -> dict[Gap, tuple[Moments, Moments]]:
     """For each gap the sums over fitted and over held tokens; one object for gaps whose states are the same."""
-    size, device = model.config.get_text_config().hidden_size, model.device
-    made: dict[Any, tuple[Moments, Moments]] = {}
-    sums = {}
-    for plan, gap in wanted:
-        same = gap if fits is None else (plan, gap)
-        sums[plan, gap] = made.setdefault(same, (Moments(size, device), Moments(size, device)))
-    ends = {layer for _, gap in wanted for layer in (gap.start, gap.stop)}
-    places = {id(fitted): place for place, (fitted, _) in sums.items()}.values()
+    total = summing.nothing(model)
+    if over is None:
+        for batch in batches:
+            summing.add(model, batch, total)
+            advance(len(batch))
+    else:
+        for number, sums in _in_order(over(summing, batches)):
+            for own, others in zip(total, sums, strict=True):
+                for moments, more in zip(own, others, strict=True):
+                    moments.merge(more)
+            advance(len(batches[number]))
+    return {gap: total[place] for gap, place in summing.places().items()}
 
-    def passed(batch: Sequence[tuple[int, Sequence[int]]]) -> list[Passed]:
-        inputs = padded_inputs(model, [tokens for _, tokens in batch])
-        full = _states(model, inputs, ends)
-        before = {(plan, gap): full[gap.start] for plan, gap in wanted}
-        if fits is not None:
-            before = _shortened(model, inputs, wanted, fits)
-        held = torch.tensor([index % HELD == 0 for index, _ in batch], device=device)[:, None]
-        return [(full, before, inputs["attention_mask"].bool(), held)]
 
-    for batch in by_tokens(list(enumerate(sequences)), [len(tokens) for tokens in sequences], batch_tokens):
-        for full, before, mask, held in in_halves(batch, passed):
-            for place in places:
+def _in_order(made: Iterable[tuple[int, Sums]]) -> Iterator[tuple[int, Sums]]:
+    """By number: sums that are added in another order round otherwise."""
+    early: dict[int, Sums] = {}
+    wanted = 0
+    for number, sums in made:
+        early[number] = sums
+        while wanted in early:
+            yield wanted, early.pop(wanted)
+            wanted += 1
+
+
+@dataclass(frozen=True)
+class BatchSums:
+    """Makes the sums over one batch.
+
+    Attributes:
+        wanted: the gaps.
+        bridges: of the plans' earlier gaps, on whose states the sums are made; None for those of the full model.
+    """
+
+    wanted: Sequence[Gap]
+    bridges: dict[LayerPlan, dict[int, Bridge]] | None
+
+    def places(self) -> dict[Gap, int]:
+        """Which of the sums is each gap's: one for gaps whose states are the same."""
+        found: dict[Any, int] = {}
+        return {
+            (plan, gap): found.setdefault(gap if self.bridges is None else (plan, gap), len(found))
+            for plan, gap in self.wanted
+        }
+
+    def nothing(self, model: PreTrainedModel) -> Sums:
+        """Sums over no tokens."""
+        size, device = model.config.get_text_config().hidden_size, model.device
+        return [(Moments(size, device), Moments(size, device)) for _ in set(self.places().values())]
+
+    @torch.no_grad()
+    def add(self, model: PreTrainedModel, batch: Batch, sums: Sums) -> None:
+        """Count the tokens of a batch."""
+        gaps = {place: gap for gap, place in reversed(self.places().items())}
+        for full, before, mask, held in in_halves(batch, lambda part: [self._passed(model, part)]):
+            for place, (plan, gap) in gaps.items():
                 for moments, rows in zip(sums[place], (mask & ~held, mask & held), strict=True):
-                    moments.add(before[place][rows].to(device), full[place[1].stop][rows].to(device))
-        advance(len(batch))
-    return sums
+                    states = before[plan, gap][rows], full[gap.stop][rows]
+                    moments.add(states[0].to(model.device), states[1].to(model.device))
+
+    def _passed(self, model: PreTrainedModel, batch: Batch) -> Passed:
+        inputs = padded_inputs(model, [tokens for _, tokens in batch])
+        full = _states(model, inputs, {layer for _, gap in self.wanted for layer in (gap.start, gap.stop)})
+        before = {(plan, gap): full[gap.start] for plan, gap in self.wanted}
+        if self.bridges is not None:
+            before = _shortened(model, inputs, self.wanted, self.bridges)
+        held = torch.tensor([index % HELD == 0 for index, _ in batch], device=model.device)[:, None]
+        return full, before, inputs["attention_mask"].bool(), held
 
 
 def _shortened(
-    model: PreTrainedModel, inputs: dict[str, torch.Tensor], wanted: Sequence[Gap], fits: Fits
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    wanted: Sequence[Gap],
+    bridges: dict[LayerPlan, dict[int, Bridge]],
 ) -> dict[Gap, torch.Tensor]:
     """The state before each gap as the shortened model with its bridges so far produces it."""
-    return {
-        (plan, gap): _states(
-            model, inputs, {gap.start}, plan, {first: fit.bridge for first, fit in fits[plan].items()}
-        )[gap.start]
-        for plan, gap in wanted
-    }
+    return {(plan, gap): _states(model, inputs, {gap.start}, plan, bridges[plan])[gap.start] for plan, gap in wanted}
 
 
 def _states(

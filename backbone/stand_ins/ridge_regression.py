@@ -10,13 +10,12 @@ Shapes: `T` tokens, `D` hidden size, `r` rank. Sums are float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from backbone.stand_ins.bridges import Bridge
+from backbone.stand_ins.settings import Form
 
-Form = Literal["full", "low_rank"]
 RIDGES = tuple(10.0**power for power in range(-9, 0))
 """Ridge strengths tried, as shares of the mean square of the inputs."""
 
@@ -47,6 +46,13 @@ class Moments:
         self.cross += weighted.T @ residual
         self.residual += float(residual.pow(2).sum())
         self.tokens += len(x)
+
+    def merge(self, other: Moments) -> None:
+        """Count the tokens that another object has counted."""
+        self.inputs += other.inputs.to(self.inputs.device)
+        self.cross += other.cross.to(self.cross.device)
+        self.residual += other.residual
+        self.tokens += other.tokens
 
     def error(self, solution: torch.Tensor) -> float:
         """Mean squared error of a solution [D + 1, D], relative to the mean square of y."""

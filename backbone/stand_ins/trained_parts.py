@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +16,7 @@ from backbone.plan import LayerPlan
 from backbone.stand_ins.adapters import Adapter, AdapterError
 from backbone.stand_ins.attaching import Attached, detach, set_attached
 from backbone.stand_ins.bridges import Bridge, Bridges
-
-Where = Literal["all", "beside_gaps", "nowhere"]
-"""Weights that an adapter changes: all matrices, those of the layers next to a gap, or none."""
+from backbone.stand_ins.settings import Where
 
 LORA_SCALE = 2.0
 """What the product of the LoRA matrices is multiplied with."""

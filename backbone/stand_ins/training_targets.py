@@ -7,14 +7,16 @@ Shapes: `A` answer tokens of a batch, `V` vocabulary, `v` sampled vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from backbone.execution.live_changes import replaced
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.left_padding import last_logits, padded_inputs
 from backbone.plan import LayerPlan
@@ -52,6 +54,8 @@ class Lesson:
         """For each plan the sum over the answers' tokens of KL(full || plan), or of a reference's surprise, in nats.
 
         Args:
+            batch: examples that run together.
+            plans: shortened plans.
             step: a number for the draw of the vocabulary.
         """
         inputs = padded_inputs(self._model, [example.tokens[:-1] for example in batch])
@@ -86,24 +90,16 @@ class Lesson:
         return torch.cat([taught.topk(16, dim=-1).indices.flatten(), said, drawn]).unique()  # type: ignore[no-untyped-call, no-any-return]
 
 
-@contextmanager
-def _head_on(model: PreTrainedModel, kept: torch.Tensor) -> Iterator[None]:
+def _head_on(model: PreTrainedModel, kept: torch.Tensor) -> AbstractContextManager[None]:
     """Within this block the head computes the logits of the tokens `kept` [v] only."""
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    before = dict(head._parameters)
-    head._parameters.update({name: None if p is None else p[kept] for name, p in before.items()})
-    try:
-        yield
-    finally:
-        head._parameters.update(before)
+    part = copy.copy(head)  # shares everything but the parameters
+    part.__dict__["_parameters"] = {name: None if p is None else p[kept] for name, p in head._parameters.items()}
+    return replaced([(head, "forward", lambda states: type(head).forward(part, states.contiguous()))])
 
 
-@contextmanager
-def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+def contiguous_head(model: PreTrainedModel) -> AbstractContextManager[None]:
     """A frozen head on a CPU is a hundred times slower on a slice of a tensor than on a contiguous one."""
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
+    forward = head.forward
+    return replaced([(head, "forward", lambda states: forward(states.contiguous()))])

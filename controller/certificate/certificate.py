@@ -9,7 +9,7 @@ from typing import Any
 
 from backbone.errors import InputError
 from backbone.strict_json import parse
-from controller.certificate.p_values import RISKS, Risk
+from controller.certificate.risks import RISKS, Risk
 
 MOST = 1e300
 """No number of a certificate is larger; a whole number may be larger than any float."""
@@ -24,20 +24,25 @@ class Certificate:
     """With probability at least 1 - `delta`, the mean loss is at most `alpha` on prompts like the calibration prompts.
 
     Attributes:
-        risk: which loss; see `controller.certificate.p_values.Risk`.
+        risk: which loss; see `controller.certificate.risks.Risk`. The mean losses of `mean_score` are in shares of the
+            full model's mean score, and below 0 where more is won than lost.
         alpha: the bound, in (0, 1).
         delta: how often the bound may fail, over draws of the calibration prompts.
         n: calibration prompts.
-        price: worth of one unit of expected loss, in shares of the decoder, that decides; None where no price is valid
-            and every prompt runs the full plan.
+        price: what an expected loss of 1 costs, in shares of the decoder, where plans are chosen; None where no price
+            is valid and every prompt runs the full plan.
         observed_risk: mean loss of the calibration prompts at the price (0 where there is none).
         prompts_hash: of the calibration prompts.
         date: when it was made, ISO 8601.
         fewest_prompts: with fewer calibration prompts (in each task, where `per_task` is given) no price can be valid,
-            whatever the controller.
+            if the controller wins nothing; None where that is more than can be looked at.
+        full_score: the full model's mean score on them; 1 where the risk does not ask for it.
+        prompts_needed: where no price is valid, about how many prompts that lose and vary like these would do; None for
+            too many, or where a price is valid.
         per_task: task -> {"n", "observed_risk"} where the bound holds in every task, empty where only overall.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
         decoding: how the answers were generated, in words.
+        chat_template: hash of the template that the prompts were put into; empty where they were given as they are.
         does_not_cover: what is not promised, in sentences.
     """
 
@@ -49,30 +54,38 @@ class Certificate:
     observed_risk: float
     prompts_hash: str
     date: str
-    fewest_prompts: int
+    fewest_prompts: int | None
+    full_score: float = 1.0
+    prompts_needed: int | None = None
     per_task: dict[str, dict[str, float]] = field(default_factory=dict)
     tolerance: float = 0.0
     decoding: str = ""
+    chat_template: str = ""
     does_not_cover: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.does_not_cover:
-            object.__setattr__(self, "does_not_cover", exclusions(self.date, self.per_task, self.decoding))
+            object.__setattr__(
+                self, "does_not_cover", exclusions(self.date, self.per_task, self.decoding, self.chat_template)
+            )
 
     @property
     def sentence(self) -> str:
         """The certificate in plain words."""
         if self.price is None:
             return f"No saving could be certified: {self._reason}, so all prompts run the full model."
+        seen = self._seen(self.observed_risk)
+        if self.risk == "mean_score":
+            seen = f"{seen} of {self.full_score:.3g}"
         return (
             f"With {_percent(1 - self.delta)} confidence, {self._bound}, on prompts like the {self.n} calibration "
-            f"prompts (observed: {self._seen(self.observed_risk)}{self._worst_task})."
+            f"prompts (observed: {seen}{self._worst_task})."
         )
 
     def too_small(self) -> dict[str, int]:
         """Task -> its prompts, where they are too few for the bound; of an overall bound "all tasks" -> all prompts."""
         sizes = {task: int(seen["n"]) for task, seen in self.per_task.items()} or {"all tasks": self.n}
-        return {task: n for task, n in sizes.items() if n < self.fewest_prompts}
+        return {task: n for task, n in sizes.items() if self.fewest_prompts is None or n < self.fewest_prompts}
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps({**asdict(self), "sentence": self.sentence}, indent=2) + "\n")
@@ -94,6 +107,8 @@ class Certificate:
     @property
     def _bound(self) -> str:
         each = ", in each task," if self.per_task else ""
+        if self.risk == "mean_score":
+            return f"answers{each} keep at least {_percent(1 - self.alpha)} of the full model's mean score"
         if self.risk == "insufficient":
             prompts = f"at most {_percent(self.alpha)} of prompts{each}"
             less = f"over {self.tolerance:g} lower" if self.tolerance else "lower"
@@ -104,17 +119,32 @@ class Certificate:
     def _reason(self) -> str:
         claim = f"showing with {_percent(1 - self.delta)} confidence that {self._bound}"
         small = self.too_small()
+        if self.fewest_prompts is None and self.risk != "mean_score":
+            return f"{claim} takes more calibration prompts than can be looked at; ask for a larger bound"
+        if self.fewest_prompts is None:
+            scored = f"the full model's mean score on the {self.n} calibration prompts is {self.full_score:.3g}"
+            return f"{scored}, too near 0 for {claim}; use prompts that it can answer, or another judge"
         if small and self.per_task:
             tasks = ", ".join(f"{task!r} has {n}" for task, n in small.items())
             return f"{claim} takes at least {self.fewest_prompts} calibration prompts of each task ({tasks})"
         if small:
-            return f"{claim} takes at least {self.fewest_prompts} calibration prompts, and there are {self.n}"
-        return f"{self.n} calibration prompts do not suffice for {claim}, with this controller"
+            where = f" where that is {self.full_score:.3g}" if self.risk == "mean_score" else ""
+            return f"{claim} takes at least {self.fewest_prompts} calibration prompts{where}, and there are {self.n}"
+        return f"{self.n} calibration prompts do not suffice for {claim}, with this controller{self._more}"
+
+    @property
+    def _more(self) -> str:
+        if self.prompts_needed is None:
+            return ", nor would many more like them: it loses too much even at the safest price"
+        return f": at the spread of what they lose it takes about {self.prompts_needed}"
 
     def _amount(self, risk: float) -> str:
         return self._seen(risk) + ("" if self.risk == "insufficient" else " of a score that runs from 0 to 1")
 
     def _seen(self, risk: float) -> str:
+        """An observed risk in words: what is kept of the full model's score, lost, or how many prompts lost."""
+        if self.risk == "mean_score":
+            return _percent(1 - risk)
         return _percent(risk) if self.risk == "insufficient" else f"{risk:.3g}"
 
     @property
@@ -125,15 +155,18 @@ class Certificate:
         return f"; {worst!r}, the worst task: {self._seen(self.per_task[worst]['observed_risk'])}"
 
 
-def exclusions(date: str, per_task: dict[str, dict[str, float]], decoding: str = "") -> tuple[str, ...]:
+def exclusions(
+    date: str, per_task: dict[str, dict[str, float]], decoding: str = "", chat_template: str = ""
+) -> tuple[str, ...]:
     """What a certificate does not promise, in sentences."""
     tasks = (
         f"Tasks other than {', '.join(sorted(per_task))}."
         if per_task
         else "Single tasks, or another mixture of them: a rare or hard task may lose more than the bound."
     )
+    template = f"; another chat template than {chat_template}, or none" if chat_template else ""
     return (
-        "Other kinds of prompts: other lengths, languages or templates.",
+        f"Other kinds of prompts: other lengths, languages or templates{template}.",
         tasks,
         "Single prompts: a mean is bounded, and any one prompt may lose everything.",
         f"Other decoding settings{f' than {decoding}' if decoding else ''}: sampling, longer answers, other ends.",
@@ -148,23 +181,38 @@ def exclusions(date: str, per_task: dict[str, dict[str, float]], decoding: str =
 def _check_values(data: dict[str, Any]) -> None:
     if (found := set(data)) != (known := {field.name for field in fields(Certificate)}):
         raise ValueError(f"missing: {sorted(known - found)}, unknown: {sorted(found - known)}")
-    tasks, left_out = data["per_task"], data["does_not_cover"]
+    tasks, left_out, signed = data["per_task"], data["does_not_cover"], data["risk"] == "mean_score"
     right = {
         "risk": data["risk"] in RISKS,
         "price": data["price"] is None or (_is_amount(data["price"]) and data["price"] > 0),
-        "per_task": isinstance(tasks, dict) and all(_is_seen(seen) for seen in tasks.values()),
+        "per_task": isinstance(tasks, dict) and all(_is_seen(seen, signed) for seen in tasks.values()),
         "does_not_cover": isinstance(left_out, list) and all(isinstance(one, str) for one in left_out),
         **{name: _is_amount(data[name]) and 0 < data[name] < 1 for name in ("alpha", "delta")},
-        **{name: type(data[name]) is int and data[name] >= 0 for name in ("n", "fewest_prompts")},
-        **{name: _is_amount(data[name]) for name in ("observed_risk", "tolerance")},
-        **{name: isinstance(data[name], str) for name in ("prompts_hash", "date", "decoding")},
+        "n": _is_count(data["n"]),
+        **{name: data[name] is None or _is_count(data[name]) for name in ("fewest_prompts", "prompts_needed")},
+        "observed_risk": _is_risk(data["observed_risk"], signed),
+        **{name: _is_amount(data[name]) for name in ("tolerance", "full_score")},
+        **{name: isinstance(data[name], str) for name in ("prompts_hash", "date", "decoding", "chat_template")},
     }
     if wrong := [name for name, is_right in right.items() if not is_right]:
         raise ValueError(f"{wrong[0]} is {data[wrong[0]]!r:.80}")
 
 
-def _is_seen(seen: object) -> bool:
-    return isinstance(seen, dict) and seen.keys() == {"n", "observed_risk"} and all(map(_is_amount, seen.values()))
+def _is_seen(seen: object, signed: bool) -> bool:
+    if not isinstance(seen, dict) or seen.keys() != {"n", "observed_risk"}:
+        return False
+    return _is_amount(seen["n"]) and _is_risk(seen["observed_risk"], signed)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_risk(value: object, signed: bool) -> bool:
+    """Whether it is a mean loss; a signed one may be below 0."""
+    if not signed:
+        return _is_amount(value)
+    return type(value) in (int, float) and -MOST < value < MOST  # type: ignore[operator]
 
 
 def _is_amount(value: object) -> bool:

@@ -52,6 +52,7 @@ def read_description(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     """What `write_description` wrote, whole: some libraries end the process when they are given half a text.
 
     Args:
+        folder: in which the file lies.
         kinds: the type of each entry.
 
     Raises:

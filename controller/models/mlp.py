@@ -152,8 +152,9 @@ def soft_regret(shares: torch.Tensor, kept: torch.Tensor, budgets: torch.Tensor)
         budgets: of the plans [K].
     """
     prices = torch.empty(len(kept), 1).uniform_(math.log(LOWEST), math.log(HIGHEST)).exp()
-    expected = budgets + prices * (1 - torch.cat([shares, torch.ones(len(shares), 1)], dim=1))
-    true = (budgets + prices * (1 - kept)) / (1 + prices)
+    full = kept[:, -1:]
+    expected = budgets + prices * (1 - torch.cat([shares, full], dim=1) / full)
+    true = (budgets + prices * (1 - kept / full)) / (1 + prices)
     weights = torch.softmax(-expected / (SOFTNESS * (1 + prices)), dim=1)
     return SCALE * (weights * true).sum(1).mean()
 

@@ -1,7 +1,7 @@
 """How good a policy is: quality, budget, loss, and the share of the headroom it captures.
 
-Shapes: `N` prompts, `K` plans, cheapest first, the last full. `predicted` and `kept` are shares of quality [N, K],
-expected by a controller and true; a loss is 1 - kept.
+Shapes: `N` prompts, `K` plans, cheapest first, the last full. `predicted` and `kept` are what plans keep [N, K],
+expected by a controller and true; what is lost follows from them (`controller.base.lost`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import choose
+from controller.base import choose, lost
 from controller.certificate.calibration import PRICES
 from oracle.frontier.frontier import captured_headroom
 from oracle.frontier.upgrades import climb, path
@@ -31,7 +31,7 @@ class ReportCard:
         quality_ratio: to the full model's.
         budget: mean share of the decoder that ran.
         layers: mean number of layers that ran.
-        loss: mean loss, of the kind that the certificate bounds.
+        loss: mean loss, of the kind and in the unit that the certificate bounds.
         captured_headroom: see `oracle.frontier.frontier.captured_headroom`; None where it is not defined.
         plan_shares: share of the prompts that ran each plan [K].
     """
@@ -45,10 +45,16 @@ class ReportCard:
     plan_shares: list[float]
 
 
-def report_card(chosen: Choices, scores: Floats, kept: Floats, budgets: Floats, layers: Sequence[float]) -> ReportCard:
+def report_card(
+    chosen: Choices, scores: Floats, kept: Floats, budgets: Floats, layers: Sequence[float], unit: float = 1.0
+) -> ReportCard:
     """The card of a policy that runs plan `chosen[i]` [N] for prompt i.
 
     Several draws of a random policy can be given as one array [R * N] with `scores` and `kept` repeated R times.
+
+    Args:
+        budgets, layers: of the plans [K].
+        unit: of the loss, see `controller.certificate.risks.unit_of`.
     """
     rows = np.arange(len(chosen))
     quality, full_quality = float(scores[rows, chosen].mean()), float(scores[:, -1].mean())
@@ -59,7 +65,7 @@ def report_card(chosen: Choices, scores: Floats, kept: Floats, budgets: Floats, 
         quality_ratio=quality / full_quality if full_quality else float("nan"),
         budget=budget,
         layers=float(np.asarray(layers)[chosen].mean()),
-        loss=1.0 - float(kept[rows, chosen].mean()),
+        loss=float(lost(kept)[rows, chosen].mean()) / unit,
         captured_headroom=None if np.isnan(captured) else captured,
         plan_shares=(np.bincount(chosen, minlength=len(budgets)) / len(chosen)).tolist(),
     )
@@ -68,8 +74,7 @@ def report_card(chosen: Choices, scores: Floats, kept: Floats, budgets: Floats, 
 def losses_at(predicted: Predicted, kept: Floats, budgets: Floats, price: float) -> Floats:
     """[N]: the loss of each prompt under the plan chosen at `price`."""
     chosen = choose(predicted, budgets, price)
-    losses: Floats = 1.0 - kept[np.arange(len(chosen)), chosen]
-    return losses
+    return np.asarray(lost(kept)[np.arange(len(chosen)), chosen])
 
 
 def price_curve(predicted: Predicted, scores: Floats, budgets: Floats) -> list[tuple[float, float]]:
@@ -81,12 +86,12 @@ def price_curve(predicted: Predicted, scores: Floats, budgets: Floats) -> list[t
     return points
 
 
-def price_for_loss(predicted: Predicted, kept: Floats, budgets: Floats, bound: float) -> float:
-    """The lowest price whose mean loss on these prompts, and that of every safer one, is at most `bound`; inf if none.
+def price_for_loss(predicted: Predicted, kept: Floats, budgets: Floats, bound: float) -> float | None:
+    """The lowest price whose mean loss on these prompts, and that of every safer one, is at most `bound`; or None.
 
     What the prompts show, with no guarantee for others: see `controller.certificate.calibration` for that.
     """
-    found = float("inf")
+    found = None
     for price in PRICES:
         if losses_at(predicted, kept, budgets, float(price)).mean() > bound:
             break
@@ -99,9 +104,20 @@ def regret(predicted: Predicted, kept: Floats, budgets: Floats, bounds: Sequence
 
     The budget at a bound lies on the line between the last price that keeps within it and the first that does not.
     """
-    curve = np.array([(1.0, 1.0), *price_curve(predicted, kept, budgets)])
-    spent = np.minimum.accumulate(curve[:, 0])
-    lost = np.maximum.accumulate(1 - curve[:, 1])
-    oracle = path(climb(kept, budgets), kept, budgets)
-    excess = [np.interp(bound, lost, spent) - np.interp(1 - bound, oracle[:, 1], oracle[:, 0]) for bound in bounds]
+    retained = 1.0 - lost(kept)  # 1 for the full plan
+    curve = np.array([(1.0, 1.0), *price_curve(predicted, retained, budgets)])
+    spent, losses = np.minimum.accumulate(curve[:, 0]), 1 - curve[:, 1]
+    oracle = path(climb(retained, budgets), retained, budgets)
+    excess = [
+        _spent_at(bound, losses, spent) - float(np.interp(1 - bound, oracle[:, 1], oracle[:, 0])) for bound in bounds
+    ]
     return float(np.mean(excess))
+
+
+def _spent_at(bound: float, losses: Floats, spent: Floats) -> float:
+    """Between the last of these points, safest first, before the first whose loss exceeds `bound`, and that one."""
+    beyond = np.flatnonzero(losses > bound)
+    if not len(beyond):
+        return float(spent[-1])
+    after = int(beyond[0])
+    return float(np.interp(bound, losses[after - 1 : after + 1], spent[after - 1 : after + 1]))

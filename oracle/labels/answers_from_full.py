@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
+from oracle.judges import Judge, may_become_exact
 from oracle.labels.follow_full_answer import follow
 from oracle.labels.generate_answers import Enough, answer_text, continue_batch, stop_token_ids
 from oracle.labels.store import CUT, Label
@@ -18,6 +20,12 @@ from oracle.prompts import Prompt
 
 LOOKS = 3
 """Passes, at most, in which a draft is led along a guess before it is generated."""
+
+PARTING: dict[str, Judge] = {
+    "agreement": lambda begun, reference, full_answer: float(full_answer.startswith(begun)),
+    "exact": lambda begun, reference, full_answer: float(may_become_exact(begun, reference)),
+}
+"""For judges of equal texts: whether an answer that begins like this may still be right. If not, its score is 0."""
 
 FIRST_LOOK = 4
 """Tokens of the first guess. Most plans leave the full model's answer within few tokens if they leave it at all, and
@@ -113,15 +121,18 @@ class Shortcut:
 
     def is_settled(self, draft: Draft, full_answer: str) -> bool:
         """Whether the score follows from the tokens so far."""
-        return self.is_whole(draft) or (draft.prompt.judge == "agreement" and self.has_parted(draft, full_answer))
+        return self.is_whole(draft) or (draft.prompt.judge in PARTING and self.has_parted(draft, full_answer))
 
     def has_parted(self, draft: Draft, full_answer: str) -> bool:
-        """Whether no continuation of the text so far can be the full model's answer."""
+        """Whether no continuation of the text so far can be right: the full model's answer for the judge `agreement`,
+        equal to the reference for `exact`."""
         text = str(self._tokenizer.decode(draft.ids, skip_special_tokens=True))
         may_change = "\ufffd" in text or getattr(self._tokenizer, "clean_up_tokenization_spaces", False)
         stops = self._decoding.stop
         may_stop = any(text.endswith(stop[:i]) for stop in stops for i in range(1, len(stop)))
-        return not may_change and not may_stop and not full_answer.startswith(cut_at_stop(text, stops))
+        if may_change or may_stop:
+            return False
+        return not PARTING[draft.prompt.judge](cut_at_stop(text, stops), draft.prompt.reference, full_answer)
 
     def text(self, draft: Draft) -> str:
         """The text of the tokens so far, marked where they are not all."""
@@ -131,7 +142,7 @@ class Shortcut:
         """The same drafts, of one plan, generated in one batch until they are settled."""
         limit, plan = self._decoding.max_new_tokens, drafts[0].plan
         start = time.perf_counter()
-        sequences = [[*self._tokenizer(draft.prompt.prompt).input_ids, *draft.ids] for draft in drafts]
+        sequences = [[*tokens_of(self._tokenizer, draft.prompt.prompt), *draft.ids] for draft in drafts]
         most = limit - min(len(draft.ids) for draft in drafts)
         enough = [self._enough(draft, full[draft.prompt].answer) for draft in drafts]
         rests = continue_batch(self._model, self._tokenizer, sequences, plan, self._decoding, most, enough)

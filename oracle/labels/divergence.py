@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.left_padding import in_halves
 from backbone.plan import LayerPlan
-from oracle.labels.follow_full_answer import Forced, fitting
+from oracle.labels.follow_full_answer import Forced, compared, fitting
 from oracle.labels.teacher_forcing import ForcedAnswers
 
 
@@ -27,10 +27,12 @@ class Divergence:
 
     Attributes:
         nats: mean of KL(full || plan) over the answer's tokens.
+        ids: what the plan, decoding greedily by itself, would say: of the answer what it repeats, then its own token.
         forward_tokens: as in `Label`; the full model's pass is shared out among the plans.
     """
 
     nats: float
+    ids: tuple[int, ...]
     forward_tokens: float
 
     @property
@@ -59,7 +61,8 @@ def _diverge(
     rows: Sequence[Forced],
     plans: Sequence[LayerPlan],
 ) -> list[dict[LayerPlan, Divergence]]:
-    forced = ForcedAnswers(model, tokenizer, *zip(*rows, strict=True))
+    prompts, answers = zip(*rows, strict=True)
+    forced = ForcedAnswers(model, tokenizer, prompts, answers)
     full = LayerPlan.full(plans[0].n_layers)
     order = [full, *reversed(sharing_order(model, [plan for plan in plans if plan != full]))]
     shared = SharedPasses(model, order)
@@ -73,7 +76,8 @@ def _diverge(
         share = (shared.layers_run - before + full.n_layers / len(plans)) / full.n_layers
         for row, own in enumerate(logits):
             nats = mean_divergence(expected[row], own)
-            found[row][plan] = Divergence(nats, share * forced.tokens[row])
+            followed = compared(answers[row], own.argmax(-1).tolist(), share * forced.tokens[row])
+            found[row][plan] = Divergence(nats, tuple(followed.repeated(answers[row])), followed.forward_tokens)
     return found
 
 

@@ -88,10 +88,11 @@ def _follow(
             tokens = [logits.argmax(-1).tolist() for logits in forced.logits()]
         share = (shared.layers_run - before) / plan.n_layers
         for row, (answer, own) in enumerate(zip(answers, tokens, strict=True)):
-            found[row][plan] = _compared(answer, own, share * forced.tokens[row])
+            found[row][plan] = compared(answer, own, share * forced.tokens[row])
     return found
 
 
-def _compared(answer: Sequence[int], own: Sequence[int], forward_tokens: float) -> Followed:
+def compared(answer: Sequence[int], own: Sequence[int], forward_tokens: float) -> Followed:
+    """A known answer, and what a plan says at each of its places."""
     matches = tuple(a == b for a, b in zip(answer, own, strict=True))
     return Followed(matches, None if all(matches) else own[matches.index(False)], forward_tokens)

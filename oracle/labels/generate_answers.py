@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from backbone.execution.apply_plan import apply_plan
 from backbone.left_padding import in_halves
 from backbone.plan import LayerPlan
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 
 Enough = Callable[[list[int]], bool]
@@ -35,7 +36,7 @@ def answer_batch(
     decoding: Decoding,
 ) -> list[Answer]:
     """The answers to `prompts` [B], generated as one left-padded batch under `plan`."""
-    prompt_ids: list[list[int]] = [tokenizer(text).input_ids for text in prompts]
+    prompt_ids = [tokens_of(tokenizer, text) for text in prompts]
     generated = continue_batch(model, tokenizer, prompt_ids, plan, decoding, decoding.max_new_tokens)
     return [
         Answer(answer_text(tokenizer, ids, decoding), ids, len(prompt))

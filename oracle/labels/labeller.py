@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import attached_digest
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.judges import KL, score
 from oracle.labels.answers_from_full import Draft, Shortcut
+from oracle.labels.blocks import blocks
 from oracle.labels.divergence import diverge
 from oracle.labels.equal_batches import packed
 from oracle.labels.generate_answers import answer_batch
@@ -75,14 +77,14 @@ class Labeller(LabelReader):
         return model_key(self._fingerprint, str(self._model.dtype), attached_digest(self._model, plan))
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
-        """Label all prompts under all plans of the menu, the full plan first since others are compared with it."""
-        full_plan = menu.plans[-1]
-        self.label_full(prompts, full_plan, advance)
-        self._compare({plan: self.missing(prompts, plan) for plan in menu.plans[:-1]}, full_plan, advance)
+        """Label all prompts under all plans of the menu, block by block; see `oracle.labels.blocks`."""
+        for block in blocks(prompts, self._batch_size, self.decoding):
+            self.label_some(dict.fromkeys(menu.plans, block), menu.plans[-1], advance)
 
     def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
         """Label all prompts under the full plan alone."""
-        self._generate(self.missing(prompts, full_plan), full_plan, None, advance)
+        for block in blocks(prompts, self._batch_size, self.decoding):
+            self.label_some({full_plan: block}, full_plan, advance)
 
     def label_some(
         self,
@@ -90,14 +92,18 @@ class Labeller(LabelReader):
         full_plan: LayerPlan,
         advance: Advance = lambda done: None,
     ) -> None:
-        """Label some prompts under some plans, as a search asks for them; their full plans' labels must be there."""
-        missing = {plan: self.missing(prompts, plan) for plan, prompts in wanted.items()}
-        self._compare(missing, full_plan, advance)
+        """Label some prompts under some plans, the full plan first since others are compared with it.
+
+        Of prompts that are wanted under other plans alone, as a search asks for them, its label must be there.
+        """
+        self._generate(self.missing(wanted.get(full_plan, ()), full_plan), full_plan, None, advance)
+        others = [plan for plan in wanted if plan != full_plan]
+        self._compare({plan: self.missing(wanted[plan], plan) for plan in others}, full_plan, advance)
 
     def _compare(self, missing: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance) -> None:
         """The labels that are missing under shortened plans, each in the cheapest way that its judge allows."""
-        labels = self.labels(full_plan)
         asked = {prompt for prompts in missing.values() for prompt in prompts}
+        labels = self.labels(full_plan, asked)
         if lost := [prompt.id for prompt in asked if key_of(prompt) not in labels]:
             raise StoreError(
                 f"the label store {self._store.path} is damaged: the full plan's label of prompt {min(lost)!r} was "
@@ -183,7 +189,7 @@ class Labeller(LabelReader):
             labels = []
             for prompt, row in zip(batch, found, strict=True):
                 for plan in [plan for plan in plans if prompt in wanted[plan]]:
-                    draft = Draft(prompt, plan, list(full[prompt].answer_ids), row[plan].forward_tokens, seconds)
+                    draft = Draft(prompt, plan, list(row[plan].ids), row[plan].forward_tokens, seconds)
                     value = self._checked(prompt, row[plan].score)
                     labels.append(self._labelled(draft, CUT, full[prompt].prompt_tokens, value))
             self._keep(labels, advance)
@@ -204,7 +210,7 @@ class Labeller(LabelReader):
         Like in length, so that little is padded, and in the power of two of the expected answer's length (the full
         model's, or the reference's as long as that is not known), since a batch decodes until its longest answer ends.
         """
-        lengths = {prompt: len(self._tokenizer(prompt.prompt).input_ids) for prompt in prompts}
+        lengths = {prompt: len(tokens_of(self._tokenizer, prompt.prompt)) for prompt in prompts}
 
         def expected(prompt: Prompt) -> int:
             return len(self._tokenizer(prompt.reference).input_ids if full is None else full[prompt].answer_ids)

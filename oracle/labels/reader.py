@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from oracle.prompts import Prompt
 
 Key = tuple[str, str]
 """(prompt hash, judge)."""
+
+READ_TOGETHER = 4096
+"""Labels that are in memory at once where only their digest is wanted."""
 
 
 def key_of(prompt: Prompt) -> Key:
@@ -44,29 +48,32 @@ class LabelReader:
 
     def missing(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[Prompt]:
         """The prompts that have no label under `plan` yet."""
-        found = self._store.keys(self._key_of_model(plan), str(plan), str(self.decoding))
+        hashes = [prompt.hash for prompt in prompts]
+        found = self._store.keys(self._key_of_model(plan), str(plan), str(self.decoding), hashes)
         return [prompt for prompt in prompts if key_of(prompt) not in found]
 
     def scores(self, prompts: Sequence[Prompt], plan: LayerPlan) -> list[float]:
         """The scores of prompts that were labelled under `plan`."""
-        labels = self.labels(plan)
+        labels = self.labels(plan, prompts)
         return [labels[key_of(prompt)].score for prompt in prompts]
 
     def read(self, prompts: Sequence[Prompt], menu: PlanMenu) -> list[list[Label]]:
         """For each prompt its K labels, cheapest plan first."""
-        by_plan = [self.labels(plan) for plan in menu.plans]
+        by_plan = [self.labels(plan, prompts) for plan in menu.plans]
         return [[labels[key_of(prompt)] for labels in by_plan] for prompt in prompts]
 
-    def labels(self, plan: LayerPlan) -> dict[Key, Label]:
-        """All labels under `plan` that the store holds."""
-        return self._store.read(self._key_of_model(plan), str(plan), str(self.decoding))
+    def labels(self, plan: LayerPlan, prompts: Iterable[Prompt]) -> dict[Key, Label]:
+        """The labels of these prompts under `plan` that the store holds."""
+        hashes = {prompt.hash for prompt in prompts}
+        return self._store.read(self._key_of_model(plan), str(plan), str(self.decoding), hashes)
 
     def digest(self, prompts: Sequence[Prompt], menu: PlanMenu) -> str | None:
         """SHA-256 of the labels of all these prompts under all plans; None while any is missing."""
-        content = hashlib.sha256()
-        for plan in menu.plans:
-            labels = self.labels(plan)
-            for prompt in sorted(prompts, key=key_of):
+        content, ordered = hashlib.sha256(), sorted(prompts, key=key_of)
+        for plan, start in product(menu.plans, range(0, len(ordered), READ_TOGETHER)):
+            some = ordered[start : start + READ_TOGETHER]
+            labels = self.labels(plan, some)
+            for prompt in some:
                 if (label := labels.get(key_of(prompt))) is None:
                     return None
                 row = [str(plan), label.prompt, label.judge, label.answer, list(label.answer_ids), repr(label.score)]

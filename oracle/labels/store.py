@@ -6,6 +6,7 @@ other models, plans, decodings or judges can lie in one file and never mix.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ CREATE TABLE IF NOT EXISTS labels (
 """
 _INSERT = "INSERT OR IGNORE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _SELECT = "SELECT {what} FROM labels WHERE model = ? AND plan = ? AND decoding = ?"
+_AMONG = " AND prompt IN (SELECT value FROM json_each(?))"
 
 
 class StoreError(InputError):
@@ -49,8 +51,8 @@ class Label:
         judge: name of the judge.
         answer: the answer, cut at the stop string; ends with CUT where its score was certain before its end. The judge
             `kl` needs none under a shortened plan: CUT alone.
-        answer_ids: tokens of the answer, the stopping one included; for CUT alone the full model's, along which the
-            plan was compared.
+        answer_ids: tokens of the answer, the stopping one included; of one that was cut short at least up to the first
+            that is not the full model's.
         score: in [0, 1]; NaN where the judge failed.
         prompt_tokens: tokens of the prompt, padding not counted.
         forward_tokens: tokens that were passed through the network for this label, each weighted by the share of the
@@ -119,16 +121,21 @@ class LabelStore:
         with self._connection() as connection:
             connection.executemany(_INSERT, [_to_row(label) for label in labels])
 
-    def read(self, model: str, plan: str, decoding: str) -> dict[tuple[str, str], Label]:
-        """(prompt hash, judge) -> label, for one model, plan and decoding."""
-        with self._connection() as connection:
-            found = [_from_row(row) for row in connection.execute(_SELECT.format(what="*"), (model, plan, decoding))]
+    def read(
+        self, model: str, plan: str, decoding: str, prompts: Iterable[str] | None = None
+    ) -> dict[tuple[str, str], Label]:
+        """(prompt hash, judge) -> label, for one model, plan and decoding; of these prompts (hashes), or of all."""
+        found = [_from_row(row) for row in self._select("*", (model, plan, decoding), prompts)]
         return {(label.prompt, label.judge): label for label in found}
 
-    def keys(self, model: str, plan: str, decoding: str) -> set[tuple[str, str]]:
-        """(prompt hash, judge) of all labels of one model, plan and decoding."""
+    def keys(self, model: str, plan: str, decoding: str, prompts: Iterable[str] | None = None) -> set[tuple[str, str]]:
+        """(prompt hash, judge) of the labels that `read` gives."""
+        return {(prompt, judge) for prompt, judge in self._select("prompt, judge", (model, plan, decoding), prompts)}
+
+    def _select(self, what: str, key: tuple[str, str, str], prompts: Iterable[str] | None) -> list[tuple[Any, ...]]:
+        query, among = (_SELECT, ()) if prompts is None else (_SELECT + _AMONG, (json.dumps(list(prompts)),))
         with self._connection() as connection:
-            return set(connection.execute(_SELECT.format(what="prompt, judge"), (model, plan, decoding)))
+            return list(connection.execute(query.format(what=what), (*key, *among)))
 
     def merge(self, other: Path) -> int:
         """Take over what another store holds and this one does not; the number of labels taken.

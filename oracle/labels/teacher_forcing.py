@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.left_padding import last_logits, padded_inputs
+from oracle.chat import tokens_of
 
 
 class ForcedAnswers:
@@ -27,7 +28,7 @@ class ForcedAnswers:
     ) -> None:
         self._model = model
         self.counts = [len(answer) for answer in answers]
-        prompt_ids: list[list[int]] = [tokenizer(text).input_ids for text in prompts]
+        prompt_ids = [tokens_of(tokenizer, text) for text in prompts]
         ids = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompt_ids, answers, strict=True)]
         self.tokens = [len(row) for row in ids]
         """Tokens of each row that are passed through the network."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.registry import Registry
-from oracle.menus.base import Advance, MenuTask
+
+if TYPE_CHECKING:
+    from oracle.menus.base import Advance, MenuTask
 
 MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
     "menus",
@@ -39,4 +41,6 @@ def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> 
         PlanError: the task asks for plans that the model cannot have.
         RegistryError: no such method.
     """
+    from backbone.families import sublayer_bytes  # torch, which names alone do not need
+
     return PlanMenu.build(MENUS[method](task, advance), sublayer_bytes(task.model), task.probe_depth)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from backbone.execution.live_changes import captured
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
+from oracle.chat import tokens_of
 from oracle.menus.base import Advance, MenuTask
 
 
@@ -22,26 +22,13 @@ def block_influence(task: MenuTask, advance: Advance) -> list[LayerPlan]:
 @torch.inference_mode()
 def layer_influence(task: MenuTask) -> list[float]:
     """For each layer 1 - cos(input, output), averaged over the tokens of all prompts."""
-    sums = [0.0] * task.n_layers
-    hooks = [
-        layer.register_forward_hook(_adding(sums, index)) for index, layer in enumerate(decoder_layers(task.model))
-    ]
-    tokens = 0
-    try:
-        for prompt in task.prompts:
-            inputs = task.tokenizer(prompt, return_tensors="pt").to(task.model.device)
-            task.model(input_ids=inputs["input_ids"], use_cache=False)
-            tokens += inputs["input_ids"].numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    sums, tokens, layers = [0.0] * task.n_layers, 0, decoder_layers(task.model)
+    for prompt in task.prompts:
+        ids = tokens_of(task.tokenizer, prompt)
+        with captured(layers, range(len(layers) + 1)) as states:
+            task.model(input_ids=torch.tensor([ids], device=task.model.device), use_cache=False)
+        for index in range(len(layers)):
+            cosine = torch.nn.functional.cosine_similarity(states[index].float(), states[index + 1].float(), dim=-1)
+            sums[index] += float((1 - cosine).sum())
+        tokens += len(ids)
     return [total / tokens for total in sums]
-
-
-def _adding(sums: list[float], index: int) -> Any:
-    def add(layer: Any, args: tuple[Any, ...], output: Any) -> None:
-        after = output[0] if isinstance(output, tuple) else output
-        cosine = torch.nn.functional.cosine_similarity(args[0].float(), after.float(), dim=-1)
-        sums[index] += float((1 - cosine).sum())
-
-    return add

@@ -8,6 +8,7 @@ from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, attach, detach
 from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from oracle.chat import tokens_of
 from oracle.labels.generate_answers import answer_batch
 from oracle.menus.base import Advance, MenuTask, spread
 from oracle.menus.greedy import AnswerDivergence, layer_removals, shortened
@@ -38,7 +39,7 @@ def _answered(task: MenuTask, full: LayerPlan) -> list[list[int]]:
     texts = sorted(task.prompts, key=len)
     batches = [texts[i : i + AnswerDivergence.BATCH] for i in range(0, len(texts), AnswerDivergence.BATCH)]
     return [
-        [*task.tokenizer(text).input_ids, *answer.token_ids]
+        [*tokens_of(task.tokenizer, text), *answer.token_ids]
         for batch in batches
         for text, answer in zip(
             batch, answer_batch(task.model, task.tokenizer, batch, full, task.decoding), strict=True

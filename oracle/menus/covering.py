@@ -53,10 +53,15 @@ def covering(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """The K - 1 plans of a pool with which an oracle spends least at a few losses. Leaves the model without stand-ins.
 
     Raises:
-        PlanError: a task without labels.
+        PlanError: a task without labels, or without prompts to fit bridges on.
     """
     if task.labels is None:
         raise PlanError("the menu 'covering' looks at scores, and this task has no labels")
+    if not task.labels.others:
+        raise PlanError(
+            f"the menu 'covering' fits bridges on prompts that it does not look at, and looks at all "
+            f"{len(task.prompts)}: lower menu.prompts to half of the split 'adapt', or give that a larger share"
+        )
     pool = _Pool(task, task.labels, advance)
     singles = pool_plans(task)
     found = pool.measured(singles, KL)

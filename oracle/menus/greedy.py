@@ -9,6 +9,7 @@ import torch
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan
+from oracle.chat import tokens_of
 from oracle.labels.generate_answers import answer_batch
 from oracle.labels.teacher_forcing import ForcedAnswers
 from oracle.menus.base import Advance, MenuTask, spread
@@ -83,7 +84,7 @@ class AnswerDivergence:
 
     def __init__(self, task: MenuTask) -> None:
         self._model = task.model
-        ordered = sorted(task.prompts, key=lambda text: len(task.tokenizer(text).input_ids))
+        ordered = sorted(task.prompts, key=lambda text: len(tokens_of(task.tokenizer, text)))
         groups = [ordered[i : i + self.BATCH] for i in range(0, len(ordered), self.BATCH)]
         self._batches = [self._forced(task, group) for group in groups]
         full = [LayerPlan.full(task.n_layers)]

@@ -20,14 +20,14 @@ class TaskLabels:
     """Labels are kept in the labeller's store, so that a search that was stopped finds them done.
 
     Attributes:
-        labeller: labels with what is attached to its model at the moment.
+        labeller: makes or gives the labeller, which labels with what is attached to its model at the moment.
         tokenizer: of that model.
         prompts: the task's prompts [N], which plans are scored on.
         others: prompts that bridges are fitted on; on those a plan would look better than it is.
         full: the full plan.
     """
 
-    labeller: Labeller
+    labeller: Callable[[], Labeller]
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[Prompt]
     others: Sequence[Prompt]
@@ -43,12 +43,13 @@ class TaskLabels:
             advance: called with the number of labels made.
         """
         prompts = [prompt if judge is None else replace(prompt, judge=judge) for prompt in self.prompts]
-        self.labeller.label_full(prompts, self.full)
-        self.labeller.label_some({plan: prompts for plan in plans if not plan.is_full}, self.full, advance)
-        return np.array([self.labeller.scores(prompts, plan) for plan in plans]).T
+        labeller = self.labeller()
+        labeller.label_full(prompts, self.full)
+        labeller.label_some({plan: prompts for plan in plans if not plan.is_full}, self.full, advance)
+        return np.array([labeller.scores(prompts, plan) for plan in plans]).T
 
     def sequences(self) -> list[tuple[int, ...]]:
         """Token ids of each of the `others` with the full model's answer, less the last token, behind which nothing
         follows."""
-        examples = answered_examples(self.labeller, self.tokenizer, self.others, self.full)
+        examples = answered_examples(self.labeller(), self.tokenizer, self.others, self.full)
         return [example.tokens[:-1] for example in examples]

@@ -1,6 +1,6 @@
 """Which plan is the least that is sufficient for one prompt? Searchers on one contract, from one budget of evaluations.
 
-`base.py` has the contract, `driving.py` runs searchers, `measuring.py` answers them with a model's labels, `testing.py`
+`base.py` has the contract, `driver.py` runs searchers, `on_model.py` answers them with a model's labels, `testing.py`
 proves that a searcher keeps the contract.
 """
 

@@ -12,38 +12,45 @@ from typing import Any
 
 import numpy as np
 
-from backbone.files import replacing, write_atomically
+from backbone.files import UNFINISHED, replacing, write_atomically
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.distillation import History, distil
-from backbone.stand_ins.fit_bridges import Fits, bridges_of, bridging_rounds, fit_bridges
+from backbone.stand_ins.distillation import CHECKPOINT, History, distil
+from backbone.stand_ins.fit_bridges import Fits, Over, bridges_of, bridging_rounds, fit_bridges
 from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples, reference_examples
+from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
+from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
+from pipelines.distant_labels import DistantLabeller, distant_labeller, given_to_workers
+from pipelines.distributed import Workers
+from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.progress import console, progress
-from pipelines.run_state import stage_key
+from pipelines.run_state import check_own, stage_key
+from pipelines.worker_tasks import SumsTask
 from pipelines.workspace import Workspace
-from runtime.paired_timing import FEWEST_ROUNDS, generation_under, median_seconds, prompt_inputs
+from runtime.paired_timing import median_seconds
 
 HELD = 5
 """Every so many-th prompt is held out where methods are compared."""
 
 
-def run(config: Config) -> Path:
+def run(config: Config, workers: Workers | None = None) -> Path:
     """Writes `stand_ins.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
     workspace = Workspace.of(config)
+    check_own(workspace.path("adapt"), lambda file: file.name == CHECKPOINT or file.name.endswith(UNFINISHED))
     model, _ = workspace.backbone
     detach(model)
-    made = _Making(workspace)
+    made = _Making(workspace, workers)
     wanted: list[AdaptMethod] = [config.adapt.method]
     if config.adapt.method == "best":
         wanted = ["none", "bridges", "adapter", "both"]
     candidates = {method: made.stand_ins(method) for method in wanted}
-    curves = _compared(workspace, candidates) if len(candidates) > 1 else {}
+    curves = _compared(workspace, candidates, workers) if len(candidates) > 1 else {}
     chosen = max(curves, key=lambda method: curves[method]["area"]) if curves else wanted[0]
     stand_ins = candidates[chosen]
     with replacing(workspace.path("stand_ins.safetensors")) as unfinished:
@@ -68,8 +75,8 @@ class _Making:
         record: how they were made, for `adapt.json`.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace, self._settings = workspace, workspace.config.adapt
+    def __init__(self, workspace: Workspace, workers: Workers | None) -> None:
+        self._workspace, self._settings, self._workers = workspace, workspace.config.adapt, workers
         self._plans = workspace.frozen_menu().plans[:-1]
         self._examples: list[Example] = []
         self._fits: Fits | None = None
@@ -117,6 +124,7 @@ class _Making:
                     rank=settings.rank,
                     in_order=settings.in_order,
                     advance=advance,
+                    over=self._over(),
                 )
             self.record["bridges"] = _described(self._fits, time.perf_counter() - start)
             forms = {fit["form"] for fit in self.record["bridges"]["fits"]}
@@ -125,12 +133,18 @@ class _Making:
                 console.print(f"  {tokens} tokens are too few for full bridges of this model: they have a low rank")
         return self._fits
 
+    def _over(self) -> Over | None:
+        if (workers := self._workers) is None:
+            return None
+        given = given_to_workers(self._workspace)
+        return lambda summing, batches: workers.map(SumsTask(*given, summing), batches)
+
     def _answered(self) -> list[Example]:
         """Train prompts with the full model's answers, which are labels that the stage `label` finds done."""
         if not self._examples:
-            model, tokenizer = self._workspace.backbone
+            _, tokenizer = self._workspace.backbone
             prompts = self._prompts()
-            labeller = self._workspace.labeller_of(model, tokenizer)
+            labeller = _labeller(self._workspace, None, self._workers)
             full = LayerPlan.full(self._workspace.frozen_menu().n_layers)
             with progress("answers of the full model", len(labeller.missing(prompts, full))) as advance:
                 self._examples = answered_examples(labeller, tokenizer, prompts, full, advance)
@@ -143,6 +157,13 @@ class _Making:
     def _prompts(self) -> list[Prompt]:
         prompts = _parts(self._workspace)[0]
         return prompts[:: max(1, len(prompts) // self._settings.prompts)][: self._settings.prompts]
+
+
+def _labeller(workspace: Workspace, attached: StandIns | None, workers: Workers | None) -> Labeller | DistantLabeller:
+    """Of the model with what is attached to it now, in this process or elsewhere."""
+    if workers is None:
+        return workspace.labeller_of(*workspace.backbone)
+    return distant_labeller(workspace, workers, attached)
 
 
 def _parts(workspace: Workspace) -> tuple[list[Prompt], list[Prompt]]:
@@ -186,7 +207,9 @@ def _described(fits: Fits, seconds: float) -> dict[str, Any]:
     return {"fits": rows, "seconds": seconds}
 
 
-def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> dict[AdaptMethod, dict[str, Any]]:
+def _compared(
+    workspace: Workspace, candidates: dict[AdaptMethod, StandIns], workers: Workers | None
+) -> dict[AdaptMethod, dict[str, Any]]:
     """For each method its static plans on held-out prompts: time a token, mean score, and the area under their hull.
 
     The area is between the fastest plan of all methods and the full model's time, over milliseconds a token: mean
@@ -194,12 +217,12 @@ def _compared(workspace: Workspace, candidates: dict[AdaptMethod, StandIns]) -> 
     """
     model, tokenizer = workspace.backbone
     menu, prompts = workspace.frozen_menu(), _parts(workspace)[1]
-    batch = prompt_inputs(model, tokenizer, [prompt.prompt for prompt in prompts[:4]])
+    batch = dict(padded_prompts(tokenizer, [prompt.prompt for prompt in prompts[:4]]).to(model.device))
     n_tokens = workspace.config.evaluation.speed_tokens
     scores, times = {}, {}
     for method, stand_ins in candidates.items():
         attach(model, stand_ins)
-        labeller = workspace.labeller_of(model, tokenizer)
+        labeller = _labeller(workspace, stand_ins, workers)
         with progress(f"answers with {method}", sum(len(labeller.missing(prompts, p)) for p in menu.plans)) as advance:
             labeller.label(prompts, menu, advance)
         scores[method] = score_matrix(labeller.read(prompts, menu))

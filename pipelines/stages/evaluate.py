@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,23 @@ from numpy.typing import NDArray
 from backbone.files import write_atomically
 from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
-from controller.report.frontier_card import frontier_card
+from controller.certificate.outliers import OutlierTest
+from controller.report.frontier_card import LEVEL, frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
+from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import least_sufficient, static_points, upper_hull
+from oracle.frontier.knapsack import cheapest_choices
+from oracle.judges import KL
 from pipelines.config import Config
 from pipelines.controls import comparison
+from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
 from pipelines.learning_table import Table
-from pipelines.stages.calibrate import price_of
+from pipelines.shown_prompts import shown
+from pipelines.stages.calibrate import tested
 from pipelines.stages.train import load_trained
 from pipelines.stand_in_gain import before_and_after
-from pipelines.wall_clock import decision_ms, feature_ms, speeds
+from pipelines.wall_clock import feature_ms, prompt_ms, speeds
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
@@ -42,12 +49,13 @@ def run(config: Config) -> Path:
     test, calibrate = workspace.table("test"), workspace.table("calibrate")
     allocator = Allocator.from_pretrained(workspace.path("allocator"))
     calibration = json.loads(workspace.path("calibration.json").read_text())
-    trained = load_trained(workspace)
+    trained = tested(load_trained(workspace), allocator.outliers)
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
-    prices = {name: price_of(found["price"]) for name, found in calibration["certificates"].items()}
+    prices = {name: found["price"] for name, found in calibration["certificates"].items()}
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
-    best, bounds = calibration["best"], config.evaluation.alphas
+    best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
     speed = speeds(workspace, allocator, test, chosen[best])
+    examples = shown(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, calibrate, chosen[best])
     cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
     metrics: dict[str, Any] = {
@@ -55,12 +63,14 @@ def run(config: Config) -> Path:
     }
     for name, kept in predicted.items():
         metrics[name]["regret"] = regret(kept, test.kept, test.budgets, bounds)
-        metrics[name]["decision_ms"] = decision_ms(trained[name], test.features)
+        metrics[name]["decision_ms"] = prompt_ms(trained[name].predict, test.features)
     metrics |= {
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
+        "intervals": _intervals(chosen[best], test),
         "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
-        "comparison": comparison(workspace, best, calibrate, test),
+        "comparison": comparison(workspace, best, calibrate, test, allocator.outliers),
+        "outliers": _outliers(allocator.outliers, test),
         "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
         "stand_ins": before_and_after(workspace, test),
         "certificate": calibration["certificates"][best],
@@ -72,7 +82,13 @@ def run(config: Config) -> Path:
         "overhead_ms": speed["overhead_ms"],
         "feature_ms": feature_ms(workspace, test.prompts[0].prompt, FEATURE_ROUNDS),
         "speed": speed,
-        "model": {"source": config.model.source, "fingerprint": workspace.fingerprint},
+        "examples": examples,
+        "model": {
+            "source": config.model.source,
+            "fingerprint": workspace.fingerprint,
+            "layers": workspace.menu().n_layers,
+        },
+        "token_exits": compared(workspace) if config.token_exits.enabled else None,
         "machine": machine(),
     }
     write_atomically(workspace.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
@@ -82,17 +98,52 @@ def run(config: Config) -> Path:
     return workspace.path("metrics.json")
 
 
+def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None]]:
+    """How far the allocator's figures could be off if other test prompts had been drawn."""
+    scores, full = test.scores[np.arange(len(chosen)), chosen], test.scores[:, -1]
+    spent = test.budgets[chosen]
+
+    def kept(drawn: Choices) -> float:
+        return float(scores[drawn].mean() / full[drawn].mean()) if full[drawn].any() else float("nan")
+
+    statistics: dict[str, Callable[[Choices], float]] = {
+        "kept": kept,
+        "budget": lambda d: float(spent[d].mean()),
+    }
+    ends = {name: bootstrap_interval(found, len(chosen), level=LEVEL) for name, found in statistics.items()}
+    return {
+        name: {end: None if np.isnan(value) else value for end, value in zip(("low", "high"), found, strict=True)}
+        for name, found in ends.items()
+    }
+
+
 def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) -> dict[str, Choices]:
     """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
     n_prompts, n_plans = test.sufficient.shape
     shares = np.bincount(best, minlength=n_plans) / len(best)
     return {
         "full": np.full(n_prompts, n_plans - 1),
-        "best_static": np.full(n_prompts, _best_static(config, calibrate)),
+        "best_static": np.full(n_prompts, best_static(config, calibrate)),
         "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), calibrate), n_prompts),
         "random": _draws(shares, n_prompts),
-        "oracle": least_sufficient(test.sufficient),
+        "oracle": _oracle(test),
     }
+
+
+def _outliers(found: OutlierTest | None, test: Table) -> dict[str, float] | None:
+    """What the outlier test was asked for, does on the test prompts, and takes; None without one."""
+    if found is None:
+        return None
+    sent = float(found.are_outliers(test.features).mean())
+    return {"rate": found.rate, "sent": sent, "held": found.held, "ms": prompt_ms(found.are_outliers, test.features)}
+
+
+def _oracle(test: Table) -> Choices:
+    """The cheapest choice that loses nothing, made with the scores in hand: on the whole where prompts that win make up
+    for others, else on every prompt."""
+    if test.risk == "mean_score":
+        return cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
+    return least_sufficient(test.sufficient)
 
 
 def _draws(weights: NDArray[np.float64], n_prompts: int) -> Choices:
@@ -100,11 +151,11 @@ def _draws(weights: NDArray[np.float64], n_prompts: int) -> Choices:
     return np.random.default_rng(0).choice(len(weights), RANDOM_DRAWS * n_prompts, p=weights)
 
 
-def _best_static(config: Config, calibrate: Table) -> int:
+def best_static(config: Config, calibrate: Table) -> int:
     """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is."""
     settings = config.calibration
     groups = calibrate.tasks if settings.per_task else None
-    return cheapest_valid_plan(1.0 - calibrate.kept, settings.alpha, settings.delta, settings.risk, groups)
+    return cheapest_valid_plan(calibrate.losses, settings.alpha, settings.delta, settings.risk, groups, calibrate.full)
 
 
 def _mixture_at(budget: float, table: Table) -> NDArray[np.float64]:
@@ -125,7 +176,7 @@ def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
     repeats = len(chosen) // len(test.prompts)
     layers = [plan.layers for plan in workspace.menu().plans]
     scores, kept = np.tile(test.scores, (repeats, 1)), np.tile(test.kept, (repeats, 1))
-    return report_card(chosen, scores, kept, test.budgets, layers)
+    return report_card(chosen, scores, kept, test.budgets, layers, test.unit)
 
 
 def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> float:
@@ -138,14 +189,15 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
     """What the labels cost, beside generating every answer under every plan.
 
     Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison
-    as far as they are known, so that the true ratio is a little lower.
+    as far as they are known, so that the true ratio is a little lower; under `kl`, where none is generated, as long as
+    the full model's.
     """
     menu = workspace.menu()
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
     labels = workspace.labels.read(workspace.labelled, menu)
     spent = sum(label.forward_tokens for row in labels for label in row)
     exhaustive = sum(
-        (label.prompt_tokens + len(label.answer_ids)) * share
+        (label.prompt_tokens + len((row[-1] if label.judge == KL else label).answer_ids)) * share
         for row in labels
         for label, share in zip(row, shares, strict=True)
     )

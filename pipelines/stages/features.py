@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,32 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 
-from backbone.files import replacing
-from controller.features import Features, prompt_features, rows_of
+from backbone.files import UNFINISHED, replacing
+from controller.features import Features, rows_of
 from oracle.prompts import Prompt
 from pipelines.config import Config
+from pipelines.distant_labels import given_to_workers
+from pipelines.distributed import Workers
+from pipelines.feature_parts import PART, FeatureParts
 from pipelines.progress import progress
+from pipelines.run_state import check_own, stage_key
+from pipelines.worker_tasks import FeaturesTask, features_of_batch
 from pipelines.workspace import Workspace
-from runtime.paired_timing import prompt_inputs
 
 
-def run(config: Config) -> Path:
-    """Probe the labelled prompts; writes `features.parquet`: columns id, task and one for each set of features."""
+def run(config: Config, workers: Workers | None = None) -> Path:
+    """Probe the labelled prompts; writes `features.parquet`: columns id, task and one for each set of features.
+
+    What workers found of it is kept in `features/` until the end, and not looked for again.
+    """
     workspace = Workspace.of(config)
+    check_own(workspace.path("features"), lambda file: file.suffix in (PART, UNFINISHED))
     prompts = workspace.labelled
     with progress("prompts", len(prompts)) as advance:
-        features = features_of(workspace, prompts, advance)
+        if workers is None:
+            features = features_of(workspace, prompts, advance)
+        else:
+            features = _features_on(workers, workspace, prompts, advance)
     columns: dict[str, list[Any]] = {
         "id": [prompt.id for prompt in prompts],
         "task": [prompt.task for prompt in prompts],
@@ -33,6 +45,7 @@ def run(config: Config) -> Path:
     path = workspace.path("features.parquet")
     with replacing(path) as unfinished:
         parquet.write_table(pyarrow.table(columns, metadata={"model": workspace.fingerprint}), unfinished)
+    shutil.rmtree(workspace.path("features"), ignore_errors=True)
     return path
 
 
@@ -41,12 +54,42 @@ def features_of(
 ) -> Features:
     """The sets `features.sets` of some prompts, in their order, read from the model as it came."""
     (model, tokenizer), config = workspace.backbone, workspace.config
-    order = np.array(sorted(range(len(prompts)), key=lambda row: -len(prompts[row].prompt)))
     found: list[Features] = []
-    for rows in np.array_split(order, range(config.features.batch_size, len(order), config.features.batch_size)):
-        inputs = prompt_inputs(model, tokenizer, [prompts[row].prompt for row in rows])
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        found.append(prompt_features(model, ids, mask, config.menu.probe_depth, config.features.sets))
+    for rows in _batches(prompts, config.features.batch_size):
+        texts = [prompts[row].prompt for row in rows]
+        found.append(features_of_batch(model, tokenizer, texts, config.menu.probe_depth, config.features.sets))
         advance(len(rows))
+    return _in_order(prompts, config, found)
+
+
+def _features_on(
+    workers: Workers, workspace: Workspace, prompts: Sequence[Prompt], advance: Callable[[int], None]
+) -> Features:
+    """As `features_of`, by workers, in the same batches."""
+    config = workspace.config
+    batches = [[prompts[row].prompt for row in rows] for rows in _batches(prompts, config.features.batch_size)]
+    task = FeaturesTask(*given_to_workers(workspace), config.menu.probe_depth, config.features.sets)
+    parts = FeatureParts(workspace.path("features") / stage_key(config, "features"))
+    done = parts.numbers()
+    missing = [number for number in range(len(batches)) if number not in done]
+    advance(len(prompts) - sum(len(batches[number]) for number in missing))
+    for place, features in workers.map(task, [batches[number] for number in missing]):
+        parts.add(missing[place], features)
+        advance(len(batches[missing[place]]))
+    return _in_order(prompts, config, parts.all())
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[np.ndarray]:
+    """Rows of prompts of like length, longest first."""
+    order = _longest_first(prompts)
+    yield from np.array_split(order, range(size, len(order), size))
+
+
+def _longest_first(prompts: Sequence[Prompt]) -> np.ndarray:
+    return np.array(sorted(range(len(prompts)), key=lambda row: -len(prompts[row].prompt)))
+
+
+def _in_order(prompts: Sequence[Prompt], config: Config, found: Sequence[Features]) -> Features:
+    """The batches' features as one table in the order of the prompts."""
     joined = {name: np.concatenate([features[name] for features in found]) for name in config.features.sets}
-    return rows_of(joined, order.argsort())
+    return rows_of(joined, _longest_first(prompts).argsort())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from backbone.families import decoder_layers
@@ -22,11 +23,19 @@ from pipelines.workspace import Workspace
 def run(config: Config) -> Path:
     """Search the plans with a few prompts of the split `adapt`; writes `menu.json`."""
     workspace = Workspace.of(config)
-    model, tokenizer = workspace.backbone
-    settings = config.menu
+    task, settings = menu_task(workspace), config.menu
+    with progress("plans tried", search_steps(settings.method, task)) as advance:
+        menu = build_menu(settings.method, task, lambda: advance(1))
+    write_atomically(workspace.path("menu.json"), json.dumps(menu.to_json(), indent=2) + "\n")
+    return workspace.path("menu.json")
+
+
+def menu_task(workspace: Workspace) -> MenuTask:
+    """What the menu is made for."""
+    (model, tokenizer), settings = workspace.backbone, workspace.config.menu
     prompts, others = _parts(workspace.splits["adapt"], settings.prompts)
     full = LayerPlan.full(len(decoder_layers(model)))
-    task = MenuTask(
+    return MenuTask(
         model=model,
         tokenizer=tokenizer,
         prompts=[prompt.prompt for prompt in prompts],
@@ -35,18 +44,14 @@ def run(config: Config) -> Path:
         n_plans=settings.plans,
         cheapest_budget=settings.cheapest_budget,
         given=settings.given,
-        labels=TaskLabels(workspace.labeller_of(model, tokenizer), tokenizer, prompts, others, full),
+        labels=TaskLabels(cache(lambda: workspace.labeller_of(model, tokenizer)), tokenizer, prompts, others, full),
     )
-    with progress("plans tried", search_steps(settings.method, task)) as advance:
-        menu = build_menu(settings.method, task, lambda: advance(1))
-    write_atomically(workspace.path("menu.json"), json.dumps(menu.to_json(), indent=2) + "\n")
-    return workspace.path("menu.json")
 
 
 def _parts(prompts: Sequence[Prompt], wanted: int) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that a search looks at, half of all at most, and the others.
+    """The prompts that a search looks at, and the others.
 
     Prompts lie in the source's order, often by task: every n-th is taken, to see all kinds.
     """
-    stride = max(2, len(prompts) // wanted)
+    stride = max(1, len(prompts) // wanted)
     return list(prompts[::stride]), [prompt for place, prompt in enumerate(prompts) if place % stride]

@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from backbone.files import write_atomically
-from controller.certificate.p_values import fewest_prompts
+from controller.certificate.fewest_prompts import fewest_prompts
+from controller.certificate.p_values import CalibrationError
 from controller.report.report_card import price_curve
 from oracle.frontier.frontier import least_sufficient, oracle_hull, static_points, upper_hull
 from oracle.labels.store import Label
@@ -24,9 +26,13 @@ from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.progress import waiting
 from pipelines.run_state import RunState
+from pipelines.shown_prompts import RULE
+from pipelines.stages.calibrate import tested
 from pipelines.stages.train import load_trained
+from pipelines.summary import load_metrics
 from pipelines.tracking import log_run
 from pipelines.workspace import Workspace
+from runtime.allocator import Allocator
 
 YARDSTICKS = ("full", "best_static", "static_mixture", "random", "oracle")
 
@@ -35,7 +41,7 @@ def run(config: Config) -> Path:
     """Writes `report.html`, then logs the run to `tracking.uri`."""
     workspace = Workspace.of(config)
     table = workspace.table("test")
-    metrics = json.loads(workspace.path("metrics.json").read_text())
+    metrics = load_metrics(config)
     choices = json.loads(workspace.path("choices.json").read_text())["chosen"]
     chosen = np.array(choices[metrics["best"]])
     tasks = _task_rows(workspace, table, chosen)
@@ -53,6 +59,7 @@ def run(config: Config) -> Path:
         colours=figures.COLOURS,
         policies=policies,
         plans=_plan_rows(workspace, table, metrics),
+        rule=RULE,
         examples=_examples(workspace, table, chosen),
         tighter=_tighter(metrics["certificate"]),
         tasks=tasks,
@@ -76,8 +83,13 @@ def _figures(
     tasks: list[dict[str, Any]],
     policies: Sequence[str],
 ) -> dict[str, str]:
-    predictions = {name: learned.predict(table.features) for name, learned in load_trained(workspace).items()}
-    curves = {name: price_curve(kept, table.scores, table.budgets) for name, kept in predictions.items()}
+    trained = load_trained(workspace)
+    decided = tested(trained, Allocator.from_pretrained(workspace.path("allocator")).outliers)
+    predictions = {name: learned.predict(table.features) for name, learned in trained.items()}
+    curves = {
+        name: price_curve(learned.predict(table.features), table.scores, table.budgets)
+        for name, learned in decided.items()
+    }
     statics = static_points(table.scores, table.budgets)
     cards = {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in policies}
     menu = workspace.menu()
@@ -178,7 +190,7 @@ def _examples(workspace: Workspace, table: Table, chosen: NDArray[np.intp], per_
     for prompt, row, index in sorted(rows, key=lambda item: item[1][item[2]].answer == item[1][-1].answer):
         if len(shown[prompt.task]) < per_task:
             shown[prompt.task].append(
-                _example(prompt.task, prompt.prompt, prompt.reference, menu.plans[index].layers, row[index], row[-1])
+                _example(prompt.task, prompt.shown, prompt.reference, menu.plans[index].layers, row[index], row[-1])
             )
     return [example for task in sorted(shown) for example in shown[task]]
 
@@ -199,12 +211,10 @@ def _example(task: str, prompt: str, reference: str, layers: float, label: Label
 
 def _tighter(certificate: dict[str, Any]) -> list[dict[str, Any]]:
     """How many calibration prompts tighter bounds take: at least, and if the loss seen were half the bound."""
-    delta, risk = certificate["delta"], certificate["risk"]
-    return [
-        {
-            "alpha": alpha,
-            "least": fewest_prompts(alpha, delta, risk),
-            "half": fewest_prompts(alpha, delta, risk, alpha / 2),
-        }
-        for alpha in (certificate["alpha"] / part for part in (2, 5, 10))
-    ]
+    delta, risk, full = certificate["delta"], certificate["risk"], round(certificate["full_score"], 4)
+    found = []
+    for alpha in (certificate["alpha"] / part for part in (2, 5, 10)):
+        with suppress(CalibrationError):  # more than can be looked at
+            least, half = (fewest_prompts(alpha, delta, risk, lost, full) for lost in (0.0, alpha / 2))
+            found.append({"alpha": alpha, "least": least, "half": half})
+    return found

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from controller.base import CONTROLLERS
+from controller.certificate.risks import kept_by_full
 from controller.learning import Learned, Settings, learn
 from controller.projection import Projection
 from pipelines.config import Config
 from pipelines.progress import progress
+from pipelines.run_state import check_own
 from pipelines.workspace import Workspace
 
 PROJECTION = "projection.safetensors"
@@ -19,6 +21,7 @@ PROJECTION = "projection.safetensors"
 def run(config: Config) -> Path:
     """Fit every controller; writes `controllers/<name>/`."""
     workspace = Workspace.of(config)
+    check_own(workspace.path("controllers"), _is_own)
     table = workspace.table("train", "tune")
     unfinished = workspace.path(".controllers.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -35,6 +38,12 @@ def run(config: Config) -> Path:
     return unfinished.rename(target)
 
 
+def _is_own(file: PurePath) -> bool:
+    """Whether this stage writes a file of that path in its folder."""
+    name, *rest = file.parts
+    return name in CONTROLLERS and "/".join(rest) in {PROJECTION, *CONTROLLERS[name].FILES}
+
+
 def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
     """The best settings of each controller, as the stage `tune` found them."""
     tuning = json.loads(workspace.path("tuning.json").read_text())["controllers"]
@@ -43,8 +52,9 @@ def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
 
 def load_trained(workspace: Workspace) -> dict[str, Learned]:
     """What this stage saved."""
+    full = kept_by_full(workspace.config.calibration.risk)
     folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
     return {
-        name: Learned(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder))
+        name: Learned(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), full)
         for name, folder in folders.items()
     }

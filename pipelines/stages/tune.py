@@ -13,7 +13,7 @@ from backbone.files import write_atomically
 from controller.base import CONTROLLERS
 from controller.learning import Settings
 from pipelines.config import LONGEST_NAME, Config, ConfigError
-from pipelines.config_sections import GivenSettings
+from pipelines.learning_sections import GivenSettings
 from pipelines.progress import progress
 from pipelines.run_state import stage_key
 from pipelines.settings_search import Search, Work, finished, regret_bounds, search, settings_of
@@ -30,7 +30,7 @@ def run(config: Config) -> Path:
     workspace = Workspace.of(config)
     table = workspace.table("train", "tune")
     tuning = config.tuning
-    work = Work(table.features, table.kept, table.budgets, regret_bounds(config), tuning)
+    work = Work(table.features, table.kept, table.budgets, regret_bounds(config, table), tuning)
     url, key = tuning.storage or f"sqlite:///{config.folder / 'tuning.db'}", _space_key(config)
     found = {
         name: _given(work, name)

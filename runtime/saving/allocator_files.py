@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,18 +17,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from backbone.errors import InputError
 from backbone.plan import PlanMenu
 from backbone.stand_ins.attaching import StandIns
+from backbone.strict_json import parse
 from controller.base import CONTROLLERS
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
+from controller.certificate.outliers import OutlierTest
 from controller.projection import Projection
+from oracle.chat import NO_TEMPLATE
 from oracle.decoding import Decoding
+from runtime.chat_format import ChatFormat
 from runtime.parts import AllocatorParts
 from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, file_hash, read_bundle, save_bundle
 
 Parts = TypeVar("Parts", bound=AllocatorParts)
 
-FORMAT_VERSION = 3
-STAND_INS, DRIFT = "stand_ins.safetensors", "drift.safetensors"
+FORMAT_VERSION = 6
+STAND_INS, DRIFT, OUTLIERS = "stand_ins.safetensors", "drift.safetensors", "outliers.safetensors"
+ACCEPTANCE, CHAT = "acceptance.json", "chat.json"
 MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
 ENTRIES: dict[str, type] = {
     "layerbudget_version": str,
@@ -34,6 +41,7 @@ ENTRIES: dict[str, type] = {
     "model": dict,
     "controller": str,
     "decoding": dict,
+    "chat_template": str,
     "files": dict,
 }
 
@@ -54,6 +62,7 @@ def save_allocator(allocator: AllocatorParts, folder: Path) -> None:
             "model": {"fingerprint": allocator.fingerprint, "source": allocator.model_source},
             "controller": allocator.controller_name,
             "decoding": allocator.decoding.to_dict(),
+            "chat_template": chat_hash(allocator),
         }
 
     save_bundle(folder, write)
@@ -118,7 +127,19 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
         allocator.stand_ins.save(folder / STAND_INS)
     if allocator.drift is not None:
         allocator.drift.save(folder / DRIFT)
+    if allocator.outliers is not None:
+        allocator.outliers.save(folder / OUTLIERS)
+    if allocator.acceptance is not None:
+        rates = dict(zip(map(str, allocator.menu.plans), allocator.acceptance, strict=True))
+        (folder / ACCEPTANCE).write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
+    if allocator.chat is not None:
+        allocator.chat.save(folder / CHAT)
     (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
+
+
+def chat_hash(allocator: AllocatorParts) -> str:
+    """Names the chat template; `none` where prompts are given as they are."""
+    return NO_TEMPLATE if allocator.chat is None else allocator.chat.template.hash
 
 
 def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) -> Parts:
@@ -137,11 +158,29 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             model_source=manifest["model"]["source"],
             stand_ins=StandIns.load(place / STAND_INS) if STAND_INS in files else None,
             drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
+            outliers=OutlierTest.load(place / OUTLIERS) if OUTLIERS in files else None,
+            chat=ChatFormat.load(place / CHAT) if CHAT in files else None,
         )
+        if ACCEPTANCE in files:
+            allocator = replace(allocator, acceptance=_acceptance(place / ACCEPTANCE, allocator.menu))
         _check_together(allocator)
+        if (found := chat_hash(allocator)) != (said := manifest["chat_template"]):
+            raise ArtefactError(f"its chat template is {found}, manifest.json says {said!r:.80}")
     except Exception as error:  # files that fit their SHA-256 were made by somebody else, and may hold anything
         raise ArtefactError(f"{folder} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
     return allocator
+
+
+def _acceptance(path: Path, menu: PlanMenu) -> tuple[float, ...]:
+    """Raises ArtefactError for a file that holds other than a share for each plan of the menu."""
+    rates = parse(path.read_text(encoding="utf-8"))
+    names = [str(plan) for plan in menu.plans]
+    if not isinstance(rates, dict) or rates.keys() != {*names}:
+        raise ArtefactError(f"{path.name} should hold a rate for each plan of the menu, got {rates!r:.80}")
+    for rate in rates.values():
+        if type(rate) not in (int, float) or not 0 <= rate <= 1:
+            raise ArtefactError(f"a rate of {path.name} is a share from 0 to 1, got {rate!r:.80}")
+    return tuple(float(rates[name]) for name in names)
 
 
 def _check_entries(folder: Path, manifest: Manifest) -> None:
@@ -185,6 +224,9 @@ def _check_together(allocator: AllocatorParts) -> None:
                 )
     if allocator.drift is not None and allocator.drift.reference_scores.shape[1] != 2:
         raise ArtefactError("its drift reference should have 2 channels")
+    if allocator.outliers is not None and not set(allocator.outliers.projection.sets) <= set(projection.sets):
+        read = ", ".join(allocator.outliers.projection.sets)
+        raise ArtefactError(f"its outlier test reads {read}, its controller {', '.join(projection.sets)}")
 
 
 def _downloaded(repo_id: str, **options: Any) -> Path:
@@ -217,7 +259,7 @@ from layerbudget import Allocator, load_backbone
 
 model, tokenizer = load_backbone({allocator.model_source!r})
 allocator = Allocator.from_pretrained("this folder or repository")
-inputs = tokenizer(["..."], return_tensors="pt")
+inputs = allocator.inputs(tokenizer, ["..."])
 output = allocator.generate(model, **inputs, max_new_tokens=32)
 ```
 

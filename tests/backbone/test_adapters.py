@@ -13,8 +13,9 @@ from backbone.plan import LayerPlan
 from backbone.stand_ins import training_targets
 from backbone.stand_ins.adapters import Adapter, AdapterError
 from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.distillation import DistillSettings, History, distil
+from backbone.stand_ins.distillation import History, distil
 from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from backbone.stand_ins.settings import DistillSettings
 from backbone.stand_ins.training_targets import Example
 
 PROBE = 2

@@ -14,7 +14,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from backbone import loading
 from backbone.fingerprint import model_fingerprint
-from backbone.loading import LoadError, load_backbone
+from backbone.loading import load_backbone
+from backbone.model_source import LoadError
 
 
 def test_a_folder_loads_ready_to_generate(model_folder) -> None:
@@ -171,6 +172,32 @@ def test_a_package_joins_its_own_parts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(loading, "_converted", lambda gguf: gguf)
     assert loading._package_gguf("weights_in_parts").read_bytes() == b"joined"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys\nsys.exit(0)\n", "SystemExit: 0"),
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("import none_of_this\n", "no package"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, code, message) -> None:
+    (tmp_path / "odd_weights.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(LoadError, match=message):
+        load_backbone("package:odd_weights")
+
+
+@pytest.mark.parametrize("name", ["sys", "folder_of_nothing"])
+def test_a_package_without_files_is_not_looked_for_elsewhere(tmp_path, monkeypatch, name) -> None:
+    """Not in the working directory, whose weights somebody else put there."""
+    (tmp_path / "folder_of_nothing").mkdir()
+    (tmp_path / "mine.gguf").write_bytes(b"mine")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoadError, match="has no files of its own"):
+        load_backbone(f"package:{name}")
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

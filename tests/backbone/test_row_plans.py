@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
-from tiny import N_LAYERS, padded_batch, tiny_model
+from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
+from torch import nn
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.pytorch_utils import Conv1D
 
 from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.cache import CacheMismatchError, cache_bytes, remembered_plans
@@ -20,19 +23,44 @@ MIDDLE = LayerPlan.skipping(N_LAYERS, {2, 3})
 EXIT = LayerPlan.exiting(N_LAYERS, 3)
 HALVES = LayerPlan.skipping(N_LAYERS, {5}, attention={1}, mlp={3})
 PLANS = [EXIT, FULL, MIDDLE, HALVES]
-GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+LENGTH = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+GREEDY = {**LENGTH, "do_sample": False}
+MODES = {
+    "greedy": GREEDY,
+    "beams": {**GREEDY, "num_beams": 2},
+    "sampling": {**LENGTH, "do_sample": True, "top_k": 0},
+}
+CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
+
+
+class SeededRows(LogitsProcessor):
+    """Draws each row's next token with a generator of its own (Gumbel's trick), so that a row draws in a batch what it
+    draws alone; what it drew is the only token left."""
+
+    def __init__(self, rows) -> None:
+        self.draws = [torch.Generator().manual_seed(row) for row in rows]
+
+    def __call__(self, input_ids, scores):
+        noise = torch.stack([torch.rand(scores.shape[1], generator=draw) for draw in self.draws])
+        drawn = (scores - (-noise.log()).log()).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+def generated(model, batch, rows, mode, **options):
+    seeded = LogitsProcessorList([SeededRows(rows)]) if mode == "sampling" else None
+    return model.generate(**batch, **MODES[mode], **options, logits_processor=seeded)
 
 
 def row(batch, index):
     return {name: tensor[index : index + 1] for name, tensor in batch.items()}
 
 
-def alone(model, batch, plans, **options):
+def alone(model, batch, plans, mode):
     """The tokens of each row by itself under its own plan."""
     found = []
     for index, plan in enumerate(plans):
         with apply_plan(model, plan):
-            found.append(model.generate(**row(batch, index), **GREEDY, **options)[0])
+            found.append(generated(model, row(batch, index), [index], mode)[0])
     return torch.stack(found)
 
 
@@ -46,9 +74,9 @@ def with_stand_ins(family: str, *, bridges: bool, adapter: bool):
     spans = {MIDDLE: [2], EXIT: [3], HALVES: [5]}
     made = {plan: {first: Bridge((random(32, 32),), random(32)) for first in of} for plan, of in spans.items()}
     names = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 2 and any(f".{layer}." in name for layer in (3, 4, 5)) and name.endswith("weight")
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and any(f".{layer}." in f"{name}." for layer in (3, 4, 5))
     ]
     shapes = {name: model.get_parameter(name).shape for name in names}
     if family == "gpt2":  # its matrices lie the other way round
@@ -58,17 +86,45 @@ def with_stand_ins(family: str, *, bridges: bool, adapter: bool):
     return model
 
 
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
-@pytest.mark.parametrize("beams", [1, 2])
-@pytest.mark.parametrize("parts", ["bridges", "adapter", "both"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3_text", "falcon"])
-def test_stand_ins_reach_their_own_rows_only(family, parts, beams, cache) -> None:
-    model = with_stand_ins(family, bridges=parts != "adapter", adapter=parts != "bridges")
-    batch = padded_batch()
-    expected = alone(model, batch, PLANS, num_beams=beams)
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_rows_with_stand_ins_equal_their_plan_alone_in_every_family(family) -> None:
+    """Whole and half layers, a bridge for each gap and an adapter, left padding; full rows beside all of them."""
+    model, batch, wrong = with_stand_ins(family, bridges=True, adapter=True), padded_batch(), []
+    for mode in MODES:
+        expected = alone(model, batch, PLANS, mode)
+        for cache, options in CACHES.items():
+            with apply_plans(model, PLANS):
+                found = generated(model, batch, range(len(PLANS)), mode, **options)
+            if not torch.equal(found, expected):
+                wrong.append((mode, cache, int((found != expected).sum())))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("parts", ["bridges", "adapter"])
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_stand_ins_reach_their_own_rows_only(family, parts) -> None:
+    model, batch = with_stand_ins(family, bridges=parts == "bridges", adapter=parts == "adapter"), padded_batch()
     with apply_plans(model, PLANS):
-        found = model.generate(**batch, **GREEDY, **cache, num_beams=beams)
-    assert torch.equal(found, expected)
+        found = generated(model, batch, range(len(PLANS)), "greedy")
+    assert torch.equal(found, alone(model, batch, PLANS, "greedy"))
+
+
+def test_rows_drawn_with_their_own_seeds_differ_from_greedy_ones() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    greedy, sampled = (alone(model, batch, PLANS, mode) for mode in ("greedy", "sampling"))
+    assert not torch.equal(greedy, sampled)
+
+
+@torch.no_grad()
+def test_where_no_row_has_left_full_rows_are_bit_equal_to_stock_beside_adapted_ones() -> None:
+    """The adapter changes layers 3 to 5, of which all rows run the first two."""
+    model, batch = with_stand_ins("llama", bridges=False, adapter=True), padded_batch()
+    last = LayerPlan.exiting(N_LAYERS, N_LAYERS - 1)
+    stock = model(**batch, use_cache=False, output_hidden_states=True).hidden_states[N_LAYERS - 1]
+    with apply_plans(model, [last, FULL, last, FULL]):
+        mixed = model(**batch, use_cache=False, output_hidden_states=True).hidden_states[N_LAYERS - 1]
+    assert torch.equal(mixed[[1, 3]], stock[[1, 3]])
+    assert not torch.allclose(mixed[[0, 2], -1], stock[[0, 2], -1], atol=1e-3)
 
 
 def test_a_full_row_beside_adapted_ones_has_the_weights_of_the_stock_model() -> None:
@@ -102,16 +158,24 @@ def test_equal_plans_take_the_path_of_one_plan() -> None:
     assert torch.equal(found, model(**batch, use_cache=False).logits)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
-def test_the_cache_holds_each_rows_own_layers() -> None:
+def test_the_cache_holds_each_rows_own_layers(kind) -> None:
     model, batch = tiny_model("llama"), padded_batch()
+
+    def cache():
+        return StaticCache(config=model.config, max_cache_len=16) if kind == "static" else DynamicCache()
+
     with apply_plan(model, FULL):
-        full = cache_bytes(model(**batch).cache)
+        full = cache_bytes(model(**batch, cache=cache()).cache)
     with apply_plans(model, PLANS):
-        cache = model(**batch).cache
+        mixed = model(**batch, cache=cache()).cache
     share = sum(len(plan.attention) for plan in PLANS) / (len(PLANS) * N_LAYERS)
-    assert cache_bytes(cache) == pytest.approx(full * share)
-    assert remembered_plans(copy.deepcopy(cache)) == (tuple(PLANS), "")
+    assert cache_bytes(mixed) == pytest.approx(full * share)
+    assert [len(layer.keys) for layer in mixed.layers] == [
+        sum(i in p.attention for p in PLANS) for i in range(N_LAYERS)
+    ]
+    assert remembered_plans(copy.deepcopy(mixed)) == (tuple(PLANS), "")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

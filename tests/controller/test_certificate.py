@@ -7,6 +7,7 @@ from controller.certificate.certificate import Certificate, CertificateError
 
 COUNTED = Certificate("insufficient", 0.02, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114)
 LOST = replace(COUNTED, risk="score_lost", fewest_prompts=129)
+KEPT = replace(COUNTED, risk="mean_score", alpha=0.03, observed_risk=-0.01, full_score=0.612)
 TASKS = {"sums": {"n": 150, "observed_risk": 0.01}, "code": {"n": 100, "observed_risk": 0.002}}
 
 
@@ -23,6 +24,19 @@ TASKS = {"sums": {"n": 150, "observed_risk": 0.01}, "code": {"n": 100, "observed
         (LOST, "answers lose on average at most 0.02 of a score that runs from 0 to 1 against the full model's"),
         (replace(LOST, per_task=TASKS), "answers, in each task, lose"),
         (replace(LOST, per_task=TASKS), "'sums', the worst task: 0.01)."),
+        (KEPT, "With 90% confidence, answers keep at least 97% of the full model's mean score, on prompts like"),
+        (KEPT, "(observed: 101% of 0.612)."),
+        (
+            replace(KEPT, per_task={"sums": {"n": 9, "observed_risk": -0.02}}),
+            "answers, in each task, keep at least 97%",
+        ),
+        (
+            replace(KEPT, price=None, n=80),
+            "takes at least 114 calibration prompts where that is 0.612, and there are 80",
+        ),
+        (replace(KEPT, price=None, prompts_needed=900), "at the spread of what they lose it takes about 900"),
+        (replace(LOST, price=None, fewest_prompts=None), "takes more calibration prompts than can be looked at"),
+        (replace(KEPT, price=None, fewest_prompts=None, full_score=0.0001), "is 0.0001, too near 0 for showing"),
         (replace(COUNTED, price=None), "250 calibration prompts do not suffice"),
         (replace(COUNTED, price=None), "so all prompts run the full model"),
         (replace(COUNTED, price=None, n=80), "takes at least 114 calibration prompts, and there are 80"),
@@ -40,7 +54,7 @@ def test_certificates_speak_plainly_and_survive_a_file(tmp_path, certificate, wo
 
 def test_a_certificate_says_what_it_does_not_cover() -> None:
     assert any("Single tasks" in line for line in COUNTED.does_not_cover)
-    in_tasks = Certificate("insufficient", 0.02, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114, TASKS)
+    in_tasks = Certificate("insufficient", 0.02, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114, per_task=TASKS)
     assert "Tasks other than code, sums." in in_tasks.does_not_cover
     assert any("2026-01-01" in line for line in COUNTED.does_not_cover)
 
@@ -51,6 +65,9 @@ def test_a_certificate_says_what_it_does_not_cover() -> None:
         ({"price": float("nan")}, "it holds NaN"),
         ({"price": "3"}, "certificate.json is not a certificate"),
         ({"alpha": 2}, "alpha is 2"),
+        ({"observed_risk": -0.1}, "observed_risk is -0.1"),
+        ({"full_score": "high"}, "full_score is 'high'"),
+        ({"prompts_needed": 0.5}, "prompts_needed is 0.5"),
         ({"risk": "regret"}, "risk is 'regret'"),
         ({"threshold": 0.7}, r"unknown: \['threshold'\]"),
     ],

@@ -5,7 +5,7 @@ import optuna
 import pytest
 import torch
 
-from controller.base import CONTROLLERS, LearningError, choose
+from controller.base import CONTROLLERS, LearningError, choose, lost
 from controller.models.gbdt import LightGBMController
 from controller.models.logistic import LogisticController
 from controller.models.mlp import MLPController, soft_regret
@@ -115,6 +115,34 @@ def test_the_decision_weighs_what_is_lost_against_what_is_saved() -> None:
     np.testing.assert_array_equal(choose(kept, budgets, 5.1), [2, 2, 2, 2, 0])
     np.testing.assert_array_equal(choose(kept, budgets, 4.9), [0, 2, 2, 2, 0])
     np.testing.assert_array_equal(choose(kept, budgets, float("inf")), [2, 2, 2, 2, 0])
+    np.testing.assert_array_equal(choose(kept, budgets, None), [2, 2, 2, 2, 2])
+
+
+def test_a_plan_that_is_expected_to_win_is_welcome() -> None:
+    """The full plan keeps 1/2; what a plan keeps beyond pays for its budget."""
+    kept = np.array([[0.6, 0.55, 0.5], [0.45, 0.7, 0.5], [0.45, 0.49, 0.5], [np.inf, 0.9, 0.5]], dtype=np.float32)
+    budgets = np.array([0.5, 0.75, 1.0])
+    np.testing.assert_allclose(lost(kept[:3]), [[-0.2, -0.1, 0], [0.1, -0.4, 0], [0.1, 0.02, 0]], atol=1e-6)
+    np.testing.assert_array_equal(choose(kept, budgets, 0.1), [0, 0, 0, 2])
+    np.testing.assert_array_equal(choose(kept, budgets, 4.0), [0, 1, 1, 2])
+    np.testing.assert_array_equal(choose(kept, budgets, 100.0), [0, 1, 2, 2])
+
+
+def test_the_highest_price_follows_no_expected_win_and_lower_ones_ever_more() -> None:
+    """What is expected to be won is noise here; still each price lets more prompts leave the full plan."""
+    kept = np.random.default_rng(0).normal(0.5, 0.02, (200, 3)).astype(np.float32)
+    kept[:, -1] = 0.5
+    left = [(choose(kept, np.array([0.5, 0.75, 1.0]), price) < 2).mean() for price in (1000.0, 100.0, 30.0, 10.0, 1.0)]
+    assert left[0] == 0
+    assert left[-1] == 1
+    assert left == sorted(left)
+    assert 0 < left[2] < left[3], "by and by"
+
+
+def test_the_full_plan_keeps_the_same_for_all() -> None:
+    features, kept = ControllerConformance().data()
+    with pytest.raises(LearningError, match="must keep the same for all"):
+        LogisticController().fit(features, kept[:, ::-1], ControllerConformance.budgets)
 
 
 def test_every_registered_name_resolves() -> None:

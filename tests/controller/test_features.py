@@ -5,7 +5,8 @@ from tiny import padded_batch
 
 from backbone.execution.probing import probe_states
 from controller.base import LearningError
-from controller.features import SETS, FeatureError, check_sets, extract, prompt_features
+from controller.feature_sets import FeatureError, check_sets
+from controller.features import SETS, extract, prompt_features
 from controller.projection import Projection
 
 EVERY = tuple(SETS)

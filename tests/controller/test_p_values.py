@@ -7,13 +7,9 @@ import pytest
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom
 
-from controller.certificate.p_values import (
-    CalibrationError,
-    betting_p_values,
-    binomial_p_values,
-    fewest_prompts,
-    p_values,
-)
+from controller.certificate.betting import betting_p_values
+from controller.certificate.fewest_prompts import fewest_prompts
+from controller.certificate.p_values import CalibrationError, binomial_p_values, p_values
 
 ALPHA, DELTA, RUNS, N = 0.05, 0.1, 3000, 200
 
@@ -53,6 +49,43 @@ def test_betting_certifies_small_variances_where_hoeffding_bentkus_does_not(mean
     assert hoeffding_bentkus.mean() < 0.2
 
 
+def mean_scores(random, runs: int, n: int, kept: float) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [runs, n] and the full model's scores [runs, n]: right or wrong, with a mean of .6; a fifth of the answers
+    change, and what is kept of the mean score is exact in expectation."""
+    full = (random.random((runs, n)) < 0.6).astype(float)
+    changed, right = random.random((runs, n)) < 0.2, 0.6 - 0.6 * (1 - kept) / 0.2
+    score = np.where(changed, random.random((runs, n)) < right, full)
+    return full - score, full
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.03, 0.1])
+def test_a_mean_score_below_the_bound_is_certified_at_most_delta_of_the_time(alpha) -> None:
+    losses, full = mean_scores(np.random.default_rng(0), 3000, 150, 1 - alpha)
+    values = betting_p_values((1 + losses - alpha * full) / 2, 0.5, DELTA)
+    np.testing.assert_allclose(values[:1], p_values(losses[:1], alpha, DELTA, "mean_score", full[0]))
+    for level in (0.02, DELTA, 0.3):
+        assert (values <= level).sum() <= binom.ppf(0.999, 3000, level)
+
+
+def test_a_mean_score_is_certified_where_the_lost_score_never_is() -> None:
+    """A fifth of the answers change, for better as often as for worse."""
+    losses, full = mean_scores(np.random.default_rng(0), 300, 400, 1.0)
+    signed = betting_p_values((1 + losses - 0.1 * full) / 2, 0.5, DELTA)
+    only_lost = p_values(np.maximum(losses, 0), 0.05, DELTA, "score_lost")
+    assert (signed <= DELTA).mean() > 0.95
+    assert (only_lost <= DELTA).mean() < 0.2
+
+
+def test_bets_towards_the_goal_certify_more_than_bets_of_one_size() -> None:
+    """Against the bets of Waudby-Smith and Ramdas, which do not ask what is owned and how many prompts are left."""
+    losses, full = mean_scores(np.random.default_rng(1), 400, 300, 1.0)
+    terms = (1 + losses - 0.08 * full) / 2
+    spread = terms.std(axis=1, keepdims=True)
+    bets = np.minimum(0.9 / 0.5, np.sqrt(2 * math.log(1 / DELTA) / terms.shape[1]) / spread)
+    of_one_size = np.exp(-np.cumsum(np.log1p(-bets * (terms - 0.5)), axis=1).max(axis=1)) <= DELTA
+    assert (betting_p_values(terms, 0.5, DELTA) <= DELTA).mean() > of_one_size.mean() + 0.02
+
+
 def test_binomial_p_values_are_the_binomial_tail() -> None:
     for n in (7, 93, N, 250):
         lost = np.arange(0, int(ALPHA * n) + 1)
@@ -74,6 +107,23 @@ def test_fewest_prompts_is_where_betting_begins_to_certify(observed) -> None:
     assert needed >= fewest_prompts(0.05, 0.1)
 
 
+def test_a_low_full_score_takes_more_prompts_and_one_of_zero_is_refused() -> None:
+    few, many = (fewest_prompts(0.05, DELTA, "mean_score", 0.0, full) for full in (0.8, 0.1))
+    assert few < 80 < 8 * few < 1.3 * many
+    scores = np.full(few, 0.8)
+    assert p_values(np.zeros((1, few)), 0.05, DELTA, "mean_score", scores) <= DELTA
+    assert p_values(np.zeros((1, few - 1)), 0.05, DELTA, "mean_score", scores[1:]) > DELTA
+    with pytest.raises(CalibrationError, match="takes over 30000 prompts"):
+        fewest_prompts(0.05, DELTA, "mean_score", 0.0, 0.0)
+
+
+def test_the_mean_score_needs_the_full_models() -> None:
+    with pytest.raises(CalibrationError, match="score of each of 3 prompts, none were given"):
+        p_values(np.zeros((2, 3)), 0.1, 0.1, "mean_score")
+    with pytest.raises(CalibrationError, match=r"must lie in \[0, 1\], one of them is 1.5"):
+        p_values(np.zeros((2, 3)), 0.1, 0.1, "mean_score", np.array([0, 1.5, 1]))
+
+
 def test_numbers_that_never_suffice_are_refused() -> None:
     with pytest.raises(CalibrationError, match="can never certify"):
         fewest_prompts(0.1, 0.1, observed_risk=0.1)
@@ -89,6 +139,7 @@ def test_numbers_that_never_suffice_are_refused() -> None:
         ([0.0, 1.0], 0.1, 0.1, "regret", "no risk 'regret'"),
         ([], 0.1, 0.1, "score_lost", "no calibration prompts"),
         ([0.0, 1.2], 0.1, 0.1, "score_lost", "the first is 1.2"),
+        ([0.0, -1.2], 0.1, 0.1, "mean_score", r"outside of \[-1, 1\], the first is -1.2"),
         ([0.0, np.nan], 0.1, 0.1, "score_lost", "the first is nan"),
         ([0.0, 0.5], 0.1, 0.1, "insufficient", "ask for 'score_lost'"),
     ],

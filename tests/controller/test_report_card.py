@@ -27,7 +27,22 @@ def test_losses_and_curves_follow_the_price() -> None:
     assert curve[-1] == (0.5, 0.5)
     assert 0.625 < price_for_loss(PREDICTED, KEPT, BUDGETS, 0.0) < 0.7
     assert price_for_loss(PREDICTED, KEPT, BUDGETS, 0.25) == pytest.approx(0.01)
-    assert price_for_loss(1 - PREDICTED[:, ::-1], KEPT, BUDGETS, -0.1) == float("inf")
+    assert price_for_loss(1 - PREDICTED[:, ::-1], KEPT, BUDGETS, -0.1) is None
+
+
+def test_losses_of_the_mean_score_are_shares_of_the_full_models() -> None:
+    """A plan that wins on one prompt what it loses on another loses nothing, and may be welcome at a higher cost."""
+    scores = np.array([[1.0, 0.5], [0.0, 0.5], [0.5, 0.5], [0.25, 0.5]])
+    kept = (1 + scores - scores[:, -1:]) / 2
+    card = report_card(np.array([0, 0, 1, 1]), scores, kept, BUDGETS, [3, 6], unit=0.5)
+    assert (card.loss, card.quality_ratio) == (0, 1)
+    worse = report_card(np.array([0, 0, 0, 0]), scores, kept, BUDGETS, [3, 6], unit=0.5)
+    assert worse.loss == pytest.approx(1 - worse.quality_ratio) == pytest.approx(0.125)
+    np.testing.assert_allclose(losses_at(kept.astype(np.float32), kept, BUDGETS, 1.1), [-0.5, 0, 0, 0.25])
+    assert price_for_loss(kept.astype(np.float32), kept, BUDGETS, 0.0) == pytest.approx(1, abs=0.03)
+    assert regret(kept.astype(np.float32), kept, BUDGETS, [0.0]) == pytest.approx(0, abs=1e-9)
+    blind = np.full((4, 2), 0.5, dtype=np.float32)
+    assert regret(blind, kept, BUDGETS, [0.0]) == pytest.approx(1 - 0.5625)
 
 
 def test_regret_is_what_the_oracle_would_have_saved() -> None:

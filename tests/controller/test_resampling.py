@@ -30,6 +30,19 @@ def test_certificates_on_splits_hold_and_save_something(risk) -> None:
     assert 0 < found.mean_risk <= 0.06
 
 
+def test_certificates_of_the_mean_score_hold_and_save_something() -> None:
+    """The cheap plan is as good as the full one on average, and known to be better for half of the prompts."""
+    random = np.random.default_rng(0)
+    full, better = np.full(500, 0.5), random.random(500) < 0.5
+    losses = np.column_stack([np.where(better, -0.3, 0.3) + random.uniform(-0.2, 0.2, 500), np.zeros((500, 2))])
+    kept = np.column_stack([np.where(better, 0.6, 0.4), np.full((500, 2), 0.5)]).astype(np.float32)
+    found = resampled_violations(kept, losses, BUDGETS, 0.05, 0.1, 250, 100, risk="mean_score", full=full)
+    assert found.certified == 1
+    assert found.of_pool.low <= 0.1
+    assert found.mean_budget < 0.85, "it pays for more than the prompts it is better for"
+    assert found.mean_risk < 0, "more is won than lost"
+
+
 def test_losses_that_no_price_avoids_leave_the_full_plan() -> None:
     kept = np.ones((300, 3), dtype=np.float32)  # a controller that sees no danger
     losses = np.tile([0.5, 0.5, 0.0], (300, 1))

@@ -18,8 +18,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TIME_LIMIT = 180
-"""Seconds after which a command hangs; the slowest takes some 20 on a busy machine."""
+TIME_LIMIT = 600
+"""Seconds after which a command hangs; the slowest takes some 20, and ten times that where much else is computed."""
+LONGEST_LOOK = 2
+"""Seconds between two looks at a command, at most: where more have passed, the machine slept, and that is no hang."""
 
 _IMPORTED = [
     "layerbudget.cli",
@@ -107,16 +109,19 @@ def _environment() -> Iterator[None]:
 def _listened(child: BaseProcess, pipes: Sequence[Connection], limits: Limits) -> list[bytes]:
     """What the child writes, until it ends or its time is over."""
     texts = dict.fromkeys(pipes, b"")
-    end, interrupt, interrupt_with = time.monotonic() + TIME_LIMIT, float("inf"), limits.interrupt_with
+    left, last = float(TIME_LIMIT), time.monotonic()
+    interrupt, interrupt_with = float("inf"), limits.interrupt_with
     with selectors.DefaultSelector() as selector:
         for pipe in pipes:
             selector.register(pipe, selectors.EVENT_READ)
-        while selector.get_map() and (now := time.monotonic()) < end:
+        while selector.get_map() and left > 0:
+            now = time.monotonic()
+            left, last = left - min(now - last, LONGEST_LOOK), now
             if now >= interrupt:
                 assert child.pid is not None
                 os.kill(child.pid, interrupt_with)
                 interrupt = float("inf")
-            for key, _ in selector.select(max(0.0, min(end, interrupt, now + 1) - now)):
+            for key, _ in selector.select(max(0.0, min(interrupt, now + 1) - now)):
                 if chunk := os.read(key.fd, 65536):
                     texts[key.fileobj] += chunk  # type: ignore[index]
                 else:
@@ -134,6 +139,7 @@ def _run(folder: Path, words: list[str], limits: Limits, out: Connection, err: C
     os.dup2(err.fileno(), 2)
     out.close()
     err.close()
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(folder)
     sys.argv = ["layerbudget", *words]
     if limits.file_bytes is not None:

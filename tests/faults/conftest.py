@@ -58,12 +58,15 @@ def expect_good(record_property: Callable[[str, Any], None]) -> Callable[[Outcom
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    counts = Counter(value for report in reports for name, value in report.user_properties if name == "outcome")
+    seen = [pair for report in reports for pair in report.user_properties]
+    counts = Counter(value for name, value in seen if name == "outcome")
     if counts:
         terminalreporter.section("faults")
         terminalreporter.write_line(f"{counts.total():5} cases")
         for outcome in (*GOOD, *RED):
             terminalreporter.write_line(f"{counts[outcome]:5} {outcome}")
+    for what, count in Counter(value for name, value in seen if name == "counted").items():
+        terminalreporter.write_line(f"{count:5} {what}")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from child import Limits
@@ -54,6 +55,7 @@ def test_a_killed_stage_goes_on(
     stage: str,
     number: int,
     expect_good: Callable[[Outcome, str], None],
+    record_property: Callable[[str, Any], None],
 ) -> None:
     project = stages[stage].copy(tmp_path / "project")
     seconds = json.loads((finished.run / "run.json").read_text())["stages"][stage]["seconds"] + 0.15
@@ -61,6 +63,8 @@ def test_a_killed_stage_goes_on(
     limits = Limits(interrupt_at=f"{stage}: ", interrupt_after=delay, interrupt_with=signal.SIGKILL)
     killed = project.command("run", "tiny.yaml", limits=limits)
     assert killed.status in (-signal.SIGKILL, 0), killed.err  # or it was over before
+    if killed.status:
+        record_property("counted", f"SIGKILLs in or after {stage}")
     foreign = project.foreign
     ended = project.command("run", "tiny.yaml")
     expect_good(*judged(ended, project, foreign, lambda: differences(finished, project)))

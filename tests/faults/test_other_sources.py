@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -100,6 +101,33 @@ def test_stores_that_are_none(project, finished, setting, expect_good) -> None:
     expect_good(*judged(ended, project, foreign, lambda: differences(finished, project)))
 
 
+ODD_WORDS = {
+    "a byte that is not UTF-8": ("ab\udcffcd",),
+    "half a character": ("ab\ud800",),
+    "no prompt": ("",),
+    "a prompt longer than the model takes": ("a" * 300,),
+    "more new tokens than the model takes": ("abc", "--max-new-tokens", 10**9),
+    "no device": ("abc", "--device", ""),
+    "a device of no kind": ("abc", "--device", "tpu"),
+    "a device that computes nothing": ("abc", "--device", "meta"),
+    "a device below the first": ("abc", "--device", "cuda:-1"),
+    "a device that is markup": ("abc", "--device", "[x"),
+    "no model": ("abc", "--model", ""),
+    "a model's name of 300 characters": ("abc", "--model", "a" * 300),
+    "a model's name that is not UTF-8": ("abc", "--model", "\udcff"),
+    "a file as model": ("abc", "--model", "prompts.jsonl"),
+    "a package that is none": ("abc", "--model", "package:"),
+    "a package inside of nothing": ("abc", "--model", "package:.x"),
+    "a package without files": ("abc", "--model", "package:sys"),
+}
+
+
+@pytest.mark.parametrize("name", selected(list(ODD_WORDS), every=6))
+def test_odd_words_on_the_command_line(project, name, expect_good) -> None:
+    ended = project.command("generate", "--allocator", "runs/tiny/allocator", *ODD_WORDS[name])
+    expect_good(*judged(ended, project, project.foreign, lambda: "it should have been refused"))
+
+
 def _inspect(project: Project, stdout) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "layerbudget", "inspect", "runs/tiny/allocator"],
@@ -127,3 +155,21 @@ def test_an_output_that_takes_no_more_is_one_sentence(finished) -> None:
         error = _inspect(finished, out).communicate(timeout=120)[1].decode()
     assert error.startswith("error: cannot read or write a file: no space left on device")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [("ab\u03a9",), ("--prompts", "more.jsonl")], ids=["a prompt", "a file"])
+def test_an_output_that_lacks_characters_gets_their_numbers(project, words) -> None:
+    (project.folder / "more.jsonl").write_text(json.dumps({"prompt": "ab\u03a9"}) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "layerbudget", "generate", "--allocator", "runs/tiny/allocator", *words],
+        cwd=project.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if words[0] == "--prompts":
+        assert json.loads(done.stdout)["prompt"] == "ab\u03a9"
+    else:
+        assert b"ab\\u03a9" in done.stdout

@@ -33,6 +33,11 @@ def _row(**fields: Any) -> Callable[[Path], None]:
     return _line(json.dumps({**_ROW, **fields}, ensure_ascii=False))
 
 
+def _turns(messages: Any) -> Callable[[Path], None]:
+    """A row that is a conversation."""
+    return _line(json.dumps({**{key: value for key, value in _ROW.items() if key != "prompt"}, "messages": messages}))
+
+
 def _with(text: str) -> Callable[[Path], None]:
     """A row with one more key, of this JSON text."""
     return _line(json.dumps(_ROW)[:-1] + f', "more": {text}}}')
@@ -53,6 +58,9 @@ ACCEPTED: dict[str, Callable[[Path], None]] = {
     "a NUL in a prompt": _row(prompt="ab\0cd"),
     "a character of two halves": _line(json.dumps({**_ROW, "prompt": "ab\U0001f600"})),
     "one more key": _with("1"),
+    "raw": _row(raw=True),
+    "not raw": _row(raw=False),
+    "no messages beside a prompt": _row(messages=None),
     "BOM": _whole(lambda content: b"\xef\xbb\xbf" + content),
     "CRLF": _whole(lambda content: content.replace(b"\n", b"\r\n")),
     "no last newline": _whole(bytes.rstrip),
@@ -76,6 +84,19 @@ REFUSED: dict[str, Callable[[Path], None]] = {
     "a prompt of spaces": _row(prompt=" \n\u2003"),
     "a prompt longer than the model takes": _row(prompt="abcdefgh" * 100),
     "a number as prompt": _row(prompt=3),
+    "a text as raw": _row(raw="yes"),
+    "messages and a prompt": _row(messages=[{"role": "user", "content": "abc"}]),
+    "messages without a chat template": _turns([{"role": "user", "content": "abc"}]),
+    "no messages": _turns([]),
+    "a text as messages": _turns("abc"),
+    "messages of another shape": _turns([["user", "abc"]]),
+    "messages that are null": _turns([None]),
+    "an unknown role": _turns([{"role": "bot", "content": "abc"}]),
+    "a list as role": _turns([{"role": ["user"], "content": "abc"}]),
+    "a number as content": _turns([{"role": "user", "content": 3}]),
+    "an empty turn": _turns([{"role": "user", "content": " "}]),
+    "a call of a tool": _turns([{"role": "user", "content": "abc", "tool_calls": [1]}]),
+    "the assistant's turn last": _turns([{"role": "assistant", "content": "abc"}]),
     "old Macintosh line ends": _whole(lambda content: content.replace(b"\n", b"\r")),
 }
 OF_RUNS: dict[str, Callable[[Path], None]] = {

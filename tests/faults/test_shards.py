@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from child import Ended, Limits
@@ -37,6 +38,7 @@ def test_shards_that_start_together(
     tmp_path: Path,
     number: int,
     expect_good: Callable[[Outcome, str], None],
+    record_property: Callable[[str, Any], None],
 ) -> None:
     project = before_labels.copy(tmp_path / "project")
     (project.run / "config.yaml").unlink()  # so that both have to write it
@@ -54,6 +56,7 @@ def test_shards_that_start_together(
         thread.join()
     failed: list[Ended] = [one for one in ended.values() if one.status != 0]
     assert not failed, failed[0].err
+    record_property("counted", "pairs of shards started together without a crash")
     if number % 10 == 0:
         rest = project.command("run", "tiny.yaml")
         expect_good(*judged(rest, project, foreign, lambda: None if _same(finished, project) else "other labels"))

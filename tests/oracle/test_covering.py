@@ -28,7 +28,7 @@ def covering_task(model, folder, **changes) -> MenuTask:
     prompts = [Prompt(str(number), "t", text, "", "kl") for number, text in enumerate(TEXTS)]
     labeller = Labeller(model, tokenizer, decoding, LabelStore(folder / "labels.db"), 4)
     others = [Prompt(text, "t", text, "", "agreement") for text in ("gab", "decade", "fade", "beef")]
-    labels = TaskLabels(labeller, tokenizer, prompts, others, LayerPlan.full(6))
+    labels = TaskLabels(lambda: labeller, tokenizer, prompts, others, LayerPlan.full(6))
     values = {"probe_depth": 2, "n_plans": 4, "cheapest_budget": 0.5, "labels": labels, **changes}
     return MenuTask(model, tokenizer, list(TEXTS), decoding, **values)
 

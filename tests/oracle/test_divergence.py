@@ -75,7 +75,7 @@ def test_removing_more_of_a_gentle_model_scores_less_on_average(tokenizer) -> No
 
 
 @pytest.mark.parametrize("shortcut", [False, True])
-def test_its_labels_carry_the_full_answers_tokens_and_go_on_where_they_stopped(
+def test_its_labels_carry_what_agrees_with_the_full_answer_and_go_on_where_they_stopped(
     model, tokenizer, tmp_path, shortcut
 ) -> None:
     prompts = [*PROMPTS, Prompt("other", "t", "ab", "", "agreement")]
@@ -90,9 +90,20 @@ def test_its_labels_carry_the_full_answers_tokens_and_go_on_where_they_stopped(
         assert full.score == 1
         assert not full.answer.endswith(CUT)
         for found in rows:
-            assert (found.answer, found.answer_ids) == (CUT, full.answer_ids)
+            assert found.answer == CUT
+            assert found.answer_ids[:-1] == full.answer_ids[: len(found.answer_ids) - 1]
             assert 0 < found.score < 1
             assert 0 < found.forward_tokens < 2 * (found.prompt_tokens + len(found.answer_ids))
+
+
+def test_what_a_plan_repeats_of_the_answer_is_what_it_says_by_itself(model, tokenizer) -> None:
+    full, *plans = LayerPlan.full(6), *PLANS
+    answers = [answer.token_ids for answer in answer_batch(model, tokenizer, TEXTS, full, Decoding(4))]
+    found = diverge(model, tokenizer, TEXTS, answers, plans)
+    for plan in plans:
+        alone = answer_batch(model, tokenizer, TEXTS, plan, Decoding(4))
+        for row, own in zip(found, alone, strict=True):
+            assert list(row[plan].ids) == list(own.token_ids[: len(row[plan].ids)])
 
 
 def test_a_model_that_gives_no_numbers_is_noted(tokenizer, tmp_path) -> None:

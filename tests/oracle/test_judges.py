@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from oracle.judges import JudgeError, check_judge, score
+from oracle.judges import JudgeError, check_judge, may_become_exact, score
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,18 @@ from oracle.judges import JudgeError, check_judge, score
 )
 def test_scores(judge, answer, reference, expected) -> None:
     assert score(judge, answer, reference, "full answer") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "whole", ["Paris", "PARIS.", "paris!?", "Paris, France", "London", "Par is", "Paris. .", "", "..."]
+)
+@pytest.mark.parametrize("reference", ["Paris", "paris.", "Par", "", "..."])
+def test_what_can_no_longer_become_exact_never_does(whole, reference) -> None:
+    begun = [may_become_exact(whole[:end].strip(), reference) for end in range(len(whole) + 1)]
+    assert begun[0], "nothing is said yet"
+    assert begun == sorted(begun, reverse=True), "what has parted stays parted"
+    assert begun[-1] or not score("exact", whole, reference, ""), "a right answer has never parted"
+    assert not may_become_exact("Lon", "Paris")
 
 
 def test_a_judge_of_the_users_own(tmp_path, monkeypatch) -> None:

@@ -28,6 +28,7 @@ from oracle.labels.generate_answers import answer_batch, continue_batch, stop_to
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import CUT, Label, LabelStore, StoreError
+from oracle.labels.token_agreement import acceptance_rates
 from oracle.prompts import Prompt, PromptError, Shard
 
 DECODING = Decoding(4)
@@ -42,6 +43,15 @@ def label(number: int, **changes) -> Label:
     values = {"model": "m", "prompt": f"p{number}", "plan": "0-5", "decoding": "d", "judge": "exact", "answer": "a"}
     costs = {"prompt_tokens": 3, "forward_tokens": 5.0, "seconds": 0.1}
     return Label(**{**values, "answer_ids": (7, 2), "score": 1.0, **costs, **changes})
+
+
+def test_acceptance_counts_tokens_up_to_the_first_that_is_not_the_full_models() -> None:
+    full = label(1, answer_ids=(5, 6, 7, 2))
+    cut = [label(1, answer_ids=(5, 6, 9)), label(1, answer_ids=(5, 6, 7, 2)), full]
+    other = label(2, answer_ids=(8, 2))
+    longer = [label(2, answer_ids=(8, 4, 4)), label(2, answer_ids=(8,)), other]
+    assert acceptance_rates([cut, longer]) == (3 / 5, 5 / 5, 1.0)
+    assert acceptance_rates([[label(1, answer_ids=()), full]]) == (1.0, 1.0), "nothing was judged"
 
 
 def test_labels_equal_generating_each_prompt_alone(model, tokenizer, tmp_path) -> None:
@@ -89,12 +99,12 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
     for plain, short in zip(rows[False], rows[True], strict=True):
         assert short.score == plain.score
         if short.answer.endswith(CUT):
-            assert judge == "agreement"
+            assert judge in ("agreement", "exact")
             assert short.answer_ids == plain.answer_ids[: len(short.answer_ids)]
         else:
             assert (short.answer, short.answer_ids) == (plain.answer, plain.answer_ids)
     assert sum(label.answer == row.answer for label, row in zip(rows[True][3::5], rows[True][4::5], strict=True)) > 0
-    if judge == "agreement" and worth == 0:
+    if judge != "rouge_l" and worth == 0:
         assert sum(label.forward_tokens for label in rows[True]) < sum(label.forward_tokens for label in rows[False])
 
 

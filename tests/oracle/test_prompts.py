@@ -1,4 +1,6 @@
+import csv
 import json
+import re
 
 import pytest
 from datasets import Dataset
@@ -54,7 +56,7 @@ def test_a_byte_that_is_no_text_is_named_with_its_line(tmp_path) -> None:
 
 def test_a_table_with_gaps_is_refused(tmp_path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,reference,judge\na,b,exact\n,b,exact\n")
-    with pytest.raises(PromptError, match="row 1: the field 'prompt' is missing"):
+    with pytest.raises(PromptError, match="row 1: the prompt is missing"):
         load_prompts(str(tmp_path))
 
 
@@ -80,7 +82,7 @@ def test_a_data_set_with_other_column_names(tmp_path) -> None:
         ("train-0", "1+1", "2", "number"),
         ("train-1", "2+2", "4", "number"),
     ]
-    with pytest.raises(PromptError, match="has no column 'prompt'; it has question, answer"):
+    with pytest.raises(PromptError, match="has no column 'prompt' or 'messages'; it has question, answer"):
         load_prompts(str(folder), judge="number")
 
 
@@ -106,3 +108,41 @@ def test_embedded_prompts_are_many_varied_and_unlike() -> None:
     assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
     assert rows == embedded_prompts()
     assert not [row for row in rows if row["prompt"] != row["prompt"].rstrip() or not row["reference"].strip()]
+
+
+TABLE = [{"q": "2+2=", "a": 4, "kind": "sum"}, {"q": 'Say «ja», "nein"\nand no more', "a": "ja", "kind": "word"}]
+COLUMNS = {"prompt": "q", "reference": "a", "task": "kind"}
+
+
+def test_a_single_csv_or_json_file_is_a_source(tmp_path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(TABLE))
+    with (tmp_path / "mine.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["q", "a", "kind"])
+        writer.writeheader()
+        writer.writerows(TABLE)
+    for name in ("mine.json", "mine.csv"):
+        found = load_prompts(str(tmp_path / name), columns=COLUMNS, judge="exact")
+        assert [prompt.prompt for prompt in found] == [row["q"] for row in TABLE]
+        assert [(p.id, p.reference, p.task) for p in found] == [("mine-1", "4", "sum"), ("mine-2", "ja", "word")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", "q,a\n1,2,3\n", "line 2: 3 values for 2 columns"),
+        ("x.csv", 'q,a\n"1,2\n', "not CSV"),
+        ("x.csv", "q,q\n1,2\n", "two columns have one name, 'q'"),
+        ("x.csv", "", "has no column"),
+        ("x.csv", "a,b\n1,2\n", "has no column 'q'; it has a, b: set data.columns"),
+        ("x.json", '{"q": "1"}', "should hold a list of objects"),
+        ("x.json", '{"q": "1"}\n{"q": "2"}', "one object a line belong into a .jsonl file"),
+        ("x.json", "[1]", "should hold a list of objects"),
+        ("x.json", '[{"q": null}]', "x.json, prompt 1: the field 'reference' is missing"),
+    ],
+)
+def test_tables_that_are_none_are_refused(tmp_path, name, text, message) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PromptError, match=re.escape(message)):
+        load_prompts(str(tmp_path / name), columns={"prompt": "q", "reference": "q"}, judge="exact")
+    with pytest.raises(PromptError, match="no prompts file"):
+        load_prompts(str(tmp_path / "missing") + name[1:], judge="exact")

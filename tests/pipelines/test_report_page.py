@@ -8,7 +8,8 @@ from pipelines import figures
 from pipelines.stages import report
 from pipelines.stages.report import with_labels
 
-TEMPLATE = (Path(report.__file__).parent / "report.html.j2").read_text()
+FOLDER = Path(report.__file__).parent
+TEMPLATE = "".join((FOLDER / name).read_text() for name in ("first_screen.html.j2", "report.html.j2"))
 
 
 def test_every_cell_bears_the_heading_of_its_column() -> None:

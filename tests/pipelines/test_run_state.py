@@ -97,6 +97,27 @@ def test_a_folder_with_somebodys_files_is_left_alone(project, command) -> None:
     assert snapshot(project) == before
 
 
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        ("train", "controllers/notes.txt"),
+        ("train", "controllers/mine/controller.json"),
+        ("train", "controllers/lightgbm/notes.txt"),
+        ("run", "controllers/notes.txt"),
+        ("adapt", "adapt/notes.txt"),
+    ],
+)
+def test_somebodys_file_in_a_folder_that_is_replaced_stays(project, stage, file) -> None:
+    theirs = project / "runs" / "tiny" / file
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    theirs.write_text("mine")
+    assert f"{theirs} lies in a folder that a stage replaces" in refused(stage, project / "tiny.yaml")
+    assert theirs.read_text() == "mine"
+    theirs.unlink()
+    done = layerbudget("run", project / "tiny.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_file_in_the_place_of_the_folder_is_left_alone(project) -> None:
     (project / "runs" / "other").write_text("mine")
     assert "is a file" in refused("run", project / "tiny.yaml", "--set", "name=other")
@@ -254,6 +275,8 @@ def test_a_run_follows_the_models_generation_config_and_says_so(project) -> None
     assert "label.shortcut steps aside: with repetition_penalty=1.5" in " ".join(done.stdout.split())
     shown = layerbudget("inspect", project / "runs" / "penalised" / "allocator").stdout
     assert "repetition_penalty=1.5" in shown
+    certificate = json.loads((project / "runs" / "penalised" / "allocator" / "certificate.json").read_text())
+    assert certificate["decoding"].endswith("repetition_penalty=1.5")
     with sqlite3.connect(project / "runs" / "penalised" / "labels.db") as store:
         ((decoding,),) = store.execute("SELECT DISTINCT decoding FROM labels").fetchall()
     assert decoding.endswith("repetition_penalty=1.5")
@@ -294,3 +317,36 @@ def test_a_judge_that_exits_has_failed_on_that_prompt(project, tmp_path, monkeyp
     assert "labels have no score" in output
     assert "SystemExit: 0" in output
     assert "report.html" in done.stdout
+
+
+def test_a_judge_may_say_anything_in_brackets(project, tmp_path, monkeypatch) -> None:
+    """What looks like the terminal's markup is none, in a message and in a folder's name."""
+    (tmp_path / "bracket_judge.py").write_text(
+        "def judge(answer, reference, full):\n"
+        "    if reference == 'stop':\n        raise ValueError('no [/] and no [/red]')\n"
+        "    return float(answer == full)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [json.loads(line) for line in (project / "prompts.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"judge": "bracket_judge:judge", "reference": "stop" if number % 30 == 0 else "x"}
+    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = project / "runs [" / "red]"
+    for stage in ("menu", "adapt", "label"):
+        done = layerbudget(stage, project / "tiny.yaml", "--set", f"runs='{folder}'")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "no [/] and no [/red]" in " ".join(done.stdout.split())
+    assert "runs [/red]/tiny/labels.db" in done.stdout.replace("\n", "")
+
+
+def test_own_judges_that_fail_on_all_prompts_end_no_run(project, tmp_path, monkeypatch) -> None:
+    (tmp_path / "failing_judge.py").write_text("def judge(answer, reference, full):\n    raise SystemExit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [json.loads(line) | {"judge": "failing_judge:judge"} for line in (project / "prompts.jsonl").open()]
+    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = "{own_judges: 4, speed_prompts: 2, speed_tokens: 2, speed_rounds: 1, alphas: [0.1], control_trials: 1}"
+    settings = ("--set", "data.force_judge=agreement", "--set", f"evaluation={evaluation}")
+    done = layerbudget("run", project / "tiny.yaml", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the judge 'failing_judge:judge' failed on prompt" in " ".join(done.stdout.split())
+    assert json.loads((project / "runs" / "tiny" / "metrics.json").read_text())["own_judges"] is None

@@ -13,7 +13,7 @@ import pytest
 from backbone.errors import InputError
 from controller.base import LearningError
 from controller.learning import Settings
-from pipelines.config_sections import TuningSection
+from pipelines.learning_sections import TuningSection
 from pipelines.settings_search import Search, Work, finished, open_study, search, search_in_memory, settings_of
 
 

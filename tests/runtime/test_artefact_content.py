@@ -1,6 +1,7 @@
 """Files of a saved allocator that fit their SHA-256 and hold what they should not: one sentence each, when loaded."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,7 +74,9 @@ def test_a_menu_that_says_something_odd_is_refused(model, tmp_path, change, mess
         ("n", -4),
         ("n", "x"),
         ("n", 1.5),
-        ("fewest_prompts", None),
+        ("fewest_prompts", 1.5),
+        ("prompts_needed", -1),
+        ("full_score", None),
         ("observed_risk", "x"),
         ("observed_risk", None),
         ("tolerance", "x"),
@@ -176,3 +179,25 @@ def test_stand_ins_for_states_of_another_size_are_refused_by_the_model(tmp_path)
     loaded = Allocator.from_pretrained(tmp_path)
     with pytest.raises(StandInsError, match="for states of 16 numbers, those of this model have 32"):
         loaded.generate(model, **padded_batch(), **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rates: rates.popitem(), "acceptance.json should hold a rate for each plan of the menu"),
+        (lambda rates: rates.update({"0-1": 0.5}), "acceptance.json should hold a rate for each plan of the menu"),
+        (lambda rates: rates.update({"0-5": 1.5}), "a share from 0 to 1, got 1.5"),
+        (lambda rates: rates.update({"0-5": "1"}), "a share from 0 to 1, got '1'"),
+        (lambda rates: rates.update({"0-5": float("nan")}), "holds NaN"),
+    ],
+)
+def test_rates_of_acceptance(tmp_path, change, message) -> None:
+    allocator = replace(make_allocator(tiny_model("llama")), acceptance=(0.5, 0.75, 1.0))
+    check_refused(allocator, tmp_path, lambda folder: edited_json(folder, "acceptance.json", change), message)
+
+
+def test_rates_of_acceptance_are_saved_and_may_be_missing(tmp_path) -> None:
+    allocator = make_allocator(tiny_model("llama"))
+    for name, rates in (("with", (0.5, 0.75, 1.0)), ("without", None)):
+        replace(allocator, acceptance=rates).save_pretrained(tmp_path / name)
+        assert Allocator.from_pretrained(tmp_path / name).acceptance == rates

@@ -10,18 +10,19 @@ from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation import LogitsProcessor
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import detach
 from backbone.testing import patches
 from runtime import lossless
 from runtime.call_arguments import UnsupportedGenerationError
-from runtime.lossless import MAX_DRAFT, paying_length
+from runtime.lossless import MAX_DRAFT, PRIOR_JUDGED, DraftPlan, best_draft, draft_plans
 from runtime.step_costs import StepCosts
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "min_new_tokens": 24}
 DICT = {"return_dict_in_generate": True}
-FREE_DRAFTS = StepCosts((1, 2), (1.0, 1.0), (0.0, 0.0), True)
+
+FLAT = StepCosts((1, 2), (1.0, 1.0), (0.0, 0.0), (1, 2), (1.0, 1.0), True)
+"""A check of several tokens takes as long as a step."""
 
 
 def prompt(row: int) -> torch.Tensor:
@@ -32,7 +33,7 @@ def prompt(row: int) -> torch.Tensor:
 @pytest.fixture
 def cheap_drafts(monkeypatch) -> None:
     """However few tokens are accepted, three are drafted."""
-    monkeypatch.setattr(lossless, "paying_length", lambda costs, budget, rate: 3)
+    monkeypatch.setattr(lossless, "best_draft", lambda costs, plans: (plans[0], 3))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_the_answer_is_the_full_models_in_every_family(family, cheap_drafts) -> 
     for row in (1, 2, 3):
         expected = model.generate(prompt(row), **GREEDY)
         output = allocator.generate(model, input_ids=prompt(row), **GREEDY, **DICT, lossless=True)
-        assert output.layer_plans == [PLANS[1] if row == 1 else PLANS[0]]
+        assert output.layer_plans == [PLANS[0]]
         assert output.draft_tokens >= 10
         assert torch.equal(output.sequences, expected)
         assert 24 <= output.full_passes + output.accepted_tokens <= 24 + 3
@@ -73,23 +74,6 @@ def test_stand_ins_draft_but_do_not_answer(model, cheap_drafts) -> None:
         detach(model)
     assert output.draft_tokens > 0
     assert torch.equal(output.sequences, model.generate(prompt(3), **GREEDY))
-
-
-def test_no_layer_computes_the_prompt_twice(model, allocator, cheap_drafts) -> None:
-    computed = [0] * N_LAYERS
-    hooks = []
-    for index, layer in enumerate(decoder_layers(model)):
-
-        def count(module, args, output, index=index):
-            computed[index] += args[0].shape[1] if args[0].shape[1] == 4 else 0
-
-        hooks.append(layer.mlp.register_forward_hook(count))
-    try:
-        allocator.generate(model, input_ids=prompt(3), max_new_tokens=1, do_sample=False, lossless=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert computed == [4] * N_LAYERS
 
 
 def test_a_padded_prompt_is_answered_as_without_padding(model, allocator, cheap_drafts) -> None:
@@ -186,27 +170,50 @@ def test_samples_follow_the_full_models_distribution(model, allocator, cheap_dra
 
 
 def test_drafts_end_where_they_do_not_pay(model, allocator, monkeypatch) -> None:
-    monkeypatch.setattr(lossless, "known_step_costs", lambda model: FREE_DRAFTS)
-    output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
+    monkeypatch.setattr(lossless, "known_step_costs", lambda model: FLAT)
+    confident = replace(allocator, acceptance=(0.9, 0.5, 1.0))
+    output = confident.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
     assert torch.equal(output.sequences, model.generate(prompt(3), **GREEDY))
+    assert output.layer_plans == [PLANS[0]]
     assert 0 < output.draft_tokens < 20, "with two thirds of the layers and few tokens accepted"
     assert output.full_passes + output.accepted_tokens == 24
 
 
-def test_the_full_plan_drafts_nothing(model, allocator, cheap_drafts) -> None:
-    output = allocator.generate(model, input_ids=prompt(0), **GREEDY, **DICT, lossless=True)
+def test_where_no_plan_pays_the_full_model_decodes_as_ever(model, allocator, monkeypatch) -> None:
+    monkeypatch.setattr(lossless, "known_step_costs", lambda model: FLAT)
+    hopeless, streamed = replace(allocator, acceptance=(0.1, 0.1, 1.0)), Recorder()
+    output = hopeless.generate(model, input_ids=prompt(0), **GREEDY, **DICT, lossless=True, streamer=streamed)
     assert output.layer_plans == [LayerPlan.full(N_LAYERS)]
     assert (output.draft_tokens, output.acceptance, output.full_passes) == (0, None, 24)
     assert torch.equal(output.sequences, model.generate(prompt(0), **GREEDY))
+    assert streamed.tokens == [*output.sequences[0].tolist(), "end"]
+    assert output.time_to_first_token_ms > 0
 
 
-def test_the_paying_length_follows_acceptance_and_costs() -> None:
-    flat = StepCosts((1, 2), (1.0, 1.0), (0.0, 0.0), True)
-    assert paying_length(flat, 0.5, 0.2) == 0, "1.2 tokens in 1.5 passes"
-    assert paying_length(flat, 0.5, 0.7) == 1, "1.7 in 1.5; two drafts: 2.19 in 2"
-    assert paying_length(flat, 0.1, 0.9) == MAX_DRAFT
-    dear_rows = StepCosts((1, 2), (1.0, 2.0), (0.0, 0.0), True)
-    assert paying_length(dear_rows, 0.1, 0.9) == 0, "a check of two tokens takes as long as two passes"
+def of_rate(budget: float, rate: float) -> DraftPlan:
+    return DraftPlan(PLANS[0], budget, rate * PRIOR_JUDGED)
+
+
+def test_the_draft_is_chosen_by_acceptance_and_costs() -> None:
+    assert best_draft(FLAT, [of_rate(0.5, 0.2)]) == (None, 0), "1.2 tokens in 1.5 passes"
+    assert best_draft(FLAT, [of_rate(0.5, 0.7)])[1] == 1, "1.7 in 1.5; two drafts: 2.19 in 2"
+    assert best_draft(FLAT, [of_rate(0.1, 0.9)])[1] == MAX_DRAFT
+    assert best_draft(FLAT, []) == (None, 0)
+    cheap, sure = of_rate(0.3, 0.5), of_rate(0.8, 0.95)
+    assert best_draft(FLAT, [cheap, sure]) == (cheap, 1), "1.5 in 1.3; the sure one at best 2.85 in 2.6"
+    dear_head = StepCosts((1, 2), (1.0, 1.0), (0.3, 0.3), (1, 2), (1.0, 1.0), True)
+    assert best_draft(dear_head, [cheap, sure])[0] is sure, "with a step of .51 instead of .3 the cheap plan loses"
+    dear_checks = StepCosts((1, 2), (1.0, 1.0), (0.0, 0.0), (1, 2), (1.0, 2.0), True)
+    assert best_draft(dear_checks, [of_rate(0.1, 0.9)]) == (None, 0), (
+        "a check of two tokens takes as long as two passes"
+    )
+
+
+def test_what_the_labels_say_and_what_stands_in_for_it(allocator) -> None:
+    known = draft_plans(replace(allocator, acceptance=(0.6, 0.9, 1.0)))
+    assert [(draft.plan, round(draft.rate, 6)) for draft in known] == [(PLANS[0], 0.6), (PLANS[1], 0.9)]
+    unknown = draft_plans(allocator)
+    assert [draft.rate for draft in unknown] == pytest.approx([1 - 2 * (1 - b) for b in allocator.menu.budgets[:2]])
 
 
 @pytest.mark.parametrize(

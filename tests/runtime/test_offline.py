@@ -18,8 +18,9 @@ from oracle.prompts import PromptError
 from runtime import offline
 from runtime.answer_files import AnswersError, answer_file
 from runtime.call_arguments import UnsupportedGenerationError
-from runtime.offline import composed
+from runtime.composing import Composer
 from runtime.parts import WrongModelError
+from runtime.step_costs import StepCosts
 
 FULL = LayerPlan.full(N_LAYERS)
 PROMPTS = ["abcdefghijk"[: 3 + i % 9] + "xyz"[: i % 4] for i in range(23)]
@@ -98,19 +99,39 @@ def test_assisted_decoding_computes_prompts_again(model, allocator) -> None:
     )
 
 
+def flat(per_row: float) -> StepCosts:
+    """A pass takes 1 ms for the weights of all layers and something for each row; the head takes nothing."""
+    tokens = (0, 64)
+    full_ms = tuple(1.0 + per_row * count for count in tokens)
+    return StepCosts(tokens, full_ms, (0.0, 0.0), tokens, full_ms, measured=True)
+
+
 def test_batches_are_of_one_plan_as_far_as_they_are_full_and_what_is_left_is_mixed() -> None:
     plans = [FULL] * 5 + [PLANS[1]] * 9 + [PLANS[0]] * 2
     lengths = [7, 3, 9, 1, 5, 2, 8, 4, 6, 1, 9, 3, 5, 7, 4, 6]
-    parts = composed(plans, lengths, 4)
+    parts = Composer(flat(0.01), plans, lengths, 100).composed(4)
     assert [[lengths[place] for place in part] for part in parts] == [
         [9, 7, 5, 3],
+        [1, 1, 6, 4],
         [9, 8, 7, 6],
         [5, 4, 3, 2],
-        [1, 1, 6, 4],
     ]
-    assert [len({plans[place] for place in part}) for part in parts] == [1, 1, 1, 3]
+    assert [len({plans[place] for place in part}) for part in parts] == [1, 3, 1, 1]
     assert sorted(place for part in parts for place in part) == list(range(16))
-    assert composed([], [], 4) == []
+    assert Composer(flat(0.01), [], [], 100).composed(4) == []
+
+
+def test_what_is_left_of_a_plan_runs_by_itself_where_rows_cost_more_than_weights() -> None:
+    """Beside a long prompt the short ones would be padded to its length."""
+    plans, lengths = [FULL, PLANS[0], PLANS[0]], [50, 2, 3]
+    assert Composer(flat(1.0), plans, lengths, 2).composed(4) == [[0], [2, 1]]
+    assert Composer(flat(0.001), plans, lengths, 100).composed(4) == [[0, 2, 1]]
+
+
+def test_prompts_of_like_length_run_together_where_padding_costs_more_than_plans_save() -> None:
+    plans, lengths = [FULL, FULL, PLANS[1], PLANS[1]], [50, 2, 51, 1]
+    assert Composer(flat(1.0), plans, lengths, 2).composed(2) == [[0, 2], [1, 3]]
+    assert Composer(flat(0.0), plans, lengths, 2).composed(2) == [[0, 1], [2, 3]]
 
 
 def test_every_prompt_runs_its_own_plan_in_the_fewest_batches(model, allocator) -> None:
@@ -152,7 +173,7 @@ def test_options_go_to_generate(model, allocator) -> None:
         (["a"], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         (["a"], {"num_return_sequences": 2}, "which num_return_sequences does not fit"),
         (["a"], {"return_dict_in_generate": True}, "which return_dict_in_generate does not fit"),
-        (["a", ""], {}, "prompt 1 is empty"),
+        (["a", ""], {}, "prompt 1: the prompt is empty"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(model, allocator, prompts, options, message) -> None:
@@ -246,7 +267,7 @@ def test_without_a_file_answers_go_to_the_terminal(model, allocator, prompts_pat
     ("text", "message"),
     [
         (None, "no prompts file"),
-        ('{"id": "a"}\n', "line 1: the prompt is missing or empty"),
+        ('{"id": "a"}\n', "line 1: the prompt is missing; give prompt"),
         ("[]", "expected an object"),
     ],
 )

@@ -14,7 +14,7 @@ from runtime.step_costs import (
     measure_step_costs,
 )
 
-COSTS = StepCosts((1, 3, 5), (10.0, 12.0, 20.0), (4.0, 4.0, 6.0), measured=True)
+COSTS = StepCosts((1, 3, 5), (10.0, 12.0, 20.0), (4.0, 4.0, 6.0), (1, 2, 4), (10.0, 11.0, 14.0), measured=True)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,15 @@ def own_cache(tmp_path, monkeypatch):
 def test_times_lie_on_straight_lines_between_the_measured_ones() -> None:
     assert COSTS.ms(1.0, np.array([1, 2, 3, 4, 5, 7])).tolist() == [10, 11, 12, 16, 20, 28]
     assert COSTS.ms(0.5, np.array([1, 3, 5, 7])).tolist() == [7, 8, 13, 18]
+
+
+def test_a_mixed_pass_pays_the_head_for_all_and_each_layer_for_its_own_rows() -> None:
+    assert COSTS.mixed_ms(5, np.array([5, 5])) == 20
+    assert COSTS.mixed_ms(5, np.array([5, 3, 1, 0])) == 6 + (14 + 8 + 6 + 0) / 4
+
+
+def test_checks_of_one_row_have_times_of_their_own() -> None:
+    assert COSTS.checking_ms(np.array([1, 2, 3, 4, 6])).tolist() == [10, 11, 12.5, 14, 17]
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
@@ -45,7 +54,9 @@ def test_measuring_gives_a_time_for_every_size_and_leaves_the_model_alone() -> N
     costs = measure_step_costs(model)
     assert costs.measured
     assert len(costs.tokens) == len(costs.full_ms) == len(costs.fixed_ms)
-    assert list(costs.full_ms) == sorted(costs.full_ms)
+    assert len(costs.check_tokens) == len(costs.check_ms)
+    for times in (costs.full_ms, costs.check_ms):
+        assert list(times) == sorted(times)
     assert all(0 <= fixed <= full for fixed, full in zip(costs.fixed_ms, costs.full_ms, strict=True))
     assert torch.equal(model(torch.ones(1, 3, dtype=torch.long)).logits, before)
 

@@ -1,0 +1,32 @@
+"""Blocks: the prompts whose labels are made together, whoever makes them.
+
+A block is several batches wide, so that plans share passes over it, and small enough that little is lost with a worker
+that dies. How answers round, and how far they are generated, depends on the prompts beside them. Since blocks depend on
+the prompts alone, neither on the number of processes nor on what is done already, one process and many workers give the
+same labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from oracle.decoding import Decoding
+from oracle.prompts import Prompt
+
+BATCHES = 8
+"""Batches of a block, at most, on average."""
+
+CHARACTERS_PER_TOKEN = 4
+"""Of usual text, roughly: blocks are made where no tokenizer is loaded."""
+
+
+def blocks(prompts: Sequence[Prompt], batch_size: int, decoding: Decoding) -> list[list[Prompt]]:
+    """The prompts in blocks of like length and about the same work each, longest first."""
+    ordered = sorted(prompts, key=lambda prompt: (-len(prompt.prompt), prompt.id))
+    tokens = [len(prompt.prompt) / CHARACTERS_PER_TOKEN + decoding.max_new_tokens for prompt in ordered]
+    count, done = -(-len(ordered) // (BATCHES * batch_size)), np.cumsum(tokens)
+    ends = [int(np.searchsorted(done, done[-1] * number / count)) for number in range(1, count)]
+    parts = zip([0, *ends], [*ends, len(ordered)], strict=True)
+    return [ordered[start:end] for start, end in parts if start < end]

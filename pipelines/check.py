@@ -1,0 +1,155 @@
+"""`layerbudget check`: what can be known to fail before anything is computed. Loads no model, and not torch either."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from functools import cached_property
+from typing import Any
+
+from backbone.errors import InputError
+from backbone.model_source import look_at
+from backbone.plan import LayerPlan
+from controller.base import CONTROLLERS
+from controller.certificate.fewest_prompts import fewest_prompts
+from controller.feature_sets import WIDE
+from oracle.menus import MENUS
+from oracle.prompts import SPLITS, Prompt, Split, limited
+from pipelines.config import Config, ConfigError
+from pipelines.run_prompts import LEAST_OF_A_SPLIT, prompts_of, splits_of
+
+LABEL_BYTES = 2_000
+"""Of one answer with its score in the database of labels, as the demo's are."""
+OTHER_BYTES = 64 * 2**20
+"""Of everything that does not grow with prompts, plans or the model: the databases of Optuna and MLflow, the report."""
+COPIES = 3
+"""Of the stand-ins: the stage's file, the allocator's, and MLflow's."""
+
+
+def check_run(config: Config) -> list[str]:
+    """What was looked at, in a line each.
+
+    Raises:
+        ConfigError: what would fail, all of it in one sentence.
+    """
+    checks, said, problems = _Checks(config), [], []
+    for look in (checks.model, checks.methods, checks.prompts_of_run, checks.splits, checks.certificate, checks.disk):
+        try:
+            said.append(look())
+        except _UnknownError:
+            continue  # another check has said why
+        except InputError as error:
+            if str(error) not in problems:  # several look at the splits
+                problems.append(str(error))
+    if problems:
+        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+        raise ConfigError(count + "; ".join(problems))
+    return said
+
+
+class _UnknownError(Exception):
+    """What a check needs to know has been found wrong by another one."""
+
+
+class _Checks:
+    """The checks of one configuration; each returns what it found, or raises InputError."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._model: dict[str, Any] = {}
+
+    def model(self) -> str:
+        source, menu = self._config.model.source, self._config.menu
+        self._model = look_at(source) or {}
+        n_layers = self._model.get("num_hidden_layers", self._model.get("n_layer"))
+        if self._model.get("is_encoder_decoder") is True:
+            raise ConfigError(f"{source} is an encoder-decoder model; layerbudget runs decoder-only language models")
+        if not isinstance(n_layers, int):
+            return f"model        {source}; its layers are known once it is loaded"
+        if menu.probe_depth > n_layers:
+            raise ConfigError(f"menu.probe_depth is {menu.probe_depth}, and {source} has {n_layers} layers")
+        for plan in menu.given:
+            LayerPlan.parse(plan, n_layers)
+        return f"model        {source}, {n_layers} layers"
+
+    def methods(self) -> str:
+        MENUS.check_there(self._config.menu.method)
+        for name in self._config.tuning.controllers:
+            CONTROLLERS.check_there(name)
+        return f"methods      menu {self._config.menu.method}, controllers {', '.join(self._config.tuning.controllers)}"
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
+        return prompts_of(self._config, self._config.data.force_judge)
+
+    def prompts_of_run(self) -> str:
+        """Also checks every prompt's judge, which is imported."""
+        judges = sorted({prompt.judge for prompt in self._prompts})
+        kinds = len({prompt.task for prompt in self._prompts})
+        return f"prompts      {len(self._prompts)} of {kinds} kinds, judged by {', '.join(judges)}"
+
+    @cached_property
+    def _of_split(self) -> dict[Split, list[Prompt]]:
+        """The prompts that each split has, those that are labelled in the splits that need labels."""
+        if "_prompts" not in self.__dict__:
+            raise _UnknownError
+        parts = splits_of(self._prompts, self._config)
+        adapt = {*parts["adapt"]}
+        labelled = [prompt for prompt in self._prompts if prompt not in adapt]
+        kept = {prompt.id for prompt in limited(labelled, self._config.label.limit)}
+        return {
+            split: [prompt for prompt in prompts if split == "adapt" or prompt.id in kept]
+            for split, prompts in parts.items()
+        }
+
+    def splits(self) -> str:
+        sizes = {split: len(prompts) for split, prompts in self._of_split.items()}
+        if small := [split for split in SPLITS[1:] if sizes[split] < LEAST_OF_A_SPLIT]:
+            raise ConfigError(
+                f"label.limit={self._config.label.limit} leaves {sizes[small[0]]} labelled prompts for the split "
+                f"{small[0]!r}, which needs {LEAST_OF_A_SPLIT} or more"
+            )
+        if (learned := sizes["train"] + sizes["tune"]) < self._config.tuning.folds:
+            raise ConfigError(
+                f"tuning.folds is {self._config.tuning.folds}, and there are {learned} prompts to train and to tune"
+            )
+        return "splits       " + ", ".join(f"{split} {size}" for split, size in sizes.items())
+
+    def certificate(self) -> str:
+        """Whether the bound can be shown with these prompts, whatever they lose."""
+        wanted, prompts = self._config.calibration, self._of_split["calibrate"]
+        least = fewest_prompts(wanted.alpha, wanted.delta, wanted.risk)
+        sizes = Counter(prompt.task for prompt in prompts) if wanted.per_task else {"": len(prompts)}
+        task, size = min(sizes.items(), key=lambda item: item[1], default=("", 0))
+        of_task = f" of the task {task!r}" if task else ""
+        if size < least:
+            raise ConfigError(
+                f"a bound of {wanted.alpha:g} (calibration.alpha) at delta {wanted.delta:g} takes {least} prompts to "
+                f"calibrate on{of_task}, whatever they lose, and there are {size}: use more prompts, a larger share "
+                "for data.shares.calibrate, or a larger alpha"
+            )
+        return f"certificate  {size} prompts to calibrate on{of_task}, {least} needed at least"
+
+    def disk(self) -> str:
+        folder = next(
+            path for path in [self._config.folder.resolve(), *self._config.folder.resolve().parents] if path.exists()
+        )
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigError(f"the run's folder {self._config.folder} cannot be made: {folder} cannot be written to")
+        needed, free = self._bytes(), shutil.disk_usage(folder).free
+        if needed > free:
+            raise ConfigError(
+                f"the run takes some {needed / 1e6:,.0f} MB in {folder}, and {free / 1e6:,.0f} MB are free"
+            )
+        return f"disk         {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+
+    def _bytes(self) -> int:
+        """What the run's folder will hold: features, labels and bridges, as far as the model's size is known."""
+        config, size = self._config, int(self._model.get("hidden_size", self._model.get("n_embd", 0)))
+        wide = sum((1 if name == "embedding" else 2) for name in config.features.sets if name in WIDE)
+        labelled = sum(len(prompts) for split, prompts in self._of_split.items() if split != "adapt")
+        bridges = config.menu.plans if config.adapt.method in ("bridges", "both", "best") else 0
+        width = size if config.adapt.form == "full" else 2 * config.adapt.rank
+        numbers = labelled * wide * size + COPIES * bridges * size * width
+        return OTHER_BYTES + 4 * numbers + labelled * config.menu.plans * LABEL_BYTES

@@ -1,0 +1,89 @@
+"""Labels made by workers elsewhere, by the labeller of one machine, and kept by this process alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from backbone.plan import LayerPlan, PlanMenu
+from backbone.stand_ins.attaching import StandIns
+from oracle.labels.blocks import blocks
+from oracle.labels.labeller import Advance
+from oracle.labels.reader import LabelReader, key_of, model_key
+from oracle.labels.store import LabelStore
+from oracle.prompts import Prompt
+from pipelines.config_sections import ModelSection
+from pipelines.distributed import Workers
+from pipelines.model_record import ModelFacts
+from pipelines.worker_tasks import LabelPiece, LabelTask
+from pipelines.workspace import Workspace
+
+
+class DistantLabeller(LabelReader):
+    """Fills a store as `Labeller` does; what a block lacks is one piece of work, and one transaction.
+
+    So a block is there as a whole or not at all, and one that was lost is made again from the same prompts.
+
+    Args:
+        workers: who makes the labels.
+        task: what they do.
+        store: written by this process alone.
+        key_of_model: see `LabelReader`.
+
+    Attributes:
+        failures: see `Labeller`.
+    """
+
+    def __init__(
+        self, workers: Workers, task: LabelTask, store: LabelStore, key_of_model: Callable[[LayerPlan], str]
+    ) -> None:
+        super().__init__(store, task.decoding, key_of_model)
+        self._workers, self._task = workers, task
+        self.failures: list[str] = []
+
+    def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
+        """Label all prompts under all plans of the menu."""
+        self._fill(prompts, menu.plans, advance)
+
+    def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
+        """Label all prompts under the full plan alone."""
+        self._fill(prompts, [full_plan], advance)
+
+    def _fill(self, prompts: Sequence[Prompt], plans: Sequence[LayerPlan], advance: Advance) -> None:
+        for _, made in self._workers.map(self._task, list(self._pieces(prompts, plans))):
+            self._store.add(made.labels)
+            self.failures += made.failures
+            advance(len(made.labels))
+
+    def _pieces(self, prompts: Sequence[Prompt], plans: Sequence[LayerPlan]) -> Iterator[LabelPiece]:
+        full = plans[-1]
+        missing = {plan: {key_of(prompt) for prompt in self.missing(prompts, plan)} for plan in plans}
+        for block in blocks(prompts, self._task.batch_size, self.decoding):
+            wanted = {plan: [prompt for prompt in block if key_of(prompt) in missing[plan]] for plan in plans}
+            wanted = {plan: some for plan, some in wanted.items() if some}
+            if wanted:
+                asked = {prompt for plan, some in wanted.items() if plan != full for prompt in some}
+                answered = asked.difference(wanted.get(full, ()))
+                yield LabelPiece(wanted, list(self.labels(full, answered).values()) if answered else [])
+
+
+def distant_labeller(workspace: Workspace, workers: Workers, stand_ins: StandIns | None) -> DistantLabeller:
+    """The labeller of a run whose workers attach these stand-ins to the model."""
+    label, facts = workspace.config.label, workspace.facts
+    task = LabelTask(*given_to_workers(workspace, stand_ins), workspace.decoding, label.batch_size, label.shortcut)
+    digest = "" if stand_ins is None or stand_ins.is_empty else stand_ins.digest
+
+    def key(plan: LayerPlan) -> str:
+        return model_key(facts.fingerprint, facts.dtype, "" if plan.is_full else digest)
+
+    return DistantLabeller(workers, task, LabelStore(workspace.path("labels.db")), key)
+
+
+def given_to_workers(
+    workspace: Workspace, stand_ins: StandIns | None = None
+) -> tuple[ModelSection, ModelFacts, StandIns | None]:
+    """What a `ModelTask` begins with. A folder or file is named as seen from anywhere on the machine."""
+    model = workspace.config.model
+    if (path := Path(model.source).expanduser()).exists():
+        model = model.model_copy(update={"source": str(path.resolve())})
+    return model, workspace.facts, stand_ins

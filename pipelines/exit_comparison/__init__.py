@@ -1,0 +1,1 @@
+"""Token exits beside the allocator: the same prompts, judge, certificate and clock."""

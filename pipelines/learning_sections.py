@@ -1,0 +1,145 @@
+"""The sections of a configuration about what is learned, certified and measured: every key with its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from controller.base import CONTROLLERS
+from controller.certificate.risks import Risk
+from controller.feature_sets import check_sets
+from pipelines.config_sections import Section, Share, Text
+
+
+class GivenSettings(Section):
+    """What is to be known to fit one controller; see `controller.learning.Settings`."""
+
+    sets: list[str] = Field(min_length=1)
+    components: int = Field(ge=1)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class TuningSection(Section):
+    controllers: list[Annotated[Text, AfterValidator(CONTROLLERS.checked)]] = Field(["lightgbm", "mlp"], min_length=1)
+    trials: int = Field(20, ge=1)
+    """Finished trials of each controller, for the least regret; the first one tries the defaults, and those that fall
+    behind after some folds are given up."""
+    feature_sets: list[list[str]] = Field(
+        [["length", "path", "states"], ["length", "tokens", "path", "states"], ["length", "path", "states", "windows"]],
+        min_length=1,
+    )
+    """Combinations of sets of features to choose from."""
+    components: list[Annotated[int, Field(ge=1)]] = Field([12, 24, 48, 96], min_length=1)
+    """Numbers of principal components of the wide sets to choose from."""
+    folds: int = Field(4, ge=2, le=50)
+    """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
+    workers: int = Field(1, ge=1)
+    """Processes that try settings at the same time."""
+    given: dict[str, GivenSettings] = Field(default_factory=dict)
+    """Settings of controllers for which nothing is searched, as in a run's tuning.json."""
+    storage: Text | None = None
+    """Any URL that Optuna takes; default: tuning.db in the run folder."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> TuningSection:
+        for sets in [*self.feature_sets, *(given.sets for given in self.given.values())]:
+            check_sets(sets)
+        if not all(self.feature_sets):
+            raise ValueError(f"feature_sets must not hold an empty set, got {self.feature_sets}")
+        if len(set(self.controllers)) < len(self.controllers):
+            raise ValueError(f"controllers names one twice, got {self.controllers}")
+        if unknown := set(self.given) - set(self.controllers):
+            raise ValueError(f"given holds settings of {min(unknown)!r}, which is not among tuning.controllers")
+        return self
+
+
+class CalibrationSection(Section):
+    risk: Risk = "mean_score"
+    """What is bounded: how far the mean score falls below the full model's, `mean_score`, where answers that win make
+    up for answers that lose; the mean of the score that answers lose, `score_lost`; or the share of answers that are no
+    longer sufficient (`label.tolerance`), `insufficient`."""
+    alpha: float = Field(0.1, gt=0, lt=1)
+    """The bound; for `mean_score` in shares of the full model's mean score."""
+    delta: float = Field(0.1, gt=0, lt=1)
+    """Probability that the bound fails."""
+    per_task: bool = False
+    """Bound the loss of every task instead of their mean."""
+    outliers: float = Field(0.05, ge=0, lt=1)
+    """Share of prompts like the calibration prompts that a test may take for unlike all known ones and send to the full
+    plan, before calibration; 0 for no such test."""
+    false_alarms: float = Field(0.01, gt=0, lt=1)
+    """Probability that the drift alarm ever rings although the prompts are like the calibration prompts."""
+
+
+class EvaluationSection(Section):
+    alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
+    """Mean losses, in the unit of `calibration.alpha`, at which the controllers and the controls are compared."""
+    control_trials: int = Field(8, ge=1)
+    """Trials of each control's own search: the defaults, the best controller's settings, and others."""
+    own_judges: int = Field(0, ge=0)
+    """With `data.force_judge`: also judge so many of the test prompts as they say themselves, to see what the
+    loss means there."""
+    template: str | None = None
+    """Another template, with {prompt} in it, into which some test prompts are put to see whether a controller still
+    works; their labels are made in addition."""
+    template_prompts: int = Field(64, ge=8)
+    frozen: bool = True
+    """Also label the test prompts under the plans without stand-ins, to show what these are worth."""
+    speed_prompts: int = Field(8, ge=1)
+    """Test prompts that speeds are measured on, as one batch and one at a time."""
+    speed_tokens: int = Field(16, ge=2)
+    """New tokens of each."""
+    speed_rounds: int = Field(20, ge=1)
+    """Times, at most, that everything is measured, in turn, after a warm-up; fewer once the figures are exact."""
+    speed_seconds: float = Field(60.0, gt=0)
+    """No round begins after this time, as long as there are five."""
+
+    @model_validator(mode="after")
+    def _check_template(self) -> EvaluationSection:
+        if self.template is None:
+            return self
+        try:
+            told_apart = self.template.format(prompt="a") != self.template.format(prompt="b")
+        except (ValueError, KeyError, IndexError, AttributeError):
+            told_apart = False
+        if not told_apart:
+            raise ValueError(f"template should hold {{prompt}}, and other braces twice, got {self.template!r}")
+        return self
+
+
+class TokenExitsSection(Section):
+    """Token exits beside the allocator; see docs/token-exits.md."""
+
+    enabled: bool = False
+    """Compare them in the stage `evaluate`."""
+    gates: list[Literal["top", "margin", "entropy", "patience", "saturation", "classifier"]] = Field(
+        ["top", "margin", "entropy", "patience", "saturation", "classifier"], min_length=1
+    )
+    depths: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """The layers before which tokens may leave, ascending; none for six, evenly over the last two thirds."""
+    strategy: Literal["propagate", "share", "recompute"] = "propagate"
+    """Keys and values of layers left out."""
+    decay: float | None = Field(None, ge=0)
+    """Rate at which the threshold comes down along the answer."""
+    shortlist: int = Field(2048, ge=2)
+    """Tokens of the vocabulary that gates look at."""
+    training_steps: int = Field(0, ge=0)
+    """For which bridges are trained towards the full model's distribution."""
+    agreements: list[Share] = Field([0.99, 0.97, 0.94, 0.9, 0.8], min_length=1)
+    """Shares of held-out tokens to keep, safest first: the thresholds that a certificate tests."""
+    tokens: int = Field(600, ge=16)
+    """Held-out tokens that thresholds are set on."""
+    prompts: int = Field(60, ge=2)
+    """Prompts, at most, of the splits `calibrate` and `test` each."""
+    batch_size: int = Field(32, ge=1)
+    batches: list[Annotated[int, Field(ge=1)]] = Field([1, 8, 32], min_length=1)
+    """Sizes of the batches that are timed."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> TokenExitsSection:
+        if sorted(self.agreements, reverse=True) != self.agreements:
+            raise ValueError(f"agreements must descend, safest first, got {self.agreements}")
+        if sorted({*self.depths}) != self.depths:
+            raise ValueError(f"depths must ascend, got {self.depths}")
+        return self

@@ -1,0 +1,146 @@
+"""What a run found, in words: for its end and for the first screen of its report, from metrics.json alone."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.config import Config, ConfigError
+from pipelines.shown_prompts import RULE
+
+Metrics = Mapping[str, Any]
+WIDTH = 120
+NEEDED = {"examples", "intervals"}
+
+
+def load_metrics(config: Config) -> dict[str, Any]:
+    """The finished run's metrics.json.
+
+    Raises:
+        ConfigError: an earlier version wrote it, which did not measure all that is to be told.
+    """
+    metrics: dict[str, Any] = json.loads((config.folder / "metrics.json").read_text())
+    if missing := NEEDED - metrics.keys():
+        raise ConfigError(
+            f"{config.folder / 'metrics.json'} was written by an earlier version and lacks {min(missing)!r}: "
+            "run `layerbudget evaluate CONFIG`, then `layerbudget report CONFIG`"
+        )
+    return metrics
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f}%"
+
+
+def sentence(metrics: Metrics) -> str:
+    """Layers, quality, certificate and speed, in one sentence."""
+    best = metrics[metrics["best"]]
+    layers = f"{best['layers']:.1f} of {metrics['model']['layers']} layers a prompt"
+    return (
+        f"{layers} ({percent(best['budget'])} of the decoder) keep {quality(metrics)} of the full model's mean score "
+        f"on {metrics['prompts']['test']} unseen prompts; {certificate(metrics)}; "
+        f"on this machine {speeds(metrics)}."
+    )
+
+
+def quality(metrics: Metrics) -> str:
+    """What is kept of the full model's mean score, with its interval over prompts."""
+    best = metrics[metrics["best"]]
+    interval = metrics["intervals"]["kept"]
+    if interval["low"] is None:
+        return "no share that could be measured"
+    return f"{percent(best['quality_ratio'], 1)} ({_between(interval, 100, 0)}%)"
+
+
+def certificate(metrics: Metrics) -> str:
+    """What is guaranteed, without the prompts that it was seen on."""
+    found = metrics["certificate"]
+    if found["price"] is None:
+        return "no saving could be certified, so all prompts run all layers"
+    confidence = f"certified with {percent(1 - found['delta'])} confidence"
+    if found["risk"] == "mean_score":
+        return f"{confidence} to keep at least {_plain(1 - found['alpha'])}"
+    if found["risk"] == "insufficient":
+        return f"{confidence}: at most {_plain(found['alpha'])} of the answers are worse"
+    return f"{confidence} to lose at most {_plain(found['alpha'])} of a full score on average"
+
+
+def speeds(metrics: Metrics) -> str:
+    """How many times as fast as stock, one at a time and in a batch, beside what the layers left out allow."""
+    speed = metrics["speed"]
+    single, batch = speed["intervals"]["single"], speed["intervals"]["batch"]
+    if single["low"] is None:
+        return f"{speed['rounds']} timed rounds are too few to say how much faster that is"
+    return (
+        f"it is {times(single)} as fast as stock generate() one prompt at a time, where the layers left out allow "
+        f"{times(speed['limit'])} at most, and {times(batch)} as fast in a batch of {speed['prompts']}"
+    )
+
+
+def times(ratio: Mapping[str, Any]) -> str:
+    """A ratio with its interval, or the interval alone where the figure does not exceed the noise."""
+    if ratio["exceeds_noise"]:
+        return f"{ratio['value']:.2f} times ({_between(ratio, 1, 2)})"
+    return f"{_between(ratio, 1, 2)} times"
+
+
+def closing(metrics: Metrics, report: str) -> str:
+    """What a run ends with: the sentence, some prompts with both answers, where the report is."""
+    examples = metrics["examples"]
+    as_good = sum(row["score"] >= row["full_score"] for row in examples)
+    return "\n".join(
+        [
+            "",
+            textwrap.fill(sentence(metrics), WIDTH),
+            "",
+            textwrap.fill(f"{_capital(count_of(len(examples)))} unseen prompts ({RULE}):", WIDTH),
+            *(line for row in examples for line in _shown(row, metrics["model"]["layers"])),
+            "",
+            f"{as_good} of these {len(examples)} answers score as high as the full model's.",
+            f"Report: {report}",
+        ]
+    )
+
+
+def count_of(number: int) -> str:
+    words = ("no", "one", "two", "three", "four", "five", "six")
+    return words[number] if number < len(words) else str(number)
+
+
+def tail(prompt: str, most: int = 72) -> str:
+    """The end of a prompt on one line."""
+    line = " / ".join(part.strip() for part in prompt.strip().splitlines() if part.strip())
+    return line if len(line) <= most else f"...{line[-most:]}"
+
+
+def _shown(row: Mapping[str, Any], n_layers: int) -> Sequence[str]:
+    worse = row["score"] < row["full_score"]
+    return [
+        "",
+        f"  {row['task']}: {tail(row['prompt'])}",
+        f"    expected     {tail(row['reference'])}" if row["reference"].strip() else "    no reference",
+        f"    full model   {_answer(row['full_answer'])}  {n_layers:>4} layers  {row['full_ms']:6.0f} ms",
+        f"    allocator    {_answer(row['answer'])}  {row['layers']:>4g} layers  {row['ms']:6.0f} ms"
+        + ("   worse" if worse else ""),
+    ]
+
+
+def _answer(text: str, width: int = 44) -> str:
+    line = " / ".join(text.split("\n"))
+    return f"{line if len(line) <= width else line[: width - 3] + '...':<{width}}"
+
+
+def _between(interval: Mapping[str, Any], scale: float, digits: int) -> str:
+    low, high = (f"{scale * interval[end]:.{digits}f}" for end in ("low", "high"))
+    return f"{low} to {high}"
+
+
+def _plain(share: float) -> str:
+    """A percentage without digits that say nothing."""
+    return f"{100 * share:.3g}%"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,110 @@
+"""Tasks held out one at a time: how a controller decides about prompts of a task that it never saw, with the outlier
+test and without it.
+
+Shapes: `N` prompts, `K` plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controller.base import choose
+from controller.certificate.calibration import valid_price
+from controller.certificate.outliers import OutlierTest
+from controller.feature_sets import WIDE
+from controller.learning import Learned, Settings, learn
+from controller.report.report_card import losses_at
+from oracle.prompts import Prompt
+from pipelines.config import Config
+from pipelines.learning_table import Table
+from pipelines.measured_policies import Choices, chosen_at, measured, outcome
+
+TESTED, UNTESTED = "unseen_tasks", "unseen_untested"
+"""Names of the policy with the outlier test and without it."""
+
+
+def unseen_tasks(
+    settings: Settings, fit: Table, held: NDArray[np.bool_], calibrate: Table, test: Table, config: Config
+) -> dict[str, Any]:
+    """Every prompt of `test` decided by a controller, at a price and by an outlier test, that never saw its task.
+
+    Args:
+        settings: of the controller.
+        fit: prompts to learn from.
+        held: which of them are held prompts of the outlier test [N]; the others are its references.
+        calibrate: prompts to pick prices on.
+        test: prompts that are decided about.
+        config: `calibration` and `evaluation.alphas` are read.
+
+    Returns:
+        `at_losses`: rows for each of `evaluation.alphas`, at prices picked as for the other policies. `tasks`: for each
+        task, at prices certified on the other tasks with the configuration's bound, what came of it with the outlier
+        test and without, and the share of its prompts that was `sent` to the full plan. Both empty for a single task.
+    """
+    tasks, alphas = np.unique(test.tasks), config.evaluation.alphas
+    full = len(test.budgets) - 1
+    chosen = {(name, alpha): np.full(len(test.prompts), full) for name in (TESTED, UNTESTED) for alpha in alphas}
+    rows = []
+    for task in tasks if len(tasks) > 1 else ():
+        known, others = np.flatnonzero(fit.tasks != task), np.flatnonzero(calibrate.tasks != task)
+        mine = np.flatnonzero(test.tasks == task)
+        if len(known) < 2 or not len(others):
+            continue
+        learned = learn(settings, fit.rows(known).features, fit.kept[known], fit.budgets)
+        tested = replace(learned, outliers=outlier_test(learned, fit.rows(known), held[known], config))
+        unseen, rest = test.rows(mine), calibrate.rows(others)
+        row: dict[str, Any] = {"task": str(task), "n": len(mine), "sent": 0.0}
+        if tested.outliers is not None:
+            row["sent"] = float(tested.outliers.are_outliers(unseen.features).mean())
+        for name, policy in ((TESTED, tested), (UNTESTED, learned)):
+            seen, predicted = policy.predict(rest.features), policy.predict(unseen.features)
+            for alpha in alphas:
+                chosen[name, alpha][mine] = chosen_at(seen, predicted, rest, unseen, alpha)
+            row[name] = outcome(_certified(policy, rest, unseen, config), unseen)
+        rows.append(row)
+    if not rows:
+        return {"at_losses": [], "tasks": []}
+    policies = {alpha: {name: chosen[name, alpha] for name in (TESTED, UNTESTED)} for alpha in alphas}
+    return {"at_losses": [row for alpha in alphas for row in measured(alpha, policies[alpha], test)], "tasks": rows}
+
+
+def are_among(prompts: Sequence[Prompt], table: Table) -> NDArray[np.bool_]:
+    """Whether each prompt of a table [N] is one of these."""
+    ids = {prompt.id for prompt in prompts}
+    return np.array([prompt.id in ids for prompt in table.prompts])
+
+
+def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: Config) -> OutlierTest | None:
+    """The test that goes with a controller, of the wide features that it reads, or of all without such.
+
+    None where `calibration.outliers` is 0 or there are no prompts on either side.
+
+    Args:
+        fit: the prompts that it learned from.
+        held: those of them that the threshold is made from [N].
+        config: the rate, `calibration.outliers`, is read.
+    """
+    rate = config.calibration.outliers
+    if not rate or (~held).sum() < 2 or not held.any():
+        return None
+    known, others = fit.rows(np.flatnonzero(~held)).features, fit.rows(np.flatnonzero(held)).features
+    read = learned.projection.sets
+    return OutlierTest.fit(known, others, [name for name in read if name in WIDE] or read, rate)
+
+
+def _certified(policy: Learned, calibrate: Table, test: Table, config: Config) -> Choices:
+    settings, predicted = config.calibration, policy.predict(calibrate.features)
+    price = valid_price(
+        partial(losses_at, predicted, calibrate.kept, calibrate.budgets),
+        settings.alpha,
+        settings.delta,
+        risk=settings.risk,
+        full=calibrate.full,
+    )
+    return choose(policy.predict(test.features), test.budgets, price)

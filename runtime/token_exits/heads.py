@@ -1,0 +1,95 @@
+"""Exit heads: from a state between two layers to the model's own output.
+
+A head is a bridge over the layers that are left out, or nothing (Shan et al. 2024, arXiv 2412.01455), and then the
+model's own final norm and output head. For a gate the output head is cut to a shortlist of the vocabulary.
+
+Shapes: `r` rows, `D` hidden size, `V` vocabulary, `K` tokens of the shortlist.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from backbone.errors import InputError
+from backbone.families import decoder_layers, decoder_of
+from backbone.plan import LayerPlan
+from backbone.stand_ins.bridges import Bridge
+from backbone.stand_ins.fit_bridges import fit_bridges
+
+
+class TokenExitsError(InputError):
+    """Token exits that cannot be: wrong layers, thresholds or models."""
+
+
+class ExitHeads:
+    """The exit heads of one model.
+
+    Args:
+        bridges: by the layer before which tokens leave; where there is none the state itself goes to the final norm.
+        shortlist: the token ids [K] that gates look at; None for all.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, bridges: Mapping[int, Bridge] | None = None, shortlist: torch.Tensor | None = None
+    ) -> None:
+        self.model = model
+        self.bridges = {depth: bridge.to(model.device, model.dtype) for depth, bridge in (bridges or {}).items()}
+        self.shortlist = None if shortlist is None else shortlist.to(model.device)
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        decoder: Any = decoder_of(model)
+        self._head, self._norm = head, decoder.norm
+        self._weight, self._bias = head.weight, getattr(head, "bias", None)
+        if self.shortlist is not None:
+            self._weight = head.weight.detach().index_select(0, self.shortlist).contiguous()
+            self._bias = None if self._bias is None else self._bias.detach().index_select(0, self.shortlist)
+
+    def output(self, depth: int, states: torch.Tensor) -> torch.Tensor:
+        """What goes to the final norm [.., D] when tokens leave before layer `depth` with states [.., D]."""
+        bridge = self.bridges.get(depth)
+        return states if bridge is None else bridge(states)
+
+    def logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[r, K] over the shortlist, from outputs [r, D]; float32."""
+        normed = self._norm(outputs)
+        return self._finished(torch.nn.functional.linear(normed, self._weight, self._bias).float())
+
+    def predictions(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The token of the whole vocabulary that the model would choose [r], from outputs [r, D]."""
+        return self._head(self._norm(outputs)).argmax(-1)  # type: ignore[no-any-return]
+
+    def _finished(self, logits: torch.Tensor) -> torch.Tensor:
+        """With what some families do to the logits behind their head."""
+        config = self.model.config
+        if scaling := getattr(config, "logits_scaling", None):
+            logits = logits / scaling
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+def shortlist_of(texts: Iterable[Sequence[int]], size: int) -> torch.Tensor:
+    """The `size` commonest tokens of some texts, such as the model's own answers, commonest first; fewer where the
+    texts have fewer."""
+    counts = Counter(token for ids in texts for token in ids)
+    return torch.tensor([token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]])
+
+
+def fit_exit_bridges(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], depths: Sequence[int], **options: Any
+) -> dict[int, Bridge]:
+    """A closed-form bridge from each candidate layer to the model's output, without labels.
+
+    Args:
+        sequences: token ids of prompts with the model's own answers.
+        depths: candidate layers.
+        options: of `fit_bridges`.
+    """
+    n_layers = len(decoder_layers(model))
+    plans = {depth: LayerPlan.exiting(n_layers, depth) for depth in depths}
+    fits = fit_bridges(model, sequences, list(plans.values()), **options)
+    return {depth: fits[plan][depth].bridge for depth, plan in plans.items()}

@@ -1,0 +1,38 @@
+"""The certificate of a threshold holds as often as it says, where the truth is known."""
+
+import numpy as np
+import pytest
+
+from runtime.token_exits.certifying import losses_of, valid_step
+
+STEPS = np.array([0.02, 0.04, 0.06, 0.09, 0.12, 0.2])
+"""Share of prompts that lose their answer at each threshold: the true risk."""
+
+
+def drawn(generator: np.random.Generator, n: int) -> np.ndarray:
+    """0/1 losses [T, n] that grow from step to step, as when ever more tokens leave."""
+    return (generator.random(n) < STEPS[:, None]).astype(float)
+
+
+@pytest.mark.parametrize("risk", ["insufficient", "score_lost", "mean_score"])
+def test_bound_holds_in_500_redrawn_calibration_sets(risk: str) -> None:
+    alpha, delta, generator = 0.08, 0.1, np.random.default_rng(0)
+    found = [
+        valid_step(drawn(generator, 300), np.ones(300), alpha=alpha, delta=delta, risk=risk)  # type: ignore[arg-type]
+        for _ in range(500)
+    ]
+    broken = np.mean([step is not None and STEPS[step] > alpha for step in found])
+    assert broken <= delta
+    assert np.mean([step is not None and step >= 1 for step in found]) > 0.5  # and it is of use
+
+
+def test_losses_are_those_of_plans() -> None:
+    scores, full = np.array([[0.5, 0.9, 0.2], [0.2, 0.8, 0.2]]), np.array([0.5, 0.6, 0.3])
+    np.testing.assert_allclose(losses_of("mean_score", scores, full), full - scores)
+    np.testing.assert_allclose(losses_of("score_lost", scores, full), [[0, 0, 0.1], [0.3, 0, 0.1]])
+    np.testing.assert_allclose(losses_of("insufficient", scores, full, 0.15), [[0, 0, 0], [1, 0, 0]])
+
+
+def test_nothing_leaves_where_nothing_is_valid() -> None:
+    losses = np.ones((3, 50))
+    assert valid_step(losses, np.ones(50), alpha=0.05, delta=0.1, risk="insufficient") is None
