@@ -1,7 +1,7 @@
 """Generation end to end: stock, a static plan, the allocator, its ideal, and peers, on the same prompts in one process.
 
-    python benchmarks/runtime.py --model gemma --allocator runs/demo/allocator --sizes 1,8,32,offline
-    python benchmarks/runtime.py --model FOLDER --allocator DIR --data FILE.jsonl --device cuda --sizes offline
+    python benchmarks/end_to_end.py --model gemma --allocator runs/demo/allocator --sizes 1,8,32,offline
+    python benchmarks/end_to_end.py --model FOLDER --allocator DIR --data FILE.jsonl --device cuda --sizes offline
 
 Contestants take turns round by round; medians of the rounds count. All generate exactly --new-tokens tokens for every
 prompt; answers are then cut at the end of text and at the stop strings of the allocator's decoding, and judged.
@@ -200,3 +200,7 @@ def report(run: Mapping[str, Any]) -> None:
     print(f"batch {run['batch']}, {run['prompts']} prompts: {run['ratios']}", flush=True)
     for name, row in run["contestants"].items():
         print(f"  {name:11}", row.get("not_run") or json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -185,8 +185,9 @@ class Numbers:
     """A tokenizer of numbers below 99, for a model without one."""
 
     pad_token_id = eos_token_id = 98
+    bos_token = None
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str, **options: Any) -> Any:
         return SimpleNamespace(input_ids=[int(word) for word in text.split()])
 
     def pad(self, encoded: dict[str, list[list[int]]], **options: Any) -> Any:

@@ -126,7 +126,7 @@ def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) ->
         "best_static": np.full(n_prompts, best_static(config, calibrate)),
         "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), calibrate), n_prompts),
         "random": _draws(shares, n_prompts),
-        "oracle": _oracle(test),
+        "oracle": _oracle(test, config.label.tolerance),
     }
 
 
@@ -138,11 +138,11 @@ def _outliers(found: OutlierTest | None, test: Table) -> dict[str, float] | None
     return {"rate": found.rate, "sent": sent, "held": found.held, "ms": prompt_ms(found.are_outliers, test.features)}
 
 
-def _oracle(test: Table) -> Choices:
-    """The cheapest choice that loses nothing, made with the scores in hand: on the whole where prompts that win make up
-    for others, else on every prompt."""
+def _oracle(test: Table, tolerance: float) -> Choices:
+    """The cheapest choice that loses no more than `label.tolerance`, made with the scores in hand: on the whole where
+    prompts that win make up for others, else on every prompt."""
     if test.risk == "mean_score":
-        return cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
+        return cheapest_choices(test.scores, test.budgets, float(test.full.mean()) - tolerance)
     return least_sufficient(test.sufficient)
 
 
