@@ -137,10 +137,11 @@ class _Checks:
         )
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ConfigError(f"the run's folder {self._config.folder} cannot be made: {folder} cannot be written to")
-        needed, free = self._bytes(), shutil.disk_usage(folder).free
+        held = sum(path.stat().st_size for path in self._config.folder.rglob("*") if path.is_file())
+        needed, free = max(self._bytes() - held, 0), shutil.disk_usage(folder).free
         if needed > free:
             raise ConfigError(
-                f"the run takes some {needed / 1e6:,.0f} MB in {folder}, and {free / 1e6:,.0f} MB are free"
+                f"the run takes some {needed / 1e6:,.0f} MB more in {folder}, and {free / 1e6:,.0f} MB are free"
             )
         return f"disk         {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
 

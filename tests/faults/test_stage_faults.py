@@ -77,11 +77,11 @@ def test_no_file_may_grow(project, finished, stage, size, expect_good) -> None:
 
 @pytest.fixture
 def small_disk(finished: Project, tmp_path: Path) -> Iterator[Project]:
-    """A copy of the project on a file system of its own with 64 MiB."""
+    """A copy of the project on a file system of its own with 256 MiB, more than `check` asks for."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", disk], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"this process may not mount a small disk: {mounted.stderr.strip()}")
