@@ -24,7 +24,7 @@ from oracle.chat import padded_prompts
 from oracle.labels.labeller import Labeller
 from oracle.menus import build_menu
 from oracle.menus.base import MenuTask
-from oracle.menus.greedy import search_steps
+from oracle.menus.search_steps import search_steps
 from oracle.prompts import Prompt
 from pipelines.config_sections import AdaptSection
 from pipelines.learning_sections import EvaluationSection, TuningSection
@@ -77,7 +77,9 @@ def evenly(items: Sequence[Prompt], count: int) -> list[Prompt]:
 
 def menu_seconds(method: str, task: MenuTask) -> float:
     """The search for a menu, from its first seconds on `SEARCH_PROMPTS` prompts; the work grows with the prompts."""
-    small = replace(task, prompts=task.prompts[:: max(1, len(task.prompts) // SEARCH_PROMPTS)][:SEARCH_PROMPTS])
+    places = range(0, len(task.prompts), max(1, len(task.prompts) // SEARCH_PROMPTS))[:SEARCH_PROMPTS]
+    labels = None if task.labels is None else task.labels.of_some(places)
+    small = replace(task, prompts=[task.prompts[place] for place in places], labels=labels)
     steps: list[float] = []
     start = time.perf_counter()
 

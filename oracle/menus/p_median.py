@@ -46,6 +46,9 @@ def best_plans(scores: Floats, budgets: Floats, count: int, losses: Sequence[flo
     """The `count` plans, the full one among them, with which an oracle spends least.
 
     Args:
+        scores: of the prompts under all plans [N, P].
+        budgets: of the plans [P].
+        count: plans to choose.
         losses: shares of the full plan's mean score that the oracle may lose: targets, each weighing the same [T].
         seconds: time for HiGHS.
     """

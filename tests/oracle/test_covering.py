@@ -1,13 +1,16 @@
 """Menus of the plans with which an oracle spends least."""
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from command import layerbudget
 from tiny import tiny_model, tiny_tokenizer
 
-from backbone.plan import LayerPlan, PlanError
+from backbone.plan import LayerPlan, PlanError, PlanMenu
 from backbone.stand_ins.attaching import attached_digest
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
@@ -105,3 +108,15 @@ def test_a_task_without_labels_is_refused() -> None:
     task = MenuTask(tiny_model("llama"), tiny_tokenizer(), ["abc"], Decoding(3), 2, 4, 0.5)
     with pytest.raises(PlanError, match="looks at scores"):
         build_menu("covering", task)
+
+
+def test_a_run_searches_and_rehearses_it(config_file) -> None:
+    path = config_file(menu={"method": "covering", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4, "prompts": 6})
+    rehearsed = layerbudget("run", path, "--dry-run")
+    assert rehearsed.returncode == 0, rehearsed.stderr
+    assert "4 plans by covering" in rehearsed.stdout
+    done = layerbudget("menu", path)
+    assert done.returncode == 0, done.stderr
+    menu = PlanMenu.load(Path(yaml.safe_load(path.read_text())["runs"]) / "tiny" / "menu.json")
+    assert len(menu) == 4
+    assert menu.budgets[0] >= 0.4
