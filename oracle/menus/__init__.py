@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
     "menus",
     {
-        "covering": "oracle.menus.covering:covering",
         "given": "oracle.menus.fixed:given",
         "evenly": "oracle.menus.fixed:evenly",
         "exiting": "oracle.menus.fixed:exiting",
@@ -26,6 +25,7 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
         "greedy_sublayers": "oracle.menus.greedy:greedy_sublayers",
         "beam_layers": "oracle.menus.greedy:beam_layers",
         "bridged_layers": "oracle.menus.bridged_greedy:bridged_layers",
+        "covering": "oracle.menus.covering:covering",
     },
 )
 """Name -> method: `method(task, advance)` proposes shortened plans; it may call `advance` at every step of a search."""
