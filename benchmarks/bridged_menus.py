@@ -90,10 +90,8 @@ def bridged(model: Any, menu: PlanMenu, labels: TaskLabels) -> PlanMenu:
 
 def figures(menu: PlanMenu, scores: NDArray[np.float64]) -> dict[str, Any]:
     """Budgets of mixture and oracle at the scores in `KEPT`, (value, low, high)."""
-    budgets, steps = np.array(menu.budgets), climb(scores, np.array(menu.budgets))
-    draws = [None, *drawn(len(scores))]
-    frontiers = [Frontiers.of(scores, budgets, steps, counts) for counts in draws]
-    found: dict[str, Any] = {"plans": [str(plan) for plan in menu.plans], "budgets": budgets.tolist()}
+    frontiers = redrawn(menu, scores, [np.ones(len(scores)), *drawn(len(scores))])
+    found: dict[str, Any] = {"plans": [str(plan) for plan in menu.plans], "budgets": list(menu.budgets)}
     found["quality"] = (scores.mean(axis=0) / scores[:, -1].mean()).tolist()
     for name in ("mixture", "oracle"):
         found[name] = {}

@@ -45,7 +45,7 @@ from backbone.execution.cache import cache_bytes
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from runtime.paired_timing import machine, synchronize
-from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
+from runtime.step_costs import StepCosts, known_step_costs, measured_step_costs
 
 SETTINGS = ("new_tokens", "rounds", "compiled")
 """Settings that make two results comparable."""
@@ -70,10 +70,7 @@ def main() -> None:
     model = load(arguments.model, arguments.device).to(getattr(torch, arguments.dtype))
     path = RESULTS / f"mixed-{arguments.name or Path(arguments.model).name}-{model.device.type}-{arguments.dtype}.json"
     result = begun(path, {name: getattr(arguments, name) for name in SETTINGS})
-    costs = known_step_costs(model)
-    if not (costs.measured or arguments.no_law):
-        costs = measure_step_costs(model)
-        keep_step_costs(model, costs)
+    costs = known_step_costs(model) if arguments.no_law else measured_step_costs(model)
     result["step_costs"] = asdict(costs) if costs.measured else None
     for cache, context, batch in product(arguments.caches, arguments.contexts, arguments.batches):
         cell = {"cache": cache, "context": context, "batch": batch}

@@ -11,29 +11,26 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from backbone.families import decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import Turns
 from runtime.call_arguments import (
-    check_handed_on,
     check_known,
     check_left_padded,
-    ending_on_error,
-    kept_back,
+    generate_by,
+    given_to_loop,
     prefix_inputs,
-    with_stop_strings,
 )
 from runtime.device_clock import Moment
-from runtime.generation import decode, plans_of
+from runtime.generation import Output, decode, plans_of
 from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import generate_many
 from runtime.parts import AllocatorParts
 from runtime.request import Request
 from runtime.saving.allocator_files import load_allocator, save_allocator, upload_allocator
-from runtime.step_costs import StepCosts, keep_step_costs, known_step_costs, measure_step_costs
+from runtime.step_costs import StepCosts, measured_step_costs
 from runtime.texts import AllocatedText
 
 
@@ -123,11 +120,7 @@ class Allocator(AllocatorParts):
         does it by itself, so that no request pays for it.
         """
         self.prepare(model)
-        costs = known_step_costs(model)
-        if not costs.measured:
-            costs = measure_step_costs(model)
-            keep_step_costs(model, costs)
-        return costs
+        return measured_step_costs(model)
 
     def generate(
         self,
@@ -137,7 +130,7 @@ class Allocator(AllocatorParts):
         *,
         streamer: Any = None,
         **arguments: Any,
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+    ) -> Output:
         """`model.generate(inputs, generation_config, **arguments)`, each prompt under its own plan, in one pass for
         all. Prompts are `inputs` or `input_ids=` [B, S], left-padded.
 
@@ -152,10 +145,8 @@ class Allocator(AllocatorParts):
             WrongModelError: another model than the one this allocator was made for.
         """
         loop = partial(self, streamer=streamer)
-        with ending_on_error(streamer):
-            check_handed_on(arguments)
-            stock = with_stop_strings(model, {"inputs": inputs, "generation_config": generation_config, **arguments})
-            return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator, no-any-return]
+        output: Output = generate_by(loop, model, inputs, generation_config, streamer, arguments)
+        return output
 
     def generate_many(
         self,
@@ -202,7 +193,7 @@ class Allocator(AllocatorParts):
         allocation_limit_ms: float | None = None,
         lossless: bool = False,
         **model_kwargs: Any,
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+    ) -> Output:
         """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs.
 
         Args:
@@ -211,13 +202,7 @@ class Allocator(AllocatorParts):
                 plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does.
         """
         start, began = Moment(model.device), time.perf_counter()
-        loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-        kept = kept_back(model)
-        own = kept.get("streamer") if streamer is None else None
-        if (followed := streamer if own is None else own) is not None:  # beams take none, not even None
-            loop["streamer"] = followed
-        with ending_on_error(own):
-            check_handed_on(kept)
+        with given_to_loop(model, logits_processor, stopping_criteria, streamer) as loop:
             request = Request(model, input_ids, generation_config, model_kwargs, loop)
             if lossless:
                 check_lossless(request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Any
@@ -84,6 +84,54 @@ def kept_back(model: PreTrainedModel) -> dict[str, Any]:
             return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
         frame = frame.f_back  # type: ignore[assignment]
     return {}
+
+
+@contextmanager
+def given_to_loop(
+    model: PreTrainedModel, logits_processor: Any, stopping_criteria: Any, streamer: Any
+) -> Iterator[dict[str, Any]]:
+    """What a decoding loop that runs as a `custom_generate` hands on to the model's own: processors, criteria and the
+    streamer, also one that `generate()` kept back, which is ended when the block raises.
+
+    Args:
+        model: that generates.
+        logits_processor, stopping_criteria: as `generate()` hands them on.
+        streamer: given to the loop itself; None where the one of `generate()` is to be looked for.
+
+    Raises:
+        UnsupportedGenerationError: see `check_handed_on`.
+    """
+    loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+    kept = kept_back(model)
+    own = kept.get("streamer") if streamer is None else None
+    if (followed := streamer if own is None else own) is not None:  # beams take none, not even None
+        loop["streamer"] = followed
+    with ending_on_error(own):
+        check_handed_on(kept)
+        yield loop
+
+
+def generate_by(
+    loop: Callable[..., Any],
+    model: PreTrainedModel,
+    inputs: Any,
+    generation_config: Any,
+    streamer: Any,
+    arguments: Mapping[str, Any],
+) -> Any:
+    """`model.generate()` with a loop as its `custom_generate`; a streamer is ended when an error is raised.
+
+    Args:
+        loop: takes what `generate()` gives to a `custom_generate`.
+        model, inputs, generation_config, streamer, arguments: as those of stock `generate()`.
+
+    Raises:
+        UnsupportedGenerationError: see `check_handed_on` and `with_stop_strings`.
+    """
+    with ending_on_error(streamer):
+        check_handed_on(arguments)
+        stock = with_stop_strings(model, {"inputs": inputs, "generation_config": generation_config, **arguments})
+        return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator]
 
 
 @contextmanager

@@ -155,6 +155,15 @@ def known_step_costs(model: PreTrainedModel) -> StepCosts:
     return _known[key]
 
 
+def measured_step_costs(model: PreTrainedModel) -> StepCosts:
+    """The kept costs of a model if they are measured ones; otherwise they are measured now, and kept."""
+    costs = known_step_costs(model)
+    if not costs.measured:
+        costs = measure_step_costs(model)
+        keep_step_costs(model, costs)
+    return costs
+
+
 def keep_step_costs(model: PreTrainedModel, costs: StepCosts) -> None:
     """Keep measured costs for this process, and, where that can be written, in the cache folder for later ones."""
     key = _key(model)

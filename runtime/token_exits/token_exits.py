@@ -17,10 +17,8 @@ from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from runtime.call_arguments import (
     UnsupportedGenerationError,
-    check_handed_on,
-    ending_on_error,
-    kept_back,
-    with_stop_strings,
+    generate_by,
+    given_to_loop,
 )
 from runtime.request import Request
 from runtime.token_exits.driver import exiting
@@ -73,10 +71,8 @@ class TokenExits:
             UnsupportedModelError: a model that tokens cannot leave exactly.
         """
         loop = partial(self, streamer=streamer, plan=plan)
-        with ending_on_error(streamer):
-            check_handed_on(arguments)
-            stock = with_stop_strings(model, {"inputs": inputs, "generation_config": generation_config, **arguments})
-            return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator, no-any-return]
+        output: Output = generate_by(loop, model, inputs, generation_config, streamer, arguments)
+        return output
 
     def __call__(
         self,
@@ -90,13 +86,7 @@ class TokenExits:
         **model_kwargs: Any,
     ) -> Output:
         """The decoding loop that `generate(custom_generate=exits)` calls after preparing its inputs."""
-        loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-        kept = kept_back(model)
-        own = kept.get("streamer") if streamer is None else None
-        if (followed := streamer if own is None else own) is not None:
-            loop["streamer"] = followed
-        with ending_on_error(own):
-            check_handed_on(kept)
+        with given_to_loop(model, logits_processor, stopping_criteria, streamer) as loop:
             _check_mode(generation_config)
             request = Request(model, input_ids, generation_config, model_kwargs, loop)
             plan = LayerPlan.full(len(decoder_layers(model))) if plan is None else plan
