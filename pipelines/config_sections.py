@@ -110,6 +110,9 @@ class AdaptSection(Section):
     """Of bridges that are `low_rank`."""
     in_order: bool = False
     """Fit a plan's later gaps on the states that it produces with its bridges so far."""
+    exit_steps: int = Field(0, ge=0)
+    """With the method `bridges`: steps for which each early exit's bridge is trained further towards the full model's
+    next tokens; see docs/stand-ins.md."""
     where: Where = "all"
     """Weights that the adapter changes; `nowhere` trains the bridges alone."""
     lora_rank: int = Field(16, ge=1)

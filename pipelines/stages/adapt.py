@@ -15,6 +15,7 @@ import numpy as np
 from backbone.files import UNFINISHED, replacing, write_atomically
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, attach, detach
+from backbone.stand_ins.bridges import Bridges
 from backbone.stand_ins.distillation import CHECKPOINT, History, distil
 from backbone.stand_ins.fit_bridges import Fits, Over, bridges_of, bridging_rounds, fit_bridges
 from backbone.stand_ins.training_targets import Example
@@ -28,6 +29,7 @@ from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
 from pipelines.distant_labels import DistantLabeller, distant_labeller, given_to_workers
 from pipelines.distributed import Workers
+from pipelines.exit_training import exits_of, train_exits
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.progress import console, progress
 from pipelines.run_state import check_own, stage_key
@@ -88,7 +90,7 @@ class _Making:
             return StandIns(fingerprint)
         bridges = {} if method == "adapter" else bridges_of(self._fitted())
         if method == "bridges":
-            return StandIns(fingerprint, bridges)
+            return StandIns(fingerprint, self._trained_exits(bridges))
         model, _ = self._workspace.backbone
         examples = self._answered() + (self._references() if self._settings.references else [])
         start = time.perf_counter()
@@ -132,6 +134,21 @@ class _Making:
                 tokens = self.record["bridges"]["fits"][0]["tokens"]
                 console.print(f"  {tokens} tokens are too few for full bridges of this model: they have a low rank")
         return self._fits
+
+    def _trained_exits(self, bridges: Bridges) -> Bridges:
+        if not self._settings.exit_steps or not exits_of(self._plans):
+            return bridges
+        model, _ = self._workspace.backbone
+        sequences = [example.tokens for example in self._answered()]
+        start = time.perf_counter()
+        with progress("sequences for exits", len(sequences)) as advance:
+            bridges, losses = train_exits(model, sequences, bridges, self._settings.exit_steps, advance)
+        self.record["exits"] = {"divergence": losses, "seconds": time.perf_counter() - start}
+        console.print(
+            "  KL on held-out prompts, closed form and trained: "
+            + ", ".join(f"{before:.2f} to {after:.2f} ({plan})" for plan, (before, after) in losses.items())
+        )
+        return bridges
 
     def _over(self) -> Over | None:
         if (workers := self._workers) is None:

@@ -35,7 +35,7 @@ def train_bridges(
         observed: tokens at these layers.
         steps: of Adam, for each bridge.
         batch: tokens of a step.
-        learning_rate: of Adam.
+        learning_rate: of Adam at first; half a cosine brings it down to nothing.
         seed: of the draw of tokens.
 
     Returns:
@@ -62,6 +62,7 @@ def _trained(
 ) -> tuple[Bridge, tuple[float, float]]:
     parts = {name: part.detach().float().clone().requires_grad_() for name, part in bridge.tensors().items()}
     optimizer = torch.optim.Adam(parts.values(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     first = best = _divergence(heads, bridge, held).item()
     kept = bridge
@@ -72,6 +73,7 @@ def _trained(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        schedule.step()
         if step % LOOK_EVERY == 0 or step == steps:
             now = Bridge.from_tensors({name: part.detach().clone() for name, part in parts.items()})
             if (found := _divergence(heads, now, held).item()) < best:
