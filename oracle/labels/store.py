@@ -81,7 +81,7 @@ class LabelStore:
         read_only: leave the file as it is; a read-only folder will do.
 
     Raises:
-        StoreError: the file is not a label store, or one of a newer version; with `read_only`, there is none.
+        StoreError: the file is not a label store, a damaged one, or one of a newer version; with `read_only`, there is none.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -90,6 +90,10 @@ class LabelStore:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in ((FORMAT_VERSION,) if read_only else (0, FORMAT_VERSION)):
                 raise StoreError(f"{path} has label format {version}, this version reads {FORMAT_VERSION}")
+            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":  # a torn page may hold labels that nobody asks for now and that others will miss
+                first = state.splitlines()[-1]
+                raise StoreError(f"the label store {path} is damaged ({first}); put a copy in its place, or remove it")
             if not read_only:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute(_SCHEMA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pyarrow.parquet as parquet
 
 VOLATILE = {"seconds", "date", "decision_ms", "created"}
 """Keys of results whose values are times."""
+DATE = re.compile(r"\d{4}-\d\d-\d\d")
+"""A run that goes on after midnight names another day in its sentences."""
 
 
 def content_of(run: Path) -> dict[str, Any]:
@@ -62,6 +65,8 @@ def _policies(metrics: dict[str, Any]) -> dict[str, Any]:
 def _without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_times(item) for key, item in value.items() if key not in VOLATILE}
+    if isinstance(value, str):
+        return DATE.sub("", value)
     return [_without_times(item) for item in value] if isinstance(value, list) else value
 
 

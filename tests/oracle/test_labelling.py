@@ -349,6 +349,22 @@ def content(store: LabelStore) -> list[tuple[object, ...]]:
         return sorted(connection.execute("SELECT model, prompt, plan, decoding, judge, answer, score FROM labels"))
 
 
+def test_a_store_with_a_broken_page_is_refused_although_other_labels_can_be_read(tmp_path) -> None:
+    store = LabelStore(tmp_path / "labels.db")
+    store.add([label(n) for n in range(2000)])
+    with sqlite3.connect(store.path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    content = bytearray(store.path.read_bytes())
+    page = len(content) // size - 2
+    content[page * size] = 0x7F  # the kind of a page, which no page has
+    store.path.write_bytes(content)
+    with pytest.raises(StoreError, match="is damaged .* put a copy in its place, or remove it"):
+        LabelStore(tmp_path / "labels.db")
+    with pytest.raises(StoreError, match="is damaged"):
+        LabelStore(tmp_path / "labels.db", read_only=True)
+
+
 def test_stores_are_merged_without_doubles(tmp_path) -> None:
     first, second = LabelStore(tmp_path / "first.db"), LabelStore(tmp_path / "second.db")
     first.add([label(1, score=0.25), label(2)])
