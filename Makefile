@@ -18,7 +18,7 @@ test: $(VENV)/installed
 
 # The long table of damaged files and of stages that the machine refuses something: some minutes, counts at the end.
 faults: $(VENV)/installed
-	OMP_NUM_THREADS=1 LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/faults --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/faults --numprocesses auto --dist load
 
 # With Ray, on a local cluster of two workers: equal labels, 20 killed workers, 5 killed drivers; some minutes.
 test-ray: $(VENV)/installed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -13,20 +15,37 @@ FINGERPRINT_VALUES = 64
 """Values of each parameter that its fingerprint is made from."""
 
 
+Key = Sequence[tuple[str, int, torch.dtype, torch.Size]]
+"""Name, place in memory, dtype and shape of every parameter."""
+
+_views: WeakKeyDictionary[PreTrainedModel, tuple[Key, list[torch.Tensor]]] = WeakKeyDictionary()
+"""The values to look at, as views into the weights, so that a change in place shows; made anew where weights moved. They
+keep weights that a model has given up alive until its fingerprint is asked for again."""
+
+
 @torch.no_grad()
 def model_fingerprint(model: PreTrainedModel) -> str:
     """A name for a model's weights as they are now, such as `gemma3_text-18x640-0123456789ab`.
 
     Made from the shape and 64 values of every parameter, rounded to bfloat16: a checkpoint has one name whatever its
     source and device, and whether it was stored or loaded in float32 or in bfloat16. (float16 rounds otherwise: a
-    float16 copy of float32 weights has another name, as it has other weights.) Takes some milliseconds.
+    float16 copy of float32 weights has another name, as it has other weights.) Takes some milliseconds the first time,
+    and about one afterwards.
     """
-    described, values = hashlib.sha256(), []
-    for name, parameter in sorted(model.named_parameters()):
-        described.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        part = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]
-        values.append(part.to(model.device, torch.bfloat16))  # so that one transfer brings all of them
-    described.update(torch.cat(values).float().cpu().numpy().tobytes())
+    parameters = sorted(model.named_parameters())
+    key = [(name, p.data_ptr(), p.dtype, p.shape) for name, p in parameters]
+    known, views = _views.get(model, (None, []))
+    if known != key:
+        views = [_part(parameter) for _, parameter in parameters]
+        _views[model] = key, views
+    views = [view if p.is_contiguous() else _part(p) for view, (_, p) in zip(views, parameters, strict=True)]
+    described = hashlib.sha256("".join(f"{name}{tuple(shape)}" for name, _, _, shape in key).encode())
+    values = torch.cat([view.to(model.device) for view in views]).to(torch.bfloat16)  # one transfer brings all of them
+    described.update(values.float().cpu().numpy().tobytes())
     config = model.config
     return f"{config.model_type}-{len(decoder_layers(model))}x{config.hidden_size}-{described.hexdigest()[:12]}"
+
+
+def _part(parameter: torch.Tensor) -> torch.Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]

@@ -81,7 +81,8 @@ class LabelStore:
         read_only: leave the file as it is; a read-only folder will do.
 
     Raises:
-        StoreError: the file is not a label store, a damaged one, or one of a newer version; with `read_only`, there is none.
+        StoreError: the file is not a label store, a damaged one, or one of a newer version; with `read_only`, there is
+            none.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:

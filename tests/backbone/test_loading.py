@@ -220,6 +220,18 @@ def test_weights_that_are_changed_in_place_have_another_fingerprint() -> None:
     assert model_fingerprint(model) == before
 
 
+def test_weights_that_are_replaced_or_lie_in_columns_have_another_fingerprint_when_changed() -> None:
+    model = tiny_model("llama")
+    before = model_fingerprint(model)
+    weight = model.get_parameter("model.layers.3.mlp.up_proj.weight")
+    weight.data = weight.data.T.contiguous().T  # the same values in another order in memory
+    assert model_fingerprint(model) == before
+    weight.data *= 2
+    assert model_fingerprint(model) != before
+    model.model.layers[3].mlp.up_proj.weight = torch.nn.Parameter(weight.data / 2)
+    assert model_fingerprint(model) == before
+
+
 def test_fingerprint_follows_the_weights_not_the_dtype() -> None:
     first = tiny_model("llama").to(torch.bfloat16)
     assert model_fingerprint(first).startswith("llama-6x32-")

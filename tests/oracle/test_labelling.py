@@ -359,7 +359,7 @@ def test_a_store_with_a_broken_page_is_refused_although_other_labels_can_be_read
     page = len(content) // size - 2
     content[page * size] = 0x7F  # the kind of a page, which no page has
     store.path.write_bytes(content)
-    with pytest.raises(StoreError, match="is damaged .* put a copy in its place, or remove it"):
+    with pytest.raises(StoreError, match=r"is damaged .* put a copy in its place, or remove it"):
         LabelStore(tmp_path / "labels.db")
     with pytest.raises(StoreError, match="is damaged"):
         LabelStore(tmp_path / "labels.db", read_only=True)

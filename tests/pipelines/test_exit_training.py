@@ -1,4 +1,4 @@
-"""Bridges of early exits that are trained further: nearer to the full model, the other plans' untouched, part of a run."""
+"""Bridges of early exits that are trained further: nearer to the full model, other plans untouched, part of a run."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,12 @@ import yaml
 from command import layerbudget
 from tiny import N_LAYERS, tiny_model
 
-from backbone.plan import LayerPlan
+from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
-from pipelines import exit_training
+from pipelines import exit_training, rehearsal
+from pipelines.config_sections import AdaptSection
 from pipelines.exit_training import exits_of, train_exits
+from pipelines.rehearsal import exit_seconds
 
 EXIT, GAP = LayerPlan.exiting(N_LAYERS, 1), LayerPlan.skipping(N_LAYERS, {2, 3})
 
@@ -64,3 +66,11 @@ def test_a_run_trains_its_exits_if_asked(config_file) -> None:
     divergence = json.loads((folder / "adapt.json").read_text())["exits"]["divergence"]
     assert set(divergence) == {"0-2", "0-3"}
     assert all(after <= before for before, after in divergence.values())
+
+
+def test_a_rehearsal_counts_the_training_by_exits_and_steps(fitted, monkeypatch) -> None:
+    model, texts, _ = fitted
+    menu = PlanMenu((EXIT, GAP, LayerPlan.full(N_LAYERS)), (0.2, 0.7, 1.0), 1)
+    monkeypatch.setattr(rehearsal, "timed", lambda work: float(work.args[-1]))  # a second a step
+    assert exit_seconds(model, texts, menu, AdaptSection(exit_steps=300)) == pytest.approx(300)
+    assert exit_seconds(model, texts, menu, AdaptSection()) == 0
