@@ -19,8 +19,8 @@ Key = Sequence[tuple[str, int, torch.dtype, torch.Size]]
 """Name, place in memory, dtype and shape of every parameter."""
 
 _views: WeakKeyDictionary[PreTrainedModel, tuple[Key, list[torch.Tensor]]] = WeakKeyDictionary()
-"""The values to look at, as views into the weights, so that a change in place shows; made anew where weights moved. They
-keep weights that a model has given up alive until its fingerprint is asked for again."""
+"""The values to look at, as views into the weights, so that a change in place shows; made anew where weights moved.
+They keep weights that a model has given up alive until its fingerprint is asked for again."""
 
 
 @torch.no_grad()
