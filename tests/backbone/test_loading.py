@@ -232,6 +232,17 @@ def test_weights_that_are_replaced_or_lie_in_columns_have_another_fingerprint_wh
     assert model_fingerprint(model) == before
 
 
+def test_weights_that_are_turned_where_they_lie_are_looked_at_anew() -> None:
+    model = tiny_model("llama")
+    weight = model.get_parameter("model.layers.3.self_attn.q_proj.weight")
+    weight.data = weight.data.T
+    turned = model_fingerprint(model)
+    weight.data = weight.data.T  # square: the same place and shape
+    assert model_fingerprint(model) == model_fingerprint(tiny_model("llama")) != turned
+    weight.data *= 2
+    assert model_fingerprint(model) != model_fingerprint(tiny_model("llama"))
+
+
 def test_fingerprint_follows_the_weights_not_the_dtype() -> None:
     first = tiny_model("llama").to(torch.bfloat16)
     assert model_fingerprint(first).startswith("llama-6x32-")
