@@ -101,7 +101,7 @@ def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def demo_depths() -> tuple[list[int], list[float], int]:
     """The depths of the demo's menu, the shares in which its allocator chooses them, and the layers of its model."""
     metrics = json.loads((RESULTS / "demo.json").read_text())["metrics"]
-    depths = [round(budget * 18) for budget, _ in metrics["stand_ins"]["before"]["static"]]
+    depths = [round(budget * 18) for budget, _ in metrics["stand_ins"]["after"]["static"]]
     return depths, metrics[metrics["best"]]["plan_shares"], depths[-1]
 
 

@@ -25,7 +25,7 @@ def test_settings_go_over_the_file_over_the_defaults() -> None:
         ROOT / "configs/demo.yaml", ["data.limit=64", "name=mixed", "decoding.stop=[]", "label.tolerance=0.1"]
     )
     assert (config.data.limit, config.name, config.decoding.stop, config.label.tolerance) == (64, "mixed", [], 0.1)
-    assert config.menu.probe_depth == 4
+    assert config.menu.method == "given", "what the file says and the command line does not"
     assert config.tuning.components == [12, 24, 48, 96]
 
 
