@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import re
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from filelock import FileLock
@@ -200,11 +202,16 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    """transformers reads the header for the configuration, for the weights and for the tokenizer, which takes tens of
+    seconds each time where the vocabulary has 262,144 strings; so the first reader is given out again."""
     try:
+        import gguf as library
+
         config = GgufConfig(gguf_file=gguf.name, dequantize=True)
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=config, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        with patch.object(library, "GGUFReader", functools.cache(library.GGUFReader)):
+            model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=config, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
     except ImportError as error:
         raise LoadError(f"reading {gguf.name} needs `pip install layerbudget[gguf]`: {error}") from error
     model.save_pretrained(folder)

@@ -18,6 +18,7 @@ from oracle.menus import MENUS
 from oracle.prompts import SPLITS, Prompt, Split, limited
 from pipelines.config import Config, ConfigError
 from pipelines.run_prompts import LEAST_OF_A_SPLIT, prompts_of, splits_of
+from pipelines.tracking import check_store
 
 LABEL_BYTES = 2_000
 """Of one answer with its score in the database of labels, as the demo's are."""
@@ -27,6 +28,22 @@ COPIES = 3
 """Of the stand-ins: the stage's file, the allocator's, and MLflow's."""
 
 
+def check_storage(url: str) -> None:
+    """Whether `tuning.storage` is the URL of a database whose driver is installed; the database is not opened.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        make_url(url).get_dialect().import_dbapi()
+    except (SQLAlchemyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cannot use tuning.storage {url!r}: {reason}") from error
+
+
 def check_run(config: Config) -> list[str]:
     """What was looked at, in a line each.
 
@@ -34,7 +51,16 @@ def check_run(config: Config) -> list[str]:
         ConfigError: what would fail, all of it in one sentence.
     """
     checks, said, problems = _Checks(config), [], []
-    for look in (checks.model, checks.methods, checks.prompts_of_run, checks.splits, checks.certificate, checks.disk):
+    looks = (
+        checks.model,
+        checks.methods,
+        checks.stores,
+        checks.prompts_of_run,
+        checks.splits,
+        checks.certificate,
+        checks.disk,
+    )
+    for look in looks:
         try:
             said.append(look())
         except _UnknownError:
@@ -78,6 +104,14 @@ class _Checks:
         for name in self._config.tuning.controllers:
             CONTROLLERS.check_there(name)
         return f"methods      menu {self._config.menu.method}, controllers {', '.join(self._config.tuning.controllers)}"
+
+    def stores(self) -> str:
+        """Where trials and the finished run go. A database beside the run is made when it is needed."""
+        trials, tracking = self._config.tuning.storage, self._config.tracking.uri
+        if trials is not None:
+            check_storage(trials)
+        check_store(tracking)
+        return f"stores       trials in {trials or 'the run folder'}, the finished run in {tracking}"
 
     @cached_property
     def _prompts(self) -> list[Prompt]:

@@ -7,7 +7,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,10 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
     Raises:
         ConfigError: the tracking store cannot be used.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    try:
+    with _store_usable(config.tracking.uri):
+        import mlflow
+
         mlflow.set_tracking_uri(config.tracking.uri)
         with mlflow.start_run(experiment_id=_experiment(config), run_name=config.name):
             mlflow.log_params(dict(_flat(config.model_dump(mode="json"))))
@@ -45,9 +42,35 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
             for name in ("config.yaml", "metrics.json", "report.html"):
                 mlflow.log_artifact(str(folder / name))
             mlflow.log_artifacts(str(folder / "allocator"), "allocator")
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+
+
+def check_store(uri: str) -> None:
+    """Whether MLflow knows a store like this, and can open it. An embedded database is made when a run is logged, so
+    nothing is asked about it: MLflow takes seconds to import.
+
+    Raises:
+        ConfigError: the tracking store cannot be used.
+    """
+    if _embedded_database(uri) is not None:
+        return
+    with _store_usable(uri):
+        from mlflow import MlflowClient
+
+        MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _store_usable(uri: str) -> Iterator[None]:
+    """What MLflow cannot do with its store, in one sentence."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cannot log to tracking.uri {config.tracking.uri!r}: {reason}") from error
+        raise ConfigError(f"cannot log to tracking.uri {uri!r}: {reason}") from error
 
 
 def _experiment(config: Config) -> str:

@@ -35,7 +35,7 @@ def test_a_run_that_can_go_through_is_described(config_file) -> None:
     done = layerbudget("check", config_file())
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert lines.keys() == {"model", "methods", "prompts", "splits", "certificate", "disk"}
+    assert lines.keys() == {"model", "methods", "stores", "prompts", "splits", "certificate", "disk"}
     assert "6 layers" in lines["model"]
     assert "160 of 2 kinds, judged by agreement" in lines["prompts"]
     assert "test 31" in lines["splits"]
@@ -50,6 +50,18 @@ def test_torch_is_not_loaded(config_file) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("tracking.uri=gopher://x", "cannot log to tracking.uri 'gopher://x'"),
+        ("tuning.storage=nonsense", "cannot use tuning.storage 'nonsense'"),
+        ("tuning.storage=postgresql://nobody@nowhere/db", "No module named 'psycopg"),
+    ],
+)
+def test_stores_must_be_known(fails, setting, message) -> None:
+    assert message in fails(setting)
 
 
 def test_a_certificate_needs_its_prompts(fails) -> None:
