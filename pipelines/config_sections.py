@@ -111,8 +111,8 @@ class AdaptSection(Section):
     in_order: bool = False
     """Fit a plan's later gaps on the states that it produces with its bridges so far."""
     exit_steps: int = Field(0, ge=0)
-    """With the method `bridges`: steps for which each early exit's bridge is trained further towards the full model's
-    next tokens; see docs/stand-ins.md."""
+    """Steps for which each early exit's bridge is trained further towards the full model's next tokens, before an
+    adapter is trained beside it; see docs/stand-ins.md."""
     where: Where = "all"
     """Weights that the adapter changes; `nowhere` trains the bridges alone."""
     lora_rank: int = Field(16, ge=1)
@@ -127,6 +127,10 @@ class AdaptSection(Section):
     def _check_trained(self) -> AdaptSection:
         if self.method == "adapter" and self.where == "nowhere":
             raise ValueError("an adapter that sits 'nowhere' changes nothing; with the method 'both' it trains bridges")
+        if self.exit_steps and self.method in ("none", "adapter"):
+            raise ValueError(
+                f"exit_steps trains bridges, and the method {self.method!r} makes none; take 'bridges', or 0 steps"
+            )
         return self
 
     def settings(self) -> DistillSettings:

@@ -199,7 +199,7 @@ class _Rehearsal:
         (model, tokenizer), answer = self.scratch.backbone, round(self.label.answer_tokens)
         sequences = [(ids := tokens_of(tokenizer, prompt.prompt)) + ids[:1] * answer for prompt in self.few]
         bridges = 0.0 if settings.method == "adapter" else bridge_seconds(model, sequences, self.menu, settings, count)
-        exits = exit_seconds(model, sequences, self.menu, settings) if settings.method in ("bridges", "best") else 0.0
+        exits = exit_seconds(model, sequences, self.menu, settings)
         trained = {"adapter": 1, "both": 1, "best": 2}.get(settings.method, 0)
         training = training_seconds(model, sequences, self.menu, settings) if trained else 0.0
         seconds = answers * self.label.full + bridges + exits + count * trained * settings.epochs * training

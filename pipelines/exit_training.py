@@ -7,13 +7,14 @@ model behind its bridge is the final norm and the head, so a step costs as littl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
 from backbone.plan import LayerPlan
 from backbone.stand_ins.bridges import Bridge, Bridges
 from backbone.stand_ins.training_targets import Example
+from pipelines.progress import progress
 from runtime.token_exits.heads import ExitHeads, shortlist_of
 from runtime.token_exits.observing import observe
 from runtime.token_exits.training import train_bridges
@@ -37,7 +38,6 @@ def train_exits(
     sequences: Sequence[Sequence[int]],
     bridges: Bridges,
     steps: int,
-    advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[Bridges, dict[str, tuple[float, float]]]:
     """Bridges of which those of early exits are trained; the others stay as they are.
 
@@ -46,7 +46,6 @@ def train_exits(
         sequences: token ids of prompts with the model's own answers; evenly picked, of `TOKENS` tokens together.
         bridges: closed-form ones, by plan.
         steps: of the optimiser, for each exit.
-        advance: called with the number of sequences that were run.
 
     Returns:
         The bridges, and for each exit the divergence (nats a token) on held-out sequences before and after.
@@ -57,8 +56,10 @@ def train_exits(
         model, {depth: bridges[plan][depth] for plan, depth in depths.items()}, shortlist_of(used, SHORTLIST)
     )
     whole = [Example(tuple(tokens), len(tokens) - 1) for tokens in used]
-    observed = observe(model, whole, sorted(depths.values()), advance=advance)
-    trained, losses = train_bridges(heads, observed, steps=steps, batch=BATCH)
+    with progress("sequences for exits", len(whole)) as advance:
+        observed = observe(model, whole, sorted(depths.values()), advance=advance)
+    with progress("training steps of exits", steps * len(depths)) as advance:
+        trained, losses = train_bridges(heads, observed, steps=steps, batch=BATCH, advance=advance)
     found: dict[LayerPlan, dict[int, Bridge]] = {plan: dict(of_plan) for plan, of_plan in bridges.items()}
     for plan, depth in depths.items():
         found[plan][depth] = trained[depth]

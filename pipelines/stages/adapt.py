@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ class _Making:
         fingerprint = self._workspace.fingerprint
         if method == "none":
             return StandIns(fingerprint)
-        bridges = {} if method == "adapter" else bridges_of(self._fitted())
+        bridges = {} if method == "adapter" else self._bridges
         if method == "bridges":
-            return StandIns(fingerprint, self._trained_exits(bridges))
+            return StandIns(fingerprint, bridges)
         model, _ = self._workspace.backbone
         examples = self._answered() + (self._references() if self._settings.references else [])
         start = time.perf_counter()
@@ -135,14 +136,16 @@ class _Making:
                 console.print(f"  {tokens} tokens are too few for full bridges of this model: they have a low rank")
         return self._fits
 
-    def _trained_exits(self, bridges: Bridges) -> Bridges:
+    @cached_property
+    def _bridges(self) -> Bridges:
+        """Closed-form ones, of which those of early exits are trained further where that is asked for."""
+        bridges: Bridges = bridges_of(self._fitted())
         if not self._settings.exit_steps or not exits_of(self._plans):
             return bridges
         model, _ = self._workspace.backbone
         sequences = [example.tokens for example in self._answered()]
         start = time.perf_counter()
-        with progress("sequences for exits", len(sequences)) as advance:
-            bridges, losses = train_exits(model, sequences, bridges, self._settings.exit_steps, advance)
+        bridges, losses = train_exits(model, sequences, bridges, self._settings.exit_steps)
         self.record["exits"] = {"divergence": losses, "seconds": time.perf_counter() - start}
         console.print(
             "  KL on held-out prompts, closed form and trained: "

@@ -8,6 +8,8 @@ Shapes: `T` tokens, `D` hidden size, `K` tokens of the shortlist.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from backbone.stand_ins.bridges import Bridge
@@ -27,6 +29,7 @@ def train_bridges(
     batch: int = 256,
     learning_rate: float = 3e-4,
     seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[int, Bridge], dict[int, tuple[float, float]]]:
     """Each bridge as it was when it did best on held-out answers; never worse than before.
 
@@ -37,6 +40,7 @@ def train_bridges(
         batch: tokens of a step.
         learning_rate: of Adam at first; half a cosine brings it down to nothing.
         seed: of the draw of tokens.
+        advance: called with the number of steps that were done.
 
     Returns:
         The bridges by layer, and of each its divergence (nats a token) on held-out answers before and after.
@@ -49,7 +53,7 @@ def train_bridges(
     for depth, bridge in heads.bridges.items():
         states = observed.states[depth]
         fitted, held = ((states[part], targets[part]) for part in (~is_held, is_held))
-        found[depth], losses[depth] = _trained(heads, bridge, fitted, held, steps, batch, learning_rate, seed)
+        found[depth], losses[depth] = _trained(heads, bridge, fitted, held, steps, batch, learning_rate, seed, advance)
     return found, losses
 
 
@@ -58,7 +62,15 @@ Data = tuple[torch.Tensor, torch.Tensor]
 
 
 def _trained(
-    heads: ExitHeads, bridge: Bridge, fitted: Data, held: Data, steps: int, batch: int, rate: float, seed: int
+    heads: ExitHeads,
+    bridge: Bridge,
+    fitted: Data,
+    held: Data,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    advance: Callable[[int], None],
 ) -> tuple[Bridge, tuple[float, float]]:
     parts = {name: part.detach().float().clone().requires_grad_() for name, part in bridge.tensors().items()}
     optimizer = torch.optim.Adam(parts.values(), lr=rate)
@@ -74,6 +86,7 @@ def _trained(
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        advance(1)
         if step % LOOK_EVERY == 0 or step == steps:
             now = Bridge.from_tensors({name: part.detach().clone() for name, part in parts.items()})
             if (found := _divergence(heads, now, held).item()) < best:

@@ -1,6 +1,7 @@
 """Bridges of early exits that are trained further: nearer to the full model, other plans untouched, part of a run."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,25 @@ def test_trained_exits_are_nearer_and_gaps_as_they_were(fitted) -> None:
 def test_long_texts_are_thinned_out_evenly(fitted, monkeypatch) -> None:
     model, texts, bridges = fitted
     monkeypatch.setattr(exit_training, "TOKENS", sum(map(len, texts)) // 3)
-    seen: list[int] = []
-    train_exits(model, texts, bridges, 1, seen.append)
-    assert sum(seen) == len(texts) / 3
+    seen: dict[str, list[int]] = {}
+
+    @contextmanager
+    def progress(description, total):
+        seen[description] = [total]
+        yield seen[description].append
+
+    monkeypatch.setattr(exit_training, "progress", progress)
+    train_exits(model, texts, bridges, 4)
+    assert seen == {
+        "sequences for exits": [len(texts) / 3, *[pytest.approx(8)] * (len(texts) // 24)],
+        "training steps of exits": [4, 1, 1, 1, 1],
+    }
 
 
-def test_a_run_trains_its_exits_if_asked(config_file) -> None:
+@pytest.mark.parametrize("method", ["bridges", "both"])
+def test_a_run_trains_its_exits_if_asked(config_file, method) -> None:
     menu = {"method": "given", "given": ["0-2", "0-3"], "probe_depth": 2}
-    path = config_file(menu=menu, adapt={"method": "bridges", "prompts": 40, "exit_steps": 20})
+    path = config_file(menu=menu, adapt={"method": method, "prompts": 40, "exit_steps": 20, "epochs": 0.1})
     done = layerbudget("menu", path)
     assert done.returncode == 0, done.stdout + done.stderr
     done = layerbudget("adapt", path)
@@ -66,6 +78,12 @@ def test_a_run_trains_its_exits_if_asked(config_file) -> None:
     divergence = json.loads((folder / "adapt.json").read_text())["exits"]["divergence"]
     assert set(divergence) == {"0-2", "0-3"}
     assert all(after <= before for before, after in divergence.values())
+
+
+@pytest.mark.parametrize("method", ["none", "adapter"])
+def test_without_bridges_there_is_nothing_to_train(method) -> None:
+    with pytest.raises(ValueError, match=f"the method '{method}' makes none"):
+        AdaptSection(method=method, exit_steps=5)
 
 
 def test_a_rehearsal_counts_the_training_by_exits_and_steps(fitted, monkeypatch) -> None:
