@@ -22,6 +22,8 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_run import tiny_settings, write_prompts
 
 from oracle.labels.store import CUT
+from oracle.prompts import load_prompts, split_of
+from pipelines.config_sections import DataSection
 from pipelines.run_state import content_hash
 from pipelines.wall_clock import NOISE
 
@@ -209,6 +211,20 @@ def test_ctrl_c_says_that_the_run_goes_on_and_a_second_process_waits_its_turn(co
     assert run.returncode == 130
     assert "stopped; the same command goes on from here" in errors
     assert layerbudget("run", path, "--set", "tuning.trials=2").returncode == 0
+
+
+def test_prompts_that_stand_ins_are_fitted_on_teach_and_judge_nothing(finished) -> None:
+    _, folder, _ = finished
+    prompts = load_prompts("prompts.jsonl")
+    splits = {prompt.hash: split_of(prompt, DataSection().shares) for prompt in prompts}
+    plans = [plan["runs"] for plan in json.loads((folder / "menu.json").read_text())["plans"]]
+    found: dict[str, set[str]] = {}
+    with sqlite3.connect(folder / "labels.db") as connection:
+        for prompt, plan in connection.execute("SELECT DISTINCT prompt, plan FROM labels"):
+            found.setdefault(splits[prompt], set()).add(plan)
+    assert found == {"adapt": {"0-5"}} | {split: set(plans) for split in ("train", "tune", "calibrate", "test")}
+    seen = parquet.read_table(folder / "features.parquet").column("id").to_pylist()
+    assert set(seen) == {prompt.id for prompt in prompts if splits[prompt.hash] != "adapt"}
 
 
 def test_the_winner_is_made_again_without_a_search(finished, tmp_path) -> None:
