@@ -16,7 +16,7 @@ from layerbudget.comparing import compare
 from layerbudget.failures import sentence_of
 from layerbudget.inspecting import inspect
 from layerbudget.options import with_ray_address
-from layerbudget.stage_commands import STAGES, check, merge, run, stage_command
+from layerbudget.stage_commands import STAGES, check, merge, run, search, stage_command
 
 app = typer.Typer(
     help="Learn how many decoder layers each prompt needs, and run only those.",
@@ -51,6 +51,7 @@ app.command()(generate)
 app.command()(compare)
 app.command()(inspect)
 app.command(rich_help_panel="Single stages")(merge)
+app.command()(search)
 for _name, _text in STAGES.items():
     app.command(_name, help=_text, rich_help_panel="Single stages")(stage_command(_name))
 

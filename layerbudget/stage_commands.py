@@ -140,3 +140,23 @@ def merge(
     from pipelines.runner import run_merge
 
     run_merge(config_of(config, settings, None), stores)
+
+
+def search(
+    config: ConfigFile,
+    settings: Settings = None,
+    device: Device = None,
+    searcher: Annotated[
+        str, typer.Option(help="exhaustive, bisection, greedy, beam, mcts, or one of your own.")
+    ] = "mcts",
+    evaluations: Annotated[int, typer.Option(min=1, help="Plans to try for a prompt, at most.")] = 50,
+    split: Annotated[str, typer.Option(help="Split whose prompts are searched.")] = "train",
+    prompts: Annotated[int, typer.Option(min=1, help="How many of them, evenly picked.")] = 64,
+) -> None:
+    """Find the least sufficient plan of single prompts on the model without stand-ins; resumes where it stopped."""
+    from oracle.prompts import SPLITS
+    from pipelines.runner import run_search
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    run_search(config_of(config, settings, device), searcher, evaluations, split, prompts)

@@ -183,6 +183,17 @@ def importance(shares: Mapping[str, Mapping[str, float]]) -> str:
     return _svg(figure, "importance")
 
 
+@matplotlib.rc_context(STYLE)
+def least_budgets(budgets: Sequence[float]) -> str:
+    """The share of prompts that a budget suffices for, by their least sufficient plans."""
+    figure, axes = _drawing(HALF, 3.6)
+    axes.ecdf(budgets, color=COLOURS["oracle"], lw=2)
+    axes.set(xlabel="budget (share of the decoder that runs)", ylabel="prompts that it suffices for", ylim=(0, 1.02))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    return _svg(figure, "least_budgets")
+
+
 def _bins(predicted: NDArray[np.float32], observed: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
     """Means of both, and counts, in the ten bins of equal width that are not empty."""
     index = np.minimum((predicted * 10).astype(int), 9)

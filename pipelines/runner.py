@@ -14,10 +14,12 @@ from rich.markup import escape
 
 from backbone.files import remove_strays, write_atomically
 from oracle.labels.store import LabelStore
-from oracle.prompts import Shard
+from oracle.prompts import Shard, Split
+from oracle.search import SEARCHERS
 from pipelines.check import check_run
 from pipelines.config import Config, ConfigError
 from pipelines.distributed import workers_at
+from pipelines.least_plans import described, find_least_plans, write_least_plans
 from pipelines.progress import console, say
 from pipelines.run_state import LOCK, RunState
 from pipelines.stage_list import BY_NAME, STAGES, Stage, all_before
@@ -79,6 +81,28 @@ def run_merge(config: Config, stores: Sequence[Path]) -> None:
         own = LabelStore(config.folder / "labels.db")
         for store in stores:
             say(f"{store}: {own.merge(store)} labels that were not there yet")
+
+
+def run_search(config: Config, searcher: str, evaluations: int, split: Split, count: int) -> None:
+    """The least sufficient plans of some prompts of a split, as a table, a figure and a few lines.
+
+    Raises:
+        RegistryError: an unknown searcher.
+        ConfigError: the run has no menu yet.
+        SearchError: a menu that the searcher cannot search.
+    """
+    SEARCHERS.checked(searcher)
+    _checked(config)
+    with _own_folder(config) as state:
+        if not state.is_done(BY_NAME["menu"]):
+            raise ConfigError("a search needs a menu first: run `layerbudget menu CONFIG`")
+        workspace = Workspace.of(config)
+        prompts = workspace.splits[split]
+        rows = find_least_plans(workspace, searcher, evaluations, prompts[:: max(1, len(prompts) // count)][:count])
+        for line in described(rows):
+            say(line)
+        for path in write_least_plans(workspace, searcher, rows):
+            say(f"  {path}")
 
 
 def _checked(config: Config) -> RunState:

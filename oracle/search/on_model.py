@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.labels.labeller import Labeller
@@ -19,11 +19,13 @@ def search_prompts(
     prompts: Sequence[Prompt],
     budget: int,
     tolerance: float = 0.0,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> list[Found]:
     """The least sufficient plan of each of N prompts, as far as `budget` evaluations a prompt find it.
 
     A plan is sufficient if its score is at least the full plan's less `tolerance`; one whose judge failed is not. The
     labels that this takes, the full plan's among them, are kept in the labeller's store, and found there again.
+    `advance` is called with the number of plans that a round tried.
 
     Raises:
         SearchError: see `run_searches`.
@@ -41,6 +43,7 @@ def search_prompts(
         for plan, some in wanted.items():
             for prompt, score in zip(some, labeller.scores(some, plan), strict=True):
                 sufficient[prompt, plan] = score >= needed[prompt] - tolerance
+        advance(len(pairs))
         return [sufficient[pair] for pair in pairs]
 
     return run_searches(searcher, space, prompts, evaluate, budget)
