@@ -66,6 +66,7 @@ def main() -> None:
     options.add_argument("--cheapest-budget", type=float, default=0.5)
     options.add_argument("--probe-depth", type=int, default=4)
     options.add_argument("--epochs", type=float, default=2.0)
+    options.add_argument("--minutes", type=float, help="train for so long, instead of so many epochs")
     options.add_argument("--plans-per-step", type=int, default=6)
     options.add_argument("--decode-steps", type=int, default=12)
     options.add_argument("--work", type=Path, default=Path("runs/adapt-benchmark"))
@@ -175,6 +176,7 @@ class Bench:
                 return StandIns(fingerprint, bridges), {"tokens": sum(map(len, sequences))}
         settings = DistillSettings(
             epochs=self.arguments.epochs,
+            minutes=self.arguments.minutes,
             plans_per_step=self.arguments.plans_per_step,
             evaluate_every=20,
         )
@@ -184,7 +186,9 @@ class Bench:
             self.model, examples, plans, bridges, menu.probe_depth, settings, folder, fingerprint,
             lambda h: print(h.steps[-1], {plan: round(loss, 3) for plan, loss in h.held[-1].items()}, flush=True),
         )  # fmt: skip
-        return stand_ins, {"tokens": history.tokens, "held": [history.held[0], history.held[-1]]}
+        curve = [{"minutes": s / 60, "held": held} for s, held in zip(history.seconds, history.held, strict=True)]
+        rate = history.tokens / history.seconds[-1]
+        return stand_ins, {"tokens": history.tokens, "plan_tokens_per_s": rate, "curve": curve}
 
     def examples(self, prompts: Sequence[Prompt]) -> list[Example]:
         full = LayerPlan.full(self.menu(self.arguments.menus[0]).n_layers)

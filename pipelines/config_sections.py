@@ -117,6 +117,9 @@ class AdaptSection(Section):
     """Weights that the adapter changes; `nowhere` trains the bridges alone."""
     lora_rank: int = Field(16, ge=1)
     epochs: float = Field(2.0, gt=0)
+    minutes: float | None = Field(None, gt=0)
+    """Train for so long, instead of `epochs`, on this machine; the methods `adapter` and `both`, and each of them with
+    `best`."""
     batch_tokens: int = Field(1024, ge=16)
     plans_per_step: int = Field(3, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
@@ -138,6 +141,7 @@ class AdaptSection(Section):
             where=self.where,
             rank=self.lora_rank,
             epochs=self.epochs,
+            minutes=self.minutes,
             batch_tokens=self.batch_tokens,
             plans_per_step=self.plans_per_step,
             learning_rate=self.learning_rate,

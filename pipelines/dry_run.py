@@ -201,8 +201,11 @@ class _Rehearsal:
         bridges = 0.0 if settings.method == "adapter" else bridge_seconds(model, sequences, self.menu, settings, count)
         exits = exit_seconds(model, sequences, self.menu, settings)
         trained = {"adapter": 1, "both": 1, "best": 2}.get(settings.method, 0)
-        training = training_seconds(model, sequences, self.menu, settings) if trained else 0.0
-        seconds = answers * self.label.full + bridges + exits + count * trained * settings.epochs * training
+        seconds = answers * self.label.full + bridges + exits
+        if settings.minutes is not None:
+            seconds += trained * settings.minutes * 60
+        elif trained:
+            seconds += count * trained * settings.epochs * training_seconds(model, sequences, self.menu, settings)
         return f"{settings.method} from {count} prompts, {answers} of them to be answered", seconds
 
     def _label(self) -> tuple[str, float]:

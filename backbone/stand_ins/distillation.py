@@ -9,6 +9,7 @@ can be mixed in as targets of their own (Sorted Fine-Tuning, Valipour et al. 202
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from backbone.stand_ins.trained_parts import Trainable, adapted_layers
 from backbone.stand_ins.training_checkpoint import Checkpoint
 from backbone.stand_ins.training_targets import Example, Lesson, contiguous_head
 
+REHEARSED = 4
+"""Steps that are tried before training to see how long one takes; at least 2."""
 CHECKPOINT = "checkpoint.safetensors"
 """Where training stands, in the folder it is given."""
 
@@ -40,14 +43,18 @@ class History:
         steps, losses: training steps done, and the mean training loss since the look before (None at the first), each
             plan's as a share of its held loss before training.
         held: mean KL in nats on held examples, by plan.
+        seconds: from the beginning to the end of each look, in all processes that trained.
         tokens: tokens that passed, each plan counted.
+        planned: steps, if nothing ends training before.
         ended: why training ended.
     """
 
     steps: list[int] = field(default_factory=list)
     losses: list[float | None] = field(default_factory=list)
     held: list[dict[str, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     tokens: int = 0
+    planned: int = 0
     ended: str = ""
 
 
@@ -64,8 +71,9 @@ def distil(
 ) -> tuple[StandIns, History]:
     """Train on examples for shortened plans, going on from the checkpoint in `folder` if there is one.
 
-    A run that was killed and goes on ends with the same result as one that was not. The model is left as it was. Too
-    little memory makes batches smaller, with the same gradients up to rounding.
+    A run that was killed and goes on ends with the same result as one that was not; with `settings.minutes` once its
+    first look is over, which fixes the number of steps. The model is left as it was. Too little memory makes batches
+    smaller, with the same gradients up to rounding.
 
     Returns:
         The stand-ins with the lowest loss on held examples, and the history. A loss that is not finite ends training.
@@ -108,6 +116,7 @@ class _Run:
         self._held = self._batches(mixed[:n_held])
         self._batches_of = self._batches(mixed[n_held:])
         self._steps = max(1, math.ceil(settings.epochs * len(self._batches_of)))
+        """Planned; with `settings.minutes` counted anew before the first one."""
         rates = {True: settings.bridge_learning_rate, False: settings.learning_rate}
         groups = [
             {"params": [p for n, p in trainable.parameters.items() if trainable.is_bridge(n) == bridge], "lr": rate}
@@ -122,20 +131,27 @@ class _Run:
 
     def go(self) -> History:
         history, best, losses = History(), math.inf, list[float]()
-        bad, first, looked_at = 0, 0, -1
+        bad, first, looked_at, start = 0, 0, -1, time.perf_counter()
         if (resumed := self._checkpoint.load(self._trainable.parameters, self._optimizer)) is not None:
             history, best, bad, first = History(**resumed["history"]), resumed["best"], resumed["bad"], resumed["step"]
-            looked_at, self._before = first, history.held[0]
+            looked_at, self._before, self._steps = first, history.held[0], history.planned
+            start -= history.seconds[-1]
         for step in range(first, self._steps + 1):
             if step != looked_at and (step % self._settings.evaluate_every == 0 or step == self._steps):
+                looking = time.perf_counter()
                 held = self._look()
-                self._before = self._before or held
+                if not self._before:
+                    self._before = held
+                    if self._settings.minutes is not None:
+                        self._steps = self._steps_in(self._settings.minutes * 60, time.perf_counter() - looking)
                 mean = sum(self._relative(plan, loss) for plan, loss in held.items()) / len(held)
                 better = mean < best
                 best, bad = (mean, 0) if better else (best, bad + 1)
                 history.steps.append(step)
                 history.losses.append(sum(losses) / len(losses) if losses else None)
                 history.held.append(held)
+                history.seconds.append(time.perf_counter() - start)
+                history.planned = self._steps
                 losses.clear()
                 history.ended = self._ended(step, mean, bad)
                 state = {"history": _plain(history), "best": best, "bad": bad, "step": step}
@@ -151,6 +167,17 @@ class _Run:
                 break
         self._checkpoint.load_best(self._trainable.parameters)
         return history
+
+    def _steps_in(self, seconds: float, look: float) -> int:
+        """How many steps there is time for, looks included: the dearest of a few whose gradients are thrown away, since
+        the first one warms up, batches differ, and a training that ends early is better than one that does not end."""
+        took = []
+        for step in range(REHEARSED):
+            start = time.perf_counter()
+            self._gradients(self._batch(step), self._chosen(step), step)
+            took.append(time.perf_counter() - start)
+        each = sorted(took)[-2] + look / self._settings.evaluate_every
+        return max(1, int((seconds - 2 * look - sum(took)) / each))
 
     def _relative(self, plan: str, loss: Any) -> Any:
         """A plan's loss as a share of its held loss before training, so that no good plan is given up for poor ones."""
@@ -168,24 +195,29 @@ class _Run:
 
     def _step(self, step: int) -> tuple[float, int]:
         """One step of the optimiser; the mean loss of its plans, and the tokens that passed."""
-        epoch, index = divmod(step, len(self._batches_of))
-        order = np.random.default_rng([self._settings.seed, 1, epoch]).permutation(len(self._batches_of))
-        batch = self._batches_of[order[index]]
-        plans = self._chosen(step)
+        batch, plans = self._batch(step), self._chosen(step)
         self._set_rates(step)
-        while True:
-            self._optimizer.zero_grad(set_to_none=True)
-            try:
-                loss = sum(self._backward(part, plans, step, batch) for part in _split(batch, self._parts))
-                break
-            except (torch.OutOfMemoryError, MemoryError):
-                if self._parts >= len(batch):
-                    raise
-                self._parts *= 2
+        loss = self._gradients(batch, plans, step)
         if math.isfinite(loss):
             nn.utils.clip_grad_norm_(list(self._trainable.parameters.values()), 1.0)
             self._optimizer.step()
         return loss, len(plans) * sum(len(example.tokens) for example in batch)
+
+    def _batch(self, step: int) -> list[Example]:
+        epoch, index = divmod(step, len(self._batches_of))
+        order = np.random.default_rng([self._settings.seed, 1, epoch]).permutation(len(self._batches_of))
+        return self._batches_of[order[index]]
+
+    def _gradients(self, batch: Sequence[Example], plans: Sequence[LayerPlan], step: int) -> float:
+        """Leaves the step's gradients on the parameters; its loss."""
+        while True:
+            self._optimizer.zero_grad(set_to_none=True)
+            try:
+                return sum(self._backward(part, plans, step, batch) for part in _split(batch, self._parts))
+            except (torch.OutOfMemoryError, MemoryError):
+                if self._parts >= len(batch):
+                    raise
+                self._parts *= 2
 
     def _chosen(self, step: int) -> list[LayerPlan]:
         """The sandwich: cheapest, largest, and others drawn without putting back."""
@@ -230,4 +262,4 @@ def _split(batch: Sequence[Example], parts: int) -> Iterator[Sequence[Example]]:
 
 
 def _plain(history: History) -> dict[str, Any]:
-    return {name: getattr(history, name) for name in ("steps", "losses", "held", "tokens", "ended")}
+    return {name: getattr(history, name) for name in History.__slots__}

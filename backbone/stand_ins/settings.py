@@ -20,6 +20,7 @@ class DistillSettings:
         where: weights that the adapter changes; with `nowhere` the bridges alone are trained.
         rank: of the LoRA matrices.
         epochs: passes over the examples.
+        minutes: to train for, instead of epochs: the rate of the first steps says once how many steps that is.
         batch_tokens: tokens of a step, padding included.
         plans_per_step: how many plans run at a step, at least 1.
         learning_rate, bridge_learning_rate: of AdamW, at their highest.
@@ -33,6 +34,7 @@ class DistillSettings:
     where: Where = "all"
     rank: int = 16
     epochs: float = 1.0
+    minutes: float | None = None
     batch_tokens: int = 1024
     plans_per_step: int = 3
     learning_rate: float = 3e-4

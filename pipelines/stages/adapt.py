@@ -32,7 +32,7 @@ from pipelines.distant_labels import DistantLabeller, distant_labeller, given_to
 from pipelines.distributed import Workers
 from pipelines.exit_training import exits_of, train_exits
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
-from pipelines.progress import console, progress
+from pipelines.progress import console, duration, progress
 from pipelines.run_state import check_own, stage_key
 from pipelines.worker_tasks import SumsTask
 from pipelines.workspace import Workspace
@@ -94,7 +94,6 @@ class _Making:
             return StandIns(fingerprint, bridges)
         model, _ = self._workspace.backbone
         examples = self._answered() + (self._references() if self._settings.references else [])
-        start = time.perf_counter()
         with progress(f"training ({method})", 1) as advance:
             stand_ins, history = distil(
                 model,
@@ -109,7 +108,7 @@ class _Making:
             )
         if not history.ended.startswith("all"):
             console.print(f"  training {history.ended}")
-        self.record[f"training_{method}"] = {**asdict(history), "seconds": time.perf_counter() - start}
+        self.record[f"training_{method}"] = asdict(history)
         return stand_ins
 
     def _fitted(self) -> Fits:
@@ -199,14 +198,21 @@ def _parts(workspace: Workspace) -> tuple[list[Prompt], list[Prompt]]:
 
 def _showing(advance: Callable[[int], None]) -> Callable[[History], None]:
     def show(history: History) -> None:
-        held = history.held[-1]
-        console.print(
-            f"  step {history.steps[-1]}: KL on held prompts "
-            + ", ".join(f"{loss:.2f} ({plan})" for plan, loss in held.items())
-        )
+        step, held = history.steps[-1], history.held[-1]
+        now = ", ".join(f"{loss:.2f} ({plan})" for plan, loss in held.items())
+        console.print(f"  step {step} of {history.planned}: KL on held prompts {now}{_rate(history)}")
         advance(1 if history.ended else 0)
 
     return show
+
+
+def _rate(history: History) -> str:
+    """How fast tokens pass, each plan counted, and how long the rest takes; nothing before the first step."""
+    if not (step := history.steps[-1]):
+        return ""
+    seconds = history.seconds[-1]
+    left = duration(seconds / step * (history.planned - step))
+    return f"; {history.tokens / seconds:.0f} plan-tokens/s, {left} left"
 
 
 def _described(fits: Fits, seconds: float) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import math
-from itertools import pairwise
+from itertools import count, pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
-from backbone.stand_ins import training_targets
+from backbone.stand_ins import distillation, training_targets
 from backbone.stand_ins.adapters import Adapter, AdapterError
 from backbone.stand_ins.attaching import StandIns, attach, detach
 from backbone.stand_ins.distillation import History, distil
@@ -120,6 +121,40 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path) -> None:
     )
     assert steps[0] > 6
     assert all(a < b for a, b in pairwise(history.steps))
+    assert resumed.digest == whole.digest
+
+
+def test_minutes_are_steps_that_a_killed_run_goes_on_with(tmp_path, monkeypatch) -> None:
+    """A clock on which every step and every look takes as long as is said."""
+    ticks = iter(())
+
+    def clock(seconds: float) -> None:
+        nonlocal ticks
+        ticks = count(0, seconds)
+
+    monkeypatch.setattr(distillation, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    settings = DistillSettings(**{**_fields(SHORT), "epochs": 99, "minutes": 0.5, "patience": 99})
+
+    class Killed(BaseException):
+        pass
+
+    def kill(history: History) -> None:
+        if history.steps[-1] == 6:
+            raise Killed
+
+    clock(1.0)
+    whole, history = trained(tiny_model("llama"), tmp_path / "whole", settings)
+    # 30 s, less two looks and four steps tried; a step takes a second, and a third of a look
+    assert history.planned == int((30 - 2 - 4) / (1 + 1 / 3)) == history.steps[-1] == 18
+    assert history.ended == "all steps done"
+    assert history.seconds == sorted(history.seconds)
+    clock(1.0)
+    with pytest.raises(Killed):
+        trained(tiny_model("llama"), tmp_path / "killed", settings, looked=kill)
+    clock(0.1)  # a faster machine: what was planned stays
+    resumed, again = trained(tiny_model("llama"), tmp_path / "killed", settings)
+    assert again.steps == history.steps
+    assert again.seconds == sorted(again.seconds)
     assert resumed.digest == whole.digest
 
 
