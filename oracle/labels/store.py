@@ -91,8 +91,10 @@ class LabelStore:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in ((FORMAT_VERSION,) if read_only else (0, FORMAT_VERSION)):
                 raise StoreError(f"{path} has label format {version}, this version reads {FORMAT_VERSION}")
-            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if state != "ok":  # a torn page may hold labels that nobody asks for now and that others will miss
+            (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+            if (
+                state != "ok"
+            ):  # a torn page may hold labels that others will miss; one with a torn key is missed at once
                 first = state.splitlines()[-1]
                 raise StoreError(f"the label store {path} is damaged ({first}); put a copy in its place, or remove it")
             if not read_only:

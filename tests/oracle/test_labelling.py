@@ -349,15 +349,23 @@ def content(store: LabelStore) -> list[tuple[object, ...]]:
         return sorted(connection.execute("SELECT model, prompt, plan, decoding, judge, answer, score FROM labels"))
 
 
-def test_a_store_with_a_broken_page_is_refused_although_other_labels_can_be_read(tmp_path) -> None:
+def _no_kind(content: bytearray, page: int) -> None:
+    content[page] = 0x7F  # the kind of a page, which no page has
+
+
+def _torn_key(content: bytearray, page: int) -> None:
+    content[content.index(b"p1500exact") + 1] ^= 1 << 3  # which now lies behind keys that are larger
+
+
+@pytest.mark.parametrize("tear", [_no_kind, _torn_key])
+def test_a_torn_store_is_refused_although_other_labels_can_be_read(tmp_path, tear) -> None:
     store = LabelStore(tmp_path / "labels.db")
     store.add([label(n) for n in range(2000)])
     with sqlite3.connect(store.path) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         (size,) = connection.execute("PRAGMA page_size").fetchone()
     content = bytearray(store.path.read_bytes())
-    page = len(content) // size - 2
-    content[page * size] = 0x7F  # the kind of a page, which no page has
+    tear(content, (len(content) // size - 2) * size)
     store.path.write_bytes(content)
     with pytest.raises(StoreError, match=r"is damaged .* put a copy in its place, or remove it"):
         LabelStore(tmp_path / "labels.db")
