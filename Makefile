@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
-# The long table of damaged files and of stages that the machine refuses something: some minutes, counts at the end.
+# The long table of damaged files and of stages that the machine refuses something: an hour on 2 cores, counts at the end.
 faults: $(VENV)/installed
 	OMP_NUM_THREADS=1 LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/faults --numprocesses auto --dist load
 
