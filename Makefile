@@ -12,9 +12,10 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/installed
 	$(BIN)/layerbudget run configs/demo.yaml
 
-# A process for each core, each with one thread; a file's tests stay together, since they share what is slow to make.
+# A process for each core, each with one thread. Neighbours stay together, since they share what is slow to make, until one
+# process has nothing left and takes over half of what another still has.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 # The long table of damaged files and of stages that the machine refuses something: an hour on 2 cores, counts at the end.
 faults: $(VENV)/installed
@@ -27,7 +28,7 @@ test-ray: $(VENV)/installed
 
 # Every test once more, against a wheel instead of the project's own folders.
 test-wheel: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/built_wheel.py --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python tests/built_wheel.py --numprocesses auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from backbone.plan import LayerPlan
 
 Batch = dict[str, torch.Tensor]
 
-NEW_TOKENS = 5
+NEW_TOKENS = 4
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beam": {"do_sample": False, "num_beams": 2},

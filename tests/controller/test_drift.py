@@ -89,8 +89,8 @@ def test_it_falls_silent_when_prompts_are_as_before_and_stays_on_while_they_are_
 
 def test_every_ring_is_a_test_of_its_own() -> None:
     """Two false rings are as rare as the square of the rate."""
-    random, runs, rate = np.random.default_rng(1), 150, 0.2
-    rings = np.array([_rings_after(alarm(random, rate, 100), prompts(random, 1500)) for _ in range(runs)])
+    random, runs, rate = np.random.default_rng(1), 80, 0.2
+    rings = np.array([_rings_after(alarm(random, rate, 100), prompts(random, 1000)) for _ in range(runs)])
     assert 0 < (rings >= 1).sum() <= binom.ppf(0.999, runs, rate)
     assert (rings >= 2).sum() <= binom.ppf(0.999, runs, rate**2)
 
