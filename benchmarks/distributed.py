@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray_processes import command, content, count, finish, label_until_killed, label_while_killing, variables
+from ray_processes import Command, content, count, finish, label_until_killed, label_while_killing, variables
 from timed_workers import TimedWorkers
 from tiny_project import make_project
 
@@ -163,8 +163,8 @@ def kills(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
     if "drivers" in configs:
         held = [label_until_killed(configs["drivers"], draw) for _ in range(arguments.drivers)]
         yield {"killed_drivers": len(held), "labels_after_each_killed_driver": held}
-        finish(command("label", str(configs["drivers"]), "--ray"))
-    finish(command("label", str(configs["alone"])))
+        finish("label", str(configs["drivers"]), "--ray")
+    finish("label", str(configs["alone"]))
     stores = {name: content(path.parent / "runs" / "tiny" / "labels.db") for name, path in configs.items()}
     for name in arguments.kinds:
         yield {f"equal_after_killed_{name}": stores[name] == stores["alone"]}
@@ -176,7 +176,7 @@ def prepared(folder: Path, prompts: int) -> Path:
     if not (folder / "runs" / "tiny" / "adapt.json").exists():
         config = make_project(folder, prompts, batch_size=4, max_new_tokens=6)
         for stage in ("menu", "adapt"):
-            finish(command(stage, str(config)))
+            finish(stage, str(config))
     return folder / "tiny.yaml"
 
 
@@ -184,17 +184,17 @@ def memory(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, An
     """The driver's memory, in MiB, by the number of labels that are stored; what Ray shares is told apart."""
     config = make_project(folder, arguments.prompts, batch_size=64, max_new_tokens=2, plans=2)
     for stage in ("menu", "adapt"):
-        finish(command(stage, str(config)))
-    driver, points = command("label", str(config), "--ray"), []
+        finish(stage, str(config))
+    driver, points = Command("label", str(config), "--ray"), []
     start, last = time.time(), 0.0
-    while driver.poll() is None:
+    while not driver.is_over:
         time.sleep(0.5)
         labels = count(folder / "runs" / "tiny" / "labels.db")
-        if labels and time.time() - last > 5 and driver.poll() is None:
-            used = psutil.Process(driver.pid).memory_info()
+        if labels and time.time() - last > 5 and not driver.is_over:
+            used = psutil.Process(driver.process.pid).memory_info()
             points.append([labels, round((used.rss - used.shared) / 2**20, 1), round(used.shared / 2**20, 1)])
             last = time.time()
-    finish(driver)
+    driver.finish()
     yield {
         "prompts": arguments.prompts,
         "labels": count(folder / "runs" / "tiny" / "labels.db"),

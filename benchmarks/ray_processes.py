@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,43 @@ def variables(threads: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
 
 
-def command(*arguments: str) -> subprocess.Popen[bytes]:
-    """A command of layerbudget with one thread for each process."""
-    words = [sys.executable, "-m", "layerbudget", *arguments]
-    return subprocess.Popen(words, env=variables("1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+class Command:
+    """A command of layerbudget that was begun, with one thread for each process.
+
+    What it says goes to a file: Ray's processes have the same output, and outlive a command that is killed, so that
+    the end of a pipe might never come.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        self._words = [sys.executable, "-m", "layerbudget", *arguments]
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (as long as this object)
+        self.process = subprocess.Popen(self._words, env=variables("1"), stdout=subprocess.DEVNULL, stderr=self._said)
+
+    @property
+    def is_over(self) -> bool:
+        return self.process.poll() is not None
+
+    def finish(self) -> None:
+        """Waits for its end. Raises RuntimeError with what a command that failed has said."""
+        if self.process.wait():
+            self._said.seek(0)
+            said = self._said.read().decode()[-2000:]
+            raise RuntimeError(f"{self._words!r} ended with {self.process.returncode}: {said}")
+
+    def kill(self) -> None:
+        """Kills it alone, as a machine that runs short of memory does. Its cluster ends by itself, but for two processes
+        of Ray's (dashboard and environments) that take a minute or two: these are ended here."""
+        cluster = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        self.process.wait()
+        _, left = psutil.wait_procs(cluster, timeout=20)
+        for process in left:
+            process.kill()
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    """Raises RuntimeError with what a command that failed has said."""
-    _, said = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"{process.args!r} ended with {process.returncode}: {said.decode()[-2000:]}")
+def finish(*arguments: str) -> None:
+    """Runs a command of layerbudget to its end."""
+    Command(*arguments).finish()
 
 
 def workers_of(driver: int) -> list[int]:
@@ -52,31 +79,28 @@ def workers_of(driver: int) -> list[int]:
 
 def label_while_killing(config: Path, kills: int, draw: random.Random) -> int:
     """Labels on two workers, one of which is killed now and then while labels are missing; how many were."""
-    driver, killed = command("label", str(config), "--ray"), 0
+    driver, killed = Command("label", str(config), "--ray"), 0
     labels, seen = config.parent / "runs" / "tiny" / "labels.db", 0
-    while driver.poll() is None:
+    while not driver.is_over:
         time.sleep(draw.uniform(0.1, 0.5))
         done = count(labels)
-        if killed < kills and done > seen and (alive := workers_of(driver.pid)):
+        if killed < kills and done > seen and (alive := workers_of(driver.process.pid)):
             os.kill(draw.choice(alive), signal.SIGKILL)
             killed, seen = killed + 1, done
-    finish(driver)
+    driver.finish()
     return killed
 
 
 def label_until_killed(config: Path, draw: random.Random) -> int:
     """Begins to label on two workers and kills this command when some more labels have come; how many there are."""
     labels = config.parent / "runs" / "tiny" / "labels.db"
-    before, driver = count(labels), command("label", str(config), "--ray")
-    while count(labels) == before and driver.poll() is None:
+    before, driver = count(labels), Command("label", str(config), "--ray")
+    while count(labels) == before and not driver.is_over:
         time.sleep(0.05)
     time.sleep(draw.uniform(0.0, 0.5))
-    if driver.poll() is not None:
+    if driver.is_over:
         raise RuntimeError("the command was over before it could be killed: use more prompts")
-    cluster = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
-    driver.communicate()
-    psutil.wait_procs(cluster, timeout=60)
     return count(labels)
 
 

@@ -10,7 +10,7 @@ import pytest
 from command import layerbudget, refused
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from ray_processes import command, content, finish, label_until_killed, label_while_killing
+from ray_processes import content, finish, label_until_killed, label_while_killing
 from tiny_project import make_project
 
 from backbone.errors import InputError
@@ -26,7 +26,7 @@ TWO = RaySection(max_workers=2)
 def alone(tmp_path_factory) -> list[tuple]:
     """The labels that one process makes."""
     config = project(tmp_path_factory.mktemp("alone"))
-    finish(command("label", str(config)))
+    finish("label", str(config))
     return labels(config)
 
 
@@ -34,7 +34,7 @@ def project(folder: Path) -> Path:
     """A run that is about to be labelled."""
     config = make_project(folder, prompts=3000 if LONG else 600, batch_size=4, max_new_tokens=6)
     for stage in ("menu", "adapt"):
-        finish(command(stage, str(config)))
+        finish(stage, str(config))
     return config
 
 
@@ -52,7 +52,7 @@ def test_killed_drivers_lose_and_double_nothing(alone, tmp_path) -> None:
     config, draw = project(tmp_path), random.Random(1)
     held = [label_until_killed(config, draw) for _ in range(5 if LONG else 1)]
     assert held == sorted(set(held)), "what was stored stays stored, and each begins where the last one stopped"
-    finish(command("label", str(config), "--ray"))
+    finish("label", str(config), "--ray")
     assert labels(config) == alone
 
 
