@@ -50,7 +50,7 @@ class Command:
             raise RuntimeError(f"{self._words!r} ended with {self.process.returncode}: {said}")
 
     def kill(self) -> None:
-        """Kills it alone, as a machine that runs short of memory does. Its cluster ends by itself, but for two processes
+        """Kills it alone, as a machine short of memory does. Its cluster ends by itself, but for two processes
         of Ray's (dashboard and environments) that take a minute or two: these are ended here."""
         cluster = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
