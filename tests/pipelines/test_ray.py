@@ -76,7 +76,7 @@ def refusing(piece: int) -> int:
 
 
 def test_each_piece_comes_back_once_and_faults_of_the_input_in_their_own_words(monkeypatch) -> None:
-    here = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    here = [str(Path(__file__).parent), *filter(None, sys.path)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))  # workers import this module for its functions
     with workers_at(LOCAL, TWO) as workers:
         assert workers is not None
