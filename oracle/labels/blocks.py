@@ -17,6 +17,9 @@ from oracle.prompts import Prompt
 
 BATCHES = 8
 """Batches of a block, at most, on average."""
+FEWEST_BATCHES, BLOCKS = 2, 8
+"""Few prompts are cut into so many blocks, as long as each has some batches: who gets the last of three blocks lets a
+second worker wait for a third of the time."""
 
 CHARACTERS_PER_TOKEN = 4
 """Of usual text, roughly: blocks are made where no tokenizer is loaded."""
@@ -26,7 +29,8 @@ def blocks(prompts: Sequence[Prompt], batch_size: int, decoding: Decoding) -> li
     """The prompts in blocks of like length and about the same work each, longest first."""
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.prompt), prompt.id))
     tokens = [len(prompt.prompt) / CHARACTERS_PER_TOKEN + decoding.max_new_tokens for prompt in ordered]
-    count, done = -(-len(ordered) // (BATCHES * batch_size)), np.cumsum(tokens)
+    few, many = (-(-len(ordered) // (batches * batch_size)) for batches in (BATCHES, FEWEST_BATCHES))
+    count, done = max(few, min(many, BLOCKS)), np.cumsum(tokens)
     ends = [int(np.searchsorted(done, done[-1] * number / count)) for number in range(1, count)]
     parts = zip([0, *ends], [*ends, len(ordered)], strict=True)
     return [ordered[start:end] for start, end in parts if start < end]

@@ -151,7 +151,7 @@ def some_prompts(n: int) -> list[Prompt]:
 def test_blocks_hold_every_prompt_once_longest_first_and_equal_work() -> None:
     prompts = some_prompts(100)
     made = blocks(prompts, 2, Decoding(4))
-    assert len(made) == -(-100 // (2 * BATCHES))
+    assert [len(blocks(some_prompts(n), 2, Decoding(4))) for n in (3, 16, 100, 400)] == [1, 4, 8, 400 // (2 * BATCHES)]
     flat = [prompt for block in made for prompt in block]
     assert sorted(prompt.id for prompt in flat) == sorted(prompt.id for prompt in prompts)
     assert [len(prompt.prompt) for prompt in flat] == sorted((len(p.prompt) for p in prompts), reverse=True)
