@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class _Run:
             history, best, bad, first = History(**resumed["history"]), resumed["best"], resumed["bad"], resumed["step"]
             looked_at, self._before, self._steps = first, history.held[0], history.planned
             start -= history.seconds[-1]
-        for step in range(first, self._steps + 1):
+        for step in count(first):  # until the look at the last planned step, or an earlier one, ends it
             if step != looked_at and (step % self._settings.evaluate_every == 0 or step == self._steps):
                 looking = time.perf_counter()
                 held = self._look()

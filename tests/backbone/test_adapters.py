@@ -138,7 +138,7 @@ def test_minutes_are_steps_that_a_killed_run_goes_on_with(tmp_path, monkeypatch)
         ticks = count(0, seconds)
 
     monkeypatch.setattr(distillation, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    settings = DistillSettings(**{**_fields(SHORT), "epochs": 99, "minutes": 0.5, "patience": 99})
+    settings = DistillSettings(**{**_fields(SHORT), "epochs": 0.5, "minutes": 0.5, "patience": 99})
 
     class Killed(BaseException):
         pass
