@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from backbone.errors import reason_of
 from backbone.families import family_of
 from backbone.files import cache_folder
 from backbone.model_source import PACKAGE_PREFIX, LoadError, check_folder, check_package, gguf_file
@@ -104,7 +105,7 @@ def _naming(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise LoadError(f"cannot load the model {source!r}: {reason}") from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from backbone import strict_json
-from backbone.errors import InputError
+from backbone.errors import InputError, reason_of
 from oracle.chat import ChatError, ChatTemplate, Message, Question, Rendered, rendered
 from oracle.embedded_prompts import embedded_prompts
 from oracle.judges import check_judge
@@ -225,7 +225,7 @@ def _read_dataset(source: str, columns: Mapping[str, str], split: str) -> list[t
     try:
         dataset = load_dataset(source, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = reason_of(error.__cause__ or error)
         raise PromptError(
             f"cannot read prompts from {source!r}: it is neither a .jsonl file nor a data set ({reason})"
         ) from None

@@ -8,7 +8,7 @@ from collections import Counter
 from functools import cached_property
 from typing import Any
 
-from backbone.errors import InputError
+from backbone.errors import InputError, reason_of
 from backbone.model_source import look_at
 from backbone.plan import LayerPlan
 from controller.base import CONTROLLERS
@@ -40,7 +40,7 @@ def check_storage(url: str) -> None:
     try:
         make_url(url).get_dialect().import_dbapi()
     except (SQLAlchemyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ConfigError(f"cannot use tuning.storage {url!r}: {reason}") from error
 
 

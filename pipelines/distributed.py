@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from backbone.errors import InputError
+from backbone.errors import InputError, reason_of
 from pipelines.config import ConfigError
 from pipelines.config_sections import RaySection
 
@@ -68,7 +68,7 @@ def _connected(address: str, settings: RaySection) -> Iterator[Workers]:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise ConfigError(f"no Ray cluster can be used at {address!r}: {reason}") from None
     try:
         yield RayWorkers(settings)

@@ -27,7 +27,6 @@ from pipelines.rehearsal import (
     MANY,
     LabelCost,
     bridge_seconds,
-    evenly,
     exit_seconds,
     label_cost,
     made_up_work,
@@ -36,6 +35,7 @@ from pipelines.rehearsal import (
     training_seconds,
     trial_seconds,
 )
+from pipelines.run_prompts import evenly
 from pipelines.run_state import RunState
 from pipelines.stage_list import STAGES
 from pipelines.stages.features import features_of

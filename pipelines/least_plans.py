@@ -26,9 +26,6 @@ from pipelines.progress import progress, say_failures
 from pipelines.run_state import check_own
 from pipelines.workspace import Workspace
 
-FOLDER = "search"
-"""Of the run folder, where tables and figures are."""
-
 
 @dataclass(frozen=True, slots=True)
 class LeastPlan:
@@ -92,16 +89,21 @@ def find_least_plans(workspace: Workspace, name: str, evaluations: int, prompts:
     ]
 
 
-def write_least_plans(workspace: Workspace, name: str, rows: Sequence[LeastPlan]) -> tuple[Path, Path]:
-    """A table and a figure in the run's folder `search`.
+def own_search_folder(workspace: Workspace) -> Path:
+    """Where tables and figures go, looked at before anything is searched.
 
     Raises:
         ConfigError: somebody's own file lies there.
     """
+    folder = workspace.path("search")
+    check_own(folder, lambda file: file.stem in SEARCHERS and file.suffix in (".csv", ".svg"))
+    return folder
+
+
+def write_least_plans(folder: Path, name: str, rows: Sequence[LeastPlan]) -> tuple[Path, Path]:
+    """A table and a figure."""
     from pipelines.figures import least_budgets
 
-    folder = workspace.path(FOLDER)
-    check_own(folder, lambda file: file.stem in SEARCHERS and file.suffix in (".csv", ".svg"))
     folder.mkdir(exist_ok=True)
     text = io.StringIO()
     table = csv.writer(text)

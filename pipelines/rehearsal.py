@@ -73,11 +73,6 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def evenly(items: Sequence[Prompt], count: int) -> list[Prompt]:
-    """So many of the prompts from all over the source, which often is sorted by task."""
-    return [items[index * len(items) // count] for index in range(min(count, len(items)))]
-
-
 def menu_seconds(method: str, task: MenuTask) -> float:
     """The search for a menu, from its first seconds on `SEARCH_PROMPTS` prompts; the work grows with the prompts."""
     places = range(0, len(task.prompts), max(1, len(task.prompts) // SEARCH_PROMPTS))[:SEARCH_PROMPTS]

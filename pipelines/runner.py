@@ -19,8 +19,9 @@ from oracle.search import SEARCHERS
 from pipelines.check import check_run
 from pipelines.config import Config, ConfigError
 from pipelines.distributed import workers_at
-from pipelines.least_plans import described, find_least_plans, write_least_plans
+from pipelines.least_plans import described, find_least_plans, own_search_folder, write_least_plans
 from pipelines.progress import console, say
+from pipelines.run_prompts import evenly
 from pipelines.run_state import LOCK, RunState
 from pipelines.stage_list import BY_NAME, STAGES, Stage, all_before
 from pipelines.stages import label
@@ -88,7 +89,7 @@ def run_search(config: Config, searcher: str, evaluations: int, split: Split, co
 
     Raises:
         RegistryError: an unknown searcher.
-        ConfigError: the run has no menu yet.
+        ConfigError: the run has no menu yet, or somebody's own file lies where the results go.
         SearchError: a menu that the searcher cannot search.
     """
     SEARCHERS.checked(searcher)
@@ -97,11 +98,11 @@ def run_search(config: Config, searcher: str, evaluations: int, split: Split, co
         if not state.is_done(BY_NAME["menu"]):
             raise ConfigError("a search needs a menu first: run `layerbudget menu CONFIG`")
         workspace = Workspace.of(config)
-        prompts = workspace.splits[split]
-        rows = find_least_plans(workspace, searcher, evaluations, prompts[:: max(1, len(prompts) // count)][:count])
+        folder = own_search_folder(workspace)
+        rows = find_least_plans(workspace, searcher, evaluations, evenly(workspace.splits[split], count))
         for line in described(rows):
             say(line)
-        for path in write_least_plans(workspace, searcher, rows):
+        for path in write_least_plans(folder, searcher, rows):
             say(f"  {path}")
 
 

@@ -20,7 +20,7 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from backbone.errors import InputError
+from backbone.errors import InputError, reason_of
 from controller.base import CONTROLLERS
 from controller.features import Features
 from controller.learning import CrossFit, Settings
@@ -121,7 +121,7 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
                 heartbeat_stale_trial_callback=retry,
             )
         except (SQLAlchemyError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             raise ConfigError(f"cannot use tuning.storage {wanted.url!r}: {reason}") from error
     try:
         return optuna.create_study(

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from backbone.errors import reason_of
 from pipelines.config import Config, ConfigError
 
 
@@ -69,7 +70,7 @@ def _store_usable(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ConfigError(f"cannot log to tracking.uri {uri!r}: {reason}") from error
 
 

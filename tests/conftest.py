@@ -47,23 +47,29 @@ def prompts_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tracking_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of MLflow without runs, to copy: MLflow takes seconds to make one."""
+def give_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Gives a project its database of MLflow, unless it has one: a copy, since MLflow takes seconds to make one."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("tracking")
     MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
-    return folder / "mlflow.db"
+
+    def give(project: Path) -> None:
+        (project / "mlruns").mkdir(exist_ok=True)
+        if not (project / "mlruns" / "mlflow.db").exists():
+            shutil.copy(folder / "mlflow.db", project / "mlruns")
+
+    return give
 
 
 @pytest.fixture
-def config_file(tmp_path: Path, model_folder: Path, prompts_file: Path, tracking_store: Path) -> Callable[..., Path]:
+def config_file(
+    tmp_path: Path, model_folder: Path, prompts_file: Path, give_store: Callable[[Path], None]
+) -> Callable[..., Path]:
     """Writes a configuration of a run that takes seconds; keyword arguments replace whole sections."""
 
     def write(file: str = "tiny.yaml", **sections: object) -> Path:
-        (tmp_path / "mlruns").mkdir(exist_ok=True)
-        if not (tmp_path / "mlruns" / "mlflow.db").exists():
-            shutil.copy(tracking_store, tmp_path / "mlruns" / "mlflow.db")
+        give_store(tmp_path)
         path = tmp_path / file
         path.write_text(yaml.safe_dump({**tiny_settings(tmp_path, model_folder, prompts_file), **sections}))
         return path

@@ -92,9 +92,7 @@ class LabelStore:
             if version not in ((FORMAT_VERSION,) if read_only else (0, FORMAT_VERSION)):
                 raise StoreError(f"{path} has label format {version}, this version reads {FORMAT_VERSION}")
             (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-            if (
-                state != "ok"
-            ):  # a torn page may hold labels that others will miss; one with a torn key is missed at once
+            if state != "ok":  # whoever misses a label makes it again, beside one whose page or key is torn
                 first = state.splitlines()[-1]
                 raise StoreError(f"the label store {path} is damaged ({first}); put a copy in its place, or remove it")
             if not read_only:

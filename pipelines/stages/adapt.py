@@ -82,7 +82,6 @@ class _Making:
         self._workspace, self._settings, self._workers = workspace, workspace.config.adapt, workers
         self._plans = workspace.frozen_menu().plans[:-1]
         self._examples: list[Example] = []
-        self._fits: Fits | None = None
         self.record: dict[str, Any] = {}
 
     def stand_ins(self, method: AdaptMethod) -> StandIns:
@@ -112,28 +111,27 @@ class _Making:
         return stand_ins
 
     def _fitted(self) -> Fits:
-        if self._fits is None:
-            model, _ = self._workspace.backbone
-            sequences = [example.tokens[:-1] for example in self._answered()]
-            start, settings = time.perf_counter(), self._settings
-            rounds = bridging_rounds(self._plans, settings.in_order)
-            with progress("sequences for bridges", rounds * len(sequences)) as advance:
-                self._fits = fit_bridges(
-                    model,
-                    sequences,
-                    self._plans,
-                    form=settings.form,
-                    rank=settings.rank,
-                    in_order=settings.in_order,
-                    advance=advance,
-                    over=self._over(),
-                )
-            self.record["bridges"] = _described(self._fits, time.perf_counter() - start)
-            forms = {fit["form"] for fit in self.record["bridges"]["fits"]}
-            if settings.form not in forms:
-                tokens = self.record["bridges"]["fits"][0]["tokens"]
-                console.print(f"  {tokens} tokens are too few for full bridges of this model: they have a low rank")
-        return self._fits
+        model, _ = self._workspace.backbone
+        sequences = [example.tokens[:-1] for example in self._answered()]
+        start, settings = time.perf_counter(), self._settings
+        rounds = bridging_rounds(self._plans, settings.in_order)
+        with progress("sequences for bridges", rounds * len(sequences)) as advance:
+            fits = fit_bridges(
+                model,
+                sequences,
+                self._plans,
+                form=settings.form,
+                rank=settings.rank,
+                in_order=settings.in_order,
+                advance=advance,
+                over=self._over(),
+            )
+        self.record["bridges"] = _described(fits, time.perf_counter() - start)
+        forms = {fit["form"] for fit in self.record["bridges"]["fits"]}
+        if settings.form not in forms:
+            tokens = self.record["bridges"]["fits"][0]["tokens"]
+            console.print(f"  {tokens} tokens are too few for full bridges of this model: they have a low rank")
+        return fits
 
     @cached_property
     def _bridges(self) -> Bridges:

@@ -14,7 +14,7 @@ import numpy as np
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from backbone.errors import InputError
+from backbone.errors import InputError, reason_of
 from backbone.plan import PlanMenu
 from backbone.stand_ins.attaching import StandIns
 from backbone.strict_json import parse
@@ -233,7 +233,7 @@ def _downloaded(repo_id: str, **options: Any) -> Path:
     try:
         return Path(snapshot_download(repo_id, **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ArtefactError(
             f"no allocator {repo_id!r}: it is neither a folder nor a hub repository ({reason})"
         ) from None

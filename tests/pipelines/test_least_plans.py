@@ -83,3 +83,4 @@ def test_what_cannot_be_searched_is_one_sentence(path, config_file) -> None:
     mine.write_text("mine")
     assert "lies in a folder that a stage replaces" in refused("search", path, "--prompts", 2, "--evaluations", 1)
     assert mine.read_text() == "mine"
+    assert not (mine.parents[1] / "labels.db").exists(), "nothing was searched before the place was looked at"

@@ -32,13 +32,12 @@ POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightg
 
 
 @pytest.fixture(scope="module")
-def project(model_folder, tracking_store, tmp_path_factory):
+def project(model_folder, give_store, tmp_path_factory):
     """A folder with a finished run, none of whose paths are absolute, and what the run said."""
     folder = tmp_path_factory.mktemp("project")
     write_prompts(folder / "prompts.jsonl")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings(Path(), model_folder, Path("prompts.jsonl"))))
-    (folder / "mlruns").mkdir()
-    shutil.copy(tracking_store, folder / "mlruns" / "mlflow.db")
+    give_store(folder)
     with chdir(folder):
         done = layerbudget("run", "tiny.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
