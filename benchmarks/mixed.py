@@ -10,6 +10,7 @@ Cases, each with at least one full row (with one row alone: three quarters of th
 - last_layer: all other rows leave out the last layer, so that next to nothing is saved
 - gap: all other rows leave out a gap in the middle, after which all rows go on together
 - demo: depths drawn with the shares of the demo's allocator, in no order
+- run, with --run: plans in the shares in which the allocator of that run chose them for its test prompts, in no order
 
 Stock and cases take turns at every single step, in reversed order in every second round, so that a ratio compares
 neighbours in time; medians of these ratios count: the time of a step to that of a stock step, below 1 is faster.
@@ -43,7 +44,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.cache import cache_bytes
 from backbone.families import decoder_layers
-from backbone.plan import LayerPlan
+from backbone.plan import LayerPlan, PlanMenu
 from runtime.paired_timing import machine, synchronize
 from runtime.step_costs import StepCosts, known_step_costs, measured_step_costs
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--name", help="name in the result's file; default: the last part of --model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--run", type=Path, help="folder of a finished run of this model")
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--contexts", type=int, nargs="+", default=[64], help="tokens in the cache before the steps")
     parser.add_argument("--caches", nargs="+", choices=["dynamic", "static"], default=["dynamic"])
@@ -105,7 +107,15 @@ def demo_depths() -> tuple[list[int], list[float], int]:
     return depths, metrics[metrics["best"]]["plan_shares"], depths[-1]
 
 
-def cases(n_layers: int, batch: int) -> dict[str, list[LayerPlan]]:
+def chosen_plans(run: Path, count: int) -> list[LayerPlan]:
+    """Plans of a run's menu, as many of each as its best controller chose at the certified price, in no order."""
+    metrics, menu = json.loads((run / "metrics.json").read_text()), PlanMenu.load(run / "menu.json")
+    ends = np.round(np.cumsum(metrics[metrics["best"]]["plan_shares"]) * count).astype(int)
+    plans = [menu.plans[int(np.searchsorted(ends, place, side="right"))] for place in range(count)]
+    return random.Random(0).sample(plans, count)
+
+
+def cases(n_layers: int, batch: int, run: Path | None) -> dict[str, list[LayerPlan]]:
     """The plans of a batch's rows, for each case."""
     if batch == 1:
         return {"alone": [LayerPlan.exiting(n_layers, n_layers * 3 // 4)]}
@@ -119,6 +129,8 @@ def cases(n_layers: int, batch: int) -> dict[str, list[LayerPlan]]:
     depths, shares, of = demo_depths()
     drawn = random.Random(0).choices(depths, shares, k=batch - 1)
     found["demo"] = [LayerPlan.exiting(n_layers, round(depth * n_layers / of)) for depth in drawn] + [full]
+    if run is not None:
+        found["run"] = chosen_plans(run, batch)
     return found
 
 
@@ -207,7 +219,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row a case, of one batch size, context and kind of cache."""
     batch, kind = cell["batch"], cell["cache"]
-    planned = cases(len(decoder_layers(model)), batch)
+    planned = cases(len(decoder_layers(model)), batch, arguments.run)
     variants = {"stock": Rows(model, None, kind), **{name: Rows(model, plans, kind) for name, plans in planned.items()}}
     if arguments.compiled and kind == "static":
         variants["compiled"] = Rows(model, None, kind, compiled=True)

@@ -10,6 +10,7 @@ import pytest
 from tiny_allocator import make_allocator
 
 from backbone.loading import load_backbone
+from backbone.plan import LayerPlan, PlanMenu
 from controller.certificate.risks import RISKS
 from pipelines.config import load_config
 from pipelines.runner import run_all
@@ -60,9 +61,14 @@ def test_mixed_batches_are_compared_step_by_step_and_a_stopped_run_goes_on(
     monkeypatch.setattr("runtime.step_costs.measure_step_costs", lambda model: costs)
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
     sizes = ["--rounds", "1", "--new-tokens", "3", "--contexts", "8", "--caches", "dynamic", "static"]
+    finished = tmp_path / "run"
+    finished.mkdir()
+    menu = PlanMenu.build([LayerPlan.exiting(6, 4)], ((1, 1),) * 6, probe_depth=2)
+    menu.save(finished / "menu.json")
+    (finished / "metrics.json").write_text(json.dumps({"best": "mlp", "mlp": {"plan_shares": [0.75, 0.25]}}))
 
     def run(*batches: str, minutes: str = "9") -> list[dict]:
-        of = ["--model", str(model_folder), "--name", "tiny", "--dtype", "float32"]
+        of = ["--model", str(model_folder), "--name", "tiny", "--dtype", "float32", "--run", str(finished)]
         command = ["mixed.py", *of, *sizes, "--minutes", minutes, "--batches", *batches]
         monkeypatch.setattr(sys, "argv", command)
         mixed.main()
@@ -75,7 +81,8 @@ def test_mixed_batches_are_compared_step_by_step_and_a_stopped_run_goes_on(
     rows = run("1", "4")
     assert rows[: len(single)] == single, "what was measured is kept"
     mixtures = [row for row in rows if row["batch"] == 4 and row["case"] != "stock"]
-    assert [row["case"] for row in mixtures] == ["exit_half", "last_layer", "gap", "demo"] * 2
+    assert [row["case"] for row in mixtures] == ["exit_half", "last_layer", "gap", "demo", "run"] * 2
+    assert all(row["layers"] == 4.5 for row in mixtures if row["case"] == "run"), "3 rows of 4 leave after 4 layers"
     for row in mixtures:
         assert row["cache_to_stock"] == pytest.approx(row["layers"] / 6, abs=1e-3)
         assert row["step_ms"] > 0
@@ -225,6 +232,13 @@ def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path,
     assert single["early_exit"]["credible"] is None
     assert "allocator" not in result["settings"], "no paths"
     assert "0 differing tokens" in capsys.readouterr().out
+    few = "--prompts 2 --new-tokens 4 --rounds 1 --name few --differing 2 --sizes 1 --only lossless"
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *data, *few.split()])
+    runtime.main()
+    found = json.loads((tmp_path / "runtime-few.json").read_text())
+    ours = {name for name, row in found["runs"][0]["contestants"].items() if "not_run" not in row}
+    assert ours == {"stock", "lossless"}
+    assert found["differing"]["rows"] == 2
 
 
 def test_speed_beyond_the_layers_left_out_is_marked() -> None:
