@@ -147,3 +147,19 @@ def test_readme_python_runs_as_far_as_names_go() -> None:
 def test_extras_are_those_the_code_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(project["optional-dependencies"]) == {"pipelines", "ray", "gguf", "demo", "dev"}
+
+
+def test_prompts_become_tokens_in_one_place() -> None:
+    """A call of the tokenizer elsewhere would double the beginning token, or leave a marked text out."""
+    call = re.compile(r"\b_?tokenizer\(")
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if call.search(line) and "def " not in line and "reference" not in line
+    }
+    elsewhere = {line for line in found if not line.startswith(("oracle/chat.py", "backbone/loading.py"))}
+    assert elsewhere == {
+        "oracle/answered_prompts.py: ids = tokenizer(text, add_special_tokens=False).input_ids",  # of a reference
+    }

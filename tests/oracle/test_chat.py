@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 from chat_templates import DATED, WITH_BEGIN, WITH_SYSTEM, chat_tokenizer
@@ -19,7 +17,6 @@ from oracle.prompts import Prompt, PromptError, load_prompts
 USER = {"role": "user", "content": "  one two "}
 LONG = [USER, {"role": "assistant", "content": "three"}, {"role": "user", "content": "four"}]
 SYSTEM = [{"role": "system", "content": "be short"}, USER]
-ROOT = Path(__file__).parents[2]
 
 
 def template_of(tokenizer) -> ChatTemplate:
@@ -204,19 +201,3 @@ def test_a_data_set_has_conversations_in_a_column(tmp_path) -> None:
     ]
     with pytest.raises(PromptError, match="has both the columns 'prompt' and 'messages'"):
         load_prompts(str(tmp_path), columns={"reference": "answer"}, judge="exact")
-
-
-def test_prompts_become_tokens_in_one_place() -> None:
-    """A call of the tokenizer elsewhere would double the beginning token, or leave a marked text out."""
-    call = re.compile(r"\b_?tokenizer\(")
-    found = {
-        f"{path.relative_to(ROOT)}: {line.strip()}"
-        for package in ("backbone", "oracle", "controller", "runtime", "pipelines", "layerbudget")
-        for path in (ROOT / package).rglob("*.py")
-        for line in path.read_text().splitlines()
-        if call.search(line) and "def " not in line and "reference" not in line
-    }
-    elsewhere = {line for line in found if not line.startswith(("oracle/chat.py", "backbone/loading.py"))}
-    assert elsewhere == {
-        "oracle/answered_prompts.py: ids = tokenizer(text, add_special_tokens=False).input_ids",  # of a reference
-    }
