@@ -1,9 +1,12 @@
 """What composing batches of a large set is worth, by measured step costs: no model runs.
 
     python benchmarks/composing.py --costs mixed-smollm2-135m-cpu-float32
+    python benchmarks/composing.py --costs mixed-qwen2.5-coder-1.5b-cpu-float32 --layers 28 \\
+        --run runs/qwen_embedded
 
 Prompts have the lengths of the embedded ones (a token for four characters) and plans drawn with the shares of the
-demo's allocator; 64 new tokens, batches of 32. Compared, as time to that of stock batches of like length:
+demo's allocator, or those that the allocator of a run chose; 64 new tokens, batches of 32. Compared, as
+time to that of stock batches of like length:
 
 - composed: as `generate_many` composes them
 - by_length: mixed batches of like length
@@ -21,7 +24,7 @@ import json
 import random
 from pathlib import Path
 
-from mixed import demo_depths
+from mixed import chosen_plans, demo_depths
 
 from backbone.plan import LayerPlan
 from oracle.prompts import load_prompts
@@ -36,23 +39,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--costs", default="mixed-smollm2-135m-cpu-float32", help="a result of mixed.py")
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--run", type=Path, help="folder of a finished run of that model")
     parser.add_argument("--prompts", type=int, nargs="+", default=[96, 256, 1024])
     arguments = parser.parse_args()
     measured = json.loads((RESULTS / f"{arguments.costs}.json").read_text())["step_costs"]
     costs = StepCosts(**{name: tuple(value) if isinstance(value, list) else value for name, value in measured.items()})
-    rows = [compared(costs, arguments.layers, count) for count in arguments.prompts]
+    rows = [compared(costs, plans_of(arguments, count)) for count in arguments.prompts]
     path = RESULTS / f"composing-{arguments.costs.removeprefix('mixed-')}.json"
     path.write_text(json.dumps({"costs": arguments.costs, "batch": BATCH, "rows": rows}, indent=2) + "\n")
     for row in rows:
         print(json.dumps(row))
 
 
-def compared(costs: StepCosts, n_layers: int, count: int) -> dict[str, float]:
-    """The ways to run so many prompts, as ratios to stock."""
-    draw = random.Random(0)
+def plans_of(arguments: argparse.Namespace, count: int) -> list[LayerPlan]:
+    if arguments.run is not None:
+        return chosen_plans(arguments.run, count)
     depths, shares, of = demo_depths()
-    drawn = draw.choices(depths, shares, k=count)
-    plans = [LayerPlan.exiting(n_layers, round(depth * n_layers / of)) for depth in drawn]
+    drawn = random.Random(0).choices(depths, shares, k=count)
+    return [LayerPlan.exiting(arguments.layers, round(depth * arguments.layers / of)) for depth in drawn]
+
+
+def compared(costs: StepCosts, plans: list[LayerPlan]) -> dict[str, float]:
+    """The ways to run these prompts, as ratios to stock."""
+    draw, count, n_layers = random.Random(0), len(plans), plans[0].n_layers
     embedded = load_prompts("embedded")
     lengths = [1 + len(draw.choice(embedded).prompt) // CHARACTERS for _ in range(count)]
     own = Composer(costs, plans, lengths, NEW_TOKENS)
