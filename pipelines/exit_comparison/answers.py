@@ -16,6 +16,7 @@ from oracle.decoding import Decoding
 from oracle.judges import score
 from oracle.labels.generate_answers import answer_text, stop_token_ids
 from oracle.prompts import Prompt
+from pipelines.progress import progress
 from runtime.token_exits.token_exits import TokenExits
 
 
@@ -69,7 +70,7 @@ class ExitAnswers:
         """The answers to `prompts`, in their order; what is not known yet is made, and kept a batch at a time.
 
         Args:
-            key: stands for all that `make` puts into the token exits.
+            key: stands for all that `make` puts into the token exits; its beginning, up to a colon, names them.
             plans: a plan for each prompt, below which its tokens leave. Prompts of one plan are answered together.
         """
         own: Sequence[LayerPlan | None] = plans or [None] * len(prompts)
@@ -77,13 +78,18 @@ class ExitAnswers:
         for prompt, plan in zip(prompts, own, strict=True):
             if (key, prompt.id) not in self._known:
                 by_plan.setdefault(plan, []).append(prompt)
-        exits = make() if by_plan else None
-        for plan, some in by_plan.items():
-            assert exits is not None
-            ordered = sorted(some, key=lambda prompt: len(prompt.prompt))
-            for start in range(0, len(ordered), self._batch_size):
-                self._keep(self._answered(key, exits, ordered[start : start + self._batch_size], plan))
+        if by_plan:
+            self._make(key, make(), by_plan)
         return [self._known[key, prompt.id] for prompt in prompts]
+
+    def _make(self, key: str, exits: TokenExits, by_plan: Mapping[LayerPlan | None, Sequence[Prompt]]) -> None:
+        with progress(f"token exits, {key.partition(':')[0]}", sum(map(len, by_plan.values()))) as advance:
+            for plan, some in by_plan.items():
+                ordered = sorted(some, key=lambda prompt: len(prompt.prompt))
+                for start in range(0, len(ordered), self._batch_size):
+                    batch = ordered[start : start + self._batch_size]
+                    self._keep(self._answered(key, exits, batch, plan))
+                    advance(len(batch))
 
     def _answered(
         self, key: str, exits: TokenExits, prompts: Sequence[Prompt], plan: LayerPlan | None
