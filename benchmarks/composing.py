@@ -24,7 +24,7 @@ import json
 import random
 from pathlib import Path
 
-from mixed import chosen_plans, demo_depths
+from mixed import chosen_plans, demo_plans
 
 from backbone.plan import LayerPlan
 from oracle.prompts import load_prompts
@@ -44,19 +44,14 @@ def main() -> None:
     arguments = parser.parse_args()
     measured = json.loads((RESULTS / f"{arguments.costs}.json").read_text())["step_costs"]
     costs = StepCosts(**{name: tuple(value) if isinstance(value, list) else value for name, value in measured.items()})
-    rows = [compared(costs, plans_of(arguments, count)) for count in arguments.prompts]
+    run, n_layers = arguments.run, arguments.layers
+    drawn = [chosen_plans(run, count) if run else demo_plans(n_layers, count) for count in arguments.prompts]
+    rows = [compared(costs, plans) for plans in drawn]
     path = RESULTS / f"composing-{arguments.costs.removeprefix('mixed-')}.json"
-    path.write_text(json.dumps({"costs": arguments.costs, "batch": BATCH, "rows": rows}, indent=2) + "\n")
+    result = {"costs": arguments.costs, "run": run and run.name, "batch": BATCH, "rows": rows}
+    path.write_text(json.dumps(result, indent=2) + "\n")
     for row in rows:
         print(json.dumps(row))
-
-
-def plans_of(arguments: argparse.Namespace, count: int) -> list[LayerPlan]:
-    if arguments.run is not None:
-        return chosen_plans(arguments.run, count)
-    depths, shares, of = demo_depths()
-    drawn = random.Random(0).choices(depths, shares, k=count)
-    return [LayerPlan.exiting(arguments.layers, round(depth * arguments.layers / of)) for depth in drawn]
 
 
 def compared(costs: StepCosts, plans: list[LayerPlan]) -> dict[str, float]:

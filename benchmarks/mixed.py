@@ -4,7 +4,7 @@
     python benchmarks/mixed.py --model llama-3.1-8b --device cuda --batches 1 8 32 128 256 --contexts 512 4096 \\
         --caches dynamic static --minutes 9.5                          # that shape, random bfloat16 weights
 
-Cases, each with at least one full row (with one row alone: three quarters of the layers):
+Cases, each but `run` with at least one full row (with one row alone: three quarters of the layers):
 
 - exit_half: all other rows leave after half of the layers, which cuts rows the most
 - last_layer: all other rows leave out the last layer, so that next to nothing is saved
@@ -71,7 +71,8 @@ def main() -> None:
     deadline = time.perf_counter() + 60 * arguments.minutes
     model = load(arguments.model, arguments.device).to(getattr(torch, arguments.dtype))
     path = RESULTS / f"mixed-{arguments.name or Path(arguments.model).name}-{model.device.type}-{arguments.dtype}.json"
-    result = begun(path, {name: getattr(arguments, name) for name in SETTINGS})
+    of_run = {"run": arguments.run.name} if arguments.run else {}
+    result = begun(path, {name: getattr(arguments, name) for name in SETTINGS} | of_run)
     costs = known_step_costs(model) if arguments.no_law else measured_step_costs(model)
     result["step_costs"] = asdict(costs) if costs.measured else None
     for cache, context, batch in product(arguments.caches, arguments.contexts, arguments.batches):
@@ -100,18 +101,19 @@ def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return found if all(found[name] == empty[name] for name in ("machine", "settings")) else empty
 
 
-def demo_depths() -> tuple[list[int], list[float], int]:
-    """The depths of the demo's menu, the shares in which its allocator chooses them, and the layers of its model."""
+def demo_plans(n_layers: int, count: int) -> list[LayerPlan]:
+    """Exits drawn with the shares in which the demo's allocator chooses its plans, scaled to a model's layers."""
     metrics = json.loads((RESULTS / "demo.json").read_text())["metrics"]
     depths = [round(budget * 18) for budget, _ in metrics["stand_ins"]["after"]["static"]]
-    return depths, metrics[metrics["best"]]["plan_shares"], depths[-1]
+    drawn = random.Random(0).choices(depths, metrics[metrics["best"]]["plan_shares"], k=count)
+    return [LayerPlan.exiting(n_layers, round(depth * n_layers / depths[-1])) for depth in drawn]
 
 
 def chosen_plans(run: Path, count: int) -> list[LayerPlan]:
     """Plans of a run's menu, as many of each as its best controller chose at the certified price, in no order."""
     metrics, menu = json.loads((run / "metrics.json").read_text()), PlanMenu.load(run / "menu.json")
     ends = np.round(np.cumsum(metrics[metrics["best"]]["plan_shares"]) * count).astype(int)
-    plans = [menu.plans[int(np.searchsorted(ends, place, side="right"))] for place in range(count)]
+    plans = [plan for plan, n in zip(menu.plans, np.diff(ends, prepend=0), strict=True) for _ in range(n)]
     return random.Random(0).sample(plans, count)
 
 
@@ -126,9 +128,7 @@ def cases(n_layers: int, batch: int, run: Path | None) -> dict[str, list[LayerPl
         "gap": LayerPlan.skipping(n_layers, range(n_layers // 2, n_layers // 2 + n_layers // 4)),
     }
     found = {name: [full] + [plan] * (batch - 1) for name, plan in others.items()}
-    depths, shares, of = demo_depths()
-    drawn = random.Random(0).choices(depths, shares, k=batch - 1)
-    found["demo"] = [LayerPlan.exiting(n_layers, round(depth * n_layers / of)) for depth in drawn] + [full]
+    found["demo"] = [*demo_plans(n_layers, batch - 1), full]
     if run is not None:
         found["run"] = chosen_plans(run, batch)
     return found

@@ -249,7 +249,9 @@ def test_speed_beyond_the_layers_left_out_is_marked() -> None:
     found["stock"] = measured(answers, 100, 0, [1.9])
     found["known"].seconds = [0.9]
     found["layer_skip"].seconds = [0.5]
+    found["tide"] = "it failed"
     rows = runtime.rows_of(found, dict.fromkeys(found, 1.0), 6, 1, 1)["contestants"]
+    assert rows["tide"] == {"not_run": "it failed"}
     assert rows["allocator"]["layers"] == 3
     assert rows["allocator"]["credible"] is True
     assert rows["known"]["credible"] is False, "2.1 times the speed with half of the layers"
