@@ -42,5 +42,5 @@ bench: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[pipelines,demo,dev]"
+	$(BIN)/pip install --quiet --editable ".[pipelines,demo,serve,dev]"
 	touch $@

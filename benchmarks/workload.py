@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ def decoding_of(arguments: argparse.Namespace) -> Decoding:
 
 
 def split(arguments: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
-    """A few prompts for the searches, and others to measure on."""
+    """A few prompts for the searches, and others to measure on; drawn, since files may be sorted by task."""
     everything = load_prompts(arguments.data, limit=arguments.prompts + arguments.search_prompts)
-    searched = everything[:: len(everything) // arguments.search_prompts][: arguments.search_prompts]
-    return searched, [prompt for prompt in everything if prompt not in searched][: arguments.prompts]
+    random.Random(0).shuffle(everything)
+    return everything[: arguments.search_prompts], everything[arguments.search_prompts :]
 
 
 def write(path: Path, arguments: argparse.Namespace, result: dict[str, Any]) -> None:

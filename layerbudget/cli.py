@@ -16,6 +16,7 @@ from layerbudget.comparing import compare
 from layerbudget.failures import sentence_of
 from layerbudget.inspecting import inspect
 from layerbudget.options import with_ray_address
+from layerbudget.serving_commands import export, serve
 from layerbudget.stage_commands import STAGES, check, merge, run, search, stage_command
 
 app = typer.Typer(
@@ -28,6 +29,9 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+SERVING = ("fastapi", "httpx2", "prometheus_client", "uvicorn")
+"""What only `serve` needs, the extra of this name."""
 
 
 def _print_version(asked: bool) -> None:
@@ -50,6 +54,8 @@ app.command()(check)
 app.command()(generate)
 app.command()(compare)
 app.command()(inspect)
+app.command()(serve)
+app.command()(export)
 app.command(rich_help_panel="Single stages")(merge)
 app.command()(search)
 for _name, _text in STAGES.items():
@@ -73,7 +79,8 @@ def main() -> None:
     except InputError as error:
         _refuse(str(error))
     except ModuleNotFoundError as error:
-        _refuse(f"{error.name!r} is not installed; `pip install 'layerbudget[pipelines]'` brings it")
+        extra = "serve" if error.name in SERVING else "pipelines"
+        _refuse(f"{error.name!r} is not installed; `pip install 'layerbudget[{extra}]'` brings it")
     except BrokenPipeError:
         _stop_quietly()
     except SystemExit as stop:

@@ -45,6 +45,10 @@ LOSSES = (0.0, 0.02, 0.05)
 DIVERGED = (0.02, 0.1, 0.3)
 """The same by divergence, each for twice as many plans as the menu has, which the prompts' own judges get to see."""
 
+TRUST = 0.5
+"""How much of what a score says beyond its plan's mean the choice takes for more than luck. On prompts held out,
+menus chosen with half of it have as good an oracle and a far better static mixture (docs/log.md)."""
+
 SUMS_BYTES = 2**30
 """Memory for the sums that bridges are fitted from; with more gaps the prompts are run several times."""
 
@@ -108,16 +112,21 @@ class Measured:
 
     def best(self, count: int, losses: Sequence[float]) -> list[LayerPlan]:
         """The `count` - 1 shortened plans with which an oracle spends least; see `p_median.best_plans`."""
-        return self._shortened(best_plans(self._judged, self.budgets, count, losses).plans)
+        return self._shortened(best_plans(self._trusted, self.budgets, count, losses).plans)
 
     def good(self, count: int, loss: float) -> list[LayerPlan]:
         """A good choice of as many at one loss, found in a moment; see `p_median.substituted`."""
-        return self._shortened(substituted(self._judged, self.budgets, count, [loss]))
+        return self._shortened(substituted(self._trusted, self.budgets, count, [loss]))
 
     @property
-    def _judged(self) -> Floats:
-        """Scores of the prompts on which no judge failed."""
-        return self.scores[~np.isnan(self.scores).any(axis=1)]
+    def _trusted(self) -> Floats:
+        """Scores of the prompts on which no judge failed, drawn towards the mean of each plan; see `TRUST`.
+
+        Some of a wide pool's poor plans are right by luck on just the prompts that are looked at.
+        """
+        judged = self.scores[~np.isnan(self.scores).any(axis=1)]
+        means: Floats = judged.mean(axis=0)
+        return means + TRUST * (judged - means)
 
     def _shortened(self, places: Sequence[int]) -> list[LayerPlan]:
         return [self.plans[place] for place in places if not self.plans[place].is_full]

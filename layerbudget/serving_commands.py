@@ -1,0 +1,73 @@
+"""`layerbudget serve` and `layerbudget export`: plans for an engine that serves many users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerbudget.options import AllocatorSource, Device, ModelSource
+
+
+def serve(
+    allocator: AllocatorSource,
+    upstream: Annotated[str, typer.Option(metavar="URL", help="The engine that serves the full model.")],
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PLAN=URL", help="An engine that serves the model of one plan; may be given again."),
+    ] = None,
+    model: ModelSource = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8100,
+    decision_limit_ms: Annotated[
+        float, typer.Option(min=1, help="A request without a plan after this time runs in full.")
+    ] = 500.0,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests beyond this are refused with 429.")] = 256,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Longest silence of an engine.")] = 600.0,
+    device: Device = None,
+) -> None:
+    """Answer the OpenAI routes: choose each request's layers, pass it on to an engine, pass the answer back.
+
+    The engine is a vLLM with layerbudget-vllm, or there is a pool for each plan (`layerbudget export`).
+    """
+    import uvicorn
+
+    from layerbudget import Allocator
+    from runtime.router.app import make_app
+    from runtime.router.choosing import Chooser
+    from runtime.router.probe_model import load_probe
+    from runtime.router.upstreams import Upstreams
+
+    loaded = Allocator.from_pretrained(allocator)
+    upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
+    network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
+    app = make_app(
+        Chooser(loaded, network, tokenizer, decision_limit_ms),
+        upstreams,
+        max_in_flight=max_in_flight,
+        timeout_s=timeout_s,
+    )
+    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
+
+
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shortened checkpoint; must not exist.")],
+    plan: Annotated[str, typer.Option(help="The layers that it runs, such as 0-9,14-17.")],
+    allocator: Annotated[
+        str | None, typer.Option("--allocator", metavar="DIR", help="Its adapter is merged, its model is the default.")
+    ] = None,
+    model: ModelSource = None,
+    device: Device = None,
+) -> None:
+    """Write the model of one plan as an ordinary, shorter checkpoint, which any engine serves."""
+    from layerbudget import Allocator, load_backbone
+    from runtime.router.export import export_plan
+
+    if model is None and allocator is None:
+        raise typer.BadParameter("give --model M or --allocator DIR")
+    loaded = None if allocator is None else Allocator.from_pretrained(allocator)
+    source = model if model is not None or loaded is None else loaded.model_source
+    network, tokenizer = load_backbone(str(source), device="cpu" if device is None else device)
+    layers = export_plan(network, tokenizer, plan, out, loaded)
+    typer.echo(f"{out}: {layers} layers")

@@ -1,0 +1,30 @@
+"""The part of a model that decides: its first layers, checked against the allocator, the others given up."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.execution.delete_layers import delete_layers
+from backbone.loading import load_backbone
+from backbone.plan import LayerPlan
+from runtime.parts import AllocatorParts
+
+
+def load_probe(
+    allocator: AllocatorParts, source: str | None = None, device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The first `probe_depth` layers of the allocator's model, with embeddings and head, and its tokenizer.
+
+    The whole model is read once, since its fingerprint is made from all weights.
+
+    Args:
+        source: where to load the model from; None for where the allocator's was.
+
+    Raises:
+        WrongModelError: another model than the allocator's.
+        LoadError: see `load_backbone`.
+    """
+    model, tokenizer = load_backbone(allocator.model_source if source is None else source, device=device)
+    allocator.check_model(model)
+    depth = allocator.menu.probe_depth
+    return delete_layers(model, LayerPlan.exiting(allocator.menu.n_layers, depth)), tokenizer
