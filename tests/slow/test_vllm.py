@@ -1,0 +1,177 @@
+"""A router before a real engine with plans, as two processes: `make test-vllm` sets where vLLM is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+from tiny_allocator import make_allocator
+
+from backbone.execution.apply_plan import apply_plan
+from backbone.plan import LayerPlan
+
+PYTHON = os.environ.get("LAYERBUDGET_VLLM_PYTHON", "")
+"""Of the environment that vLLM and layerbudget-vllm are installed in."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="make test-vllm: vLLM lives in an environment of its own"),
+]
+ANSWER = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextmanager
+def process(command: list[str], url: str, log: Path, seconds: float = 240) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, once its `/health` answers; with its children killed at the end."""
+    with log.open("wb") as output:
+        started = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            until = time.monotonic() + seconds
+            while not answers(url):
+                assert started.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < until, log.read_text()[-3000:]
+                time.sleep(0.3)
+            yield started
+        finally:
+            kill(started)
+
+
+def kill(started: subprocess.Popen[bytes]) -> None:
+    """With its children, which it may have left behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return bool(httpx2.get(f"{url}/health", timeout=5).status_code == 200)
+    except httpx2.HTTPError:
+        return False
+
+
+@contextmanager
+def engine(model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--worker-cls": "layerbudget_vllm.workers.PlannedCPUWorker",
+        "--dtype": "float32",
+        "--max-model-len": "128",
+        "--kv-cache-memory-bytes": str(64 << 20),
+        "--served-model-name": "tiny",
+    }
+    words = [word for option in options.items() for word in option]
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words, "--enforce-eager"]
+    with process(command, url, log) as started:
+        yield started, url
+
+
+@contextmanager
+def router(folder: Path, upstream: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = {
+        "--allocator": str(folder / "allocator"),
+        "--model": str(folder / "model"),
+        "--upstream": upstream,
+        "--port": str(port),
+        "--decision-limit-ms": "20000",
+    }
+    words = [word for option in options.items() for word in option]
+    with process([sys.executable, "-m", "layerbudget", "serve", *words], url, log) as started:
+        yield started, url
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    model = tiny_model("llama", hidden_size=128)  # heads of 32 numbers, the fewest that vLLM takes
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    make_allocator(model).save_pretrained(folder / "allocator")
+    return folder
+
+
+def ask(url: str, prompt: Any, **more: Any) -> httpx2.Response:
+    return httpx2.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": prompt, **ANSWER, **more}, timeout=120)
+
+
+def test_requests_through_router_and_engine_run_their_plans(folder: Path, tmp_path: Path) -> None:
+    """Tokens are those of transformers under the plan, whatever else is in the batch; a killed engine is named."""
+    model, tokenizer = tiny_model("llama", hidden_size=128), tiny_tokenizer()
+    prompts = [tokenizer(text).input_ids for text in ("abcdefghijk", "hgfedcbaa", "feedbag", "cabb", "ab", "d" * 30)]
+    with (
+        engine(folder / "model", tmp_path / "engine.log") as (running, upstream),
+        router(folder, upstream, tmp_path / "router.log") as (_, url),
+    ):
+        with ThreadPoolExecutor(12) as threads:
+            found = list(threads.map(lambda prompt: ask(url, prompt), prompts * 4))
+        plans = set()
+        for prompt, answer in zip(prompts * 4, found, strict=True):
+            assert answer.status_code == 200, answer.text
+            plan = LayerPlan.parse(answer.headers["x-layer-plan"], 6)
+            plans.add(plan)
+            assert answer.json()["choices"][0]["token_ids"] == under(model, plan, prompt)
+        assert len(plans) > 1
+        refused = ask(upstream, prompts[0], vllm_xargs={"layer_plan": "0-9"})
+        assert refused.status_code == 400
+        assert "layer 6 is outside the model" in refused.text
+        with httpx2.stream(
+            "POST",
+            f"{url}/v1/completions",
+            json={"model": "tiny", "prompt": prompts[0], **ANSWER, "max_tokens": 100, "stream": True},
+            timeout=120,
+        ) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            kill(running)
+            said = [line for line in lines if line]
+        assert "broke off" in json.loads(said[-2].removeprefix("data: "))["error"]["message"]
+        assert ask(url, prompts[0]).status_code == 502
+        assert httpx2.get(f"{url}/health", timeout=20).status_code == 503
+
+
+def under(model: Any, plan: LayerPlan, prompt: list[int]) -> list[int]:
+    import torch
+
+    with apply_plan(model, plan):
+        output = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None
+        )
+    return list(output[0, len(prompt) :].tolist())
+
+
+def test_a_killed_router_leaves_no_client_waiting(folder: Path, tmp_path: Path) -> None:
+    with (
+        engine(folder / "model", tmp_path / "engine.log") as (_, upstream),
+        router(folder, upstream, tmp_path / "router.log") as (running, url),
+        ThreadPoolExecutor(1) as threads,
+    ):
+        waiting = threads.submit(ask, url, [5, 6, 7], max_tokens=110)
+        time.sleep(0.3)
+        kill(running)
+        with pytest.raises(httpx2.HTTPError):
+            waiting.result(timeout=60)
+        assert ask(upstream, [5, 6, 7]).status_code == 200
