@@ -146,7 +146,7 @@ def test_readme_python_runs_as_far_as_names_go() -> None:
 
 def test_extras_are_those_the_code_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"pipelines", "ray", "gguf", "demo", "dev"}
+    assert set(project["optional-dependencies"]) == {"pipelines", "ray", "serve", "gguf", "demo", "dev"}
 
 
 def test_prompts_become_tokens_in_one_place() -> None:

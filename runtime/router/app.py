@@ -37,6 +37,8 @@ def make_app(chooser: Chooser, upstreams: Upstreams, *, max_in_flight: int = 256
     """The router as an ASGI application.
 
     Args:
+        chooser: decides about each request.
+        upstreams: the engines that answer.
         max_in_flight: requests answered at a time; beyond that they are refused with status 429.
         timeout_s: the longest silence of an engine before its request ends with status 504.
     """

@@ -29,6 +29,7 @@ def export_plan(
 
     Args:
         model: the full model. Its weights are changed where there is an adapter.
+        tokenizer: of the model; is written too.
         text: the plan.
         folder: is made; if that is interrupted nothing is left under its name.
         allocator: made for this model, whose plans may have stand-ins.

@@ -18,7 +18,9 @@ def load_probe(
     The whole model is read once, since its fingerprint is made from all weights.
 
     Args:
+        allocator: made for the model.
         source: where to load the model from; None for where the allocator's was.
+        device: see `load_backbone`.
 
     Raises:
         WrongModelError: another model than the allocator's.

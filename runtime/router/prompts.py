@@ -29,6 +29,8 @@ def prompts_of(body: Body, allocator: AllocatorParts, tokenizer: PreTrainedToken
 
     Args:
         body: of the request.
+        allocator: has the chat template.
+        tokenizer: of the model.
 
     Raises:
         UnreadablePromptError: no prompt that can be read, or one that the engine renders otherwise.
