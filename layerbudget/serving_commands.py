@@ -41,6 +41,8 @@ def serve(
 
     loaded = Allocator.from_pretrained(allocator)
     upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
+    if not upstreams.check():
+        typer.echo(f"the engine at {upstreams.engine} does not answer yet", err=True)
     network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
     app = make_app(
         Chooser(loaded, network, tokenizer, decision_limit_ms),

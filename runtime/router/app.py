@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -25,8 +24,6 @@ from runtime.router.errors import CLIENT_LEFT, error_body, error_response, of_en
 from runtime.router.load import LoadLimit
 from runtime.router.metrics import Metrics
 from runtime.router.upstreams import Upstreams
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PLAN_HEADER = "x-layer-plan"
@@ -65,8 +62,6 @@ class _Router:
         """From the router's start to its end."""
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
         async with httpx2.AsyncClient(timeout=self._timeout, limits=limits) as self._client:
-            if not await self._upstreams.check(self._client):
-                logger.warning("the engine at %s does not answer yet", self._upstreams.engine)
             deciding = asyncio.create_task(self._chooser.serve())
             try:
                 yield

@@ -61,7 +61,7 @@ class Upstreams:
     def urls(self) -> list[str]:
         return [self.engine, *dict.fromkeys(self.pools.values())]
 
-    async def check(self, client: httpx2.AsyncClient) -> bool:
+    def check(self) -> bool:
         """Whether the engine could be asked. It then refused a plan that cannot be, as an engine that runs plans does.
 
         Raises:
@@ -70,10 +70,10 @@ class Upstreams:
         if self.pools:
             return True
         try:
-            models = await client.get(f"{self.engine}/v1/models", timeout=10)
+            models = httpx2.get(f"{self.engine}/v1/models", timeout=10)
             name = models.json()["data"][0]["id"]
             body = {"model": name, "prompt": "a", "max_tokens": 1, "vllm_xargs": {KEY: "none"}}
-            answer = await client.post(f"{self.engine}/v1/completions", json=body, timeout=60)
+            answer = httpx2.post(f"{self.engine}/v1/completions", json=body, timeout=60)
         except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError):
             return False
         if answer.status_code != 400 or KEY not in answer.text:

@@ -19,9 +19,9 @@ from layerbudget_vllm.requests import KEY, LayerPlanError, check_engine, plan_of
 
 def register() -> None:
     """Called by vLLM in each of its processes. Requests without a plan pass as they came."""
-    stock = InputProcessor.process_inputs
-    if hasattr(stock, "__wrapped__"):
+    if is_registered():
         return
+    stock = InputProcessor.process_inputs
     signature = inspect.signature(stock)
 
     @functools.wraps(stock)
@@ -33,6 +33,11 @@ def register() -> None:
         return stock(*given.args, **given.kwargs)
 
     InputProcessor.process_inputs = process_inputs
+
+
+def is_registered() -> bool:
+    """Whether vLLM has loaded this plugin in this process."""
+    return hasattr(InputProcessor.process_inputs, "__wrapped__")
 
 
 def admitted(config: Any, prompt: Any, params: Any) -> Any:

@@ -16,7 +16,8 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from layerbudget import StandIns, StandInsError
-from layerbudget_vllm.requests import plan_of
+from layerbudget_vllm.admission import is_registered
+from layerbudget_vllm.requests import LayerPlanError, plan_of
 from layerbudget_vllm.row_subsets import AttentionContext, Bridges, Requests, SubsetPass, subset_layers
 
 ALLOCATOR = "layerbudget_allocator"
@@ -31,6 +32,10 @@ class PlannedPasses:
     """
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        if not is_registered():
+            raise LayerPlanError(
+                "nothing checks plans at the engine's door: let VLLM_PLUGINS name layerbudget, or unset it"
+            )
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         network: nn.Module = self.get_model()  # type: ignore[attr-defined]
         decoder: Any = getattr(network, "model", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,3 +75,10 @@ def test_a_plan_is_part_of_the_salt(prompt: Any) -> None:
 
 def test_the_full_plan_is_no_plan() -> None:
     assert admitted(config(), "text", SamplingParams(extra_args={KEY: "0-7"})) == "text"
+
+
+def test_a_worker_without_the_plugin_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing would keep plans that cannot be, or another plan's keys and values, from a batch."""
+    monkeypatch.setattr("layerbudget_vllm.runner.is_registered", lambda: False)
+    with pytest.raises(LayerPlanError, match="VLLM_PLUGINS"), closing_engine(saved_model("llama", tmp_path)):
+        pass

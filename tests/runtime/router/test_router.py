@@ -1,6 +1,5 @@
 """The router between a client and an engine, over HTTP: what goes on, what comes back, and what failures do."""
 
-import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from dataclasses import replace
 
 import httpx2
 import pytest
+from command import refused
 from fake_engine import FakeEngine, served
 from tiny import padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import ByLength, make_allocator
@@ -221,12 +221,11 @@ def test_a_body_that_is_no_object_is_refused(parts, content) -> None:
 
 
 def test_an_engine_without_plans_is_refused_at_the_start(parts) -> None:
-    async def check(url) -> None:
-        async with httpx2.AsyncClient() as client:
-            await Upstreams(url).check(client)
-
     with served(FakeEngine(knows_plans=False).app) as url, pytest.raises(UpstreamError, match="--worker-cls"):
-        asyncio.run(check(url))
+        Upstreams(url).check()
+    with served(FakeEngine().app) as url:
+        assert Upstreams(url).check()
+    assert not Upstreams(DEAD).check()
 
 
 def test_each_plan_goes_to_its_pool(parts) -> None:
@@ -260,3 +259,14 @@ def test_addresses_and_pools_that_cannot_be_are_refused(parts, engine, pools, sa
 def test_a_pool_for_no_plan_is_refused(parts) -> None:
     with pytest.raises(PlanError):
         Upstreams.of("http://a", ["x=http://b"], parts[0].menu)
+
+
+def test_the_command_refuses_in_one_sentence(parts, tmp_path) -> None:
+    make_allocator(parts[1]).save_pretrained(tmp_path / "allocator")
+    given = ["serve", "--allocator", tmp_path / "allocator", "--upstream"]
+    assert "an engine's address looks like" in refused(*given, "localhost:8000")
+    with served(FakeEngine(knows_plans=False).app) as url:
+        assert "does not know layer_plan" in refused(*given, url)
+    tiny_model("llama", layer_scale=0.5).save_pretrained(tmp_path / "other")
+    parts[2].save_pretrained(tmp_path / "other")
+    assert "this allocator was made for" in refused(*given, DEAD, "--model", tmp_path / "other")
