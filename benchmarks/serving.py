@@ -6,9 +6,10 @@
 Needs vLLM with layerbudget-vllm in an environment of its own (`make test-vllm` makes it). The demo's prompts, answers
 of a fixed number of tokens, greedy, all requests at once; float32 on a CPU. In turn, after a warm-up:
 
-- stock: vLLM without this project
+- stock: vLLM without this project (with --one-engine as `installed`)
 - installed: with the plugin and its worker, no request names a plan
 - router: the same through the router, each request under the plan that the allocator chooses
+- known: these plans sent to the engine without a router, which shares the machine here
 
 Also: the tokens of each plan in the mixture and by themselves; the law's prediction (docs/runtime.md) from the times of
 uniform batches; with --minutes the memory of router and engine under load. Writes benchmarks/results/serving-NAME.json.
@@ -30,12 +31,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
+from scipy.optimize import nnls
 
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
@@ -44,6 +46,10 @@ from runtime.allocator import Allocator
 from runtime.paired_timing import machine
 
 RESULTS = Path(__file__).parent / "results"
+SETTINGS = ("requests", "new_tokens", "rounds", "dtype", "eager", "one_engine")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+"""Of the router, which shares the cores with the engine here: threads that wait by spinning slow one another down."""
+
 WORKER = "layerbudget_vllm.workers.PlannedCPUWorker"
 
 
@@ -78,12 +84,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
         model = arguments.model or saved(allocator, Path(scratch))
         serve = Serving(arguments, model, Path(scratch), running)
-        stock, planned = serve.engine(plans=False), serve.engine(plans=True)
+        planned = serve.engine(plans=True)
         router = serve.router(planned.url)
-        contestants = {"stock": stock, "installed": planned, "router": router}
+        stock = planned if arguments.one_engine else serve.engine(plans=False)
+        contestants = {"stock": stock, "installed": planned, "router": router, "known": planned}
+        if arguments.one_engine:
+            del contestants["installed"]
         result: dict[str, Any] = {
             "settings": {
-                **{name: getattr(arguments, name) for name in ("requests", "new_tokens", "rounds", "dtype", "eager")},
+                **{
+                    name: getattr(arguments, name)
+                    for name in ("requests", "new_tokens", "rounds", "dtype", "eager", "one_engine")
+                },
                 "model": arguments.name,
             },
             "machine": machine(),
@@ -110,6 +122,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true", help="no engine compiles; they start faster")
+    parser.add_argument(
+        "--one-engine",
+        action="store_true",
+        help="where two do not fit: stock is the plugin's without plans",
+    )
     parser.add_argument("--minutes", type=float, default=0, help="of load, during which memory is looked at")
     parser.add_argument("--kv-mib", type=int, default=1024)
     return parser.parse_args()
@@ -136,6 +153,7 @@ class Serving:
     model: str
     scratch: Path
     running: ExitStack
+    started: list[Server] = field(default_factory=list)
 
     def engine(self, *, plans: bool) -> Server:
         given = self.arguments
@@ -152,7 +170,7 @@ class Serving:
     def router(self, upstream: str) -> Server:
         words = ["--allocator", self.arguments.allocator, "--model", self.model, "--upstream", upstream]
         words += ["--decision-limit-ms", "20000"]
-        return self._started([sys.executable, "-m", "layerbudget", "serve", *words], {})
+        return self._started([sys.executable, "-m", "layerbudget", "serve", *words], ONE_THREAD)
 
     def _started(self, command: list[str], environment: dict[str, str]) -> Server:
         with socket.socket() as one:
@@ -161,9 +179,10 @@ class Serving:
         log = self.scratch / f"{port}.log"
         context = _process([*command, "--host", "127.0.0.1", "--port", str(port)], environment, log)
         server = Server(f"http://127.0.0.1:{port}", self.running.enter_context(context))
+        self.started.append(server)
         while not _is_well(server.url):
-            if server.process.poll() is not None:
-                raise SystemExit(f"{' '.join(command)} ended:\n{log.read_text()[-3000:]}")
+            if any(one.process.poll() is not None for one in self.started):
+                raise SystemExit(f"a server ended while {' '.join(command)} started:\n{log.read_text()[-3000:]}")
             time.sleep(0.5)
         return server
 
@@ -226,24 +245,29 @@ def timed(
 
 def compared(contestants: dict[str, Server], prompts: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Each contestant's rounds, in turn, the first of which is a warm-up."""
-    nothing: list[str | None] = [None] * len(prompts)
+    plans: list[str | None] = [None] * len(prompts)
+    nothing = list(plans)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     answers: dict[str, list[Answer]] = {}
     for number in range(arguments.rounds + 1):
         for name, server in contestants.items():
-            took, answers[name] = timed(server, prompts, nothing, arguments.new_tokens)
+            asked = plans if name == "known" else nothing
+            took, answers[name] = timed(server, prompts, asked, arguments.new_tokens)
+            if name == "router":
+                plans = [answer.plan for answer in answers[name]]
             if number:
                 seconds[name].append(took)
             print(f"round {number}: {name} {took:.1f} s", flush=True)
-    plans = [str(answer.plan) for answer in answers["router"]]
+    chosen = [str(plan) for plan in plans]
     rows = {name: described(seconds[name], seconds["stock"], answers[name], arguments) for name in contestants}
-    differing = sum(a.tokens != b.tokens for a, b in zip(answers["stock"], answers["installed"], strict=True))
+    own = answers.get("installed", answers["stock"])
+    differing = sum(a.tokens != b.tokens for a, b in zip(answers["stock"], own, strict=True))
     return {
         "contestants": rows,
-        "installed_differs_from_stock": differing,
-        "plans": {plan: plans.count(plan) for plan in sorted(set(plans), key=plans.count, reverse=True)},
+        "installed_differs_from_stock": None if own is answers["stock"] else differing,
+        "plans": {plan: chosen.count(plan) for plan in sorted(set(chosen), key=chosen.count, reverse=True)},
         "decision_ms": decision_ms(contestants["router"]),
-        "plans_of_requests": plans,
+        "plans_of_requests": chosen,
         "router_tokens": [answer.tokens for answer in answers["router"]],
     }
 
@@ -298,7 +322,7 @@ def law(
             took = min(timed(engine, prompts[:size], [str(plan)] * size, arguments.new_tokens)[0] for _ in range(2))
             rows.append([1.0, size, plan.layers, plan.layers * size])
             seconds.append(took / arguments.new_tokens)
-    fixed, head, w, k = np.linalg.solve(np.array(rows), np.array(seconds))
+    fixed, head, w, k = nnls(np.array(rows), np.array(seconds))[0]
     count = len(plans)
     share = [sum(layer in plan.attention for plan in plans) / count for layer in range(n)]
     top = fixed + head * count

@@ -19,8 +19,8 @@ from runtime.router.prompts import Body, padded, prompts_of
 
 logger = logging.getLogger(__name__)
 
-MOST_TOGETHER = 32
-"""Requests that are decided in one pass of the first layers."""
+MOST_TOGETHER = 8
+"""Requests that are decided in one pass of the first layers: few, so that the engine begins with the first of many."""
 
 
 @dataclass(frozen=True, slots=True)

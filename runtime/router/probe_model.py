@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.delete_layers import delete_layers
@@ -28,5 +30,7 @@ def load_probe(
     """
     model, tokenizer = load_backbone(allocator.model_source if source is None else source, device=device)
     allocator.check_model(model)
-    depth = allocator.menu.probe_depth
-    return delete_layers(model, LayerPlan.exiting(allocator.menu.n_layers, depth)), tokenizer
+    probe = delete_layers(model, LayerPlan.exiting(allocator.menu.n_layers, allocator.menu.probe_depth))
+    del model
+    gc.collect()  # the other layers' weights, which modules that know one another keep
+    return probe, tokenizer
