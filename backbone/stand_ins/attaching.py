@@ -73,7 +73,9 @@ class StandIns:
     def save(self, path: Path) -> None:
         """One safetensors file."""
         described = {"version": FORMAT_VERSION, "fingerprint": self.fingerprint}
-        save_file(tensors_of(self.bridges, self.adapter), path, {"layerbudget": json.dumps(described)})
+        # Plans with one gap in common may share its bridge, and safetensors refuses tensors that share memory.
+        tensors = {name: tensor.clone() for name, tensor in tensors_of(self.bridges, self.adapter).items()}
+        save_file(tensors, path, {"layerbudget": json.dumps(described)})
 
     @classmethod
     def load(cls, path: Path) -> StandIns:

@@ -202,6 +202,17 @@ def test_stand_ins_survive_saving(tmp_path) -> None:
                 assert torch.equal(loaded.bridges[plan][first](state), bridge(state))
 
 
+def test_plans_with_a_gap_in_common_are_saved(tmp_path) -> None:
+    """Their bridges over it are fitted once."""
+    model = tiny_model("llama")
+    plans = [LayerPlan.skipping(N_LAYERS, gap) for gap in ({2, 5}, {3, 5})]
+    made = StandIns(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), plans, rank=4)))
+    made.save(tmp_path / "made")
+    loaded = StandIns.load(tmp_path / "made")
+    assert loaded.digest == made.digest
+    assert loaded.bridges.keys() == {*plans}
+
+
 def test_stand_ins_of_another_model_and_other_files_are_refused(tmp_path) -> None:
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
     with pytest.raises(StandInsError, match=r"made for llama-6x32-.*, the model given is llama-6x32-"):
