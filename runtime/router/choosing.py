@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,16 +19,9 @@ from runtime.router.prompts import Body, padded, prompts_of
 
 logger = logging.getLogger(__name__)
 
-Prompts = list[list[int]]
-"""Tokens of the prompts of one request."""
-
-T = TypeVar("T")
-
-MOST_WAITING = 64
-"""Requests that are put in order of their lengths."""
-
 MOST_TOGETHER = 8
-"""Requests that are decided in one pass of the first layers: few, so that the engine begins with the first of many."""
+"""Requests that are decided in one pass of the first layers: few, so that the engine begins with the first of many. They
+stay in order of arrival: to the drift alarm prompts in order of length look like drift."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,68 +67,52 @@ class Chooser:
 
     async def serve(self) -> None:
         """Decides as long as it is not cancelled."""
+        loop = asyncio.get_running_loop()
         while True:
             group = [await self._waiting.get()]
-            while not self._waiting.empty() and len(group) < MOST_WAITING:
+            while not self._waiting.empty() and len(group) < MOST_TOGETHER:
                 group.append(self._waiting.get_nowait())
-            found = await self._in_thread(self._read, [body for body, _ in group])
-            readable: list[tuple[Prompts, asyncio.Future[Choice]]] = []
-            for (_, answer), prompts in zip(group, found, strict=True):
-                if isinstance(prompts, Choice):
-                    _tell(answer, prompts)
-                else:
-                    readable.append((prompts, answer))
-            readable.sort(key=lambda pair: max(map(len, pair[0])))  # prompts of like length need little padding
-            for start in range(0, len(readable), MOST_TOGETHER):
-                part = [pair for pair in readable[start : start + MOST_TOGETHER] if not pair[1].done()]
-                choices = await self._in_thread(self._decided, [prompts for prompts, _ in part])
-                for (_, answer), choice in zip(part, choices, strict=True):
-                    _tell(answer, choice)
-
-    async def _in_thread(self, work: Callable[[list[Any]], list[T]], values: list[Any]) -> list[T]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, values)
+            group = [(body, answer) for body, answer in group if not answer.done()]  # the others came too late
+            if not group:
+                continue
+            choices = await loop.run_in_executor(self._thread, self.choose, [body for body, _ in group])
+            for (_, answer), choice in zip(group, choices, strict=True):
+                if not answer.done():
+                    answer.set_result(choice)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def choose(self, bodies: Sequence[Body]) -> list[Choice]:
         """The plan of each request. Raises nothing: whatever fails means the full plan."""
-        found = self._read(bodies)
-        decided = iter(self._decided([prompts for prompts in found if not isinstance(prompts, Choice)]))
-        return [prompts if isinstance(prompts, Choice) else next(decided) for prompts in found]
-
-    def _read(self, bodies: Sequence[Body]) -> list[Prompts | Choice]:
-        """The tokens of each request's prompts, or the full plan for one that cannot be read."""
-        found: list[Prompts | Choice] = []
+        prompts: list[list[list[int]]] = []
+        choices: list[Choice | None] = []
         for body in bodies:
             try:
-                found.append(prompts_of(body, self.allocator, self.tokenizer))
+                prompts.append(prompts_of(body, self.allocator, self.tokenizer))
+                choices.append(None)
             except InputError:
-                found.append(self._full("unreadable"))
+                choices.append(self._full("unreadable"))
             except Exception:
                 logger.exception("a prompt could not be read; it runs the full plan")
-                found.append(self._full("failed"))
-        return found
+                choices.append(self._full("failed"))
+        try:
+            found = iter(self._decided(prompts))
+        except Exception:
+            logger.exception("the decision failed; %d requests run the full plan", len(prompts))
+            found = iter([self._full("failed")] * len(prompts))
+        return [next(found) if choice is None else choice for choice in choices]
 
-    def _decided(self, requests: Sequence[Prompts]) -> list[Choice]:
+    def _decided(self, requests: Sequence[Sequence[Sequence[int]]]) -> list[Choice]:
         flat = [prompt for prompts in requests for prompt in prompts]
         if not flat:
             return []
         pad: Any = self.tokenizer.pad_token_id
-        try:
-            ids, mask = (torch.tensor(rows, device=self.model.device) for rows in padded(flat, pad))
-            decision = self.allocator.decider().decide(self.model, ids, mask, keep_cache=False)
-        except Exception:
-            logger.exception("the decision failed; %d requests run the full plan", len(requests))
-            return [self._full("failed")] * len(requests)
+        ids, mask = (torch.tensor(rows, device=self.model.device) for rows in padded(flat, pad))
+        decision = self.allocator.decider().decide(self.model, ids, mask, keep_cache=False)
         plans = iter([self.allocator.menu.plans[index] for index in decision.chosen])
         own = [{next(plans) for _ in prompts} for prompts in requests]
         return [Choice(found.pop()) if len(found) == 1 else self._full("several") for found in own]
 
     def _full(self, because: str) -> Choice:
         return Choice(self.allocator.menu.plans[-1], because)
-
-
-def _tell(answer: asyncio.Future[Choice], choice: Choice) -> None:
-    if not answer.done():  # the others came too late
-        answer.set_result(choice)
