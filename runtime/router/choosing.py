@@ -20,8 +20,8 @@ from runtime.router.prompts import Body, padded, prompts_of
 logger = logging.getLogger(__name__)
 
 MOST_TOGETHER = 8
-"""Requests that are decided in one pass of the first layers: few, so that the engine begins with the first of many. They
-stay in order of arrival: to the drift alarm prompts in order of length look like drift."""
+"""Requests that are decided in one pass of the first layers: few, so that the engine begins with the first of many. In
+order of arrival: to the drift alarm, prompts in order of length look like drift."""
 
 
 @dataclass(frozen=True, slots=True)
