@@ -29,7 +29,7 @@ test-ray: $(VENV)/installed
 
 # Plans inside vLLM, on the CPU, in an environment of its own: vLLM pins an older transformers.
 test-vllm: $(VENV)/installed $(VLLM)/installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -c serving/vllm/pyproject.toml
+	cd serving/vllm && OMP_NUM_THREADS=1 $(CURDIR)/$(VLLM)/bin/python -m pytest
 	LAYERBUDGET_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/pytest tests/slow/test_vllm.py -v
 
 # Every test once more, against a wheel instead of the project's own folders.
