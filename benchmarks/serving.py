@@ -22,15 +22,13 @@ import asyncio
 import json
 import os
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from typing import Any
 import httpx2
 import numpy as np
 from scipy.optimize import nnls
+from servers import free_port, running, wait_until_well
 
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
@@ -81,9 +80,9 @@ def main() -> None:
     allocator = Allocator.from_pretrained(arguments.allocator)
     menu = allocator.menu
     prompts = drawn_prompts(arguments.requests)
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as until_the_end:
         model = arguments.model or saved(allocator, Path(scratch))
-        serve = Serving(arguments, model, Path(scratch), running)
+        serve = Serving(arguments, model, Path(scratch), until_the_end)
         planned = serve.engine(plans=True)
         router = serve.router(planned.url)
         stock = planned if arguments.one_engine else serve.engine(plans=False)
@@ -92,10 +91,7 @@ def main() -> None:
             del contestants["installed"]
         result: dict[str, Any] = {
             "settings": {
-                **{
-                    name: getattr(arguments, name)
-                    for name in ("requests", "new_tokens", "rounds", "dtype", "eager", "one_engine")
-                },
+                **{name: getattr(arguments, name) for name in SETTINGS},
                 "model": arguments.name,
             },
             "machine": machine(),
@@ -152,7 +148,7 @@ class Serving:
     arguments: argparse.Namespace
     model: str
     scratch: Path
-    running: ExitStack
+    until_the_end: ExitStack
     started: list[Server] = field(default_factory=list)
 
     def engine(self, *, plans: bool) -> Server:
@@ -173,37 +169,14 @@ class Serving:
         return self._started([sys.executable, "-m", "layerbudget", "serve", *words], ONE_THREAD)
 
     def _started(self, command: list[str], environment: dict[str, str]) -> Server:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
+        port = free_port()
         log = self.scratch / f"{port}.log"
-        context = _process([*command, "--host", "127.0.0.1", "--port", str(port)], environment, log)
-        server = Server(f"http://127.0.0.1:{port}", self.running.enter_context(context))
+        given = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment}
+        process = running([*command, "--host", "127.0.0.1", "--port", str(port)], log, given)
+        server = Server(f"http://127.0.0.1:{port}", self.until_the_end.enter_context(process))
         self.started.append(server)
-        while not _is_well(server.url):
-            if any(one.process.poll() is not None for one in self.started):
-                raise SystemExit(f"a server ended while {' '.join(command)} started:\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
+        wait_until_well(server.url, [one.process for one in self.started], log)
         return server
-
-
-@contextmanager
-def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as output:
-        given = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment}
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=given)
-        try:
-            yield process
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _is_well(url: str) -> bool:
-    try:
-        return bool(httpx2.get(f"{url}/health", timeout=5).status_code == 200)
-    except httpx2.HTTPError:
-        return False
 
 
 def sent(server: Server, prompts: Sequence[str], plans: Sequence[str | None], new_tokens: int) -> list[Answer]:

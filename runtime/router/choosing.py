@@ -7,15 +7,14 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from backbone.plan import LayerPlan
+from oracle.chat import padded
 from runtime.parts import AllocatorParts
-from runtime.router.prompts import Body, padded, prompts_of
+from runtime.router.prompts import Body, prompts_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +102,12 @@ class Chooser:
             found = iter([self._full("failed")] * len(prompts))
         return [next(found) if choice is None else choice for choice in choices]
 
-    def _decided(self, requests: Sequence[Sequence[Sequence[int]]]) -> list[Choice]:
+    def _decided(self, requests: Sequence[list[list[int]]]) -> list[Choice]:
         flat = [prompt for prompts in requests for prompt in prompts]
         if not flat:
             return []
-        pad: Any = self.tokenizer.pad_token_id
-        ids, mask = (torch.tensor(rows, device=self.model.device) for rows in padded(flat, pad))
-        decision = self.allocator.decider().decide(self.model, ids, mask, keep_cache=False)
+        batch = padded(self.tokenizer, flat).to(self.model.device)
+        decision = self.allocator.decider().decide(self.model, **batch, keep_cache=False)
         plans = iter([self.allocator.menu.plans[index] for index in decision.chosen])
         own = [{next(plans) for _ in prompts} for prompts in requests]
         return [Choice(found.pop()) if len(found) == 1 else self._full("several") for found in own]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.errors import InputError
 from backbone.execution.delete_layers import delete_layers
 from backbone.families import decoder_layers
+from backbone.files import UNFINISHED
 from backbone.plan import LayerPlan
 from runtime.parts import AllocatorParts
 
@@ -48,7 +49,7 @@ def export_plan(
     if allocator is not None:
         _merge(model, plan, allocator)
     short = delete_layers(model, plan)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     short.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -59,10 +59,3 @@ def _tokens(prompt: Any, allocator: AllocatorParts, tokenizer: PreTrainedTokeniz
     if _is_tokens(prompt) and min(prompt) >= 0 and max(prompt) < len(tokenizer):
         return list(prompt)
     raise UnreadablePromptError(f"a prompt is a text or tokens of the model, got {prompt!r:.80}")
-
-
-def padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids and mask [B, S] of prompts, padded on the left."""
-    longest = max(map(len, prompts))
-    ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    return ids, [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

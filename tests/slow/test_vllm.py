@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from servers import free_port, kill, running, wait_until_well
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import make_allocator
 
@@ -33,40 +32,12 @@ pytestmark = [
 ANSWER = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @contextmanager
-def process(command: list[str], url: str, log: Path, seconds: float = 240) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, once its `/health` answers; with its children killed at the end."""
-    with log.open("wb") as output:
-        started = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            until = time.monotonic() + seconds
-            while not answers(url):
-                assert started.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < until, log.read_text()[-3000:]
-                time.sleep(0.3)
-            yield started
-        finally:
-            kill(started)
-
-
-def kill(started: subprocess.Popen[bytes]) -> None:
-    """With its children, which it may have left behind."""
-    with suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return bool(httpx2.get(f"{url}/health", timeout=5).status_code == 200)
-    except httpx2.HTTPError:
-        return False
+def process(command: list[str], url: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, once its `/health` answers."""
+    with running(command, log) as started:
+        wait_until_well(url, [started], log, seconds=240)
+        yield started
 
 
 @contextmanager
@@ -123,7 +94,7 @@ def test_requests_through_router_and_engine_run_their_plans(folder: Path, tmp_pa
     model, tokenizer = tiny_model("llama", hidden_size=128), tiny_tokenizer()
     prompts = [tokenizer(text).input_ids for text in ("abcdefghijk", "hgfedcbaa", "feedbag", "cabb", "ab", "d" * 30)]
     with (
-        engine(folder / "model", tmp_path / "engine.log") as (running, upstream),
+        engine(folder / "model", tmp_path / "engine.log") as (serving, upstream),
         router(folder, upstream, tmp_path / "router.log") as (_, url),
     ):
         with ThreadPoolExecutor(12) as threads:
@@ -146,7 +117,7 @@ def test_requests_through_router_and_engine_run_their_plans(folder: Path, tmp_pa
         ) as stream:
             lines = stream.iter_lines()
             next(lines)
-            kill(running)
+            kill(serving)
             said = [line for line in lines if line]
         assert "broke off" in json.loads(said[-2].removeprefix("data: "))["error"]["message"]
         assert ask(url, prompts[0]).status_code == 502
@@ -166,12 +137,12 @@ def under(model: Any, plan: LayerPlan, prompt: list[int]) -> list[int]:
 def test_a_killed_router_leaves_no_client_waiting(folder: Path, tmp_path: Path) -> None:
     with (
         engine(folder / "model", tmp_path / "engine.log") as (_, upstream),
-        router(folder, upstream, tmp_path / "router.log") as (running, url),
+        router(folder, upstream, tmp_path / "router.log") as (routing, url),
         ThreadPoolExecutor(1) as threads,
     ):
         waiting = threads.submit(ask, url, [5, 6, 7], max_tokens=110)
         time.sleep(0.3)
-        kill(running)
+        kill(routing)
         with pytest.raises(httpx2.HTTPError):
             waiting.result(timeout=60)
         assert ask(upstream, [5, 6, 7]).status_code == 200
