@@ -67,8 +67,6 @@ class Contest:
 
     def texts(self, answers: Answers) -> list[str]:
         """What a user would read: up to the first token that ends an answer, and to the stop string."""
-        if answers.texts:
-            return answers.texts
         kept = [self._ended(row) for row in answers.tokens]
         decoded = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
         return [cut_at_stop(text, self.allocator.decoding.stop) for text in decoded]
@@ -94,7 +92,10 @@ class Contest:
         }
 
     def offline(self) -> dict[str, Callable[[], Answers]]:
-        """All prompts at once, in batches of 32, the longest first."""
+        """All prompts at once, in batches of 32, the longest first.
+
+        The allocator gives texts and no tokens; its answers are those of `known`, which has its plans and batches.
+        """
         longest = sorted(range(len(self._tokens)), key=lambda place: -len(self._tokens[place]))
         batches = [longest[start : start + 32] for start in range(0, len(longest), 32)]
         lengths = [len(ids) for ids in self._tokens]
@@ -104,11 +105,11 @@ class Contest:
         for plan, _ in groups:
             self._without(plan)
 
-        texts = self._many()  # with answers that end by themselves
-
         def allocated() -> Answers:
-            self._many(eos_token_id=None)
-            return Answers(texts=texts)
+            self.allocator.generate_many(
+                self.model, self.tokenizer, self._texts, batch_size=32, eos_token_id=None, **self._exact
+            )
+            return Answers()
 
         return {
             "stock": lambda: self._joined(batches, lambda batch: self._stock(self.model, batch)),
@@ -197,12 +198,6 @@ class Contest:
         if plan not in self._deleted:
             self._deleted[plan] = delete_layers(self.model, whole)
         return self._deleted[plan]
-
-    def _many(self, **options: Any) -> list[str]:
-        found = self.allocator.generate_many(
-            self.model, self.tokenizer, self._texts, batch_size=32, **{**self._exact, **options}
-        )
-        return [answer.text for answer in found]
 
     def _joined(self, batches: Sequence[Places], answer: Callable[[Places], Answers]) -> Answers:
         found: dict[int, tuple[list[int], float]] = {}

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--peers", action="store_true", help="also those of peers.py that are installed")
     parser.add_argument("--only", nargs="+", choices=OWN, help="of our own contestants; stock always runs")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="after a warm-up; 0 to time that, if it takes minutes")
     parser.add_argument("--differing", type=int, default=16, help="prompts to be answered together and alone")
     parser.add_argument("--name", help="name in the result's file; default: the last part of --model and the device")
     arguments = parser.parse_args()
@@ -159,8 +159,10 @@ def peers_of(contest: Contest, prompts: Sequence[Prompt], new_tokens: int) -> Pe
 
 
 def quality(contest: Contest, found: Mapping[str, Any], name: str, prompts: Sequence[Prompt]) -> float | None:
-    """Mean score by the prompts' own judges; None for what was not run, and for models without their stand-ins."""
+    """Mean score by the prompts' own judges; None without answers, and for models without their stand-ins."""
     if not isinstance(found[name], Measured) or (name == "ideal" and contest.allocator.stand_ins is not None):
+        return None
+    if not found[name].answers.tokens:
         return None
     full, answers = contest.texts(found["stock"].answers), contest.texts(found[name].answers)
     rows = zip(prompts, answers, full, strict=True)

@@ -30,16 +30,14 @@ class Answers:
     """What a contestant generated for N prompts.
 
     Attributes:
-        tokens: T new tokens of each prompt; empty lists from a contestant that gives texts.
+        tokens: T new tokens of each prompt; empty from a contestant that gives none.
         first_token_ms: from the start of its batch to the first token of each prompt; empty where that cannot be seen.
-        texts: in place of tokens.
         acceptance: of each batch, from a contestant that drafts: the share of its drafts that were kept, None without
             drafts.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     first_token_ms: list[float] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
     acceptance: list[float | None] = field(default_factory=list)
 
 
@@ -48,9 +46,9 @@ class Measured:
     """One contestant's rounds.
 
     Attributes:
-        answers: of the first round, which is a warm-up and not timed.
-        seconds: of each later round, for all N prompts.
-        first_token_ms: the mean over prompts, of each later round.
+        answers: of the first round, which is a warm-up.
+        seconds: of each timed round, for all N prompts.
+        first_token_ms: the mean over prompts, of each timed round.
         layer_tokens: tokens times the layers that really computed them, prompts with their padding included.
         peak_bytes: device memory at its highest on a GPU, else the resident memory of the whole process.
     """
@@ -72,6 +70,7 @@ def in_turn(
     """Every contestant `rounds` times, all in turn in each round, in reversed order in every second one.
 
     Args:
+        rounds: after the warm-up; 0 to time the warm-up itself, where a round takes minutes.
         may_fail: contestants that are not ours: if the warm-up of one fails, the others go on without it, and if it
             takes more than `SLOW` times as long as the first contestant's, it is the only round.
 
@@ -89,7 +88,7 @@ def in_turn(
             seconds = time.perf_counter() - start
             slowest = SLOW * seconds if not found else slowest
             found[name] = Measured(answers, counted[0], peak[0])
-            if name in may_fail and seconds > slowest:
+            if not rounds or (name in may_fail and seconds > slowest):
                 found[name].seconds.append(seconds)
                 found[name].first_token_ms += [mean(answers.first_token_ms)] if answers.first_token_ms else []
         except Exception as error:

@@ -82,7 +82,7 @@ class DecodingSection(Section):
 
 
 class MenuSection(Section):
-    method: Annotated[Text, AfterValidator(MENUS.checked)] = "greedy_layers"
+    method: Annotated[Text, AfterValidator(MENUS.checked)] = "covering"
     probe_depth: int = Field(4, ge=1)
     given: list[str] = []
     """Plans in their text form, such as 0-12,16, for the method `given`; the full plan is added."""
@@ -90,7 +90,7 @@ class MenuSection(Section):
     """K, the full plan included."""
     cheapest_budget: float = Field(0.5, gt=0, lt=1)
     prompts: int = Field(32, ge=1)
-    """Prompts of the split `adapt` that a search looks at."""
+    """Prompts of the split `adapt` that a search looks at, half of them at most; `covering` fits bridges on others."""
 
     @model_validator(mode="after")
     def _check_method(self) -> MenuSection:

@@ -35,6 +35,15 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert script("demo").results_table(result) in (ROOT / "README.md").read_text()
 
 
+def test_the_readme_shows_what_looking_at_the_prompt_is_worth() -> None:
+    table, readme = script("table"), (ROOT / "README.md").read_text()
+    for name in ("demo", "qwen_embedded"):
+        row = table.row(ROOT / "benchmarks" / "results" / f"{name}.json")
+        assert f"| {' | '.join(row)} |" in readme
+    assert table.cheapest([(0.5, 0.1), (0.7, 0.9), (0.9, 0.8), (1.0, 0.95)], 0.85) == 1
+    assert table.cheapest([(0.5, 0.1), (1.0, 0.95)], 0.96) == 1  # nothing keeps so much: the full plan
+
+
 def test_decode_compares_plan_stock_and_deleted_model(model_folder, tmp_path, monkeypatch, capsys) -> None:
     decode = script("decode")
     monkeypatch.setattr(decode, "RESULTS", tmp_path)
@@ -232,12 +241,13 @@ def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path,
     assert single["early_exit"]["credible"] is None
     assert "allocator" not in result["settings"], "no paths"
     assert "0 differing tokens" in capsys.readouterr().out
-    few = "--prompts 2 --new-tokens 4 --rounds 1 --name few --differing 2 --sizes 1 --only lossless"
+    few = "--prompts 2 --new-tokens 4 --rounds 0 --name few --differing 2 --sizes 1 --only lossless"
     monkeypatch.setattr(sys, "argv", ["end_to_end.py", *data, *few.split()])
     runtime.main()
     found = json.loads((tmp_path / "runtime-few.json").read_text())
     ours = {name for name, row in found["runs"][0]["contestants"].items() if "not_run" not in row}
     assert ours == {"stock", "lossless"}
+    assert found["runs"][0]["contestants"]["stock"]["rounds"] == 1
     assert found["differing"]["rows"] == 2
 
 

@@ -25,6 +25,7 @@ from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
+from oracle.menus.base import spread
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
@@ -172,8 +173,7 @@ class _Making:
         return reference_examples(tokenizer, self._prompts(), self._workspace.decoding)
 
     def _prompts(self) -> list[Prompt]:
-        prompts = _parts(self._workspace)[0]
-        return prompts[:: max(1, len(prompts) // self._settings.prompts)][: self._settings.prompts]
+        return spread(_parts(self._workspace)[0], self._settings.prompts)
 
 
 def _labeller(workspace: Workspace, attached: StandIns | None, workers: Workers | None) -> Labeller | DistantLabeller:
