@@ -42,8 +42,19 @@ def common_depth(model: PreTrainedModel, first: LayerPlan, second: LayerPlan) ->
 
 
 def sharing_order(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The plans ordered so that each has as much as any earlier one in common with the one just before it."""
-    return sorted(plans, key=lambda plan: treatments(model, plan))
+    """The plans ordered so that each has as much as any earlier one in common with the one just before it.
+
+    The order depends on the plans alone, not on where their bridges lie in memory.
+    """
+    numbers = {0: 0}  # of bridges, as the plans by their text have them
+    keys = {
+        plan: [
+            (attention, mlp, numbers.setdefault(bridge, len(numbers)), changed)
+            for attention, mlp, bridge, changed in treatments(model, plan)
+        ]
+        for plan in sorted(plans, key=str)
+    }
+    return sorted(plans, key=keys.__getitem__)
 
 
 class SharedPasses:

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
@@ -19,6 +21,8 @@ PLANS = [
     LayerPlan.skipping(N_LAYERS, {2, 3}),
     LayerPlan.skipping(N_LAYERS, {1, 3, 4}),
 ]
+
+BRIDGE = Bridge((torch.eye(32),), torch.zeros(32))
 
 
 def sequences(count: int = 40) -> list[list[int]]:
@@ -168,6 +172,17 @@ def test_shared_passes_over_bridges_equal_separate_ones(family) -> None:
             with shared.next_plan():
                 assert torch.equal(model(**batch, use_cache=False).logits, expected)
     assert shared.layers_run < sum(plan.layers for plan in order)
+
+
+def test_the_order_of_shared_passes_does_not_depend_on_where_bridges_lie() -> None:
+    """Which plan pays for a shared layer is written beside each label."""
+    model, orders = tiny_model("llama"), []
+    for plans in (PLANS, PLANS[::-1]):
+        bridges = {plan: {gap.start: deepcopy(BRIDGE) for gap in plan.gaps} for plan in plans}  # one behind the other
+        attach(model, StandIns(model_fingerprint(model), bridges))
+        orders.append(sharing_order(model, plans))
+        detach(model)
+    assert orders[0] == orders[1]
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
