@@ -160,9 +160,9 @@ def peers_of(contest: Contest, prompts: Sequence[Prompt], new_tokens: int) -> Pe
 
 def quality(contest: Contest, found: Mapping[str, Any], name: str, prompts: Sequence[Prompt]) -> float | None:
     """Mean score by the prompts' own judges; None without answers, and for models without their stand-ins."""
-    if not isinstance(found[name], Measured) or (name == "ideal" and contest.allocator.stand_ins is not None):
+    if not isinstance(found[name], Measured) or not found[name].answers.tokens:
         return None
-    if not found[name].answers.tokens:
+    if name == "ideal" and contest.allocator.stand_ins is not None:
         return None
     full, answers = contest.texts(found["stock"].answers), contest.texts(found[name].answers)
     rows = zip(prompts, answers, full, strict=True)

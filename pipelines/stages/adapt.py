@@ -25,7 +25,6 @@ from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
-from oracle.menus.base import spread
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
@@ -34,6 +33,7 @@ from pipelines.distributed import Workers
 from pipelines.exit_training import exits_of, train_exits
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.progress import console, duration, progress
+from pipelines.run_prompts import evenly
 from pipelines.run_state import check_own, stage_key
 from pipelines.worker_tasks import SumsTask
 from pipelines.workspace import Workspace
@@ -173,7 +173,7 @@ class _Making:
         return reference_examples(tokenizer, self._prompts(), self._workspace.decoding)
 
     def _prompts(self) -> list[Prompt]:
-        return spread(_parts(self._workspace)[0], self._settings.prompts)
+        return evenly(_parts(self._workspace)[0], self._settings.prompts)
 
 
 def _labeller(workspace: Workspace, attached: StandIns | None, workers: Workers | None) -> Labeller | DistantLabeller:

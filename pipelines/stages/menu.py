@@ -11,12 +11,13 @@ from backbone.families import decoder_layers
 from backbone.files import write_atomically
 from backbone.plan import LayerPlan
 from oracle.menus import build_menu
-from oracle.menus.base import MenuTask, spread
+from oracle.menus.base import MenuTask
 from oracle.menus.search_steps import search_steps
 from oracle.menus.task_labels import TaskLabels
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.progress import progress
+from pipelines.run_prompts import evenly
 from pipelines.workspace import Workspace
 
 
@@ -49,12 +50,7 @@ def menu_task(workspace: Workspace) -> MenuTask:
 
 
 def _parts(prompts: Sequence[Prompt], wanted: int) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that a search looks at, half of them at most, and the others.
-
-    Prompts lie in the source's order, often by task: those looked at are evenly spread, to see all kinds.
-    """
-    looked_at = set(spread(range(len(prompts)), max(1, min(wanted, len(prompts) // 2))))
-    return (
-        [prompt for place, prompt in enumerate(prompts) if place in looked_at],
-        [prompt for place, prompt in enumerate(prompts) if place not in looked_at],
-    )
+    """The prompts that a search looks at, half of them at most, and the others."""
+    looked_at = evenly(prompts, max(1, min(wanted, len(prompts) // 2)))
+    known = set(looked_at)
+    return looked_at, [prompt for prompt in prompts if prompt not in known]
