@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from backbone.errors import InputError, reason_of
@@ -101,6 +102,8 @@ class _Checks:
 
     def methods(self) -> str:
         MENUS.check_there(self._config.menu.method)
+        if (given := self._config.adapt.given) is not None and not Path(given).is_file():
+            raise ConfigError(f"adapt.given: there is no file {given}")
         for name in self._config.tuning.controllers:
             CONTROLLERS.check_there(name)
         return f"methods      menu {self._config.menu.method}, controllers {', '.join(self._config.tuning.controllers)}"

@@ -81,7 +81,7 @@ class Config(Section):
     @property
     def makes_from_prompts(self) -> bool:
         """Whether the menu or the stand-ins are made from the prompts of the split `adapt`."""
-        return self.adapt.method != "none" or self.menu.method not in LOOK_AT_NO_PROMPTS
+        return self.adapt.method not in ("none", "given") or self.menu.method not in LOOK_AT_NO_PROMPTS
 
     def dump(self) -> str:
         """YAML with every key, from which the same run can be made."""

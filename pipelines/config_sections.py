@@ -12,7 +12,7 @@ from oracle.decoding import Decoding, checked_options
 from oracle.menus import MENUS
 from oracle.prompts import COLUMNS, SPLITS, Split
 
-AdaptMethod = Literal["none", "bridges", "adapter", "both", "best"]
+AdaptMethod = Literal["none", "bridges", "adapter", "both", "best", "given"]
 
 
 class Section(BaseModel):
@@ -91,6 +91,10 @@ class MenuSection(Section):
     cheapest_budget: float = Field(0.5, gt=0, lt=1)
     prompts: int = Field(32, ge=1)
     """Prompts of the split `adapt` that a search looks at, half of them at most; `covering` fits bridges on others."""
+    losses: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.0, 0.02, 0.05], min_length=1)
+    """Shares of the full model's mean score that the oracle of a menu that `covering` picks may lose, each weighing the
+    same. The search scores plans as their bridges alone make them: where an adapter is to be trained for long after it,
+    larger ones suit, since training wins much of the loss back."""
 
     @model_validator(mode="after")
     def _check_method(self) -> MenuSection:
@@ -102,7 +106,11 @@ class MenuSection(Section):
 class AdaptSection(Section):
     method: AdaptMethod = "bridges"
     """What makes the menu's plans better: closed-form bridges over their gaps, a trained adapter, both, or nothing;
-    `best` makes all of them and keeps what does best for the time it takes, on a fifth of the prompts held out."""
+    `best` makes all of them and keeps what does best for the time it takes, on a fifth of the prompts held out; `given`
+    takes those of the file `adapt.given`."""
+    given: Text | None = None
+    """Stand-ins that another run of this model and menu made, for example on a GPU: its `stand_ins.safetensors`. What
+    they were fitted and trained on should lie in the split `adapt`, so keep that run's prompts and `data.shares`."""
     prompts: int = Field(400, ge=8)
     """Prompts of the split `adapt`, with the full model's answers, to fit and train on."""
     form: Form = "full"
@@ -123,14 +131,22 @@ class AdaptSection(Section):
     batch_tokens: int = Field(1024, ge=16)
     plans_per_step: int = Field(3, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
+    evaluate_every: int = Field(25, ge=1)
+    """Steps between looks at held-out prompts, at each of which a checkpoint is written; a GPU's steps are short beside
+    a look, and a hundred suit it better."""
     references: bool = False
     """Train towards the references too, where prompts have one; otherwise towards the full model alone."""
 
     @model_validator(mode="after")
     def _check_trained(self) -> AdaptSection:
+        if (self.method == "given") != (self.given is not None):
+            raise ValueError(
+                f"the method 'given' and a file of stand-ins in adapt.given go together, got {self.method!r} and "
+                f"{self.given!r}"
+            )
         if self.method == "adapter" and self.where == "nowhere":
             raise ValueError("an adapter that sits 'nowhere' changes nothing; with the method 'both' it trains bridges")
-        if self.exit_steps and self.method in ("none", "adapter"):
+        if self.exit_steps and self.method in ("none", "adapter", "given"):
             raise ValueError(
                 f"exit_steps trains bridges, and the method {self.method!r} makes none; take 'bridges', or 0 steps"
             )
@@ -145,6 +161,7 @@ class AdaptSection(Section):
             batch_tokens=self.batch_tokens,
             plans_per_step=self.plans_per_step,
             learning_rate=self.learning_rate,
+            evaluate_every=self.evaluate_every,
         )
 
 

@@ -26,7 +26,8 @@ from pipelines.workspace import Workspace
 
 CONTROLS = ("shuffled", "length", "task", "embedding")
 """Controllers of the best one's kind with features that know less: another prompt's, the length alone, the task's name
-alone, the mean embedding alone. Each has a search of its own: none loses by settings made for other features."""
+alone, the mean embedding alone. Each has a search of its own: none loses by settings made for other features. Where all
+prompts are of one task, its name tells nothing, and there is no such control."""
 
 TASK_COLUMNS = 64
 
@@ -43,8 +44,9 @@ def comparison(
     """
     alphas = workspace.config.evaluation.alphas
     fit, settings = workspace.table("train", "tune"), tuned_settings(workspace)[best]
-    with progress("searches of controls", len(CONTROLS)) as advance:
-        controls = {name: _control(name, settings, fit, workspace.config, advance) for name in CONTROLS}
+    names = [name for name in CONTROLS if name != "task" or len(set(fit.tasks)) > 1]
+    with progress("searches of controls", len(names)) as advance:
+        controls = {name: _control(name, settings, fit, workspace.config, advance) for name in names}
     learned = {**load_trained(workspace), **controls}
     predicted = {name: _both(name, found, calibrate, test) for name, found in learned.items()}
     rows: Rows = []

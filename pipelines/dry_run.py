@@ -191,8 +191,8 @@ class _Rehearsal:
 
     def _adapt(self) -> tuple[str, float]:
         settings = self.config.adapt
-        if settings.method == "none":
-            return "nothing", 0.0
+        if settings.method in ("none", "given"):
+            return "nothing" if settings.given is None else settings.given, 0.0
         prompts = self.scratch.splits["adapt"]
         count = min(settings.prompts, len(prompts))
         answers = min(count, self._missing(prompts, self.menu.plans[-1:]))

@@ -51,6 +51,7 @@ class RunState:
     def key(self, stage: Stage) -> str:
         """Hash of everything that the stage's result depends on, as far as the stages before it are done."""
         values = self._config.model_dump(mode="json")
+        given = self._config.adapt.given if stage.name == "adapt" else None
         parts = {
             "format": FORMAT_VERSION,
             "stage": stage.name,
@@ -59,6 +60,7 @@ class RunState:
             "shares": values["data"]["shares"],
             "reads": {key: _value(values, key) for key in stage.reads},
             "before": [self._result(earlier) for earlier in all_before(stage)],
+            **({} if given is None else {"given": content_hash(Path(given))}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

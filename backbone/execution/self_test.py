@@ -55,12 +55,19 @@ def check_exactness(model: PreTrainedModel) -> None:
             with patched(model, plan):
                 uncached = _uncached(model, inputs)[:, -STEPS:]
                 difference = _difference(_cached(model, inputs), uncached)
-            limit = TOLERANCE.get(uncached.dtype, HALF_TOLERANCE)
+            limit = rounding_limit(uncached.dtype, uncached.device)
             if not difference <= limit:
                 raise InexactPlanError(
                     f"{_name(model)}: under plan {plan} a step with a cache differs by {difference:.1%} from the same "
                     f"computation without one (at most {limit:.1%} is rounding), so its layers cannot be skipped"
                 )
+
+
+def rounding_limit(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest difference that is rounding; where TF32 is allowed, a GPU rounds float32's products as float16's."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        return HALF_TOLERANCE
+    return TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
 def _full_plan_is_equal(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:

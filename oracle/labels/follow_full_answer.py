@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.device_memory import room
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.left_padding import in_halves
 from backbone.plan import LayerPlan
@@ -64,9 +65,9 @@ def follow(
 
 
 def fitting(model: PreTrainedModel, rows: Sequence[Forced]) -> Iterator[Sequence[Forced]]:
-    """The rows in parts whose logits fit into LOGITS_BYTES."""
-    longest = max(len(answer) for _, answer in rows)
-    size = max(1, LOGITS_BYTES // (longest * model.config.get_text_config().vocab_size * 4))
+    """The rows in parts whose logits fit into LOGITS_BYTES, or into a sixteenth of a GPU's free memory."""
+    of_row = max(len(answer) for _, answer in rows) * model.config.get_text_config().vocab_size * 4
+    size = max(1, room(model.device, LOGITS_BYTES, 1 / 16) // of_row)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 

@@ -28,6 +28,8 @@ class MenuTask:
         probe_depth: layers that every plan runs.
         n_plans: K, the full plan included.
         cheapest_budget: share of the decoder's bytes that the cheapest plan should run.
+        losses: shares of the full model's mean score that the menu's oracle may lose, for methods that look at scores;
+            the menu is to be good at all of them.
         given: texts of the plans, for the method `given`.
         labels: answers to the prompts and their scores under any plan, for methods that look at scores.
 
@@ -42,6 +44,7 @@ class MenuTask:
     probe_depth: int
     n_plans: int
     cheapest_budget: float
+    losses: Sequence[float] = (0.0, 0.02, 0.05)
     given: Sequence[str] = ()
     labels: TaskLabels | None = None
 

@@ -16,6 +16,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from backbone.device_memory import room
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan, PlanError, PlanMenu
@@ -39,18 +40,17 @@ POOL_PLANS = 64
 PAIRS = 24
 """Pairs of gaps that are tried, at most."""
 
-LOSSES = (0.0, 0.02, 0.05)
-"""Shares of the full model's mean score that the oracle of a menu may lose; the menu is to be good at all of them."""
-
 DIVERGED = (0.02, 0.1, 0.3)
-"""The same by divergence, each for twice as many plans as the menu has, which the prompts' own judges get to see."""
+"""Shares of the full model's mean score by divergence that an oracle may lose, beside the task's own larger losses: for
+each of them the prompts' own judges get to see twice as many plans as the menu has."""
 
 TRUST = 0.5
 """How much of what a score says beyond its plan's mean the choice takes for more than luck. On prompts held out,
 menus chosen with half of it have as good an oracle and a far better static mixture (docs/log.md)."""
 
 SUMS_BYTES = 2**30
-"""Memory for the sums that bridges are fitted from; with more gaps the prompts are run several times."""
+"""Memory for the sums that bridges are fitted from, on a GPU a quarter of what is free there; with more gaps the
+prompts are run several times."""
 
 
 def covering(task: MenuTask, advance: Advance) -> list[LayerPlan]:
@@ -72,13 +72,17 @@ def covering(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     pairs = two_gaps(found, task)
     if pairs:
         found = found.joined(pool.measured(pairs, KL))
-    kept = {plan for loss in DIVERGED for plan in found.good(2 * task.n_plans - 1, loss)}
-    return pool.measured(sorted(kept, key=str), None).best(task.n_plans, LOSSES)
+    kept = {plan for loss in _diverged(task) for plan in found.good(2 * task.n_plans - 1, loss)}
+    return pool.measured(sorted(kept, key=str), None).best(task.n_plans, task.losses)
 
 
 def most_measured(task: MenuTask) -> int:
     """Plans that a search measures, at most."""
-    return len(pool_plans(task)) + PAIRS + len(DIVERGED) * 2 * (task.n_plans - 1)
+    return len(pool_plans(task)) + PAIRS + len(_diverged(task)) * 2 * (task.n_plans - 1)
+
+
+def _diverged(task: MenuTask) -> list[float]:
+    return sorted({*DIVERGED, *(loss for loss in task.losses if loss > max(DIVERGED))})
 
 
 def pool_plans(task: MenuTask) -> list[LayerPlan]:
@@ -169,7 +173,7 @@ class _Pool:
         ordered = sorted(gaps, key=lambda gap: (gap.start, gap.stop))
         sequences, n_layers = self._labels.sequences(), self._task.n_layers
         size = self._task.model.config.get_text_config().hidden_size + 1
-        together = max(1, SUMS_BYTES // (4 * 8 * size * size))
+        together = max(1, room(self._task.model.device, SUMS_BYTES, 0.25) // (4 * 8 * size * size))
         for start in range(0, len(ordered), together):
             plans = {gap: LayerPlan.skipping(n_layers, gap) for gap in ordered[start : start + together]}
             fitted = bridges_of(fit_bridges(self._task.model, sequences, list(plans.values())))

@@ -19,6 +19,7 @@ from backbone.stand_ins.attaching import StandIns, attach, detach
 from backbone.stand_ins.bridges import Bridges
 from backbone.stand_ins.distillation import CHECKPOINT, History, distil
 from backbone.stand_ins.fit_bridges import Fits, Over, bridges_of, bridging_rounds, fit_bridges
+from backbone.stand_ins.tensors import StandInsError
 from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples, reference_examples
 from oracle.chat import padded_prompts
@@ -89,6 +90,8 @@ class _Making:
         fingerprint = self._workspace.fingerprint
         if method == "none":
             return StandIns(fingerprint)
+        if method == "given":
+            return self._given(fingerprint)
         bridges = {} if method == "adapter" else self._bridges
         if method == "bridges":
             return StandIns(fingerprint, bridges)
@@ -110,6 +113,22 @@ class _Making:
             console.print(f"  training {history.ended}")
         self.record[f"training_{method}"] = asdict(history)
         return stand_ins
+
+    def _given(self, fingerprint: str) -> StandIns:
+        """Those of a file, which must be this model's and know the menu's gaps."""
+        found = StandIns.load(Path(str(self._settings.given)))
+        if found.fingerprint != fingerprint:
+            raise StandInsError(
+                f"adapt.given, {self._settings.given}, holds stand-ins of {found.fingerprint}, and this run's model is "
+                f"{fingerprint}"
+            )
+        without = [plan for plan in self._plans if plan.gaps and plan not in found.bridges]
+        if found.bridges and without:
+            raise StandInsError(
+                f"adapt.given, {self._settings.given}, has no bridges for the plan {without[0]}; it has them for "
+                f"{', '.join(map(str, found.bridges))}: name these in menu.given"
+            )
+        return found
 
     def _fitted(self) -> Fits:
         model, _ = self._workspace.backbone

@@ -44,6 +44,7 @@ def menu_task(workspace: Workspace) -> MenuTask:
         probe_depth=settings.probe_depth,
         n_plans=settings.plans,
         cheapest_budget=settings.cheapest_budget,
+        losses=settings.losses,
         given=settings.given,
         labels=TaskLabels(cache(lambda: workspace.labeller_of(model, tokenizer)), tokenizer, prompts, others, full),
     )

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from backbone.execution import plan_patches
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.self_test import InexactPlanError, check_exactness
+from backbone.execution.self_test import InexactPlanError, check_exactness, rounding_limit
 from backbone.families import FAMILIES, UnsupportedModelError, decoder_layers, family_of, sublayer_bytes
 from backbone.plan import LayerPlan
 from backbone.testing import FamilyConformance
@@ -57,6 +57,19 @@ def test_a_model_that_fails_its_self_test_is_refused_before_its_first_plan(monke
     for _ in range(2):
         with pytest.raises(InexactPlanError, match="gptj"), apply_plan(model, LayerPlan.full(6)):
             pass
+
+
+@pytest.mark.parametrize(
+    ("device", "allowed", "limit"), [("cuda", True, 0.1), ("cuda", False, 1e-3), ("cpu", True, 1e-3)]
+)
+def test_products_in_tf32_may_be_rounded_as_half_precision_is(device, allowed, limit) -> None:
+    """Seen on an H200: 0.2% between a step with a cache and one without, where TF32 was allowed."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed  # monkeypatch cannot put this attribute back
+    try:
+        assert rounding_limit(torch.float32, torch.device(device)) == limit
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_the_self_test_leaves_the_training_mode_alone() -> None:

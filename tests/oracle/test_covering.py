@@ -1,5 +1,6 @@
 """Menus of the plans with which an oracle spends least."""
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -114,6 +115,16 @@ def test_the_pool_holds_exits_gaps_and_even_spreads(tmp_path) -> None:
     assert all(len(plan.skipped_layers) <= 3 for plan in plans)
     build_menu("covering", task, lambda: steps.append(1))
     assert len(plans) <= len(steps) <= search_steps("covering", task)
+
+
+def test_a_menu_for_larger_losses_is_cheaper(tmp_path) -> None:
+    model = tiny_model("llama")
+    budgets = {}
+    for losses in ((0.0,), (0.9,)):
+        task = covering_task(model, tmp_path, n_plans=2, cheapest_budget=0.4, losses=losses)
+        budgets[losses] = build_menu("covering", task).budgets[0]
+    assert budgets[0.9,] < budgets[0.0,]
+    assert search_steps("covering", task) > search_steps("covering", replace(task, losses=(0.0,)))
 
 
 def test_a_task_without_labels_is_refused() -> None:

@@ -322,6 +322,57 @@ def test_shortened_plans_are_adapted_in_every_way(config_file, method) -> None:
     assert sum(budgets) == pytest.approx(sum(frozen) + added)
 
 
+def test_stand_ins_of_another_run_are_taken(config_file) -> None:
+    """A GPU may train what a CPU labels with: the second run trains nothing, and has the same stand-ins."""
+    path = config_file(adapt={"method": "both", **ADAPTED})
+    for stage in ("menu", "adapt"):
+        assert layerbudget(stage, path).returncode == 0
+    first = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
+    given = config_file(
+        "second.yaml", name="second", adapt={"method": "given", "given": str(first / "stand_ins.safetensors")}
+    )
+    for stage in ("menu", "adapt"):
+        done = layerbudget(stage, given)
+        assert done.returncode == 0, done.stdout + done.stderr
+    second = first.parent / "second"
+    records = [json.loads((folder / "adapt.json").read_text()) for folder in (first, second)]
+    assert records[1]["method"] == "given"
+    assert [record["digest"] for record in records] == [records[0]["digest"]] * 2
+    assert records[0]["added_budget"] == records[1]["added_budget"]
+    assert not any(name.startswith("training") for name in records[1])
+    done = layerbudget("adapt", given, "--set", "menu.plans=3")
+    assert done.returncode == 2, "another menu needs its stage first"
+    assert layerbudget("menu", given, "--set", "menu.plans=3", "--set", "menu.method=exiting").returncode == 0
+    refused_by(given, "has no bridges for the plan", "--set", "menu.plans=3", "--set", "menu.method=exiting")
+
+
+def refused_by(path: Path, sentence: str, *settings: str) -> None:
+    done = layerbudget("adapt", path, *settings)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+
+
+def test_given_stand_ins_must_be_there(config_file) -> None:
+    path = config_file(adapt={"method": "given", "given": "nowhere.safetensors"})
+    done = layerbudget("check", path)
+    assert done.returncode == 2
+    assert "adapt.given: there is no file nowhere.safetensors" in done.stderr
+
+
+def test_prompts_of_one_task_are_measured_too(config_file, tmp_path) -> None:
+    """Their task tells a control nothing, so that there is none that knows it."""
+    rows = [
+        {**json.loads(line), "task": "only"} for line in write_prompts(tmp_path / "two.jsonl").read_text().splitlines()
+    ]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = config_file(data={"path": str(tmp_path / "one.jsonl")})
+    done = layerbudget("run", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((Path(yaml.safe_load(path.read_text())["runs"]) / "tiny" / "metrics.json").read_text())
+    assert {"shuffled", "length"} <= {row["policy"] for row in metrics["comparison"]["at_losses"]}
+    assert "task" not in {row["policy"] for row in metrics["comparison"]["at_losses"]}
+
+
 def test_the_best_way_to_adapt_is_measured_on_the_tune_split(config_file) -> None:
     path = config_file(adapt={"method": "best", **ADAPTED})
     done = layerbudget("adapt", path, "--set", "menu.plans=3")
