@@ -128,7 +128,7 @@ class _Run:
         self._lesson = Lesson(model, trainable, settings.vocabulary, settings.seed)
         self._parts = 1
         self._before: dict[str, float] = {}
-        self._cheapest, *_ = self._ordered = sorted(trainable.plans, key=lambda plan: (plan.layers, str(plan)))
+        self._ordered = sorted(trainable.plans, key=lambda plan: (plan.layers, str(plan)))
 
     def go(self) -> History:
         history, best, losses = History(), math.inf, list[float]()
@@ -221,13 +221,13 @@ class _Run:
                 self._parts *= 2
 
     def _chosen(self, step: int) -> list[LayerPlan]:
-        """The sandwich: cheapest, largest, and others drawn without putting back."""
-        *between, largest = self._ordered[1:] or [self._cheapest]
-        count = max(0, min(self._settings.plans_per_step - 2, len(between)))
-        drawn = np.random.default_rng([self._settings.seed, 2, step]).permutation(len(between))[:count]
-        return list(dict.fromkeys([self._cheapest, largest, *(between[i] for i in drawn)]))[
-            : self._settings.plans_per_step
-        ]
+        """The sandwich: cheapest, largest, and others drawn without putting back; of two plans the cheapest and any
+        other, of one any, so that none is left out of the training."""
+        count = self._settings.plans_per_step
+        fixed = list(dict.fromkeys([self._ordered[0], self._ordered[-1]]))[: max(0, count - 1)]
+        others = [plan for plan in self._ordered if plan not in fixed]
+        drawn = np.random.default_rng([self._settings.seed, 2, step]).permutation(len(others))[: count - len(fixed)]
+        return fixed + [others[i] for i in drawn]
 
     def _set_rates(self, step: int) -> None:
         """Linear warm-up over a twentieth of the steps, then half a cosine down to a twentieth of the peak."""

@@ -85,6 +85,24 @@ def _fields(settings: DistillSettings) -> dict[str, object]:
     return {name: getattr(settings, name) for name in DistillSettings.__dataclass_fields__}
 
 
+@pytest.mark.parametrize("plans_per_step", [1, 2, 3])
+def test_no_plan_is_left_out_however_few_run_at_a_step(tmp_path, monkeypatch, plans_per_step) -> None:
+    model, plans, ran = tiny_model("llama"), [*PLANS, LayerPlan.exiting(N_LAYERS, 5)], []
+    losses = distillation.Lesson.losses
+
+    def noted(self, batch, chosen, step):
+        ran.extend([set(chosen)] if step >= 0 else [])
+        return losses(self, batch, chosen, step)
+
+    monkeypatch.setattr(distillation.Lesson, "losses", noted)
+    trained(model, tmp_path, DistillSettings(**{**_fields(SHORT), "plans_per_step": plans_per_step}), plans)
+    assert {len(chosen) for chosen in ran} == {plans_per_step}
+    assert set.union(*ran) == set(plans)
+    cheapest, largest = PLANS[0], {PLANS[2], plans[3]}
+    assert plans_per_step == 1 or all(cheapest in chosen for chosen in ran)
+    assert plans_per_step < 3 or all(chosen & largest for chosen in ran)
+
+
 def test_the_held_loss_is_the_divergence_of_the_merged_model(tmp_path) -> None:
     """What training measured with PEFT's layers is what the attached, merged, weights do."""
     model = tiny_model("llama", layer_scale=0.7)
