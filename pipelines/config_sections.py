@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from backbone.stand_ins.settings import DistillSettings, Form, Where
 from controller.feature_sets import check_sets
 from oracle.decoding import Decoding, checked_options
-from oracle.menus import MENUS
+from oracle.menus import LOSSES, MENUS
 from oracle.prompts import COLUMNS, SPLITS, Split
 
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best", "given"]
@@ -91,10 +91,9 @@ class MenuSection(Section):
     cheapest_budget: float = Field(0.5, gt=0, lt=1)
     prompts: int = Field(32, ge=1)
     """Prompts of the split `adapt` that a search looks at, half of them at most; `covering` fits bridges on others."""
-    losses: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.0, 0.02, 0.05], min_length=1)
+    losses: list[Annotated[float, Field(ge=0, lt=1)]] = Field(list(LOSSES), min_length=1)
     """Shares of the full model's mean score that the oracle of a menu that `covering` picks may lose, each weighing the
-    same. The search scores plans as their bridges alone make them: where an adapter is to be trained for long after it,
-    larger ones suit, since training wins much of the loss back."""
+    same. The search scores plans as their bridges alone make them, before any training; see docs/oracle.md."""
 
     @model_validator(mode="after")
     def _check_method(self) -> MenuSection:

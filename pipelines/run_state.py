@@ -60,7 +60,7 @@ class RunState:
             "shares": values["data"]["shares"],
             "reads": {key: _value(values, key) for key in stage.reads},
             "before": [self._result(earlier) for earlier in all_before(stage)],
-            **({} if given is None else {"given": content_hash(Path(given))}),
+            **({} if given is None else {"given": self._hash(str(Path(given).absolute()))}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -224,7 +224,7 @@ class _Run:
         """The sandwich: cheapest, largest, and others drawn without putting back; of two plans the cheapest and any
         other, of one any, so that none is left out of the training."""
         count = self._settings.plans_per_step
-        fixed = list(dict.fromkeys([self._ordered[0], self._ordered[-1]]))[: max(0, count - 1)]
+        fixed = list(dict.fromkeys([self._ordered[0], self._ordered[-1]]))[: count - 1]
         others = [plan for plan in self._ordered if plan not in fixed]
         drawn = np.random.default_rng([self._settings.seed, 2, step]).permutation(len(others))[: count - len(fixed)]
         return fixed + [others[i] for i in drawn]

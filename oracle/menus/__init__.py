@@ -33,6 +33,9 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
 LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "middle_block", "gaps", "random_routes"})
 """The methods that need no prompts; any other may read the model's answers to those of its task."""
 
+LOSSES = (0.0, 0.02, 0.05)
+"""Shares of the full model's mean score that a menu's oracle may lose where nothing else is asked for."""
+
 
 def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> PlanMenu:
     """The menu of a method's plans and the full plan; `advance` is called at every step of a search.

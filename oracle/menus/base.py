@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.families import decoder_layers
 from backbone.plan import PlanError
 from oracle.decoding import Decoding
+from oracle.menus import LOSSES
 from oracle.menus.task_labels import TaskLabels
 
 Advance = Callable[[], None]
@@ -44,7 +45,7 @@ class MenuTask:
     probe_depth: int
     n_plans: int
     cheapest_budget: float
-    losses: Sequence[float] = (0.0, 0.02, 0.05)
+    losses: Sequence[float] = LOSSES
     given: Sequence[str] = ()
     labels: TaskLabels | None = None
 

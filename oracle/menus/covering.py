@@ -81,8 +81,8 @@ def most_measured(task: MenuTask) -> int:
     return len(pool_plans(task)) + PAIRS + len(_diverged(task)) * 2 * (task.n_plans - 1)
 
 
-def _diverged(task: MenuTask) -> list[float]:
-    return sorted({*DIVERGED, *(loss for loss in task.losses if loss > max(DIVERGED))})
+def _diverged(task: MenuTask) -> set[float]:
+    return {*DIVERGED, *(loss for loss in task.losses if loss > max(DIVERGED))}
 
 
 def pool_plans(task: MenuTask) -> list[LayerPlan]:
