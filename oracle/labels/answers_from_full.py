@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.execution.shared_passes import unchanged_depth
 from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.judges import Judge, may_become_exact
 from oracle.labels.follow_full_answer import follow
-from oracle.labels.generate_answers import Enough, answer_text, continue_batch, stop_token_ids
+from oracle.labels.generate_answers import Enough, SharedBatch, answer_text, stop_token_ids
 from oracle.labels.store import CUT, Label
 from oracle.prompts import Prompt
 
@@ -138,21 +139,56 @@ class Shortcut:
         """The text of the tokens so far, marked where they are not all."""
         return answer_text(self._tokenizer, draft.ids, self._decoding) + ("" if self.is_whole(draft) else CUT)
 
-    def finish(self, drafts: Sequence[Draft], full: Mapping[Prompt, Label]) -> list[Draft]:
-        """The same drafts, of one plan, generated in one batch until they are settled."""
-        limit, plan = self._decoding.max_new_tokens, drafts[0].plan
-        start = time.perf_counter()
-        sequences = [[*tokens_of(self._tokenizer, draft.prompt.prompt), *draft.ids] for draft in drafts]
-        most = limit - min(len(draft.ids) for draft in drafts)
-        enough = [self._enough(draft, full[draft.prompt].answer) for draft in drafts]
-        rests = continue_batch(self._model, self._tokenizer, sequences, plan, self._decoding, most, enough)
-        seconds = (time.perf_counter() - start) / len(drafts)
-        finished = []
-        for draft, sequence, rest in zip(drafts, sequences, rests, strict=True):
-            ids = [*draft.ids, *rest][:limit]
-            tokens = (len(sequence) + len(ids) - len(draft.ids)) * plan.layers / plan.n_layers
-            finished.append(Draft(draft.prompt, plan, ids, draft.forward_tokens + tokens, draft.seconds + seconds))
-        return finished
+    def finish(self, drafts: Sequence[Draft], full: Mapping[Prompt, Label]) -> Iterator[list[Draft]]:
+        """The same drafts, generated in one batch until they are settled: those of one plan after those of another.
+
+        Drafts of a prompt that have the same tokens share a row, and the layers with which all their plans begin.
+        """
+        rows: dict[tuple[Prompt, tuple[int, ...]], dict[LayerPlan, Draft]] = defaultdict(dict)
+        for draft in drafts:
+            rows[draft.prompt, tuple(draft.ids)][draft.plan] = draft
+        plans = list(dict.fromkeys(draft.plan for draft in drafts))
+        start, owners = time.perf_counter(), list(rows.values())
+        sequences = [[*tokens_of(self._tokenizer, prompt.prompt), *ids] for prompt, ids in rows]
+        batch = SharedBatch(self._model, self._tokenizer, sequences, plans, self._decoding)
+        beginning = (time.perf_counter() - start) / len(drafts)
+        for plan in plans:
+            start = time.perf_counter()
+            own = {row: drafts_of[plan] for row, drafts_of in enumerate(owners) if plan in drafts_of}
+            rests = batch.continued(
+                plan,
+                {row: self._enough(draft, full[draft.prompt].answer) for row, draft in own.items()},
+                self._decoding.max_new_tokens - min(len(draft.ids) for draft in own.values()),
+            )
+            seconds = beginning + (time.perf_counter() - start) / len(own)
+            yield [
+                self._finished(draft, rest, len(sequences[row]), batch.depth, len(owners[row]), seconds)
+                for (row, draft), rest in zip(own.items(), rests, strict=True)
+            ]
+
+    def _finished(
+        self, draft: Draft, rest: Sequence[int], given: int, depth: int, sharing: int, seconds: float
+    ) -> Draft:
+        """A draft with the rest of its answer, after `given` tokens, for which `depth` layers ran once for all plans
+        that are `sharing` them."""
+        ids, plan = [*draft.ids, *rest][: self._decoding.max_new_tokens], draft.plan
+        layers = given * (plan.layers - depth + depth / sharing) + (len(ids) - len(draft.ids)) * plan.layers
+        tokens = draft.forward_tokens + layers / plan.n_layers
+        return Draft(draft.prompt, plan, ids, tokens, draft.seconds + seconds)
+
+    def saved(self, led: Sequence[Draft], full: Mapping[Prompt, Label]) -> dict[LayerPlan, float]:
+        """Forward tokens that generating under a plan all that leading has settled would have taken, if the layers with
+        which all plans begin run once for all; less what they cost anew for drafts that it has not settled."""
+        plans = list(dict.fromkeys(draft.plan for draft in led))
+        depth = unchanged_depth(self._model, plans)
+        saved = dict.fromkeys(plans, 0.0)
+        for draft in led:
+            label, anew = full[draft.prompt], depth * (1 - 1 / len(plans))
+            layers = -label.prompt_tokens * anew
+            if self.is_settled(draft, label.answer):
+                layers += (label.prompt_tokens + len(draft.ids)) * draft.plan.layers
+            saved[draft.plan] += layers / draft.plan.n_layers
+        return saved
 
     def _enough(self, draft: Draft, full_answer: str) -> Enough:
         return lambda rest: self.is_settled(replace(draft, ids=[*draft.ids, *rest]), full_answer)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.left_padding import in_halves
+from backbone.execution.prompt_prefix import Prefix, replaying, run_prefix
+from backbone.execution.shared_passes import unchanged_depth
+from backbone.families import decoder_of
+from backbone.left_padding import in_halves, position_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
@@ -53,28 +57,79 @@ def continue_batch(
     max_new_tokens: int,
     enough: Sequence[Enough] | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow each of B sequences, up to and with the first that stops or after which there are
-    `enough` (one condition a sequence); in smaller batches where memory does not suffice. What the model's generation
-    config says counts too."""
-    decoding = decoding.of(model, tokenizer)
-    stops = stop_token_ids(tokenizer, decoding)
-    options = {**decoding.arguments(tokenizer, list(stops)), "max_new_tokens": max_new_tokens}
+    """The tokens that follow each of B sequences; see `SharedBatch.continued`."""
+    batch = SharedBatch(model, tokenizer, token_ids, [plan], decoding)
+    return batch.continued(plan, dict(enumerate(enough or [_never] * len(token_ids))), max_new_tokens)
 
-    def generate(part: Sequence[tuple[list[int], Enough]]) -> list[list[int]]:
-        sequences = [sequence for sequence, _ in part]
-        inputs = tokenizer.pad({"input_ids": sequences}, return_tensors="pt", padding_side="left").to(model.device)
-        ends = _RowEnds([condition for _, condition in part], inputs["input_ids"].shape[1])
-        with apply_plan(model, plan):
-            output = model.generate(  # type: ignore[operator]
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                stopping_criteria=StoppingCriteriaList([ends] if enough else []),
-                **options,
+
+class SharedBatch:
+    """B sequences as one left-padded batch, which is continued under one plan after another.
+
+    What the first layers make of the sequences is computed once, as far as all plans run them whole and unchanged.
+
+    Args:
+        token_ids: of the sequences.
+        plans: all under which they will be continued.
+        decoding: what the model's generation config says is put in.
+
+    Attributes:
+        depth: the layers that are computed once; 0 for one plan, and where there is no memory to keep their states.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        token_ids: Sequence[list[int]],
+        plans: Sequence[LayerPlan],
+        decoding: Decoding,
+    ) -> None:
+        self._model = model
+        decoding = decoding.of(model, tokenizer)
+        self._stops = stop_token_ids(tokenizer, decoding)
+        self._options = decoding.arguments(tokenizer, list(self._stops))
+        inputs = tokenizer.pad({"input_ids": list(token_ids)}, return_tensors="pt", padding_side="left")
+        self._ids, self._mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        self.depth = unchanged_depth(model, plans) if len(plans) > 1 else 0
+        self._prefix = self._begun()
+
+    def _begun(self) -> Prefix | None:
+        if not self.depth:
+            return None
+        positions = position_inputs(decoder_of(self._model), self._mask)
+        try:
+            prefix = run_prefix(self._model, self._ids, self._mask, self.depth, keep_cache=True, **positions)
+        except torch.OutOfMemoryError:
+            self.depth = 0
+            return None
+        return replace(prefix, states=prefix.states[-1:])
+
+    def continued(self, plan: LayerPlan, enough: Mapping[int, Enough], max_new_tokens: int) -> list[list[int]]:
+        """What follows some of the sequences, up to and with the first token that stops or after which there are
+        enough; in smaller batches where memory does not suffice. What the model's generation config says counts too.
+
+        Args:
+            plan: one of those given.
+            enough: numbers of the sequences, and for each when to end it.
+        """
+        return in_halves(list(enough.items()), lambda part: self._generate(plan, dict(part), max_new_tokens))
+
+    def _generate(self, plan: LayerPlan, enough: Mapping[int, Enough], max_new_tokens: int) -> list[list[int]]:
+        rows = torch.tensor(list(enough), device=self._model.device)
+        width = self._ids.shape[1]
+        ends = _RowEnds(list(enough.values()), width)
+        with apply_plan(self._model, plan), self._replaying(rows):
+            output = self._model.generate(  # type: ignore[operator]
+                input_ids=self._ids[rows],
+                attention_mask=self._mask[rows],
+                stopping_criteria=StoppingCriteriaList([] if set(enough.values()) == {_never} else [ends]),
+                **{**self._options, "max_new_tokens": max_new_tokens},
             )
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [_until(ids[:length], stops) for ids, length in zip(rows, ends.lengths, strict=True)]
+        new = output[:, width:].tolist()
+        return [_until(ids[:length], self._stops) for ids, length in zip(new, ends.lengths, strict=True)]
 
-    return in_halves(list(zip(token_ids, enough or [_never] * len(token_ids), strict=True)), generate)
+    def _replaying(self, rows: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._prefix is None else replaying(self._model, self._prefix, rows)
 
 
 def _never(ids: list[int]) -> bool:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.fingerprint import model_fingerprint
@@ -23,6 +22,7 @@ from oracle.labels.equal_batches import packed
 from oracle.labels.generate_answers import answer_batch
 from oracle.labels.reader import LabelReader, key_of, model_key
 from oracle.labels.store import CUT, Label, LabelStore, StoreError
+from oracle.labels.worth_leading import TRIAL, worth_leading
 from oracle.prompts import Prompt
 
 Advance = Callable[[int], None]
@@ -30,10 +30,6 @@ Full = Mapping[Prompt, Label]
 """The labels under the full plan."""
 Missing = Mapping[LayerPlan, Sequence[Prompt]]
 """Prompts that have no label under a plan."""
-
-
-TRIAL, WORTH = 32, 0.25
-"""A plan that was led along TRIAL answers and settled less than this share of them is no longer led but generated."""
 
 
 class Labeller(LabelReader):
@@ -44,10 +40,10 @@ class Labeller(LabelReader):
         decoding: how answers are generated; what the model's generation config says is put in.
         store: where labels are kept; one transaction a batch.
         batch_size: prompts generated together.
-        shortcut: follow the full model's answer with every plan and generate only what differs (see
-            `oracle.labels.follow_full_answer`); otherwise generate everything. The judge `kl` generates nothing either
-            way. Where the decoding changes tokens, following their likeliest ones would not do, and everything
-            is generated.
+        shortcut: follow the full model's answer with the plans for which that pays and generate only what differs (see
+            `oracle.labels.follow_full_answer`), sharing what plans begin with; otherwise generate everything. The judge
+            `kl` generates nothing either way. Where the decoding changes tokens, following their likeliest ones would
+            not do, and everything is generated.
 
     Attributes:
         decoding: how answers are generated, complete.
@@ -141,33 +137,59 @@ class Labeller(LabelReader):
             self._keep(labels, advance)
 
     def _follow(self, missing: Missing, full: Full, advance: Advance) -> None:
-        """All plans along the full model's answers at once; what that leaves open is generated, a batch at a time."""
+        """A few prompts tell which plans are worth leading along the full model's answers; all else is generated."""
+        asked = _together(missing)
+        trial = set(asked[:: max(1, len(asked) // TRIAL)])
+        led = self._lead(_among(missing, trial), full, advance)
+        if rest := set(asked) - trial:
+            left, saved = _among(missing, rest), self._follower.saved(led, full)
+            worth = worth_leading(self._model, saved, sum(draft.forward_tokens for draft in led))
+            self._lead({plan: left[plan] for plan in worth}, full, advance)
+            self._generate_together({plan: left[plan] for plan in left if plan not in worth}, full, advance)
+
+    def _lead(self, missing: Missing, full: Full, advance: Advance) -> list[Draft]:
+        """All plans along the full model's answers at once; what that leaves open is generated, a batch at a time.
+
+        Returns the drafts as far as they were led.
+        """
         wanted = {plan: set(prompts) for plan, prompts in missing.items()}
         unfinished: dict[LayerPlan, list[Draft]] = defaultdict(list)
-        settled: dict[LayerPlan, list[bool]] = defaultdict(list)
+        led: list[Draft] = []
         for batch in self._batches(_together(missing), full):
             begun = [Draft(prompt, plan) for plan, some in wanted.items() for prompt in batch if prompt in some]
+            drafts = self._follower.lead(begun, full)
+            led += drafts
             known: list[Draft] = []
-            for draft in self._follower.lead(begun, full):
-                settled[draft.plan].append(self._follower.is_settled(draft, full[draft.prompt].answer))
-                (known if settled[draft.plan][-1] else unfinished[draft.plan]).append(draft)
+            for draft in drafts:
+                is_settled = self._follower.is_settled(draft, full[draft.prompt].answer)
+                (known if is_settled else unfinished[draft.plan]).append(draft)
             self._add(known, full, advance)
             for plan in [plan for plan, drafts in unfinished.items() if len(drafts) >= self._batch_size]:
                 self._finish(unfinished.pop(plan), full, advance)
-            for plan in [plan for plan, found in settled.items() if len(found) >= TRIAL and np.mean(found) < WORTH]:
-                wanted.pop(plan, None)
         for drafts in unfinished.values():
             self._finish(drafts, full, advance)
-        for plan in [plan for plan in missing if plan not in wanted]:
-            self._finish([Draft(prompt, plan) for prompt in self.missing(missing[plan], plan)], full, advance)
+        return led
+
+    def _generate_together(self, missing: Missing, full: Full, advance: Advance) -> None:
+        """Each batch under all plans in turn, which share what their first layers make of the prompts."""
+        wanted = {plan: set(prompts) for plan, prompts in missing.items()}
+        for batch in self._batches(_together(missing), full):
+            drafts = [Draft(prompt, plan) for plan, some in wanted.items() for prompt in batch if prompt in some]
+            self._finish_batch(drafts, full, advance)
 
     def _finish(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
+        """Drafts of one plan to their ends, in batches."""
+
         def tokens(draft: Draft) -> int:
             return full[draft.prompt].prompt_tokens + self.decoding.max_new_tokens
 
         ordered = sorted(drafts, key=lambda draft: (len(draft.ids), -tokens(draft)))
         for batch in packed(ordered, tokens, self._batch_size):
-            self._add(self._follower.finish(batch, full), full, advance)
+            self._finish_batch(batch, full, advance)
+
+    def _finish_batch(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
+        for finished in self._follower.finish(drafts, full):
+            self._add(finished, full, advance)
 
     def _add(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
         labels = []
@@ -249,3 +271,9 @@ class Labeller(LabelReader):
 def _together(missing: Missing) -> list[Prompt]:
     """Every prompt that is missing under some plan, once."""
     return list(dict.fromkeys(prompt for prompts in missing.values() for prompt in prompts))
+
+
+def _among(missing: Missing, some: Container[Prompt]) -> dict[LayerPlan, list[Prompt]]:
+    """What is missing of some prompts, without plans that miss nothing."""
+    found = {plan: [prompt for prompt in prompts if prompt in some] for plan, prompts in missing.items()}
+    return {plan: prompts for plan, prompts in found.items() if prompts}

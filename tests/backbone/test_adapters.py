@@ -8,7 +8,7 @@ import torch
 from tiny import N_LAYERS, padded_batch, tiny_model
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.shared_passes import SharedPasses, sharing_order
+from backbone.execution.shared_passes import SharedPasses, sharing_order, unchanged_depth
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
 from backbone.stand_ins import distillation, training_targets
@@ -264,6 +264,7 @@ def test_shared_passes_with_an_adapter_equal_separate_ones(tmp_path) -> None:
     stand_ins, _ = trained(model, tmp_path, bridges=_bridges())
     attach(model, stand_ins)
     order = sharing_order(model, [*PLANS, FULL])
+    assert unchanged_depth(model, PLANS) == PROBE
     shared = SharedPasses(model, order)
     with torch.no_grad():
         for plan in order:

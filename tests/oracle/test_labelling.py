@@ -15,20 +15,26 @@ import torch
 from tiny import tiny_model
 
 from backbone.execution.apply_plan import apply_plan
+from backbone.execution.shared_passes import layers_of_shared_passes
 from backbone.families import sublayer_bytes
+from backbone.fingerprint import model_fingerprint
 from backbone.left_padding import in_halves
 from backbone.plan import LayerPlan, PlanMenu
+from backbone.stand_ins.attaching import StandIns, attach, detach
+from backbone.stand_ins.bridges import Bridge
 from oracle.decoding import Decoding, DecodingError, cut_at_stop
 from oracle.labels import answers_from_full as leading
+from oracle.labels import generate_answers as generating
 from oracle.labels import labeller as labelling
 from oracle.labels.answers_from_full import Draft, Shortcut
 from oracle.labels.equal_batches import packed
 from oracle.labels.follow_full_answer import follow
 from oracle.labels.generate_answers import answer_batch, continue_batch, stop_token_ids
 from oracle.labels.labeller import Labeller
-from oracle.labels.reader import score_matrix
+from oracle.labels.reader import key_of, score_matrix
 from oracle.labels.store import CUT, Label, LabelStore, StoreError
 from oracle.labels.token_agreement import acceptance_rates
+from oracle.labels.worth_leading import worth_leading
 from oracle.prompts import Prompt, PromptError, Shard
 
 DECODING = Decoding(4)
@@ -78,7 +84,8 @@ def gentle(request):
     return tiny_model(request.param, layer_scale=0.35)
 
 
-ALWAYS, GIVEN_UP, STOPS = 0.0, 0.99, ("e", "hg")
+ALWAYS, NEVER, STOPS = slice(None), slice(0), ("e", "hg")
+"""Of the plans, those that are led after the trial."""
 
 
 @pytest.mark.parametrize(
@@ -86,18 +93,18 @@ ALWAYS, GIVEN_UP, STOPS = 0.0, 0.99, ("e", "hg")
     [
         ("agreement", (), ALWAYS),
         ("agreement", STOPS, ALWAYS),
-        ("agreement", (), GIVEN_UP),
-        ("exact", STOPS, ALWAYS),
-        ("exact", STOPS, GIVEN_UP),
+        ("agreement", (), NEVER),
+        ("exact", STOPS, slice(0, 2)),
+        ("exact", STOPS, NEVER),
         ("rouge_l", (), ALWAYS),
-        ("rouge_l", STOPS, GIVEN_UP),
+        ("rouge_l", STOPS, NEVER),
     ],
 )
 def test_the_shortcut_gives_the_labels_of_plain_generation(
     gentle, tokenizer, tmp_path, judge, stop, worth, monkeypatch
 ) -> None:
     monkeypatch.setattr(labelling, "TRIAL", 4)
-    monkeypatch.setattr(labelling, "WORTH", worth)
+    monkeypatch.setattr(labelling, "worth_leading", lambda model, saved, spent: list(saved)[worth])
     prompts = [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "abc", judge) for i in range(12)]
     plans = [LayerPlan.skipping(6, {5}), LayerPlan.skipping(6, {4}, attention={2}), LayerPlan.skipping(6, {3, 5})]
     menu = PlanMenu.build([*plans, LayerPlan.exiting(6, 2)], sublayer_bytes(gentle), probe_depth=2)
@@ -116,7 +123,7 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
         else:
             assert (short.answer, short.answer_ids) == (plain.answer, plain.answer_ids)
     assert sum(label.answer == row.answer for label, row in zip(rows[True][3::5], rows[True][4::5], strict=True)) > 0
-    if judge != "rouge_l" and worth == 0:
+    if judge != "rouge_l" and worth == ALWAYS:
         assert sum(label.forward_tokens for label in rows[True]) < sum(label.forward_tokens for label in rows[False])
 
 
@@ -239,7 +246,7 @@ def test_no_more_is_generated_than_shows_that_texts_have_parted(model, tokenizer
     labeller.label(PROMPTS, menu)
     full = {prompt: row[-1] for prompt, row in zip(PROMPTS, labeller.read(PROMPTS, menu), strict=True)}
     plain = [answer_batch(model, tokenizer, [prompt.prompt], plan, Decoding(6))[0] for prompt in PROMPTS]
-    finished = follower.finish([Draft(prompt, plan) for prompt in PROMPTS], full)
+    (finished,) = follower.finish([Draft(prompt, plan) for prompt in PROMPTS], full)
     assert any(len(draft.ids) < 6 for draft in finished)
     for draft, answer in zip(finished, plain, strict=True):
         assert draft.ids == answer.token_ids[: len(draft.ids)]
@@ -250,8 +257,77 @@ def test_no_more_is_generated_than_shows_that_texts_have_parted(model, tokenizer
         )
         assert draft.forward_tokens == (len(draft.prompt.prompt) + len(draft.ids)) * 0.5
     judged = [Prompt(prompt.id, "t", prompt.prompt, "", "rouge_l") for prompt in PROMPTS]
-    whole = follower.finish([Draft(prompt, plan) for prompt in judged], dict(zip(judged, full.values(), strict=True)))
+    (whole,) = follower.finish([Draft(p, plan) for p in judged], dict(zip(judged, full.values(), strict=True)))
     assert [draft.ids for draft in whole] == [answer.token_ids for answer in plain]
+
+
+GAP, END = LayerPlan.skipping(6, {3}), LayerPlan.skipping(6, {4, 5})
+
+
+@pytest.fixture
+def bridged(gentle):
+    """With a bridge over the gap of each plan."""
+    draw = torch.Generator().manual_seed(0)
+    bridges = {
+        plan: {first: Bridge((torch.randn(32, 32, generator=draw) * 0.1,), torch.randn(32, generator=draw))}
+        for plan, first in ((GAP, 3), (END, 4))
+    }
+    attach(gentle, StandIns(model_fingerprint(gentle), bridges))
+    yield gentle
+    detach(gentle)
+
+
+def _out_of_memory(*given: object, **options: object) -> None:
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("memory", ["enough", "none to keep states", "little"])
+def test_plans_share_what_they_begin_with_and_answer_as_alone(
+    bridged, tokenizer, tmp_path, memory, monkeypatch
+) -> None:
+    prompts = [Prompt(prompt.id, "t", prompt.prompt, "", "rouge_l") for prompt in PROMPTS[:6]]
+    texts, decoding = [prompt.prompt for prompt in prompts], Decoding(6)
+    alone = {plan: answer_batch(bridged, tokenizer, texts, plan, decoding) for plan in (GAP, END)}
+    labeller = Labeller(bridged, tokenizer, decoding, LabelStore(tmp_path / "labels.db"), 8)
+    labeller.label_full(prompts, LayerPlan.full(6))
+    labels = labeller.labels(LayerPlan.full(6), prompts)
+    drafts = [
+        *(Draft(prompt, GAP) for prompt in prompts),
+        *(Draft(prompt, END) for prompt in prompts[1:4]),
+        Draft(prompts[5], END, alone[END][5].token_ids[:1]),
+    ]
+    shared = 3
+    if memory == "none to keep states":
+        shared = 0
+        monkeypatch.setattr(generating, "run_prefix", _out_of_memory)
+    elif memory == "little":
+        whole = bridged.generate
+
+        def of_two(input_ids, **options):
+            return whole(input_ids=input_ids, **options) if len(input_ids) <= 2 else _out_of_memory()
+
+        monkeypatch.setattr(bridged, "generate", of_two)
+    full = {prompt: labels[key_of(prompt)] for prompt in prompts}
+    found = [draft for some in Shortcut(bridged, tokenizer, decoding).finish(drafts, full) for draft in some]
+    assert [(draft.prompt, draft.plan) for draft in found] == [(draft.prompt, draft.plan) for draft in drafts]
+    for draft in found:
+        assert draft.ids == alone[draft.plan][prompts.index(draft.prompt)].token_ids
+
+    def cost(draft, layers, sharing):
+        return (len(draft.prompt.prompt) * (layers - shared + shared / sharing) + len(draft.ids) * layers) / 6
+
+    assert found[0].forward_tokens == pytest.approx(cost(found[0], 5, sharing=1))
+    assert found[1].forward_tokens == pytest.approx(cost(found[1], 5, sharing=2))
+    assert found[6].forward_tokens == pytest.approx(cost(found[6], 4, sharing=2))
+
+
+def test_leading_pays_where_it_settles_more_than_its_passes_cost(model) -> None:
+    exits = [LayerPlan.exiting(6, depth) for depth in (3, 4, 5)]  # 5 layers in shared passes
+    gaps = [LayerPlan.skipping(6, skipped) for skipped in ({1}, {2}, {3})]  # 5 + 4 + 3
+    assert [layers_of_shared_passes(model, plans) for plans in (exits, gaps, gaps[:1])] == [5, 12, 5]
+    assert worth_leading(model, dict.fromkeys(exits, 2.0), spent=5.0) == exits
+    assert worth_leading(model, dict.fromkeys(gaps, 2.0), spent=12.0) == []
+    assert worth_leading(model, {gaps[0]: 5.5, gaps[1]: 1.0, gaps[2]: -1.0}, spent=12.0) == gaps[:1]
 
 
 def test_batches_hold_about_the_same_tokens() -> None:
