@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from backbone.execution.shared_passes import layers_of_shared_passes
 from backbone.plan import LayerPlan
 
-TRIAL = 32
+TRIAL = 8
 """Prompts of a block that are led under all plans."""
 
 
