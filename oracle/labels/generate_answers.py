@@ -111,6 +111,7 @@ class SharedBatch:
         Args:
             plan: one of those given.
             enough: numbers of the sequences, and for each when to end it.
+            max_new_tokens: new tokens of each, at most.
         """
         return in_halves(list(enough.items()), lambda part: self._generate(plan, dict(part), max_new_tokens))
 
