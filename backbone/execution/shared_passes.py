@@ -43,16 +43,18 @@ def common_depth(model: PreTrainedModel, first: LayerPlan, second: LayerPlan) ->
 
 def unchanged_depth(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> int:
     """How many layers, counted from the first, all plans run whole and with the model's own weights."""
-    untouched: Treatment = (True, True, 0, False)
-    depths = [[own == untouched for own in treatments(model, plan)] for plan in plans]
-    return min(depth.index(False) if False in depth else len(depth) for depth in depths)
+    return min(common_depth(model, LayerPlan.full(plan.n_layers), plan) for plan in plans)
 
 
 def layers_of_shared_passes(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> float:
     """Layers (halves count half) that one pass under each plan computes, all that they share only once."""
     ordered = sharing_order(model, plans)
-    starts = SharedPasses(model, ordered).starts
-    return sum(plan.from_layer(start).layers for plan, start in zip(ordered, starts, strict=True))
+    return sum(plan.from_layer(start).layers for plan, start in zip(ordered, _starts(model, ordered), strict=True))
+
+
+def _starts(model: PreTrainedModel, ordered: Sequence[LayerPlan]) -> list[int]:
+    """The layer from which each plan's pass computes, where it goes on from the one before."""
+    return [0] + [min(common_depth(model, a, b), max(b.attention | b.mlp)) for a, b in pairwise(ordered)]
 
 
 def sharing_order(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
@@ -79,14 +81,13 @@ class SharedPasses:
         plans: all plans that will be run, in the order in which they will be run; see `sharing_order`.
 
     Attributes:
-        starts: the layer from which each plan's pass computes.
         layers_run: layers computed so far (halves count half), over all passes.
     """
 
     def __init__(self, model: PreTrainedModel, plans: Sequence[LayerPlan]) -> None:
         self._model, self._plans = model, list(plans)
         self._layers = decoder_layers(model)
-        self.starts = [0] + [min(common_depth(model, a, b), max(b.attention | b.mlp)) for a, b in pairwise(plans)]
+        self._starts = _starts(model, plans)
         self._states: dict[int, torch.Tensor] = {}
         self._next = 0
         self.layers_run = 0.0
@@ -95,8 +96,8 @@ class SharedPasses:
     def next_plan(self) -> Iterator[LayerPlan]:
         """Within this block one call of the model, without a cache and with the same inputs as always, runs the next
         plan. The states from which later plans go on are kept."""
-        plan, start = self._plans[self._next], self.starts[self._next]
-        later = self.starts[self._next + 1 :]
+        plan, start = self._plans[self._next], self._starts[self._next]
+        later = self._starts[self._next + 1 :]
         self._next += 1
         known = {depth: state for depth, state in self._states.items() if depth <= start}
         with (

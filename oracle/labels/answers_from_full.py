@@ -172,9 +172,8 @@ class Shortcut:
         """A draft with the rest of its answer, after `given` tokens, for which `depth` layers ran once for all plans
         that are `sharing` them."""
         ids, plan = [*draft.ids, *rest][: self._decoding.max_new_tokens], draft.plan
-        layers = given * (plan.layers - depth + depth / sharing) + (len(ids) - len(draft.ids)) * plan.layers
-        tokens = draft.forward_tokens + layers / plan.n_layers
-        return Draft(draft.prompt, plan, ids, tokens, draft.seconds + seconds)
+        tokens = _forward_tokens(plan, given, len(ids) - len(draft.ids), depth, sharing)
+        return Draft(draft.prompt, plan, ids, draft.forward_tokens + tokens, draft.seconds + seconds)
 
     def saved(self, led: Sequence[Draft], full: Mapping[Prompt, Label]) -> dict[LayerPlan, float]:
         """Forward tokens that generating under a plan all that leading has settled would have taken, if the layers with
@@ -183,12 +182,19 @@ class Shortcut:
         depth = unchanged_depth(self._model, plans)
         saved = dict.fromkeys(plans, 0.0)
         for draft in led:
-            label, anew = full[draft.prompt], depth * (1 - 1 / len(plans))
-            layers = -label.prompt_tokens * anew
-            if self.is_settled(draft, label.answer):
-                layers += (label.prompt_tokens + len(draft.ids)) * draft.plan.layers
-            saved[draft.plan] += layers / draft.plan.n_layers
+            label, plan = full[draft.prompt], draft.plan
+            saved[plan] += _forward_tokens(plan, label.prompt_tokens, len(draft.ids), depth, len(plans))
+            if not self.is_settled(draft, label.answer):
+                saved[plan] -= _forward_tokens(plan, label.prompt_tokens, len(draft.ids))
         return saved
 
     def _enough(self, draft: Draft, full_answer: str) -> Enough:
         return lambda rest: self.is_settled(replace(draft, ids=[*draft.ids, *rest]), full_answer)
+
+
+def _forward_tokens(plan: LayerPlan, given: int, new: int, depth: int = 0, sharing: int = 1) -> float:
+    """What generating `new` tokens after `given` ones takes, each weighted by the share of the layers that it passes.
+
+    `sharing` plans share the first `depth` layers of the given tokens.
+    """
+    return (given * (plan.layers - depth + depth / sharing) + new * plan.layers) / plan.n_layers

@@ -144,19 +144,19 @@ class Labeller(LabelReader):
         if rest := set(asked) - trial:
             left, saved = _among(missing, rest), self._follower.saved(led, full)
             worth = worth_leading(self._model, saved, sum(draft.forward_tokens for draft in led))
-            self._lead({plan: left[plan] for plan in worth}, full, advance)
-            self._generate_together({plan: left[plan] for plan in left if plan not in worth}, full, advance)
+            self._lead({plan: some for plan, some in left.items() if plan in worth}, full, advance)
+            others = {plan: some for plan, some in left.items() if plan not in worth}
+            for begun in self._begun(others, full):
+                self._finish_batch(begun, full, advance)
 
     def _lead(self, missing: Missing, full: Full, advance: Advance) -> list[Draft]:
         """All plans along the full model's answers at once; what that leaves open is generated, a batch at a time.
 
         Returns the drafts as far as they were led.
         """
-        wanted = {plan: set(prompts) for plan, prompts in missing.items()}
         unfinished: dict[LayerPlan, list[Draft]] = defaultdict(list)
         led: list[Draft] = []
-        for batch in self._batches(_together(missing), full):
-            begun = [Draft(prompt, plan) for plan, some in wanted.items() for prompt in batch if prompt in some]
+        for begun in self._begun(missing, full):
             drafts = self._follower.lead(begun, full)
             led += drafts
             known: list[Draft] = []
@@ -170,12 +170,11 @@ class Labeller(LabelReader):
             self._finish(drafts, full, advance)
         return led
 
-    def _generate_together(self, missing: Missing, full: Full, advance: Advance) -> None:
-        """Each batch under all plans in turn, which share what their first layers make of the prompts."""
+    def _begun(self, missing: Missing, full: Full) -> Iterator[list[Draft]]:
+        """An empty draft for all that is missing, a batch of prompts with all their plans at a time."""
         wanted = {plan: set(prompts) for plan, prompts in missing.items()}
         for batch in self._batches(_together(missing), full):
-            drafts = [Draft(prompt, plan) for plan, some in wanted.items() for prompt in batch if prompt in some]
-            self._finish_batch(drafts, full, advance)
+            yield [Draft(prompt, plan) for plan, some in wanted.items() for prompt in batch if prompt in some]
 
     def _finish(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
         """Drafts of one plan to their ends, in batches."""

@@ -264,6 +264,18 @@ def test_no_more_is_generated_than_shows_that_texts_have_parted(model, tokenizer
 GAP, END = LayerPlan.skipping(6, {3}), LayerPlan.skipping(6, {4, 5})
 
 
+def test_a_plan_that_misses_only_prompts_of_the_trial_is_labelled_too(model, tokenizer, tmp_path, monkeypatch) -> None:
+    """As after a stop: one plan has all labels but one, another has none."""
+    monkeypatch.setattr(labelling, "TRIAL", 2)
+    monkeypatch.setattr(labelling, "worth_leading", lambda model, saved, spent: list(saved))
+    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), batch_size=4)
+    full = LayerPlan.full(6)
+    labeller.label_some({full: PROMPTS, GAP: PROMPTS[1:]}, full)
+    menu = PlanMenu.build([GAP, END], sublayer_bytes(model), probe_depth=2)
+    labeller.label_some(dict.fromkeys([GAP, END], PROMPTS), full)
+    assert score_matrix(labeller.read(PROMPTS, menu)).shape == (len(PROMPTS), 3)
+
+
 @pytest.fixture
 def bridged(gentle):
     """With a bridge over the gap of each plan."""
