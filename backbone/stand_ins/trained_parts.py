@@ -71,7 +71,8 @@ class Trainable:
         """Within this block, shortened plans run with the parameters as they are now, differentiably."""
         set_attached(self._model, Attached("in training", self._bridges, changed=frozenset(self._layers)))
         try:
-            yield
+            with _in_half_precision(self._model):
+                yield
         finally:
             detach(self._model)
 
@@ -127,6 +128,17 @@ def _with_lora(model: PreTrainedModel, targets: Sequence[str], rank: int, seed: 
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=int(LORA_SCALE * rank), target_modules=list(targets))
     return get_peft_model(model, config)
+
+
+@contextmanager
+def _in_half_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Within this block a model in half precision takes LoRA's products in its own dtype. PEFT would raise the states of
+    every adapted matrix to float32 and back, which takes longer than the products."""
+    from peft.helpers import disable_input_dtype_casting  # slow, and needed for training alone
+
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    with disable_input_dtype_casting(model, active=half), torch.autocast(model.device.type, model.dtype, enabled=half):
+        yield
 
 
 def _copied(bridge: Bridge, model: PreTrainedModel) -> Bridge:

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from tiny import N_LAYERS, padded_batch, tiny_model
 
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import SharedPasses, sharing_order, unchanged_depth
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
-from backbone.stand_ins import distillation, training_targets
+from backbone.stand_ins import distillation, trained_parts, training_targets
 from backbone.stand_ins.adapters import Adapter, AdapterError
 from backbone.stand_ins.attaching import StandIns, attach, detach
 from backbone.stand_ins.distillation import History, distil
@@ -79,6 +80,28 @@ def test_training_brings_every_plan_nearer_and_leaves_the_model_as_it_was(family
         with apply_plan(untouched, PLANS[0]):
             assert not torch.equal(untouched(**batch).logits, adapted)
         assert torch.equal(model(**batch).logits, full)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_a_model_in_half_precision_is_trained_in_it_with_parameters_in_float32(family, tmp_path, monkeypatch) -> None:
+    model, dtypes = tiny_model(family, layer_scale=0.7).to(torch.bfloat16), set()
+    kept = trained_parts.Trainable.attached
+
+    def noted(trainable):
+        dtypes.update(parameter.dtype for parameter in trainable.parameters.values())
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for half in (module.lora_A["default"], module.lora_B["default"]):
+                    half.register_forward_hook(lambda _, given, made: products.update((given[0].dtype, made.dtype)))
+        return kept(trainable)
+
+    products: set[torch.dtype] = set()
+    monkeypatch.setattr(trained_parts.Trainable, "attached", noted)
+    stand_ins, history = trained(model, tmp_path, some=examples(model, 96))
+    assert (dtypes, products) == ({torch.float32}, {torch.bfloat16})
+    sums = [sum(losses.values()) for losses in history.held]
+    assert min(sums) < sums[0]
+    assert stand_ins.adapter is not None
 
 
 def _fields(settings: DistillSettings) -> dict[str, object]:
