@@ -1,6 +1,6 @@
 """The README's table: for each finished run, what a static plan, the oracle and the certified allocator run and gain.
 
-    python benchmarks/table.py benchmarks/results/{demo,qwen_embedded,smollm2_chat}.json
+    python benchmarks/table.py benchmarks/results/{demo,qwen_embedded,smollm2_chat,qwen_chat}.json
 
 The files are those of demo.py and keep.py. Budgets are shares of the decoder, speeds ratios to stock `generate()` in
 the same run, on unseen prompts; brackets hold 90% intervals.

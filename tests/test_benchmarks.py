@@ -37,7 +37,7 @@ def test_the_readme_shows_the_committed_results() -> None:
 
 def test_the_readme_shows_what_looking_at_the_prompt_is_worth() -> None:
     table, readme = script("table"), (ROOT / "README.md").read_text()
-    for name in ("demo", "qwen_embedded", "smollm2_chat"):
+    for name in ("demo", "qwen_embedded", "smollm2_chat", "qwen_chat"):
         row = table.row(ROOT / "benchmarks" / "results" / f"{name}.json")
         assert f"| {' | '.join(row)} |" in readme
     assert table.cheapest([(0.5, 0.1), (0.7, 0.9), (0.9, 0.8), (1.0, 0.95)], 0.85) == 1

@@ -132,8 +132,10 @@ def _with_lora(model: PreTrainedModel, targets: Sequence[str], rank: int, seed: 
 
 @contextmanager
 def _in_half_precision(model: PreTrainedModel) -> Iterator[None]:
-    """Within this block a model in half precision takes LoRA's products in its own dtype. PEFT would raise the states of
-    every adapted matrix to float32 and back, which takes longer than the products."""
+    """Within this block a model in half precision takes LoRA's products in its own dtype.
+
+    PEFT would raise the states of every adapted matrix to float32 and back, which takes longer than the products.
+    """
     from peft.helpers import disable_input_dtype_casting  # slow, and needed for training alone
 
     half = model.dtype in (torch.bfloat16, torch.float16)
