@@ -14,6 +14,7 @@ from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.delete_layers import delete_layers
 from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
+from oracle.chat import tokens_of
 from oracle.decoding import cut_at_stop
 from oracle.labels.generate_answers import stop_token_ids
 from oracle.prompts import Prompt
@@ -45,7 +46,7 @@ class Contest:
     ) -> None:
         self.model, self.tokenizer, self.allocator = model, tokenizer, allocator
         self._texts = [allocator.rendered(prompt.prompt) for prompt in prompts]  # in its chat template, if any
-        self._tokens = [allocator.inputs(tokenizer, [text])["input_ids"][0].tolist() for text in self._texts]
+        self._tokens = [tokens_of(tokenizer, text) for text in self._texts]
         self._ends = stop_token_ids(tokenizer, allocator.decoding)
         self._exact = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         allocator.measure(model)
