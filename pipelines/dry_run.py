@@ -18,6 +18,7 @@ from oracle.labels.reader import LabelReader, model_key
 from oracle.labels.store import LabelStore, StoreError
 from oracle.menus import LOOK_AT_NO_PROMPTS, build_menu
 from oracle.prompts import SPLITS, Prompt
+from oracle.spread import spread
 from pipelines.config import Config
 from pipelines.controls import CONTROLS
 from pipelines.outlook import Outlook, SplitSize, StageCost
@@ -35,7 +36,6 @@ from pipelines.rehearsal import (
     training_seconds,
     trial_seconds,
 )
-from pipelines.run_prompts import evenly
 from pipelines.run_state import RunState
 from pipelines.stage_list import STAGES
 from pipelines.stages.features import features_of
@@ -135,7 +135,7 @@ class _Rehearsal:
 
     @cached_property
     def few(self) -> list[Prompt]:
-        return evenly(self.scratch.labelled, 1 + FEW + min(MANY, self.config.label.batch_size))
+        return spread(self.scratch.labelled, 1 + FEW + min(MANY, self.config.label.batch_size))
 
     @cached_property
     def label(self) -> LabelCost:
@@ -244,7 +244,7 @@ class _Rehearsal:
         anew += min(settings.template_prompts, len(test)) if settings.template else 0
         trials = len(CONTROLS) * settings.control_trials
         labels = anew * (self.label.full + self.label.shortened)
-        texts = [prompt.prompt for prompt in evenly(test, settings.speed_prompts)]
+        texts = [prompt.prompt for prompt in spread(test, settings.speed_prompts)]
         timing = timing_seconds(*self.scratch.backbone, texts, self.menu, settings)
         seconds = labels + trials * max(self._trials.values()) + timing
         return f"{anew * len(self.menu):,} labels, {trials} trials, timings of {len(texts)} prompts", seconds

@@ -40,8 +40,3 @@ def splits_of(prompts: Sequence[Prompt], config: Config) -> dict[Split, list[Pro
                 "or more: use more prompts or other data.shares"
             )
     return parts
-
-
-def evenly(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """So many of the prompts from all over the source, which often is sorted by task."""
-    return [prompts[index * len(prompts) // count] for index in range(min(count, len(prompts)))]

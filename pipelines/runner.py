@@ -16,12 +16,12 @@ from backbone.files import remove_strays, write_atomically
 from oracle.labels.store import LabelStore
 from oracle.prompts import Shard, Split
 from oracle.search import SEARCHERS
+from oracle.spread import spread
 from pipelines.check import check_run
 from pipelines.config import Config, ConfigError
 from pipelines.distributed import workers_at
 from pipelines.least_plans import described, find_least_plans, own_search_folder, write_least_plans
 from pipelines.progress import console, say
-from pipelines.run_prompts import evenly
 from pipelines.run_state import LOCK, RunState
 from pipelines.stage_list import BY_NAME, STAGES, Stage, all_before
 from pipelines.stages import label
@@ -99,7 +99,7 @@ def run_search(config: Config, searcher: str, evaluations: int, split: Split, co
             raise ConfigError("a search needs a menu first: run `layerbudget menu CONFIG`")
         workspace = Workspace.of(config)
         folder = own_search_folder(workspace)
-        rows = find_least_plans(workspace, searcher, evaluations, evenly(workspace.splits[split], count))
+        rows = find_least_plans(workspace, searcher, evaluations, spread(workspace.splits[split], count))
         for line in described(rows):
             say(line)
         for path in write_least_plans(folder, searcher, rows):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,10 +12,9 @@ from backbone.plan import PlanError
 from oracle.decoding import Decoding
 from oracle.menus import LOSSES
 from oracle.menus.task_labels import TaskLabels
+from oracle.spread import spread
 
 Advance = Callable[[], None]
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class MenuTask:
@@ -66,10 +64,3 @@ class MenuTask:
     def counts(self) -> list[int]:
         """Numbers of layers for the K - 1 shortened plans, evenly spread."""
         return spread(range(self.fewest_layers, self.n_layers), self.n_plans - 1)
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items, evenly spread, first and last included; all where there are fewer."""
-    if count >= len(items) or count < 2:
-        return list(items)[-count:] if count < 2 else list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -10,8 +10,9 @@ from backbone.stand_ins.attaching import StandIns, attach, detach
 from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.chat import tokens_of
 from oracle.labels.generate_answers import answer_batch
-from oracle.menus.base import Advance, MenuTask, spread
+from oracle.menus.base import Advance, MenuTask
 from oracle.menus.greedy import AnswerDivergence, layer_removals, shortened
+from oracle.spread import spread
 
 
 def bridged_layers(task: MenuTask, advance: Advance) -> list[LayerPlan]:

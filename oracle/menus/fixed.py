@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from backbone.plan import LayerPlan, PlanError
-from oracle.menus.base import Advance, MenuTask, spread
+from oracle.menus.base import Advance, MenuTask
+from oracle.spread import spread
 
 GAP_LENGTHS = 8
 """Lengths of gaps that are tried, at most."""

@@ -12,7 +12,8 @@ from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
 from oracle.labels.generate_answers import answer_batch
 from oracle.labels.teacher_forcing import ForcedAnswers
-from oracle.menus.base import Advance, MenuTask, spread
+from oracle.menus.base import Advance, MenuTask
+from oracle.spread import spread
 
 Removal = tuple[set[int], set[int]]
 """Layers whose attention goes, and layers whose MLP goes."""

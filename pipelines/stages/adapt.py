@@ -27,6 +27,7 @@ from oracle.frontier.frontier import static_points, upper_hull
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.prompts import Prompt
+from oracle.spread import spread
 from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
 from pipelines.distant_labels import DistantLabeller, distant_labeller, given_to_workers
@@ -34,7 +35,6 @@ from pipelines.distributed import Workers
 from pipelines.exit_training import exits_of, train_exits
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.progress import console, duration, progress
-from pipelines.run_prompts import evenly
 from pipelines.run_state import check_own, stage_key
 from pipelines.worker_tasks import SumsTask
 from pipelines.workspace import Workspace
@@ -192,7 +192,7 @@ class _Making:
         return reference_examples(tokenizer, self._prompts(), self._workspace.decoding)
 
     def _prompts(self) -> list[Prompt]:
-        return evenly(_parts(self._workspace)[0], self._settings.prompts)
+        return spread(_parts(self._workspace)[0], self._settings.prompts)
 
 
 def _labeller(workspace: Workspace, attached: StandIns | None, workers: Workers | None) -> Labeller | DistantLabeller:

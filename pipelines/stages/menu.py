@@ -15,9 +15,9 @@ from oracle.menus.base import MenuTask
 from oracle.menus.search_steps import search_steps
 from oracle.menus.task_labels import TaskLabels
 from oracle.prompts import Prompt
+from oracle.spread import spread
 from pipelines.config import Config
 from pipelines.progress import progress
-from pipelines.run_prompts import evenly
 from pipelines.workspace import Workspace
 
 
@@ -52,6 +52,6 @@ def menu_task(workspace: Workspace) -> MenuTask:
 
 def _parts(prompts: Sequence[Prompt], wanted: int) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts that a search looks at, half of them at most, and the others."""
-    looked_at = evenly(prompts, max(1, min(wanted, len(prompts) // 2)))
+    looked_at = spread(prompts, max(1, min(wanted, len(prompts) // 2)))
     known = set(looked_at)
     return looked_at, [prompt for prompt in prompts if prompt not in known]
