@@ -63,6 +63,7 @@ def run(config: Config, workers: Workers | None = None) -> Path:
     plans = workspace.frozen_menu().plans
     record = {
         "method": chosen,
+        "fitted_prompts": len({prompt.id for prompt in made.prompts}),
         "digest": "" if stand_ins.is_empty else stand_ins.digest,
         "added_budget": {str(plan): stand_ins.cost(model, plan) for plan in plans},
         "compared": curves,
@@ -180,7 +181,7 @@ class _Making:
         """Train prompts with the full model's answers, which are labels that the stage `label` finds done."""
         if not self._examples:
             _, tokenizer = self._workspace.backbone
-            prompts = self._prompts()
+            prompts = self.prompts
             labeller = _labeller(self._workspace, None, self._workers)
             full = LayerPlan.full(self._workspace.frozen_menu().n_layers)
             with progress("answers of the full model", len(labeller.missing(prompts, full))) as advance:
@@ -189,9 +190,11 @@ class _Making:
 
     def _references(self) -> list[Example]:
         _, tokenizer = self._workspace.backbone
-        return reference_examples(tokenizer, self._prompts(), self._workspace.decoding)
+        return reference_examples(tokenizer, self.prompts, self._workspace.decoding)
 
-    def _prompts(self) -> list[Prompt]:
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """What stand-ins are fitted and trained on."""
         return spread(_parts(self._workspace)[0], self._settings.prompts)
 
 

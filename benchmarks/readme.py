@@ -1,0 +1,120 @@
+"""Write the figures of README.md and docs/results.md from the committed results.
+
+    python benchmarks/readme.py           # rewrites both files
+    python benchmarks/readme.py --check   # exits with status 1 where a figure is not that of its file
+
+Figures stand between `<!-- figures: NAME -->` and `<!-- end -->`; NAME is one of the functions of `BLOCKS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
+EARLIER = ("qwen_embedded", "smollm2_chat", "qwen_chat")
+"""Runs of earlier versions, as committed; docs/results.md says what has changed since."""
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--check", action="store_true", help="write nothing")
+    check = options.parse_args().check
+    for page in PAGES:
+        text = page.read_text()
+        if (new := rendered(text)) == text:
+            continue
+        if check:
+            sys.exit(f"{page.name} does not show the committed results: run `python benchmarks/readme.py`")
+        page.write_text(new)
+        print(page.name)
+
+
+def rendered(page: str) -> str:
+    """A page with every block of figures as the results have them."""
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[3]}", page)
+
+
+def gain() -> str:
+    """What the demo gives, in one sentence."""
+    runs = _demo()["runs"]
+    budget, quality, single, batch = (
+        _range([run["figures"][name] for run in runs], form)
+        for name, form in (
+            ("certified_budget", "{:.0%}"),
+            ("quality", "{:.1%}"),
+            ("speed_one_at_a_time", "{:.2f}"),
+            ("speed_in_a_batch", "{:.2f}"),
+        )
+    )
+    return (
+        f"On Gemma 3 270M and the demo's twelve kinds of prompts the allocator runs {budget} of the decoder, keeps\n"
+        f"{quality} of the full model's mean score, and is {single} times as fast as stock `generate()`\n"
+        f"one prompt at a time, {batch} times in a batch: the middle of {len(runs)} fresh runs with splits of their own, and\n"
+        "their range."
+    )
+
+
+def policies() -> str:
+    """The middle run's policies on unseen prompts."""
+    metrics = _demo()["metrics"]
+    layers = metrics["model"]["layers"]
+    names = ("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp")
+    rows = [
+        [name, f"{metrics[name]['layers']:.1f}", f"{metrics[name]['budget']:.0%}", f"{metrics[name]['quality_ratio']:.1%}"]
+        for name in names
+    ]
+    return _table(["policy", f"layers of {layers}", "of the decoder", "mean score, of full"], rows)
+
+
+def redraws() -> str:
+    """The middle run's allocator and its rivals, with the prompts dealt anew many times."""
+    found = _demo()["redrawn"]
+    rows = [
+        [name, *(_mean(card[key], form) for key, form in (("budget", "{:.0%}"), ("quality_ratio", "{:.1%}")))]
+        for name, card in found["policies"].items()
+    ]
+    head = ["policy", "of the decoder", "mean score, of full"]
+    return f"{_table(head, rows)}\n\nMean of {found['draws']} draws, and the range that holds 90% of them."
+
+
+def earlier_runs() -> str:
+    """Runs of earlier versions."""
+    rows = [table.row(RESULTS / f"{name}.json") for name in EARLIER]
+    return _table(table.COLUMNS, rows)
+
+
+BLOCKS: Mapping[str, Callable[[], str]] = {one.__name__: one for one in (gain, policies, redraws, earlier_runs)}
+
+
+def _demo() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "demo.json").read_text())
+    return found
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, middle, high = (form.format(sorted(values)[place]) for place in (0, len(values) // 2, -1))
+    return f"{middle} ({low} to {high})"
+
+
+def _mean(found: Mapping[str, float], form: str) -> str:
+    mean, low, high = (form.format(found[key]) for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+if __name__ == "__main__":
+    main()
