@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 
 from backbone.execution.live_changes import replaced
 from backbone.plan import SublayerBytes
-from backbone.supported import FAMILIES, Family, UnsupportedModelError, check_supported
+from backbone.supported import FAMILIES as FAMILIES
+from backbone.supported import Family as Family
+from backbone.supported import UnsupportedModelError as UnsupportedModelError
+from backbone.supported import check_supported
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -46,6 +49,36 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = getattr(model.get_submodule(family.decoder), family.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def check_intact(model: PreTrainedModel) -> None:
+    """Whether the layers of a model are those that its configuration tells of, each once and in order.
+
+    The library runs as many layers as the configuration says, makes caches from it, and has every layer write into the
+    place of a cache that it was made for; a plan counts the layers in the list.
+
+    Raises:
+        UnsupportedModelError: layers were deleted, added, swapped or shared, or the configuration was edited.
+    """
+    layers = list(decoder_layers(model))
+    config = model.config.get_text_config(decoder=True)
+    found = [("num_hidden_layers", config.num_hidden_layers)]
+    if kinds := getattr(config, "layer_types", None):
+        found.append(("the length of layer_types", len(kinds)))
+    for name, number in found:
+        if number != len(layers):
+            raise UnsupportedModelError(
+                f"this {type(model).__name__} holds {len(layers)} layers, and {name} in its configuration is {number}; "
+                "plans need all of them: leave layers out with LayerPlan.skipping instead"
+            )
+    places: dict[nn.Module, int] = {}
+    for index, layer in enumerate(layers):
+        own = (place for part in layer.modules() if (place := getattr(part, "layer_idx", None)) is not None)
+        if (made_as := places.setdefault(layer, next(own, index))) != index:
+            raise UnsupportedModelError(
+                f"layer {index} of this {type(model).__name__} was made as its layer {made_as}; plans need every layer "
+                "once, in the place that it was made for"
+            )
 
 
 def sublayer_bytes(model: PreTrainedModel) -> SublayerBytes:

@@ -81,7 +81,9 @@ def load_backbone(
         model = _complete(source, folder, **hub, **options)
     tokenizer = _tokenizer(folder, source, **hub)
     check_vocabulary(source, model, tokenizer)
-    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+    if device_map is None:
+        model.to(place)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 def _complete(source: str, folder: str, **options: Any) -> PreTrainedModel:
