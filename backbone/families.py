@@ -51,6 +51,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm between the last layer and the head: the last norm among the decoder's own modules; None for none."""
+    children = decoder_of(model).named_children()
+    norms = [module for name, module in children if "norm" in name or name.startswith("ln_")]
+    return norms[-1] if norms else None
+
+
 def check_intact(model: PreTrainedModel) -> None:
     """Whether the layers of a model are those that its configuration tells of, each once and in order.
 
