@@ -1,63 +1,21 @@
-"""Where each model family keeps its layers and their sub-layers: one line a family, nothing copied from it."""
+"""Where a model keeps its layers and their sub-layers, and whether these are still the ones that it was made with."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from backbone.errors import InputError
 from backbone.execution.live_changes import replaced
 from backbone.plan import SublayerBytes
-
-
-class UnsupportedModelError(InputError):
-    """A model whose layers cannot be skipped exactly; the message names the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How to reach the layers of one `model_type`.
-
-    Attributes:
-        decoder: path from the causal language model to the module that runs the layers.
-        layers: name of the list of layers in that module.
-        attention: name of the attention block in a layer, which returns `(hidden, weights)`; None where unknown,
-            and then only whole layers can be skipped.
-        mlp: names of the modules of a layer that make up its MLP, in the order in which they run.
-        returns_tuple: a layer returns `(hidden, weights)` instead of `hidden`.
-        adds_residual: attention and MLP are called with `(hidden, residual)` and return their output plus the residual.
-    """
-
-    decoder: str
-    layers: str
-    attention: str | None
-    mlp: tuple[str, ...] = ()
-    returns_tuple: bool = False
-    adds_residual: bool = False
-
-
-_LLAMA_LIKE = Family("model", "layers", "self_attn", ("mlp",))
-
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(
-        (
-            *("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma2", "gemma3_text", "olmo2", "stablelm"),
-            *("granite", "cohere2", "smollm3", "mixtral", "qwen3_moe"),
-        ),
-        _LLAMA_LIKE,
-    ),
-    "opt": Family("model.decoder", "layers", "self_attn", ("fc1", "fc2")),
-    "gpt2": Family("transformer", "h", "attn", ("mlp",)),
-    "gpt_neox": Family("gpt_neox", "layers", "attention", ("mlp",)),
-    "falcon": Family("transformer", "h", "self_attention", ("mlp",), returns_tuple=True),
-    "bloom": Family("transformer", "h", "self_attention", ("mlp",), returns_tuple=True, adds_residual=True),
-}
+from backbone.supported import FAMILIES as FAMILIES
+from backbone.supported import Family as Family
+from backbone.supported import UnsupportedModelError as UnsupportedModelError
+from backbone.supported import check_supported
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -66,20 +24,17 @@ def family_of(model: PreTrainedModel) -> Family:
     Whether the plans of a probed model are exact, `backbone.execution.self_test` says before the first one is applied.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, multimodal and KV-sharing models, and those without a list of layers.
+        UnsupportedModelError: see `check_supported`; a model that is wrapped or has no list of layers.
     """
-    config = model.config
-    kind = config.model_type
-    if config.is_encoder_decoder:
+    if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{kind} is an encoder-decoder model; layerbudget runs decoder-only language models"
+            f"a plan needs the transformers model itself, got a {type(model).__name__}; pass the model inside, such as "
+            "model.get_base_model() of PEFT or the one that torch.compile was given"
         )
-    if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
-        raise UnsupportedModelError(f"{kind} is multimodal; load its language model alone, for example gemma3_text")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(
-            f"{kind} shares keys and values between layers, so a layer cannot be skipped exactly"
-        )
+    if model in _probed:
+        return _probed[model]
+    check_supported(model.config)
+    kind = model.config.model_type
     return FAMILIES[kind] if kind in FAMILIES else _probed_family(model)
 
 
@@ -94,6 +49,43 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = getattr(model.get_submodule(family.decoder), family.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm between the last layer and the head: the last norm among the decoder's own modules; None for none."""
+    children = decoder_of(model).named_children()
+    norms = [module for name, module in children if "norm" in name or name.startswith("ln_")]
+    return norms[-1] if norms else None
+
+
+def check_intact(model: PreTrainedModel) -> None:
+    """Whether the layers of a model are those that its configuration tells of, each once and in order.
+
+    The library runs as many layers as the configuration says, makes caches from it, and has every layer write into the
+    place of a cache that it was made for; a plan counts the layers in the list.
+
+    Raises:
+        UnsupportedModelError: layers were deleted, added, swapped or shared, or the configuration was edited.
+    """
+    layers = list(decoder_layers(model))
+    config = model.config.get_text_config(decoder=True)
+    found = [("num_hidden_layers", config.num_hidden_layers)]
+    if kinds := getattr(config, "layer_types", None):
+        found.append(("the length of layer_types", len(kinds)))
+    for name, number in found:
+        if number != len(layers):
+            raise UnsupportedModelError(
+                f"this {type(model).__name__} holds {len(layers)} layers, and {name} in its configuration is {number}; "
+                "plans need all of them: leave layers out with LayerPlan.skipping instead"
+            )
+    places: dict[nn.Module, int] = {}
+    for index, layer in enumerate(layers):
+        own = (place for part in layer.modules() if (place := getattr(part, "layer_idx", None)) is not None)
+        if (made_as := places.setdefault(layer, next(own, index))) != index:
+            raise UnsupportedModelError(
+                f"layer {index} of this {type(model).__name__} was made as its layer {made_as}; plans need every layer "
+                "once, in the place that it was made for"
+            )
 
 
 def sublayer_bytes(model: PreTrainedModel) -> SublayerBytes:
@@ -115,13 +107,12 @@ _probed: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 
 def _probed_family(model: PreTrainedModel) -> Family:
     """What can be seen of an undeclared model: where its layers are, and what one of them returns."""
-    if model not in _probed:
-        decoder, layers = _only_layer_list(model)
-        output = _output_of_first_layer(model.get_submodule(decoder), layers)
-        is_pair = isinstance(output, tuple) and len(output) == 2
-        if not is_pair and not isinstance(output, torch.Tensor):
-            raise _unknown(model, f"its layers return {type(output).__name__}, not hidden states")
-        _probed[model] = Family(decoder, layers, attention=None, returns_tuple=is_pair)
+    decoder, layers = _only_layer_list(model)
+    output = _output_of_first_layer(model.get_submodule(decoder), layers)
+    is_pair = isinstance(output, tuple) and len(output) == 2
+    if not is_pair and not isinstance(output, torch.Tensor):
+        raise _unknown(model, f"its layers return {type(output).__name__}, not hidden states")
+    _probed[model] = Family(decoder, layers, attention=None, returns_tuple=is_pair)
     return _probed[model]
 
 
@@ -136,7 +127,7 @@ def _only_layer_list(model: PreTrainedModel) -> tuple[str, str]:
         raise _unknown(model, f"it has {len(paths)} lists of {n_layers} modules where one list of layers is needed")
     decoder, _, layers = paths[0].rpartition(".")
     takes_cache = "cache" in inspect.signature(model.get_submodule(decoder).forward).parameters
-    if not takes_cache or all(DynamicCache(config=model.config).is_linear):
+    if not takes_cache:
         raise _unknown(model, f"its {decoder} keeps no key-value cache")
     return decoder, layers
 

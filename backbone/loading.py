@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from filelock import FileLock
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,10 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from backbone.errors import reason_of
+from backbone.complete_weights import check_complete, check_gguf_used, read_gguf
+from backbone.errors import InputError, reason_of
 from backbone.families import family_of
-from backbone.files import cache_folder
+from backbone.files import cache_folder, lock_of
 from backbone.model_source import PACKAGE_PREFIX, LoadError, check_folder, check_package, gguf_file
+
+CONVERSION = "-2"
+"""Part of the names of converted folders; another one after a change that makes earlier conversions wrong. Those
+without one may hold random weights where the file lacked a tensor."""
 
 
 def load_backbone(
@@ -74,13 +78,23 @@ def load_backbone(
     _check_not_quantised(source, config)
     options["dtype"] = _checked_dtype(dtype, place)
     with _naming(source):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **hub, **options, output_loading_info=True)
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise LoadError(f"the weights of {source!r} lack {missing[0]!r}, which would be filled with random numbers")
-    family_of(model)
+        model = _complete(source, folder, **hub, **options)
     tokenizer = _tokenizer(folder, source, **hub)
-    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+    check_vocabulary(source, model, tokenizer)
+    if device_map is None:
+        model.to(place)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
+def _complete(source: str, folder: str, **options: Any) -> PreTrainedModel:
+    """A supported model, all of whose weights come from its checkpoint."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, **options, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, found = loaded
+    family_of(model)
+    check_complete(source, model, found)
+    return model  # type: ignore[no-any-return]
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -99,11 +113,29 @@ def _tokenizer(folder: str, source: str, **hub: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises LoadError for a tokenizer with tokens that a model's embedding has no rows for.
+
+    Placeholders of images, sounds and films may lie behind the rows: text does not contain them (Gemma 3).
+    """
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    placeholders = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    beyond = [token for token, place in tokenizer.get_added_vocab().items() if place >= rows]
+    if tokenizer.vocab_size > rows or not placeholders.issuperset(beyond):
+        raise LoadError(
+            f"the tokenizer of {source!r} has {len(tokenizer):,} tokens, and the model's embedding has {rows:,} "
+            "rows; use the tokenizer that the model was trained with, or train rows for the new tokens "
+            "(resize_token_embeddings)"
+        )
+
+
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
     """Turns whatever the libraries say of somebody's files into one sentence that names the model."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = reason_of(error)
         raise LoadError(f"cannot load the model {source!r}: {reason}") from error
@@ -192,12 +224,12 @@ def _converted(gguf: Path) -> Path:
     """
     with gguf.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache_folder() / key
-    with FileLock(f"{target}.lock"):
+    target = cache_folder() / f"{key}{CONVERSION}"
+    with lock_of(target):
         if not target.exists():
             unfinished = target.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            _convert(gguf, unfinished)
+            _convert(gguf.absolute(), unfinished)
             unfinished.rename(target)
     return target
 
@@ -207,13 +239,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     seconds each time where the vocabulary has 262,144 strings; so the first reader is given out again."""
     try:
         import gguf as library
-
-        config = GgufConfig(gguf_file=gguf.name, dequantize=True)
-        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        with patch.object(library, "GGUFReader", functools.cache(library.GGUFReader)):
-            model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=config, dtype=torch.bfloat16)
-            tokenizer = AutoTokenizer.from_pretrained(**where)
     except ImportError as error:
         raise LoadError(f"reading {gguf.name} needs `pip install layerbudget[gguf]`: {error}") from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    name, read = str(gguf), functools.cache(library.GGUFReader)
+    options = {"quantization_config": GgufConfig(gguf_file=gguf.name, dequantize=True), "dtype": torch.bfloat16}
+    with _naming(name), patch.object(library, "GGUFReader", read):
+        reader = read_gguf(name, read)
+        model = _complete(name, str(gguf.parent), gguf_file=gguf.name, **options)
+        check_gguf_used(name, reader, model)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        check_vocabulary(name, model, tokenizer)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

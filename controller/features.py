@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.execution.probing import probe_states
-from backbone.families import decoder_of
+from backbone.families import final_norm
 from controller.feature_sets import NAMES, FeatureError
 
 Floats = NDArray[np.float32]
@@ -122,21 +121,10 @@ def lens(probed: Probed) -> torch.Tensor:
     head once for every prompt, which for a large vocabulary costs as much as several layers.
     """
     norm, head = final_norm(probed.model), probed.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if norm is None:
+        raise FeatureError(f"the features 'lens' need a final norm, and {type(probed.model).__name__} has none")
     logs = head(norm(probed.states[-1][:, -1].to(probed.model.dtype))).float().log_softmax(-1)
     return torch.stack([-(logs.exp() * logs).sum(-1), logs.amax(-1).exp()], dim=-1)
-
-
-def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last layer and the head: the last norm among the decoder's own modules.
-
-    Raises:
-        FeatureError: there is none.
-    """
-    decoder = decoder_of(model)
-    norms = [module for name, module in decoder.named_children() if "norm" in name or name.startswith("ln_")]
-    if not norms:
-        raise FeatureError(f"the features 'lens' need a final norm, and {type(model).__name__} has none")
-    return norms[-1]
 
 
 SETS: dict[str, Callable[[Probed], torch.Tensor]] = dict(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from types import TracebackType
+from typing import Any, ParamSpec
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -14,15 +18,65 @@ from backbone.errors import InputError
 from backbone.execution.plan_patches import patched
 from backbone.execution.row_patches import RowPlansError, patched_rows
 from backbone.execution.self_test import check_exactness
+from backbone.families import check_intact
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import attached_to
+
+P = ParamSpec("P")
+
+
+class _Block(AbstractContextManager[PreTrainedModel]):
+    """A block of `with`, or a decorator; warns when it is dropped without having been either."""
+
+    def __init__(self, name: str, open_block: Callable[[], AbstractContextManager[PreTrainedModel]]) -> None:
+        self._name, self._open, self._is_used = name, open_block, False
+
+    def __enter__(self) -> PreTrainedModel:
+        self._is_used = True
+        self._opened = self._open()
+        return self._opened.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return self._opened.__exit__(kind, error, traceback)
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        self._is_used = True
+
+        @wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self._open():
+                return function(*args, **kwargs)
+
+        return inside
+
+    def __del__(self) -> None:
+        if not self._is_used:
+            warnings.warn(
+                f"{self._name}(...) was dropped without `with`, so that no plan was applied; write "
+                f"`with {self._name}(...):` and run the model inside",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _block(function: Callable[P, Iterator[PreTrainedModel]]) -> Callable[P, _Block]:
+    """`contextmanager`, for a block that does nothing unless it is entered."""
+    manager = contextmanager(function)
+
+    @wraps(function)
+    def made(*args: P.args, **kwargs: P.kwargs) -> _Block:
+        return _Block(function.__name__, lambda: manager(*args, **kwargs))
+
+    return made
 
 
 class NestedPlanError(InputError):
     """`apply_plan` inside `apply_plan` on one model and thread."""
 
 
-@contextmanager
+@_block
 def apply_plan(
     model: PreTrainedModel, plan: LayerPlan, *, first_layer: int = 0, frozen: bool = False
 ) -> Iterator[PreTrainedModel]:
@@ -57,7 +111,7 @@ def apply_plan(
             yield model
 
 
-@contextmanager
+@_block
 def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[PreTrainedModel]:
     """Within this block, each row of a batch runs its own plan, in one pass for all: a layer, or half of one, computes
     only the rows whose plan runs it, and the cache holds only those.
@@ -90,6 +144,7 @@ def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[
 @contextmanager
 def _tested(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
     """The model reserved for a plan, after its self-test."""
+    check_intact(model)
     with _reserved(model, plan) as reservation:
         if not reservation.tested:
             check_exactness(model)

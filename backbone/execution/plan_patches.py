@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from backbone.errors import InputError
 from backbone.execution.cache import drop_skipped_layers, remember_plans
 from backbone.execution.live_changes import replaced
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
@@ -148,9 +150,10 @@ def _compiled_calls(model: PreTrainedModel, plan: LayerPlan, attached: Attached 
 
 def _fitting_cache(decoder: Any, plan: LayerPlan, attached: Attached | None) -> Forward:
     """The decoder's forward, with the cache, whoever made it, fitted to the plan first, and the plan noted on it."""
-    forward = decoder.forward
+    forward, names = decoder.forward, argument_names(decoder.forward)
 
     def fit_cache(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = named_arguments(names, args, kwargs)
         cache, use_cache = kwargs.get("cache"), kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["cache"] = DynamicCache(config=decoder.config)
@@ -161,3 +164,26 @@ def _fitting_cache(decoder: Any, plan: LayerPlan, attached: Attached | None) -> 
         return forward(*args, **kwargs)
 
     return fit_cache
+
+
+def argument_names(forward: Forward) -> list[str]:
+    """Names of a forward's arguments that may be given by position, in order."""
+    parameters = inspect.signature(forward).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+
+def named_arguments(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """A call's arguments by name, after those that have none; the cache as `cache`, also if given as
+    `past_key_values`.
+
+    Raises:
+        InputError: the cache came twice.
+    """
+    found = {**dict(zip(names, args, strict=False)), **kwargs}
+    if (old := found.pop("past_key_values", None)) is not None:
+        if found.get("cache") is not None:
+            raise InputError("cache and past_key_values were both given, and are the same thing; leave one of them out")
+        found["cache"] = old
+    return args[len(names) :], found

@@ -24,7 +24,9 @@ from backbone.execution.cache import keep_rows, remember_plans
 from backbone.execution.live_changes import replaced
 from backbone.execution.plan_patches import (
     Forward,
+    argument_names,
     check_can_run,
+    named_arguments,
     pass_on,
     pass_on_with_none,
     residual,
@@ -191,8 +193,10 @@ class _Patches:
         forward, digest = decoder.forward, self._attached.digest if self._attached else ""
         holding = [self._of(lambda plan, i=index: i in plan.attention) for index in range(len(self._layers))]  # type: ignore[misc]
         rows_of: dict[int, list[tuple[int, ...]]] = {}
+        names = argument_names(forward)
 
         def fit_cache(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = named_arguments(names, args, kwargs)
             given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             n_rows = len(next(value for value in given if isinstance(value, torch.Tensor)))
             self._rows.begin(n_rows)

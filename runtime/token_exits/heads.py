@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
 
-from backbone.errors import InputError
-from backbone.families import decoder_layers, decoder_of
+from backbone.errors import InputError, reason_of
+from backbone.execution.live_changes import captured
+from backbone.execution.self_test import rounding_limit
+from backbone.families import decoder_layers, final_norm
 from backbone.plan import LayerPlan
 from backbone.stand_ins.bridges import Bridge
 from backbone.stand_ins.fit_bridges import fit_bridges
@@ -26,12 +29,18 @@ class TokenExitsError(InputError):
     """Token exits that cannot be: wrong layers, thresholds or models."""
 
 
+_checked: WeakSet[torch.nn.Module] = WeakSet()
+
+
 class ExitHeads:
     """The exit heads of one model.
 
     Args:
         bridges: by the layer before which tokens leave; where there is none the state itself goes to the final norm.
         shortlist: the token ids [K] that gates look at; None for all.
+
+    Raises:
+        TokenExitsError: final norm and head do not give the model's own logits, since its family does more behind them.
     """
 
     def __init__(
@@ -41,12 +50,36 @@ class ExitHeads:
         self.bridges = {depth: bridge.to(model.device, model.dtype) for depth, bridge in (bridges or {}).items()}
         self.shortlist = None if shortlist is None else shortlist.to(model.device)
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        decoder: Any = decoder_of(model)
-        self._head, self._norm = head, decoder.norm
+        self._head, self._norm = head, final_norm(model) or torch.nn.Identity()
         self._weight, self._bias = head.weight, getattr(head, "bias", None)
         if self.shortlist is not None:
             self._weight = head.weight.detach().index_select(0, self.shortlist).contiguous()
             self._bias = None if self._bias is None else self._bias.detach().index_select(0, self.shortlist)
+        if model not in _checked:
+            self._check()
+            _checked.add(model)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Raises TokenExitsError unless states after the last layer give the model's own logits, over two tokens."""
+        layers = decoder_layers(self.model)
+        ids = torch.arange(1, 3, device=self.model.device)[None]
+        with captured(layers, [len(layers)]) as states:
+            logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        wanted = logits if self.shortlist is None else logits[:, self.shortlist]
+        try:
+            own = self.logits(states[len(layers)][0])
+        except RuntimeError as error:
+            raise TokenExitsError(
+                f"{self.model.config.model_type}: its head does not take what its final norm gives, so an exit head "
+                f"cannot end this model: {reason_of(error)}"
+            ) from error
+        difference = float((own - wanted).norm() / wanted.norm())
+        if not difference <= (limit := rounding_limit(self.model.dtype, self.model.device)):
+            raise TokenExitsError(
+                f"{self.model.config.model_type}: final norm and head differ by {difference:.1%} from the model's own "
+                f"logits (at most {limit:.1%} is rounding), so an exit head cannot end this model"
+            )
 
     def output(self, depth: int, states: torch.Tensor) -> torch.Tensor:
         """What goes to the final norm [.., D] when tokens leave before layer `depth` with states [.., D]."""
@@ -65,8 +98,10 @@ class ExitHeads:
     def _finished(self, logits: torch.Tensor) -> torch.Tensor:
         """With what some families do to the logits behind their head."""
         config = self.model.config
-        if scaling := getattr(config, "logits_scaling", None):
-            logits = logits / scaling
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if factor := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * factor
         if cap := getattr(config, "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
         return logits

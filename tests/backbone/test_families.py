@@ -3,7 +3,6 @@
 import pytest
 import torch
 from tiny import OPTIONS, UNDECLARED, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from backbone.execution import plan_patches
 from backbone.execution.apply_plan import apply_plan
@@ -94,12 +93,6 @@ def test_models_that_cannot_skip_exactly_are_refused_by_name(changes, message) -
         setattr(odd.config, name, value)
     with pytest.raises(UnsupportedModelError, match=message):
         family_of(odd)
-
-
-def test_a_model_without_a_key_value_cache_is_refused() -> None:
-    config = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=4, state_size=4)
-    with pytest.raises(UnsupportedModelError, match=r"unknown model family 'mamba': its .* no key-value cache"):
-        family_of(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_model_without_one_list_of_layers_is_refused() -> None:

@@ -47,6 +47,16 @@ def test_trained_exits_are_nearer_and_gaps_as_they_were(fitted) -> None:
     assert not torch.equal(trained[EXIT][1].factors[0], kept)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "falcon", "phi", "cohere2"])
+def test_exits_of_every_family_are_trained(family) -> None:
+    """Their final norms have other names than Llama's, or their logits a scale."""
+    model = tiny_model(family, layer_scale=2.0)
+    texts = torch.randint(3, 97, (16, 12), generator=torch.Generator().manual_seed(3)).tolist()
+    _, losses = train_exits(model, texts, bridges_of(fit_bridges(model, texts, [EXIT])), 20)
+    before, after = losses[str(EXIT)]
+    assert 0 < after <= before
+
+
 def test_long_texts_are_thinned_out_evenly(fitted, monkeypatch) -> None:
     model, texts, bridges = fitted
     monkeypatch.setattr(exit_training, "TOKENS", sum(map(len, texts)) // 3)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from tiny import N_LAYERS, padded_batch, tiny_model
+from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model
 
+from backbone.execution.live_changes import captured
+from backbone.families import decoder_layers, final_norm
 from backbone.stand_ins.training_targets import Example
 from runtime.token_exits.gates.of_states import Saturation
 from runtime.token_exits.gates.oracle import Oracle
-from runtime.token_exits.heads import ExitHeads, fit_exit_bridges, shortlist_of
+from runtime.token_exits.heads import ExitHeads, TokenExitsError, fit_exit_bridges, shortlist_of
 from runtime.token_exits.observing import agreements, confidences, observe
 from runtime.token_exits.training import train_bridges
 
@@ -25,16 +27,36 @@ def answered():
     return model, [Example(tuple(row), 12) for row in texts.tolist()]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
-def test_shortlist_logits_are_the_model_s(family: str) -> None:
-    options = {"gemma2": {"final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 3.0}}.get(family, {})
-    model, shortlist = tiny_model(family, **options), torch.tensor([5, 96, 3])
-    with torch.no_grad():
-        output = model(**padded_batch(), output_hidden_states=True)
-        normed = output.hidden_states[-1]  # after the final norm
-        heads = ExitHeads(model, {}, shortlist)
-        heads._norm = torch.nn.Identity()
-        torch.testing.assert_close(heads.logits(normed[:, -1]), output.logits[:, -1, shortlist])
+BEHIND_THE_HEAD = {
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 3.0},
+    "cohere2": {"logit_scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("family", [*OPTIONS, *UNDECLARED])
+def test_logits_at_full_depth_are_the_model_s(family: str) -> None:
+    model, shortlist = tiny_model(family, **BEHIND_THE_HEAD.get(family, {})), torch.tensor([5, 96, 3])
+    batch = padded_batch()
+    with torch.no_grad(), captured(decoder_layers(model), [N_LAYERS]) as states:
+        expected = model(**batch).logits[:, -1]
+    for tokens, heads in ((slice(None), ExitHeads(model)), (shortlist, ExitHeads(model, {}, shortlist))):
+        found = heads.logits(states[N_LAYERS][:, -1])
+        torch.testing.assert_close(found, expected[:, tokens])
+        assert torch.equal(heads.predictions(states[N_LAYERS][:, -1]), expected.argmax(-1))
+
+
+def test_model_that_ends_otherwise_is_refused() -> None:
+    unnormed = tiny_model("opt", do_layer_norm_before=False)
+    assert final_norm(unnormed) is None
+    ExitHeads(unnormed)
+    projected = tiny_model("opt", word_embed_proj_dim=16)
+    with pytest.raises(TokenExitsError, match="opt: its head does not take what its final norm gives"):
+        ExitHeads(projected)
+    odd = tiny_model("llama")
+    odd.lm_head.register_forward_hook(lambda head, states, logits: logits * 1.5)
+    with pytest.raises(TokenExitsError, match=r"llama: final norm and head differ by 33\.3% from the model's own"):
+        ExitHeads(odd)
 
 
 def test_shortlist_is_the_commonest_tokens() -> None:
