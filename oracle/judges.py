@@ -128,7 +128,7 @@ def _judge(name: str) -> Judge:
     if not colon and name not in JUDGES:
         nearest = get_close_matches(name, [*JUDGES, KL], n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise JudgeError(f"unknown judge {name!r}{hint} Known: {', '.join([*JUDGES, KL])}, or module:function")
+        raise JudgeError(f"unknown judge {name!r}{hint or '.'} Known: {', '.join([*JUDGES, KL])}, or module:function")
     try:
         found: Judge = getattr(importlib.import_module(module), function) if colon else JUDGES[name]
     except RegistryError as error:
