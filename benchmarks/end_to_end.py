@@ -36,8 +36,9 @@ from timing import Measured, in_turn
 
 from backbone.families import decoder_layers
 from backbone.loading import load_backbone
-from oracle.judges import KL, score
-from oracle.prompts import Prompt, load_prompts, split_of
+from oracle.judges import KL
+from oracle.prompts import Prompt, load_prompts
+from oracle.splits import splits_of
 from pipelines.config_sections import DataSection
 from pipelines.wall_clock import NOISE
 from runtime.allocator import Allocator
@@ -104,7 +105,7 @@ def prompts_of(source: str, count: int) -> list[Prompt]:
     """Prompts drawn from the test split, as runs split them by default; from all where that is too small."""
     everything = [prompt for prompt in load_prompts(source) if prompt.judge != KL]
     shares = DataSection(path=source).shares
-    unseen = [prompt for prompt in everything if split_of(prompt, shares) == "test"]
+    unseen = splits_of(everything, shares)["test"]
     pool = unseen if len(unseen) >= count else everything
     return random.Random(0).sample(pool, min(count, len(pool)))  # files tend to be sorted by task
 
@@ -166,7 +167,7 @@ def quality(contest: Contest, found: Mapping[str, Any], name: str, prompts: Sequ
         return None
     full, answers = contest.texts(found["stock"].answers), contest.texts(found[name].answers)
     rows = zip(prompts, answers, full, strict=True)
-    scores = [score(prompt.judge, answer, prompt.reference, of_full) for prompt, answer, of_full in rows]
+    scores = [prompt.score(answer, of_full) for prompt, answer, of_full in rows]
     return sum(scores) / len(scores)
 
 

@@ -23,7 +23,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt to continue.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt or messages."),
+        typer.Option(metavar="FILE", readable=False, help="JSONL, CSV, TSV or JSON with prompt or messages."),
     ] = None,
     out: OutFile = None,
     model: ModelSource = None,
@@ -41,9 +41,9 @@ def generate(
     A run over a file that was stopped goes on where it was, when the same command is given again.
     """
     if (prompt is None) == (prompts is None):
-        raise typer.BadParameter("give either a prompt or --prompts FILE.jsonl")
+        raise typer.BadParameter("give either a prompt or --prompts FILE")
     if (prompts is None and out is not None) or (out is None and overwrite):
-        raise typer.BadParameter("--out goes with --prompts FILE.jsonl, and --overwrite with --out")
+        raise typer.BadParameter("--out goes with --prompts FILE, and --overwrite with --out")
     if raw and prompt is None:
         raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
     from layerbudget import load_backbone

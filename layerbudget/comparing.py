@@ -15,7 +15,8 @@ from layerbudget.options import AllocatorSource, Device, MaxNewTokens, ModelSour
 def compare(
     allocator: AllocatorSource,
     prompts: Annotated[
-        Path, typer.Option(metavar="FILE.jsonl", readable=False, help="Prompts, one a line, with id and prompt.")
+        Path,
+        typer.Option(metavar="FILE", readable=False, help="JSONL, CSV, TSV or JSON with prompt or messages."),
     ],
     out: OutFile = None,
     model: ModelSource = None,

@@ -16,7 +16,8 @@ from controller.base import CONTROLLERS
 from controller.certificate.fewest_prompts import fewest_prompts
 from controller.feature_sets import WIDE
 from oracle.menus import MENUS
-from oracle.prompts import SPLITS, Prompt, Split, limited
+from oracle.prompts import SPLITS, Prompt, Split
+from oracle.splits import count_twins, limited_splits
 from pipelines.config import Config, ConfigError
 from pipelines.run_prompts import LEAST_OF_A_SPLIT, prompts_of, splits_of
 from pipelines.tracking import check_store
@@ -124,7 +125,12 @@ class _Checks:
         """Also checks every prompt's judge, which is imported."""
         judges = sorted({prompt.judge for prompt in self._prompts})
         kinds = len({prompt.task for prompt in self._prompts})
-        return f"prompts      {len(self._prompts)} of {kinds} kinds, judged by {', '.join(judges)}"
+        if self._config.evaluation.own_judges:
+            prompts_of(self._config, None)
+        twins = count_twins(self._prompts)
+        return f"prompts      {len(self._prompts)} of {kinds} kinds, judged by {', '.join(judges)}" + (
+            f"; {twins} have the text of another one, and stay in its split" if twins else ""
+        )
 
     @cached_property
     def _of_split(self) -> dict[Split, list[Prompt]]:
@@ -132,13 +138,8 @@ class _Checks:
         if "_prompts" not in self.__dict__:
             raise _UnknownError
         parts = splits_of(self._prompts, self._config)
-        adapt = {*parts["adapt"]}
-        labelled = [prompt for prompt in self._prompts if prompt not in adapt]
-        kept = {prompt.id for prompt in limited(labelled, self._config.label.limit)}
-        return {
-            split: [prompt for prompt in prompts if split == "adapt" or prompt.id in kept]
-            for split, prompts in parts.items()
-        }
+        adapt = parts.pop("adapt")
+        return {"adapt": adapt, **limited_splits(parts, self._config.label.limit)}
 
     def splits(self) -> str:
         sizes = {split: len(prompts) for split, prompts in self._of_split.items()}

@@ -9,8 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from backbone.stand_ins.settings import DistillSettings, Form, Where
 from controller.feature_sets import check_sets
 from oracle.decoding import Decoding, checked_options
+from oracle.intake import COLUMNS
 from oracle.menus import LOSSES, MENUS
-from oracle.prompts import COLUMNS, SPLITS, Split
+from oracle.prompts import SPLITS, Split
 
 AdaptMethod = Literal["none", "bridges", "adapter", "both", "best", "given"]
 
@@ -33,10 +34,11 @@ class ModelSection(Section):
 
 class DataSection(Section):
     path: Text = "embedded"
-    """`embedded`, a .jsonl, .csv or .json file, or a name or folder that `datasets` loads."""
+    """`embedded`, a file (.jsonl, .ndjson, .json, .csv, .tsv; or .gz after that), or a name or folder that `datasets`
+    loads."""
     limit: int | None = Field(None, ge=8)
     columns: dict[str, Text] = {}
-    """For a table or data set: our field -> its column."""
+    """Our field -> the source's column; fields not named keep their own names."""
     split: Text = "train"
     """For a data set: which of its splits to read."""
     judge: Text | None = None

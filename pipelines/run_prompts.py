@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from oracle.prompts import SPLITS, Prompt, Split, load_prompts, split_of
+from oracle import splits
+from oracle.prompts import Prompt, Split, load_prompts
 from pipelines.config import Config, ConfigError
 
 LEAST_OF_A_SPLIT = 2
@@ -30,9 +31,7 @@ def prompts_of(config: Config, force_judge: str | None) -> list[Prompt]:
 
 def splits_of(prompts: Sequence[Prompt], config: Config) -> dict[Split, list[Prompt]]:
     """The prompts of each split. Raises ConfigError where a split that is needed has too few."""
-    parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
-    for prompt in prompts:
-        parts[split_of(prompt, config.data.shares)].append(prompt)
+    parts = splits.splits_of(prompts, config.data.shares)
     for split, own in parts.items():
         if len(own) < LEAST_OF_A_SPLIT and (split != "adapt" or config.makes_from_prompts):
             raise ConfigError(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
-from oracle.judges import KL, score
+from oracle.judges import KL
 from oracle.prompts import Prompt
 from pipelines.learning_table import Table
 from pipelines.progress import progress
@@ -94,7 +94,7 @@ def _answered(
     return {
         "task": prompt.task,
         "prompt": prompt.shown,
-        "reference": prompt.reference,
+        "reference": prompt.shown_references,
         "full_answer": full_answer,
         "answer": answer,
         "full_score": _score(prompt, full_answer, full_answer),
@@ -108,4 +108,4 @@ def _answered(
 
 def _score(prompt: Prompt, answer: str, full_answer: str) -> float:
     """By the prompt's judge; one that reads no answers is stood in for by agreement with the full model's answer."""
-    return score("agreement" if prompt.judge == KL else prompt.judge, answer, prompt.reference, full_answer)
+    return prompt.score(answer, full_answer, "agreement" if prompt.judge == KL else None)

@@ -27,7 +27,8 @@ from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
-from oracle.prompts import Prompt, Split, limited
+from oracle.prompts import Prompt, Split
+from oracle.splits import limited_splits
 from pipelines.config import Config, ConfigError
 from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
@@ -100,8 +101,8 @@ class Workspace:
     @cached_property
     def labelled(self) -> list[Prompt]:
         """The prompts that are labelled and learned from: all but the split `adapt`, or `label.limit` of these."""
-        adapt = set(self.splits["adapt"])
-        return limited([prompt for prompt in self.prompts if prompt not in adapt], self.config.label.limit)
+        kept = {prompt.id for prompts in self.labelled_splits.values() for prompt in prompts}
+        return [prompt for prompt in self.prompts if prompt.id in kept]
 
     @cached_property
     def splits(self) -> dict[Split, list[Prompt]]:
@@ -130,10 +131,10 @@ class Workspace:
 
     @cached_property
     def labelled_splits(self) -> dict[Split, list[Prompt]]:
-        labelled = {prompt.id for prompt in self.labelled}
-        return {
-            split: [prompt for prompt in prompts if prompt.id in labelled] for split, prompts in self.splits.items()
-        }
+        """What `label.limit` leaves of each split; nothing of `adapt`."""
+        parts = dict(self.splits)
+        del parts["adapt"]
+        return {"adapt": [], **limited_splits(parts, self.config.label.limit)}
 
     @cached_property
     def backbone(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

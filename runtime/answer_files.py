@@ -18,15 +18,15 @@ from backbone.errors import InputError
 from backbone.files import lock_of, replacing
 from oracle.chat import ChatError, Question
 from oracle.context_lengths import check_lengths
-from oracle.prompts import PromptError, question_of, read_jsonl
+from oracle.prompt_sources import expanded
+from oracle.prompts import PromptError, questions_of
 from runtime.allocator import Allocator
 from runtime.offline import finished_texts
 from runtime.saving.allocator_files import content_digest
 from runtime.texts import AllocatedText
 
 Key = tuple[str, Question]
-"""Id of a line, and what it asks."""
-
+"""Id of a prompt, and what it asks."""
 
 ENTRIES = {"id": str, "answer": str, "layers": float, "plan": str}
 """What a line of answers holds beside what was asked."""
@@ -40,10 +40,10 @@ def check_places(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
     """What can be known before anything is computed.
 
     Raises:
-        PromptError: no such file of prompts, or a line without a prompt.
+        PromptError: see `oracle.prompts.questions_of`.
         AnswersError: see `check_out`.
     """
-    read_prompts(prompts)
+    questions_of(prompts)
     check_out(prompts, out, overwrite=overwrite)
 
 
@@ -53,6 +53,7 @@ def check_out(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
         return
     if out.is_symlink():
         raise AnswersError(f"--out {out} is a symbolic link; name the file itself")
+    prompts = expanded(prompts)
     if _are_same(out, prompts):
         raise AnswersError(f"--out {out} is the file of prompts itself; name another file")
     if out.exists() and not out.is_file():
@@ -78,7 +79,7 @@ def answer_file(
     begin: Callable[[int, int], None] = lambda done, total: None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write, for each line of a JSONL file, a line with id, prompt, answer, layers and plan, in the same order.
+    """Write, for each row of a file of prompts, a line with id, prompt, answer, layers and plan, in the same order.
 
     Until all are there, answers lie in the order in which they came in `<out>.partial`, from which the next run goes
     on; then `out` is written as a whole.
@@ -92,12 +93,12 @@ def answer_file(
         advance: called with the number of prompts answered now.
 
     Raises:
-        PromptError: no such file, a line without a prompt, or a prompt too long for the model.
+        PromptError: see `oracle.prompts.questions_of`; or a prompt is too long for the model.
         AnswersError: see `check_places`; `<out>.partial` is somebody else's, or was begun with another allocator or
             other settings; another process is writing it.
     """
     check_places(prompts, out, overwrite=overwrite)
-    keys = read_prompts(prompts)
+    keys = questions_of(prompts)
     texts = rendered_texts(allocator, model, tokenizer, keys)
     with partial_file(out, settings_digest(allocator, model), overwrite, ENTRIES) as partial:
         answers = partial.read() if partial else {}
@@ -247,17 +248,3 @@ def write_lines(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
         return
     with replacing(out) as unfinished:
         unfinished.write_text(text, encoding="utf-8", newline="\n")
-
-
-def read_prompts(path: Path) -> list[Key]:
-    """Id of each line of a JSONL file, the line's number where it names none, and what it asks.
-
-    Raises:
-        PromptError: no such file, no line in it, or a line without a prompt.
-    """
-    rows = [
-        (str(row.get("id", number)), question_of(place, row)) for number, (place, row) in enumerate(read_jsonl(path), 1)
-    ]
-    if not rows:
-        raise PromptError(f"{path} holds no prompts: each line should be an object with a prompt")
-    return rows

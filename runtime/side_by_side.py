@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
+from oracle.prompts import questions_of
 from runtime.allocator import Allocator
-from runtime.answer_files import check_places, partial_file, read_prompts, rendered_texts, settings_digest, write_lines
+from runtime.answer_files import check_places, partial_file, rendered_texts, settings_digest, write_lines
 from runtime.paired_timing import synchronize
 from runtime.texts import AllocatedText, generate_texts
 
@@ -40,7 +41,7 @@ def compare_file(
     begin: Callable[[int, int], None] = lambda done, total: None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Line]:
-    """A line with both answers for each line of a JSONL file, in the same order; with `out` they are written there.
+    """A line with both answers for each row of a file of prompts, in the same order; with `out` they are written there.
 
     Prompts run one at a time. A comparison that was stopped goes on from `<out>.partial`.
 
@@ -54,7 +55,7 @@ def compare_file(
         WrongModelError: another model than the one this allocator was made for.
     """
     check_places(prompts, out, overwrite=overwrite)
-    keys = read_prompts(prompts)
+    keys = questions_of(prompts)
     texts = rendered_texts(allocator, model, tokenizer, keys)
     settings = f"compare {settings_digest(allocator, model)}"
     with partial_file(out, settings, overwrite, ENTRIES) as partial:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from backbone.execution.shared_passes import unchanged_depth
 from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
-from oracle.judges import Judge, may_become_exact
+from oracle.judges import may_become_exact
 from oracle.labels.follow_full_answer import follow
 from oracle.labels.generate_answers import Enough, SharedBatch, answer_text, stop_token_ids
 from oracle.labels.store import CUT, Label
@@ -22,9 +22,9 @@ from oracle.prompts import Prompt
 LOOKS = 3
 """Passes, at most, in which a draft is led along a guess before it is generated."""
 
-PARTING: dict[str, Judge] = {
-    "agreement": lambda begun, reference, full_answer: float(full_answer.startswith(begun)),
-    "exact": lambda begun, reference, full_answer: float(may_become_exact(begun, reference)),
+PARTING: dict[str, Callable[[str, Sequence[str], str], bool]] = {
+    "agreement": lambda begun, references, full_answer: full_answer.startswith(begun),
+    "exact": lambda begun, references, full_answer: may_become_exact(begun, references),
 }
 """For judges of equal texts: whether an answer that begins like this may still be right. If not, its score is 0."""
 
@@ -126,14 +126,14 @@ class Shortcut:
 
     def has_parted(self, draft: Draft, full_answer: str) -> bool:
         """Whether no continuation of the text so far can be right: the full model's answer for the judge `agreement`,
-        equal to the reference for `exact`."""
+        equal to a reference for `exact`."""
         text = str(self._tokenizer.decode(draft.ids, skip_special_tokens=True))
         may_change = "\ufffd" in text or getattr(self._tokenizer, "clean_up_tokenization_spaces", False)
         stops = self._decoding.stop
         may_stop = any(text.endswith(stop[:i]) for stop in stops for i in range(1, len(stop)))
         if may_change or may_stop:
             return False
-        return not PARTING[draft.prompt.judge](cut_at_stop(text, stops), draft.prompt.reference, full_answer)
+        return not PARTING[draft.prompt.judge](cut_at_stop(text, stops), draft.prompt.references, full_answer)
 
     def text(self, draft: Draft) -> str:
         """The text of the tokens so far, marked where they are not all."""

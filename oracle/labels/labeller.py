@@ -14,7 +14,7 @@ from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import attached_digest
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding
-from oracle.judges import KL, score
+from oracle.judges import KL, JudgeError, judge_key
 from oracle.labels.answers_from_full import Draft, Shortcut
 from oracle.labels.blocks import blocks
 from oracle.labels.divergence import diverge
@@ -244,11 +244,9 @@ class Labeller(LabelReader):
         if prompt.judge == KL:
             return 1.0  # only the full plan has an answer of its own to judge, and it is compared with itself
         try:
-            return score(prompt.judge, answer, prompt.reference, full_answer)
-        # A judge may be the user's own code, which may even exit: one prompt must not end a night's run.
-        except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {error}" if isinstance(error, SystemExit) else error
-            self.failures.append(f"the judge {prompt.judge!r} failed on prompt {prompt.id!r}: {reason}")
+            return prompt.score(answer, full_answer)
+        except JudgeError as error:  # one prompt must not end a night's run
+            self.failures.append(str(error))
             return float("nan")
 
     def _labelled(self, draft: Draft, answer: str, prompt_tokens: int, value: float) -> Label:
@@ -257,7 +255,7 @@ class Labeller(LabelReader):
             prompt=draft.prompt.hash,
             plan=str(draft.plan),
             decoding=str(self.decoding),
-            judge=draft.prompt.judge,
+            judge=judge_key(draft.prompt.judge),
             answer=answer,
             answer_ids=tuple(draft.ids),
             score=value,

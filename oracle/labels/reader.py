@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding
+from oracle.judges import judge_key
 from oracle.labels.store import Label, LabelStore
 from oracle.prompts import Prompt
 
 Key = tuple[str, str]
-"""(prompt hash, judge)."""
+"""(prompt hash, `judge_key`)."""
 
 READ_TOGETHER = 4096
 """Labels that are in memory at once where only their digest is wanted."""
 
 
 def key_of(prompt: Prompt) -> Key:
-    return prompt.hash, prompt.judge
+    return prompt.hash, judge_key(prompt.judge)
 
 
 def model_key(fingerprint: str, dtype: str, stand_ins: str) -> str:

@@ -48,7 +48,7 @@ class Label:
         prompt: `Prompt.hash`.
         plan: text of the `LayerPlan`.
         decoding: text of the decoding settings.
-        judge: name of the judge.
+        judge: `oracle.judges.judge_key` of the judge.
         answer: the answer, cut at the stop string; ends with CUT where its score was certain before its end. The judge
             `kl` needs none under a shortened plan: CUT alone.
         answer_ids: tokens of the answer, the stopping one included; of one that was cut short at least up to the first

@@ -190,7 +190,14 @@ def _examples(workspace: Workspace, table: Table, chosen: NDArray[np.intp], per_
     for prompt, row, index in sorted(rows, key=lambda item: item[1][item[2]].answer == item[1][-1].answer):
         if len(shown[prompt.task]) < per_task:
             shown[prompt.task].append(
-                _example(prompt.task, prompt.shown, prompt.reference, menu.plans[index].layers, row[index], row[-1])
+                _example(
+                    prompt.task,
+                    prompt.shown,
+                    prompt.shown_references,
+                    menu.plans[index].layers,
+                    row[index],
+                    row[-1],
+                )
             )
     return [example for task in sorted(shown) for example in shown[task]]
 

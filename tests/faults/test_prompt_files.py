@@ -61,6 +61,9 @@ ACCEPTED: dict[str, Callable[[Path], None]] = {
     "raw": _row(raw=True),
     "not raw": _row(raw=False),
     "no messages beside a prompt": _row(messages=None),
+    "numbers as texts": _row(id=3, task=2.5, reference=4),
+    "no id, no task, no reference": _line('{"prompt": "abc", "judge": "agreement"}'),
+    "the number of a line as text": _line(json.dumps({**_ROW, "id": str(CHANGED + 1)})),
     "BOM": _whole(lambda content: b"\xef\xbb\xbf" + content),
     "CRLF": _whole(lambda content: content.replace(b"\n", b"\r\n")),
     "no last newline": _whole(bytes.rstrip),
@@ -84,6 +87,8 @@ REFUSED: dict[str, Callable[[Path], None]] = {
     "a prompt of spaces": _row(prompt=" \n\u2003"),
     "a prompt longer than the model takes": _row(prompt="abcdefgh" * 100),
     "a number as prompt": _row(prompt=3),
+    "an id twice": _row(id="long-0"),
+    "a list as id": _row(id=["long-0"]),
     "a text as raw": _row(raw="yes"),
     "messages and a prompt": _row(messages=[{"role": "user", "content": "abc"}]),
     "messages without a chat template": _turns([{"role": "user", "content": "abc"}]),
@@ -100,13 +105,13 @@ REFUSED: dict[str, Callable[[Path], None]] = {
     "old Macintosh line ends": _whole(lambda content: content.replace(b"\n", b"\r")),
 }
 OF_RUNS: dict[str, Callable[[Path], None]] = {
-    **{f"{field} of another type": _row(**{field: 3}) for field in _ROW},
-    "an id twice": _row(id="long-0"),
+    "a number as judge": _row(judge=3),
+    "a reference that the judge cannot use": _row(judge="contains"),
     "an unknown judge": _row(judge="taste"),
     "a judge of no module": _row(judge="no.such.module:judge"),
     "a judge with no name": _row(judge=":"),
     "a judge that is no function": _row(judge="math:pi"),
-    "no task": _line(json.dumps({key: value for key, value in _ROW.items() if key != "task"})),
+    "no judge": _line(json.dumps({key: value for key, value in _ROW.items() if key != "judge"})),
 }
 ANYHOW = damages_of("prompts.jsonl")
 CASES = {**ANYHOW, **ACCEPTED, **REFUSED}
@@ -123,7 +128,7 @@ def _answered_as_written(project: Project, name: str) -> str | None:
     if name in REFUSED:
         return "it should have been refused"
     rows = _rows(project.folder / "prompts.jsonl")
-    wanted = [(str(row.get("id", number)), row["prompt"]) for number, row in enumerate(rows, 1)]
+    wanted = [(str(row.get("id", f"prompts-{number}")), row["prompt"]) for number, row in enumerate(rows, 1)]
     lines = (project.folder / "answers.jsonl").read_bytes().decode().split("\n")[:-1]
     found = [(row["id"], row["prompt"]) for row in map(json.loads, lines)]
     return None if found == wanted else f"{len(found)} answers are not to the {len(wanted)} prompts"

@@ -199,5 +199,5 @@ def test_a_data_set_has_conversations_in_a_column(tmp_path) -> None:
         ["be short", "  one two "],
         ["  one two ", "three", "four"],
     ]
-    with pytest.raises(PromptError, match="has both the columns 'prompt' and 'messages'"):
+    with pytest.raises(PromptError, match="has 2 problems: row 1: prompt and messages are both given"):
         load_prompts(str(tmp_path), columns={"reference": "answer"}, judge="exact")

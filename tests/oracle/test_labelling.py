@@ -403,6 +403,24 @@ def test_labels_of_other_decodings_do_not_mix(model, tokenizer, tmp_path) -> Non
     assert len(other.missing(PROMPTS, menu.plans[0])) == len(PROMPTS)
 
 
+def test_scores_by_an_older_meaning_of_a_judge_are_not_read(model, tokenizer, tmp_path) -> None:
+    prompts = [replace(prompt, judge="exact", reference="abc") for prompt in PROMPTS]
+    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), 4)
+    full = menu_of(model).plans[-1]
+    labeller.label_full(prompts, full)
+    assert labeller.missing(prompts, full) == []
+    with sqlite3.connect(tmp_path / "labels.db") as connection:
+        connection.execute("UPDATE labels SET judge = 'exact'")  # as version 0.2 wrote it
+    assert labeller.missing(prompts, full) == prompts
+
+
+def test_an_answer_goes_on_while_one_of_its_references_fits(model, tokenizer) -> None:
+    prompt = Prompt("p", "t", "a", "abc", "exact", alternatives=("xyz",))
+    shortcut = Shortcut(model, tokenizer, DECODING)
+    begun = {text: Draft(prompt, LayerPlan.full(6), tokenizer(text).input_ids) for text in ("ab", "xy", "xyz", "xa")}
+    assert [text for text, draft in begun.items() if shortcut.has_parted(draft, "")] == ["xa"]
+
+
 @pytest.mark.parametrize("shortcut", [False, True])
 def test_a_judge_that_fails_on_one_prompt_does_not_stop_the_run(
     model, tokenizer, tmp_path, monkeypatch, shortcut
@@ -422,7 +440,8 @@ def test_a_judge_that_fails_on_one_prompt_does_not_stop_the_run(
     np.testing.assert_array_equal(np.isnan(scores).all(axis=1), [True, True, False])
     assert len(labeller.failures) == 6
     assert "the judge 'fussy_judge:judge' failed on prompt 'p0': no disk" in labeller.failures
-    assert any("scored nan" in failure for failure in labeller.failures)
+    gave = "the prompt 'p1': the judge 'fussy_judge:judge' gave the score nan; a score is a number in [0, 1]"
+    assert gave in labeller.failures
     labeller.label(prompts, menu_of(model), lambda n: pytest.fail("labelled again"))
 
 

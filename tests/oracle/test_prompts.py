@@ -1,89 +1,215 @@
 import csv
+import gzip
+import io
 import json
 import re
 
 import pytest
 from datasets import Dataset
 
+from oracle.chat import Question
 from oracle.embedded_prompts import embedded_prompts
-from oracle.prompts import PromptError, load_prompts, split_of
+from oracle.prompts import Prompt, PromptError, load_prompts, questions_of
 
 GOOD = {"id": "a", "task": "t", "prompt": "1 + 1 =", "reference": "2", "judge": "number"}
-SHARES = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
+TURNS = [{"role": "system", "content": "be short"}, {"role": "user", "content": "so?"}]
+LONG = '«ja», "nein"; or\nno\tmore | ' + "x" * 200_000
+ROWS = [
+    {"key": 7, "kind": "sum", "q": "2+2=", "a": "4", "by": "number", "of": 1},
+    {"key": "7b", "q": LONG, "a": "ja", "raw": True},
+    {"kind": "chat", "messages": TURNS, "a": "no", "of": "1"},
+    {"q": "\u2028a\x85b", "a": "b", "by": "agreement"},
+    {"q": "c", "by": "agreement"},
+]
+COLUMNS = {"id": "key", "task": "kind", "group": "of", "prompt": "q", "reference": "a", "judge": "by"}
+BOTH = {**COLUMNS, "messages": "messages"}
+WANTED = [
+    Prompt("7", "sum", "2+2=", "4", "number", group="1"),
+    Prompt("7b", "five", LONG, "ja", "exact", raw=True),
+    Prompt("five-3", "chat", "", "no", "exact", Question.of(TURNS).messages, group="1"),
+    Prompt("five-4", "five", "\u2028a\x85b", "b", "agreement"),
+    Prompt("five-5", "five", "c", "", "agreement"),
+]
 
 
-def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
+def lines(rows) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+
+
+def table(rows, delimiter) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*COLUMNS.values(), "messages", "raw"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows({**row, "messages": json.dumps(row["messages"]) if "messages" in row else ""} for row in rows)
+    return file.getvalue()
+
+
+FILES = {
+    "five.jsonl": lines(ROWS),
+    "five.ndjson": lines(ROWS).replace("\n", "\r\n"),
+    "five.json": json.dumps(ROWS),
+    "five.csv": table(ROWS, ","),
+    "five.CSV": table(ROWS, ";"),
+    "five.tsv": table(ROWS, "\t"),
+}
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_the_same_prompts(tmp_path, monkeypatch, name, ending) -> None:
+    content = b"\xef\xbb\xbf" + FILES[name].encode()
+    (tmp_path / (name + ending)).write_bytes(gzip.compress(content) if ending else content)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (str(tmp_path / (name + ending)), "~/" + name + ending):
+        assert load_prompts(source, columns=BOTH, judge="exact") == WANTED
+
+
+def test_a_data_set_gives_the_same_prompts(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "five"
+    folder.mkdir()
+    rows = [{**dict.fromkeys([*BOTH.values(), "raw"]), **row} for row in ROWS]
+    rows = [{**row, "key": row["key"] and str(row["key"]), "of": row["of"] and 1} for row in rows]  # a column, a type
+    Dataset.from_list(rows).to_parquet(str(folder / "data.parquet"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (str(folder), "~/five"):
+        assert load_prompts(source, columns=BOTH, judge="exact") == WANTED
+
+
+def test_references_are_one_or_several_right_answers(tmp_path) -> None:
+    rows = [{**GOOD, "reference": ["4", "four", 4.0]}, {**GOOD, "id": "b", "reference": ["5"]}]
+    (tmp_path / "p.jsonl").write_text(lines(rows))
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "set").mkdir()
+    texts = [{**row, "reference": [str(one) for one in row["reference"]]} for row in rows]
+    Dataset.from_list(texts).to_parquet(str(tmp_path / "set" / "data.parquet"))
+    for name in ("p.jsonl", "p.json", "set"):
+        first, second = load_prompts(str(tmp_path / name), force_judge="exact")
+        assert (first.reference, first.references, second.references) == ("4", ("4", "four", "4.0"), ("5",))
+        assert first.hash != second.hash != Prompt("x", "t", GOOD["prompt"], "4", "exact").hash
+
+
+def csv_of(*fields: str) -> str:
+    return "id,prompt,reference,raw,messages\n" + "\n".join(fields) + "\n"
+
+
+def one(**fields) -> list[dict]:
+    return [GOOD, {**GOOD, "id": "b", **fields}]
+
+
+REFUSED = [
+    ("p.jsonl", [GOOD, "{oops"], "p.jsonl, line 2: not JSON"),
+    ("p.jsonl", [GOOD, "[1]"], "line 2: expected an object, got list"),
+    ("p.jsonl", [GOOD, ""], "line 2: not JSON"),
+    ("p.jsonl", ['{"id": "a", "prompt": "\\ud800"}'], "line 1: not JSON (it holds half a character"),
+    ("p.jsonl", [GOOD, "[" * 100_000], "line 2: not JSON (its values are nested too deeply)"),
+    ("p.jsonl", [GOOD, '{"id": NaN}'], "line 2: not JSON (it holds NaN"),
+    ("p.jsonl", [GOOD, '{"id": "b", "id": "c"}'], "line 2: not JSON (the key 'id' comes twice)"),
+    ("p.jsonl", [], "p.jsonl holds no prompts"),
+    ("p.jsonl", one(prompt="  "), "line 2: the prompt is empty"),
+    ("p.jsonl", one(prompt=3), "line 2: the prompt should be a text, got 3"),
+    ("p.jsonl", one(id="a"), "line 2: the id 'a' was used before, at line 1; ids must differ"),
+    ("p.jsonl", [{**GOOD, "id": 1}, {**GOOD, "id": "1"}], "line 2: the id '1' was used before, at line 1"),
+    ("p.jsonl", [{**GOOD, "id": "p-2"}, {**GOOD, "id": None}], "line 2: the id 'p-2' was used before, at line 1"),
+    ("p.jsonl", one(id=True), "line 2: the field 'id' should be a text or a number, got True"),
+    ("p.jsonl", one(group=[1]), "line 2: the field 'group' should be a text or a number, got [1]"),
+    ("p.jsonl", one(reference={"a": 1}), "line 2: the field 'reference' should be a text or a number, got {'a': 1}"),
+    ("p.jsonl", one(reference=["1", None]), "line 2: the list of references holds null"),
+    ("p.jsonl", one(reference=[]), "line 2: the reference is missing, and the judge 'number' needs one"),
+    ("p.jsonl", one(reference=["1", "no"]), "line 2: the reference 'no' holds no number; the judge 'number' needs one"),
+    ("p.jsonl", one(reference=" ", judge="contains"), "line 2: the reference ' ' holds no letter or sign"),
+    ("p.jsonl", one(reference="👍", judge="rouge_l"), "line 2: the reference '👍' holds no word"),
+    ("p.jsonl", one(judge="exakt"), "line 2: unknown judge 'exakt'; did you mean 'exact'?"),
+    ("p.jsonl", one(judge=3), "line 2: the judge should be a text, got 3"),
+    ("p.jsonl", one(judge=None), "line 2: the judge is missing; name one in the field 'judge', or for"),
+    ("p.jsonl", one(raw="yes"), "line 2: raw should be true or false, got 'yes'"),
+    ("p.jsonl", one(messages="hi", prompt=None), "line 2: messages should be a list of turns, got 'hi', which is not"),
+    ("p.jsonl", one(messages=TURNS), "line 2: prompt and messages are both given"),
+    ("p.jsonl", [{"q": "a"}], "p.jsonl has no column 'prompt' or 'messages'; it has q: set data.columns"),
+    ("p.json", '{"prompt": "1"}', "p.json should hold a list of objects"),
+    ("p.json", '{"q": "1"}\n{"q": "2"}', "one object a line belong into a .jsonl file"),
+    ("p.json", "[1]", "p.json, prompt 1: expected an object, got int"),
+    ("p.json", "[]", "p.json holds no prompts"),
+    ("p.csv", "prompt,a\n1,2,3\n", "p.csv, line 2: 3 values for 2 columns"),
+    ("p.csv", 'prompt,a\n"1,2\n', "p.csv, line 2: not CSV"),
+    ("p.csv", "prompt,prompt\n1,2\n", "p.csv: two columns have one name, 'prompt'"),
+    ("p.csv", "", "p.csv holds no prompts"),
+    ("p.csv", "prompt\n", "p.csv holds no prompts"),
+    ("p.csv", "q;a\n1;2\n", "p.csv has no column 'prompt' or 'messages'; it has q, a: set data.columns"),
+    ("p.csv", csv_of("a,b,1,maybe,"), "p.csv, line 2: raw should be true or false, got 'maybe'"),
+    ("p.csv", csv_of("a,b,1,,[{]"), "p.csv, line 2: messages should be a list of turns, got '[{]', which is not JSON"),
+    ("p.csv", csv_of("a,,1,,"), "p.csv, line 2: the prompt is empty"),
+    ("p.tsv", "prompt\ta\n1\t2\t3\n", "p.tsv, line 2: 3 values for 2 columns"),
+    ("p.csv", csv_of("a,b,,,"), "p.csv, line 2: the judge is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED)
+def test_what_cannot_be_used_is_named_in_one_sentence(tmp_path, name, content, message) -> None:
+    (tmp_path / name).write_text(content if isinstance(content, str) else lines(content))
+    with pytest.raises(PromptError) as caught:
+        load_prompts(str(tmp_path / name))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("name", "content", "message"),
     [
-        ([GOOD, "{oops"], r"line 2: not JSON"),
-        ([GOOD, "[1]"], r"line 2: expected an object, got list"),
-        ([GOOD, {**GOOD, "id": "b", "prompt": "  "}], r"line 2: the prompt is empty"),
-        ([GOOD, GOOD], r"line 2: the id 'a' was used before, at .*line 1"),
-        ([{**GOOD, "judge": "exakt"}], r"line 1: unknown judge 'exakt'; did you mean 'exact'\?"),
-        ([{k: v for k, v in GOOD.items() if k != "reference"}], r"line 1: the field 'reference' is missing"),
-        ([], "there are no prompts"),
-        (['{"id": "a", "prompt": "\\ud800"}'], r"line 1: not JSON \(it holds half a character"),
-        ([GOOD, "[" * 100_000], r"line 2: not JSON \(its values are nested too deeply\)"),
-        ([GOOD, '{"id": NaN}'], r"line 2: not JSON \(it holds NaN"),
-        ([GOOD, '{"id": "b", "id": "c"}'], r"line 2: not JSON \(the key 'id' comes twice\)"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"id": "\xe9"}\n', "p.jsonl, line 2: the byte 0xe9 is not UTF-8"),
+        ("p.csv", "prompt\na".encode("utf-16"), "p.csv, line 1: the byte 0xff is not UTF-8"),
+        ("p.jsonl.gz", b"{}", "p.jsonl.gz cannot be unpacked"),
+        ("p.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "p.jsonl.gz cannot be unpacked"),
+        ("p.txt", b"abc", "it is neither a file that ends in .jsonl, .ndjson, .json, .csv, .tsv"),
+        ("p.csv", None, "no prompts file"),
+        ("nothing", None, "nor a data set"),
     ],
 )
-def test_bad_lines_are_named(tmp_path, rows, message) -> None:
-    with pytest.raises(PromptError, match=message):
-        load_prompts(write(tmp_path / "prompts.jsonl", rows))
+def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content, message) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(PromptError, match=re.escape(message)):
+        load_prompts(str(tmp_path / name))
 
 
-def test_only_a_newline_ends_a_line(tmp_path) -> None:
-    text = "one\u2028two\x85three\u2029four"
-    rows = [{**GOOD, "prompt": text}, {**GOOD, "id": "b"}]
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + content.encode())
-    assert [prompt.prompt for prompt in load_prompts(str(path))] == [text, GOOD["prompt"]]
+def test_all_problems_come_at_once_with_their_lines(tmp_path) -> None:
+    rows = [GOOD, "{", {**GOOD, "judge": "no.such:judge"}, *({**GOOD, "id": i, "prompt": ""} for i in range(20))]
+    (tmp_path / "p.jsonl").write_text(lines(rows))
+    with pytest.raises(PromptError) as caught:
+        load_prompts(str(tmp_path / "p.jsonl"))
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/p.jsonl has 22 problems: line 2: not JSON")
+    assert [int(number) for number in re.findall(r"line (\d+):", said)] == list(range(2, 12))
+    assert said.endswith("line 11: the prompt is empty; and 12 more")
 
 
-def test_a_byte_that_is_no_text_is_named_with_its_line(tmp_path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "\xe9"}\n')
-    with pytest.raises(PromptError, match="line 2: the byte 0xe9 is not UTF-8"):
-        load_prompts(str(path))
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.json", "set"])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, name) -> None:
+    content = {"p.jsonl": lines([{"q": "a", "x": "b"}]), "p.csv": "q,x\na,b\n", "p.json": '[{"q": "a", "x": "b"}]'}
+    if name == "set":
+        (tmp_path / name).mkdir()
+        Dataset.from_dict({"q": ["a"], "x": ["b"]}).to_parquet(str(tmp_path / name / "data.parquet"))
+    else:
+        (tmp_path / name).write_text(content[name])
+    with pytest.raises(PromptError, match=re.escape(f"{name} has no column 'y'; it has q, x: set data.columns")):
+        load_prompts(str(tmp_path / name), columns={"prompt": "q", "reference": "y"}, judge="exact")
 
 
-def test_a_table_with_gaps_is_refused(tmp_path) -> None:
-    (tmp_path / "rows.csv").write_text("prompt,reference,judge\na,b,exact\n,b,exact\n")
-    with pytest.raises(PromptError, match="row 1: the prompt is missing"):
-        load_prompts(str(tmp_path))
+def test_judges_come_from_the_row_or_the_configuration(tmp_path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(lines([{**GOOD, "judge": None}, {**GOOD, "id": "b"}]))
+    assert [prompt.judge for prompt in load_prompts(str(path), judge="contains")] == ["contains", "number"]
+    path.write_text(lines([{"prompt": "a"}, {"prompt": "b", "judge": "taste", "reference": ""}]))
+    for judge in ("agreement", "kl"):
+        assert [(p.judge, p.reference) for p in load_prompts(str(path), force_judge=judge)] == [(judge, "")] * 2
 
 
-def test_missing_sources_are_named(tmp_path) -> None:
-    with pytest.raises(PromptError, match="no prompts file"):
-        load_prompts(str(tmp_path / "none.jsonl"))
-    with pytest.raises(PromptError, match=r"neither a .jsonl file nor a data set"):
-        load_prompts(str(tmp_path / "nothing"))
-
-
-def test_a_default_judge_fills_in(tmp_path) -> None:
-    row = {k: v for k, v in GOOD.items() if k != "judge"}
-    (prompt,) = load_prompts(write(tmp_path / "prompts.jsonl", [row]), judge="contains")
-    assert prompt.judge == "contains"
-
-
-def test_a_data_set_with_other_column_names(tmp_path) -> None:
-    folder = tmp_path / "questions"
-    folder.mkdir()
-    Dataset.from_dict({"question": ["1+1", "2+2"], "answer": ["2", "4"]}).to_parquet(str(folder / "data.parquet"))
-    prompts = load_prompts(str(folder), columns={"prompt": "question", "reference": "answer"}, judge="number")
-    assert [(p.id, p.prompt, p.reference, p.judge) for p in prompts] == [
-        ("train-0", "1+1", "2", "number"),
-        ("train-1", "2+2", "4", "number"),
-    ]
-    with pytest.raises(PromptError, match="has no column 'prompt' or 'messages'; it has question, answer"):
-        load_prompts(str(folder), judge="number")
+def test_questions_of_a_file_need_no_judge_and_have_ids_of_one_kind(tmp_path) -> None:
+    path = tmp_path / "p.txt"  # `generate` has always read any name as JSONL
+    path.write_text(lines([{"prompt": "a", "id": 1}, {"prompt": "b", "id": None}, {"prompt": "c"}]))
+    assert questions_of(path) == [("1", Question("a")), ("p-2", Question("b")), ("p-3", Question("c"))]
+    path.write_text(lines([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}]))
+    with pytest.raises(PromptError, match="line 2: the id '1' was used before, at line 1"):
+        questions_of(path)
 
 
 def test_a_larger_limit_only_adds_prompts() -> None:
@@ -93,14 +219,6 @@ def test_a_larger_limit_only_adds_prompts() -> None:
     assert len({p.task for p in large}) == 12
 
 
-def test_splits_are_stable_and_near_their_shares() -> None:
-    prompts = load_prompts("embedded")
-    counts = {split: sum(split_of(p, SHARES) == split for p in prompts) / len(prompts) for split in SHARES}
-    assert all(abs(counts[split] - share) < 0.04 for split, share in SHARES.items())
-    kept = load_prompts("embedded", limit=100)
-    assert {p.id: split_of(p, SHARES) for p in kept}.items() <= {p.id: split_of(p, SHARES) for p in prompts}.items()
-
-
 def test_embedded_prompts_are_many_varied_and_unlike() -> None:
     rows = embedded_prompts()
     assert len(rows) >= 960
@@ -108,41 +226,3 @@ def test_embedded_prompts_are_many_varied_and_unlike() -> None:
     assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
     assert rows == embedded_prompts()
     assert not [row for row in rows if row["prompt"] != row["prompt"].rstrip() or not row["reference"].strip()]
-
-
-TABLE = [{"q": "2+2=", "a": 4, "kind": "sum"}, {"q": 'Say «ja», "nein"\nand no more', "a": "ja", "kind": "word"}]
-COLUMNS = {"prompt": "q", "reference": "a", "task": "kind"}
-
-
-def test_a_single_csv_or_json_file_is_a_source(tmp_path) -> None:
-    (tmp_path / "mine.json").write_text(json.dumps(TABLE))
-    with (tmp_path / "mine.csv").open("w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, ["q", "a", "kind"])
-        writer.writeheader()
-        writer.writerows(TABLE)
-    for name in ("mine.json", "mine.csv"):
-        found = load_prompts(str(tmp_path / name), columns=COLUMNS, judge="exact")
-        assert [prompt.prompt for prompt in found] == [row["q"] for row in TABLE]
-        assert [(p.id, p.reference, p.task) for p in found] == [("mine-1", "4", "sum"), ("mine-2", "ja", "word")]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("x.csv", "q,a\n1,2,3\n", "line 2: 3 values for 2 columns"),
-        ("x.csv", 'q,a\n"1,2\n', "not CSV"),
-        ("x.csv", "q,q\n1,2\n", "two columns have one name, 'q'"),
-        ("x.csv", "", "has no column"),
-        ("x.csv", "a,b\n1,2\n", "has no column 'q'; it has a, b: set data.columns"),
-        ("x.json", '{"q": "1"}', "should hold a list of objects"),
-        ("x.json", '{"q": "1"}\n{"q": "2"}', "one object a line belong into a .jsonl file"),
-        ("x.json", "[1]", "should hold a list of objects"),
-        ("x.json", '[{"q": null}]', "x.json, prompt 1: the field 'reference' is missing"),
-    ],
-)
-def test_tables_that_are_none_are_refused(tmp_path, name, text, message) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(PromptError, match=re.escape(message)):
-        load_prompts(str(tmp_path / name), columns={"prompt": "q", "reference": "q"}, judge="exact")
-    with pytest.raises(PromptError, match="no prompts file"):
-        load_prompts(str(tmp_path / "missing") + name[1:], judge="exact")

@@ -38,8 +38,16 @@ def test_a_run_that_can_go_through_is_described(config_file) -> None:
     assert lines.keys() == {"model", "methods", "stores", "prompts", "splits", "certificate", "disk"}
     assert "6 layers" in lines["model"]
     assert "160 of 2 kinds, judged by agreement" in lines["prompts"]
-    assert "test 31" in lines["splits"]
-    assert re.search(r"39 prompts to calibrate on, [1-9]\d? needed", lines["certificate"])
+    assert "test 32" in lines["splits"]
+    assert re.search(r"40 prompts to calibrate on, [1-9]\d? needed", lines["certificate"])
+
+
+def test_prompts_with_a_twin_are_counted(config_file, prompts_file, tmp_path) -> None:
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    twins = [{**row, "id": f"{row['id']} again", "prompt": f" {row['prompt']}\n"} for row in rows[:3]]
+    (tmp_path / "twins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *twins]))
+    said = layerbudget("check", config_file(data={"path": str(tmp_path / "twins.jsonl")})).stdout
+    assert "163 of 2 kinds, judged by agreement; 6 have the text of another one, and stay in its split" in said
 
 
 def test_torch_is_not_loaded(config_file) -> None:
@@ -67,8 +75,8 @@ def test_stores_must_be_known(fails, setting, message) -> None:
 def test_a_certificate_needs_its_prompts(fails) -> None:
     said = fails("calibration.alpha=0.01", "calibration.delta=0.05")
     assert "a bound of 0.01 (calibration.alpha) at delta 0.05 takes" in said
-    assert "and there are 39" in said
-    assert "of the task 'long', whatever they lose, and there are 17" in fails(
+    assert "and there are 40" in said
+    assert "of the task 'long', whatever they lose, and there are 20" in fails(
         "calibration.alpha=0.05", "calibration.per_task=true"
     )
 
@@ -84,7 +92,7 @@ def test_judges_are_imported_and_columns_looked_for(fails, tmp_path) -> None:
     assert "cannot import the judge 'no_such_module:score'" in fails("data.force_judge=no_such_module:score")
     table = tmp_path / "table.csv"
     table.write_text("question,answer\na,b\n")
-    assert "has no column 'prompt'; it has question, answer" in fails(data={"path": str(table)})
+    assert "has no column 'prompt' or 'messages'; it has question, answer" in fails(data={"path": str(table)})
 
 
 def test_models_that_are_not_there(fails, tmp_path) -> None:

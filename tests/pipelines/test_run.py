@@ -22,7 +22,8 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_run import tiny_settings, write_prompts
 
 from oracle.labels.store import CUT
-from oracle.prompts import load_prompts, split_of
+from oracle.prompts import load_prompts
+from oracle.splits import splits_of
 from pipelines.config_sections import DataSection
 from pipelines.run_state import content_hash
 from pipelines.wall_clock import NOISE
@@ -215,7 +216,8 @@ def test_ctrl_c_says_that_the_run_goes_on_and_a_second_process_waits_its_turn(co
 def test_prompts_that_stand_ins_are_fitted_on_teach_and_judge_nothing(finished) -> None:
     _, folder, _ = finished
     prompts = load_prompts("prompts.jsonl")
-    splits = {prompt.hash: split_of(prompt, DataSection().shares) for prompt in prompts}
+    parts = splits_of(prompts, DataSection().shares)
+    splits = {prompt.hash: split for split, some in parts.items() for prompt in some}
     plans = [plan["runs"] for plan in json.loads((folder / "menu.json").read_text())["plans"]]
     found: dict[str, set[str]] = {}
     with sqlite3.connect(folder / "labels.db") as connection:

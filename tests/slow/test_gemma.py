@@ -11,7 +11,6 @@ from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, attach, detach
 from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.decoding import Decoding
-from oracle.judges import score
 from oracle.labels.generate_answers import answer_batch
 from oracle.prompts import load_prompts
 
@@ -67,7 +66,7 @@ def test_the_full_model_does_the_embedded_work_and_a_stump_does_not(gemma) -> No
     means = {}
     for plan in (LayerPlan.full(18), LayerPlan.exiting(18, 8)):
         answers = answer_batch(model, tokenizer, [p.prompt for p in prompts], plan, Decoding(8, ("\n",)))
-        scores = [score(p.judge, a.text, p.reference, a.text) for p, a in zip(prompts, answers, strict=True)]
+        scores = [p.score(a.text, a.text) for p, a in zip(prompts, answers, strict=True)]
         means[plan.layers] = sum(scores) / len(scores)
     assert means[18] > 0.65
     assert means[8] < 0.25
