@@ -81,6 +81,14 @@ def score(judge: str, answer: str, reference: str, full_answer: str) -> float:
     return value
 
 
+def score_or_zero(judge: str, answer: str, reference: str, full_answer: str) -> float:
+    """As `score`, but 0 where the judge fails: so such an answer counts (see `oracle.labels.reader.judged`)."""
+    try:
+        return score(judge, answer, reference, full_answer)
+    except (Exception, SystemExit):  # a judge may be the user's own code
+        return 0.0
+
+
 @lru_cache
 def _judge(name: str) -> Judge:
     module, colon, function = name.partition(":")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
-from oracle.judges import KL, score
+from oracle.judges import KL, score_or_zero
 from oracle.prompts import Prompt
 from pipelines.learning_table import Table
 from pipelines.progress import progress
@@ -108,4 +108,5 @@ def _answered(
 
 def _score(prompt: Prompt, answer: str, full_answer: str) -> float:
     """By the prompt's judge; one that reads no answers is stood in for by agreement with the full model's answer."""
-    return score("agreement" if prompt.judge == KL else prompt.judge, answer, prompt.reference, full_answer)
+    judge = "agreement" if prompt.judge == KL else prompt.judge
+    return score_or_zero(judge, answer, prompt.reference, full_answer)

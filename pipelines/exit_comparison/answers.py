@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
 from oracle.decoding import Decoding
-from oracle.judges import score
+from oracle.judges import score_or_zero
 from oracle.labels.generate_answers import answer_text, stop_token_ids
 from oracle.prompts import Prompt
 from pipelines.progress import progress
@@ -104,7 +104,7 @@ class ExitAnswers:
         for prompt, ids, layers in zip(prompts, rows, output["layers_run"].tolist(), strict=True):
             n_tokens = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
             text = answer_text(self._tokenizer, ids[:n_tokens], self._decoding)
-            value = score(prompt.judge, text, prompt.reference, self._full[prompt.id])
+            value = score_or_zero(prompt.judge, text, prompt.reference, self._full[prompt.id])
             found.append(ExitAnswer(key, prompt.id, text, value, tuple(layers[:n_tokens])))
         return found
 
