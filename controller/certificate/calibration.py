@@ -49,7 +49,8 @@ class PricePath:
     def of(cls, predicted: NDArray[np.float32], losses: Floats, budgets: Floats) -> PricePath:
         """From what a controller expects plans to keep [n, K], what they lose [n, K], and their budgets [K]."""
         chosen = choices(predicted, budgets)
-        return cls(losses[np.arange(len(losses)), chosen], (chosen < len(budgets) - 1).any(axis=1))
+        shortens = np.asarray((chosen < len(budgets) - 1).any(axis=1))
+        return cls(losses[np.arange(len(losses)), chosen], shortens)
 
 
 def choices(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.intp]:

@@ -167,7 +167,7 @@ class Comparison:
             delta=settings.delta,
             risk=settings.risk,
             groups=self.calibrate.groups,
-            shortens=(layers < self.material.n_layers).any(axis=1),
+            shortens=np.asarray((layers < self.material.n_layers).any(axis=1)),
         )
         certificate = {
             "thresholds": list(thresholds),
