@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from redrawn_splits import resampled_violations
 
 from backbone.plan import LayerPlan
 from controller.base import Floats, choose
-from controller.certificate.calibration import valid_price
+from controller.certificate.calibration import PricePath, valid_price
 from controller.certificate.risks import RISKS, Risk
 from controller.features import Features
 from controller.learning import CrossFit, Settings, learn
@@ -161,8 +160,9 @@ def simulated(risk: Risk, n: int, repeats: int, alpha: float = 0.05, delta: floa
     kept = np.tile(np.array([[0.9, 1.0]], dtype=np.float32), (n, 1))
     for _ in range(repeats):
         lost, full = _simulated_losses(random, risk, n, alpha * 1.001)
-        price = valid_price(partial(_losses, kept, lost, budgets), alpha, delta, risk=risk, full=full)
-        wrong += price is not None and bool((choose(kept, budgets, price) == 0).any())
+        losses = np.column_stack([lost, np.zeros(n)])
+        price = valid_price(PricePath.of(kept, losses, budgets), alpha, delta, risk=risk, full=full)
+        wrong += price is not None
     return {"risk": risk, "n": n, "alpha": alpha, "delta": delta, "repeats": repeats, "violations": wrong / repeats}
 
 
@@ -178,10 +178,6 @@ def _simulated_losses(
     if risk == "insufficient":
         return (random.random(n) < mean).astype(np.float64), full
     return random.beta(0.3, 0.3 * (1 / mean - 1), n), full
-
-
-def _losses(kept: Floats, lost: NDArray[Any], budgets: NDArray[np.float64], price: float) -> NDArray[np.float64]:
-    return np.where(choose(kept, budgets, price) == 0, lost, 0.0)
 
 
 def milliseconds(

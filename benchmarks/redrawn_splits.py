@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import choose
-from controller.certificate.calibration import PRICES, last_valid, price_p_values
+from controller.certificate.calibration import choices, last_valid, price_p_values
 from controller.certificate.p_values import CalibrationError
 from controller.certificate.risks import Risk, unit_of
 
@@ -34,7 +33,7 @@ class Violations:
 
     Attributes:
         repeats: splits.
-        certified: share of them that found a price; the others ran the full plan and can break nothing.
+        certified: share of them that found a price that shortens; the others ran the full plan and can break nothing.
         of_pool: share where the mean loss of *all* pooled prompts under the certified price exceeds alpha. The pool
             plays the population from which the calibration prompts are drawn, which is what the certificate speaks of:
             this must not exceed delta. (Drawn without replacement, so it is exceeded a little less often than in
@@ -121,7 +120,7 @@ def redrawn(
         # choices do not depend on the split, so a split only picks columns
         seen, rest = order[:n_calibrate], order[n_calibrate:]
         index = last_valid(price_p_values(at_steps[:-1, seen], alpha, delta, risk, full=scores[seen]), delta)
-        row = len(at_steps) - 1 if index is None else index
+        row = len(at_steps) - 1 if index is None or (run[index, seen] == run[-1, seen]).all() else index
         of_all = at_steps[row].mean() / unit_of(risk, scores)
         of_rest = at_steps[row, rest].mean() / unit_of(risk, scores[rest])
         means.append((row < len(at_steps) - 1, of_all, of_rest, run[row, rest].mean()))
@@ -138,7 +137,7 @@ def redrawn(
 
 def _outcomes(kept: NDArray[np.float32], losses: Floats, budgets: Floats) -> tuple[Floats, Floats]:
     """Loss and budget of each prompt at each price and, in the last row, under the full plan: [T + 1, N] each."""
-    chosen = np.stack([choose(kept, budgets, float(price)) for price in PRICES])
+    chosen = choices(kept, budgets)
     chosen = np.concatenate([chosen, np.full((1, len(losses)), len(budgets) - 1)])
     return np.asarray(losses, dtype=np.float64)[np.arange(len(losses)), chosen], np.asarray(budgets)[chosen]
 

@@ -30,7 +30,7 @@ from pipelines.config import Config, load_config
 from pipelines.controls import control_features
 from pipelines.learning_table import Table
 from pipelines.progress import progress
-from pipelines.stages.calibrate import certified
+from pipelines.stages.calibrate import price_of
 from pipelines.stages.evaluate import best_static
 from pipelines.stages.train import tuned_settings
 from pipelines.unseen_tasks import outlier_test
@@ -81,7 +81,7 @@ def _figures(workspace: Workspace, settings: Settings, table: Table, parts: list
     features, sets = control_features(CONTROL, table, settings.sets)
     named = Settings(settings.name, sets, settings.components, settings.parameters)
     control = replace(table, features=features)
-    static = best_static(workspace.config, calibrate)
+    static = best_static(workspace.config, calibrate, table.rows(parts[2]))
     return {
         "allocator": _allocated(workspace, settings, table, parts, len(workspace.labelled_splits["tune"])),
         CONTROL: _allocated(workspace, named, control, parts),
@@ -99,11 +99,11 @@ def _allocated(
     if held:
         of_test = np.arange(len(fit.prompts)) < held
         learned = replace(learned, outliers=outlier_test(learned, fit, of_test, workspace.config))
-    certificate = certified(learned.predict(calibrate.features), calibrate, workspace)
-    chosen = choose(learned.predict(test.features), test.budgets, certificate.price)
+    price = price_of(learned.predict(calibrate.features), calibrate, workspace.config.calibration)
+    chosen = choose(learned.predict(test.features), test.budgets, price)
     card = _card(workspace, chosen, test)
     within = card["loss"] <= workspace.config.calibration.alpha
-    return {**card, "certified": float(certificate.price is not None), "within_bound": float(within)}
+    return {**card, "certified": float(price is not None), "within_bound": float(within)}
 
 
 def _card(workspace: Workspace, chosen: Rows, test: Table) -> dict[str, Any]:

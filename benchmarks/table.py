@@ -14,10 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-KEPT = 0.98
 COLUMNS = (
     "run",
-    f"cheapest static plan that keeps {KEPT:.0%}",
     "oracle, full mean score",
     "certified to keep",
     "allocator runs",
@@ -40,11 +38,10 @@ def row(path: Path) -> list[str]:
     found = json.loads(path.read_text())
     metrics: dict[str, Any] = found.get("metrics", found)
     static, speed, frontier = metrics["stand_ins"]["after"]["static"], metrics["speed"], metrics["frontier"]
-    full, allocator = metrics["full"]["quality"], metrics[metrics["best"]]
+    allocator = metrics[metrics["best"]]
     equal = cheapest(static, allocator["quality"])
     return [
         path.stem,
-        f"{static[cheapest(static, KEPT * full)][0]:.1%}",
         within(frontier["equal_mean_budget"], "{:.1%}"),
         f"{1 - metrics['certificate']['alpha']:.0%}",
         within({"value": allocator["budget"], **metrics["intervals"]["budget"]}, "{:.1%}"),

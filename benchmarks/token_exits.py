@@ -191,7 +191,8 @@ def compared_at_bounds(workspace: Workspace) -> dict[str, Any]:
         run = np.concatenate([layers, np.ones((1, len(full)))])
         each["bounds"] = {}
         for alpha in ALPHAS:
-            step = valid_step(losses, full, alpha=alpha, delta=DELTA, risk=risk)
+            shortens = np.asarray((layers < 1).any(axis=1))
+            step = valid_step(losses, full, alpha=alpha, delta=DELTA, risk=risk, shortens=shortens)
             violations = redrawn(at_steps, run, alpha, DELTA, len(full) // 2, 500, risk=risk, full=full)
             row = -1 if step is None else step
             each["bounds"][str(alpha)] = {

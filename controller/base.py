@@ -147,13 +147,18 @@ def choose(kept: Floats, budgets: NDArray[Any], price: float | None) -> NDArray[
     """
     if price is None:
         return np.full(len(kept), kept.shape[1] - 1)
-    expected = lost(kept)
-    expected[:, :-1] += np.where(kept[:, -1:] < 1, CAUTION * price, 0.0)  # only where plans can win
+    return np.asarray(choose_each(kept, budgets, np.array([price]))[0])
+
+
+def choose_each(kept: Floats, budgets: NDArray[Any], prices: NDArray[np.float64]) -> NDArray[np.intp]:
+    """[T, N]: what `choose` gives at each of T prices, in memory for T x N x K numbers."""
+    each = prices[:, None, None]
+    expected = lost(kept) + np.where(kept[:, -1:] < 1, CAUTION * each, 0.0)  # caution only where plans can win
     with np.errstate(invalid="ignore"):
-        cost = np.asarray(budgets, dtype=np.float64) + np.where(expected != 0, price * expected, 0.0)
-    cost[~np.isfinite(kept).all(axis=1), :-1] = np.inf
-    cost[:, -1] = budgets[-1]
-    return np.asarray(cost.argmin(axis=1))
+        cost = np.asarray(budgets, dtype=np.float64) + np.where(expected != 0, each * expected, 0.0)
+    cost[:, ~np.isfinite(kept).all(axis=1), :-1] = np.inf
+    cost[..., -1] = budgets[-1]
+    return np.asarray(cost.argmin(axis=-1))
 
 
 CONTROLLERS: Registry[type[Controller]] = Registry(

@@ -105,6 +105,13 @@ class Prompt:
             reason = f"{type(error).__name__}: {error}" if isinstance(error, SystemExit) else error
             raise JudgeError(f"the judge {judge!r} failed on prompt {self.id!r}: {reason}") from error
 
+    def score_or_zero(self, answer: str, full_answer: str, judge: str | None = None) -> float:
+        """As `score`, but 0 where the judge fails: so such an answer counts (see `oracle.labels.reader.judged`)."""
+        try:
+            return self.score(answer, full_answer, judge)
+        except JudgeError:
+            return 0.0
+
     def reworded(self, change: Callable[[str], str]) -> Prompt:
         """The same with another text, in a conversation of the last turn; to be rendered again."""
         if not self.messages:

@@ -18,7 +18,7 @@ from pipelines.learning_table import Table
 from pipelines.measured_policies import Rows, chosen_at, measured, outcome
 from pipelines.progress import progress
 from pipelines.settings_search import Work, regret_bounds, search_in_memory
-from pipelines.stages.calibrate import certified
+from pipelines.stages.calibrate import price_of
 from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
 from pipelines.unseen_tasks import are_among, unseen_tasks
@@ -57,7 +57,7 @@ def comparison(
     unseen = unseen_tasks(settings, fit, are_among(workspace.splits["tune"], fit), calibrate, test, workspace.config)
     found = {
         "at_losses": rows,
-        "certified": [_certified(workspace, *tested, calibrate, test, alpha) for alpha in alphas],
+        "certified": [_certified(workspace, *tested, calibrate, test, alpha, len(alphas)) for alpha in alphas],
         "unseen_tasks": unseen["at_losses"],
         "tasks_held_out": unseen["tasks"],
         "knows_the_prompt": _knows_the_prompt(rows, best, workspace.config.calibration.alpha),
@@ -108,9 +108,10 @@ def _both(name: str, learned: Learned, calibrate: Table, test: Table) -> tuple[F
 
 
 def _certified(
-    workspace: Workspace, seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float
+    workspace: Workspace, seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float, together: int
 ) -> dict[str, Any]:
-    price = certified(seen, calibrate, workspace, alpha).price
+    """At one of several bounds, which share delta, so that a choice among them afterwards is covered."""
+    price = price_of(seen, calibrate, workspace.config.calibration, alpha, together)
     return {"alpha": alpha, "price": price, **outcome(choose(predicted, test.budgets, price), test)}
 
 

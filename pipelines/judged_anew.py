@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oracle.frontier.frontier import equal_mean_budget, static_points
+from oracle.labels.reader import judged
 from pipelines.learning_table import Table
 from pipelines.workspace import Workspace
 
@@ -16,8 +17,8 @@ from pipelines.workspace import Workspace
 def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArray[np.intp]]) -> dict[str, Any] | None:
     """Scores of every static plan and of some policies, where each prompt is judged as its file says.
 
-    Labels `evaluation.own_judges` test prompts in addition. Prompts that their judge fails on are left out; None if
-    none is left.
+    Labels `evaluation.own_judges` test prompts in addition. Prompts on whose full answer their judge fails are
+    left out; None if none is left.
 
     Args:
         workspace: of the run.
@@ -28,19 +29,19 @@ def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArra
     own = {prompt.id: prompt for prompt in workspace.prompts_as_judged}
     prompts = [own[prompt.id] for prompt in test.prompts[:count]]
     scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels by own judges")
-    judged = np.flatnonzero(~np.isnan(scores).any(axis=1))
-    if not len(judged):
+    rows, scores = judged(scores)
+    if not len(rows):
         return None
-    scores, full = scores[judged], max(float(scores[judged, -1].mean()), 1e-12)
+    full = max(float(scores[:, -1].mean()), 1e-12)
     return {
-        "prompts": len(judged),
+        "prompts": len(rows),
         "full": full,
         "static": static_points(scores, test.budgets),
         "equal_mean_budget": equal_mean_budget(scores, test.budgets),
         "policies": {
             name: {
-                "budget": float(test.budgets[choice[judged]].mean()),
-                "quality_ratio": float(scores[np.arange(len(judged)), choice[judged]].mean()) / full,
+                "budget": float(test.budgets[choice[rows]].mean()),
+                "quality_ratio": float(scores[np.arange(len(rows)), choice[rows]].mean()) / full,
             }
             for name, choice in chosen.items()
         },

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import lost
-from controller.certificate.risks import Risk, unit_of
+from controller.certificate.risks import Risk, quality_kept, unit_of
 from controller.features import Features, rows_of
+from oracle.frontier.frontier import sufficient_plans
+from oracle.labels.reader import judged
 from oracle.prompts import Prompt
 
 
@@ -25,6 +28,7 @@ class Table:
         kept: what each plan keeps [N, K], see `controller.certificate.risks.quality_kept`.
         budgets: of each plan [K].
         risk: which loss the certificate bounds.
+        left_out: prompts that are not among the N, since the judge failed on the full model's answer.
     """
 
     prompts: list[Prompt]
@@ -34,17 +38,47 @@ class Table:
     kept: NDArray[np.float64]
     budgets: NDArray[np.float64]
     risk: Risk
+    left_out: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Prompt],
+        scores: NDArray[np.float64],
+        features: Features,
+        budgets: NDArray[np.float64],
+        risk: Risk,
+        tolerance: float = 0.0,
+    ) -> Table:
+        """Prompts with their scores [N, K], NaN where a judge failed (see `oracle.labels.reader.judged`).
+
+        Args:
+            prompts, features, budgets, risk: see the attributes.
+            scores: under each plan.
+            tolerance: how much lower than the full model's the score of a sufficient answer may be.
+        """
+        rows, known = judged(scores)
+        sufficient = sufficient_plans(known, tolerance)
+        return cls(
+            prompts=[prompts[row] for row in rows],
+            features=rows_of(features, rows),
+            scores=known,
+            sufficient=sufficient,
+            kept=quality_kept(risk, known, sufficient),
+            budgets=budgets,
+            risk=risk,
+            left_out=len(scores) - len(rows),
+        )
 
     def rows(self, rows: NDArray[np.intp]) -> Table:
         """Some of the prompts."""
-        return Table(
+        return replace(
+            self,
             prompts=[self.prompts[row] for row in rows],
             features=rows_of(self.features, rows),
             scores=self.scores[rows],
             sufficient=self.sufficient[rows],
             kept=self.kept[rows],
-            budgets=self.budgets,
-            risk=self.risk,
         )
 
     @property
@@ -66,3 +100,18 @@ class Table:
     def tasks(self) -> NDArray[np.str_]:
         """Task of each prompt [N]."""
         return np.array([prompt.task for prompt in self.prompts])
+
+    @property
+    def groups(self) -> NDArray[np.intp]:
+        """Group of each prompt [N]; see `groups_of`."""
+        return groups_of(self.prompts)
+
+
+def groups_of(prompts: Sequence[Prompt]) -> NDArray[np.intp]:
+    """Which prompts are no independent draws of one another [N]: those with one `group`, and those with one text."""
+    found, first = np.arange(len(prompts)), dict[tuple[str, str], int]()
+    for row, prompt in enumerate(prompts):
+        for key in (("text", prompt.prompt), ("group", prompt.group)):
+            other = found[first.setdefault(key, row)] if key[1] else row
+            found[found == other] = found[row]
+    return found

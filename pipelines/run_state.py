@@ -20,7 +20,7 @@ from pipelines.config import Config, ConfigError
 from pipelines.stage_list import BY_NAME, Stage, all_before
 from pipelines.workspace import Workspace
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raised when a change of code makes the stages' earlier files wrong."""
 
 LOCK = ".lock"

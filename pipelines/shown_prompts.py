@@ -108,4 +108,4 @@ def _answered(
 
 def _score(prompt: Prompt, answer: str, full_answer: str) -> float:
     """By the prompt's judge; one that reads no answers is stood in for by agreement with the full model's answer."""
-    return prompt.score(answer, full_answer, "agreement" if prompt.judge == KL else None)
+    return prompt.score_or_zero(answer, full_answer, "agreement" if prompt.judge == KL else None)

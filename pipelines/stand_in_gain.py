@@ -17,6 +17,7 @@ from oracle.frontier.frontier import (
     sufficient_plans,
     upper_hull,
 )
+from oracle.labels.reader import judged
 from pipelines.learning_table import Table
 from pipelines.workspace import Workspace
 
@@ -25,7 +26,7 @@ def before_and_after(workspace: Workspace, test: Table) -> dict[str, Any]:
     """How the stand-ins were made, and the curves of static plans and of the oracle without and with them.
 
     Labels the test prompts under the frozen plans, unless there are no stand-ins or `evaluation.frozen` is off; then,
-    or where judges fail on all of these answers, `before` is missing.
+    or where judges fail on all full answers, `before` is missing.
     """
     record = json.loads(workspace.path("adapt.json").read_text())
     found = {"method": record["method"], "after": _curves(test.scores, test.budgets, workspace.config.label.tolerance)}
@@ -39,10 +40,10 @@ def before_and_after(workspace: Workspace, test: Table) -> dict[str, Any]:
         scores = workspace.label_anew(labeller, test.prompts, menu, "labels without stand-ins")
     finally:
         attach(model, workspace.stand_ins)
-    judged = scores[~np.isnan(scores).any(axis=1)]
-    if not len(judged):
+    _, scores = judged(scores)
+    if not len(scores):
         return found
-    return found | {"before": _curves(judged, np.array(menu.budgets), workspace.config.label.tolerance)}
+    return found | {"before": _curves(scores, np.array(menu.budgets), workspace.config.label.tolerance)}
 
 
 def _curves(scores: np.ndarray, budgets: np.ndarray, tolerance: float) -> dict[str, Any]:

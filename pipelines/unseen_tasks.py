@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import choose
-from controller.certificate.calibration import valid_price
+from controller.certificate.calibration import PricePath, valid_price
 from controller.certificate.outliers import OutlierTest
 from controller.feature_sets import WIDE
 from controller.learning import Learned, Settings, learn
-from controller.report.report_card import losses_at
 from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.learning_table import Table
@@ -101,10 +99,11 @@ def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: 
 def _certified(policy: Learned, calibrate: Table, test: Table, config: Config) -> Choices:
     settings, predicted = config.calibration, policy.predict(calibrate.features)
     price = valid_price(
-        partial(losses_at, predicted, calibrate.kept, calibrate.budgets),
+        PricePath.of(predicted, calibrate.losses, calibrate.budgets),
         settings.alpha,
         settings.delta,
         risk=settings.risk,
         full=calibrate.full,
+        groups=calibrate.groups,
     )
     return choose(policy.predict(test.features), test.budgets, price)

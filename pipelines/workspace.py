@@ -18,12 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.loading import load_backbone, load_tokenizer
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import StandIns, attach
-from controller.certificate.risks import quality_kept
 from controller.features import Features, rows_of
 from oracle.chat import ChatTemplate, template_text
 from oracle.context_lengths import check_lengths
 from oracle.decoding import Decoding
-from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key, score_matrix
 from oracle.labels.store import LabelStore, StoreError
@@ -248,7 +246,7 @@ class Workspace:
         return record
 
     def table(self, *splits: Split) -> Table:
-        """The prompts of some splits with their features and labels, less those that a judge failed on.
+        """The prompts of some splits with their features and labels, less those whose full answer the judge failed on.
 
         Raises:
             ConfigError: too few of them are left.
@@ -262,23 +260,16 @@ class Workspace:
         picked = np.array([rows[prompt.id] for prompt in prompts])
         table = self.table_of(prompts, scores, rows_of(features, picked))
         if len(table.prompts) < 2:
-            raise ConfigError(f"the judges failed on all but {len(table.prompts)} prompts of {' and '.join(splits)}")
+            raise ConfigError(
+                f"the judges failed on the full model's answers to all but {len(table.prompts)} prompts of "
+                f"{' and '.join(splits)}; mend the judge and delete labels.db, or use another judge"
+            )
         return table
 
     def table_of(self, prompts: list[Prompt], scores: NDArray[np.float64], features: Features) -> Table:
-        """Prompts with their scores [N, K] and features, less those with a score that is NaN."""
-        judged = np.flatnonzero(~np.isnan(scores).any(axis=1))
-        known = scores[judged]
-        sufficient = sufficient_plans(known, self.config.label.tolerance)
-        return Table(
-            prompts=[prompts[row] for row in judged],
-            features=rows_of(features, judged),
-            scores=known,
-            sufficient=sufficient,
-            kept=quality_kept(self.config.calibration.risk, known, sufficient),
-            budgets=np.array(self.menu().budgets),
-            risk=self.config.calibration.risk,
-        )
+        """Prompts with their scores [N, K] and features, NaN where a judge failed."""
+        risk, tolerance = self.config.calibration.risk, self.config.label.tolerance
+        return Table.of(prompts, scores, features, np.array(self.menu().budgets), risk, tolerance)
 
     @cached_property
     def _features(self) -> tuple[dict[str, int], Features]:

@@ -33,6 +33,10 @@ def betting_p_values(losses: Floats, alpha: float, delta: float) -> Floats:
     if losses were normal, with the variance seen so far, for the prompts that are left. What is owned decides anew
     before every prompt, so bad luck makes bolder.
 
+    Once the goal is reached nothing more is bet, so that p-values stop near `delta` / `SURPLUS`, .08 for a delta of .1.
+    They are valid at every level, but have power at `delta` alone. A family of m tests needs smaller ones: play each
+    at the smallest level that the family's procedure asks for, `delta` / m for Bonferroni and for Holm's first step.
+
     Source: Waudby-Smith and Ramdas 2024, Estimating means of bounded random variables by betting (JRSS-B 86(1), arXiv
     2010.09686), section 4, with the one-sided bets of Bates et al. 2021, Distribution-free, risk-controlling
     prediction sets (arXiv 2101.02703), section 3.1.3; bets towards a goal by a deadline: Browne 1999, Reaching goals by

@@ -8,19 +8,20 @@ Shapes: `T` prices, `n` calibration prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.base import choose_each
 from controller.certificate.certificate import Certificate
 from controller.certificate.fewest_prompts import fewest_prompts
+from controller.certificate.groups import Names, of_groups
 from controller.certificate.p_values import CalibrationError, p_values
 from controller.certificate.risks import Risk, unit_of
 
 Floats = NDArray[np.float64]
-Groups = Sequence[str] | NDArray[np.str_]
 
 PRICES: Floats = np.geomspace(1000.0, 0.01, 577)
 """What an expected loss of 1 may cost, in shares of the decoder, safest first [T]. Fixed before any data is
@@ -28,32 +29,64 @@ seen, as the test requires; that the risk grows along them is likely, and helps,
 a fixed sequence more steps cost no confidence; with steps of 8% instead of 2% one step could change half of the choices
 where prompts are alike."""
 
+TOGETHER = 4_000_000
+"""Numbers in memory at once while plans are chosen at all prices."""
+
+
+@dataclass(frozen=True, slots=True)
+class PricePath:
+    """What each price does to n calibration prompts, safest first.
+
+    Attributes:
+        losses: of each prompt under the plan that each price chooses for it [T, n].
+        shortens: whether each price chooses a shortened plan for any prompt [T].
+    """
+
+    losses: Floats
+    shortens: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, predicted: NDArray[np.float32], losses: Floats, budgets: Floats) -> PricePath:
+        """From what a controller expects plans to keep [n, K], what they lose [n, K], and their budgets [K]."""
+        chosen = choices(predicted, budgets)
+        shortens = np.asarray((chosen < len(budgets) - 1).any(axis=1))
+        return cls(losses[np.arange(len(losses)), chosen], shortens)
+
+
+def choices(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.intp]:
+    """[T, n]: the plan that each price chooses for each prompt, from what is expected to be kept [n, K]."""
+    parts = np.array_split(PRICES, 1 + PRICES.size * predicted.size // TOGETHER)
+    return np.concatenate([choose_each(predicted, budgets, prices) for prices in parts])
+
 
 def valid_price(
-    losses: Callable[[float], Floats],
+    path: PricePath,
     alpha: float,
     delta: float,
-    groups: Groups | None = None,
+    tasks: Names | None = None,
     *,
     risk: Risk = "insufficient",
     full: Floats | None = None,
+    groups: Names | None = None,
 ) -> float | None:
-    """The lowest price whose mean loss is at most `alpha` with probability 1 - `delta`, or None.
+    """The lowest price whose mean loss is at most `alpha` with probability 1 - `delta`.
+
+    None where there is none, and where that price shortens nothing: then the full plan is as good, without a probe.
 
     Args:
-        losses: price -> loss [n] of each calibration prompt under the plans that this price chooses.
-        alpha: bound on the mean loss; with `groups`, on the mean loss of each task.
+        path: what each price does to the calibration prompts.
+        alpha: bound on the mean loss; with `tasks`, on the mean loss of each task.
         delta: how often the bound may fail, over draws of the prompts: family-wise, over all prices (and tasks).
-        groups: task of each prompt [n], for a bound that holds in every task; None for the mean over all prompts.
+        tasks: task of each prompt [n], for a bound that holds in every task; None for the mean over all prompts.
         risk: which loss it is.
         full: the full model's score of each prompt [n], for `mean_score`.
+        groups: group of each prompt [n], see `of_groups`; None where prompts are independent draws.
 
     Raises:
-        CalibrationError: a bound or losses that cannot be; as many groups as there are not prompts.
+        CalibrationError: a bound or losses that cannot be; as many tasks or groups as there are not prompts.
     """
-    samples = np.stack([np.asarray(losses(float(price)), dtype=np.float64) for price in PRICES])
-    index = last_valid(price_p_values(samples, alpha, delta, risk, groups, full), delta)
-    return None if index is None else float(PRICES[index])
+    index = last_valid(price_p_values(path.losses, alpha, delta, risk, tasks, full, groups), delta)
+    return None if index is None or not path.shortens[index] else float(PRICES[index])
 
 
 def price_p_values(
@@ -61,10 +94,11 @@ def price_p_values(
     alpha: float,
     delta: float,
     risk: Risk,
-    groups: Groups | None = None,
+    tasks: Names | None = None,
     full: Floats | None = None,
+    groups: Names | None = None,
 ) -> Floats:
-    """P-values [T] of "the mean loss exceeds alpha", or with `groups` of "in some task it does", from losses [T, n].
+    """P-values [T] of "the mean loss exceeds alpha", or with `tasks` of "in some task it does", from losses [T, n].
 
     The second is the largest of the tasks' p-values, an intersection-union test (Berger 1982, Technometrics 24(4),
     theorem 1). To be wrong it must be wrong about the one task whose mean does exceed alpha, and that happens with
@@ -72,16 +106,16 @@ def price_p_values(
     hardest task. A price per task (Mondrian) makes one claim a task, any of which may be the wrong one: each would have
     to hold at delta / tasks.
     """
-    if groups is None:
+    if tasks is not None and len(tasks) != losses.shape[1]:
+        raise CalibrationError(f"{len(tasks)} task names were given for {losses.shape[1]} prompts; give one a prompt")
+    losses, risk, tasks, full = of_groups(losses, risk, groups, tasks, full)
+    if tasks is None or not len(tasks):
         return p_values(losses, alpha, delta, risk, full)
-    names = np.asarray(groups)
-    if names.shape != losses.shape[1:]:
-        raise CalibrationError(f"{len(names)} task names were given for {losses.shape[1]} prompts; give one a prompt")
     of_tasks = [
         p_values(losses[:, rows], alpha, delta, risk, None if full is None else full[rows])
-        for rows in (names == name for name in np.unique(names))
+        for rows in (np.asarray(tasks) == name for name in np.unique(tasks))
     ]
-    return np.asarray(np.max(of_tasks, axis=0)) if of_tasks else p_values(losses, alpha, delta, risk, full)
+    return np.asarray(np.max(of_tasks, axis=0))
 
 
 def last_valid(values: Floats, delta: float) -> int | None:
@@ -97,82 +131,94 @@ def cheapest_valid_plan(
     alpha: float,
     delta: float,
     risk: Risk,
-    groups: Groups | None = None,
-    scores: Floats | None = None,
+    *,
+    expected: Floats,
+    tasks: Names | None = None,
+    full: Floats | None = None,
+    groups: Names | None = None,
 ) -> int:
     """The cheapest plan that, run by all prompts, loses at most `alpha` on average with probability 1 - `delta`.
 
-    Plans are tested from the largest down until the first that fails (a fixed sequence), so that the choice among them
-    is covered: to pick the best of K tests at `delta` each would be wrong up to K times as often.
+    Plans are tested in the order of `expected` until the first that fails (a fixed sequence), so that the choice among
+    them is covered: to pick the best of K tests at `delta` each would be wrong up to K times as often. The largest
+    plan is not always the safest: a gap can lose more than an exit before it.
 
     Args:
-        risk: what the losses are; see `controller.certificate.risks`.
         losses: of n prompts under K plans [n, K], cheapest first, the last full.
-        groups: see `valid_price`.
-        scores: the full model's [n], for `mean_score`.
+        risk: what the losses are; see `controller.certificate.risks`.
+        expected: mean loss of each plan [K] on other prompts, by which the order is made.
+        tasks, full, groups: see `valid_price`.
 
     Returns:
         The plan's place; K - 1, the full plan, where no other is valid.
     """
-    full = int(losses.shape[1]) - 1
-    tested = losses[:, :full][:, ::-1].T
-    index = last_valid(price_p_values(tested, alpha, delta, risk, groups, scores), delta) if full else None
-    return full if index is None else full - 1 - index
+    order = np.argsort(expected[:-1], kind="stable")
+    if not len(order):
+        return 0
+    index = last_valid(price_p_values(losses.T[order], alpha, delta, risk, tasks, full, groups), delta)
+    return len(order) if index is None else int(order[: index + 1].min())
 
 
 def certify(
-    losses: Callable[[float], Floats],
+    path: PricePath,
     *,
     alpha: float,
     delta: float,
     risk: Risk,
-    tasks: Groups,
+    tasks: Names,
     full: Floats | None = None,
+    groups: Names | None = None,
     per_task: bool = False,
     tolerance: float = 0.0,
+    left_out: int = 0,
     prompts_hash: str = "",
     decoding: str = "",
     chat_template: str = "",
 ) -> Certificate:
-    """Finds the price and says what it is worth.
+    """Find the price and say what it is worth.
 
     Args:
-        losses, alpha, delta, risk, full: as in `valid_price`.
+        path, alpha, delta, risk, full, groups: as in `valid_price`.
         tasks: task of each calibration prompt [n].
         per_task: whether the bound is to hold in every task.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
+        left_out: prompts that are not among the n, since the judge failed on the full model's answer.
         prompts_hash: of the calibration prompts.
         decoding: how the answers were generated, in words.
         chat_template: hash of the template that the prompts were put into, if any.
     """
-    names = np.asarray(tasks)
-    groups = names if per_task else None
-    price = valid_price(losses, alpha, delta, groups, risk=risk, full=full)
-    observed = np.zeros(len(names)) if price is None else losses(price)  # without a price all run the full plan
-    scores = np.ones(len(names)) if full is None else full
+    price = valid_price(path, alpha, delta, tasks if per_task else None, risk=risk, full=full, groups=groups)
+    ones = np.ones(len(tasks))
+    own = tasks if per_task else None
+    losses, tested, names, scores = of_groups(path.losses, risk, groups, own, ones if full is None else full)
+    assert scores is not None
+    at_price = np.zeros(len(scores)) if price is None else losses[int(np.flatnonzero(price == PRICES)[0])]
+    needed = None if price is not None else _needed(losses, path.shortens, alpha, delta, tested, names, scores)
     return Certificate(
         risk=risk,
         alpha=alpha,
         delta=delta,
-        n=len(names),
+        n=len(tasks),
         price=price,
-        observed_risk=float(observed.mean()) / unit_of(risk, scores),
+        observed_risk=float(at_price.mean()) / unit_of(risk, scores),
         prompts_hash=prompts_hash,
         date=datetime.now(UTC).date().isoformat(),
-        fewest_prompts=_fewest(alpha, delta, risk, scores, groups),
+        fewest_prompts=_fewest(alpha, delta, tested, names, scores),
         full_score=float(scores.mean()),
-        prompts_needed=None if price is not None else _needed(losses, alpha, delta, risk, scores, groups),
-        per_task=_per_task(risk, observed, scores, names) if per_task else {},
+        prompts_needed=needed,
+        per_task={} if names is None else _per_task(risk, at_price, scores, np.asarray(names)),
         tolerance=tolerance,
         decoding=decoding,
         chat_template=chat_template,
+        left_out=left_out,
+        groups=None if len(scores) == len(tasks) else len(scores),
     )
 
 
-def _fewest(alpha: float, delta: float, risk: Risk, full: Floats, groups: Groups | None) -> int | None:
+def _fewest(alpha: float, delta: float, risk: Risk, tasks: Names | None, full: Floats) -> int | None:
     """See `fewest_prompts`: of the task that needs the most, at the full model's mean score there; None where no number
     that can be looked at suffices."""
-    names = np.zeros(len(full)) if groups is None else np.asarray(groups)
+    names = np.zeros(len(full)) if tasks is None else np.asarray(tasks)
     means = {float(full[names == name].mean()) for name in np.unique(names)}
     try:
         return max(fewest_prompts(alpha, delta, risk, 0.0, round(mean, 4)) for mean in means)
@@ -181,16 +227,24 @@ def _fewest(alpha: float, delta: float, risk: Risk, full: Floats, groups: Groups
 
 
 def _needed(
-    losses: Callable[[float], Floats], alpha: float, delta: float, risk: Risk, full: Floats, groups: Groups | None
+    losses: Floats,
+    shortens: NDArray[np.bool_],
+    alpha: float,
+    delta: float,
+    risk: Risk,
+    tasks: Names | None,
+    full: Floats,
 ) -> int | None:
-    """About how many prompts that lose and vary like these [n] at the safest price would do: the test with each of them
-    several times."""
-    safest = losses(float(PRICES[0]))
+    """About how many prompts like these n would do at the safest price that shortens any: the test with each of them
+    several times. 0 where no price shortens any."""
+    if not shortens.any():
+        return 0
+    first = losses[int(shortens.argmax())]
     for times in (2, 3, 4, 6, 8, 12, 16, 24, 32):
-        repeated = np.tile(safest, times)[None]
-        tasks = None if groups is None else np.tile(np.asarray(groups), times)
-        if price_p_values(repeated, alpha, delta, risk, tasks, np.tile(full, times))[0] <= delta:
-            return times * len(safest)
+        names = None if tasks is None else np.tile(np.asarray(tasks), times)
+        values = price_p_values(np.tile(first, times)[None], alpha, delta, risk, names, np.tile(full, times))
+        if values[0] <= delta:
+            return times * len(full)
     return None
 
 

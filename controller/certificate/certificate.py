@@ -30,19 +30,24 @@ class Certificate:
         delta: how often the bound may fail, over draws of the calibration prompts.
         n: calibration prompts.
         price: what an expected loss of 1 costs, in shares of the decoder, where plans are chosen; None where no price
-            is valid and every prompt runs the full plan.
-        observed_risk: mean loss of the calibration prompts at the price (0 where there is none).
+            is valid, or where the lowest valid one shortens nothing, and every prompt runs the full plan.
+        observed_risk: mean loss of the calibration prompts at the price (0 where there is none), of groups where
+            `groups` counts them.
         prompts_hash: of the calibration prompts.
         date: when it was made, ISO 8601.
         fewest_prompts: with fewer calibration prompts (in each task, where `per_task` is given) no price can be valid,
             if the controller wins nothing; None where that is more than can be looked at.
         full_score: the full model's mean score on them; 1 where the risk does not ask for it.
-        prompts_needed: where no price is valid, about how many prompts that lose and vary like these would do; None for
-            too many, or where a price is valid.
+        prompts_needed: where there is no price, about how many prompts that lose and vary like these would do at the
+            safest price that shortens any; 0 where the controller shortens none of them; None for too many, or where
+            there is a price.
         per_task: task -> {"n", "observed_risk"} where the bound holds in every task, empty where only overall.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
         decoding: how the answers were generated, in words.
         chat_template: hash of the template that the prompts were put into; empty where they were given as they are.
+        left_out: prompts that are not among the n, since the judge failed on the full model's answer.
+        groups: independent groups that the prompts fall into, each of which counts once in every mean and in every
+            number of prompts but `n` and `left_out`; None where each prompt is a group of its own.
         does_not_cover: what is not promised, in sentences.
     """
 
@@ -61,30 +66,41 @@ class Certificate:
     tolerance: float = 0.0
     decoding: str = ""
     chat_template: str = ""
+    left_out: int = 0
+    groups: int | None = None
     does_not_cover: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.does_not_cover:
-            object.__setattr__(
-                self, "does_not_cover", exclusions(self.date, self.per_task, self.decoding, self.chat_template)
-            )
+            object.__setattr__(self, "does_not_cover", exclusions(self))
 
     @property
     def sentence(self) -> str:
         """The certificate in plain words."""
         if self.price is None:
-            return f"No saving could be certified: {self._reason}, so all prompts run the full model."
+            return f"No saving could be certified: {self._reason}, so all prompts run the full model.{self._unjudged}"
         seen = self._seen(self.observed_risk)
         if self.risk == "mean_score":
             seen = f"{seen} of {self.full_score:.3g}"
         return (
             f"With {_percent(1 - self.delta)} confidence, {self._bound}, on prompts like the {self.n} calibration "
-            f"prompts (observed: {seen}{self._worst_task})."
+            f"prompts{self._grouped} (observed: {seen}{self._worst_task}).{self._unjudged}"
         )
+
+    @property
+    def _grouped(self) -> str:
+        return "" if self.groups is None else f" of {self.groups} groups, each of which counts once"
+
+    @property
+    def _unjudged(self) -> str:
+        if not self.left_out:
+            return ""
+        count = f"{self.left_out} of {self.n + self.left_out} prompts"
+        return f" Left out: {count}, since the judge failed on the full model's answer."
 
     def too_small(self) -> dict[str, int]:
         """Task -> its prompts, where they are too few for the bound; of an overall bound "all tasks" -> all prompts."""
-        sizes = {task: int(seen["n"]) for task, seen in self.per_task.items()} or {"all tasks": self.n}
+        sizes = {task: int(seen["n"]) for task, seen in self.per_task.items()} or {"all tasks": self.groups or self.n}
         return {task: n for task, n in sizes.items() if self.fewest_prompts is None or n < self.fewest_prompts}
 
     def save(self, path: Path) -> None:
@@ -118,6 +134,7 @@ class Certificate:
     @property
     def _reason(self) -> str:
         claim = f"showing with {_percent(1 - self.delta)} confidence that {self._bound}"
+        what = "calibration prompts" if self.groups is None else "groups of calibration prompts"
         small = self.too_small()
         if self.fewest_prompts is None and self.risk != "mean_score":
             return f"{claim} takes more calibration prompts than can be looked at; ask for a larger bound"
@@ -126,16 +143,18 @@ class Certificate:
             return f"{scored}, too near 0 for {claim}; use prompts that it can answer, or another judge"
         if small and self.per_task:
             tasks = ", ".join(f"{task!r} has {n}" for task, n in small.items())
-            return f"{claim} takes at least {self.fewest_prompts} calibration prompts of each task ({tasks})"
+            return f"{claim} takes at least {self.fewest_prompts} {what} of each task ({tasks})"
         if small:
             where = f" where that is {self.full_score:.3g}" if self.risk == "mean_score" else ""
-            return f"{claim} takes at least {self.fewest_prompts} calibration prompts{where}, and there are {self.n}"
-        return f"{self.n} calibration prompts do not suffice for {claim}, with this controller{self._more}"
+            return f"{claim} takes at least {self.fewest_prompts} {what}{where}, and there are {small['all tasks']}"
+        if self.prompts_needed == 0:
+            return f"the controller chooses the full plan for all {self.n} calibration prompts at every price"
+        return f"{self.groups or self.n} {what} do not suffice for {claim}, with this controller{self._more}"
 
     @property
     def _more(self) -> str:
         if self.prompts_needed is None:
-            return ", nor would many more like them: it loses too much even at the safest price"
+            return ", nor would many more like them: it loses too much at the safest price that shortens any"
         return f": at the spread of what they lose it takes about {self.prompts_needed}"
 
     def _amount(self, risk: float) -> str:
@@ -155,41 +174,48 @@ class Certificate:
         return f"; {worst!r}, the worst task: {self._seen(self.per_task[worst]['observed_risk'])}"
 
 
-def exclusions(
-    date: str, per_task: dict[str, dict[str, float]], decoding: str = "", chat_template: str = ""
-) -> tuple[str, ...]:
+def exclusions(found: Certificate) -> tuple[str, ...]:
     """What a certificate does not promise, in sentences."""
     tasks = (
-        f"Tasks other than {', '.join(sorted(per_task))}."
-        if per_task
+        f"Tasks other than {', '.join(sorted(found.per_task))}."
+        if found.per_task
         else "Single tasks, or another mixture of them: a rare or hard task may lose more than the bound."
     )
-    template = f"; another chat template than {chat_template}, or none" if chat_template else ""
+    decoding = f" than {found.decoding}" if found.decoding else ""
+    template = f"; another chat template than {found.chat_template}, or none" if found.chat_template else ""
     return (
         f"Other kinds of prompts: other lengths, languages or templates{template}.",
         tasks,
         "Single prompts: a mean is bounded, and any one prompt may lose everything.",
-        f"Other decoding settings{f' than {decoding}' if decoding else ''}: sampling, longer answers, other ends.",
+        f"Other decoding settings{decoding}: sampling, longer answers, other ends.",
         "Another data type, device or batch size, whose rounding can change an answer.",
         "Quality that the judge does not see.",
-        f"Drift: prompts that have changed since {date}.",
-        "Prompts that are not independent draws: copies of one another, or of the training prompts.",
-        "A choice among several certificates: each fails with probability delta, the best of them more often.",
+        "Prompts for which the judge fails on the full model's answer: "
+        f"{found.left_out} of {found.n + found.left_out} were left out. A shortened plan's answer on which it fails "
+        "scores 0.",
+        f"Drift: prompts that have changed since {found.date}.",
+        "Prompts that are not independent draws: copies of the training prompts, near-duplicates, and groups that the "
+        "field 'group' does not name. Prompts of one group, or of one text, count as one.",
+        "A choice made afterwards: the controller and the bound were named before the calibration prompts were looked "
+        "at. Each certificate fails with probability delta, the best of several more often.",
     )
 
 
 def _check_values(data: dict[str, Any]) -> None:
     if (found := set(data)) != (known := {field.name for field in fields(Certificate)}):
         raise ValueError(f"missing: {sorted(known - found)}, unknown: {sorted(found - known)}")
-    tasks, left_out, signed = data["per_task"], data["does_not_cover"], data["risk"] == "mean_score"
+    tasks, excluded, signed = data["per_task"], data["does_not_cover"], data["risk"] == "mean_score"
     right = {
         "risk": data["risk"] in RISKS,
         "price": data["price"] is None or (_is_amount(data["price"]) and data["price"] > 0),
         "per_task": isinstance(tasks, dict) and all(_is_seen(seen, signed) for seen in tasks.values()),
-        "does_not_cover": isinstance(left_out, list) and all(isinstance(one, str) for one in left_out),
+        "does_not_cover": isinstance(excluded, list) and all(isinstance(one, str) for one in excluded),
         **{name: _is_amount(data[name]) and 0 < data[name] < 1 for name in ("alpha", "delta")},
         "n": _is_count(data["n"]),
-        **{name: data[name] is None or _is_count(data[name]) for name in ("fewest_prompts", "prompts_needed")},
+        "left_out": _is_count(data["left_out"]),
+        **{
+            name: data[name] is None or _is_count(data[name]) for name in ("fewest_prompts", "prompts_needed", "groups")
+        },
         "observed_risk": _is_risk(data["observed_risk"], signed),
         **{name: _is_amount(data[name]) for name in ("tolerance", "full_score")},
         **{name: isinstance(data[name], str) for name in ("prompts_hash", "date", "decoding", "chat_template")},

@@ -89,13 +89,14 @@ class DriftAlarm:
     While the prompts served are exchangeable with the calibration prompts (independent draws from one population are),
     the probability that the alarm *ever* rings, over an endless stream, is at most `false_alarm_rate`: under
     exchangeability the p-values are independent and uniform, the capital is a martingale, and Ville's inequality bounds
-    its maximum.
+    its maximum. The bound is on the first ring of one process: m processes, or m resets, have m chances.
 
     When it rings, everything starts anew: the prompts so far are forgotten and a new gambler plays. The alarm falls
-    silent when that one has not become rich within `RECOVERY` prompts, and goes on playing. So every ring is a test of
-    its own: m false ones have a probability of at most `false_alarm_rate` to the power of m. Where prompts stay
-    different, new gamblers win again, and it keeps ringing; where they differ so little that it takes a gambler more
-    than `RECOVERY` prompts to notice, it rings on and off.
+    silent when that one has not become rich within `RECOVERY` prompts, and goes on playing. All gamblers compare with
+    the same calibration prompts. Should these be an odd sample, every gambler gains by it, so that further false rings
+    are not independent of the first and have no bound of their own. Where prompts stay different, new gamblers win
+    again, and it keeps ringing; where they differ so little that it takes a gambler more than `RECOVERY` prompts to
+    notice, it rings on and off.
 
     Rank, not size, counts; so a change of the population shows within some hundred prompts, or not at all where neither
     score changes its distribution. A prompt that was counted lately is not counted again. Order is part of
@@ -141,7 +142,7 @@ class DriftAlarm:
         self._lock = threading.Lock()
 
     def reset(self) -> None:
-        """Forget what was served and start anew; the bound on false alarms starts anew as well."""
+        """Forget what was served and start anew, with another chance of a false alarm."""
         with self._lock:
             self._recent: OrderedDict[bytes, None] = OrderedDict()
             self._seen, self._rings, self._rung = 0, 0, False

@@ -85,3 +85,13 @@ class LabelReader:
 def score_matrix(labels: Sequence[Sequence[Label]]) -> NDArray[np.float64]:
     """Scores [N, K] of N prompts under K plans; NaN where a judge failed."""
     return np.array([[label.score for label in row] for row in labels], dtype=np.float64)
+
+
+def judged(scores: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Of scores [N, K] with NaN where a judge failed: the rows [M] that count, and their scores [M, K] without NaN.
+
+    A row counts if the judge read the full plan's answer. A shortened plan's answer that the judge cannot read scores
+    0. To leave such a prompt out would be to leave out the prompts on which shortened plans do worst.
+    """
+    rows = np.flatnonzero(~np.isnan(scores[:, -1]))
+    return rows, np.nan_to_num(scores[rows], nan=0.0)

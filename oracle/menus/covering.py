@@ -24,6 +24,7 @@ from backbone.stand_ins.attaching import StandIns, attach, detach
 from backbone.stand_ins.bridges import Bridge
 from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.judges import KL
+from oracle.labels.reader import judged
 from oracle.menus import MENUS
 from oracle.menus.base import Advance, MenuTask
 from oracle.menus.p_median import best_plans, substituted
@@ -124,13 +125,13 @@ class Measured:
 
     @property
     def _trusted(self) -> Floats:
-        """Scores of the prompts on which no judge failed, drawn towards the mean of each plan; see `TRUST`.
+        """Scores of the prompts that a judge could read, drawn towards the mean of each plan; see `TRUST`.
 
         Some of a wide pool's poor plans are right by luck on just the prompts that are looked at.
         """
-        judged = self.scores[~np.isnan(self.scores).any(axis=1)]
-        means: Floats = judged.mean(axis=0)
-        return means + TRUST * (judged - means)
+        _, known = judged(self.scores)
+        means: Floats = known.mean(axis=0)
+        return means + TRUST * (known - means)
 
     def _shortened(self, places: Sequence[int]) -> list[LayerPlan]:
         return [self.plans[place] for place in places if not self.plans[place].is_full]
@@ -183,7 +184,7 @@ class _Pool:
 def two_gaps(found: Measured, task: MenuTask) -> list[LayerPlan]:
     """Pairs of gaps that are apart, those that diverge least of each total length: at most `PAIRS`."""
     sizes = sublayer_bytes(task.model)
-    diverged = -np.log(np.maximum(np.nanmean(found.scores, axis=0), 1e-9))
+    diverged = -np.log(np.maximum(judged(found.scores)[1].mean(axis=0), 1e-9))
     gaps = {plan.gaps[0]: lost for plan, lost in zip(found.plans, diverged, strict=True) if _is_one_gap(plan)}
     by_length: dict[int, list[tuple[float, str, LayerPlan]]] = {}
     for first, second in combinations(sorted(gaps, key=lambda gap: gap.start), 2):

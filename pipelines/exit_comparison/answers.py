@@ -103,7 +103,7 @@ class ExitAnswers:
         for prompt, ids, layers in zip(prompts, rows, output["layers_run"].tolist(), strict=True):
             n_tokens = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
             text = answer_text(self._tokenizer, ids[:n_tokens], self._decoding)
-            value = prompt.score(text, self._full[prompt.id])
+            value = prompt.score_or_zero(text, self._full[prompt.id])
             found.append(ExitAnswer(key, prompt.id, text, value, tuple(layers[:n_tokens])))
         return found
 

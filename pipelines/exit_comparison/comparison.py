@@ -96,7 +96,13 @@ class Comparison:
     def _static(self) -> Contestant:
         settings = self._calibration
         best = cheapest_valid_plan(
-            self.calibrate.losses, settings.alpha, settings.delta, settings.risk, None, self.calibrate.full
+            self.calibrate.losses,
+            settings.alpha,
+            settings.delta,
+            settings.risk,
+            expected=self._workspace.table("train", "tune").losses.mean(axis=0),
+            full=self.calibrate.full,
+            groups=self.calibrate.groups,
         )
         return self._with_plans(
             "best static plan", np.full(len(self.test.prompts), best), {"plan": str(self._budget_plans[best])}
@@ -154,7 +160,15 @@ class Comparison:
         scores, layers = (np.stack([each[part] for each in seen]) for part in (0, 1))
         settings, full = self._calibration, self.calibrate.full
         losses = losses_of(settings.risk, scores, full, self._workspace.config.label.tolerance)
-        step = valid_step(losses, full, alpha=settings.alpha, delta=settings.delta, risk=settings.risk)
+        step = valid_step(
+            losses,
+            full,
+            alpha=settings.alpha,
+            delta=settings.delta,
+            risk=settings.risk,
+            groups=self.calibrate.groups,
+            shortens=np.asarray((layers < self.material.n_layers).any(axis=1)),
+        )
         certificate = {
             "thresholds": list(thresholds),
             "agreements": list(self._settings.agreements),

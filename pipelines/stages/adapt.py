@@ -25,7 +25,7 @@ from oracle.answered_prompts import answered_examples, reference_examples
 from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
 from oracle.labels.labeller import Labeller
-from oracle.labels.reader import score_matrix
+from oracle.labels.reader import judged, score_matrix
 from oracle.prompts import Prompt
 from oracle.spread import spread
 from pipelines.config import Config
@@ -286,12 +286,12 @@ def _areas(
     grid = np.linspace(fastest, slowest, 101)
     found: dict[AdaptMethod, dict[str, Any]] = {}
     for method, matrix in scores.items():
-        judged = matrix[~np.isnan(matrix).any(axis=1)]
-        hull = upper_hull(static_points(judged, times[method]))
+        _, known = judged(matrix)
+        hull = upper_hull(static_points(known, times[method]))
         spent, quality = (np.array(values) for values in zip(*hull, strict=True))
         found[method] = {
             "ms_per_token": times[method].tolist(),
-            "quality": judged.mean(axis=0).tolist(),
+            "quality": known.mean(axis=0).tolist(),
             "area": float(np.interp(grid, spent, quality, left=0.0).mean()),
         }
     return found

@@ -8,18 +8,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-
 from backbone.files import write_atomically
-from controller.base import choose
-from controller.certificate.calibration import certify
+from controller.base import Floats, choose
+from controller.certificate.calibration import PricePath, certify, valid_price
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from controller.learning import Learned
-from controller.report.report_card import losses_at
+from oracle.decoding import Decoding
 from oracle.labels.token_agreement import acceptance_rates
 from pipelines.config import Config
+from pipelines.learning_sections import CalibrationSection
 from pipelines.learning_table import Table
 from pipelines.progress import say
 from pipelines.stages.train import load_trained
@@ -30,7 +29,7 @@ from runtime.chat_format import ChatFormat
 
 
 def run(config: Config) -> Path:
-    """Writes `calibration.json` with a certificate a controller, and saves the best controller as `allocator/`.
+    """Write `calibration.json` with the best controller's certificate, and save that controller as `allocator/`.
 
     Which controller is best was decided on the other prompts, so the calibrate split has seen no choice but the price.
     """
@@ -41,28 +40,31 @@ def run(config: Config) -> Path:
     fit = workspace.table("train", "tune")
     outliers = outlier_test(trained[best], fit, are_among(workspace.splits["tune"], fit), config)
     trained = tested(trained, outliers)
-    certificates = {
-        name: certified(learned.predict(table.features), table, workspace) for name, learned in trained.items()
-    }
-    if certificates[best].price is None:
-        say(f"  {certificates[best].sentence}", style="red")
+    predicted = {name: learned.predict(table.features) for name, learned in trained.items()}
+    certificate = certified(predicted[best], table, config, workspace.decoding)
+    if certificate.price is None:
+        say(f"  {certificate.sentence}", style="red")
     allocator = Allocator(
         menu=workspace.menu(),
         controller=trained[best].controller,
         controller_name=best,
         projection=trained[best].projection,
-        certificate=certificates[best],
+        certificate=certificate,
         decoding=workspace.decoding,
         fingerprint=workspace.fingerprint,
         model_source=config.model.source,
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
         acceptance=acceptance_rates(workspace.labels.read(workspace.labelled, workspace.menu())),
-        drift=_drift_alarm(trained[best], certificates[best], table, config),
+        drift=_drift_alarm(trained[best], certificate, table, config),
         outliers=outliers,
         chat=_chat_format(workspace),
     )
     allocator.save_pretrained(workspace.path("allocator"))
-    data = {"best": best, "certificates": {name: _as_dict(found) for name, found in certificates.items()}}
+    data = {
+        "best": best,
+        "certificate": {**asdict(certificate), "sentence": certificate.sentence},
+        "prices": {name: price_of(found, table, config.calibration) for name, found in predicted.items()},
+    }
     write_atomically(workspace.path("calibration.json"), json.dumps(data, indent=2) + "\n")
     return workspace.path("allocator")
 
@@ -72,27 +74,55 @@ def tested(trained: Mapping[str, Learned], outliers: OutlierTest | None) -> dict
     return {name: replace(learned, outliers=outliers) for name, learned in trained.items()}
 
 
-def certified(predicted: np.ndarray, table: Table, workspace: Workspace, alpha: float | None = None) -> Certificate:
-    """Learn-then-Test on a table, for a controller that predicted `predicted` [N, K] there.
+def certified(predicted: Floats, table: Table, config: Config, decoding: Decoding) -> Certificate:
+    """The certificate of a controller that was named before, by Learn-then-Test on a table.
 
     Args:
-        workspace: of the run.
-        alpha: another bound than the configuration's.
+        predicted: what the controller expects plans to keep [N, K].
+        table: the N calibration prompts.
+        config: of the run.
+        decoding: how the answers were generated.
     """
-    config = workspace.config
     calibration = config.calibration
     return certify(
-        lambda price: losses_at(predicted, table.kept, table.budgets, price),
-        alpha=calibration.alpha if alpha is None else alpha,
+        PricePath.of(predicted, table.losses, table.budgets),
+        alpha=calibration.alpha,
         delta=calibration.delta,
         risk=calibration.risk,
         full=table.full,
-        tasks=table.tasks.tolist(),
+        tasks=table.tasks,
+        groups=table.groups,
         per_task=calibration.per_task,
         tolerance=config.label.tolerance,
+        left_out=table.left_out,
         prompts_hash=hashlib.sha256("".join(prompt.hash for prompt in table.prompts).encode()).hexdigest()[:16],
-        decoding=str(workspace.decoding),
+        decoding=str(decoding),
         chat_template=max(prompt.template for prompt in table.prompts),  # those given as they are have an empty one
+    )
+
+
+def price_of(
+    predicted: Floats, table: Table, calibration: CalibrationSection, alpha: float | None = None, together: int = 1
+) -> float | None:
+    """The price that is valid for a controller, by the same test as `certified`, without the certificate.
+
+    Args:
+        predicted: what the controller expects plans to keep [N, K].
+        table: the N calibration prompts.
+        calibration: the bound, the confidence, the risk.
+        alpha: another bound than `calibration.alpha`.
+        together: how many prices, of several controllers or bounds, are to be valid side by side. They share
+            `calibration.delta` in equal parts (Bonferroni), so that any of them can be chosen afterwards. A price found
+            with 1 is valid only where it was named before: the best of two at delta 10% fails in 16% of the cases.
+    """
+    return valid_price(
+        PricePath.of(predicted, table.losses, table.budgets),
+        calibration.alpha if alpha is None else alpha,
+        calibration.delta / together,
+        table.tasks if calibration.per_task else None,
+        risk=calibration.risk,
+        full=table.full,
+        groups=table.groups,
     )
 
 
@@ -108,7 +138,3 @@ def _chat_format(workspace: Workspace) -> ChatFormat | None:
     if workspace.chat_template is None or not any(is_rendered):
         return None
     return ChatFormat.of(workspace.chat_template, workspace.tokenizer, for_all=all(is_rendered))
-
-
-def _as_dict(certificate: Certificate) -> dict[str, object]:
-    return {**asdict(certificate), "sentence": certificate.sentence}

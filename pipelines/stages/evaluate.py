@@ -51,12 +51,11 @@ def run(config: Config) -> Path:
     calibration = json.loads(workspace.path("calibration.json").read_text())
     trained = tested(load_trained(workspace), allocator.outliers)
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
-    prices = {name: found["price"] for name, found in calibration["certificates"].items()}
-    chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
+    chosen = {name: choose(kept, test.budgets, calibration["prices"][name]) for name, kept in predicted.items()}
     best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
     speed = speeds(workspace, allocator, test, chosen[best])
     examples = shown(workspace, allocator, test, chosen[best])
-    chosen |= _yardsticks(config, test, calibrate, chosen[best])
+    chosen |= _yardsticks(config, test, calibrate, workspace.table("train", "tune"), chosen[best])
     cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
     metrics: dict[str, Any] = {
         name: {**asdict(card), "tokens_per_s": _tokens_per_s(card, speed, config)} for name, card in cards.items()
@@ -73,7 +72,7 @@ def run(config: Config) -> Path:
         "outliers": _outliers(allocator.outliers, test),
         "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
         "stand_ins": before_and_after(workspace, test),
-        "certificate": calibration["certificates"][best],
+        "certificate": calibration["certificate"],
         "prompts": {
             **{split: len(prompts) for split, prompts in workspace.labelled_splits.items()},
             "adapt": len(workspace.splits["adapt"]),
@@ -117,13 +116,13 @@ def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None
     }
 
 
-def _yardsticks(config: Config, test: Table, calibrate: Table, best: Choices) -> dict[str, Choices]:
+def _yardsticks(config: Config, test: Table, calibrate: Table, fit: Table, best: Choices) -> dict[str, Choices]:
     """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
     n_prompts, n_plans = test.sufficient.shape
     shares = np.bincount(best, minlength=n_plans) / len(best)
     return {
         "full": np.full(n_prompts, n_plans - 1),
-        "best_static": np.full(n_prompts, best_static(config, calibrate)),
+        "best_static": np.full(n_prompts, best_static(config, calibrate, fit)),
         "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), calibrate), n_prompts),
         "random": _draws(shares, n_prompts),
         "oracle": _oracle(test, config.label.tolerance),
@@ -151,11 +150,22 @@ def _draws(weights: NDArray[np.float64], n_prompts: int) -> Choices:
     return np.random.default_rng(0).choice(len(weights), RANDOM_DRAWS * n_prompts, p=weights)
 
 
-def best_static(config: Config, calibrate: Table) -> int:
-    """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is."""
+def best_static(config: Config, calibrate: Table, fit: Table) -> int:
+    """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is.
+
+    Plans are tested in the order of their losses on `fit`, the prompts that controllers learn from.
+    """
     settings = config.calibration
-    groups = calibrate.tasks if settings.per_task else None
-    return cheapest_valid_plan(calibrate.losses, settings.alpha, settings.delta, settings.risk, groups, calibrate.full)
+    return cheapest_valid_plan(
+        calibrate.losses,
+        settings.alpha,
+        settings.delta,
+        settings.risk,
+        expected=fit.losses.mean(axis=0),
+        tasks=calibrate.tasks if settings.per_task else None,
+        full=calibrate.full,
+        groups=calibrate.groups,
+    )
 
 
 def _mixture_at(budget: float, table: Table) -> NDArray[np.float64]:

@@ -210,7 +210,7 @@ def _example(task: str, prompt: str, reference: str, layers: float, label: Label
         "layers": layers,
         "plan": label.plan,
         "answer": label.answer,
-        "score": label.score,
+        "score": float(np.nan_to_num(label.score)),  # 0 where the judge failed
         "full_answer": full.answer,
         "full_score": full.score,
     }

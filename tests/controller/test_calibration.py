@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from controller.certificate.calibration import PRICES, certify, cheapest_valid_plan, price_p_values, valid_price
+from controller.certificate.calibration import (
+    PRICES,
+    PricePath,
+    certify,
+    cheapest_valid_plan,
+    price_p_values,
+    valid_price,
+)
 from controller.certificate.fewest_prompts import fewest_prompts
+from controller.certificate.groups import of_groups
 from controller.certificate.p_values import CalibrationError, p_values
 
 ALPHA, DELTA = 0.1, 0.1
@@ -16,14 +24,20 @@ def share_of(price: float) -> float:
     return float(np.log(PRICES[0] / price) / np.log(PRICES[0] / PRICES[-1]))
 
 
-def counted(difficulty: np.ndarray):
+def path_of(losses, shortens=None) -> PricePath:
+    """From price -> losses [n]; every price shortens unless said otherwise."""
+    values = np.stack([losses(float(price)) for price in PRICES])
+    return PricePath(values, np.ones(len(PRICES), dtype=bool) if shortens is None else shortens)
+
+
+def counted(difficulty: np.ndarray) -> PricePath:
     """A prompt of difficulty u in (0, 1) is lost by every price with a share above u, so the true risk is the share."""
-    return lambda price: (difficulty < share_of(price)).astype(float)
+    return path_of(lambda price: (difficulty < share_of(price)).astype(float))
 
 
 def lost(size: np.ndarray):
     """A prompt loses 0.4 share(price) u where u has mean 1/2 and a small variance: the true risk is share / 5."""
-    return lambda price: 0.4 * share_of(price) * size
+    return path_of(lambda price: 0.4 * share_of(price) * size)
 
 
 def violations(runs: int, price_of, risk_of) -> tuple[int, int]:
@@ -56,7 +70,7 @@ def gambled(full: np.ndarray, moved: np.ndarray, won: np.ndarray):
     def losses(price: float) -> np.ndarray:
         return np.where(moved < share_of(price), full - won, 0.0)
 
-    return losses
+    return path_of(losses)
 
 
 def test_mean_scores_fall_below_the_bound_at_most_delta_of_the_time() -> None:
@@ -77,7 +91,7 @@ def test_the_mean_score_of_every_task_is_that_of_its_own_full_model() -> None:
     tasks = np.array(["able", "unable"] * 1000)
     full = np.where(tasks == "able", 0.9, 0.2)
     terms = {"alpha": 0.05, "delta": DELTA, "risk": "mean_score", "tasks": tasks, "full": full}
-    losses = lambda price: np.where(np.arange(2000) % 10 < 5, 0.04, 0.0)  # noqa: E731
+    losses = path_of(lambda price: np.where(np.arange(2000) % 10 < 5, 0.04, 0.0))
     overall, each = certify(losses, **terms), certify(losses, **terms, per_task=True)
     assert overall.observed_risk == pytest.approx(0.02 / 0.55)
     assert (overall.price, each.price) == (PRICES[-1], None)
@@ -90,14 +104,19 @@ def test_what_cannot_be_certified_says_how_many_prompts_it_would_take() -> None:
 
     def certificate(losses, full=full):
         return certify(
-            lambda price: losses, alpha=0.02, delta=DELTA, risk="mean_score", tasks=["a"] * len(full), full=full
+            path_of(lambda price: losses),
+            alpha=0.02,
+            delta=DELTA,
+            risk="mean_score",
+            tasks=["a"] * len(full),
+            full=full,
         )
 
     noisy, worse, low = certificate(change), certificate(change + 0.1), certificate(np.zeros(300), np.zeros(300))
     assert noisy.price is worse.price is low.price is None
     assert noisy.prompts_needed in range(600, 4000)
     assert f"it takes about {noisy.prompts_needed}" in noisy.sentence
-    assert "loses too much even at the safest price" in worse.sentence
+    assert "loses too much at the safest price that shortens any" in worse.sentence
     assert "mean score on the 300 calibration prompts is 0, too near 0" in low.sentence
 
 
@@ -113,7 +132,7 @@ def test_the_price_nears_the_true_one_with_many_prompts() -> None:
 
 def test_prices_start_safe_and_the_test_stops_at_the_first_failure() -> None:
     assert (np.diff(PRICES) < 0).all()
-    hump = lambda price: np.full(100, float(0.3 < share_of(price) < 0.4))  # noqa: E731
+    hump = path_of(lambda price: np.full(100, float(0.3 < share_of(price) < 0.4)))
     price = valid_price(hump, ALPHA, DELTA)
     assert price is not None
     assert share_of(price) <= 0.3
@@ -150,7 +169,7 @@ def test_too_few_prompts_certify_nothing_and_are_told_how_many_it_takes(risk) ->
 
     def certificate(n, **options):
         tasks = ["a"] * (n - 5) + ["b"] * 5
-        return certify(lambda price: np.zeros(n), alpha=ALPHA, delta=DELTA, risk=risk, tasks=tasks, **options)
+        return certify(path_of(lambda price: np.zeros(n)), alpha=ALPHA, delta=DELTA, risk=risk, tasks=tasks, **options)
 
     enough, few, few_of_b = certificate(needed), certificate(needed - 1), certificate(100, per_task=True)
     assert (enough.price, few.price, few_of_b.price) == (PRICES[-1], None, None)
@@ -162,7 +181,9 @@ def test_too_few_prompts_certify_nothing_and_are_told_how_many_it_takes(risk) ->
 def test_a_certificate_says_what_was_seen_in_each_task() -> None:
     tasks = np.array(["a"] * 100 + ["b"] * 100)
     losses = 0.02 * (tasks == "b")
-    found = certify(lambda price: losses, alpha=ALPHA, delta=DELTA, risk="score_lost", tasks=tasks, per_task=True)
+    found = certify(
+        path_of(lambda price: losses), alpha=ALPHA, delta=DELTA, risk="score_lost", tasks=tasks, per_task=True
+    )
     assert found.per_task == {
         "a": {"n": 100, "observed_risk": 0.0},
         "b": {"n": 100, "observed_risk": pytest.approx(0.02)},
@@ -179,17 +200,88 @@ def test_the_cheapest_valid_plan_is_wrong_as_seldom_as_promised(risk) -> None:
     wrong = separately = 0
     for _ in range(runs):
         losses = np.column_stack([(random.random((150, 8)) < alpha * 1.02).astype(float), np.zeros(150)])
-        wrong += cheapest_valid_plan(losses, alpha, delta, risk) < 8
+        wrong += cheapest_valid_plan(losses, alpha, delta, risk, expected=np.arange(9.0)) < 8
         separately += bool((p_values(losses[:, :8].T, alpha, delta, risk) <= delta).any())
     assert wrong <= binom.ppf(0.999, runs, delta)
     assert separately > binom.ppf(0.999, runs, delta)
 
 
-def test_the_cheapest_valid_plan_is_found_and_a_gap_ends_the_sequence() -> None:
-    def plans(*losses: float) -> np.ndarray:
-        return np.tile([*losses, 0.0], (200, 1))
+@pytest.mark.parametrize(
+    ("losses", "expected", "plan"),
+    [
+        ([0.5, 0.01, 0.0], [0.5, 0.01, 0.0], 1),
+        ([0.0, 0.5, 0.0], [0.0, 0.5, 0.0], 0),  # from the largest down nothing was found here
+        ([0.0, 0.5, 0.0], [0.2, 0.1, 0.3], 3),  # a wrong order costs power
+        ([0.01, 0.0, 0.5], [0.01, 0.0, 0.5], 0),
+        ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3], 3),
+        ([], [], 0),
+    ],
+)
+def test_the_cheapest_valid_plan_is_found_in_any_order(losses, expected, plan) -> None:
+    tested = np.tile([*losses, 0.0], (200, 1))
+    assert cheapest_valid_plan(tested, 0.1, 0.1, "score_lost", expected=np.array([*expected, 0.0])) == plan
 
-    assert cheapest_valid_plan(plans(0.5, 0.01, 0.0), 0.1, 0.1, "score_lost") == 1
-    assert cheapest_valid_plan(plans(0.0, 0.5, 0.0), 0.1, 0.1, "score_lost") == 2
-    assert cheapest_valid_plan(plans(0.5, 0.5, 0.5), 0.1, 0.1, "score_lost") == 3
-    assert cheapest_valid_plan(np.zeros((50, 1)), 0.1, 0.1, "score_lost") == 0
+
+def from_place(place: int) -> np.ndarray:
+    return np.arange(len(PRICES)) >= place
+
+
+@pytest.mark.parametrize(
+    ("loss", "shortens", "price", "words"),
+    [
+        (0.5, from_place(100), None, "nor would many more like them: it loses too much at the safest price that"),
+        (0.0, from_place(len(PRICES)), None, "the controller chooses the full plan for all 200 calibration prompts"),
+        (0.0, from_place(100), PRICES[-1], "With 90% confidence"),
+        (0.02, from_place(100), None, "at the spread of what they lose it takes about 400"),
+    ],
+)
+def test_a_price_that_shortens_nothing_is_no_certificate(loss, shortens, price, words) -> None:
+    """Losses begin where something is shortened; the number needed is counted there."""
+    won = np.tile([1.0, -1.0, 0.0, 0.0], 50) * (loss == 0.02)
+    path = PricePath(np.where(shortens[:, None], loss + 0.5 * won, 0.0), shortens)
+    full = np.full(200, 0.5)
+    found = certify(path, alpha=0.1, delta=DELTA, risk="mean_score", tasks=["a"] * 200, full=full)
+    assert found.price == price
+    assert words in found.sentence
+
+
+COPIES = 20
+
+
+@pytest.mark.parametrize("risk", ["insufficient", "score_lost", "mean_score"])
+@pytest.mark.parametrize("per_task", [False, True])
+def test_copies_of_a_group_add_no_confidence(risk, per_task) -> None:
+    """Copies change nothing: neither the price, nor what is said of it, but for the number of prompts."""
+    random, n = np.random.default_rng(0), 200
+    difficulty = random.random(n)
+    losses = np.array([0.9 * (difficulty < share_of(price)) for price in PRICES])
+    full, tasks = np.ones(n), random.choice(["a", "b"], n)
+    if risk == "insufficient":
+        losses = np.ceil(losses)
+    terms = {"alpha": 0.2, "delta": DELTA, "risk": risk, "per_task": per_task}
+    shortens = from_place(1)
+    copied = np.repeat(np.arange(n), COPIES)
+    one = certify(PricePath(losses, shortens), tasks=tasks, full=full, **terms)
+    path = PricePath(losses[:, copied], shortens)
+    many = certify(path, tasks=tasks[copied], full=full[copied], groups=copied, **terms)
+    assert (many.n, many.groups, one.groups) == (n * COPIES, n, None)
+    assert "of 200 groups, each of which counts once" in many.sentence
+    assert many.price is not None
+    if risk != "insufficient":  # where one is a count, and many a mean
+        assert many.price == one.price
+        assert many.observed_risk == pytest.approx(one.observed_risk)
+        assert [seen["n"] for seen in many.per_task.values()] == [seen["n"] for seen in one.per_task.values()]
+
+
+def test_groups_are_means_in_the_order_of_their_first_prompts() -> None:
+    losses, full = np.array([[1.0, 0.0, 0.5, 0.0]]), np.array([1.0, 0.0, 0.5, 1.0])
+    names = ["b", "a", "b", "b"]
+    means, risk, tasks, scores = of_groups(losses, "insufficient", names, None, full)
+    np.testing.assert_array_equal(means, [[0.5, 0.0]])
+    np.testing.assert_allclose(scores, [2.5 / 3, 0.0])
+    assert (risk, tasks) == ("score_lost", None)
+    means, _, tasks, _ = of_groups(losses, "mean_score", names, ["x", "x", "y", "x"], full)
+    np.testing.assert_array_equal(means, [[0.5, 0.0, 0.5]])
+    assert tasks.tolist() == ["x", "x", "y"]
+    with pytest.raises(CalibrationError, match="2 groups were given for 4 prompts"):
+        of_groups(losses, "mean_score", ["a", "b"])

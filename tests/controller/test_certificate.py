@@ -38,6 +38,13 @@ TASKS = {"sums": {"n": 150, "observed_risk": 0.01}, "code": {"n": 100, "observed
         (replace(LOST, price=None, fewest_prompts=None), "takes more calibration prompts than can be looked at"),
         (replace(KEPT, price=None, fewest_prompts=None, full_score=0.0001), "is 0.0001, too near 0 for showing"),
         (replace(COUNTED, price=None), "250 calibration prompts do not suffice"),
+        (replace(COUNTED, price=None, prompts_needed=0), "chooses the full plan for all 250 calibration prompts"),
+        (
+            replace(COUNTED, left_out=3),
+            "Left out: 3 of 253 prompts, since the judge failed on the full model's answer.",
+        ),
+        (replace(COUNTED, groups=50), "like the 250 calibration prompts of 50 groups, each of which counts once ("),
+        (replace(COUNTED, price=None, groups=50), "takes at least 114 groups of calibration prompts, and there are 50"),
         (replace(COUNTED, price=None), "so all prompts run the full model"),
         (replace(COUNTED, price=None, n=80), "takes at least 114 calibration prompts, and there are 80"),
         (
@@ -56,7 +63,8 @@ def test_a_certificate_says_what_it_does_not_cover() -> None:
     assert any("Single tasks" in line for line in COUNTED.does_not_cover)
     in_tasks = Certificate("insufficient", 0.02, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114, per_task=TASKS)
     assert "Tasks other than code, sums." in in_tasks.does_not_cover
-    assert any("2026-01-01" in line for line in COUNTED.does_not_cover)
+    for words in ("2026-01-01", "0 of 250 were left out", "near-duplicates, and groups", "the best of several more"):
+        assert any(words in line for line in COUNTED.does_not_cover)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ def test_bets_towards_the_goal_certify_more_than_bets_of_one_size() -> None:
     assert (betting_p_values(terms, 0.5, DELTA) <= DELTA).mean() > of_one_size.mean() + 0.02
 
 
+def test_betting_stops_at_its_goal_and_a_family_needs_a_smaller_one() -> None:
+    """With nothing lost, p-values end just below delta: a level of delta / 4 takes a game of its own."""
+    losses = np.zeros((1, 400))
+    assert DELTA / 4 < betting_p_values(losses, ALPHA, DELTA)[0] <= DELTA
+    assert betting_p_values(losses, ALPHA, DELTA / 4)[0] <= DELTA / 4
+
+
 def test_binomial_p_values_are_the_binomial_tail() -> None:
     for n in (7, 93, N, 250):
         lost = np.arange(0, int(ALPHA * n) + 1)

@@ -50,6 +50,12 @@ def test_losses_that_no_price_avoids_leave_the_full_plan() -> None:
     assert (found.certified, found.of_pool.value, found.mean_budget, found.mean_risk) == (0, 0, 1, 0)
 
 
+def test_splits_that_shorten_nothing_are_not_certified() -> None:
+    kept = np.tile(np.array([[np.nan, np.nan, 1.0]], dtype=np.float32), (300, 1))  # as of outliers
+    found = resampled_violations(kept, np.zeros((300, 3)), BUDGETS, 0.06, 0.1, 150, 20, risk="score_lost")
+    assert (found.certified, found.mean_budget) == (0, 1)
+
+
 def test_the_rest_is_a_harder_judge_than_the_pool() -> None:
     kept, losses = pool(300, 0.1, "insufficient")
     found = resampled_violations(kept, losses, BUDGETS, 0.1, 0.1, 150, 200)

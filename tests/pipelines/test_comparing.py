@@ -23,7 +23,7 @@ def table(n: int, seed: int) -> Table:
     random = np.random.default_rng(seed)
     states = random.normal(size=(n, 6)).astype(np.float32)
     scores = np.column_stack([np.clip(states[:, 0] + 0.5, 0, 1), np.ones(n)])
-    prompts = [Prompt(str(i), "abc"[i % 3], "text", "", "kl") for i in range(n)]
+    prompts = [Prompt(str(i), "abc"[i % 3], f"text {i}", "", "kl") for i in range(n)]
     features = {"states": states, "length": random.normal(size=(n, 1)).astype(np.float32)}
     return Table(prompts, features, scores, scores >= 1, scores, np.array([0.5, 1.0]), "score_lost")
 

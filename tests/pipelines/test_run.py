@@ -74,6 +74,10 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> N
     }
     assert output.count("of 6 layers: ") == 2, "the two prompts were answered"
     _check_metrics(json.loads((folder / "metrics.json").read_text()))
+    calibration = json.loads((folder / "calibration.json").read_text())
+    assert calibration.keys() == {"best", "certificate", "prices"}, "one controller is certified"
+    assert calibration["prices"][calibration["best"]] == calibration["certificate"]["price"]
+    assert calibration["prices"].keys() == {"lightgbm", "mlp"}
     _check_report((folder / "report.html").read_text())
     _check_mlflow(folder.parent.parent / "mlruns")
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(folder.parent / "cache"))
@@ -142,6 +146,7 @@ def _check_report(page: str) -> None:
     assert "confidence" in page
     assert "Does the controller know the prompt?" in page
     assert "control: shuffled features" in page
+    assert page.count("(not certified)") == 1
 
 
 def _check_mlflow(folder: Path) -> None:
@@ -410,9 +415,10 @@ def test_shards_label_one_run_together(config_file, tmp_path) -> None:
         assert connection.execute("SELECT COUNT(*) FROM labels").fetchone() == (counts[2],)
 
 
-def test_prompts_that_a_judge_fails_on_are_left_out(config_file, prompts_file, tmp_path, monkeypatch) -> None:
+def test_an_answer_that_a_judge_fails_on_counts_as_lost(config_file, prompts_file, tmp_path, monkeypatch) -> None:
+    """The judge fails on every changed answer; a prompt is left out only where it fails on the full model's."""
     (tmp_path / "fussy.py").write_text(
-        "def judge(answer, reference, full):\n    best = 1 / len(reference)\n    return best * (answer == full)\n"
+        "def judge(answer, reference, full):\n    return 1 / len(reference) / (answer == full)\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
@@ -422,9 +428,17 @@ def test_prompts_that_a_judge_fails_on_are_left_out(config_file, prompts_file, t
     done = layerbudget("run", config_file())
     assert done.returncode == 0, done.stdout + done.stderr
     output = " ".join(done.stdout.split())
-    assert "32 labels have no score, the first since the judge 'fussy:judge' failed on prompt" in output
+    assert "labels have no score, the first since the judge 'fussy:judge' failed on prompt" in output
     metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
     assert metrics["full"]["quality"] == 0.5
+    assert min(quality for _, quality in metrics["stand_ins"]["after"]["static"]) < 0.4
+    certificate = metrics["certificate"]
+    splits = [split_of(prompt, DataSection().shares) for prompt in load_prompts(str(prompts_file))[::20]]
+    assert certificate["left_out"] == splits.count("calibrate") > 0
+    assert certificate["n"] + certificate["left_out"] == metrics["prompts"]["calibrate"]
+    assert (
+        f"Left out: {certificate['left_out']} of {metrics['prompts']['calibrate']} prompts" in certificate["sentence"]
+    )
 
 
 def test_the_judge_kl_needs_no_reference_and_generates_the_full_answers_only(config_file, prompts_file) -> None:

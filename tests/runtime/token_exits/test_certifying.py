@@ -35,4 +35,7 @@ def test_losses_are_those_of_plans() -> None:
 
 def test_nothing_leaves_where_nothing_is_valid() -> None:
     losses = np.ones((3, 50))
-    assert valid_step(losses, np.ones(50), alpha=0.05, delta=0.1, risk="insufficient") is None
+    terms = {"alpha": 0.05, "delta": 0.1, "risk": "insufficient"}
+    assert valid_step(losses, np.ones(50), **terms) is None
+    for leaves, step in (([False, False, True], 2), ([False, False, False], None)):
+        assert valid_step(0 * losses, np.ones(50), **terms, shortens=np.array(leaves)) == step
