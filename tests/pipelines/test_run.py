@@ -199,7 +199,7 @@ def _check_changes(path: Path, folder: Path) -> None:
 
 
 def test_ctrl_c_says_that_the_run_goes_on_and_a_second_process_waits_its_turn(config_file, tmp_path) -> None:
-    path = config_file(tuning={"trials": 5000})  # so that the run is not over before it is stopped
+    path = config_file(tuning={"search_from": 0, "trials": 5000})  # so that the run is not over before it is stopped
     command = [sys.executable, "-m", "layerbudget", "run", str(path)]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "runs" / "tiny" / "labels.db").exists() and run.poll() is None:
