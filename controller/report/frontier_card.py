@@ -25,8 +25,8 @@ LEVEL = 0.9
 
 FLATTERY = (
     "Every prompt was scored once under every plan, and the oracle picks with these scores in hand: an answer that is "
-    "right by luck counts as its skill, so its figures flatter, and the intervals do not cover that. The corrected oracle "
-    "picks a plan by the prompt's scores under the other plans alone; the truth lies between the two."
+    "right by luck counts as its skill, so its figures flatter, and the intervals do not cover that. The corrected "
+    "oracle picks a plan by the prompt's scores under the other plans alone; where no score is luck it is too strict."
 )
 
 
