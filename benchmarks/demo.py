@@ -27,7 +27,7 @@ from pipelines.config import Config, load_config
 
 ROOT = Path(__file__).parents[1]
 KEPT = (
-    *("best", "captured_headroom", "frontier", "comparison", "stand_ins", "certificate", "prompts"),
+    *("best", "captured_headroom", "frontier", "comparison", "stand_ins", "certificate", "prompts", "worst_task"),
     *("labelling", "overhead_ms", "feature_ms", "speed", "model", "machine", "intervals", "examples"),
 )
 POLICIES = ("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp")

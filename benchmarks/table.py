@@ -18,7 +18,7 @@ KEPT = 0.98
 COLUMNS = (
     "run",
     f"cheapest static plan that keeps {KEPT:.0%}",
-    "oracle, full mean score",
+    "oracle, full mean score (flattered)",
     "certified to keep",
     "allocator runs",
     "kept, of full",

@@ -357,7 +357,7 @@ def test_given_stand_ins_must_be_there(config_file) -> None:
 
 
 def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, tmp_path) -> None:
-    """Neither tells a control anything; both are left out by name, and so is a picture that nothing was searched for."""
+    """Neither tells a control anything: both are left out by name, and so is the picture of a search."""
     rows = [
         {**json.loads(line), "task": "only", "prompt": json.loads(line)["prompt"][:6]}
         for line in write_prompts(tmp_path / "two.jsonl").read_text().splitlines()
