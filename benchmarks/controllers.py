@@ -29,10 +29,9 @@ from backbone.plan import LayerPlan
 from controller.base import Floats, choose
 from controller.certificate.calibration import PricePath, valid_price
 from controller.certificate.risks import RISKS, Risk
-from controller.features import Features
-from controller.learning import CrossFit, Settings, learn
+from controller.learning import Settings, learn
 from controller.report.headroom_card import captured_by
-from controller.report.report_card import price_for_loss, regret
+from controller.report.report_card import regret
 from oracle.chat import padded_prompts
 from oracle.prompts import SPLITS
 from pipelines.config import Config, load_config
@@ -40,7 +39,9 @@ from pipelines.controls import CONTROLS, control_features, control_settings
 from pipelines.learning_sections import TuningSection
 from pipelines.learning_table import Table
 from pipelines.paired_ratios import generation_under
-from pipelines.settings_search import Search, Work, search
+from pipelines.pooled_gain import out_of_fold, priced_on_halves
+from pipelines.settings_regret import Work
+from pipelines.settings_search import Search, search
 from pipelines.stages.train import tuned_settings
 from pipelines.wall_clock import feature_ms
 from pipelines.workspace import Workspace
@@ -48,7 +49,6 @@ from runtime.allocator import Allocator
 from runtime.paired_timing import median_seconds
 
 RESULTS = Path(__file__).parent / "results"
-FOLDS = 5
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     workspace = Workspace.of(config)
     table = workspace.table(*SPLITS)
     settings = tuned_settings(workspace)
-    predicted = out_of_fold(config, table, settings)
+    predicted = predictions(config, table, settings)
     result = {
         "prompts": len(table.prompts),
         "captured": [row for alpha in arguments.alphas for row in captured(predicted, table, alpha)],
@@ -88,13 +88,13 @@ def main() -> None:
     )
 
 
-def out_of_fold(config: Config, table: Table, settings: Mapping[str, Settings]) -> dict[str, Floats]:
+def predictions(config: Config, table: Table, settings: Mapping[str, Settings]) -> dict[str, Floats]:
     """What each controller and each control, searched for by itself, expects of prompts it did not see."""
     best = settings[best_of(config)]
-    found = {name: _predictions(own, table.features, table) for name, own in settings.items()}
+    found = {name: out_of_fold(own, table.features, table) for name, own in settings.items()}
     for name in CONTROLS:
         features, sets = control_features(name, table, best.sets)
-        found[name] = _predictions(control_settings(best, features, sets, table, config), features, table)
+        found[name] = out_of_fold(control_settings(best, features, sets, table, config), features, table)
     return found
 
 
@@ -102,22 +102,10 @@ def best_of(config: Config) -> str:
     return Allocator.from_pretrained(config.folder / "allocator").controller_name
 
 
-def _predictions(settings: Settings, features: Features, table: Table) -> Floats:
-    *_, (predicted, _) = CrossFit(features, table.kept, table.budgets, FOLDS, settings.components).predict(settings)
-    return predicted
-
-
 def captured(predicted: Mapping[str, Floats], table: Table, alpha: float) -> list[dict[str, Any]]:
     """What each policy captures at a mean loss, with the price picked on the other half of the prompts."""
-    order = np.random.default_rng(0).permutation(len(table.prompts))
-    halves = np.array_split(order, 2)
-    chosen = {name: np.zeros(len(order), dtype=np.intp) for name in predicted}
-    for name, kept in predicted.items():
-        for seen, unseen in (halves, halves[::-1]):
-            unit = table.rows(seen).unit
-            price = price_for_loss(kept[seen], table.kept[seen], table.budgets, alpha * unit)
-            chosen[name][unseen] = choose(kept[unseen], table.budgets, price)
-    found, rows = captured_by(chosen, table.scores, table.budgets, frozenset(CONTROLS)), np.arange(len(order))
+    chosen = {name: priced_on_halves(kept, table, alpha) for name, kept in predicted.items()}
+    found, rows = captured_by(chosen, table.scores, table.budgets, frozenset(CONTROLS)), np.arange(len(table.prompts))
     return [
         {
             "alpha": alpha,
@@ -145,7 +133,7 @@ def certificates(
         )
         return asdict(found)
 
-    predicted = {name: _predictions(own, table.features, table) for name, own in settings.items()}
+    predicted = {name: out_of_fold(own, table.features, table) for name, own in settings.items()}
     return [
         {"risk": risk, "controller": name, "alpha": alpha, **violations(kept, alpha)}
         for name, kept in predicted.items()

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import workload
-from split_half import split_half
 from static_plans import compare, quality_at
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,6 +37,7 @@ from oracle.frontier.frontier import (
     sufficient_plans,
     upper_hull,
 )
+from oracle.frontier.split_half import split_half
 from oracle.labels.follow_full_answer import follow
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix

@@ -2,11 +2,15 @@
 
     python benchmarks/redraws.py --run runs/demo --name demo
 
-One split of a hundred test prompts is an anecdote. Here all labelled prompts are dealt anew, in the run's own sizes, to
-those that a controller learns from, those that calibrate it and those that test it, with the settings that the run
-found; the test prompts of each draw were seen by nothing. Reported is the mean over the draws and the range that holds
-90% of them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, so the mean
-is known less well than their number suggests. Nothing is generated. Writes benchmarks/results/redraws-NAME.json.
+One split of a hundred test prompts is an anecdote. In each draw a random part of all labelled prompts, as large as
+the run's, is what controllers learn from. Their settings and the best of them are found anew, by the rule of the
+stage `tune`. The other prompts stand for the population: prompts to calibrate on and to test on are drawn from them
+with replacement, in the run's sizes. The control that sees the task's name alone has the same choice of controllers,
+the same rule for settings and the same outlier test. Reported is the mean over the draws and the range that holds 90%
+of them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, and menu and
+bridges are the run's, so the mean is known less well than their number suggests. `broken` is the share of the draws
+in which the mean loss of the whole population exceeds a bound that was certified. Nothing is generated. Writes
+benchmarks/results/redraws-NAME.json.
 """
 
 from __future__ import annotations
@@ -18,31 +22,29 @@ from typing import Any
 
 import numpy as np
 import workload
-from numpy.typing import NDArray
+from redrawn_splits import Draw, Rows
 
 from controller.base import choose
-from controller.learning import Settings, learn
+from controller.learning import Learned, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.knapsack import cheapest_choices
 from oracle.prompts import SPLITS
 from pipelines.config import Config, load_config
-from pipelines.controls import control_features
+from pipelines.controls import with_task
 from pipelines.learning_table import Table
 from pipelines.progress import progress
+from pipelines.settings_regret import Work, regret_bounds
+from pipelines.settings_search import settings_for
 from pipelines.stages.calibrate import price_of
 from pipelines.stages.evaluate import best_static
-from pipelines.stages.train import tuned_settings
 from pipelines.unseen_tasks import outlier_test
 from pipelines.workspace import Workspace
-from runtime.allocator import Allocator
 
 RESULTS = Path(__file__).parent / "results"
 LEVEL = 0.9
 CONTROL = "task"
 """The control that knows the kind of each prompt and nothing else of it; the hardest to beat."""
-
-Rows = NDArray[np.intp]
 
 
 def main() -> None:
@@ -62,54 +64,58 @@ def redrawn(config: Config, draws: int) -> dict[str, Any]:
     """Mean and range over the draws of every figure of every policy, beside the sizes of the splits."""
     workspace = Workspace.of(config)
     table, sizes = workspace.table(*SPLITS), {name: len(some) for name, some in workspace.labelled_splits.items()}
-    settings = tuned_settings(workspace)[Allocator.from_pretrained(config.folder / "allocator").controller_name]
-    found = []
     with progress("draws", draws) as advance:
+        found = []
         for draw in range(draws):
-            order = np.random.default_rng(draw).permutation(len(table.prompts))
-            ends = np.cumsum([sizes["test"], sizes["calibrate"]])
-            found.append(_figures(workspace, settings, table, np.split(order, ends)))
+            found.append(_figures(workspace, table, Draw.of(len(table.prompts), sizes, draw)))
             advance(1)
     policies = {name: {key: [draw[name][key] for draw in found] for key in found[0][name]} for name in found[0]}
     summary = {name: {key: _summary(values) for key, values in some.items()} for name, some in policies.items()}
     return {"draws": draws, "level": LEVEL, "prompts": sizes, "policies": summary}
 
 
-def _figures(workspace: Workspace, settings: Settings, table: Table, parts: list[Rows]) -> dict[str, dict[str, Any]]:
+def _figures(workspace: Workspace, table: Table, draw: Draw) -> dict[str, dict[str, Any]]:
     """Of one draw, on its test prompts: the allocator, the control, the best static plan, and the oracle."""
-    test, calibrate = table.rows(parts[0]), table.rows(parts[1])
-    features, sets = control_features(CONTROL, table, settings.sets)
-    named = Settings(settings.name, sets, settings.components, settings.parameters)
-    control = replace(table, features=features)
-    static = best_static(workspace.config, calibrate, table.rows(parts[2]))
+    config, test = workspace.config, table.rows(draw.test)
+    fit = table.rows(draw.fit)
+    named = replace(table, features=with_task(table, fit.tasks))
+    learned = _best(config, fit, config.tuning.feature_sets)
+    outliers = outlier_test(learned, fit, draw.held, config)
+    control = _best(config, named.rows(draw.fit), [[CONTROL]])
+    static = best_static(config, table.rows(draw.calibrate), fit)
+    oracle = cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
     return {
-        "allocator": _allocated(workspace, settings, table, parts, len(workspace.labelled_splits["tune"])),
-        CONTROL: _allocated(workspace, named, control, parts),
+        "allocator": _allocated(workspace, replace(learned, outliers=outliers), table, draw),
+        CONTROL: _allocated(workspace, replace(control, outliers=outliers), named, draw),
         "best_static": _card(workspace, np.full(len(test.prompts), static), test),
-        "oracle": _card(workspace, cheapest_choices(test.scores, test.budgets, float(test.full.mean())), test),
+        "oracle": _card(workspace, oracle, test),
     }
 
 
-def _allocated(
-    workspace: Workspace, settings: Settings, table: Table, parts: list[Rows], held: int = 0
-) -> dict[str, Any]:
-    """Of one controller; `held` of the prompts that it is fitted on make the threshold of the outlier test, if any."""
-    test, calibrate, fit = (table.rows(rows) for rows in parts)
-    learned = learn(settings, fit.features, fit.kept, fit.budgets)
-    if held:
-        of_test = np.arange(len(fit.prompts)) < held
-        learned = replace(learned, outliers=outlier_test(learned, fit, of_test, workspace.config))
+def _best(config: Config, fit: Table, sets: list[list[str]]) -> Learned:
+    """What the controller of least regret learned, with the settings that the stage `tune` would take."""
+    tuning = config.tuning.model_copy(update={"feature_sets": sets, "given": {}})
+    work = Work(fit.features, fit.kept, fit.budgets, regret_bounds(config, fit), tuning)
+    best = min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
+    return learn(best, fit.features, fit.kept, fit.budgets)
+
+
+def _allocated(workspace: Workspace, learned: Learned, table: Table, draw: Draw) -> dict[str, Any]:
+    """Of one controller, certified on the draw's prompts and measured on its test prompts and its population."""
+    test, calibrate, population = (table.rows(rows) for rows in (draw.test, draw.calibrate, draw.population))
     price = price_of(learned.predict(calibrate.features), calibrate, workspace.config.calibration)
-    chosen = choose(learned.predict(test.features), test.budgets, price)
-    card = _card(workspace, chosen, test)
-    within = card["loss"] <= workspace.config.calibration.alpha
-    return {**card, "certified": float(price is not None), "within_bound": float(within)}
+    cards = [
+        _card(workspace, choose(learned.predict(some.features), some.budgets, price), some)
+        for some in (test, population)
+    ]
+    broken = price is not None and cards[1]["loss"] > workspace.config.calibration.alpha
+    return {**cards[0], "certified": float(price is not None), "broken": float(broken)}
 
 
 def _card(workspace: Workspace, chosen: Rows, test: Table) -> dict[str, Any]:
     layers = [plan.layers for plan in workspace.menu().plans]
     card = asdict(report_card(chosen, test.scores, test.kept, test.budgets, layers, test.unit))
-    return {name: card[name] for name in ("layers", "budget", "quality_ratio", "loss", "captured_headroom")}
+    return {name: card[name] for name in ("layers", "budget", "quality_ratio", "loss", "worse", "better")}
 
 
 def _summary(values: list[float | None]) -> dict[str, float | None]:
@@ -124,13 +130,14 @@ def _summary(values: list[float | None]) -> dict[str, float | None]:
 def results_table(result: dict[str, Any]) -> str:
     """The policies in Markdown: each figure's mean and range."""
     lines = [
-        "| policy | layers | of the decoder | mean score, of full |",
-        "| --- | --- | --- | --- |",
+        "| policy | layers | of the decoder | mean score, of full | answers worse | better | bound broken |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in result["policies"].items():
-        shares = [_cell(found[key], 100, "%") for key in ("budget", "quality_ratio")]
-        cells = [_cell(found["layers"], 1, ""), *shares]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        shares = [_cell(found[key], 100, "%") for key in ("budget", "quality_ratio", "worse", "better")]
+        broken = f"{found['broken']['mean']:.0%}" if "broken" in found else ""
+        label = f"{name} (flattered)" if name == "oracle" else name
+        lines.append(f"| {' | '.join([label, _cell(found['layers'], 1, ''), *shares, broken])} |")
     return "\n".join(lines)
 
 

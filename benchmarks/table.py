@@ -16,7 +16,7 @@ from typing import Any
 
 COLUMNS = (
     "run",
-    "oracle, full mean score",
+    "oracle, full mean score (flattered)",
     "certified to keep",
     "allocator runs",
     "kept, of full",

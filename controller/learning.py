@@ -75,9 +75,9 @@ def learn(
     return Learned(projection, controller, float(kept[0, -1]))
 
 
-def folds(n: int, n_folds: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """(rows to fit on, rows held out), each row held out once; the same for every call."""
-    order = np.random.default_rng(0).permutation(n)
+def folds(n: int, n_folds: int, seed: int = 0) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """(rows to fit on, rows held out), each row held out once; the same for every call with the same seed."""
+    order = np.random.default_rng(seed).permutation(n)
     for held in np.array_split(order, n_folds):
         yield np.setdiff1d(order, held), held
 
@@ -91,6 +91,7 @@ class CrossFit:
         budgets: of the plans [K].
         n_folds: parts of the prompts that are held out in turn.
         most_components: most components that settings will ask for.
+        seed: another seed deals the prompts to other folds.
     """
 
     def __init__(
@@ -100,9 +101,10 @@ class CrossFit:
         budgets: NDArray[np.float64],
         n_folds: int,
         most_components: int,
+        seed: int = 0,
     ) -> None:
         self._features, self._kept, self._budgets = features, kept, budgets
-        self._folds, self._most = list(folds(len(kept), n_folds)), most_components
+        self._folds, self._most = list(folds(len(kept), n_folds, seed)), most_components
         self._projections: dict[tuple[tuple[str, ...], int], Projection] = {}
 
     def predict(self, settings: Settings) -> Iterator[tuple[Floats, NDArray[np.intp]]]:

@@ -40,4 +40,6 @@ def _report_card(metrics: dict[str, Any], path: Path) -> Iterator[str]:
             f"{card['budget']:>8.1%}{card['loss']:>8.1%}{card['tokens_per_s']:>10.1f}"
         )
     if metrics["captured_headroom"] is not None:
-        yield f"  {metrics['best']} captures {metrics['captured_headroom']:.0%} of the headroom over static plans"
+        found = metrics["frontier"]["captured_headroom"]
+        interval = f"{found['value']:.0%} ({found['low']:.0%} to {found['high']:.0%})"
+        yield f"  {metrics['best']} captures {interval} of the headroom over static plans, by an oracle that flatters"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +12,15 @@ from controller.base import Floats, choose
 from controller.certificate.outliers import OutlierTest
 from controller.features import Features, rows_of
 from controller.learning import Learned, Settings, learn
+from oracle.prompts import SPLITS
 from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.measured_policies import Rows, chosen_at, measured, outcome
+from pipelines.omissions import Omissions
+from pipelines.pooled_gain import BLIND, knows_the_prompt, out_of_fold, pooled_gain
 from pipelines.progress import progress
-from pipelines.settings_search import Work, regret_bounds, search_in_memory
+from pipelines.settings_regret import Work, regret_bounds
+from pipelines.settings_search import settings_for
 from pipelines.stages.calibrate import price_of
 from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
@@ -26,63 +29,88 @@ from pipelines.workspace import Workspace
 
 CONTROLS = ("shuffled", "length", "task", "embedding")
 """Controllers of the best one's kind with features that know less: another prompt's, the length alone, the task's name
-alone, the mean embedding alone. Each has a search of its own: none loses by settings made for other features. Where all
-prompts are of one task, its name tells nothing, and there is no such control."""
-
-TASK_COLUMNS = 64
+alone, the mean embedding alone. Each has a search of its own: none loses by settings made for other features. One that
+nothing can be learned from, such as the length of equally long prompts, is left out by name."""
 
 
 def comparison(
-    workspace: Workspace, best: str, calibrate: Table, test: Table, outliers: OutlierTest | None
+    workspace: Workspace, best: str, calibrate: Table, test: Table, outliers: OutlierTest | None, left_out: Omissions
 ) -> dict[str, Any]:
     """What is captured at each of `evaluation.alphas`, by controllers, controls and the best one on unseen tasks.
 
     A price is picked on the calibrate split so that the mean loss there is the bound, without a guarantee, which would
     make up for different policies' noise by different margins; then the test split is measured, without the outlier
     test, which is not about knowing the prompt. `certified` is the best controller with the guarantee and with that
-    test; `tasks_held_out` are the rows of `unseen_tasks` at the bound that was asked for.
+    test; `tasks_held_out` are the rows of `unseen_tasks` at the bound that was asked for; `pooled` is what the best
+    controller gains out of fold on all labelled prompts. What cannot be made is named in `left_out`.
     """
-    alphas = workspace.config.evaluation.alphas
+    config, trained = workspace.config, load_trained(workspace)
     fit, settings = workspace.table("train", "tune"), tuned_settings(workspace)[best]
-    names = [name for name in CONTROLS if name != "task" or len(set(fit.tasks)) > 1]
-    with progress("searches of controls", len(names)) as advance:
-        controls = {name: _control(name, settings, fit, workspace.config, advance) for name in names}
-    learned = {**load_trained(workspace), **controls}
-    predicted = {name: _both(name, found, calibrate, test) for name, found in learned.items()}
+    controls = _controls(settings, fit, config, left_out)
+    learned = {**trained, **{name: control for name, (_, control) in controls.items()}}
+    seen, shown = (replace(table, features=with_task(table, fit.tasks)) for table in (calibrate, test))
+    predicted = {name: _both(policy, seen, shown) for name, policy in learned.items()}
     rows: Rows = []
-    for alpha in alphas:
+    for alpha in config.evaluation.alphas:
         chosen = {name: chosen_at(*both, calibrate, test, alpha) for name, both in predicted.items()}
         rows += measured(alpha, chosen, test, frozenset(CONTROLS))
-    tested = _both(best, replace(learned[best], outliers=outliers), calibrate, test)
-    unseen = unseen_tasks(settings, fit, are_among(workspace.splits["tune"], fit), calibrate, test, workspace.config)
-    found = {
+    tested = _both(replace(learned[best], outliers=outliers), calibrate, test)
+    held = are_among(workspace.splits["tune"], fit)
+    unseen = unseen_tasks(settings, fit, held, calibrate, test, config, left_out)
+    found: dict[str, Any] = {
         "at_losses": rows,
-        "certified": [_certified(workspace, *tested, calibrate, test, alpha, len(alphas)) for alpha in alphas],
+        "certified": [
+            _certified(workspace, *tested, calibrate, test, alpha, len(config.evaluation.alphas))
+            for alpha in config.evaluation.alphas
+        ],
         "unseen_tasks": unseen["at_losses"],
         "tasks_held_out": unseen["tasks"],
-        "knows_the_prompt": _knows_the_prompt(rows, best, workspace.config.calibration.alpha),
+        "pooled": None,
     }
-    if workspace.config.evaluation.template is not None:
-        found["template"] = _other_template(workspace, learned[best], predicted[best][0], calibrate, test)
+    with left_out.guard("the comparison out of fold"):
+        rivals = {name: own for name, (own, _) in controls.items() if name in BLIND}
+        found["pooled"] = _pooled(workspace.table(*SPLITS), settings, rivals, config.calibration.alpha, left_out)
+    found["knows_the_prompt"] = found["pooled"] is not None and knows_the_prompt(found["pooled"]["against"])
+    if config.evaluation.template is not None:
+        with left_out.guard("the comparison in another template"):
+            found["template"] = _other_template(workspace, learned[best], predicted[best][0], calibrate, test)
     return found
 
 
-def _control(name: str, best: Settings, fit: Table, config: Config, advance: Callable[[int], None]) -> Learned:
-    features, sets = control_features(name, fit, best.sets)
-    settings = control_settings(best, features, sets, fit, config)
-    advance(1)
-    return learn(settings, features, fit.kept, fit.budgets)
+def _controls(best: Settings, fit: Table, config: Config, left_out: Omissions) -> dict[str, tuple[Settings, Learned]]:
+    """Each control that something can be learned from: its settings, and what it learned from the prompts of `fit`."""
+    found = {}
+    with progress("controls", len(CONTROLS)) as advance:
+        for name in CONTROLS:
+            with left_out.guard(f"the control {name!r}"):
+                features, sets = control_features(name, fit, best.sets)
+                settings = control_settings(best, features, sets, fit, config)
+                found[name] = settings, learn(settings, features, fit.kept, fit.budgets)
+            advance(1)
+    return found
+
+
+def _pooled(
+    table: Table, best: Settings, rivals: Mapping[str, Settings], alpha: float, left_out: Omissions
+) -> dict[str, Any]:
+    """See `pipelines.pooled_gain`."""
+    predicted = {}
+    for name, settings in rivals.items():
+        with left_out.guard(f"the control {name!r} out of fold"):
+            predicted[name] = out_of_fold(settings, control_features(name, table, best.sets)[0], table)
+    return pooled_gain(out_of_fold(best, table.features, table), predicted, table, alpha)
 
 
 def control_settings(best: Settings, features: Features, sets: tuple[str, ...], fit: Table, config: Config) -> Settings:
-    """What a search with a control's features finds, `evaluation.control_trials` long; the best controller's own
-    settings are among those tried."""
+    """A control's settings by the rule of the stage `tune`, with a search `evaluation.control_trials` long; the best
+    controller's own settings are among those tried."""
     trials = config.evaluation.control_trials
-    changes = {"feature_sets": [list(sets)], "trials": trials, "given": {}}
-    components = sorted({*config.tuning.components, best.components})
-    tuning = config.tuning.model_copy(update={**changes, "components": components})
+    changes: dict[str, Any] = {"feature_sets": [list(sets)], "trials": trials, "given": {}}
+    if best.components not in config.tuning.components:
+        changes["components"] = sorted({*config.tuning.components, best.components})
+    tuning = config.tuning.model_copy(update=changes)
     work = Work(features, fit.kept, fit.budgets, regret_bounds(config, fit), tuning)
-    return search_in_memory(best.name, work, {"components": best.components, **best.parameters})
+    return settings_for(best.name, work, {"components": best.components, **best.parameters})
 
 
 def control_features(name: str, table: Table, sets: tuple[str, ...]) -> tuple[Features, tuple[str, ...]]:
@@ -90,21 +118,18 @@ def control_features(name: str, table: Table, sets: tuple[str, ...]) -> tuple[Fe
     if name == "shuffled":
         order = np.random.default_rng(0).permutation(len(table.prompts))
         return rows_of(table.features, order), sets
-    return _features(name, table), (name,)
+    return with_task(table, table.tasks), (name,)
 
 
-def _features(name: str, table: Table) -> Features:
-    """The table's features; for the control that knows the task, its name, hashed to one of TASK_COLUMNS columns."""
-    if name != "task":
-        return table.features
-    hashed = [zlib.crc32(task.encode()) % TASK_COLUMNS for task in table.tasks]
-    return {"task": np.eye(TASK_COLUMNS, dtype=np.float32)[hashed]}
+def with_task(table: Table, known: Iterable[str]) -> Features:
+    """The table's features and the set `task`: a column for each known task, sorted; other tasks are 0 in all."""
+    names = np.array(sorted(set(known)))
+    return {**table.features, "task": (table.tasks[:, None] == names).astype(np.float32)}
 
 
-def _both(name: str, learned: Learned, calibrate: Table, test: Table) -> tuple[Floats, Floats]:
+def _both(learned: Learned, calibrate: Table, test: Table) -> tuple[Floats, Floats]:
     """What is expected of the prompts to calibrate and of those to test."""
-    first, second = (learned.predict(_features(name, table)) for table in (calibrate, test))
-    return first, second
+    return learned.predict(calibrate.features), learned.predict(test.features)
 
 
 def _certified(
@@ -113,16 +138,6 @@ def _certified(
     """At one of several bounds, which share delta, so that a choice among them afterwards is covered."""
     price = price_of(seen, calibrate, workspace.config.calibration, alpha, together)
     return {"alpha": alpha, "price": price, **outcome(choose(predicted, test.budgets, price), test)}
-
-
-def _knows_the_prompt(rows: Rows, best: str, alpha: float) -> bool:
-    """Whether the best controller captures more than the same with shuffled features, near the bound that was asked."""
-    nearest = min({row["alpha"] for row in rows}, key=lambda value: abs(value - alpha))
-    mine, shuffled = (
-        next(row["value"] for row in rows if (row["alpha"], row["policy"]) == (nearest, name))
-        for name in (best, "shuffled")
-    )
-    return mine is not None and (shuffled is None or mine > shuffled)
 
 
 def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibrate: Table, test: Table) -> Rows:

@@ -37,6 +37,7 @@ from pipelines.rehearsal import (
     trial_seconds,
 )
 from pipelines.run_state import RunState
+from pipelines.settings_regret import cross_fits_of
 from pipelines.stage_list import STAGES
 from pipelines.stages.features import features_of
 from pipelines.stages.menu import menu_task
@@ -226,7 +227,9 @@ class _Rehearsal:
 
     def _tune(self) -> tuple[str, float]:
         tuning = self.config.tuning
-        counts = {name: 1 if name in tuning.given else tuning.trials for name in tuning.controllers}
+        splits = self.scratch.labelled_splits
+        prompts = len(splits["train"]) + len(splits["tune"])
+        counts = {name: cross_fits_of(tuning, name, prompts) for name in tuning.controllers}
         seconds = sum(counts[name] * cost for name, cost in self._trials.items()) / tuning.workers
         return f"{sum(counts.values())} trials of {', '.join(counts)}", seconds
 

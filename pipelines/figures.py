@@ -50,7 +50,7 @@ NAMES = _Names(
         "best_static": "best static plan",
         "static_mixture": "static mixture, equal budget",
         "random": "random, equal budget",
-        "oracle": "oracle",
+        "oracle": "oracle (flattered)",
         "lightgbm": "LightGBM",
         "mlp": "MLP",
         "logistic": "logistic regression",
@@ -89,18 +89,19 @@ WIDE, HALF = 10.0, 4.8
 def quality_against_budget(
     statics: Sequence[Point],
     mixture: Sequence[Point],
-    oracle: Sequence[Point],
+    oracles: Mapping[str, Sequence[Point]],
     curves: Mapping[str, Sequence[Point]],
     cards: Mapping[str, Point],
     frozen: Mapping[str, Any] | None,
 ) -> str:
-    """Mean score against mean budget: static plans and their mixtures, the oracle, each controller at all prices,
+    """Mean score against mean budget: static plans and their mixtures, oracles, each controller at all prices,
     each policy where it was set to work, and, where it is known, what the model's plans are worth without stand-ins."""
     figure, axes = _drawing(WIDE, 5.2)
     if frozen is not None:
         axes.plot(*_columns(frozen["oracle_hull"]), color=MUTED, lw=1.2, label="oracle frontier, frozen model")
         axes.plot(*_columns(frozen["static_hull"]), color=MUTED, lw=1.2, ls="--", label="mixtures, frozen model")
-    axes.plot(*_columns(oracle), color=COLOURS["oracle"], lw=2, label="oracle frontier (optimistic)")
+    for line, (name, oracle) in zip(("-", ":"), oracles.items(), strict=False):
+        axes.plot(*_columns(oracle), color=COLOURS["oracle"], lw=2, ls=line, label=name)
     axes.plot(*_columns(mixture), color=COLOURS["static_mixture"], lw=1.5, ls="--", label="mixtures of static plans")
     axes.scatter(*_columns(statics), color=COLOURS["static_mixture"], s=22, label="static plans", zorder=3)
     for name, curve in curves.items():
@@ -122,7 +123,7 @@ def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int, col
     figure, axes = _drawing(HALF, 0.9 + 0.3 * len(tasks))
     rows = np.arange(len(tasks))
     axes.hlines(rows, oracle, chosen, color=GRID, lw=6)
-    axes.scatter(oracle, rows, color=COLOURS["oracle"], s=60, label="least sufficient plan (oracle)", zorder=3)
+    axes.scatter(oracle, rows, color=COLOURS["oracle"], s=60, label="least sufficient plan (flattered)", zorder=3)
     axes.scatter(chosen, rows, color=colour, s=60, label="allocator", zorder=3)
     axes.axvline(n_layers, color=INK, lw=1, ls=":")
     axes.set(xlabel=f"mean layers run, of {n_layers}", yticks=rows, yticklabels=tasks)
@@ -173,9 +174,15 @@ def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.
 
 @matplotlib.rc_context(STYLE)
 def importance(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """For each controller, the share of the variance of the regret that each of its settings explains."""
+    """For each controller, the share of the variance of the regret that each of its settings explains.
+
+    Raises:
+        ValueError: no search of any controller says so.
+    """
     rows = [(name, key, share) for name, found in shares.items() for key, share in list(found.items())[:8]]
-    figure, axes = _drawing(HALF, 0.9 + 0.26 * max(len(rows), 1))
+    if not rows:
+        raise ValueError("too few settings were tried to tell how much each matters")
+    figure, axes = _drawing(HALF, 0.9 + 0.26 * len(rows))
     places = np.arange(len(rows))[::-1]
     axes.barh(places, [share for _, _, share in rows], color=[COLOURS[name] for name, _, _ in rows], height=0.7)
     axes.set(xlabel="share of the variance of the regret", yticks=places, yticklabels=[key for _, key, _ in rows])

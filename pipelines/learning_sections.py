@@ -22,9 +22,12 @@ class GivenSettings(Section):
 
 class TuningSection(Section):
     controllers: list[Annotated[Text, AfterValidator(CONTROLLERS.checked)]] = Field(["lightgbm", "mlp"], min_length=1)
+    search_from: int = Field(500, ge=0)
+    """Prompts to train and to tune from which on settings are searched. With fewer the defaults are taken: a search
+    among so few finds noise (docs/controllers.md)."""
     trials: int = Field(20, ge=1)
     """Finished trials of each controller, for the least regret; the first one tries the defaults, and those that fall
-    behind after some folds are given up."""
+    behind after some folds are given up. What is found must beat the defaults by more than a standard error."""
     feature_sets: list[list[str]] = Field(
         [["length", "path", "states"], ["length", "tokens", "path", "states"], ["length", "path", "states", "windows"]],
         min_length=1,
@@ -76,7 +79,8 @@ class EvaluationSection(Section):
     alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
     """Mean losses, in the unit of `calibration.alpha`, at which the controllers and the controls are compared."""
     control_trials: int = Field(8, ge=1)
-    """Trials of each control's own search: the defaults, the best controller's settings, and others."""
+    """Trials of each control's own search: the defaults, the best controller's settings, and others; no search below
+    `tuning.search_from` prompts."""
     own_judges: int = Field(0, ge=0)
     """With `data.force_judge`: also judge so many of the test prompts as they say themselves, to see what the
     loss means there."""

@@ -30,7 +30,7 @@ from pipelines.config_sections import AdaptSection
 from pipelines.exit_training import exits_of, train_exits
 from pipelines.learning_sections import EvaluationSection, TuningSection
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
-from pipelines.settings_search import Work, default_settings
+from pipelines.settings_regret import Work, default_settings
 
 FEW = 8
 """Prompts that are answered and followed at first."""

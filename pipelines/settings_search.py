@@ -6,28 +6,23 @@ import multiprocessing
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
-import numpy as np
 import optuna
 import torch
-from numpy.typing import NDArray
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from backbone.errors import InputError, reason_of
-from controller.base import CONTROLLERS
-from controller.features import Features
-from controller.learning import CrossFit, Settings
-from controller.report.report_card import regret
-from pipelines.config import Config, ConfigError
+from controller.learning import Settings
+from pipelines.config import ConfigError
 from pipelines.learning_sections import TuningSection
-from pipelines.learning_table import Table
+from pipelines.settings_regret import Work, default_settings, first_trial, settings_of, settled
 
 HEARTBEAT_S, GRACE_S = 10, 60
 """A trial whose worker was killed is tried again by another one after GRACE_S without a sign of life."""
@@ -42,65 +37,6 @@ class Search:
     url: str
     study: str
     controller: str
-
-
-@dataclass(frozen=True)
-class Work:
-    """What settings are tried on.
-
-    Attributes:
-        features: of N prompts.
-        kept: share of quality that each plan keeps [N, K].
-        budgets: of the plans [K].
-        bounds: mean losses at which the regret counts, in the unit of `controller.base.lost`.
-        tuning: how to search.
-    """
-
-    features: Features
-    kept: NDArray[np.float64]
-    budgets: NDArray[np.float64]
-    bounds: Sequence[float]
-    tuning: TuningSection
-
-    @cached_property
-    def _cross_fit(self) -> CrossFit:
-        most = max(self.tuning.components)
-        return CrossFit(self.features, self.kept, self.budgets, self.tuning.folds, most)
-
-    def judge(self, settings: Settings, after_fold: Callable[[int, float], None] | None = None) -> float:
-        """Regret of out-of-fold predictions; `after_fold` is told the regret so far."""
-        for fold, (predicted, rows) in enumerate(self._cross_fit.predict(settings), 1):
-            if after_fold or fold == self.tuning.folds:
-                found = regret(predicted[rows], self.kept[rows], self.budgets, self.bounds)
-            if after_fold:
-                after_fold(fold, found)
-        return found
-
-
-def regret_bounds(config: Config, table: Table) -> tuple[float, ...]:
-    """The mean losses at which regret counts: around what calibration will ask for."""
-    alpha = config.calibration.alpha * table.unit
-    return alpha / 2, alpha, 1.5 * alpha
-
-
-def settings_of(name: str, trial: Any, tuning: TuningSection) -> Settings:
-    """The settings that a trial stands for; also of a finished one."""
-    asked = optuna.trial.FixedTrial(trial.params) if isinstance(trial, optuna.trial.FrozenTrial) else trial
-    sets = ["+".join(names) for names in tuning.feature_sets]
-    chosen = asked.suggest_categorical("features", sets)
-    components = asked.suggest_categorical("components", tuning.components)
-    return Settings(name, tuple(chosen.split("+")), components, CONTROLLERS[name].suggest(asked))
-
-
-def _defaults(name: str, tuning: TuningSection) -> dict[str, Any]:
-    """What the first trial tries."""
-    middle = tuning.components[len(tuning.components) // 2]
-    return {"features": "+".join(tuning.feature_sets[0]), "components": middle, **CONTROLLERS[name].defaults()}
-
-
-def default_settings(name: str, tuning: TuningSection) -> Settings:
-    """The settings that the first trial tries."""
-    return settings_of(name, optuna.trial.FixedTrial(_defaults(name, tuning)), tuning)
 
 
 def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.Study:
@@ -148,7 +84,7 @@ def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna
     if work.tuning.workers == 1:
         _give_up_running(study)
     if not finished(study) and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.enqueue_trial(_defaults(wanted.controller, work.tuning))
+        study.enqueue_trial(first_trial(wanted.controller, work.tuning))
     while (left := work.tuning.trials - len(finished(study))) > 0:
         if work.tuning.workers == 1:
             study.sampler = _sampler(len(finished(study)))
@@ -169,7 +105,15 @@ def _sampler(seed: int) -> optuna.samplers.TPESampler:
     return optuna.samplers.TPESampler(seed=seed)
 
 
-def search_in_memory(name: str, work: Work, first: dict[str, Any]) -> Settings:
+def settings_for(name: str, work: Work, first: Mapping[str, Any] | None = None) -> Settings:
+    """A controller's settings by the rule of the stage `tune`, with nothing kept: the defaults below
+    `tuning.search_from` prompts, else `settled` after a search; `first`: see `search_in_memory`."""
+    if not work.is_searched:
+        return default_settings(name, work.tuning)
+    return settled(work, search_in_memory(name, work, first or {}))[0]
+
+
+def search_in_memory(name: str, work: Work, first: Mapping[str, Any]) -> Settings:
     """The settings of least regret of `tuning.trials` trials that nothing keeps: the defaults, `first`, and others.
 
     Args:
@@ -179,7 +123,7 @@ def search_in_memory(name: str, work: Work, first: dict[str, Any]) -> Settings:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=_sampler(0))
-    defaults = _defaults(name, work.tuning)
+    defaults = first_trial(name, work.tuning)
     study.enqueue_trial(defaults)
     study.enqueue_trial({**defaults, **first})
     study.optimize(lambda trial: work.judge(settings_of(name, trial, work.tuning)), n_trials=work.tuning.trials)

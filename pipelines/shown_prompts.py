@@ -92,6 +92,7 @@ def _answered(
     advance(2)
     seconds = median_seconds({"full": full, "allocated": allocated}, ROUNDS, lambda: advance(1))
     return {
+        "id": prompt.id,
         "task": prompt.task,
         "prompt": prompt.shown,
         "reference": prompt.shown_references,

@@ -1,4 +1,4 @@
-"""What a run found, in words: for its end and for the first screen of its report, from metrics.json alone."""
+"""What a run found, in words, from metrics.json alone: for its end, and for its report (`pipelines.first_screen`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,27 @@ from pipelines.shown_prompts import RULE
 
 Metrics = Mapping[str, Any]
 WIDTH = 120
-NEEDED = {"examples", "intervals"}
+NEEDED = {"examples", "intervals", "judges", "left_out", "worst_task"}
+
+JUDGED = {
+    "agreement": "whether it is the full model's own answer, to the letter",
+    "contains": "whether it contains the reference",
+    "exact": "whether it equals the reference",
+    "kl": "how near the plan's distribution of tokens stays to the full model's along its answer",
+    "number": "whether its last number is the reference's",
+    "rouge_l": "how much of the reference it has in the same order (ROUGE-L)",
+}
+"""What each judge says of an answer."""
+RIVALS = {
+    "best_static": "the best static plan",
+    "static_mixture": "static plans drawn at random",
+    "random": "the same plans dealt at random",
+    "shuffled": "another prompt's features",
+    "task": "the name of the task alone",
+}
+"""What a controller has to beat."""
+NOTHING_LEFT_OUT = 0.9995
+"""Budgets above it are those of the full model."""
 
 
 def load_metrics(config: Config) -> dict[str, Any]:
@@ -45,6 +65,63 @@ def sentence(metrics: Metrics) -> str:
     )
 
 
+def saves(metrics: Metrics) -> bool:
+    """Whether a price is certified at which something is left out."""
+    best = metrics[metrics["best"]]
+    return metrics["certificate"]["price"] is not None and best["budget"] < NOTHING_LEFT_OUT
+
+
+def judges(metrics: Metrics) -> str:
+    """Who judged the test prompts, and by what."""
+    found = metrics["judges"]
+    named = [
+        f"{name}{f' ({count} prompts)' if len(found) > 1 else ''}: {JUDGED.get(name, 'a judge of your own')}"
+        for name, count in sorted(found.items())
+    ]
+    return f"An answer's score, from 0 to 1, is that of the judge {'; '.join(named)}."
+
+
+def changes(metrics: Metrics) -> str:
+    """What the mean hides: answers that got worse and better, and the task that keeps least."""
+    best, worst = metrics[metrics["best"]], metrics["worst_task"]
+    text = (
+        f"{percent(best['worse'], 1)} of the answers score lower than the full model's and lose "
+        f"{percent(best['score_lost'], 1)} of its score, {percent(best['better'], 1)} score higher and win "
+        f"{percent(best['score_won'], 1)}"
+    )
+    if worst is None or worst["tasks"] < 2:
+        return f"{text}."
+    kept = f"{percent(worst['kept']['value'])} ({_between(worst['kept'], 100, 0)}%)"
+    return f"{text}; of {worst['tasks']} tasks {worst['task']!r} keeps least, {kept} on {worst['n']} prompts."
+
+
+def rival(metrics: Metrics) -> str | None:
+    """The first rival over which these metrics show no gain, in words; None where all are beaten.
+
+    Policies that need no controller are compared on the test split, at the budget of the allocator or below; those that
+    do not look at the prompt out of fold, where the gain has to exceed its noise.
+    """
+    best = metrics[metrics["best"]]
+    for name in ("best_static", "static_mixture", "random"):
+        other = metrics[name]
+        if other["budget"] <= best["budget"] + 0.005 and other["quality"] >= best["quality"]:
+            return RIVALS[name]
+    against = (metrics["comparison"]["pooled"] or {"against": {}})["against"]
+    for name in ("static_mixture", "shuffled", "task"):
+        if name in against and not against[name]["score_gained"]["low"] > 0:
+            return RIVALS[name]
+    return None if metrics["comparison"]["knows_the_prompt"] else RIVALS["shuffled"]
+
+
+def gains(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """For each rival out of fold: its name, the decoder saved at equal score, the score gained at equal budget."""
+    pooled = metrics["comparison"]["pooled"] or {"against": {}}
+    return [
+        (RIVALS[name], _points(found["budget_saved"]), _points(found["score_gained"]))
+        for name, found in pooled["against"].items()
+    ]
+
+
 def quality(metrics: Metrics) -> str:
     """What is kept of the full model's mean score, with its interval over prompts."""
     best = metrics[metrics["best"]]
@@ -73,10 +150,19 @@ def speeds(metrics: Metrics) -> str:
     single, batch = speed["intervals"]["single"], speed["intervals"]["batch"]
     if single["low"] is None:
         return f"{speed['rounds']} timed rounds are too few to say how much faster that is"
+    if exceeds_limit(metrics):
+        return "the measured speed exceeds what the layers left out allow, so that it is noise"
     return (
         f"it is {times(single)} as fast as stock generate() one prompt at a time, where the layers left out allow "
         f"{times(speed['limit'])} at most, and {times(batch)} as fast in a batch of {speed['prompts']}"
     )
+
+
+def exceeds_limit(metrics: Metrics) -> bool:
+    """Whether the speed-up one prompt at a time lies clearly above what the layers left out allow."""
+    speed = metrics["speed"]
+    single, limit = speed["intervals"]["single"], speed["limit"]
+    return single["low"] is not None and single["low"] > max(limit["high"], 1.0)
 
 
 def times(ratio: Mapping[str, Any]) -> str:
@@ -94,6 +180,8 @@ def closing(metrics: Metrics, report: str) -> str:
         [
             "",
             textwrap.fill(sentence(metrics), WIDTH),
+            textwrap.fill(f"{judges(metrics)} {changes(metrics)}", WIDTH),
+            *_gain_lines(metrics),
             "",
             textwrap.fill(f"{_capital(count_of(len(examples)))} unseen prompts ({RULE}):", WIDTH),
             *(line for row in examples for line in _shown(row, metrics["model"]["layers"])),
@@ -102,6 +190,20 @@ def closing(metrics: Metrics, report: str) -> str:
             f"Report: {report}",
         ]
     )
+
+
+def _gain_lines(metrics: Metrics) -> Sequence[str]:
+    if not (rows := gains(metrics)):
+        return []
+    pooled = metrics["comparison"]["pooled"]
+    head = (
+        f"On all {pooled['prompts']} labelled prompts, out of fold at a mean loss of {_plain(pooled['alpha'])}, against"
+    )
+    return [
+        "",
+        f"{head}:",
+        *(f"  {name:<32}{saved} of the decoder saved, {gained} of the score gained" for name, saved, gained in rows),
+    ]
 
 
 def count_of(number: int) -> str:
@@ -135,6 +237,11 @@ def _answer(text: str, width: int = 44) -> str:
 def _between(interval: Mapping[str, Any], scale: float, digits: int) -> str:
     low, high = (f"{scale * interval[end]:.{digits}f}" for end in ("low", "high"))
     return f"{low} to {high}"
+
+
+def _points(estimate: Mapping[str, Any]) -> str:
+    """Percentage points with their interval."""
+    return f"{100 * estimate['value']:+.1f}% ({_between(estimate, 100, 1)})"
 
 
 def _plain(share: float) -> str:

@@ -22,13 +22,20 @@ from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.measured_policies import Choices, chosen_at, measured, outcome
+from pipelines.omissions import Omissions
 
 TESTED, UNTESTED = "unseen_tasks", "unseen_untested"
 """Names of the policy with the outlier test and without it."""
 
 
 def unseen_tasks(
-    settings: Settings, fit: Table, held: NDArray[np.bool_], calibrate: Table, test: Table, config: Config
+    settings: Settings,
+    fit: Table,
+    held: NDArray[np.bool_],
+    calibrate: Table,
+    test: Table,
+    config: Config,
+    left_out: Omissions,
 ) -> dict[str, Any]:
     """Every prompt of `test` decided by a controller, at a price and by an outlier test, that never saw its task.
 
@@ -39,6 +46,7 @@ def unseen_tasks(
         calibrate: prompts to pick prices on.
         test: prompts that are decided about.
         config: `calibration` and `evaluation.alphas` are read.
+        left_out: names the tasks without which nothing can be learned.
 
     Returns:
         `at_losses`: rows for each of `evaluation.alphas`, at prices picked as for the other policies. `tasks`: for each
@@ -51,25 +59,36 @@ def unseen_tasks(
     rows = []
     for task in tasks if len(tasks) > 1 else ():
         known, others = np.flatnonzero(fit.tasks != task), np.flatnonzero(calibrate.tasks != task)
-        mine = np.flatnonzero(test.tasks == task)
         if len(known) < 2 or not len(others):
             continue
-        learned = learn(settings, fit.rows(known).features, fit.kept[known], fit.budgets)
-        tested = replace(learned, outliers=outlier_test(learned, fit.rows(known), held[known], config))
-        unseen, rest = test.rows(mine), calibrate.rows(others)
-        row: dict[str, Any] = {"task": str(task), "n": len(mine), "sent": 0.0}
-        if tested.outliers is not None:
-            row["sent"] = float(tested.outliers.are_outliers(unseen.features).mean())
-        for name, policy in ((TESTED, tested), (UNTESTED, learned)):
-            seen, predicted = policy.predict(rest.features), policy.predict(unseen.features)
-            for alpha in alphas:
-                chosen[name, alpha][mine] = chosen_at(seen, predicted, rest, unseen, alpha)
-            row[name] = outcome(_certified(policy, rest, unseen, config), unseen)
-        rows.append(row)
+        mine, rest = np.flatnonzero(test.tasks == task), calibrate.rows(others)
+        with left_out.guard(f"the unseen task {str(task)!r}"):
+            learned = learn(settings, fit.rows(known).features, fit.kept[known], fit.budgets)
+            tested = replace(learned, outliers=outlier_test(learned, fit.rows(known), held[known], config))
+            row, plans = _decided(tested, rest, test.rows(mine), config)
+            rows.append({"task": str(task), **row})
+            for key, found in plans.items():
+                chosen[key][mine] = found
     if not rows:
         return {"at_losses": [], "tasks": []}
     policies = {alpha: {name: chosen[name, alpha] for name in (TESTED, UNTESTED)} for alpha in alphas}
     return {"at_losses": [row for alpha in alphas for row in measured(alpha, policies[alpha], test)], "tasks": rows}
+
+
+def _decided(
+    tested: Learned, rest: Table, unseen: Table, config: Config
+) -> tuple[dict[str, Any], dict[tuple[str, float], Choices]]:
+    """What comes of one task's prompts, and their plans at each of `evaluation.alphas`."""
+    row: dict[str, Any] = {"n": len(unseen.prompts), "sent": 0.0}
+    if tested.outliers is not None:
+        row["sent"] = float(tested.outliers.are_outliers(unseen.features).mean())
+    plans = {}
+    for name, policy in ((TESTED, tested), (UNTESTED, replace(tested, outliers=None))):
+        seen, predicted = policy.predict(rest.features), policy.predict(unseen.features)
+        for alpha in config.evaluation.alphas:
+            plans[name, alpha] = chosen_at(seen, predicted, rest, unseen, alpha)
+        row[name] = outcome(_certified(policy, rest, unseen, config), unseen)
+    return row, plans
 
 
 def are_among(prompts: Sequence[Prompt], table: Table) -> NDArray[np.bool_]:

@@ -165,7 +165,7 @@ def test_stand_ins_are_compared_on_the_same_prompts(model_folder, tmp_path, monk
 
 
 def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monkeypatch) -> None:
-    run_all(load_config(config_file()))
+    run_all(load_config(config_file(tuning={"components": [6], "folds": 2})))
     controllers = script("controllers")
     monkeypatch.setattr(controllers, "RESULTS", tmp_path)
     options = "--name tiny --alphas 0.1 --splits 20 --new-tokens 3 --tuning-prompts 120 --tuning-trials 4 --workers 1"
@@ -197,15 +197,16 @@ def _check_redraws(tmp_path, monkeypatch) -> None:
     redraws = script("redraws")
     monkeypatch.setattr(redraws, "RESULTS", tmp_path)
     run = str(tmp_path / "runs" / "tiny")
-    monkeypatch.setattr(sys, "argv", ["redraws.py", "--run", run, "--name", "tiny", "--draws", "4"])
+    monkeypatch.setattr(sys, "argv", ["redraws.py", "--run", run, "--name", "tiny", "--draws", "2"])
     redraws.main()
     result = json.loads((tmp_path / "redraws-tiny.json").read_text())
-    assert result["draws"] == 4
+    assert result["draws"] == 2
     policies = result["policies"]
     assert policies.keys() == {"allocator", "task", "best_static", "oracle"}
     budget = policies["allocator"]["budget"]
     assert 0 < budget["low"] <= budget["mean"] <= budget["high"] <= 1
     assert policies["oracle"]["quality_ratio"]["low"] > 0.999, "at the full model's mean score, or above"
+    assert policies["task"].keys() == policies["allocator"].keys() >= {"certified", "broken", "worse", "better"}
     assert redraws.results_table(result).count("\n") == 5
 
 

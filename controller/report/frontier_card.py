@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from oracle.frontier.bootstrap import REPEATS, bootstrap_interval
 from oracle.frontier.frontier import Frontiers, budget_at, equal_mean_budget, least_sufficient, surely_sufficient
+from oracle.frontier.split_half import corrected_climb, corrected_path
 from oracle.frontier.upgrades import climb
 
 Floats = NDArray[np.float64]
@@ -24,7 +25,8 @@ LEVEL = 0.9
 
 FLATTERY = (
     "Every prompt was scored once under every plan, and the oracle picks with these scores in hand: an answer that is "
-    "right by luck counts as its skill, so its figures flatter, and the intervals do not cover that."
+    "right by luck counts as its skill, so its figures flatter, and the intervals do not cover that. The corrected "
+    "oracle picks a plan by the prompt's scores under the other plans alone; where no score is luck it is too strict."
 )
 
 
@@ -47,6 +49,10 @@ class FrontierCard:
         headroom: see `oracle.frontier.frontier.Frontiers.headroom`, in shares of the decoder.
         captured_headroom: see `oracle.frontier.frontier.Frontiers.captured`, of the policy; redrawn
             prompts for which it is not defined are left out of the interval.
+        loss: the mean score that the next three are allowed to lose, in shares of the full model's.
+        oracle_at_loss: budget of the oracle there.
+        corrected_at_loss: budget of the oracle whose picks no luck helps; see `oracle.frontier.split_half`.
+        mixture_at_loss: budget of the best mixture of static plans, which knows nothing.
         level: of the intervals.
         repeats: redrawn sets of prompts behind each interval.
         caveat: what the figures leave out, in a sentence.
@@ -56,13 +62,19 @@ class FrontierCard:
     own_score_budget: Estimate
     headroom: Estimate
     captured_headroom: Estimate
+    loss: float
+    oracle_at_loss: Estimate
+    corrected_at_loss: Estimate
+    mixture_at_loss: Estimate
     level: float
     repeats: int
     caveat: str
 
 
-def frontier_card(chosen: Choices, scores: Floats, sufficient: Bools, budgets: Floats) -> FrontierCard:
-    """The card of prompts for which a policy runs plan `chosen[i]` [N]."""
+def frontier_card(
+    chosen: Choices, scores: Floats, sufficient: Bools, budgets: Floats, loss: float = 0.05
+) -> FrontierCard:
+    """The card of prompts for which a policy runs plan `chosen[i]` [N]; `loss`: see `FrontierCard`."""
     steps, everyone = climb(scores, budgets), np.arange(len(scores))
     own = budgets[least_sufficient(surely_sufficient(sufficient))]
     quality, budget = scores[everyone, chosen], budgets[chosen]
@@ -70,6 +82,15 @@ def frontier_card(chosen: Choices, scores: Floats, sufficient: Bools, budgets: F
     def frontiers(drawn: Choices) -> Frontiers:
         counts = np.bincount(drawn, minlength=len(scores)).astype(np.float64)
         return Frontiers.of(scores, budgets, steps, counts)
+
+    honest = corrected_climb(scores, budgets)
+
+    def allowed(drawn: Choices) -> float:
+        return (1 - loss) * float(scores[drawn, -1].mean())
+
+    def corrected(drawn: Choices) -> float:
+        counts = np.bincount(drawn, minlength=len(scores)).astype(np.float64)
+        return budget_at(corrected_path(honest, scores, budgets, counts), allowed(drawn))
 
     def equal_mean(drawn: Choices) -> float:
         found = frontiers(drawn)
@@ -83,6 +104,10 @@ def frontier_card(chosen: Choices, scores: Floats, sufficient: Bools, budgets: F
         own_score_budget=_estimate(lambda drawn: float(own[drawn].mean()), everyone),
         headroom=_estimate(lambda drawn: frontiers(drawn).headroom(), everyone),
         captured_headroom=_estimate(captured, everyone),
+        loss=loss,
+        oracle_at_loss=_estimate(lambda drawn: budget_at(frontiers(drawn).oracle, allowed(drawn)), everyone),
+        corrected_at_loss=_estimate(corrected, everyone),
+        mixture_at_loss=_estimate(lambda drawn: budget_at(frontiers(drawn).mixture, allowed(drawn)), everyone),
         level=LEVEL,
         repeats=REPEATS,
         caveat=FLATTERY,

@@ -34,6 +34,8 @@ class ReportCard:
         loss: mean loss, of the kind and in the unit that the certificate bounds.
         captured_headroom: see `oracle.frontier.frontier.captured_headroom`; None where it is not defined.
         plan_shares: share of the prompts that ran each plan [K].
+        worse, better: share of the answers that score lower, and higher, than the full model's.
+        score_lost, score_won: what these lose and win in all, a prompt, in shares of the full model's mean score.
     """
 
     quality: float
@@ -43,6 +45,10 @@ class ReportCard:
     loss: float
     captured_headroom: float | None
     plan_shares: list[float]
+    worse: float
+    better: float
+    score_lost: float
+    score_won: float
 
 
 def report_card(
@@ -60,6 +66,7 @@ def report_card(
     quality, full_quality = float(scores[rows, chosen].mean()), float(scores[:, -1].mean())
     budget = float(budgets[chosen].mean())
     captured = captured_headroom(quality, budget, scores, budgets)
+    changed = scores[rows, chosen] - scores[:, -1]
     return ReportCard(
         quality=quality,
         quality_ratio=quality / full_quality if full_quality else float("nan"),
@@ -68,6 +75,10 @@ def report_card(
         loss=float(lost(kept)[rows, chosen].mean()) / unit,
         captured_headroom=None if np.isnan(captured) else captured,
         plan_shares=(np.bincount(chosen, minlength=len(budgets)) / len(chosen)).tolist(),
+        worse=float((changed < 0).mean()),
+        better=float((changed > 0).mean()),
+        score_lost=float(np.maximum(-changed, 0).mean()) / max(full_quality, 1e-12),
+        score_won=float(np.maximum(changed, 0).mean()) / max(full_quality, 1e-12),
     )
 
 

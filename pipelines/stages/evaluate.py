@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from pipelines.controls import comparison
 from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
 from pipelines.learning_table import Table
+from pipelines.omissions import Omissions
 from pipelines.shown_prompts import shown
 from pipelines.stages.calibrate import tested
 from pipelines.stages.train import load_trained
@@ -63,12 +65,16 @@ def run(config: Config) -> Path:
     for name, kept in predicted.items():
         metrics[name]["regret"] = regret(kept, test.kept, test.budgets, bounds)
         metrics[name]["decision_ms"] = prompt_ms(trained[name].predict, test.features)
+    left_out, frontier = Omissions(), _frontier(config, chosen[best], test)
     metrics |= {
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
-        "intervals": _intervals(chosen[best], test),
-        "frontier": asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets)),
-        "comparison": comparison(workspace, best, calibrate, test, allocator.outliers),
+        "intervals": {**_intervals(chosen[best], test), "captured_headroom": frontier["captured_headroom"]},
+        "frontier": frontier,
+        "worst_task": _worst_task(chosen[best], test),
+        "judges": dict(Counter(prompt.judge for prompt in test.prompts)),
+        "comparison": comparison(workspace, best, calibrate, test, allocator.outliers, left_out),
+        "left_out": left_out,
         "outliers": _outliers(allocator.outliers, test),
         "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
         "stand_ins": before_and_after(workspace, test),
@@ -114,6 +120,25 @@ def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None
         name: {end: None if np.isnan(value) else value for end, value in zip(("low", "high"), found, strict=True)}
         for name, found in ends.items()
     }
+
+
+def _frontier(config: Config, chosen: Choices, test: Table) -> dict[str, Any]:
+    return asdict(frontier_card(chosen, test.scores, test.sufficient, test.budgets, config.calibration.alpha))
+
+
+def _worst_task(chosen: Choices, test: Table) -> dict[str, Any] | None:
+    """The task that keeps the least of the full model's mean score, with its interval; None where none has a score."""
+    rows = {str(task): np.flatnonzero(test.tasks == task) for task in np.unique(test.tasks)}
+    kept = {
+        task: float(test.scores[own, chosen[own]].mean() / test.full[own].mean())
+        for task, own in rows.items()
+        if test.full[own].any()
+    }
+    if not kept:
+        return None
+    worst = min(kept, key=lambda task: kept[task])
+    interval = _intervals(chosen[rows[worst]], test.rows(rows[worst]))["kept"]
+    return {"task": worst, "tasks": len(rows), "n": len(rows[worst]), "kept": {"value": kept[worst], **interval}}
 
 
 def _yardsticks(config: Config, test: Table, calibrate: Table, fit: Table, best: Choices) -> dict[str, Choices]:

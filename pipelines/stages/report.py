@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 from backbone.files import write_atomically
 from controller.certificate.fewest_prompts import fewest_prompts
 from controller.certificate.p_values import CalibrationError
+from controller.learning import Learned
 from controller.report.report_card import price_curve
-from oracle.frontier.frontier import least_sufficient, oracle_hull, static_points, upper_hull
+from oracle.frontier.frontier import Point, least_sufficient, oracle_hull, static_points, upper_hull
+from oracle.frontier.split_half import corrected_climb, corrected_path
 from oracle.labels.store import Label
-from pipelines import figures
+from pipelines import figures, first_screen, summary
 from pipelines.config import Config
 from pipelines.learning_table import Table
+from pipelines.omissions import Omissions
 from pipelines.progress import waiting
 from pipelines.run_state import RunState
 from pipelines.shown_prompts import RULE
@@ -47,24 +50,27 @@ def run(config: Config) -> Path:
     tasks = _task_rows(workspace, table, chosen)
     tuning = json.loads(workspace.path("tuning.json").read_text())
     policies = [*YARDSTICKS, *tuning["controllers"]]
-    drawn = _figures(workspace, table, metrics, chosen, tasks, policies)
-    drawn["importance"] = figures.importance({name: f["importance"] for name, f in tuning["controllers"].items()})
+    left_out = Omissions()
+    drawn = _figures(workspace, table, metrics, chosen, tasks, policies, tuning, left_out)
     environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
     environment.filters["zip"] = zip
     page = environment.get_template("report.html.j2").render(
         config=config,
         metrics=metrics,
+        screen=_screen(metrics),
         figures=drawn,
+        left_out={**metrics["left_out"], **left_out},
         names=figures.NAMES,
         colours=figures.COLOURS,
         policies=policies,
         plans=_plan_rows(workspace, table, metrics),
         rule=RULE,
-        examples=_examples(workspace, table, chosen),
+        examples=_examples(workspace, table, chosen, {row["id"] for row in metrics["examples"]}),
         tighter=_tighter(metrics["certificate"]),
         tasks=tasks,
         tuning=tuning,
         compared=_compared(metrics["comparison"]),
+        searched=metrics["prompts"]["train"] + metrics["prompts"]["tune"] >= config.tuning.search_from,
         seconds=RunState(config).seconds(),
         n_layers=workspace.menu().n_layers,
         today=date.today().isoformat(),
@@ -75,6 +81,13 @@ def run(config: Config) -> Path:
     return workspace.path("report.html")
 
 
+def _screen(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The sentences that depend on what was found."""
+    made = (first_screen.headline, first_screen.lead, first_screen.layers_tile, first_screen.quality_tile)
+    others = (first_screen.numbers, summary.rival, summary.gains, summary.exceeds_limit)
+    return {make.__name__: make(metrics) for make in (*made, *others)}
+
+
 def _figures(
     workspace: Workspace,
     table: Table,
@@ -82,37 +95,55 @@ def _figures(
     chosen: NDArray[np.intp],
     tasks: list[dict[str, Any]],
     policies: Sequence[str],
+    tuning: dict[str, Any],
+    left_out: Omissions,
 ) -> dict[str, str]:
+    """Name -> picture, of those that can be drawn."""
     trained = load_trained(workspace)
     decided = tested(trained, Allocator.from_pretrained(workspace.path("allocator")).outliers)
-    predictions = {name: learned.predict(table.features) for name, learned in trained.items()}
-    curves = {
-        name: price_curve(learned.predict(table.features), table.scores, table.budgets)
-        for name, learned in decided.items()
-    }
-    statics = static_points(table.scores, table.budgets)
-    cards = {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in policies}
-    menu = workspace.menu()
+    menu, statics = workspace.menu(), static_points(table.scores, table.budgets)
     used: dict[str, list[float]] = defaultdict(list)
     for prompt, index in zip(table.prompts, chosen, strict=True):
         used[prompt.task].append(menu.plans[index].layers)
-    return {
-        "quality": figures.quality_against_budget(
+    draw: dict[str, Callable[[], str]] = {
+        "quality": lambda: figures.quality_against_budget(
             statics,
             upper_hull(statics),
-            oracle_hull(table.scores, table.budgets),
-            curves,
-            cards,
+            {
+                "oracle frontier (flattered)": oracle_hull(table.scores, table.budgets),
+                "oracle frontier, corrected for luck": _corrected(table),
+            },
+            {name: _curve(learned, table) for name, learned in decided.items()},
+            {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in policies},
             metrics["stand_ins"].get("before"),
         ),
-        "tasks": figures.layers_by_task(
+        "tasks": lambda: figures.layers_by_task(
             {row["task"]: (row["needed"], row["layers"]) for row in tasks},
             menu.n_layers,
             figures.COLOURS[metrics["best"]],
         ),
-        "prompts": figures.layers_of_prompts(used, menu.n_layers),
-        "reliability": figures.reliability({name: (p, table.kept) for name, p in predictions.items()}),
+        "prompts": lambda: figures.layers_of_prompts(used, menu.n_layers),
+        "reliability": lambda: figures.reliability(
+            {name: (learned.predict(table.features), table.kept) for name, learned in trained.items()}
+        ),
+        "importance": lambda: figures.importance(
+            {name: found["importance"] for name, found in tuning["controllers"].items()}
+        ),
     }
+    drawn = {}
+    for name, make in draw.items():
+        with left_out.guard(f"the picture {name!r}"):
+            drawn[name] = make()
+    return drawn
+
+
+def _curve(learned: Learned, table: Table) -> list[Point]:
+    return price_curve(learned.predict(table.features), table.scores, table.budgets)
+
+
+def _corrected(table: Table) -> list[Point]:
+    steps = corrected_climb(table.scores, table.budgets)
+    return [(float(x), float(y)) for x, y in corrected_path(steps, table.scores, table.budgets)]
 
 
 _TABLE, _ROW, _HEADING = (re.compile(rf"<{name}\b.*?</{name}>", re.DOTALL) for name in ("table", "tr", "th"))
@@ -174,6 +205,8 @@ def _task_rows(workspace: Workspace, table: Table, chosen: NDArray[np.intp]) -> 
                 "n": len(of_task),
                 "full": float(table.scores[of_task, -1].mean()),
                 "allocator": float(table.scores[of_task, chosen[of_task]].mean()),
+                "worse": float((table.scores[of_task, chosen[of_task]] < table.scores[of_task, -1]).mean()),
+                "better": float((table.scores[of_task, chosen[of_task]] > table.scores[of_task, -1]).mean()),
                 "layers": float(layers[chosen[of_task]].mean()),
                 "needed": float(layers[least_sufficient(table.sufficient)[of_task]].mean()),
             }
@@ -181,14 +214,20 @@ def _task_rows(workspace: Workspace, table: Table, chosen: NDArray[np.intp]) -> 
     return sorted(rows, key=lambda row: row["layers"])
 
 
-def _examples(workspace: Workspace, table: Table, chosen: NDArray[np.intp], per_task: int = 2) -> list[dict[str, Any]]:
-    """Some test prompts of every task, first those whose answer changed, with both answers."""
+def _examples(
+    workspace: Workspace, table: Table, chosen: NDArray[np.intp], above: set[str], per_task: int = 2
+) -> list[dict[str, Any]]:
+    """Some test prompts of every task, first those whose answer changed, with both answers.
+
+    Args:
+        above: ids of the prompts that are shown already, answered and decided once more.
+    """
     menu = workspace.menu()
     labels = workspace.labels.read(table.prompts, menu)
     shown: dict[str, list[dict[str, Any]]] = defaultdict(list)
     rows = [(prompt, row, index) for prompt, row, index in zip(table.prompts, labels, chosen, strict=True)]
     for prompt, row, index in sorted(rows, key=lambda item: item[1][item[2]].answer == item[1][-1].answer):
-        if len(shown[prompt.task]) < per_task:
+        if prompt.id not in above and len(shown[prompt.task]) < per_task:
             shown[prompt.task].append(
                 _example(
                     prompt.task,

@@ -14,30 +14,39 @@ from controller.base import CONTROLLERS
 from controller.learning import Settings
 from pipelines.config import LONGEST_NAME, Config, ConfigError
 from pipelines.learning_sections import GivenSettings
-from pipelines.progress import progress
+from pipelines.progress import progress, say
 from pipelines.run_state import stage_key
-from pipelines.settings_search import Search, Work, finished, regret_bounds, search, settings_of
+from pipelines.settings_regret import Work, default_settings, regret_bounds, settings_of, settled
+from pipelines.settings_search import Search, finished, search
 from pipelines.workspace import Workspace
 
 
 def run(config: Config) -> Path:
-    """Search each controller; writes `tuning.json` with the best settings of each and which controller is best, and
+    """Search each controller; writes `tuning.json` with the settings of each and which controller is best, and
     `winner.yaml`, a configuration that makes the same controller without a search.
 
-    The regret that is made small is `controller.report.report_card.regret` at half, once and one and a half times
-    `calibration.alpha`: around what calibration will ask for.
+    Below `tuning.search_from` prompts nothing is searched, and each controller has its default settings. The regret
+    that is made small is `controller.report.report_card.regret` at half, once and one and a half times
+    `calibration.alpha`: around what calibration will ask for. The one that is stated is of fresh folds.
     """
     workspace = Workspace.of(config)
     table = workspace.table("train", "tune")
     tuning = config.tuning
     work = Work(table.features, table.kept, table.budgets, regret_bounds(config, table), tuning)
     url, key = tuning.storage or f"sqlite:///{config.folder / 'tuning.db'}", _space_key(config)
-    found = {
-        name: _given(work, name)
-        if name in tuning.given
-        else _searched(Search(url, f"{config.name}-{name}-{key}", name), work)
-        for name in tuning.controllers
-    }
+    if not work.is_searched:
+        say(
+            f"  {len(table.prompts)} prompts to train and to tune are fewer than tuning.search_from "
+            f"({tuning.search_from}): default settings, no search"
+        )
+    found = {}
+    for name in tuning.controllers:
+        if name in tuning.given:
+            found[name] = _given(work, name)
+        elif work.is_searched:
+            found[name] = _searched(Search(url, f"{config.name}-{name}-{key}", name), work)
+        else:
+            found[name] = _unsearched(work, default_settings(name, tuning))
     best = min(found, key=lambda name: found[name]["regret"])
     write_atomically(workspace.path("tuning.json"), json.dumps({"controllers": found, "best": best}, indent=2) + "\n")
     _save_winner(config, found[best]["settings"])
@@ -45,7 +54,7 @@ def run(config: Config) -> Path:
 
 
 def _searched(wanted: Search, work: Work) -> dict[str, Any]:
-    """The settings that won, what they cost, and how much each setting mattered."""
+    """The settings that won, their regret on fresh folds, what they cost, and how much each setting mattered."""
     with progress(f"trials of {wanted.controller}", work.tuning.trials) as advance:
         study = search(wanted, work, advance)
     try:
@@ -54,9 +63,10 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
         raise ConfigError(
             f"tuning.storage {wanted.url!r} is damaged ({error}): delete it, and the search begins again"
         ) from None
+    settings, regret = settled(work, settings_of(wanted.controller, best, work.tuning))
     return {
-        "settings": settings_of(wanted.controller, best, work.tuning).to_dict(),
-        "regret": best.value,
+        "settings": settings.to_dict(),
+        "regret": regret,
         "trials": len(finished(study)),
         "importance": _importance(study),
     }
@@ -67,8 +77,16 @@ def _given(work: Work, name: str) -> dict[str, Any]:
         CONTROLLERS[name](**work.tuning.given[name].parameters)
     except TypeError as error:
         raise ConfigError(f"tuning.given.{name}.parameters cannot be used: {error}") from None
-    settings = Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()})
-    return {"settings": settings.to_dict(), "regret": work.judge(settings), "trials": 0, "importance": {}}
+    return _unsearched(work, Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()}))
+
+
+def _unsearched(work: Work, settings: Settings) -> dict[str, Any]:
+    return {
+        "settings": settings.to_dict(),
+        "regret": float(work.regrets(settings).mean()),
+        "trials": 0,
+        "importance": {},
+    }
 
 
 def _importance(study: optuna.Study) -> dict[str, float]:
@@ -96,5 +114,5 @@ def _save_winner(config: Config, settings: dict[str, Any]) -> None:
 
 def _space_key(config: Config) -> str:
     """As the stage's key, but more trials or workers of the same search go on with the same study."""
-    same = config.tuning.model_copy(update={"trials": 1, "workers": 1, "storage": None, "given": {}})
+    same = config.tuning.model_copy(update={"trials": 1, "workers": 1, "storage": None, "given": {}, "search_from": 0})
     return stage_key(config.model_copy(update={"tuning": same}), "tune")

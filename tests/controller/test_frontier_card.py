@@ -17,6 +17,8 @@ def test_a_card_says_what_the_oracle_saves_and_how_sure_that_is() -> None:
     assert card.headroom.value == pytest.approx(0.3)
     assert card.headroom.low < 0.3 < card.headroom.high
     assert card.headroom.high - card.headroom.low < 0.1
+    assert card.oracle_at_loss.value < 0.7 < card.mixture_at_loss.value
+    assert card.oracle_at_loss.value < card.corrected_at_loss.value < 1
     report = report_card(np.tile([0, 1, 1], 100), scores, scores == 1, BUDGETS, [4, 7, 10])
     assert card.captured_headroom.value == pytest.approx(report.captured_headroom)
     assert card.captured_headroom.low < report.captured_headroom < card.captured_headroom.high

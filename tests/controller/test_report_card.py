@@ -15,6 +15,8 @@ def test_a_card_says_quality_budget_and_loss() -> None:
     assert (card.quality, card.budget, card.layers, card.loss) == (0.5, 0.625, 3.75, 0.25)
     assert card.quality_ratio == pytest.approx(0.5 / 0.75)
     assert card.plan_shares == [0.75, 0.25]
+    assert (card.worse, card.better) == (0.25, 0)
+    assert (card.score_lost, card.score_won) == (pytest.approx(0.25 / 0.75), 0)
     best = report_card(np.array([0, 1, 0, 0]), SCORES, KEPT, BUDGETS, [3, 6])
     assert best.captured_headroom == pytest.approx(1)
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from redrawn_splits import resampled_violations
+from redrawn_splits import Draw, redrawn, resampled_violations
 
+from controller.certificate.calibration import last_valid, price_p_values
 from controller.certificate.p_values import CalibrationError
 
 BUDGETS = np.array([0.6, 0.8, 1.0])
@@ -56,10 +57,23 @@ def test_splits_that_shorten_nothing_are_not_certified() -> None:
     assert (found.certified, found.mean_budget) == (0, 1)
 
 
-def test_the_rest_is_a_harder_judge_than_the_pool() -> None:
+def test_a_test_sample_is_a_harder_judge_than_the_pool() -> None:
     kept, losses = pool(300, 0.1, "insufficient")
     found = resampled_violations(kept, losses, BUDGETS, 0.1, 0.1, 150, 200)
-    assert found.of_rest.value > found.of_pool.value
+    assert found.of_test.value > found.of_pool.value
+
+
+def test_the_rate_shown_is_that_of_fresh_prompts() -> None:
+    """One plan whose mean loss lies a hair above the bound: the pool's own draws and fresh ones fail equally often."""
+    n, alpha, random = 400, 0.0999, np.random.default_rng(0)
+    losses = np.zeros((2, n))
+    losses[0, : n // 10] = 1.0
+    run = np.array([[0.5], [1.0]]).repeat(n, axis=1)
+    shown = redrawn(losses, run, alpha, 0.1, n // 2, 1000).of_pool.value
+    fresh = (random.random((1000, 1, n // 2)) < 0.1).astype(float)
+    truth = np.mean([last_valid(price_p_values(some, alpha, 0.1, "insufficient"), 0.1) is not None for some in fresh])
+    assert truth > 0.02
+    assert shown == pytest.approx(truth, rel=0.3), "drawn without replacement it is a third of the truth"
 
 
 def test_the_same_seed_draws_the_same_splits() -> None:
@@ -73,3 +87,11 @@ def test_a_split_has_two_sides(n_calibrate) -> None:
     kept, losses = pool(300, 0.1)
     with pytest.raises(CalibrationError, match="both sides"):
         resampled_violations(kept, losses, BUDGETS, 0.05, 0.1, n_calibrate, risk="score_lost")
+
+
+def test_a_draw_learns_from_some_and_draws_from_all_others() -> None:
+    draw = Draw.of(100, {"train": 20, "tune": 10, "calibrate": 50, "test": 30}, 0)
+    assert (len(draw.fit), draw.held.sum(), len(draw.population), len(draw.test)) == (30, 10, 70, 30)
+    assert sorted([*draw.fit, *draw.population]) == list(range(100))
+    assert {*draw.calibrate, *draw.test} <= {*draw.population}
+    assert len(set(draw.calibrate)) < len(draw.calibrate) == 50, "drawn with replacement"

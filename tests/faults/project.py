@@ -66,7 +66,14 @@ def finished_project(
     write_prompts(folder / "prompts.jsonl")
     settings = tiny_settings(Path(), model, Path("prompts.jsonl"))
     given = {"lightgbm": SMALL_TREES} if "lightgbm" in controllers else {}
-    tuning = {"trials": 1, "components": [6], "folds": 2, "controllers": [*controllers], "given": given}
+    tuning = {
+        "search_from": 0,
+        "trials": 1,
+        "components": [6],
+        "folds": 2,
+        "controllers": [*controllers],
+        "given": given,
+    }
     settings |= {"tuning": tuning}
     settings |= {"tracking": {"uri": f"sqlite:///{tracking / 'mlflow.db'}"}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))

@@ -3,9 +3,9 @@ loses nothing."""
 
 import numpy as np
 import pytest
-from split_half import split_half
 
-from oracle.frontier.frontier import equal_mean_budget, oracle_hull
+from oracle.frontier.frontier import budget_at, equal_mean_budget, oracle_hull
+from oracle.frontier.split_half import corrected_climb, corrected_path, from_other_plans, split_half
 
 BUDGETS = np.linspace(0.4, 1.0, 7)
 CHANCES = 0.2 + 0.6 * (BUDGETS - 0.4) / 0.6
@@ -34,3 +34,26 @@ def test_the_two_ways_are_averaged_at_equal_budget() -> None:
     scores_a, scores_b = np.array([[0.0, 1.0]]), np.array([[0.5, 0.1]])
     points = split_half(scores_a, scores_b, np.array([0.5, 1.0]))
     assert points == [(0.5, pytest.approx((0.5 + 0.0) / 2)), (1.0, pytest.approx((0.1 + 0.0) / 2))]
+
+
+def at_a_loss_of_5_percent(curve: object, scores: np.ndarray) -> float:
+    return budget_at(curve, 0.95 * float(scores[:, -1].mean()))
+
+
+@pytest.mark.parametrize("luck", [0.1, 0.3, 1.0])
+def test_one_scoring_is_corrected_nearly_as_by_two(luck: float) -> None:
+    """Of prompts whose need grows in steps, a share `luck` of the scores is drawn by chance."""
+    random, need = np.random.default_rng(3), np.random.default_rng(4).random((700, 1))
+    skill = need <= np.linspace(0.4, 1, 7)
+    one, other = (np.where(random.random(skill.shape) < luck, lucky(seed, 700), skill) for seed in (5, 6))
+    corrected = corrected_path(corrected_climb(one, BUDGETS), one, BUDGETS)
+    two = at_a_loss_of_5_percent([*split_half(one, other, BUDGETS), (1.0, one[:, -1].mean())], one)
+    assert at_a_loss_of_5_percent(corrected, one) == pytest.approx(two, abs=0.06)
+    assert at_a_loss_of_5_percent(oracle_hull(one, BUDGETS), one) < two - 0.2, "the flattered one"
+
+
+def test_a_score_has_no_part_in_what_foretells_it() -> None:
+    scores = lucky(4, 60)
+    changed = scores.copy()
+    changed[7, 2] = 1 - changed[7, 2]
+    assert from_other_plans(changed)[7, 2] == pytest.approx(from_other_plans(scores)[7, 2])

@@ -131,6 +131,12 @@ def _check_comparison(metrics) -> None:
     assert metrics["outliers"]["rate"] == 0.05
     assert 0 <= metrics["outliers"]["sent"] < 0.3
     assert metrics["comparison"]["knows_the_prompt"] in (True, False)
+    assert metrics["left_out"] == {}
+    pooled = metrics["comparison"]["pooled"]
+    assert pooled["prompts"] == sum(count for name, count in metrics["prompts"].items() if name != "adapt")
+    assert pooled["against"].keys() == {"static_mixture", "shuffled", "task"}
+    assert metrics["judges"] == {"agreement": metrics["prompts"]["test"]}
+    assert metrics["worst_task"]["task"] in ("long", "short")
     assert metrics["feature_ms"].keys() == {"length", "tokens", "embedding", "states", "windows", "path"}
     assert metrics["lightgbm"]["regret"] >= -1e-9
 
@@ -147,6 +153,7 @@ def _check_report(page: str) -> None:
     assert "Does the controller know the prompt?" in page
     assert "control: shuffled features" in page
     assert page.count("(not certified)") == 1
+    assert "Left out" not in page
 
 
 def _check_mlflow(folder: Path) -> None:
@@ -205,7 +212,7 @@ def _check_changes(path: Path, folder: Path) -> None:
 
 
 def test_ctrl_c_says_that_the_run_goes_on_and_a_second_process_waits_its_turn(config_file, tmp_path) -> None:
-    path = config_file(tuning={"trials": 5000})  # so that the run is not over before it is stopped
+    path = config_file(tuning={"search_from": 0, "trials": 5000})  # so that the run is not over before it is stopped
     command = [sys.executable, "-m", "layerbudget", "run", str(path)]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "runs" / "tiny" / "labels.db").exists() and run.poll() is None:
@@ -292,10 +299,7 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
     page = (folder / "report.html").read_text()
     assert "In the prompts' own scores" in page
     assert "best controller, another template" in page
-    assert (
-        "captures no more than the same controller with shuffled features" in page
-        or metrics["comparison"]["knows_the_prompt"]
-    )
+    assert "No gain is shown over" in page or metrics["comparison"]["knows_the_prompt"]
 
 
 ADAPTED = {"epochs": 4, "batch_tokens": 256, "lora_rank": 4, "prompts": 40}
@@ -359,18 +363,27 @@ def test_given_stand_ins_must_be_there(config_file) -> None:
     assert "adapt.given: there is no file nowhere.safetensors" in refused("check", path)
 
 
-def test_prompts_of_one_task_are_measured_too(config_file, tmp_path) -> None:
-    """Their task tells a control nothing, so that there is none that knows it."""
+def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, tmp_path) -> None:
+    """Neither tells a control anything: both are left out by name, and so is the picture of a search."""
     rows = [
-        {**json.loads(line), "task": "only"} for line in write_prompts(tmp_path / "two.jsonl").read_text().splitlines()
+        {**json.loads(line), "task": "only", "prompt": json.loads(line)["prompt"][:6]}
+        for line in write_prompts(tmp_path / "two.jsonl").read_text().splitlines()
     ]
     (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    path = config_file(data={"path": str(tmp_path / "one.jsonl")})
-    done = layerbudget("run", path)
+    tuning = {"components": [6], "folds": 2, "controllers": ["mlp"]}
+    done = layerbudget("run", config_file(data={"path": str(tmp_path / "one.jsonl")}, tuning=tuning))
     assert done.returncode == 0, done.stdout + done.stderr
-    metrics = json.loads((Path(yaml.safe_load(path.read_text())["runs"]) / "tiny" / "metrics.json").read_text())
-    assert {"shuffled", "length"} <= {row["policy"] for row in metrics["comparison"]["at_losses"]}
-    assert "task" not in {row["policy"] for row in metrics["comparison"]["at_losses"]}
+    folder, output = tmp_path / "runs" / "tiny", " ".join(done.stdout.split())
+    assert "are fewer than tuning.search_from (500): default settings, no search" in output
+    assert json.loads((folder / "tuning.json").read_text())["controllers"]["mlp"]["trials"] == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {row["policy"] for row in metrics["comparison"]["at_losses"]} == {"mlp", "shuffled", "embedding"}
+    assert metrics["left_out"].keys() == {"the control 'length'", "the control 'task'"}
+    page = (folder / "report.html").read_text()
+    for name in (*metrics["left_out"], "the picture 'importance'"):
+        assert f"{name} is left out: " in output
+        assert name.replace("'", "&#39;") in page
+    assert page.count("<svg") == 4
 
 
 def test_the_best_way_to_adapt_is_measured_on_the_tune_split(config_file) -> None:

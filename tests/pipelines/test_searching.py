@@ -14,7 +14,8 @@ from backbone.errors import InputError
 from controller.base import LearningError
 from controller.learning import Settings
 from pipelines.learning_sections import TuningSection
-from pipelines.settings_search import Search, Work, finished, open_study, search, search_in_memory, settings_of
+from pipelines.settings_regret import Work, default_settings, settings_of, settled
+from pipelines.settings_search import Search, finished, open_study, search, search_in_memory, settings_for
 
 
 def some_work(**tuning) -> Work:
@@ -130,3 +131,42 @@ def test_what_a_worker_finds_wrong_is_said_once(wanted) -> None:
         search(wanted, work, lambda done: None)
     with pytest.raises(LearningError, match="features that are not finite"):
         search(wanted, Work(work.features, work.kept, work.budgets, work.bounds, some_work().tuning), lambda done: None)
+
+
+@pytest.mark.parametrize(
+    ("saved", "taken"),
+    [([0.01, -0.01, 0.02, -0.01, 0.0, 0.01], False), ([0.01, 0.02, 0.01, 0.02, 0.02, 0.01], True), ([0.0] * 6, False)],
+)
+def test_found_settings_must_beat_the_defaults_by_a_standard_error(monkeypatch, saved, taken) -> None:
+    """The regret that is stated is that of fresh folds, not the least of the search."""
+    work, found = some_work(), Settings("logistic", ("length",), 3, {"l2": 0.5})
+    default = default_settings("logistic", work.tuning)
+    regrets = {default.parameters["l2"]: np.full(6, 0.1), 0.5: 0.1 - np.array(saved)}
+    monkeypatch.setattr(Work, "regrets", lambda self, settings: regrets[settings.parameters["l2"]])
+    settings, regret = settled(work, found)
+    assert settings == (found if taken else default)
+    assert regret == pytest.approx(regrets[settings.parameters["l2"]].mean())
+
+
+def test_a_search_among_noise_keeps_the_defaults(monkeypatch) -> None:
+    """All settings have a regret of .1 and are judged with noise: the least of 6 is found, and states too little."""
+    random, work = np.random.default_rng(0), some_work(trials=6)
+    monkeypatch.setattr(Work, "judge", lambda self, settings: random.normal(0.1, 0.01))
+    monkeypatch.setattr(Work, "regrets", lambda self, settings: random.normal(0.1, 0.01, 6))
+    default = default_settings("logistic", work.tuning)
+    rows = [(search_in_memory("logistic", work, {}),) for _ in range(30)]
+    rows = [(found, *settled(work, found)) for (found,) in rows]
+    assert sum(found != default for found, _, _ in rows) > 20
+    assert sum(settings != default for _, settings, _ in rows) < 10
+    assert np.mean([regret for _, _, regret in rows]) == pytest.approx(0.1, abs=0.004)
+
+
+def test_few_prompts_are_not_searched(monkeypatch) -> None:
+    def no_study(**_: object) -> None:
+        raise AssertionError("a search")
+
+    monkeypatch.setattr(optuna, "create_study", no_study)
+    work = some_work(search_from=81)
+    assert settings_for("logistic", work) == default_settings("logistic", work.tuning)
+    with pytest.raises(AssertionError, match="a search"):
+        settings_for("logistic", some_work(search_from=80))

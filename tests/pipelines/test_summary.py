@@ -1,4 +1,4 @@
-"""What a run ends with, from its metrics alone."""
+"""What a run says of itself, from its metrics alone: no sentence that these contradict."""
 
 import json
 from copy import deepcopy
@@ -7,13 +7,45 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.config import ConfigError
+from pipelines.first_screen import headline, layers_tile, lead, numbers, quality_tile
 from pipelines.summary import closing, load_metrics, sentence, tail
 
 RATIO = {"value": 1.08, "low": 1.06, "high": 1.1, "rounds": 9, "exceeds_noise": True}
 NOISE = {"value": 1.01, "low": 0.95, "high": 1.09, "rounds": 9, "exceeds_noise": False}
+GAIN = {
+    "budget_saved": {"value": 0.06, "low": 0.04, "high": 0.08},
+    "score_gained": {"value": 0.05, "low": 0.03, "high": 0.07},
+}
+NO_GAIN = {
+    "budget_saved": {"value": 0.0, "low": -0.01, "high": 0.01},
+    "score_gained": {"value": 0.0, "low": -0.02, "high": 0.01},
+}
 METRICS = {
     "best": "mlp",
-    "mlp": {"layers": 13.62, "budget": 0.764, "quality_ratio": 0.9832},
+    "mlp": {
+        "layers": 13.62,
+        "budget": 0.764,
+        "quality": 0.85,
+        "quality_ratio": 0.9832,
+        "worse": 0.044,
+        "better": 0.039,
+        "score_lost": 0.05,
+        "score_won": 0.033,
+    },
+    "best_static": {"budget": 1.0, "quality": 0.87},
+    "static_mixture": {"budget": 0.764, "quality": 0.82},
+    "random": {"budget": 0.765, "quality": 0.81},
+    "judges": {"exact": 148},
+    "worst_task": {"task": "translate", "tasks": 12, "n": 9, "kept": {"value": 0.88, "low": 0.7, "high": 1.05}},
+    "comparison": {
+        "pooled": {
+            "prompts": 758,
+            "alpha": 0.03,
+            "against": dict.fromkeys(("static_mixture", "shuffled", "task"), GAIN),
+        },
+        "knows_the_prompt": True,
+    },
+    "left_out": {},
     "model": {"layers": 18},
     "prompts": {"test": 148},
     "intervals": {"kept": {"low": 0.961, "high": 1.004}},
@@ -81,6 +113,105 @@ def test_the_end_shows_both_answers_and_which_is_worse() -> None:
 
 def test_a_long_prompt_shows_its_end() -> None:
     assert tail("one\ntwo " + "x" * 80, 10) == "..." + "x" * 10
+
+
+def _screen(metrics: dict) -> str:
+    """All that the first screen and the end of a run say."""
+    said = [headline(metrics), lead(metrics), layers_tile(metrics), quality_tile(metrics), *numbers(metrics).values()]
+    return " ".join([*said, *closing(metrics, "report.html").split()])
+
+
+def _against(**found: dict) -> dict:
+    pooled = {**METRICS["comparison"]["pooled"], "against": {**METRICS["comparison"]["pooled"]["against"], **found}}
+    knows = all(pooled["against"][name]["score_gained"]["low"] > 0 for name in pooled["against"])
+    return {"comparison": {"pooled": pooled, "knows_the_prompt": knows}}
+
+
+ONE_TASK = {**METRICS["comparison"]["pooled"], "against": {"static_mixture": GAIN, "shuffled": GAIN}}
+SAVINGS = ("24% less to compute in the layers, 98%", "fewer where that costs little")
+FULL = {
+    **METRICS["mlp"],
+    "layers": 18.0,
+    "budget": 1.0,
+    "quality": 0.87,
+    "quality_ratio": 1.0,
+    "worse": 0.0,
+    "better": 0.0,
+}
+CLEARLY_ABOVE = {"value": 1.3, "low": 1.25, "high": 1.35, "rounds": 9, "exceeds_noise": True}
+TABLE: dict[str, tuple[dict, tuple[str, ...], tuple[str, ...]]] = {
+    "all is well": (
+        {},
+        (*SAVINGS, "4.4% of the answers score lower", "3.9% score higher", "'translate' keeps least, 88% (70 to 105%)"),
+        ("No gain", "noise"),
+    ),
+    "the task's name does as well": (_against(task=NO_GAIN), ("No gain shown over the name of the task",), SAVINGS),
+    "shuffled features do as well": (_against(shuffled=NO_GAIN), ("No gain shown over another prompt's",), SAVINGS),
+    "mixtures do as well": (_against(static_mixture=NO_GAIN), ("No gain shown over static plans drawn",), SAVINGS),
+    "random plans do as well": (
+        {"random": {"budget": 0.765, "quality": 0.85}},
+        ("No gain shown over the same plans dealt at random",),
+        SAVINGS,
+    ),
+    "one plan does as well": (
+        {"best_static": {"budget": 0.75, "quality": 0.86}},
+        ("No gain shown over the best static plan",),
+        SAVINGS,
+    ),
+    "no comparison could be made": (
+        {"comparison": {"pooled": None, "knows_the_prompt": False}},
+        ("No gain shown over another prompt's features",),
+        (*SAVINGS, "out of fold"),
+    ),
+    "no certificate": (
+        {"certificate": {**METRICS["certificate"], "price": None}, "mlp": FULL},
+        ("Nothing could be saved with certainty", "All layers run for every prompt", "so it still does"),
+        (*SAVINGS, "less to compute", "answers come", "fewer"),
+    ),
+    "nothing shortened": (
+        {"mlp": FULL},
+        ("Every prompt still runs all layers", "leaves nothing out"),
+        (*SAVINGS, "less to compute", "answers come", "fewer"),
+    ),
+    "agreement": (
+        {"judges": {"agreement": 148}},
+        ("the judge agreement: whether it is the full model's own answer",),
+        ("the one expected", "reference", "exact"),
+    ),
+    "two judges and one of somebody's own": (
+        {"judges": {"exact": 100, "mine:judge": 48}},
+        ("exact (100 prompts): whether it equals the reference", "mine:judge (48 prompts): a judge of your own"),
+        (),
+    ),
+    "one task": (
+        {
+            "worst_task": {**METRICS["worst_task"], "tasks": 1},
+            "comparison": {"pooled": ONE_TASK, "knows_the_prompt": True},
+        },
+        SAVINGS,
+        ("keeps least", "name of the task"),
+    ),
+    "faster than the limit": (
+        {"speed": {**METRICS["speed"], "intervals": {"single": CLEARLY_ABOVE, "batch": NOISE}}},
+        ("exceeds what the layers left out allow",),
+        ("times as fast", "1.30"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_no_sentence_is_contradicted_by_the_metrics(case: str) -> None:
+    changes, said, unsaid = TABLE[case]
+    text = _screen(_with(**changes))
+    assert not [words for words in said if words not in text], text
+    assert not [words for words in unsaid if words in text], text
+
+
+def test_gains_stand_with_their_intervals() -> None:
+    text = closing(_with(**_against(task=NO_GAIN)), "report.html")
+    assert "On all 758 labelled prompts, out of fold at a mean loss of 3%, against:" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("  the name of the task alone")]
+    assert line.endswith("+0.0% (-1.0 to 1.0) of the decoder saved, +0.0% (-2.0 to 1.0) of the score gained")
 
 
 def test_metrics_of_an_earlier_version_are_refused_in_a_sentence(tmp_path) -> None:
