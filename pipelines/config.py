@@ -61,11 +61,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_features(self) -> Config:
-        wanted = {name for sets in self.tuning.feature_sets for name in sets}
-        if missing := wanted - set(self.features.sets):
-            raise ValueError(
-                f"tuning.feature_sets names {min(missing)!r}, which features.sets does not hold: {self.features.sets}"
-            )
+        wanted = {"feature_sets": self.tuning.feature_sets}
+        wanted |= {f"given.{name}.sets": [given.sets] for name, given in self.tuning.given.items()}
+        for key, sets in wanted.items():
+            if missing := {name for some in sets for name in some} - set(self.features.sets):
+                raise ValueError(
+                    f"tuning.{key} names {min(missing)!r}, which features.sets does not hold: {self.features.sets}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -78,7 +78,10 @@ class Comparison:
         found = [self._full(), self._static(), self._allocator()]
         found += [self._exits(gate, "bridged") for gate in self._settings.gates]
         best = self.best_gate()
-        return [*found, self._exits(best, "frozen"), self._both(best)]
+        found.append(self._exits(best, "frozen"))
+        if self._settings.strategy != "recompute":  # which takes no plans
+            found.append(self._both(best))
+        return found
 
     def best_gate(self) -> str:
         """The gate of the fewest layers at equal agreement on the held-out tokens, which are of no test prompt."""

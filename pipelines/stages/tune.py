@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 
 from backbone.files import write_atomically
-from controller.base import CONTROLLERS
 from controller.learning import Settings
+from pipelines.check import check_given_settings
 from pipelines.config import LONGEST_NAME, Config, ConfigError
 from pipelines.learning_sections import GivenSettings
 from pipelines.progress import progress
@@ -63,10 +63,7 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
 
 
 def _given(work: Work, name: str) -> dict[str, Any]:
-    try:
-        CONTROLLERS[name](**work.tuning.given[name].parameters)
-    except TypeError as error:
-        raise ConfigError(f"tuning.given.{name}.parameters cannot be used: {error}") from None
+    check_given_settings(work.tuning)
     settings = Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()})
     return {"settings": settings.to_dict(), "regret": work.judge(settings), "trials": 0, "importance": {}}
 

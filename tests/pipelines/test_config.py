@@ -50,6 +50,11 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
             "tuning.given={mlps: {sets: [length], components: 3}}",
             "given holds settings of 'mlps', which is not among tuning.controllers",
         ),
+        (
+            "tuning.given={mlp: {sets: [length, lens], components: 3}}",
+            "tuning.given.mlp.sets names 'lens', which features.sets does not hold",
+        ),
+        ("adapt={method: best, where: nowhere}", "adapt: where is 'nowhere', and the method 'best' trains an adapter"),
         ("decoding.options={do_sample: true}", "options cannot hold 'do_sample': answers are greedy"),
         ("decoding.options={repetition: 2}", "options holds 'repetition', which is no argument of generate()"),
         ("tuning.objectives=[decision_ms]", "unknown key 'tuning.objectives'"),
