@@ -25,6 +25,7 @@ from pipelines.config import Config
 from pipelines.controls import comparison
 from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
+from pipelines.layers_run import check_layers_run
 from pipelines.learning_table import Table
 from pipelines.shown_prompts import shown
 from pipelines.stages.calibrate import tested
@@ -54,6 +55,8 @@ def run(config: Config) -> Path:
     prices = {name: found["price"] for name, found in calibration["certificates"].items()}
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
     best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
+    certified = [allocator.menu.plans[plan] for plan in chosen[best]]
+    check_layers_run(allocator, *workspace.adapted, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
     examples = shown(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, calibrate, chosen[best])
