@@ -64,7 +64,7 @@ def load_backbone(
     """
     if device_map is not None and device != "auto":
         raise LoadError(f"device {device!r} and device_map {device_map!r:.80} were both given; leave one of them out")
-    place = _checked_device(device)
+    place = checked_device(device)
     if revision is not None and _is_local(source):
         raise LoadError(
             f"revision {revision!r} was asked for, but {source!r} is not on the hub, where revisions are; leave it out"
@@ -151,7 +151,7 @@ def _check_not_quantised(source: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _checked_device(device: str) -> torch.device:
+def checked_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d{1,3}))?", device)

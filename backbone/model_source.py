@@ -37,6 +37,25 @@ def look_at(source: str) -> dict[str, Any] | None:
     return _of_hub(source)
 
 
+def local_file(source: str, name: str) -> Path | None:
+    """A file of a model's folder, or of its repository in the hub's cache; None where there is none."""
+    if source.startswith(PACKAGE_PREFIX) or source.endswith(".gguf"):
+        return None
+    if Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")):
+        path = Path(source).expanduser() / name
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, name)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def local_settings(source: str, name: str) -> dict[str, Any]:
+    """The content of a JSON file of a model; empty where there is none. Raises LoadError for a damaged one."""
+    path = local_file(source, name)
+    return {} if path is None else _parsed(path)
+
+
 def check_package(name: str) -> None:
     """Raises LoadError unless a package is installed."""
     try:

@@ -66,8 +66,8 @@ class Registry(Mapping[str, T]):
         """The name; raises RegistryError unless it is known. Imports nothing."""
         if name not in self:
             nearest = get_close_matches(name, self, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ","
-            raise RegistryError(f"{name!r:.80} is not among the {self._kind}{hint} known are {', '.join(self)}")
+            hint = f"; did you mean {nearest[0]!r}? Known are" if nearest else ", known are"
+            raise RegistryError(f"{name!r:.80} is not among the {self._kind}{hint} {', '.join(self)}")
         return name
 
     def check_there(self, name: str) -> None:

@@ -30,8 +30,9 @@ app = typer.Typer(
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
-SERVING = ("fastapi", "httpx2", "prometheus_client", "uvicorn")
-"""What only `serve` needs, the extra of this name."""
+PIPELINES = "datasets jinja2 mapie matplotlib mlflow optuna peft pyarrow pydantic rich rouge_score scipy sklearn yaml"
+EXTRAS = {"serve": "fastapi httpx2 prometheus_client uvicorn", "pipelines": PIPELINES}
+"""Which of our extras bring which modules, that not every command needs."""
 
 
 def _print_version(asked: bool) -> None:
@@ -79,8 +80,9 @@ def main() -> None:
     except InputError as error:
         _refuse(str(error))
     except ModuleNotFoundError as error:
-        extra = "serve" if error.name in SERVING else "pipelines"
-        _refuse(f"{error.name!r} is not installed; `pip install 'layerbudget[{extra}]'` brings it")
+        extra = next((extra for extra, names in EXTRAS.items() if error.name in names.split()), None)
+        bring = f"`pip install 'layerbudget[{extra}]'` brings it" if extra else "install the package that holds it"
+        _refuse(f"{error.name!r} is not installed; {bring}")
     except BrokenPipeError:
         _stop_quietly()
     except SystemExit as stop:

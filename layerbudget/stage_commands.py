@@ -126,7 +126,7 @@ def label(
     if shard is None:
         run_one(loaded, "label", ray)
     elif ray is not None:
-        raise typer.BadParameter("--shard is the way without Ray; with --ray the workers share out all prompts")
+        raise typer.BadParameter("--shard and --ray were both given; with --ray the workers share out all prompts")
     else:
         run_shard(loaded, Shard.parse(shard))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from oracle.chat import tokens_of
 from oracle.prompts import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_lengths(
@@ -24,11 +26,16 @@ def check_lengths(
         count = len(tokens_of(tokenizer, text))
         if not count:
             raise PromptError(f"the prompt {name!r:.80} has no tokens: there is nothing to continue")
-        if limit is not None and count + new_tokens > limit:
-            raise PromptError(
-                f"the prompt {name!r:.80} has {count} tokens, which with {new_tokens} new ones is more than the "
-                f"{limit} (max_position_embeddings) that this model takes; shorten it, or ask for fewer new tokens"
-            )
+        check_room(name, count, new_tokens, limit)
+
+
+def check_room(name: str, count: int, new_tokens: int, limit: int | None) -> None:
+    """Raises PromptError where a prompt of `count` tokens and its answer are more than the model takes."""
+    if limit is not None and count + new_tokens > limit:
+        raise PromptError(
+            f"the prompt {name!r:.80} has {count} tokens, which with {new_tokens} new ones is more than the "
+            f"{limit} (max_position_embeddings) that this model takes; shorten it, or ask for fewer new tokens"
+        )
 
 
 def _check_text(name: str, text: str) -> None:

@@ -5,27 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from backbone.errors import InputError, reason_of
-from backbone.model_source import look_at
 from backbone.plan import LayerPlan
 from controller.base import CONTROLLERS
 from controller.certificate.fewest_prompts import fewest_prompts
 from controller.feature_sets import WIDE
-from oracle.menus import MENUS
+from oracle.judges import KL, JudgeError, score
+from oracle.menus import MENUS, check_depths, checked_menu
 from oracle.prompts import SPLITS, Prompt, Split
 from oracle.splits import count_twins, limited_splits
 from pipelines.config import Config, ConfigError
+from pipelines.learning_sections import TuningSection
+from pipelines.model_files import ModelFiles
 from pipelines.run_prompts import LEAST_OF_A_SPLIT, prompts_of, splits_of
-from pipelines.tracking import check_store
+from pipelines.run_state import RunState
+from pipelines.tracking import check_answers, check_store
 
 LABEL_BYTES = 2_000
 """Of one answer with its score in the database of labels, as the demo's are."""
 OTHER_BYTES = 64 * 2**20
 """Of everything that does not grow with prompts, plans or the model: the databases of Optuna and MLflow, the report."""
+TRIED = 8
+"""Prompts on which a judge is tried until it scores one."""
 COPIES = 3
 """Of the stand-ins: the stage's file, the allocator's, and MLflow's."""
 
@@ -44,6 +49,39 @@ def check_storage(url: str) -> None:
     except (SQLAlchemyError, ImportError) as error:
         reason = reason_of(error)
         raise ConfigError(f"cannot use tuning.storage {url!r}: {reason}") from error
+    check_answers("tuning.storage", url)
+
+
+def check_given_settings(tuning: TuningSection) -> None:
+    """Raises ConfigError for settings in `tuning.given` that their controller does not take."""
+    for name, given in tuning.given.items():
+        try:
+            CONTROLLERS[name](**given.parameters)
+        except TypeError as error:
+            raise ConfigError(f"tuning.given.{name}.parameters cannot be used: {error}") from None
+
+
+def try_judge(judge: str, prompts: Sequence[Prompt]) -> None:
+    """Scores a reference held against itself.
+
+    Raises:
+        JudgeError: a score outside of [0, 1].
+        ConfigError: the judge fails on all prompts that are tried.
+    """
+    failure: BaseException | None = None
+    for prompt in prompts[:TRIED]:
+        try:
+            score(judge, prompt.reference, prompt.reference, prompt.reference)
+        except JudgeError:
+            raise
+        except (Exception, SystemExit) as error:  # somebody's own code, which may do anything
+            failure = error
+        else:
+            return
+    raise ConfigError(
+        f"the judge {judge!r} fails on references held against themselves ({type(failure).__name__}: {failure}); "
+        "mend it, or name another"
+    )
 
 
 def check_run(config: Config) -> list[str]:
@@ -58,9 +96,11 @@ def check_run(config: Config) -> list[str]:
         checks.methods,
         checks.stores,
         checks.prompts_of_run,
+        checks.tokens,
         checks.splits,
         checks.certificate,
         checks.disk,
+        *([checks.token_exits] if config.token_exits.enabled else []),
     )
     for look in looks:
         try:
@@ -85,20 +125,24 @@ class _Checks:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._model: dict[str, Any] = {}
+
+    @cached_property
+    def _model(self) -> ModelFiles:
+        return ModelFiles(self._config.model.source)
 
     def model(self) -> str:
-        source, menu = self._config.model.source, self._config.menu
-        self._model = look_at(source) or {}
-        n_layers = self._model.get("num_hidden_layers", self._model.get("n_layer"))
-        if self._model.get("is_encoder_decoder") is True:
-            raise ConfigError(f"{source} is an encoder-decoder model; layerbudget runs decoder-only language models")
-        if not isinstance(n_layers, int):
+        source, menu, device = self._config.model.source, self._config.menu, self._config.model.device
+        n_layers = self._model.n_layers
+        if device not in ("auto", "cpu"):
+            from backbone.loading import checked_device  # torch, which knows what this machine has
+
+            checked_device(device)
+        if n_layers is None:
             return f"model        {source}; its layers are known once it is loaded"
-        if menu.probe_depth > n_layers:
-            raise ConfigError(f"menu.probe_depth is {menu.probe_depth}, and {source} has {n_layers} layers")
-        for plan in menu.given:
-            LayerPlan.parse(plan, n_layers)
+        check_depths(menu.method, n_layers, menu.probe_depth, menu.cheapest_budget)
+        if menu.method == "given":
+            plans = [LayerPlan.parse(plan, n_layers) for plan in menu.given]
+            checked_menu("given", plans, [(1, 1)] * n_layers, menu.probe_depth)
         return f"model        {source}, {n_layers} layers"
 
     def methods(self) -> str:
@@ -107,6 +151,7 @@ class _Checks:
             raise ConfigError(f"adapt.given: there is no file {given}")
         for name in self._config.tuning.controllers:
             CONTROLLERS.check_there(name)
+        check_given_settings(self._config.tuning)
         return f"methods      menu {self._config.menu.method}, controllers {', '.join(self._config.tuning.controllers)}"
 
     def stores(self) -> str:
@@ -122,15 +167,51 @@ class _Checks:
         return prompts_of(self._config, self._config.data.force_judge)
 
     def prompts_of_run(self) -> str:
-        """Also checks every prompt's judge, which is imported."""
+        """Also tries every judge."""
+        prompts, settings = list(self._prompts), self._config
+        if settings.evaluation.own_judges and settings.data.force_judge:
+            prompts += prompts_of(settings, None)
+        for judge in sorted({prompt.judge for prompt in prompts} - {KL}):
+            try_judge(judge, [prompt for prompt in prompts if prompt.judge == judge])
         judges = sorted({prompt.judge for prompt in self._prompts})
         kinds = len({prompt.task for prompt in self._prompts})
-        if self._config.evaluation.own_judges:
-            prompts_of(self._config, None)
         twins = count_twins(self._prompts)
         return f"prompts      {len(self._prompts)} of {kinds} kinds, judged by {', '.join(judges)}" + (
             f"; {twins} have the text of another one, and stay in its split" if twins else ""
         )
+
+    @cached_property
+    def _texts(self) -> list[tuple[str, str]]:
+        """Id and text of every prompt as the model is given it; raises _UnknownError where the template is unknown."""
+        model, wanted = self._model, self._config.data.chat_template
+        template = model.template(wanted)
+        if wanted == "auto" and not model.has_tokenizer:
+            raise _UnknownError
+        asked = [Prompt(f"try_prompts {i}", "", text, "", "") for i, text in enumerate(self._config.try_prompts, 1)]
+        return [(prompt.id, prompt.rendered(template).prompt) for prompt in [*self._prompts, *asked]]
+
+    @cached_property
+    def _longest(self) -> int:
+        if not self._model.has_tokenizer:
+            raise _UnknownError
+        return self._model.longest(self._texts, self._config.decoding.max_new_tokens)
+
+    def tokens(self) -> str:
+        """Renders every prompt and turns it into tokens, as far as the model's files are here."""
+        _ = self._texts
+        return f"tokens       {self._longest} of the longest prompt, {self._config.decoding.max_new_tokens} new ones"
+
+    def token_exits(self) -> str:
+        from pipelines.exit_comparison.settings_check import check_exits  # torch
+
+        if KL in {prompt.judge for prompt in self._prompts}:
+            raise ConfigError(f"token_exits.enabled compares answers, and the judge {KL!r} of some prompts reads none")
+        if self._model.n_layers is None:
+            raise _UnknownError
+        settings, new_tokens = self._config.token_exits, self._config.decoding.max_new_tokens
+        longest = self._longest + new_tokens if self._model.has_tokenizer else 0
+        check_exits(settings, self._model.config, self._model.n_layers, longest)
+        return f"token exits  {len(settings.gates)} gates, {settings.strategy}"
 
     @cached_property
     def _of_split(self) -> dict[Split, list[Prompt]]:
@@ -170,6 +251,7 @@ class _Checks:
         return f"certificate  {size} prompts to calibrate on{of_task}, {least} needed at least"
 
     def disk(self) -> str:
+        RunState(self._config)
         folder = next(
             path for path in [self._config.folder.resolve(), *self._config.folder.resolve().parents] if path.exists()
         )
@@ -185,7 +267,8 @@ class _Checks:
 
     def _bytes(self) -> int:
         """What the run's folder will hold: features, labels and bridges, as far as the model's size is known."""
-        config, size = self._config, int(self._model.get("hidden_size", self._model.get("n_embd", 0)))
+        config, model = self._config, self._model.config
+        size = int(model.get("hidden_size", model.get("n_embd", 0)))
         wide = sum((1 if name == "embedding" else 2) for name in config.features.sets if name in WIDE)
         labelled = sum(len(prompts) for split, prompts in self._of_split.items() if split != "adapt")
         bridges = config.menu.plans if config.adapt.method in ("bridges", "both", "best") else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from backbone.errors import InputError
 from oracle.judges import KL
 from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines import yaml_text
+from pipelines.config_hints import hint_of
 from pipelines.config_sections import (
     AdaptSection,
     DataSection,
@@ -61,11 +61,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_features(self) -> Config:
-        wanted = {name for sets in self.tuning.feature_sets for name in sets}
-        if missing := wanted - set(self.features.sets):
-            raise ValueError(
-                f"tuning.feature_sets names {min(missing)!r}, which features.sets does not hold: {self.features.sets}"
-            )
+        wanted = {"feature_sets": self.tuning.feature_sets}
+        wanted |= {f"given.{name}.sets": [given.sets] for name, given in self.tuning.given.items()}
+        for key, sets in wanted.items():
+            if missing := {name for some in sets for name in some} - set(self.features.sets):
+                raise ValueError(
+                    f"tuning.{key} names {min(missing)!r}, which features.sets does not hold: {self.features.sets}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -92,7 +94,7 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
     """Read a YAML file and put `key=value` settings over it (values are read as YAML).
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key (the nearest valid one is named), or a value out of range.
+        ConfigError: no such file, not YAML, an unknown key (a near one is named, if any), or a value out of range.
     """
     if not path.is_file():
         raise ConfigError(f"no configuration file {path}")
@@ -126,12 +128,16 @@ def _put(data: dict[str, Any], setting: str) -> None:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problems = error.errors()
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])  # of one misspelt
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest_hint(key)}"
+        return f"unknown key {key!r}; {hint_of(key, _all_keys(Config))}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing; it has no default"
+    if problem["type"] == "model_type":
+        hint = hint_of(f"{key}.", _all_keys(Config))
+        return f"{key} should hold keys of its own, got {_short(problem['input'])}; {hint}"
     reason = problem["msg"].removeprefix("Value error, ")
     return (
         f"{key}: {reason}" if problem["type"] == "value_error" else f"{key}: {reason}, got {_short(problem['input'])}"
@@ -141,11 +147,6 @@ def _first_problem(error: ValidationError) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _nearest_hint(key: str) -> str:
-    nearest = get_close_matches(key, _all_keys(Config), n=1, cutoff=0.0)
-    return f"; the nearest valid key is {nearest[0]!r}"
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -145,8 +145,11 @@ class AdaptSection(Section):
                 f"the method 'given' and a file of stand-ins in adapt.given go together, got {self.method!r} and "
                 f"{self.given!r}"
             )
-        if self.method == "adapter" and self.where == "nowhere":
-            raise ValueError("an adapter that sits 'nowhere' changes nothing; with the method 'both' it trains bridges")
+        if self.method in ("adapter", "best") and self.where == "nowhere":
+            raise ValueError(
+                f"where is 'nowhere', and the method {self.method!r} trains an adapter, which would change nothing; "
+                "take the method 'both', which then trains the bridges alone"
+            )
         if self.exit_steps and self.method in ("none", "adapter", "given"):
             raise ValueError(
                 f"exit_steps trains bridges, and the method {self.method!r} makes none; take 'bridges', or 0 steps"

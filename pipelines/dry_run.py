@@ -19,6 +19,7 @@ from oracle.labels.store import LabelStore, StoreError
 from oracle.menus import LOOK_AT_NO_PROMPTS, build_menu
 from oracle.prompts import SPLITS, Prompt
 from oracle.spread import spread
+from pipelines.check import check_run
 from pipelines.config import Config
 from pipelines.controls import CONTROLS
 from pipelines.outlook import Outlook, SplitSize, StageCost
@@ -61,6 +62,7 @@ def outlook(config: Config) -> Outlook | None:
     done = {stage.name for stage in STAGES if state.is_done(stage)}
     if len(done) == len(STAGES):
         return None
+    check_run(config)
     with tempfile.TemporaryDirectory() as folder:
         scratch = config.model_copy(update={"runs": Path(folder)})
         _copy_known(config, scratch, done)

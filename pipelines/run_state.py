@@ -18,7 +18,6 @@ from backbone.files import UNFINISHED, write_atomically
 from backbone.model_source import PACKAGE_PREFIX
 from pipelines.config import Config, ConfigError
 from pipelines.stage_list import BY_NAME, Stage, all_before
-from pipelines.workspace import Workspace
 
 FORMAT_VERSION = 5
 """Raised when a change of code makes the stages' earlier files wrong."""
@@ -50,6 +49,8 @@ class RunState:
 
     def key(self, stage: Stage) -> str:
         """Hash of everything that the stage's result depends on, as far as the stages before it are done."""
+        from pipelines.workspace import Workspace  # torch, which whose folder it is can be seen without
+
         values = self._config.model_dump(mode="json")
         given = self._config.adapt.given if stage.name == "adapt" else None
         parts = {
@@ -106,6 +107,8 @@ class RunState:
         return {name: entry["seconds"] for name, entry in self._data["stages"].items()}
 
     def _hash(self, name: str) -> str | None:
+        from pipelines.workspace import Workspace
+
         if name not in self._hashes:
             labels = name == "labels.db"
             path = self._config.folder / name

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from backbone.errors import reason_of
 from pipelines.config import Config, ConfigError
+
+ANSWER_SECONDS = 5
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+"""Where servers listen whose URI names no port."""
 
 
 def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str], folder: Path) -> None:
@@ -28,6 +34,7 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
         ConfigError: the tracking store cannot be used.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    check_answers("tracking.uri", config.tracking.uri)
     with _store_usable(config.tracking.uri):
         import mlflow
 
@@ -45,6 +52,29 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
             mlflow.log_artifacts(str(folder / "allocator"), "allocator")
 
 
+def check_answers(key: str, uri: str) -> None:
+    """Whether the server that a setting names, if any, answers within `ANSWER_SECONDS`. Libraries try for minutes.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        place = urlsplit(uri)
+        port = place.port or PORTS.get(place.scheme.partition("+")[0])
+        if not place.hostname or port is None:
+            return
+        with socket.create_connection((place.hostname, port), ANSWER_SECONDS) as connection:
+            if place.scheme == "http":
+                connection.sendall(f"GET /health HTTP/1.0\r\nHost: {place.hostname}\r\n\r\n".encode())
+                if not connection.recv(1):
+                    raise ConnectionError("the connection was closed without an answer")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no server answers at {key}={uri} within {ANSWER_SECONDS} s ({reason_of(error)}); start one there, or "
+            f"name another {key}"
+        ) from None
+
+
 def check_store(uri: str) -> None:
     """Whether MLflow knows a store like this, and can open it. An embedded database is made when a run is logged, so
     nothing is asked about it: MLflow takes seconds to import.
@@ -54,6 +84,7 @@ def check_store(uri: str) -> None:
     """
     if _embedded_database(uri) is not None:
         return
+    check_answers("tracking.uri", uri)
     with _store_usable(uri):
         from mlflow import MlflowClient
 

@@ -42,9 +42,7 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
     """
     (model, tokenizer), settings = workspace.adapted, workspace.config.evaluation
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
-    n_prompts, n_tokens = min(settings.speed_prompts, len(chosen)), settings.speed_tokens
-    order = np.argsort(chosen, kind="stable")
-    picked = [order[int((i + 0.5) * len(order) / n_prompts)] for i in range(n_prompts)]
+    n_tokens, picked = settings.speed_tokens, timed_rows(chosen, settings.speed_prompts)
     texts = [test.prompts[index].prompt for index in picked]
     batch = dict(padded_prompts(tokenizer, texts).to(model.device))
     singles = [dict(padded_prompts(tokenizer, [text]).to(model.device)) for text in texts]
@@ -94,6 +92,12 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
         "plan_intervals": [described(ratios[full, name]) for name in plans],
         "overhead_ms": seconds["allocate_single"] * 1000 / len(texts),
     }
+
+
+def timed_rows(chosen: Choices, count: int) -> list[int]:
+    """Rows of the prompts to time: `count` at most, evenly along the plans chosen for all of them [N]."""
+    order, count = np.argsort(chosen, kind="stable"), min(count, len(chosen))
+    return [int(order[int((i + 0.5) * len(order) / count)]) for i in range(count)]
 
 
 def _shortened(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from backbone.plan import LayerPlan, PlanMenu
+from backbone.plan import LayerPlan, PlanError, PlanMenu, SublayerBytes
 from backbone.registry import Registry
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
 LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "middle_block", "gaps", "random_routes"})
 """The methods that need no prompts; any other may read the model's answers to those of its task."""
 
+KEEP_THE_LAST = frozenset({"evenly", "middle_block"})
+"""The methods all of whose plans run the last layer."""
+
 LOSSES = (0.0, 0.02, 0.05)
 """Shares of the full model's mean score that a menu's oracle may lose where nothing else is asked for."""
 
@@ -46,4 +49,26 @@ def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> 
     """
     from backbone.families import sublayer_bytes  # torch, which names alone do not need
 
-    return PlanMenu.build(MENUS[method](task, advance), sublayer_bytes(task.model), task.probe_depth)
+    check_depths(method, task.n_layers, task.probe_depth, task.cheapest_budget)
+    return checked_menu(method, MENUS[method](task, advance), sublayer_bytes(task.model), task.probe_depth)
+
+
+def checked_menu(method: str, plans: Sequence[LayerPlan], sublayer_bytes: SublayerBytes, probe_depth: int) -> PlanMenu:
+    """The menu of these plans and the full plan. Raises PlanError where these are no more than the full plan."""
+    menu = PlanMenu.build(plans, sublayer_bytes, probe_depth)
+    if len(menu) == 1:
+        what = "menu.given holds" if method == "given" else f"the menu {method!r} found"
+        raise PlanError(f"{what} the full plan alone, so there is nothing to choose from; it needs a shorter plan")
+    return menu
+
+
+def check_depths(method: str, n_layers: int, probe_depth: int, cheapest_budget: float) -> None:
+    """Raises PlanError where a method can leave out no layer of so many."""
+    deepest = n_layers - 1 - (method in KEEP_THE_LAST)
+    if not 1 <= probe_depth <= deepest:
+        raise PlanError(f"menu.probe_depth must be from 1 to {deepest} for this model, got {probe_depth}")
+    if method != "given" and round(cheapest_budget * n_layers) >= n_layers:
+        raise PlanError(
+            f"menu.cheapest_budget must be at most {(n_layers - 1) / n_layers:.2f} for this model of {n_layers} "
+            f"layers, got {cheapest_budget:g}"
+        )

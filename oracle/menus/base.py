@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.families import decoder_layers
-from backbone.plan import PlanError
 from oracle.decoding import Decoding
 from oracle.menus import LOSSES
 from oracle.menus.task_labels import TaskLabels
@@ -32,9 +31,6 @@ class MenuTask:
             the menu is to be good at all of them.
         given: texts of the plans, for the method `given`.
         labels: answers to the prompts and their scores under any plan, for methods that look at scores.
-
-    Raises:
-        PlanError: a probe as deep as the model.
     """
 
     model: PreTrainedModel
@@ -47,10 +43,6 @@ class MenuTask:
     losses: Sequence[float] = LOSSES
     given: Sequence[str] = ()
     labels: TaskLabels | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.probe_depth < self.n_layers:
-            raise PlanError(f"probe_depth must be from 1 to {self.n_layers - 1} for this model, got {self.probe_depth}")
 
     @property
     def n_layers(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from backbone.plan import LayerPlan, PlanError
+from backbone.plan import LayerPlan
 from oracle.menus.base import Advance, MenuTask
 from oracle.spread import spread
 
@@ -19,8 +19,7 @@ def given(task: MenuTask, advance: Advance) -> list[LayerPlan]:
 
 def evenly(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """Evenly spread skips (Unified Layer Skipping, Liu et al. 2024, arXiv 2404.06954, section 3)."""
-    shortest = max(task.probe_depth + 1, task.fewest_layers)
-    counts = spread(range(shortest, task.n_layers), task.n_plans - 1)
+    counts = _counts_with_last(task)
     return [LayerPlan.evenly(task.n_layers, count, probe_depth=task.probe_depth) for count in counts]
 
 
@@ -32,13 +31,17 @@ def exiting(task: MenuTask, advance: Advance) -> list[LayerPlan]:
 def middle_block(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """One gap of neighbouring layers, centred between the probe layers and the last layer."""
     plans = []
-    for count in task.counts:
+    for count in _counts_with_last(task):
         skipped = task.n_layers - count
-        if skipped > task.n_layers - 1 - task.probe_depth:
-            raise PlanError(f"cannot skip a block of {skipped} layers between layer {task.probe_depth} and the last")
         first = task.probe_depth + (task.n_layers - 1 - task.probe_depth - skipped) // 2
         plans.append(LayerPlan.skipping(task.n_layers, range(first, first + skipped)))
     return plans
+
+
+def _counts_with_last(task: MenuTask) -> list[int]:
+    """Numbers of layers for the K - 1 shortened plans where the last layer runs in all of them."""
+    shortest = max(task.probe_depth + 1, task.fewest_layers)
+    return spread(range(shortest, task.n_layers), task.n_plans - 1)
 
 
 def gaps(task: MenuTask, advance: Advance) -> list[LayerPlan]:

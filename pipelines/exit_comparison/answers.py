@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
+from backbone.stand_ins.attaching import attached_digest
 from oracle.chat import padded_prompts
 from oracle.decoding import Decoding
 from oracle.labels.generate_answers import answer_text, stop_token_ids
+from oracle.labels.reader import model_key
 from oracle.prompts import Prompt
 from pipelines.progress import progress
 from runtime.token_exits.token_exits import TokenExits
@@ -24,22 +28,20 @@ class ExitAnswer:
     """One answer.
 
     Attributes:
-        key: of the settings that it was made with.
-        prompt: its id.
+        key: hash of everything that the answer and its score depend on.
         text: the answer.
         score: in [0, 1].
         layers: that each of its tokens ran.
     """
 
     key: str
-    prompt: str
     text: str
     score: float
     layers: tuple[int, ...]
 
 
 class ExitAnswers:
-    """Answers by settings and prompt.
+    """Answers by token exits, plan, model, decoding, prompt and judge.
 
     Args:
         path: where they are kept, one JSON object a line; a line that was cut off by a kill is made again.
@@ -57,7 +59,7 @@ class ExitAnswers:
     ) -> None:
         self._path, self._model, self._tokenizer = path, model, tokenizer
         self._decoding, self._batch_size, self._full = decoding.of(model, tokenizer), batch_size, full_answers
-        self._known = {(answer.key, answer.prompt): answer for answer in _read(path)}
+        self._known = {answer.key: answer for answer in _read(path)}
 
     def of(
         self,
@@ -73,44 +75,53 @@ class ExitAnswers:
             plans: a plan for each prompt, below which its tokens leave. Prompts of one plan are answered together.
         """
         own: Sequence[LayerPlan | None] = plans or [None] * len(prompts)
-        by_plan: dict[LayerPlan | None, list[Prompt]] = {}
-        for prompt, plan in zip(prompts, own, strict=True):
-            if (key, prompt.id) not in self._known:
-                by_plan.setdefault(plan, []).append(prompt)
-        if by_plan:
-            self._make(key, make(), by_plan)
-        return [self._known[key, prompt.id] for prompt in prompts]
+        keys = [self._key(key, plan, prompt) for prompt, plan in zip(prompts, own, strict=True)]
+        missing: dict[LayerPlan | None, list[tuple[str, Prompt]]] = {}
+        for each, prompt, plan in zip(keys, prompts, own, strict=True):
+            if each not in self._known:
+                missing.setdefault(plan, []).append((each, prompt))
+        if missing:
+            self._make(key.partition(":")[0], make(), missing)
+        return [self._known[each] for each in keys]
 
-    def _make(self, key: str, exits: TokenExits, by_plan: Mapping[LayerPlan | None, Sequence[Prompt]]) -> None:
-        with progress(f"token exits, {key.partition(':')[0]}", sum(map(len, by_plan.values()))) as advance:
-            for plan, some in by_plan.items():
-                ordered = sorted(some, key=lambda prompt: len(prompt.prompt))
+    def _key(self, exits: str, plan: LayerPlan | None, prompt: Prompt) -> str:
+        stand_ins = attached_digest(self._model, plan) if plan is not None else ""
+        model = model_key(model_fingerprint(self._model), str(self._model.dtype), stand_ins)
+        parts = [exits, str(plan), model, str(self._decoding), prompt.hash, prompt.judge]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+    def _make(
+        self, name: str, exits: TokenExits, missing: Mapping[LayerPlan | None, Sequence[tuple[str, Prompt]]]
+    ) -> None:
+        with progress(f"token exits, {name}", sum(map(len, missing.values()))) as advance:
+            for plan, some in missing.items():
+                ordered = sorted(some, key=lambda keyed: len(keyed[1].prompt))
                 for start in range(0, len(ordered), self._batch_size):
                     batch = ordered[start : start + self._batch_size]
-                    self._keep(self._answered(key, exits, batch, plan))
+                    self._keep(self._answered(exits, batch, plan))
                     advance(len(batch))
 
     def _answered(
-        self, key: str, exits: TokenExits, prompts: Sequence[Prompt], plan: LayerPlan | None
+        self, exits: TokenExits, keyed: Sequence[tuple[str, Prompt]], plan: LayerPlan | None
     ) -> list[ExitAnswer]:
-        inputs = padded_prompts(self._tokenizer, [prompt.prompt for prompt in prompts]).to(self._model.device)
+        inputs = padded_prompts(self._tokenizer, [prompt.prompt for _, prompt in keyed]).to(self._model.device)
         stops = stop_token_ids(self._tokenizer, self._decoding)
         options = self._decoding.arguments(self._tokenizer, list(stops))
         output = exits.generate(self._model, **inputs, **options, plan=plan, return_dict_in_generate=True)
         assert not isinstance(output, torch.Tensor)
         rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         found = []
-        for prompt, ids, layers in zip(prompts, rows, output["layers_run"].tolist(), strict=True):
+        for (key, prompt), ids, layers in zip(keyed, rows, output["layers_run"].tolist(), strict=True):
             n_tokens = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
             text = answer_text(self._tokenizer, ids[:n_tokens], self._decoding)
             value = prompt.score_or_zero(text, self._full[prompt.id])
-            found.append(ExitAnswer(key, prompt.id, text, value, tuple(layers[:n_tokens])))
+            found.append(ExitAnswer(key, text, value, tuple(layers[:n_tokens])))
         return found
 
     def _keep(self, answers: Sequence[ExitAnswer]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
-        self._known |= {(answer.key, answer.prompt): answer for answer in answers}
+        self._known |= {answer.key: answer for answer in answers}
 
 
 def _read(path: Path) -> list[ExitAnswer]:

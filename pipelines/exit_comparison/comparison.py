@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from backbone.plan import LayerPlan
 from controller.base import choose, lost
 from controller.certificate.calibration import PRICES, cheapest_valid_plan
+from controller.learning import Learned
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.labels.reader import key_of
 from pipelines.exit_comparison.answers import ExitAnswers
@@ -76,10 +77,15 @@ class Comparison:
         """All of them, the full model first."""
         found = [self._full(), self._static(), self._allocator()]
         found += [self._exits(gate, "bridged") for gate in self._settings.gates]
-        best = min(found[3:], key=lambda each: float(each.layers.mean()))
-        found.append(self._exits(best.name.split(",")[0], "frozen"))
-        found.append(self._both(best.name.split(",")[0]))
+        best = self.best_gate()
+        found.append(self._exits(best, "frozen"))
+        if self._settings.strategy != "recompute":  # which takes no plans
+            found.append(self._both(best))
         return found
+
+    def best_gate(self) -> str:
+        """The gate of the fewest layers at equal agreement on the held-out tokens, which are of no test prompt."""
+        return min(self._settings.gates, key=lambda gate: self.material.held_out_layers(gate, self.material.bridged))
 
     def _limited(self, table: Table) -> Table:
         return table.rows(np.arange(min(self._settings.prompts, len(table.prompts))))
@@ -199,8 +205,8 @@ class Comparison:
         """Scores, layers a token and layers of the prompt, of a table's prompts at a step [n]."""
         own = None if plans is None else plans(step, table)
         make = partial(self._made, gate, heads, thresholds[step])
-        key = f"{name}: {thresholds[step]:.9g} {self._settings.strategy} {self._settings.decay} {self.material.depths}"
-        key += "" if own is None else f" step {step}"
+        parts = [thresholds[step], self._settings.strategy, self._settings.decay, self.material.depths]
+        key = f"{name}: {self.material.digest(gate, heads)} {parts}"
         answers = self._answers.of(key, make, table.prompts, own)
         layers = np.array([float(np.mean(answer.layers)) for answer in answers])
         of_prompts = [self.material.n_layers if own is None else plan.layers for plan in own or table.prompts]  # type: ignore[union-attr]
@@ -220,7 +226,10 @@ class Comparison:
         )
 
     def _predicted(self, allocator: Allocator, table: Table) -> NDArray[np.float32]:
-        return allocator.controller.predict(allocator.projection(table.features), float(table.kept[0, -1]))
+        """What plans are expected to keep, with the outlier test that the certificate covers."""
+        full = float(table.kept[0, -1])
+        learned = Learned(allocator.projection, allocator.controller, full, allocator.outliers)
+        return learned.predict(table.features)
 
 
 def described(found: Sequence[Contestant]) -> list[dict[str, Any]]:

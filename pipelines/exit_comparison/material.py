@@ -5,6 +5,7 @@ The full model's answers to both are labels that the run has anyway. No referenc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -16,12 +17,12 @@ from oracle.answered_prompts import answered_examples
 from oracle.prompts import Prompt
 from pipelines.workspace import Workspace
 from runtime.token_exits.gates.base import Gate
-from runtime.token_exits.gates.of_states import Saturation, fit_classifier
+from runtime.token_exits.gates.of_states import Classifier, Saturation, fit_classifier
 from runtime.token_exits.gates.of_the_head import Entropy, Margin, Patience, TopProbability
 from runtime.token_exits.gates.oracle import Oracle
 from runtime.token_exits.heads import ExitHeads, fit_exit_bridges, shortlist_of
 from runtime.token_exits.observing import Observed, agreements, confidences, observe
-from runtime.token_exits.thresholds import threshold_for
+from runtime.token_exits.thresholds import mean_depth, threshold_for
 from runtime.token_exits.training import train_bridges
 
 GATES: dict[str, type[Gate]] = {
@@ -126,6 +127,25 @@ class Material:
         held-out tokens."""
         confidence = confidences(gate, heads, self.held_out, self.depths)
         return [threshold_for(confidence, self.judged(heads), wanted) for wanted in self.settings.agreements]
+
+    def held_out_layers(self, name: str, heads: ExitHeads) -> float:
+        """Layers that a held-out token runs under a gate, on average over the thresholds that a certificate tests."""
+        gate = self.gate(name, heads)
+        confidence = confidences(gate, heads, self.held_out, self.depths)
+        layers = [mean_depth(confidence, self.depths, self.n_layers, step) for step in self.steps(gate, heads)]
+        return sum(layers) / len(layers)
+
+    def digest(self, name: str, heads: ExitHeads) -> str:
+        """Twelve hexadecimal digits that name a gate's and its heads' weights."""
+        bridges = [heads.bridges[depth].tensors() for depth in sorted(heads.bridges)]
+        tensors = [tensor for bridge in bridges for _, tensor in sorted(bridge.items())]
+        tensors += [] if heads.shortlist is None else [heads.shortlist]
+        if isinstance(gate := self.gate(name, heads), Classifier):
+            tensors += [torch.cat([own, own.new_tensor([constant])]) for own, constant in gate.weights.values()]
+        content = hashlib.sha256()
+        for tensor in tensors:
+            content.update(tensor.double().cpu().numpy().tobytes())
+        return content.hexdigest()[:12]
 
     def _answered(self, prompts: Sequence[Prompt]) -> list[Example]:
         full = LayerPlan.full(self.n_layers)

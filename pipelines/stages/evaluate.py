@@ -26,6 +26,7 @@ from pipelines.config import Config
 from pipelines.controls import comparison
 from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
+from pipelines.layers_run import check_layers_run
 from pipelines.learning_table import Table
 from pipelines.omissions import Omissions
 from pipelines.shown_prompts import shown
@@ -55,6 +56,8 @@ def run(config: Config) -> Path:
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
     chosen = {name: choose(kept, test.budgets, calibration["prices"][name]) for name, kept in predicted.items()}
     best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
+    certified = [allocator.menu.plans[plan] for plan in chosen[best]]
+    check_layers_run(allocator, *workspace.adapted, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
     examples = shown(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, calibrate, workspace.table("train", "tune"), chosen[best])

@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 
 from backbone.files import write_atomically
-from controller.base import CONTROLLERS
 from controller.learning import Settings
+from pipelines.check import check_given_settings
 from pipelines.config import LONGEST_NAME, Config, ConfigError
 from pipelines.learning_sections import GivenSettings
 from pipelines.progress import progress, say
@@ -73,10 +73,7 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
 
 
 def _given(work: Work, name: str) -> dict[str, Any]:
-    try:
-        CONTROLLERS[name](**work.tuning.given[name].parameters)
-    except TypeError as error:
-        raise ConfigError(f"tuning.given.{name}.parameters cannot be used: {error}") from None
+    check_given_settings(work.tuning)
     return _unsearched(work, Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()}))
 
 

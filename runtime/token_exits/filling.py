@@ -55,7 +55,12 @@ class Filling:
 
 def check_shared(filling: Filling, depths: tuple[int, ...]) -> None:
     """Raises TokenExitsError where a token may leave before any layer of some kind has run."""
-    if depths[0] < (first := filling.first_shared()):
+    check_first(filling.first_shared(), depths)
+
+
+def check_first(first: int, depths: tuple[int, ...]) -> None:
+    """As `check_shared`, where every kind of layer lies before layer `first`."""
+    if depths[0] < first:
         raise TokenExitsError(
             f"the strategy 'share' copies keys and values from a layer of the same kind, and this model's first of "
             f"each kind lie before layer {first}: let tokens leave from there on, not before layer {depths[0]}"

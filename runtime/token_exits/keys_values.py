@@ -52,6 +52,15 @@ def _rotated(attention: nn.Module, keys: torch.Tensor, position_embeddings: Keys
     return rotated
 
 
+def check_family(kind: str) -> None:
+    """Raises UnsupportedModelError for a `model_type` whose keys and values `project` does not make."""
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(
+            f"token exits cannot make the keys and values of {kind} for layers that were left out; known are "
+            f"{', '.join(FAMILIES)}"
+        )
+
+
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
@@ -60,12 +69,7 @@ def check_projections(model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError unless `project` gives what this model's own layers keep, up to rounding."""
     if model in _checked:
         return
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise UnsupportedModelError(
-            f"token exits cannot make the keys and values of {kind} for layers that were left out; known are "
-            f"{', '.join(FAMILIES)}"
-        )
+    check_family(kind := model.config.model_type)
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"token exits cut attention masks into rows, which {model.config._attn_implementation} does not take; load "

@@ -51,13 +51,7 @@ class ExitSettings:
     decay: float | None = None
 
     def __post_init__(self) -> None:
-        n_layers = len(decoder_layers(self.heads.model))
-        if not self.depths or sorted({*self.depths}) != list(self.depths):
-            raise TokenExitsError(f"the candidate layers must ascend and be at least one, got {self.depths}")
-        if not (self.depths[0] > 0 and self.depths[-1] < n_layers):
-            raise TokenExitsError(
-                f"tokens can leave before the layers 1 to {n_layers - 1} of this model, got {self.depths}"
-            )
+        check_depths(self.depths, len(decoder_layers(self.heads.model)))
         if self.strategy not in STRATEGIES:
             raise TokenExitsError(f"there is no strategy {self.strategy!r}; known are {', '.join(STRATEGIES)}")
         for name, value in (("threshold", self.threshold), ("decay", self.decay)):
@@ -72,3 +66,11 @@ class ExitSettings:
             return self.threshold
         decayed = (1 - DECAY_SHARE) * self.threshold + DECAY_SHARE * math.exp(-self.decay * step / max(steps, 1))
         return min(max(decayed, 0.0), 1.0)
+
+
+def check_depths(depths: tuple[int, ...], n_layers: int) -> None:
+    """Raises TokenExitsError for candidate layers that are not in order, or that a model of so many lacks."""
+    if not depths or sorted({*depths}) != list(depths):
+        raise TokenExitsError(f"the candidate layers must ascend and be at least one, got {depths}")
+    if not (depths[0] > 0 and depths[-1] < n_layers):
+        raise TokenExitsError(f"tokens can leave before the layers 1 to {n_layers - 1} of this model, got {depths}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -161,6 +162,11 @@ def _check_recompute(request: Request, plan: LayerPlan) -> None:
         raise TokenExitsError("the strategy 'recompute' keeps a cache with gaps, so it takes none from outside")
     longest = int(request.config.max_length or 0)
     windows = [layer.sliding_window for layer in request.kwargs["cache"].layers if layer.is_sliding]
+    check_window(longest, windows)
+
+
+def check_window(longest: int, windows: Sequence[int]) -> None:
+    """Raises TokenExitsError where `recompute` would go back behind one of the sliding windows."""
     if windows and longest >= min(windows):
         raise TokenExitsError(
             f"the strategy 'recompute' cannot go back behind a sliding window: prompt and answer may have {longest} "

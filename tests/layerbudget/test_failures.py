@@ -2,7 +2,9 @@ import errno
 import sqlite3
 
 import pytest
+from command import refused
 
+import pipelines.check
 from layerbudget.failures import sentence_of
 
 GOES_ON = "; once that is put right, the same command goes on from here"
@@ -54,3 +56,19 @@ def test_what_lies_beneath_counts() -> None:
 )
 def test_faults_of_ours_stay_what_they_are(error) -> None:
     assert sentence_of(error) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("mlflow", "`pip install 'layerbudget[pipelines]'` brings it"),
+        ("uvicorn", "`pip install 'layerbudget[serve]'` brings it"),
+        ("psycopg2", "install the package that holds it"),
+    ],
+)
+def test_a_missing_module_has_its_own_remedy(name, remedy, config_file, monkeypatch) -> None:
+    def check_run(config) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(pipelines.check, "check_run", check_run)
+    assert refused("check", config_file()) == f"error: {name!r} is not installed; {remedy}"

@@ -82,6 +82,18 @@ def test_progress_counts_the_plans_tried() -> None:
     assert search_steps("evenly", task) == 0
 
 
-def test_a_probe_as_deep_as_the_model_is_refused() -> None:
-    with pytest.raises(PlanError, match="probe_depth must be from 1 to 5 for this model, got 6"):
-        task_of(tiny_model("llama"), probe_depth=6)
+@pytest.mark.parametrize("method", sorted(set(MENUS) - {"covering"}))
+def test_menus_leave_out_a_layer_or_say_why_not(method) -> None:
+    model = tiny_model("llama")
+    for changes, most in (
+        ({"probe_depth": 6}, "menu.probe_depth must be from 1 to"),
+        ({"probe_depth": 5, "given": ["0-4"]}, "menu.probe_depth must be from 1 to 4 for this model, got 5"),
+        ({"cheapest_budget": 0.95}, "menu.cheapest_budget must be at most 0.83 for this model of 6 layers, got 0.95"),
+        ({"cheapest_budget": 0.01}, ""),
+        ({"given": ["0-5"]}, "menu.given holds the full plan alone"),
+    ):
+        try:
+            said = len(build_menu(method, task_of(model, **changes)))
+        except PlanError as error:
+            said = str(error)
+        assert said in range(2, 5) or (most and said.startswith(most)), (changes, said)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import yaml
 from command import layerbudget, refused, snapshot
 
-from pipelines import check
+from pipelines import check, tracking
 from pipelines.config import load_config
 
 
@@ -35,7 +37,8 @@ def test_a_run_that_can_go_through_is_described(config_file) -> None:
     done = layerbudget("check", config_file())
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert lines.keys() == {"model", "methods", "stores", "prompts", "splits", "certificate", "disk"}
+    assert lines.keys() == {"model", "methods", "stores", "prompts", "tokens", "splits", "certificate", "disk"}
+    assert "20 of the longest prompt, 3 new ones" in lines["tokens"]
     assert "6 layers" in lines["model"]
     assert "160 of 2 kinds, judged by agreement" in lines["prompts"]
     assert "test 32" in lines["splits"]
@@ -113,8 +116,102 @@ def test_models_that_are_not_there(fails, tmp_path) -> None:
 
 
 def test_plans_that_the_model_cannot_have(fails) -> None:
-    assert "menu.probe_depth is 7, and" in fails("menu.probe_depth=7")
     assert "layer 6 is outside" in fails(menu={"method": "given", "given": ["0-9"], "probe_depth": 2})
+
+
+def _changed(model_folder: Path, folder: Path, config=None, settings=None, template=None) -> Path:
+    """A copy of a model with other values in its files."""
+    shutil.copytree(model_folder, folder)
+    for name, values in {"config.json": config or {}, "tokenizer_config.json": settings or {}}.items():
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **values}))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+MODELS = {
+    "token": ({"config": {"vocab_size": 70}}, "gives token 7", "but the embedding has 70 rows (vocab_size)"),
+    "context": (
+        {"config": {"max_position_embeddings": 22}},
+        "has 20 tokens, which with 3 new ones is more than the 22",
+    ),
+    "quantised": ({"config": {"quantization_config": {"quant_method": "awq"}}}, "are quantised"),
+    "multimodal": ({"config": {"vision_config": {}}}, "llama is multimodal; load its language model alone"),
+    "shared": ({"config": {"num_kv_shared_layers": 2}}, "llama shares keys and values between layers"),
+    "hybrid": (
+        {"config": {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"] * 3}},
+        "qwen3_next is not made of attention layers alone",
+    ),
+    "template": ({"template": NO_SYSTEM}, "the prompt 'system': the chat template", "System role not supported"),
+    "old template": ({"settings": {"chat_template": NO_SYSTEM}}, "the prompt 'system': the chat template"),
+    "none": ({}, "the prompt 'system': messages need a chat template"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_cannot_take_the_prompts(name, fails, model_folder, prompts_file, tmp_path) -> None:
+    changes, *sentences = MODELS[name]
+    if "system" in sentences[0]:
+        turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+        row = {"id": "system", "task": "short", "messages": turns, "reference": "", "judge": "agreement"}
+        prompts_file.write_text(prompts_file.read_text() + json.dumps(row) + "\n")
+    source = _changed(model_folder, tmp_path / "changed", **changes)
+    said = fails(model={"source": str(source), "device": "cpu"})
+    assert all(sentence in said for sentence in sentences), said
+
+
+EXITS = {"token_exits.enabled": "true"}
+SETTINGS = {
+    "probe": ({"menu.probe_depth": 6}, "menu.probe_depth must be from 1 to 5 for this model, got 6"),
+    "even probe": ({"menu": "{method: evenly, probe_depth: 5}"}, "menu.probe_depth must be from 1 to 4"),
+    "budget": ({"menu.cheapest_budget": 0.95}, "menu.cheapest_budget must be at most 0.83"),
+    "probe layer": (
+        {"menu": "{method: given, given: ['0,2-5'], probe_depth: 2}"},
+        "skips layer 1, but every plan runs",
+    ),
+    "full plan": ({"menu": "{method: given, given: ['0-5'], probe_depth: 2}"}, "menu.given holds the full plan alone"),
+    "device": ({"model.device": "cuda:77"}, "device 'cuda:77' was asked for, but this machine has"),
+    "no device": ({"model.device": "tpu"}, "unknown device 'tpu'; use auto, cpu, cuda, cuda:N or mps"),
+    "given": (
+        {"tuning.given": "{mlp: {sets: [length], components: 3, parameters: {depth: 2}}}"},
+        "tuning.given.mlp.parameters cannot be used",
+    ),
+    "template file": ({"data.chat_template": "none.jinja"}, "cannot read the chat template none.jinja"),
+    "template text": ({"data.chat_template": "{template}"}, "never shows what the user says"),
+    "judge": ({"data.force_judge": "wrong_judges:two"}, "judge 'wrong_judges:two' scored 2.0"),
+    "failing judge": ({"data.force_judge": "wrong_judges:fails"}, "(ZeroDivisionError: division by zero)"),
+    "own judge": (
+        {"data.path": "{own}", "data.force_judge": "agreement", "evaluation.own_judges": 3},
+        "judge 'wrong_judges:two' scored 2.0",
+    ),
+    "tried": ({"try_prompts": "[" + 300 * "a" + "]"}, "the prompt 'try_prompts 1' has 300 tokens"),
+    "folder": ({"name": "foreign"}, "holds 'mine.txt', but no run"),
+    "depths": ({**EXITS, "token_exits.depths": "[2, 6]"}, "tokens can leave before the layers 1 to 5"),
+    "kl": ({**EXITS, "data.path": "{kl}"}, "token_exits.enabled compares answers, and the judge 'kl'"),
+    "server": ({"tracking.uri": "http://127.0.0.1:{silent}"}, "no server answers at tracking.uri=http://127.0.0.1:"),
+    "no server": ({"tracking.uri": "http://127.0.0.1:9"}, "within 5 s ([Errno 111] Connection refused); start one"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_a_run_refuses_is_said_before(name, fails, prompts_file, tmp_path, monkeypatch) -> None:
+    settings, sentence = SETTINGS[name]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.2 if "silent" in str(settings) else 5)
+    (tmp_path / "wrong_judges.py").write_text("two = lambda *texts: 2.0\nfails = lambda *texts: 1 / 0\n")
+    (tmp_path / "hides.jinja").write_text("hello")
+    (tmp_path / "runs" / "foreign").mkdir(parents=True)
+    (tmp_path / "runs" / "foreign" / "mine.txt").write_text("mine")
+    places = {"{template}": str(tmp_path / "hides.jinja")}
+    for judge, place in {"wrong_judges:two": "{own}", "kl": "{kl}"}.items():
+        places[place] = str(tmp_path / f"{place[1:-1]}.jsonl")
+        Path(places[place]).write_text(prompts_file.read_text().replace('"agreement"', f'"{judge}"'))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        places["{silent}"] = str(silent.getsockname()[1])
+        for place, found in places.items():
+            settings = {key: str(value).replace(place, found) for key, value in settings.items()}
+        assert sentence in fails(*(f"{key}={value}" for key, value in settings.items()))
 
 
 def test_a_full_disk_is_seen_before_it_is_full(fails, monkeypatch) -> None:
@@ -129,7 +226,9 @@ def test_a_folder_that_cannot_be_written_to(fails, tmp_path, monkeypatch) -> Non
 
 def test_all_problems_are_said_at_once(fails) -> None:
     said = fails("menu.probe_depth=7", "calibration.alpha=0.01", "data.force_judge=no_such_module:score")
-    assert "2 problems: menu.probe_depth is 7" in said, "of prompts that cannot be read nothing more is known"
+    assert "2 problems: menu.probe_depth must be from 1 to 5 for this model, got 7" in said, (
+        "of prompts that cannot be read nothing more is known"
+    )
 
 
 def test_every_configuration_of_the_project_can_be_checked(tmp_path) -> None:

@@ -1,15 +1,31 @@
 """Token exits beside the allocator in a run on a tiny model: compared, reported, resumed, refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 from command import layerbudget
+from tiny import tiny_model, tiny_tokenizer
 
+from backbone.fingerprint import model_fingerprint
+from backbone.plan import LayerPlan
+from backbone.stand_ins.attaching import StandIns, attach
+from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from oracle.decoding import Decoding
+from oracle.prompts import Prompt
 from pipelines.config import ConfigError, load_config
-from pipelines.exit_comparison.answers import _read
+from pipelines.exit_comparison.answers import ExitAnswers, _read
+from pipelines.exit_comparison.comparison import Comparison
 from pipelines.exit_comparison.material import default_depths
+from pipelines.workspace import Workspace
+from runtime.allocator import Allocator
+from runtime.token_exits.gates.of_the_head import TopProbability
+from runtime.token_exits.heads import ExitHeads
+from runtime.token_exits.settings import ExitSettings
+from runtime.token_exits.token_exits import TokenExits
 
 EXITS = {
     "enabled": True,
@@ -27,6 +43,7 @@ def test_a_run_compares_token_exits(config_file) -> None:
         token_exits=EXITS,
         decoding={"max_new_tokens": 5},
         tuning={"trials": 1, "components": [6], "folds": 2, "controllers": ["mlp"]},
+        calibration={"alpha": 0.3, "delta": 0.2, "outliers": 0.5},
     )
     done = layerbudget("run", path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,6 +69,68 @@ def test_a_run_compares_token_exits(config_file) -> None:
     assert set(found["gates"]) == {*EXITS["gates"], "entropy of the whole head"}
     assert "Token exits beside plans" in (folder / "report.html").read_text()
     _check_resumes(path, folder)
+    _check_contestants(path, folder)
+
+
+def _check_contestants(path: Path, folder: Path) -> None:
+    """Outliers run the full plan, as the certificate assumes, and the gate is picked without the test prompts."""
+    Workspace.forget()
+    comparison = Comparison(Workspace.of(load_config(path)))
+    allocator = Allocator.from_pretrained(folder / "allocator")
+    bold = replace(allocator, certificate=replace(allocator.certificate, price=1e-3))
+    sent = allocator.outliers.are_outliers(comparison.test.features)
+    with patch.object(Allocator, "from_pretrained", lambda place: bold):
+        plans = comparison._allocator().plans
+    assert 0 < sum(sent) < len(sent)
+    assert [plan.is_full for plan in plans] == sent.tolist()
+    best = comparison.best_gate()
+    cheap = {gate: 1.0 if gate != best else 6.0 for gate in EXITS["gates"]}
+    exits = comparison._exits
+
+    def other_layers(gate: str, heads: str):
+        made = exits(gate, heads)
+        return replace(made, layers=0 * made.layers + cheap[gate])
+
+    with patch.object(comparison, "_exits", other_layers):
+        assert comparison.contestants()[-1].name == f"allocator and {best}, bridged"
+
+
+def _bridged(model):
+    plan = LayerPlan.exiting(6, 4)
+    bridges = bridges_of(fit_bridges(model, [[1, *range(5 + i, 25 + i)] for i in range(8)], [plan]))
+    attach(model, StandIns(model_fingerprint(model), bridges))
+    return model
+
+
+PROMPT = Prompt("one", "task", "abc", "def", "rouge_l")
+ANSWERED = {
+    "the same": {},
+    "token exits": {"key": "top: 0.6"},
+    "plan": {"plan": LayerPlan.exiting(6, 4)},
+    "decoding": {"decoding": Decoding(4)},
+    "model": {"model": tiny_model("llama", seed=1)},
+    "stand-ins": {"plan": LayerPlan.exiting(6, 4), "model": _bridged(tiny_model("llama"))},
+    "prompt": {"prompt": replace(PROMPT, prompt="abd")},
+    "reference": {"prompt": replace(PROMPT, reference="deg")},
+    "judge": {"prompt": replace(PROMPT, judge="contains")},
+}
+
+
+def test_answers_are_kept_for_what_made_them(tmp_path) -> None:
+    same, made = tiny_model("llama"), []
+    for what, change in ANSWERED.items():
+        asked = {"key": "top: 0.5", "model": same, "decoding": Decoding(3), "plan": None, "prompt": PROMPT, **change}
+
+        def make(model=asked["model"], what=what) -> TokenExits:
+            made.append(what)
+            return TokenExits(ExitSettings(TopProbability(), ExitHeads(model), (2, 4), 0.5))
+
+        for _ in range(2):
+            answers = ExitAnswers(
+                tmp_path / "answers.jsonl", asked["model"], tiny_tokenizer(), asked["decoding"], 4, {"one": ""}
+            )
+            answers.of(asked["key"], make, [asked["prompt"]], asked["plan"] and [asked["plan"]])
+    assert made == list(ANSWERED)
 
 
 def _check_resumes(path: Path, folder: Path) -> None:

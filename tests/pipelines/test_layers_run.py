@@ -1,0 +1,40 @@
+"""What `generate()` runs is what was certified, or the run ends with a sentence."""
+
+from unittest.mock import patch
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+from tiny_allocator import ByLength, make_allocator
+
+from backbone.plan import LayerPlan
+from oracle.chat import padded_prompts
+from pipelines.layers_run import LayersError, check_layers_run
+from runtime import deciding
+
+TEXTS = ["abc", "abcd", "bcd", "bcde", "cde", "cdef", "def", "defg", 11 * "a", 11 * "b"]
+
+
+@pytest.mark.parametrize(
+    ("flipped", "fails", "sentence"),
+    [
+        (0, False, None),
+        (2, False, None),
+        (3, False, "(3 of 8 test prompts run another plan)"),
+        (0, True, "generate() runs 6.0 of 6 layers where 4.0 were certified (8 of 8 test prompts run another plan)"),
+    ],
+)
+def test_generate_runs_the_layers_that_were_certified(flipped, fails, sentence) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    allocator = make_allocator(model, controller=ByLength())
+    certified = [allocator.allocate(model, **padded_prompts(tokenizer, [text]))[0] for text in TEXTS]
+    assert [plan.is_full for plan in certified] == 8 * [False] + 2 * [True]
+    for row in range(flipped):
+        certified[row] = LayerPlan.skipping(6, {5})
+    failure = patch.object(deciding, "run_prefix", side_effect=RuntimeError("a hybrid"))
+    with failure if fails else patch.object(deciding, "run_prefix", deciding.run_prefix):
+        if sentence is None:
+            check_layers_run(allocator, model, tokenizer, TEXTS, certified)
+            return
+        with pytest.raises(LayersError) as error:
+            check_layers_run(allocator, model, tokenizer, TEXTS, certified)
+    assert sentence in str(error.value)
