@@ -20,8 +20,8 @@ from pipelines.config import Config, ConfigError
 from pipelines.stage_list import BY_NAME, Stage, all_before
 from pipelines.workspace import Workspace
 
-FORMAT_VERSION = 4
-"""Raised when a change of code makes the stages' earlier files wrong."""
+FORMAT_VERSION, STAGE_FORMATS = 4, {"train": 5, "calibrate": 5}
+"""Raised when a change of code makes earlier files wrong: those of all stages, or those of one."""
 
 LOCK = ".lock"
 
@@ -53,7 +53,7 @@ class RunState:
         values = self._config.model_dump(mode="json")
         given = self._config.adapt.given if stage.name == "adapt" else None
         parts = {
-            "format": FORMAT_VERSION,
+            "format": STAGE_FORMATS.get(stage.name, FORMAT_VERSION),
             "stage": stage.name,
             "model": [_source_identity(self._config.model.source), self._config.model.dtype, self._config.model.device],
             "prompts": Workspace.of(self._config).prompts_hash,
