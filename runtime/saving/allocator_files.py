@@ -139,7 +139,7 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
 
 def chat_hash(allocator: AllocatorParts) -> str:
     """Names the chat template; `none` where prompts are given as they are."""
-    return NO_TEMPLATE if allocator.chat is None else allocator.chat.template.hash
+    return NO_TEMPLATE if allocator.chat is None else allocator.chat.hash
 
 
 def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) -> Parts:
