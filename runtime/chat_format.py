@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from backbone.errors import InputError
 from backbone.strict_json import LONGEST_NAME, parse
 from oracle.chat import ChatError, ChatTemplate, Message, template_text, tokens_of
+from oracle.decoding import LARGEST_TOKEN
 
 logger = logging.getLogger(__name__)
 
 HEAD_TOKENS, TAIL_TOKENS = 4, 8
 """Tokens, at most, that prompts are told by at their beginning and end."""
-MOST_TOKENS, LARGEST_TOKEN = 64, 2**31
-"""Special tokens that a template may name, at most, and what every token's id lies below."""
+MOST_TOKENS = 64
+"""Special tokens that a template may name, at most."""
 _HASH = re.compile(r"[0-9a-f]{16}")
 _ASKS_THE_DATE = "strftime_now"
 """In the text of templates that write the day's date near their beginning."""

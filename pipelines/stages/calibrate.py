@@ -27,6 +27,7 @@ from pipelines.unseen_tasks import are_among, outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
+from runtime.saving.allocator_checks import optional_parts
 
 
 def run(config: Config) -> Path:
@@ -61,7 +62,8 @@ def run(config: Config) -> Path:
         outliers=outliers,
         chat=_chat_format(workspace),
     )
-    allocator.save_pretrained(workspace.path("allocator"))
+    certificate = replace(allocator.certificate, assumes=optional_parts(allocator))
+    replace(allocator, certificate=certificate).save_pretrained(workspace.path("allocator"))
     data = {"best": best, "certificates": {name: _as_dict(found) for name, found in certificates.items()}}
     write_atomically(workspace.path("calibration.json"), json.dumps(data, indent=2) + "\n")
     return workspace.path("allocator")
