@@ -20,8 +20,8 @@ from backbone.strict_json import parse
 SublayerBytes = Sequence[tuple[int, int]]
 """For each of the L layers: parameter bytes of its attention block and of its MLP block."""
 
-MOST_LAYERS = 10_000
-"""More than any model has: a damaged file is not to fill the memory."""
+MOST_LAYERS, MOST_PLANS = 10_000, 256
+"""More than any model or menu has: a damaged file is not to fill the memory."""
 
 
 class PlanError(InputError):
@@ -103,11 +103,15 @@ class LayerPlan:
             raise PlanError(f"a plan is a text such as 0-5,8a,9m, got {text!r:.80}")
         attention: set[int] = set()
         mlp: set[int] = set()
+        named = 0
         for part in text.split(","):
-            match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?([am]?)\s*", part)
+            match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?([am]?)\s*", part)
             if match is None or int(match[1]) > int(match[2] or match[1]):
                 raise PlanError(f"cannot read {part!r:.80} in the plan {text!r:.80}: parts look like 3, 0-5, 8a or 9m")
             first, last = (min(int(number), n_layers) for number in (match[1], match[2] or match[1]))
+            named += last - first + 1
+            if named > 2 * n_layers + 1:
+                raise PlanError(f"the plan {text!r:.80} names more layers than twice the {n_layers} of the model")
             kind = match[3]
             if kind != "m":
                 attention.update(range(first, last + 1))
@@ -264,6 +268,8 @@ class PlanMenu:
         entries = data.get("plans") if isinstance(data, dict) else None
         if not isinstance(entries, list) or data.keys() != {"n_layers", "probe_depth", "plans"}:
             raise PlanError(f"a menu holds n_layers, probe_depth and a list of plans, got {data!r:.80}")
+        if len(entries) > MOST_PLANS:
+            raise PlanError(f"a menu holds at most {MOST_PLANS} plans, got {len(entries)}")
         for entry in entries:
             if not isinstance(entry, dict) or entry.keys() != {"runs", "budget"}:
                 raise PlanError(f"each plan of a menu holds runs and budget, got {entry!r:.80}")

@@ -6,6 +6,9 @@ import json
 import math
 from typing import Any, NoReturn
 
+LONGEST_NAME = 200
+"""Characters of a name in a file that may come from anybody."""
+
 
 class NotJSONError(ValueError):
     """A text that is not JSON; the message says why in a few words."""

@@ -45,7 +45,7 @@ class Contest:
         new_tokens: int,
     ) -> None:
         self.model, self.tokenizer, self.allocator = model, tokenizer, allocator
-        self._texts = [allocator.rendered(prompt.prompt) for prompt in prompts]  # in its chat template, if any
+        self._texts = [allocator.rendered(tokenizer, prompt.prompt) for prompt in prompts]
         self._tokens = [tokens_of(tokenizer, text) for text in self._texts]
         self._ends = stop_token_ids(tokenizer, allocator.decoding)
         self._exact = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerbudget.options import AllocatorSource, Device, MaxNewTokens, ModelSource, OutFile, Overwrite, Stop
+from layerbudget.options import (
+    AllocatorSource,
+    ChatTemplateFile,
+    Device,
+    MaxNewTokens,
+    ModelSource,
+    OutFile,
+    Overwrite,
+    Stop,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +41,7 @@ def generate(
     ] = False,
     max_new_tokens: MaxNewTokens = None,
     stop: Stop = None,
+    chat_template: ChatTemplateFile = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
     overwrite: Overwrite = False,
     device: Device = None,
@@ -52,12 +62,12 @@ def generate(
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
-    loaded = loaded_allocator(allocator, max_new_tokens, stop)
+    loaded = loaded_allocator(allocator, max_new_tokens, stop, chat_template)
     network, tokenizer = load_backbone(
         loaded.model_source if model is None else model, device="auto" if device is None else device
     )
     if prompt is not None:
-        text = loaded.rendered(prompt, raw=raw)
+        text = loaded.rendered(tokenizer, prompt, raw=raw)
         check_lengths(network, tokenizer, [("on the command line", text)], loaded.decoding.max_new_tokens)
         print_answers(loaded, network, tokenizer, [prompt], raw=raw)
     else:
@@ -76,7 +86,9 @@ def generate(
             )
 
 
-def loaded_allocator(source: str, max_new_tokens: int | None, stop: list[str] | None) -> Allocator:
+def loaded_allocator(
+    source: str, max_new_tokens: int | None, stop: list[str] | None, chat_template: Path | None = None
+) -> Allocator:
     """An allocator whose answers end as the command says, and otherwise as in training."""
     from dataclasses import replace
 
@@ -84,7 +96,7 @@ def loaded_allocator(source: str, max_new_tokens: int | None, stop: list[str] | 
 
     if stop and "" in stop:
         raise typer.BadParameter("--stop takes a string that is not empty")
-    loaded = Allocator.from_pretrained(source)
+    loaded = Allocator.from_pretrained(source, chat_template=chat_template)
     new_tokens, ends = max_new_tokens or loaded.decoding.max_new_tokens, tuple(stop or loaded.decoding.stop)
     return replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=new_tokens, stop=ends))
 
@@ -112,7 +124,7 @@ def print_answers(
     """Answers with the layers that they ran, one after the other."""
     from runtime.texts import generate_texts
 
-    full, texts = allocator.menu.n_layers, [allocator.rendered(prompt, raw=raw) for prompt in prompts]
+    full, texts = allocator.menu.n_layers, [allocator.rendered(tokenizer, prompt, raw=raw) for prompt in prompts]
     answers = generate_texts(allocator.generate, model, tokenizer, texts, allocator.decoding)
     for prompt, answer in zip(prompts, answers, strict=True):
         typer.echo(f"\n{prompt}\n  {answer.text}\n  [{answer.plan.layers:g} of {full} layers: {answer.plan}]")

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from layerbudget.answer_commands import answers_bar, loaded_allocator
-from layerbudget.options import AllocatorSource, Device, MaxNewTokens, ModelSource, OutFile, Overwrite, Stop
+from layerbudget.options import (
+    AllocatorSource,
+    ChatTemplateFile,
+    Device,
+    MaxNewTokens,
+    ModelSource,
+    OutFile,
+    Overwrite,
+    Stop,
+)
 
 
 def compare(
@@ -22,6 +31,7 @@ def compare(
     model: ModelSource = None,
     max_new_tokens: MaxNewTokens = None,
     stop: Stop = None,
+    chat_template: ChatTemplateFile = None,
     overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
@@ -36,7 +46,7 @@ def compare(
     from runtime.side_by_side import compare_file, summary
 
     check_places(prompts, out, overwrite=overwrite)
-    loaded = loaded_allocator(allocator, max_new_tokens, stop)
+    loaded = loaded_allocator(allocator, max_new_tokens, stop, chat_template)
     network, tokenizer = load_backbone(
         loaded.model_source if model is None else model, device="auto" if device is None else device
     )

@@ -26,7 +26,7 @@ def inspect(
     typer.echo(f"Decoding     {allocator.decoding}")
     chat = "none: prompts are given as they are"
     if allocator.chat is not None:
-        chat = f"{allocator.chat.template.hash}: prompts are put into it"
+        chat = f"{allocator.chat.hash}: prompts are put into it"
     typer.echo(f"Template     {chat}")
     price = "none: every prompt runs the full model" if certificate.price is None else f"{certificate.price:.4g}"
     typer.echo(f"Price        {price}")

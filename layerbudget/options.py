@@ -30,6 +30,15 @@ OutFile = Annotated[
     typer.Option("--out", metavar="FILE.jsonl", readable=False, help="Where answers go; default: the terminal."),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: as in training.")]
+ChatTemplateFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE",
+        readable=False,
+        help="The chat template as in training (data.chat_template: FILE); default: the tokenizer's own.",
+    ),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from layerbudget.options import AllocatorSource, Device, ModelSource
+from layerbudget.options import AllocatorSource, ChatTemplateFile, Device, ModelSource
 
 
 def serve(
@@ -18,6 +18,7 @@ def serve(
         typer.Option(metavar="PLAN=URL", help="An engine that serves the model of one plan; may be given again."),
     ] = None,
     model: ModelSource = None,
+    chat_template: ChatTemplateFile = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8100,
     decision_limit_ms: Annotated[
@@ -39,7 +40,7 @@ def serve(
     from runtime.router.probe_model import load_probe
     from runtime.router.upstreams import Upstreams
 
-    loaded = Allocator.from_pretrained(allocator)
+    loaded = Allocator.from_pretrained(allocator, chat_template=chat_template)
     upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
     if not upstreams.check():
         typer.echo(f"the engine at {upstreams.engine} does not answer yet", err=True)

@@ -75,6 +75,8 @@ def _answer_try_prompts(config: Config) -> None:
 
     if config.try_prompts:
         allocator = Allocator.from_pretrained(config.folder / "allocator")
+        if allocator.chat is not None and (wanted := config.data.chat_template) not in ("auto", "never"):
+            allocator = allocator.with_chat_template(wanted)
         print_answers(allocator, *Workspace.of(config).adapted, config.try_prompts)
 
 

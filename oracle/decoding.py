@@ -44,6 +44,10 @@ _ELSEWHERE = frozenset(
 """Options that this module sets itself, that matter for sampling or beams alone, or that change how but not what."""
 
 
+MOST_NEW_TOKENS, MOST_STOPS, LONGEST_STOP, LARGEST_TOKEN = 2**20, 64, 1000, 2**31
+"""What no decoding exceeds; every token's id is below the last."""
+
+
 class DecodingError(InputError):
     """Settings that answers cannot be generated with."""
 
@@ -108,11 +112,13 @@ class Decoding:
         if not isinstance(data, dict) or data.keys() != {"max_new_tokens", "stop", "ends", "options"}:
             raise DecodingError(f"decoding should hold max_new_tokens, stop, ends and options, got {data!r:.80}")
         new, stop, ends, options = data["max_new_tokens"], data["stop"], data["ends"], data["options"]
-        if type(new) is not int or new < 1:
-            raise DecodingError(f"max_new_tokens must be a number from 1, got {new!r:.80}")
-        if not isinstance(stop, list) or not all(isinstance(one, str) and one for one in stop):
-            raise DecodingError(f"stop must be a list of strings that are not empty, got {stop!r:.80}")
-        if not isinstance(ends, list) or not all(type(one) is int and one >= 0 for one in ends):
+        if type(new) is not int or not 1 <= new <= MOST_NEW_TOKENS:
+            raise DecodingError(f"max_new_tokens must be a number from 1 to {MOST_NEW_TOKENS}, got {new!r:.80}")
+        if not isinstance(stop, list) or not all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in stop):
+            raise DecodingError(f"stop must be a list of strings of 1 to {LONGEST_STOP} characters, got {stop!r:.80}")
+        if len(stop) > MOST_STOPS:
+            raise DecodingError(f"stop must be a list of at most {MOST_STOPS} strings, got {len(stop)}")
+        if not isinstance(ends, list) or not all(type(one) is int and 0 <= one < LARGEST_TOKEN for one in ends):
             raise DecodingError(f"ends must be a list of token ids, got {ends!r:.80}")
         return cls(new, tuple(stop), tuple(ends), checked_options(options))
 

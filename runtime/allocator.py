@@ -53,6 +53,7 @@ class Allocator(AllocatorParts):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         subfolder: str = "",
+        chat_template: str | Path | None = None,
     ) -> Allocator:
         """Load a saved allocator from a folder or from a repository on the hub.
 
@@ -62,12 +63,16 @@ class Allocator(AllocatorParts):
             token: for a private repository; True takes the one that `hf auth login` stored.
             cache_dir: where downloads are kept; default: the hub's own cache.
             subfolder: of the folder or repository, in which the allocator lies.
+            chat_template: a file with the chat template that it was made with, where that is not the tokenizer's own.
+                What is saved holds only its hash.
 
         Raises:
             ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256); a revision
                 of a local folder; a subfolder that lies outside.
+            ChatError: another chat template than the allocator's, or one for an allocator that has none.
         """
-        return load_allocator(cls, source, revision, token, cache_dir, subfolder)
+        loaded = load_allocator(cls, source, revision, token, cache_dir, subfolder)
+        return loaded if chat_template is None else loaded.with_chat_template(chat_template)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save to a folder, beside what lies there, in the place of an allocator that was saved there before.

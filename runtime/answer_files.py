@@ -121,15 +121,15 @@ def rendered_texts(
     allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: Sequence[Key]
 ) -> dict[Key, str]:
     """What the model is given for each prompt. Raises PromptError for one that cannot be rendered, or is too long."""
-    texts = {key: _rendered(allocator, *key) for key in keys}
+    texts = {key: _rendered(allocator, tokenizer, *key) for key in keys}
     named = [(key[0], text) for key, text in texts.items()]
     check_lengths(model, tokenizer, named, allocator.decoding.max_new_tokens)
     return texts
 
 
-def _rendered(allocator: Allocator, name: str, question: Question) -> str:
+def _rendered(allocator: Allocator, tokenizer: PreTrainedTokenizerBase, name: str, question: Question) -> str:
     try:
-        return allocator.rendered(question)
+        return allocator.rendered(tokenizer, question)
     except ChatError as error:
         raise PromptError(f"the prompt {name!r:.80}: {error}") from None
 

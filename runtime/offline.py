@@ -126,16 +126,18 @@ def generate_many(
 ) -> list[AllocatedText]:
     """See `Allocator.generate_many`."""
     texts: dict[int, AllocatedText] = {}
-    given = [_rendered(allocator, number, prompt, raw) for number, prompt in enumerate(prompts)]
+    given = [_rendered(allocator, tokenizer, number, prompt, raw) for number, prompt in enumerate(prompts)]
     for batch in finished_texts(allocator, model, tokenizer, given, batch_size=batch_size, **options):
         texts.update(batch)
         advance(len(batch))
     return [texts[index] for index in range(len(prompts))]
 
 
-def _rendered(allocator: AllocatorParts, number: int, prompt: str | Turns, raw: bool) -> str:
+def _rendered(
+    allocator: AllocatorParts, tokenizer: PreTrainedTokenizerBase, number: int, prompt: str | Turns, raw: bool
+) -> str:
     try:
-        return allocator.rendered(prompt, raw=raw)
+        return allocator.rendered(tokenizer, prompt, raw=raw)
     except ChatError as error:
         raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
 

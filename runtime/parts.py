@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +21,7 @@ from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
 from controller.certificate.risks import kept_by_full
 from controller.projection import Projection
-from oracle.chat import Question, Rendered, Turns, padded_prompts, rendered
+from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat
 from runtime.deciding import Decider
@@ -114,27 +116,37 @@ class AllocatorParts:
                 f"the full model's first {depth} layers (probe_depth) made of the prompt"
             )
 
-    def rendered(self, prompt: str | Turns | Question, *, raw: bool = False) -> str:
+    def rendered(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Turns | Question, *, raw: bool = False) -> str:
         """A prompt's text as those were that this allocator was made with; `inputs` tokenizes it.
 
         Args:
+            tokenizer: of the model; its chat template must be the one that this allocator was made with, unless that
+                was given as a file.
             prompt: what the user says, or a conversation whose last turn is the user's: `[{"role": "user", "content":
                 "..."}]`. A text that was rendered before stays what it is.
             raw: the text is what the model is to continue, without the template.
 
         Raises:
-            ChatError: a conversation without a template, or that is none, or that the template cannot render.
+            ChatError: another template at hand, or a conversation without one, or that it cannot render.
         """
         if isinstance(prompt, Rendered):
             return prompt
         question = prompt if isinstance(prompt, Question) else Question.of(prompt, raw=raw)
-        return rendered(question, None if self.chat is None else self.chat.template)
+        return rendered(question, None if self.chat is None or question.raw else self.chat.template(tokenizer))
+
+    def with_chat_template(self, path: str | Path) -> Self:
+        """The same, with the text of its chat template from a file. Raises ChatError for another template than its."""
+        if self.chat is None:
+            raise ChatError(
+                f"the chat template {path} was given for an allocator whose prompts are given as they are; leave it out"
+            )
+        return replace(self, chat=self.chat.of_text(Path(path)))
 
     def inputs(
         self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Turns], *, raw: bool = False
     ) -> BatchEncoding:
         """Prompts as the inputs of `generate`, left-padded [B, S], rendered as `rendered` says."""
-        return padded_prompts(tokenizer, [self.rendered(prompt, raw=raw) for prompt in prompts])
+        return padded_prompts(tokenizer, [self.rendered(tokenizer, prompt, raw=raw) for prompt in prompts])
 
     def decider(self, limit_ms: float | None = None) -> Decider:
         """What chooses plans for prompts, with a limit to the time it may take."""

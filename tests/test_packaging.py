@@ -109,7 +109,18 @@ def test_what_users_catch_is_public() -> None:
     assert raised | {"InputError", "UnsupportedModelError", "InexactPlanError", "ArtefactError"} <= errors
 
 
-NOT_IN_CORE = ("datasets", "jinja2", "mapie", "mlflow", "optuna", "pyarrow", "pydantic", "rouge_score", "sklearn")
+NOT_IN_CORE = (
+    "datasets",
+    "jinja2",
+    "lightgbm",
+    "mapie",
+    "mlflow",
+    "optuna",
+    "pyarrow",
+    "pydantic",
+    "rouge_score",
+    "sklearn",
+)
 
 
 def test_without_the_pipelines_extra_generation_works_and_stages_say_what_to_install(tmp_path) -> None:

@@ -89,7 +89,7 @@ def _change(parameter: str, named: Tensors) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _number(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9:
         raise StandInsError(f"{text!r:.80} in the name of a bridge should be a number of layers")
     return int(text)
 

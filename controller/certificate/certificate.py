@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from backbone.errors import InputError
-from backbone.strict_json import parse
+from backbone.strict_json import LONGEST_NAME, parse
 from controller.certificate.risks import RISKS, Risk
 
-MOST = 1e300
-"""No number of a certificate is larger; a whole number may be larger than any float."""
+MOST_PROMPTS, LARGEST_PRICE, LONGEST_TEXT = 10**9, 1e6, 10_000
+"""What no certificate exceeds; a text in characters."""
+LOWEST_TASK_RISK = -1e4
+"""Of a task, whose full model's mean score may be near 0; it is not in the file."""
+_DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 class CertificateError(InputError):
@@ -48,6 +52,8 @@ class Certificate:
         left_out: prompts that are not among the n, since the judge failed on the full model's answer.
         groups: independent groups that the prompts fall into, each of which counts once in every mean and in every
             number of prompts but `n` and `left_out`; None where each prompt is a group of its own.
+        assumes: names of the allocator's files beside menu, projection and controller that it was made with, such as
+            the outlier test's and the drift alarm's.
         does_not_cover: what is not promised, in sentences.
     """
 
@@ -68,6 +74,7 @@ class Certificate:
     chat_template: str = ""
     left_out: int = 0
     groups: int | None = None
+    assumes: tuple[str, ...] = ()
     does_not_cover: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -113,7 +120,7 @@ class Certificate:
             data = parse(path.read_text(encoding="utf-8"))
             data.pop("sentence")
             _check_values(data)
-            return cls(**{**data, "does_not_cover": tuple(data["does_not_cover"])})
+            return cls(**{**data, **{name: tuple(data[name]) for name in ("assumes", "does_not_cover")}})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CertificateError(
                 f"{path} is not a certificate that this version can read ({error}): "
@@ -204,46 +211,46 @@ def exclusions(found: Certificate) -> tuple[str, ...]:
 def _check_values(data: dict[str, Any]) -> None:
     if (found := set(data)) != (known := {field.name for field in fields(Certificate)}):
         raise ValueError(f"missing: {sorted(known - found)}, unknown: {sorted(found - known)}")
-    tasks, excluded, signed = data["per_task"], data["does_not_cover"], data["risk"] == "mean_score"
+    tasks, price, full = data["per_task"], data["price"], data["full_score"]
+    lowest = 0.0
+    if data["risk"] == "mean_score" and _is_number(full, 0, 1):
+        lowest = 1 - 1 / (full or 1) - 1e-6  # what is won is at most 1 - full, in shares of full
     right = {
         "risk": data["risk"] in RISKS,
-        "price": data["price"] is None or (_is_amount(data["price"]) and data["price"] > 0),
-        "per_task": isinstance(tasks, dict) and all(_is_seen(seen, signed) for seen in tasks.values()),
-        "does_not_cover": isinstance(excluded, list) and all(isinstance(one, str) for one in excluded),
-        **{name: _is_amount(data[name]) and 0 < data[name] < 1 for name in ("alpha", "delta")},
-        "n": _is_count(data["n"]),
-        "left_out": _is_count(data["left_out"]),
+        "price": price is None or (_is_number(price, 0, LARGEST_PRICE) and price > 0),
+        "per_task": isinstance(tasks, dict) and all(_is_task(*one, lowest) for one in tasks.items()),
+        **{name: _are_texts(data[name], LONGEST_TEXT) for name in ("assumes", "does_not_cover")},
+        **{name: _is_number(data[name], 0, 1) and 0 < data[name] < 1 for name in ("alpha", "delta")},
+        **{name: _is_count(data[name]) for name in ("n", "left_out")},
         **{
             name: data[name] is None or _is_count(data[name]) for name in ("fewest_prompts", "prompts_needed", "groups")
         },
-        "observed_risk": _is_risk(data["observed_risk"], signed),
-        **{name: _is_amount(data[name]) for name in ("tolerance", "full_score")},
-        **{name: isinstance(data[name], str) for name in ("prompts_hash", "date", "decoding", "chat_template")},
+        **{name: _is_number(data[name], 0, 1) for name in ("tolerance", "full_score")},
+        "observed_risk": _is_number(data["observed_risk"], lowest, 1),
+        **{name: _are_texts([data[name]], LONGEST_NAME) for name in ("prompts_hash", "chat_template")},
+        "decoding": _are_texts([data["decoding"]], LONGEST_TEXT),
+        "date": isinstance(data["date"], str) and bool(_DATE.fullmatch(data["date"])),
     }
     if wrong := [name for name, is_right in right.items() if not is_right]:
         raise ValueError(f"{wrong[0]} is {data[wrong[0]]!r:.80}")
 
 
-def _is_seen(seen: object, signed: bool) -> bool:
-    if not isinstance(seen, dict) or seen.keys() != {"n", "observed_risk"}:
+def _is_task(name: str, seen: object, lowest: float) -> bool:
+    if not isinstance(seen, dict) or seen.keys() != {"n", "observed_risk"} or len(name) > LONGEST_NAME:
         return False
-    return _is_amount(seen["n"]) and _is_risk(seen["observed_risk"], signed)
+    return _is_count(seen["n"]) and _is_number(seen["observed_risk"], LOWEST_TASK_RISK if lowest < 0 else 0, 1)
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= MOST_PROMPTS
 
 
-def _is_risk(value: object, signed: bool) -> bool:
-    """Whether it is a mean loss; a signed one may be below 0."""
-    if not signed:
-        return _is_amount(value)
-    return type(value) in (int, float) and -MOST < value < MOST  # type: ignore[operator]
+def _is_number(value: object, lowest: float, highest: float) -> bool:
+    return type(value) in (int, float) and lowest <= value <= highest  # type: ignore[operator]
 
 
-def _is_amount(value: object) -> bool:
-    """Whether it is a number from 0 that is finite, also as a float."""
-    return type(value) in (int, float) and 0 <= value < MOST  # type: ignore[operator]
+def _are_texts(values: object, longest: int) -> bool:
+    return isinstance(values, list) and all(isinstance(one, str) and len(one) <= longest for one in values)
 
 
 def _percent(share: float) -> str:

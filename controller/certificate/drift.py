@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from backbone.errors import InputError
+from backbone.strict_json import parse
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -45,6 +46,9 @@ RECOVERY = 200
 
 RECENT = 10_000
 """Prompts that are remembered, so that one which comes again is not counted again."""
+
+ODDEST = 65504.0
+"""The largest 16-bit float: all scores beyond it, infinity too, are equally odd."""
 
 CELLS = (0x7C00 >> DROPPED_BITS) + 1
 """From zero to infinity."""
@@ -125,7 +129,7 @@ class DriftAlarm:
             )
         if not 0 < false_alarm_rate < 1:
             raise DriftError(f"the false-alarm rate is {false_alarm_rate}; it must lie between 0 and 1, both excluded")
-        self.reference_scores = scores
+        self.reference_scores = np.minimum(scores, ODDEST)
         self.false_alarm_rate = false_alarm_rate
         self._random = np.random.default_rng(seed)
         self._lock = threading.Lock()
@@ -233,7 +237,9 @@ class DriftAlarm:
         """Raises DriftError for a file that `save` did not write."""
         try:
             with safe_open(path, framework="numpy") as file:
-                rate, scores = float(file.metadata()["false_alarm_rate"]), file.get_tensor("reference_scores")
+                rate, scores = parse(file.metadata()["false_alarm_rate"]), file.get_tensor("reference_scores")
+            if type(rate) is not float or scores.dtype != np.float64 or not (scores <= ODDEST).all():
+                raise ValueError(f"its rate is {rate!r:.40}, or a score no float64 up to {ODDEST:g}")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DriftError(
                 f"{path} holds no drift reference ({error}): make it again with the calibrate stage"
@@ -279,6 +285,6 @@ class _Gambler:
 def _cells(scores: Floats) -> Ints:
     """Scores as places in a row of counters [N, C]: the bits of a non-negative 16-bit float order as the floats do, so
     that 8 thousand counters hold every score ever seen, however long the stream is."""
-    with np.errstate(over="ignore"):  # beyond 65,504 all are equally odd; abs, for -0.0 has other bits than 0.0
-        halves = np.abs(np.nan_to_num(scores, nan=np.inf, posinf=np.inf)).astype(np.float16)
+    # abs, for -0.0 has other bits than 0.0
+    halves = np.minimum(np.abs(np.nan_to_num(scores, nan=ODDEST, posinf=ODDEST)), ODDEST).astype(np.float16)
     return halves.view(np.uint16).astype(np.int64) >> DROPPED_BITS

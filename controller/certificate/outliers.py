@@ -30,6 +30,9 @@ COMPONENTS = 12
 """Principal components in which distances are taken. Chosen by measurement, `docs/controllers.md`: with more of them,
 each scaled to variance 1, what hardly varies counts as much as what tells kinds of prompts apart."""
 
+LARGEST_DISTANCE, MOST_HELD = 1e9, 10**9
+"""No threshold and no number of held prompts is larger; features have a standard deviation of about 1."""
+
 MOST_REFERENCES = 4000
 """More of them take longer to look through than they are worth."""
 
@@ -71,9 +74,9 @@ class OutlierTest:
             known = known[np.random.default_rng(0).choice(len(known), MOST_REFERENCES, replace=False)]
         n = len(next(iter(held.values())))
         unfinished = cls(projection, np.ascontiguousarray(known), math.inf, rate, n)
-        rank = math.ceil((1 - rate) * (n + 1))
-        scores = np.sort(unfinished.scores(held))
-        return cls(projection, unfinished.references, float(scores[rank - 1]) if rank <= n else math.inf, rate, n)
+        scores, rank = np.sort(unfinished.scores(held)), _rank(rate, n)
+        threshold = min(float(scores[rank - 1]), LARGEST_DISTANCE) if rank <= n else math.inf
+        return cls(projection, unfinished.references, threshold, rate, n)
 
     def scores(self, features: Features) -> NDArray[np.float64]:
         """[N]: distance to the nearest reference; inf where a feature is not finite."""
@@ -119,8 +122,17 @@ class OutlierTest:
         fits = references.ndim == 2 and references.shape[1] == projection.n_features and len(references) > 0
         if not fits or references.dtype != np.float32 or not np.isfinite(references).all():
             raise LearningError(f"{path} holds no outlier test: its references are not numbers that fit its projection")
-        if threshold.shape != (1,) or threshold.dtype != np.float64 or not threshold[0] >= 0:
-            raise LearningError(f"{path} holds no outlier test: its threshold is no distance")
-        if type(rate) is not float or not 0 < rate < 1 or type(held) is not int or held < 0:
+        if type(rate) is not float or not 0 < rate < 1 or type(held) is not int or not 0 <= held <= MOST_HELD:
             raise LearningError(f"{path} holds no outlier test: {rate!r:.40} of {held!r:.40} prompts is no share")
-        return cls(projection, references, float(threshold[0]), rate, held)
+        # None can be told, and the threshold is infinite, only where the held prompts are too few.
+        found = threshold.item() if threshold.shape == (1,) and threshold.dtype == np.float64 else math.nan
+        if not 0 <= found <= LARGEST_DISTANCE and not (found == math.inf and _rank(rate, held) > held):
+            raise LearningError(
+                f"{path} holds no outlier test: its threshold is no distance up to {LARGEST_DISTANCE:g}, got {found:g}"
+            )
+        return cls(projection, references, found, rate, held)
+
+
+def _rank(rate: float, held: int) -> int:
+    """Place of the threshold among the sorted scores of the held prompts, from 1."""
+    return math.ceil((1 - rate) * (held + 1))

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from backbone.strict_json import parse
 from controller.base import LearningError
 
-WEIGHTS, DESCRIPTION = "controller.safetensors", "controller.json"
+WEIGHTS = "controller.safetensors"
 
 Layout = Mapping[str, tuple[str, ...]]
 """For each tensor the names of its dimensions; equal names are equal sizes."""
 
+_ABOUT = "controller"
+"""The one entry of metadata: the library writes several in an order that changes from process to process."""
 
-def read_weights(folder: Path, layout: Layout) -> dict[str, torch.Tensor]:
+
+def read_weights(
+    folder: Path, layout: Layout, types: Mapping[str, torch.dtype] | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors of `controller.safetensors`.
 
+    Args:
+        folder: in which the file lies.
+        layout: its tensors.
+        types: of those that are not float32.
+
     Raises:
-        LearningError: other tensors than those of the layout, other shapes, or numbers that are not finite float32.
+        LearningError: other tensors than those of the layout, other shapes or types, or numbers that are not finite.
     """
     path = folder / WEIGHTS
     try:
@@ -35,21 +44,23 @@ def read_weights(folder: Path, layout: Layout) -> dict[str, torch.Tensor]:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not _fits(shapes, layout):
         raise LearningError(
-            f"{path} holds no controller of this kind: its tensors are {shapes}, expected {dict(layout)}"
+            f"{path} holds no controller of this kind: its tensors are {shapes!s:.200}, expected {dict(layout)}"
         )
-    if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise LearningError(f"{path} holds no controller: some of its numbers are not finite, or not float32")
+    for name, tensor in tensors.items():
+        kind = (types or {}).get(name, torch.float32)
+        if tensor.dtype != kind or not bool(tensor.isfinite().all()):
+            right = str(kind).removeprefix("torch.")
+            raise LearningError(f"{path} holds no controller: some numbers of {name} are not finite, or not {right}")
     return tensors
 
 
-def write_description(folder: Path, data: dict[str, Any]) -> None:
-    """Write `controller.json`."""
-    text = json.dumps(data)
-    (folder / DESCRIPTION).write_text(json.dumps({"sha256": _sha256(text), "data": text}), encoding="utf-8")
+def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata for `controller.safetensors` that `read_metadata` reads."""
+    return {_ABOUT: json.dumps(about)}
 
 
-def read_description(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """What `write_description` wrote, whole: some libraries end the process when they are given half a text.
+def read_metadata(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """What `metadata_of` was given.
 
     Args:
         folder: in which the file lies.
@@ -58,18 +69,15 @@ def read_description(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     Raises:
         LearningError: a damaged file, or one with other entries.
     """
-    path = folder / DESCRIPTION
+    path = folder / WEIGHTS
     try:
-        content = parse(path.read_text(encoding="utf-8"))
-        whole = content["sha256"] == _sha256(content["data"])
-        data: dict[str, Any] = parse(content["data"]) if whole else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LearningError(f"{path} holds no controller: {error}") from None
-    if not whole:
-        raise LearningError(f"{path} is damaged: its content does not match its SHA-256")
-    if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != kinds:
-        raise LearningError(f"{path} holds no controller of this kind: expected {', '.join(kinds)}")
-    return data
+        with safe_open(path, "pt") as file:
+            about: Any = parse((file.metadata() or {})[_ABOUT])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise LearningError(f"{path} holds no controller of this kind: {error}") from None
+    if not isinstance(about, dict) or {name: type(value) for name, value in about.items()} != kinds:
+        raise LearningError(f"{path} holds no controller of this kind: expected {', '.join(kinds)}, got {about!r:.80}")
+    return about
 
 
 def _fits(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:
@@ -78,7 +86,3 @@ def _fits(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:
     sizes: dict[str, int] = {}
     pairs = [pair for name in layout for pair in zip(layout[name], shapes[name], strict=True)]
     return all(size > 0 and sizes.setdefault(dimension, size) == size for dimension, size in pairs)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

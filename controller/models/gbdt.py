@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightgbm
 import numpy as np
+import torch
+from safetensors.numpy import save_file
 
 from controller.base import Controller, Floats, LearningError, Trial
-from controller.models.files import DESCRIPTION, read_description, write_description
+from controller.models.files import WEIGHTS, Layout, metadata_of, read_metadata, read_weights
+from controller.models.trees import KINDS, Forest
 
 
 class LightGBMController(Controller):
@@ -18,6 +20,9 @@ class LightGBMController(Controller):
     Learns shares in [0, 1] by cross-entropy. One model for all plans has a monotone constraint: what is kept never
     falls as the budget grows, which holds noise down where the menu is nested. It sees mostly what tells plans apart,
     and little of what tells prompts apart under the plans that lose little.
+
+    LightGBM trains the trees; a `Forest` evaluates and keeps them, so that no file reaches LightGBM, and prediction
+    does without the library.
 
     Source: Ke et al. 2017, LightGBM, NeurIPS 30.
 
@@ -32,7 +37,7 @@ class LightGBMController(Controller):
         seed: of the feature draws.
     """
 
-    FILES = (DESCRIPTION,)
+    FILES = (WEIGHTS,)
 
     def __init__(
         self,
@@ -60,7 +65,7 @@ class LightGBMController(Controller):
             "num_threads": 1,  # rows are few: more threads only wait for each other
             "verbosity": -1,
         }
-        self._boosters: list[lightgbm.Booster] = []
+        self._forest: Forest | None = None
         self._budgets = np.zeros(0, dtype=np.float32)
 
     @staticmethod
@@ -78,19 +83,22 @@ class LightGBMController(Controller):
     def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
         self._budgets = budgets.copy()
         if self._per_plan:
-            self._boosters = self._trained(features, list(kept[:, :-1].T), self._parameters)
+            self._forest = self._trained(features, list(kept[:, :-1].T), self._parameters)
         else:
             constraints = {"monotone_constraints": [0] * features.shape[1] + [1]}
             targets = kept[:, :-1].reshape(-1)
-            self._boosters = self._trained(self._rows(features), [targets], {**self._parameters, **constraints})
+            self._forest = self._trained(self._rows(features), [targets], {**self._parameters, **constraints})
 
-    def _trained(self, rows: Floats, targets: list[Floats], parameters: dict[str, Any]) -> list[lightgbm.Booster]:
+    def _trained(self, rows: Floats, targets: list[Floats], parameters: dict[str, Any]) -> Forest:
         """A model for each of the targets [N], which share the sorting of the rows [N, F] into bins."""
+        import lightgbm  # of the extra `pipelines`: who predicts needs none
+
         data = lightgbm.Dataset(rows, params=parameters)
-        return [
+        models = [
             lightgbm.train(parameters, data.set_label(np.ascontiguousarray(target)), num_boost_round=self._n_trees)
             for target in targets
         ]
+        return Forest.of_lightgbm([model.model_to_string() for model in models], rows.shape[1])
 
     def _rows(self, features: Floats) -> Floats:
         """[N, F] -> [N * (K - 1), F + 1]: each prompt with the budget of each shortened plan."""
@@ -99,28 +107,40 @@ class LightGBMController(Controller):
         return np.column_stack([repeated, np.tile(shortened, len(features))])
 
     def _predict(self, features: Floats) -> Floats:
-        if not self._boosters:
+        if self._forest is None:
             raise RuntimeError("this controller was not fitted")
-        rows = features if self._per_plan else self._rows(features)
-        kept = [np.asarray(booster.predict(rows, num_threads=1)) for booster in self._boosters]
-        columns = kept if self._per_plan else list(kept[0].reshape(len(features), -1).T)
-        return np.column_stack([*columns, np.ones(len(features))])
+        kept = self._forest(features if self._per_plan else self._rows(features))
+        return np.column_stack([kept.reshape(len(features), -1), np.ones(len(features))])
 
     def save(self, folder: Path) -> None:
-        if not self._boosters:
+        if self._forest is None:
             raise RuntimeError("this controller was not fitted")
-        budgets, trees = [float(b) for b in self._budgets], [booster.model_to_string() for booster in self._boosters]
-        write_description(folder, {"budgets": budgets, "per_plan": self._per_plan, "trees": trees})
+        about = {"per_plan": self._per_plan, "n_features": self._forest.n_features}
+        save_file({"budgets": self._budgets, **self._forest.arrays}, folder / WEIGHTS, metadata_of(about))
 
     @classmethod
     def load(cls, folder: Path) -> LightGBMController:
-        """Raises LearningError for a file that `save` did not write: LightGBM ends the process on a damaged model."""
-        data = read_description(folder, {"budgets": list, "per_plan": bool, "trees": list})
-        budgets, trees, per_plan = data["budgets"], data["trees"], data["per_plan"]
-        fits = all(type(budget) is float for budget in budgets) and all(isinstance(tree, str) for tree in trees)
-        if not fits or len(trees) != (len(budgets) - 1 if per_plan else 1):
-            raise LearningError(f"{folder} holds no LightGBM controller: its budgets and its trees do not fit")
-        controller = cls(per_plan=per_plan)
-        controller._boosters = [lightgbm.Booster(model_str=tree) for tree in trees]
-        controller._budgets = np.array(budgets, dtype=np.float32)
+        """Raises LearningError for a file that `save` did not write: see `Forest` for what is checked."""
+        about = read_metadata(folder, {"per_plan": bool, "n_features": int})
+        weights = {name: tensor.numpy() for name, tensor in read_weights(folder, LAYOUT, TYPES).items()}
+        controller = cls(per_plan=about["per_plan"])
+        controller._budgets = weights.pop("budgets")
+        try:
+            forest = Forest(weights, about["n_features"])
+        except LearningError as error:
+            raise LearningError(f"{folder / WEIGHTS} holds no controller: {error}") from None
+        n_models = len(controller._budgets) - 1 if about["per_plan"] else 1
+        if forest.n_models != n_models or not ((controller._budgets > 0) & (controller._budgets <= 1)).all():
+            raise LearningError(f"{folder / WEIGHTS} holds no controller: its budgets and its trees do not fit")
+        controller._forest = forest
         return controller
+
+
+_NODES = ("feature", "threshold", "left", "right", "value")
+LAYOUT: Layout = {
+    **dict.fromkeys(_NODES, ("nodes",)),
+    "roots": ("trees",),
+    "counts": ("models",),
+    "budgets": ("plans",),
+}
+TYPES = {name: getattr(torch, kind.__name__) for name, kind in KINDS.items()}

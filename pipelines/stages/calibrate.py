@@ -26,6 +26,7 @@ from pipelines.unseen_tasks import are_among, outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
+from runtime.saving.allocator_checks import optional_parts
 
 
 def run(config: Config) -> Path:
@@ -59,7 +60,8 @@ def run(config: Config) -> Path:
         outliers=outliers,
         chat=_chat_format(workspace),
     )
-    allocator.save_pretrained(workspace.path("allocator"))
+    certificate = replace(allocator.certificate, assumes=optional_parts(allocator))
+    replace(allocator, certificate=certificate).save_pretrained(workspace.path("allocator"))
     data = {
         "best": best,
         "certificate": {**asdict(certificate), "sentence": certificate.sentence},

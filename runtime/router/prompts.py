@@ -41,7 +41,7 @@ def prompts_of(body: Body, allocator: AllocatorParts, tokenizer: PreTrainedToken
             raise UnreadablePromptError(f"{changed[0]} changes how the engine renders the conversation")
         if not isinstance(body["messages"], list):
             raise UnreadablePromptError("messages is a list of turns")
-        return [tokens_of(tokenizer, allocator.rendered(body["messages"]))]
+        return [tokens_of(tokenizer, allocator.rendered(tokenizer, body["messages"]))]
     prompt = body.get("prompt")
     given = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
     if not isinstance(given, list) or not given:
@@ -55,7 +55,7 @@ def _is_tokens(prompt: Any) -> bool:
 
 def _tokens(prompt: Any, allocator: AllocatorParts, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(prompt, str) and prompt:
-        return tokens_of(tokenizer, allocator.rendered(prompt, raw=True))
+        return tokens_of(tokenizer, allocator.rendered(tokenizer, prompt, raw=True))
     if _is_tokens(prompt) and min(prompt) >= 0 and max(prompt) < len(tokenizer):
         return list(prompt)
     raise UnreadablePromptError(f"a prompt is a text or tokens of the model, got {prompt!r:.80}")

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -23,37 +22,36 @@ from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
 from controller.projection import Projection
-from oracle.chat import NO_TEMPLATE
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat
 from runtime.parts import AllocatorParts
-from runtime.saving.file_bundle import CARD, BundleError, Manifest, digest_of, file_hash, read_bundle, save_bundle
+from runtime.saving.allocator_checks import (
+    ACCEPTANCE,
+    CERTIFICATE,
+    CHAT,
+    DRIFT,
+    FORMAT_VERSION,
+    LARGEST_PART,
+    MENU,
+    OUTLIERS,
+    PROJECTION,
+    STAND_INS,
+    ArtefactError,
+    chat_hash,
+    check_assumed,
+    check_entries,
+    check_together,
+)
+from runtime.saving.file_bundle import CARD, Manifest, digest_of, file_hash, read_bundle, save_bundle
 
 Parts = TypeVar("Parts", bound=AllocatorParts)
-
-FORMAT_VERSION = 6
-STAND_INS, DRIFT, OUTLIERS = "stand_ins.safetensors", "drift.safetensors", "outliers.safetensors"
-ACCEPTANCE, CHAT = "acceptance.json", "chat.json"
-MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
-ENTRIES: dict[str, type] = {
-    "layerbudget_version": str,
-    "created": str,
-    "model": dict,
-    "controller": str,
-    "decoding": dict,
-    "chat_template": str,
-    "files": dict,
-}
-
-
-class ArtefactError(BundleError):
-    """A folder that holds no allocator, or a damaged one."""
 
 
 def save_allocator(allocator: AllocatorParts, folder: Path) -> None:
     """See `Allocator.save_pretrained`."""
 
     def write(scratch: Path) -> Manifest:
+        check_assumed(allocator)
         write_files(allocator, scratch)
         return {
             "format_version": FORMAT_VERSION,
@@ -137,16 +135,14 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
     (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
 
 
-def chat_hash(allocator: AllocatorParts) -> str:
-    """Names the chat template; `none` where prompts are given as they are."""
-    return NO_TEMPLATE if allocator.chat is None else allocator.chat.template.hash
-
-
 def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) -> Parts:
     """The allocator whose files lie in `place`, under the name `folder`."""
-    _check_entries(folder, manifest)
+    check_entries(folder, manifest)
     name, files = manifest["controller"], manifest["files"]
     try:
+        for file in files.keys() - {STAND_INS}:
+            if (size := (place / file).stat().st_size) > LARGEST_PART:
+                raise ArtefactError(f"{file} has {size} bytes; such a file has at most {LARGEST_PART}")
         allocator = kind(
             menu=PlanMenu.load(place / MENU),
             controller=CONTROLLERS[name].load(place),
@@ -163,7 +159,7 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
         )
         if ACCEPTANCE in files:
             allocator = replace(allocator, acceptance=_acceptance(place / ACCEPTANCE, allocator.menu))
-        _check_together(allocator)
+        check_together(allocator)
         if (found := chat_hash(allocator)) != (said := manifest["chat_template"]):
             raise ArtefactError(f"its chat template is {found}, manifest.json says {said!r:.80}")
     except Exception as error:  # files that fit their SHA-256 were made by somebody else, and may hold anything
@@ -181,52 +177,6 @@ def _acceptance(path: Path, menu: PlanMenu) -> tuple[float, ...]:
         if type(rate) not in (int, float) or not 0 <= rate <= 1:
             raise ArtefactError(f"a rate of {path.name} is a share from 0 to 1, got {rate!r:.80}")
     return tuple(float(rates[name]) for name in names)
-
-
-def _check_entries(folder: Path, manifest: Manifest) -> None:
-    if (found := manifest.get("format_version")) != FORMAT_VERSION:
-        raise ArtefactError(
-            f"{folder} has allocator format {found!r}, this version reads {FORMAT_VERSION}; make it again with "
-            "`layerbudget calibrate`"
-        )
-    for name, kind in ENTRIES.items():
-        if not isinstance(manifest.get(name), kind):
-            raise ArtefactError(f"{folder} is damaged: {name} in manifest.json should be a {kind.__name__}")
-    for name in ("fingerprint", "source"):
-        if not isinstance(manifest["model"].get(name), str):
-            raise ArtefactError(f"{folder} is damaged: the model's {name} in manifest.json should be a str")
-    if (controller := manifest["controller"]) not in CONTROLLERS:
-        raise ArtefactError(
-            f"{folder} needs the controller {controller!r:.80}, known are {', '.join(CONTROLLERS)}; install the "
-            "package that brings it"
-        )
-    needed = {MENU, PROJECTION, CERTIFICATE, CARD, *CONTROLLERS[controller].FILES}
-    if missing := needed - manifest["files"].keys():
-        raise ArtefactError(f"{folder} is damaged: manifest.json does not list {min(missing)}")
-
-
-def _check_together(allocator: AllocatorParts) -> None:
-    """Raises ArtefactError unless projection, controller, menu and stand-ins are of one make."""
-    projection, plans = allocator.projection, len(allocator.menu)
-    n_features = projection.n_features
-    predicted = allocator.controller.predict(np.zeros((1, n_features), dtype=np.float32))
-    if predicted.shape != (1, plans) or not np.isfinite(predicted).all():
-        raise ArtefactError(
-            f"the controller makes {predicted.shape} of {n_features} features, not a number for each of {plans} plans"
-        )
-    if allocator.stand_ins is not None:
-        if allocator.stand_ins.fingerprint != allocator.fingerprint:
-            raise ArtefactError(f"its stand-ins are of another model, {allocator.stand_ins.fingerprint}")
-        for plan in allocator.stand_ins.bridges:
-            if plan.n_layers != allocator.menu.n_layers:
-                raise ArtefactError(
-                    f"its stand-ins are for {plan.n_layers} layers, its menu for {allocator.menu.n_layers}"
-                )
-    if allocator.drift is not None and allocator.drift.reference_scores.shape[1] != 2:
-        raise ArtefactError("its drift reference should have 2 channels")
-    if allocator.outliers is not None and not set(allocator.outliers.projection.sets) <= set(projection.sets):
-        read = ", ".join(allocator.outliers.projection.sets)
-        raise ArtefactError(f"its outlier test reads {read}, its controller {', '.join(projection.sets)}")
 
 
 def _downloaded(repo_id: str, **options: Any) -> Path:

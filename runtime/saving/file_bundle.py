@@ -29,9 +29,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a file may be called: so a manifest, which may come from anybody, names nothing outside of its folder."""
 _SCRATCH, _REPLACEMENT = ".layerbudget-saving", ".layerbudget-replacement"
 ATTEMPTS, PAUSE_S = 200, 0.01
-"""How often a reader starts over while others save, and how long it waits before; after as many attempts with one and
-the same manifest as `CERTAIN` says, the files are damaged."""
-CERTAIN = 5
+"""How often a reader starts over while others save, and how long it waits before. What fails under a manifest that has
+not changed meanwhile is damaged: a file is always in one of its two places."""
+LARGEST = {".json": 2**20, ".md": 2**20, ".safetensors": 2**36}
+"""Bytes of a file by its suffix."""
 
 T = TypeVar("T")
 Manifest = dict[str, Any]
@@ -80,7 +81,6 @@ def read_bundle(folder: Path, load: Callable[[Path, Manifest], T]) -> T:
     Raises:
         BundleError: there are none, or they are not the ones that were saved; whatever `load` raises.
     """
-    same, last = 0, b""
     for _ in range(ATTEMPTS):
         content = _manifest(folder)
         try:
@@ -90,10 +90,8 @@ def read_bundle(folder: Path, load: Callable[[Path, Manifest], T]) -> T:
             if _manifest(folder) == content:
                 return loaded
         except Exception:
-            same = same + 1 if content == last else 1
-            if same >= CERTAIN and _manifest(folder) == content:
+            if _manifest(folder) == content:
                 raise
-        last = content
         time.sleep(PAUSE_S)
     raise BundleError(f"{folder} was saved to again and again while it was read; try again when that is over")
 
@@ -110,6 +108,7 @@ def _fill(scratch: Path, write: Callable[[Path], Manifest]) -> None:
     text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=2) + "\n"
     (scratch / MANIFEST).write_text(text, encoding="utf-8")
     for path in scratch.iterdir():
+        _check_size(path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -132,7 +131,7 @@ def _own_files(folder: Path) -> set[str]:
     A card that is no longer as it was saved is not among them: people and other libraries write these too.
     """
     try:
-        files = _parsed(folder, _content(folder / MANIFEST))["files"]
+        files = _parsed(folder, _content(folder / MANIFEST, folder))["files"]
     except BundleError:
         return set()
     card = folder / CARD
@@ -141,7 +140,10 @@ def _own_files(folder: Path) -> set[str]:
 
 
 def _tidy(folder: Path) -> None:
-    """Finish or discard what a writer that was killed has left."""
+    """Finish or discard what a writer that was killed has left; a link is somebody else's doing, and not followed."""
+    for name in (_SCRATCH, _REPLACEMENT):
+        if (folder / name).is_symlink():
+            (folder / name).unlink()
     shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
     _install(folder)
 
@@ -150,7 +152,7 @@ def _install(folder: Path) -> None:
     """Move the files of a complete replacement to their places; readers take them from either."""
     replacement = folder / _REPLACEMENT
     try:
-        files = _parsed(replacement, _content(replacement / MANIFEST))["files"]
+        files = _parsed(replacement, _content(replacement / MANIFEST, folder))["files"]
     except BundleError:
         shutil.rmtree(replacement, ignore_errors=True)
         return
@@ -164,13 +166,21 @@ def _install(folder: Path) -> None:
 
 
 def _manifest(folder: Path) -> bytes:
-    return _content(folder / _REPLACEMENT / MANIFEST) or _content(folder / MANIFEST)
+    return next(filter(None, (_content(path, folder) for path in _places(folder, MANIFEST))), b"")
 
 
-def _content(path: Path) -> bytes:
-    """Of a file that may be missing, or nothing that has an end, such as a pipe."""
+def _places(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where a file lies: in a replacement whose files are being moved, or at its place."""
+    return folder / _REPLACEMENT / name, folder / name
+
+
+def _content(path: Path, folder: Path) -> bytes:
+    """Of a file of a folder that may be missing, or nothing that has an end, such as a pipe."""
     try:
-        return path.read_bytes() if path.is_file() else b""
+        if not path.is_file():
+            return b""
+        _check_is_own(path, folder)
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):  # moved just now
         return b""
     except OSError as error:
@@ -207,22 +217,49 @@ def _together(folder: Path, manifest: Manifest) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as copies:
         for name, place in places.items():
-            moved = place if place.exists() else folder / name
-            shutil.copyfile(moved, Path(copies) / name)
+            try:
+                shutil.copyfile(place, Path(copies) / name)
+            except FileNotFoundError:  # moved just now
+                shutil.copyfile(folder / name, Path(copies) / name)
         yield Path(copies)
 
 
 def _place(folder: Path, name: str, known: str) -> Path:
-    found = [path for path in (folder / _REPLACEMENT / name, folder / name) if path.is_file()]
-    for path in found:
+    is_there = False
+    for path in _places(folder, name):
         try:
-            if file_hash(path) == known:
-                return path
-        except FileNotFoundError:  # moved just now
-            if (folder / name).is_file() and file_hash(folder / name) == known:
-                return folder / name
+            if path.is_file():
+                is_there = True
+                _check_is_own(path, folder)
+                if file_hash(path) == known:
+                    return path
+        except FileNotFoundError:  # moved just now, to the other place
+            continue
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from None
-    if not found:
+    if not is_there:
         raise BundleError(f"{folder} is damaged: {name} is missing")
     raise BundleError(f"{folder} is damaged: {name} does not match its SHA-256 in {MANIFEST}")
+
+
+def _check_is_own(path: Path, folder: Path) -> None:
+    """Raises BundleError for a file that is too large, or a link to one outside of the folder.
+
+    The hub's cache keeps a repository's files in `blobs`, and links to them in `snapshots/REVISION`.
+    """
+    _check_size(path)
+    home, real = folder.resolve(), path.resolve()
+    caches = [place.parent.parent / "blobs" for place in (home, *home.parents) if place.parent.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in (home, *caches)):
+        raise BundleError(f"{path} is a link to {real}, outside of its folder; put the file itself there")
+    status = real.stat()
+    with os.scandir(real.parent) as entries:
+        names = sum(entry.inode() == status.st_ino for entry in entries) if status.st_nlink > 1 else 1
+    if names < status.st_nlink:
+        raise BundleError(f"{path} is a hard link to a file outside of its folder; put a copy of the file there")
+
+
+def _check_size(path: Path) -> None:
+    largest, size = LARGEST.get(path.suffix, LARGEST[".safetensors"]), path.stat().st_size
+    if size > largest:
+        raise BundleError(f"{path} has {size} bytes; such a file has at most {largest}")

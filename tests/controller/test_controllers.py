@@ -1,5 +1,7 @@
+import sys
 import warnings
 
+import lightgbm
 import numpy as np
 import optuna
 import pytest
@@ -22,6 +24,57 @@ class TestLightGBM(ControllerConformance):
 class TestLightGBMPerPlan(ControllerConformance):
     def make(self):
         return LightGBMController(n_trees=30, per_plan=True)
+
+
+@pytest.mark.parametrize("n", [30, 300])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"per_plan": False},
+        {"n_trees": 300, "n_leaves": 24, "min_leaf_rows": 5, "l2": 0.1, "learning_rate": 0.2},
+        {"n_trees": 300, "n_leaves": 24, "min_leaf_rows": 5, "per_plan": False},
+        {"n_leaves": 200, "min_leaf_rows": 1, "l2": 0.0, "feature_share": 1.0},
+    ],
+)
+def test_trees_predict_bit_for_bit_as_lightgbm(monkeypatch, tmp_path, settings, n) -> None:
+    """Whatever the settings; with few prompts some models are a single leaf, some have fewer trees than asked for."""
+    boosters, train = [], lightgbm.train
+
+    def remembering(*arguments, **options):
+        boosters.append(train(*arguments, **options))
+        return boosters[-1]
+
+    monkeypatch.setattr(lightgbm, "train", remembering)
+    random, tiny = np.random.default_rng(n), np.float32(1e-35)
+    features = random.normal(size=(n, 12)).astype("float32")
+    features[:, 3], features[:, 4] = np.round(features[:, 3]), 0.0
+    features[:9, 2] = [tiny, tiny, tiny, -tiny, -tiny, -tiny, 1e-40, -1e-40, 0]
+    noise = random.normal(size=(n, 3)) * 0.3
+    kept = np.clip(features[:, :1] * 2 + np.array([-0.5, 1.5, 99]) + noise, 0, 1).astype("float32")
+    controller = LightGBMController(**settings)
+    controller.fit(features, kept, ControllerConformance.budgets)
+    huge = np.full((2, 12), 3e38, "float32") * [[1], [-1]]
+    fresh = np.concatenate([features, features * 3, features[::-1] * tiny, huge.astype("float32")])
+    rows = fresh if settings.get("per_plan", True) else controller._rows(fresh)
+    expected = np.stack([booster.predict(rows, num_threads=1) for booster in boosters], axis=1)
+    assert len(np.unique(expected)) > 2 if n > 30 else len(boosters) > 0
+    np.testing.assert_array_equal(controller._forest(rows), expected)
+    np.testing.assert_array_equal(np.concatenate([controller._forest(row[None]) for row in rows[:40]]), expected[:40])
+    controller.save(tmp_path)
+    monkeypatch.setitem(sys.modules, "lightgbm", None)  # from here on it cannot be imported
+    loaded = LightGBMController.load(tmp_path)
+    np.testing.assert_array_equal(loaded._forest(rows), expected)
+
+
+def test_trees_that_would_not_load_again_are_not_trained(monkeypatch) -> None:
+    features, kept = ControllerConformance().data()
+    monkeypatch.setattr("controller.models.trees.MOST_DEPTH", 2)
+    with pytest.raises(LearningError, match=r"a depth of more than 2; train with smaller ones \(n_leaves\)"):
+        LightGBMController().fit(features, kept, ControllerConformance.budgets)
+    monkeypatch.setattr("controller.models.trees.MOST_TREES", 5)
+    with pytest.raises(LearningError, match=r"at most 5 trees .* train with fewer trees \(n_trees\)"):
+        LightGBMController().fit(features, kept, ControllerConformance.budgets)
 
 
 class TestMLP(ControllerConformance):

@@ -16,7 +16,7 @@ from selection import selected
 
 MLP = ("menu.json", "projection.safetensors", "certificate.json", "controller.safetensors", "drift.safetensors",
        "outliers.safetensors", "stand_ins.safetensors")  # fmt: skip
-TREES = ("controller.json",)
+TREES = ("controller.safetensors",)
 FILES = [("finished", name) for name in (*MLP, "README.md", "manifest.json")] + [("trees", name) for name in TREES]
 
 ANY_DAMAGE = [(owner, name, damage) for owner, name in FILES for damage in damages_of(name)]

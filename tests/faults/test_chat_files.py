@@ -19,7 +19,7 @@ from oracle.chat import ChatTemplate
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
 
-KEYS = [(name,) for name in ("template", "tokens", "head", "tail")]
+KEYS = [(name,) for name in ("hash", "special", "head", "tail")]
 REFUSED = {
     "no end": "{% for turn in messages %}",
     "nothing of the user": "always the same",
@@ -33,23 +33,27 @@ REFUSED = {
 }
 
 
+GENERATE = ("generate", "--allocator", "runs/tiny/allocator", "--chat-template", "chat.jinja", "abcabc")
+
+
 @pytest.fixture
 def chatty(project) -> Project:
-    """The project with an allocator that has a template."""
+    """The project with an allocator that was made with a template, and the template's file."""
     allocator, tokenizer = Allocator.from_pretrained(project.allocator), chat_tokenizer()
     template = ChatTemplate(WITH_BEGIN, {"bos_token": tokenizer.bos_token})
     replace(allocator, chat=ChatFormat.of(template, tokenizer)).save_pretrained(project.allocator)
+    (project.folder / "chat.jinja").write_text(WITH_BEGIN)
     return project
 
 
 def _check(project: Project, limits, expect_good, wrong_if_taken: str | None) -> None:
     foreign = project.foreign
-    ended = project.command("generate", "--allocator", "runs/tiny/allocator", "abcabc", limits=limits)
+    ended = project.command(*GENERATE, limits=limits)
     expect_good(*judged(ended, project, foreign, lambda: wrong_if_taken))
 
 
 def test_undamaged_it_is_used(chatty) -> None:
-    ended = chatty.command("generate", "--allocator", "runs/tiny/allocator", "abcabc")
+    ended = chatty.command(*GENERATE)
     assert ended.status == 0, ended.err
     assert "chat.json" in json.loads((chatty.allocator / "manifest.json").read_text())["files"]
 
@@ -57,8 +61,7 @@ def test_undamaged_it_is_used(chatty) -> None:
 @pytest.mark.parametrize("damage", selected(list(damages_of("chat.json")), every=6))
 def test_a_damaged_format_is_refused(chatty, limits, expect_good, damage) -> None:
     damages_of("chat.json")[damage](chatty.allocator / "chat.json")
-    # A link to the same content is no damage.
-    _check(chatty, limits, expect_good, None if damage.startswith("a link") else "damage was accepted")
+    _check(chatty, limits, expect_good, "damage was accepted")
 
 
 SIGNED = [name for name in damages_of("chat.json") if not name.startswith(FLIPS_AND_TEXT)]

@@ -85,10 +85,10 @@ def test_a_run_makes_a_damaged_file_again_or_refuses_it(project, finished, limit
     expect_good(*_checked(project, finished, name, ended, project.foreign))
 
 
-@pytest.mark.parametrize("damage", selected(list(damages_of("controller.json")), every=20))
+@pytest.mark.parametrize("damage", selected(list(damages_of("controller.safetensors")), every=20))
 def test_a_run_makes_damaged_trees_again_or_refuses_them(trees, tmp_path, limits, damage, expect_good) -> None:
     project = trees.copy(tmp_path / "project")
-    damages_of("controller.json")[damage](project.run / "controllers" / "lightgbm" / "controller.json")
+    damages_of("controller.safetensors")[damage](project.run / "controllers" / "lightgbm" / "controller.safetensors")
     ended = project.command("run", "tiny.yaml", limits=limits)
     expect_good(*_checked(project, trees, "controllers", ended, project.foreign))
 

@@ -11,7 +11,6 @@ from tiny import padded_batch, tiny_model
 from tiny_allocator import GREEDY, make_allocator, resigned, with_stand_ins
 
 from backbone.stand_ins.attaching import StandInsError
-from controller.models.gbdt import LightGBMController
 from controller.models.logistic import LogisticController
 from runtime.allocator import Allocator
 from runtime.saving.allocator_files import ArtefactError
@@ -119,21 +118,6 @@ CONTROLLER_DAMAGE = [
 def test_tensors_that_are_no_controller_are_refused(model, tmp_path, name, change, message) -> None:
     allocator = make_allocator(model, controller=LogisticController() if name == "logistic" else None, name=name)
     check_refused(allocator, tmp_path, lambda folder: edited_tensors(folder, "controller.safetensors", change), message)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: d.update(data=d["data"][: len(d["data"]) // 2]), "does not match its SHA-256"),
-        (lambda d: d.update(data=d["data"].replace("leaf_value=", "leaf_value=9", 1)), "does not match its SHA-256"),
-        (lambda d: d.update(data=None), "holds no controller"),
-        (lambda d: d.pop("sha256"), "holds no controller"),
-    ],
-)
-def test_trees_that_are_not_whole_never_reach_lightgbm(model, tmp_path, change, message) -> None:
-    """Given half a model it ends the process."""
-    trees = make_allocator(model, controller=LightGBMController(n_trees=5), name="lightgbm")
-    check_refused(trees, tmp_path, lambda folder: edited_json(folder, "controller.json", change), message)
 
 
 def of_bridges(part: str, tensor: torch.Tensor):

@@ -109,19 +109,18 @@ def test_a_manifest_without_an_end_is_not_read(plain, tmp_path) -> None:
 
 def test_files_that_the_manifest_does_not_list_are_not_read(model, tmp_path) -> None:
     trees = make_allocator(model, controller=LightGBMController(n_trees=5), name="lightgbm")
-    for name in ("controller.7.txt", "controller.safetensors", "stand_ins.safetensors", "drift.safetensors"):
+    for name in ("controller.7.txt", "controller.json", "stand_ins.safetensors", "drift.safetensors"):
         (tmp_path / name).write_text("mine")
     trees.save_pretrained(tmp_path)
     assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(trees)
 
 
-def test_a_kill_before_old_files_are_removed_leaves_the_new(plain, model, tmp_path, monkeypatch) -> None:
-    trees = make_allocator(model, controller=LightGBMController(n_trees=5), name="lightgbm")
-    trees.save_pretrained(tmp_path)
+def test_a_kill_before_old_files_are_removed_leaves_the_new(plain, other, tmp_path, monkeypatch) -> None:
+    other.save_pretrained(tmp_path)
     original = Path.unlink
 
     def dying(self: Path, missing_ok: bool = False) -> None:
-        if self.name.startswith("controller."):
+        if self.name.startswith("stand_ins."):
             raise KeyboardInterrupt
         original(self, missing_ok)
 
@@ -131,7 +130,7 @@ def test_a_kill_before_old_files_are_removed_leaves_the_new(plain, model, tmp_pa
     monkeypatch.undo()
     assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(plain)
     plain.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("controller.json"))
+    assert not list(tmp_path.glob("stand_ins.safetensors"))
 
 
 def test_the_home_folder_is_expanded(plain, tmp_path, monkeypatch) -> None:
@@ -254,6 +253,15 @@ def test_a_manifest_that_is_none_is_one_sentence(plain, tmp_path, content) -> No
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ArtefactError, match=r"damaged|holds no allocator"):
         Allocator.from_pretrained(tmp_path)
+
+
+def test_a_load_that_failed_is_not_tried_again(plain, tmp_path, monkeypatch) -> None:
+    plain.save_pretrained(tmp_path)
+    tried = []
+    monkeypatch.setattr("runtime.saving.allocator_files.PlanMenu.load", lambda path: tried.append(path) or 1 / 0)
+    with pytest.raises(ArtefactError, match="is damaged: division by zero"):
+        Allocator.from_pretrained(tmp_path)
+    assert len(tried) == 1
 
 
 def test_files_of_two_makes_are_refused(plain, model, tmp_path) -> None:

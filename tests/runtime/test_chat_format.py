@@ -58,12 +58,12 @@ def test_answers_are_those_of_stock_generate_and_the_tokenizers_own_template(mod
 
 def test_without_a_template_prompts_are_given_as_they_are(model) -> None:
     allocator, tokenizer = make_allocator(model), chat_tokenizer()
-    assert allocator.rendered("abc") == "abc"
+    assert allocator.rendered(tokenizer, "abc") == "abc"
     assert allocator.inputs(tokenizer, ["abc"])["input_ids"].tolist() == [tokenizer("abc").input_ids]
     with pytest.raises(ChatError, match="messages need a chat template"):
-        allocator.rendered(TURNS)
+        allocator.rendered(tokenizer, TURNS)
     with pytest.raises(ChatError, match="turn 1 has the role 'bot'"):
-        allocator.rendered([{"role": "bot", "content": "a"}])
+        allocator.rendered(tokenizer, [{"role": "bot", "content": "a"}])
 
 
 @pytest.mark.parametrize("template", [WITH_BEGIN, WITH_SYSTEM, DATED])
@@ -121,13 +121,14 @@ def test_where_some_prompts_were_raw_nothing_is_said(model, caplog) -> None:
     assert not caplog.messages
 
 
-def test_the_template_is_saved_with_the_allocator(model, tmp_path) -> None:
+def test_the_templates_hash_is_saved_and_not_its_text(model, tmp_path) -> None:
     allocator = chatty(model)
     allocator.save_pretrained(tmp_path)
     loaded = Allocator.from_pretrained(tmp_path)
     assert loaded.chat == allocator.chat
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["chat_template"] == allocator.chat.template.hash
+    assert manifest["chat_template"] == allocator.chat.hash == ChatTemplate.of_tokenizer(chat_tokenizer()).hash
+    assert not [path.name for path in tmp_path.iterdir() if "{%" in path.read_text(errors="replace")]
     assert content_digest(loaded) == content_digest(allocator) != content_digest(chatty(model, template=WITH_SYSTEM))
     replace(allocator, chat=None).save_pretrained(tmp_path)
     assert Allocator.from_pretrained(tmp_path).chat is None
@@ -139,13 +140,20 @@ def test_the_template_is_saved_with_the_allocator(model, tmp_path) -> None:
     [
         lambda data: data.pop("head"),
         lambda data: data.update(more=1),
-        lambda data: data.update(template=3),
-        lambda data: data.update(tokens=[]),
-        lambda data: data.update(tokens={"bos_token": 1}),
+        lambda data: data.update(template="{{ messages }}"),
+        lambda data: data.update(hash=3),
+        lambda data: data.update(hash="٠" * 16),
+        lambda data: data.update(hash="0" * 16),
+        lambda data: data.update(special=[]),
+        lambda data: data.update(special={"bos_token": 1}),
+        lambda data: data.update(special={"bos_token": "x" * 201}),
+        lambda data: data.update(special={str(number): "x" for number in range(65)}),
         lambda data: data.update(head=[1.5]),
+        lambda data: data.update(head=[-1]),
+        lambda data: data.update(head=[10**400]),
+        lambda data: data.update(head=[1] * 5),
         lambda data: data.update(tail="abc"),
         lambda data: data.update(tail=None),
-        lambda data: data.update(template="{{ messages }}"),
     ],
 )
 def test_a_format_that_says_something_odd_is_refused(model, tmp_path, change) -> None:
@@ -157,6 +165,29 @@ def test_a_format_that_says_something_odd_is_refused(model, tmp_path, change) ->
     with pytest.raises(ArtefactError, match=r"chat.json is not a chat format|its chat template is") as error:
         Allocator.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+HOSTILE = "{% for a in range(10**9) %}{% for b in range(10**9) %}{{ 10**100000000 }}{% endfor %}{% endfor %}"
+
+
+def test_no_text_but_the_allocators_own_template_is_rendered(model, tmp_path) -> None:
+    """Also of a tokenizer or a file: a hostile one would never end."""
+    chatty(model).save_pretrained(tmp_path)
+    loaded, path = Allocator.from_pretrained(tmp_path), tmp_path / "chat.jinja"
+    for other, message in ((WITH_SYSTEM, "at hand is"), (HOSTILE, "at hand is"), (None, "has no chat template")):
+        with pytest.raises(ChatError, match=message):
+            loaded.rendered(chat_tokenizer(other), "abc")
+        path.write_text(other or "")
+        with pytest.raises(ChatError, match=r"chat\.jinja is the chat template \w+, this allocator's prompts are put"):
+            Allocator.from_pretrained(tmp_path, chat_template=path)
+    path.write_text(WITH_BEGIN)
+    given = Allocator.from_pretrained(tmp_path, chat_template=path)
+    for tokenizer in (chat_tokenizer(None), chat_tokenizer(HOSTILE)):
+        assert given.rendered(tokenizer, TURNS) == loaded.rendered(chat_tokenizer(), TURNS)
+        assert loaded.rendered(tokenizer, "abc", raw=True) == "abc"
+    make_allocator(model).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ChatError, match="was given for an allocator whose prompts are given as they are"):
+        Allocator.from_pretrained(tmp_path / "plain", chat_template=path)
 
 
 def write(path, rows):
@@ -207,10 +238,15 @@ def test_the_command_line_renders_a_prompt_unless_it_is_raw(tmp_path) -> None:
     allocator.save_pretrained(tmp_path / "allocator")
     command = ("generate", "--allocator", tmp_path / "allocator", "--device", "cpu", "abc")
     assert f"abc\n  {stock(model, tokenizer, TURNS[:1])}\n" in layerbudget(*command).stdout
+    tokenizer.chat_template = HOSTILE  # which no file of the allocator's brings, so that the user must
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "chat.jinja").write_text(WITH_BEGIN)
+    assert "the chat template at hand is" in refused(*command)
+    assert layerbudget(*command, "--chat-template", tmp_path / "chat.jinja").stdout.count("[") == 1
     raw = model.generate(**padded_prompts(tokenizer, ["abc"]), **GREEDY, pad_token_id=0)[0, 4:]
     text = tokenizer.decode(raw, skip_special_tokens=True).strip()
     assert f"abc\n  {text}\n" in layerbudget(*command, "--raw").stdout
-    assert "Template     " + allocator.chat.template.hash in layerbudget("inspect", tmp_path / "allocator").stdout
+    assert "Template     " + allocator.chat.hash in layerbudget("inspect", tmp_path / "allocator").stdout
     write(tmp_path / "p.jsonl", [{"prompt": "a"}])
     assert layerbudget("generate", "--allocator", "none", "--prompts", tmp_path / "p.jsonl", "--raw").returncode == 2
     assert "the prompt is empty" in refused("generate", "--allocator", tmp_path / "allocator", " ")

@@ -75,7 +75,7 @@ def allocator(loaded) -> Allocator:
 def test_labels_are_the_tokens_of_stock_generate(loaded, stock, allocator, tmp_path) -> None:
     model, tokenizer = loaded
     labeller = Labeller(model, tokenizer, Decoding(NEW_TOKENS), LabelStore(tmp_path / "labels.db"), 1)
-    template = allocator.chat.template
+    template = allocator.chat.template(tokenizer)
     prompts = [Prompt(text, "chat", text, "", "agreement").rendered(template) for text in QUESTIONS]
     full = allocator.menu.plans[-1]
     labeller.label_full(prompts, full)
