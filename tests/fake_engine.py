@@ -56,7 +56,7 @@ class FakeEngine:
             await asyncio.sleep(0.02)
         if body.get("stream"):
             return StreamingResponse(self._events(), media_type="text/event-stream")
-        return JSONResponse({"choices": [{"text": "said"}], "plan": plan})
+        return JSONResponse({"choices": [{"text": "said"}], "plan": plan, "user": body.get("user")})
 
     async def _events(self) -> Any:
         for word in ("one", "two"):

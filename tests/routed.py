@@ -67,8 +67,8 @@ def in_flight(client: httpx2.Client) -> float:
     return counted(client, "layerbudget_in_flight")["layerbudget_in_flight"]
 
 
-def wait_for(holds: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
+def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until
         time.sleep(0.02)
