@@ -24,34 +24,51 @@ def serve(
     decision_limit_ms: Annotated[
         float, typer.Option(min=1, help="A request without a plan after this time runs in full.")
     ] = 500.0,
-    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests beyond this are refused with 429.")] = 256,
+    max_decision_tokens: Annotated[
+        int, typer.Option(min=1, help="A request with more tokens, padded, runs in full.")
+    ] = 4096,
+    max_in_flight: Annotated[
+        int, typer.Option(min=1, help="Requests beyond this, or half of it from one sender, are refused with 429.")
+    ] = 256,
+    max_body_mb: Annotated[float, typer.Option(min=0.01, max=1024, help="Longest body of a request.")] = 4.0,
+    client_limit_s: Annotated[
+        float, typer.Option(min=0.1, help="Longest time to send a request, and longest pause in reading the answer.")
+    ] = 30.0,
     timeout_s: Annotated[float, typer.Option(min=1, help="Longest silence of an engine.")] = 600.0,
+    stop_limit_s: Annotated[
+        float, typer.Option(min=0, help="Time for the requests in flight after SIGTERM or Ctrl-C.")
+    ] = 30.0,
     device: Device = None,
 ) -> None:
     """Answer the OpenAI routes: choose each request's layers, pass it on to an engine, pass the answer back.
 
     The engine is a vLLM with layerbudget-vllm, or there is a pool for each plan (`layerbudget export`).
     """
-    import uvicorn
-
     from layerbudget import Allocator
     from runtime.router.app import make_app
     from runtime.router.choosing import Chooser
+    from runtime.router.limits import Limits
     from runtime.router.probe_model import load_probe
+    from runtime.router.server import allow_connections, make_server
     from runtime.router.upstreams import Upstreams
 
+    limits = Limits(
+        in_flight=max_in_flight,
+        body_bytes=int(max_body_mb * 2**20),
+        client_s=client_limit_s,
+        engine_s=timeout_s,
+        decision_ms=decision_limit_ms,
+        decision_tokens=max_decision_tokens,
+        stop_s=stop_limit_s,
+    )
     loaded = Allocator.from_pretrained(allocator, chat_template=chat_template)
     upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
-    if not upstreams.check():
-        typer.echo(f"the engine at {upstreams.engine} does not answer yet", err=True)
+    if not (is_checked := upstreams.check()):
+        typer.echo(f"the engine at {upstreams.engine} does not answer yet; until then all run the full plan", err=True)
     network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
-    app = make_app(
-        Chooser(loaded, network, tokenizer, decision_limit_ms),
-        upstreams,
-        max_in_flight=max_in_flight,
-        timeout_s=timeout_s,
-    )
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
+    allow_connections(limits)
+    app = make_app(Chooser(loaded, network, tokenizer, limits), upstreams, is_checked=is_checked)
+    make_server(app, limits, host, port).run()
 
 
 def export(

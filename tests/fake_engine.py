@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socketserver
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from typing import Any
 
 import uvicorn
@@ -16,7 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 
 class FakeEngine:
-    """Answers with what it was asked; `bodies` keeps that.
+    """Answers with what it was asked; `bodies` and `headers` keep that.
 
     Attributes:
         knows_plans: refuses a plan that cannot be, as an engine with layerbudget-vllm does.
@@ -28,6 +31,7 @@ class FakeEngine:
     def __init__(self, *, knows_plans: bool = True) -> None:
         self.knows_plans, self.breaks, self.silence, self.left = knows_plans, False, 0.0, 0
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.app = FastAPI()
         for path in ("/v1/completions", "/v1/chat/completions"):
             self.app.add_api_route(path, self._answer, methods=["POST"])
@@ -39,6 +43,7 @@ class FakeEngine:
 
     async def _answer(self, request: Request) -> Response:
         body = await request.json()
+        self.headers.append(dict(request.headers))
         plan = (body.get("vllm_xargs") or {}).get("layer_plan")
         if self.knows_plans and plan == "none":
             return JSONResponse({"error": {"message": "layer_plan: cannot read 'none'", "code": 400}}, 400)
@@ -51,7 +56,7 @@ class FakeEngine:
             await asyncio.sleep(0.02)
         if body.get("stream"):
             return StreamingResponse(self._events(), media_type="text/event-stream")
-        return JSONResponse({"choices": [{"text": "said"}], "plan": plan})
+        return JSONResponse({"choices": [{"text": "said"}], "plan": plan, "user": body.get("user")})
 
     async def _events(self) -> Any:
         for word in ("one", "two"):
@@ -65,7 +70,15 @@ class FakeEngine:
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """The URL of an ASGI application on a free port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    server.force_exit = True
+    with running(server) as url:
+        yield url
+
+
+@contextmanager
+def running(server: uvicorn.Server) -> Iterator[str]:
+    """The URL of a server on a thread of this process."""
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -76,5 +89,36 @@ def served(app: Any) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.should_exit = server.force_exit = True
-        thread.join(timeout=10)
+        server.should_exit = True
+        thread.join(timeout=20)
+        if thread.is_alive() and not server.force_exit:
+            raise RuntimeError("the server did not end")
+
+
+@contextmanager
+def raw_engine(answers: Callable[[dict[str, Any]], list[bytes]], heads: list[str]) -> Iterator[str]:
+    """The URL of an engine that answers each request with bytes, whatever they are.
+
+    Args:
+        answers: from a request's body to what is sent, a moment after one another; then the connection stays open.
+        heads: gets the head of each request.
+    """
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                while line := self.rfile.readline():
+                    lines = [line, *takewhile(lambda one: one.strip(), self.rfile)]
+                    heads.append(head := b"".join(lines).decode("latin-1"))
+                    size = re.search(r"content-length: (\d+)", head, re.IGNORECASE)
+                    for place, piece in enumerate(answers(json.loads(self.rfile.read(int(size[1]))) if size else {})):
+                        time.sleep(0.02 * bool(place))
+                        self.wfile.write(piece)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, allow_reuse_address = True, True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()

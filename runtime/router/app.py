@@ -7,43 +7,47 @@ dies in the middle of a stream.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
 
-import anyio
-import httpx2
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
-from runtime.router.choosing import Chooser
-from runtime.router.errors import CLIENT_LEFT, error_body, error_response, of_engine
-from runtime.router.load import LoadLimit
+from runtime.router.choosing import Choice, Chooser, Prompts
+from runtime.router.engines import Engines
+from runtime.router.errors import CLIENT_LEFT, RefusedError
+from runtime.router.limits import PLACE_BYTES
+from runtime.router.load import Admission, sender_of
 from runtime.router.metrics import Metrics
-from runtime.router.upstreams import Upstreams
+from runtime.router.requests import RequestBody, own_headers, parsed
+from runtime.router.stopping import Stopping
+from runtime.router.upstreams import UpstreamCheck, Upstreams
 
-T = TypeVar("T")
 PLAN_HEADER = "x-layer-plan"
-"""Of every answer: the plan that its prompt ran."""
+"""Of every answer of an engine: the plan that its prompt ran."""
+
+CHAT = "/v1/chat/completions"
+HEALTH_S = 10.0
 
 
-def make_app(chooser: Chooser, upstreams: Upstreams, *, max_in_flight: int = 256, timeout_s: float = 600.0) -> FastAPI:
-    """The router as an ASGI application.
+def make_app(chooser: Chooser, upstreams: Upstreams, *, is_checked: bool = True) -> FastAPI:
+    """The router as an ASGI application, within the limits of the chooser.
 
     Args:
         chooser: decides about each request.
         upstreams: the engines that answer.
-        max_in_flight: requests answered at a time; beyond that they are refused with status 429.
-        timeout_s: the longest silence of an engine before its request ends with status 504.
+        is_checked: `Upstreams.check` is done. Else it is asked again until the engine answers, and all run in full.
     """
-    metrics = Metrics(chooser.allocator.menu.n_layers)
-    router = _Router(chooser, upstreams, metrics, timeout_s)
-    app = FastAPI(title="layerbudget", lifespan=router.running, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(LoadLimit, metrics=metrics, most=max_in_flight)
-    for path in ("/v1/completions", "/v1/chat/completions"):
+    router = _Router(chooser, upstreams, is_checked)
+    app = FastAPI(lifespan=router.running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.stopping = router.stopping
+    app.add_exception_handler(HTTPException, _not_found)
+    app.add_middleware(Admission, metrics=router.metrics, limits=chooser.limits, stopping=router.stopping)
+    for path in ("/v1/completions", CHAT):
         app.add_api_route(path, router.answer, methods=["POST"])
     app.add_api_route("/v1/models", router.models, methods=["GET"])
     app.add_api_route("/health", router.health, methods=["GET"])
@@ -52,103 +56,107 @@ def make_app(chooser: Chooser, upstreams: Upstreams, *, max_in_flight: int = 256
 
 
 class _Router:
-    def __init__(self, chooser: Chooser, upstreams: Upstreams, metrics: Metrics, timeout_s: float) -> None:
-        self._chooser, self._upstreams, self._metrics = chooser, upstreams, metrics
-        self._timeout = httpx2.Timeout(timeout_s, connect=10.0)
-        self._client: httpx2.AsyncClient
+    def __init__(self, chooser: Chooser, upstreams: Upstreams, is_checked: bool) -> None:
+        self._chooser, self._upstreams = chooser, upstreams
+        self._check = UpstreamCheck(upstreams, is_checked)
+        self.stopping = Stopping()
+        self.metrics = Metrics(chooser.allocator.menu.n_layers)
+        self._engines = Engines(chooser.limits.engine_s, self.stopping, self.metrics.broken.inc)
+        self._readers = [ThreadPoolExecutor(1, f"layerbudget-{size}-bodies") for size in ("small", "large")]
+        self._checking: asyncio.Task[dict[str, bool]] | None = None
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """From the router's start to its end."""
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-        async with httpx2.AsyncClient(timeout=self._timeout, limits=limits) as self._client:
-            deciding = asyncio.create_task(self._chooser.serve())
-            try:
-                yield
-            finally:
-                deciding.cancel()
-                self._chooser.close()
-
-    async def models(self) -> Response:
+        deciding = asyncio.create_task(self._chooser.serve())
+        self._check.start()
         try:
-            answer = await self._client.get(f"{self._upstreams.engine}/v1/models")
-        except httpx2.HTTPError as error:
-            return error_response(*of_engine(error, self._upstreams.engine))
-        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
+            yield
+        finally:
+            deciding.cancel()
+            self._check.end()
+            for reader in self._readers:
+                reader.shutdown(wait=False, cancel_futures=True)
+            self._chooser.close()
+            await self._engines.close()
+
+    async def models(self, request: Request) -> Response:
+        return await _unless_gone(request, self._models(request))
+
+    async def _models(self, request: Request) -> Response:
+        async with self.stopping.limited():
+            url = self._upstreams.engine
+            answer = await self._engines.ask(url, "/v1/models", own_headers(request.headers))
+            return await self._engines.passed_back(answer, url, {})
 
     async def health(self) -> Response:
         """Status 200 if every engine says it is well, else 503 with the ones that do not."""
+        if self._checking is None or self._checking.done():  # many who ask cost no more than one
+            self._checking = asyncio.create_task(self._well())
+        well = await asyncio.shield(self._checking)
+        return JSONResponse({"engines": well}, 200 if all(well.values()) else 503)
 
+    async def _well(self) -> dict[str, bool]:
         async def is_well(url: str) -> bool:
-            with suppress(httpx2.HTTPError):
-                return bool((await self._client.get(f"{url}/health", timeout=10)).status_code == 200)
-            return False
+            try:
+                answer = await self._engines.ask(url, "/health", {}, silence_s=HEALTH_S)
+            except RefusedError:
+                return False
+            await answer.aclose()
+            return bool(answer.status_code == 200)
 
         urls = self._upstreams.urls
-        well = dict(zip(urls, await asyncio.gather(*map(is_well, urls)), strict=True))
-        return JSONResponse({"engines": well}, 200 if all(well.values()) else 503)
+        return dict(zip(urls, await asyncio.gather(*map(is_well, urls)), strict=True))
 
     async def metrics_page(self) -> Response:
         drift = self._chooser.allocator.drift
-        page = self._metrics.page(drift=drift is not None and drift.rung)
+        page = self.metrics.page(drift=drift is not None and drift.rung)
         return Response(page, media_type="text/plain; version=0.0.4")
 
     async def answer(self, request: Request) -> Response:
         """Decide, pass on, pass back."""
-        try:
-            body = await request.json()
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            return error_response(400, "the body of a request is a JSON object")
-        response = await _unless_gone(request, self._passed_on(request, body))
-        return Response(status_code=CLIENT_LEFT) if response is None else response
+        content = [chunk async for chunk in request.stream()]
+        return await _unless_gone(request, self._passed_on(request, content))
 
-    async def _passed_on(self, request: Request, body: dict[str, Any]) -> Response:
-        start = time.perf_counter()
-        choice = await self._chooser.plan_for(body)
-        self._metrics.chosen(choice, (time.perf_counter() - start) * 1000)
-        url, own_body = self._upstreams.route(body, choice.plan)
-        own = {name: request.headers[name] for name in ("authorization", "x-request-id") if name in request.headers}
-        outgoing = self._client.build_request("POST", f"{url}{request.url.path}", json=own_body, headers=own)
-        headers = {PLAN_HEADER: str(choice.plan)}
-        try:
-            incoming = await self._client.send(outgoing, stream=True)
-            self._metrics.first_byte.observe(time.perf_counter() - start)
-            if incoming.headers.get("content-type", "").startswith("text/event-stream"):
-                return _Events(incoming, self._events(incoming, url), headers)
-            content = await incoming.aread()
-        except httpx2.HTTPError as error:
-            return error_response(*of_engine(error, url), headers)
-        return Response(content, incoming.status_code, headers, incoming.headers.get("content-type"))
+    async def _passed_on(self, request: Request, content: list[bytes]) -> Response:
+        async with self.stopping.limited():
+            start, headers = time.perf_counter(), own_headers(request.headers)
+            choice, url, own_content = await self._routed(request, content)
+            self.metrics.chosen(choice, (time.perf_counter() - start) * 1000)
+            answer = await self._engines.ask(url, request.scope["path"], headers, own_content)
+            self.metrics.first_byte.observe(time.perf_counter() - start)
+            return await self._engines.passed_back(answer, url, {PLAN_HEADER: str(choice.plan)})
 
-    async def _events(self, incoming: httpx2.Response, url: str) -> AsyncIterator[bytes]:
-        """The engine's events as they come; if it breaks off, an event that says so."""
-        try:
-            async for chunk in incoming.aiter_bytes():
-                yield chunk
-        except httpx2.HTTPError as error:
-            self._metrics.broken.inc()
-            yield f"\n\ndata: {json.dumps(error_body(*of_engine(error, url)))}\n\ndata: [DONE]\n\n".encode()
+    async def _routed(self, request: Request, content: list[bytes]) -> tuple[Choice, str, bytes]:
+        """The choice, the engine's URL, and the body for it."""
+        chat = request.scope["path"] == CHAT
+        large = sum(map(len, content)) > PLACE_BYTES  # small bodies do not wait for large ones
+        reading = asyncio.get_running_loop().run_in_executor(self._readers[large], self._read, content, chat)
+        body, prompts = await reading
+        choice = self._run_by(await self._chooser.plan_for(prompts, sender_of(request.scope)))
+        url, xarg = self._upstreams.route(choice.plan)
+        return choice, url, body.under(xarg)
+
+    def _read(self, content: list[bytes], chat: bool) -> tuple[RequestBody, Prompts | str]:
+        whole = b"".join(content)
+        content.clear()  # the body is held once, not twice
+        body = parsed(whole)
+        return RequestBody.of(body), self._chooser.read(body, chat=chat)
+
+    def _run_by(self, choice: Choice) -> Choice:
+        """The choice, if there is an engine that runs it."""
+        if not self._check.is_done:
+            return self._chooser.full("unchecked")
+        return choice if self._upstreams.runs(choice.plan) else self._chooser.full("no_pool")
 
 
-class _Events(StreamingResponse):
-    """A stream whose source is closed in any case, so that the engine stops when the client has left."""
-
-    def __init__(self, incoming: httpx2.Response, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
-        super().__init__(events, incoming.status_code, headers, incoming.headers["content-type"])
-        self._incoming = incoming
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._incoming.aclose()
+async def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return RefusedError(error.status_code, f"{request.scope['method']} of this path: {error.detail}").response
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What the work gives; None, and the work cancelled, if the client leaves before."""
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What the work gives; if the client leaves before, the work is cancelled."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -157,7 +165,8 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | No
     working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        return working.result() if working.done() else Response(status_code=CLIENT_LEFT)
     finally:
         working.cancel()
         leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx2
 
 from backbone.errors import InputError
 from backbone.plan import LayerPlan, PlanMenu
+from runtime.router.requests import KEY, XARGS
 
-KEY = "layer_plan"
-"""As `layerbudget-vllm` reads it."""
+logger = logging.getLogger(__name__)
 
 
 class UpstreamError(InputError):
@@ -49,13 +50,15 @@ class Upstreams:
             named[str(plan)] = _checked_url(url)
         return cls(_checked_url(engine), named)
 
-    def route(self, body: Mapping[str, Any], plan: LayerPlan) -> tuple[str, dict[str, Any]]:
-        """The engine's URL and the request's body for a plan. A plan that has no pool runs in full."""
-        if plan.is_full or (self.pools and str(plan) not in self.pools):
-            return self.engine, dict(body)
-        if self.pools:
-            return self.pools[str(plan)], dict(body)
-        return self.engine, {**body, "vllm_xargs": {**(body.get("vllm_xargs") or {}), KEY: str(plan)}}
+    def runs(self, plan: LayerPlan) -> bool:
+        """Whether there is an engine that runs the plan."""
+        return plan.is_full or not self.pools or str(plan) in self.pools
+
+    def route(self, plan: LayerPlan) -> tuple[str, str | None]:
+        """The engine's URL for a plan that one of them runs, and the plan as an engine that runs plans is told."""
+        if plan.is_full:
+            return self.engine, None
+        return (self.pools[str(plan)], None) if self.pools else (self.engine, str(plan))
 
     @property
     def urls(self) -> list[str]:
@@ -70,10 +73,10 @@ class Upstreams:
         if self.pools:
             return True
         try:
-            models = httpx2.get(f"{self.engine}/v1/models", timeout=10)
+            models = httpx2.get(f"{self.engine}/v1/models", timeout=10, trust_env=False)
             name = models.json()["data"][0]["id"]
-            body = {"model": name, "prompt": "a", "max_tokens": 1, "vllm_xargs": {KEY: "none"}}
-            answer = httpx2.post(f"{self.engine}/v1/completions", json=body, timeout=60)
+            body = {"model": name, "prompt": "a", "max_tokens": 1, XARGS: {KEY: "none"}}
+            answer = httpx2.post(f"{self.engine}/v1/completions", json=body, timeout=60, trust_env=False)
         except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError):
             return False
         if answer.status_code != 400 or KEY not in answer.text:
@@ -84,11 +87,38 @@ class Upstreams:
         return True
 
 
+class UpstreamCheck:
+    """Asks an engine that did not answer at the start again and again whether it runs plans.
+
+    Attributes:
+        is_done: it does. Until then every request runs the full plan, since an engine that knows no plans runs it too.
+    """
+
+    def __init__(self, upstreams: Upstreams, is_done: bool) -> None:
+        self.is_done, self._upstreams, self._ended = is_done, upstreams, threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._repeat, daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _repeat(self) -> None:
+        said = ""
+        while not self.is_done and not self._ended.wait(1):
+            try:
+                self.is_done = self._upstreams.check()
+            except UpstreamError as error:
+                if said != (said := str(error)):
+                    logger.error("%s; until then all requests run the full plan", error)
+
+
 def _checked_url(url: str) -> str:
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
         parsed = httpx2.URL("")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    rest = parsed.username or parsed.password or parsed.query or parsed.fragment  # errors name the address to clients
+    if parsed.scheme not in ("http", "https") or not parsed.host or rest:
         raise UpstreamError(f"an engine's address looks like http://127.0.0.1:8000, got {url!r:.80}")
     return url.rstrip("/").removesuffix("/v1")

@@ -1,0 +1,44 @@
+"""What the router gives one request, one sender and all of them together; `docs/serving.md` has the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PLACE_BYTES = 256 * 1024
+"""A request takes a place for each of these of its body. Whole answers up to this size are held, longer ones passed on
+as they come."""
+
+MOST_UNFINISHED = 1024
+"""Connections without a whole head, and bodies that are not whole."""
+
+MOST_LEVELS = 100
+"""Arrays and objects inside one another in a request's body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits that the command line sets.
+
+    Attributes:
+        in_flight: places, which requests hold until their answers end. Beyond them, and beyond half of them for one
+            sender (address and `authorization`), requests are refused with status 429.
+        body_bytes: longest body of a request; beyond it status 413.
+        client_s: longest time until a request is whole, and longest time in which a client takes nothing of its answer.
+        engine_s: longest silence of an engine before its request ends with status 504.
+        decision_ms: a request without a plan after this time runs the full one.
+        decision_tokens: padded tokens of one decision; a request with more runs the full plan.
+        stop_s: time for the requests in flight after SIGTERM.
+    """
+
+    in_flight: int = 256
+    body_bytes: int = 4 * 1024 * 1024
+    client_s: float = 30.0
+    engine_s: float = 600.0
+    decision_ms: float = 500.0
+    decision_tokens: int = 4096
+    stop_s: float = 30.0
+
+    @property
+    def unfinished_bytes(self) -> int:
+        """Of all bodies that are not whole."""
+        return self.in_flight * PLACE_BYTES + self.body_bytes
