@@ -12,7 +12,8 @@ from oracle.decoding import Decoding, checked_options
 from oracle.menus import LOSSES, MENUS
 from oracle.prompts import COLUMNS, SPLITS, Split
 
-AdaptMethod = Literal["none", "bridges", "adapter", "both", "best", "given"]
+AdaptMethod = Literal["none", "heads", "bridges", "adapter", "both", "best", "given"]
+Targets = Literal["auto", "own", "references"]
 
 
 class Section(BaseModel):
@@ -104,7 +105,8 @@ class MenuSection(Section):
 
 class AdaptSection(Section):
     method: AdaptMethod = "bridges"
-    """What makes the menu's plans better: closed-form bridges over their gaps, a trained adapter, both, or nothing;
+    """What makes the menu's plans better: exit heads for a menu of early exits, where answers are short; closed-form
+    bridges over their gaps, a trained adapter, both, or nothing;
     `best` makes all of them and keeps what does best for the time it takes, on a fifth of the prompts held out; `given`
     takes those of the file `adapt.given`."""
     given: Text | None = None
@@ -117,6 +119,10 @@ class AdaptSection(Section):
     """Of bridges that are `low_rank`."""
     in_order: bool = False
     """Fit a plan's later gaps on the states that it produces with its bridges so far."""
+    targets: Targets = "auto"
+    """What exit heads are fitted on, at the places that predict the answer: the full model's `own` distribution, or the
+    `references` beside it. `auto` fits both where prompts have references, and keeps what says more of them on an eighth
+    of the prompts that is held out."""
     exit_steps: int = Field(0, ge=0)
     """Steps for which each early exit's bridge is trained further towards the full model's next tokens, before an
     adapter is trained beside it; see docs/stand-ins.md."""
@@ -145,7 +151,7 @@ class AdaptSection(Section):
             )
         if self.method == "adapter" and self.where == "nowhere":
             raise ValueError("an adapter that sits 'nowhere' changes nothing; with the method 'both' it trains bridges")
-        if self.exit_steps and self.method in ("none", "adapter", "given"):
+        if self.exit_steps and self.method in ("none", "heads", "adapter", "given"):
             raise ValueError(
                 f"exit_steps trains bridges, and the method {self.method!r} makes none; take 'bridges', or 0 steps"
             )

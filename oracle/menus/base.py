@@ -16,6 +16,7 @@ from oracle.spread import spread
 
 Advance = Callable[[], None]
 
+
 @dataclass(frozen=True, slots=True)
 class MenuTask:
     """What a menu is made for.
