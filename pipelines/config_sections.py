@@ -13,7 +13,8 @@ from oracle.intake import COLUMNS
 from oracle.menus import LOSSES, MENUS
 from oracle.prompts import SPLITS, Split
 
-AdaptMethod = Literal["none", "bridges", "adapter", "both", "best", "given"]
+AdaptMethod = Literal["none", "heads", "bridges", "adapter", "both", "best", "given"]
+Targets = Literal["auto", "own", "references"]
 
 
 class Section(BaseModel):
@@ -106,7 +107,8 @@ class MenuSection(Section):
 
 class AdaptSection(Section):
     method: AdaptMethod = "bridges"
-    """What makes the menu's plans better: closed-form bridges over their gaps, a trained adapter, both, or nothing;
+    """What makes the menu's plans better: exit heads for a menu of early exits, where answers are short; closed-form
+    bridges over their gaps, a trained adapter, both, or nothing;
     `best` makes all of them and keeps what does best for the time it takes, on a fifth of the prompts held out; `given`
     takes those of the file `adapt.given`."""
     given: Text | None = None
@@ -119,6 +121,10 @@ class AdaptSection(Section):
     """Of bridges that are `low_rank`."""
     in_order: bool = False
     """Fit a plan's later gaps on the states that it produces with its bridges so far."""
+    targets: Targets = "auto"
+    """What exit heads are fitted on, at the places that predict the answer: the full model's `own` distribution, or the
+    `references` beside it. `auto` fits both where prompts have references, and keeps what says more of them on an
+    eighth of the prompts that is held out."""
     exit_steps: int = Field(0, ge=0)
     """Steps for which each early exit's bridge is trained further towards the full model's next tokens, before an
     adapter is trained beside it; see docs/stand-ins.md."""
@@ -150,7 +156,7 @@ class AdaptSection(Section):
                 f"where is 'nowhere', and the method {self.method!r} trains an adapter, which would change nothing; "
                 "take the method 'both', which then trains the bridges alone"
             )
-        if self.exit_steps and self.method in ("none", "adapter", "given"):
+        if self.exit_steps and self.method in ("none", "heads", "adapter", "given"):
             raise ValueError(
                 f"exit_steps trains bridges, and the method {self.method!r} makes none; take 'bridges', or 0 steps"
             )

@@ -120,9 +120,11 @@ class Shortcut:
         stops = stop_token_ids(self._tokenizer, self._decoding)
         return draft.ids[-1] in stops or len(draft.ids) >= self._decoding.max_new_tokens
 
-    def is_settled(self, draft: Draft, full_answer: str) -> bool:
-        """Whether the score follows from the tokens so far."""
-        return self.is_whole(draft) or (draft.prompt.judge in PARTING and self.has_parted(draft, full_answer))
+    def is_settled(self, draft: Draft, full_answer: str | None) -> bool:
+        """Whether the score follows from the tokens so far; None stands for a full answer that is not known yet."""
+        judge = draft.prompt.judge
+        can_part = judge in PARTING and not (judge == "agreement" and full_answer is None)
+        return self.is_whole(draft) or (can_part and self.has_parted(draft, full_answer or ""))
 
     def has_parted(self, draft: Draft, full_answer: str) -> bool:
         """Whether no continuation of the text so far can be right: the full model's answer for the judge `agreement`,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +19,8 @@ from oracle.labels.answers_from_full import Draft, Shortcut
 from oracle.labels.blocks import blocks
 from oracle.labels.divergence import diverge
 from oracle.labels.equal_batches import packed
-from oracle.labels.generate_answers import answer_batch
+from oracle.labels.exit_answers import are_exits, exit_answers
+from oracle.labels.generate_answers import answer_batch, answer_text
 from oracle.labels.reader import LabelReader, key_of, model_key
 from oracle.labels.store import CUT, Label, LabelStore, StoreError
 from oracle.labels.worth_leading import TRIAL, worth_leading
@@ -92,6 +93,8 @@ class Labeller(LabelReader):
 
         Of prompts that are wanted under other plans alone, as a search asks for them, its label must be there.
         """
+        if self._shortcut and len(wanted) > 1 and full_plan in wanted and are_exits(self._model, list(wanted)):
+            self._answer_exits(wanted, full_plan, advance)
         self._generate(self.missing(wanted.get(full_plan, ()), full_plan), full_plan, None, advance)
         others = [plan for plan in wanted if plan != full_plan]
         self._compare({plan: self.missing(wanted[plan], plan) for plan in others}, full_plan, advance)
@@ -119,6 +122,31 @@ class Labeller(LabelReader):
         else:
             for plan, without in free.items():
                 self._generate(without, plan, full, advance)
+
+    def _answer_exits(
+        self, wanted: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance
+    ) -> None:
+        """All early exits and the full model from one pass over each prompt; see `oracle.labels.exit_answers`."""
+        missing = {plan: {p for p in self.missing(some, plan) if p.judge != KL} for plan, some in wanted.items()}
+        known = {key: label.answer for key, label in self.labels(full_plan, _together(missing)).items()}
+        for batch in self._batches(_together(missing), None):
+
+            def enough(number: int, ids: list[int], plans: Sequence[LayerPlan], batch: list[Prompt] = batch) -> bool:
+                return full_plan not in plans and self._follower.is_settled(Draft(batch[number], plans[0], ids), None)
+
+            start = time.perf_counter()
+            token_ids = [tokens_of(self._tokenizer, prompt.prompt) for prompt in batch]
+            found = exit_answers(self._model, self._tokenizer, token_ids, list(wanted), self.decoding, enough)
+            seconds = (time.perf_counter() - start) / (len(batch) * len(wanted))
+            labels = []
+            for prompt, tokens, answers in zip(batch, token_ids, found, strict=True):
+                own = answer_text(self._tokenizer, answers[full_plan].ids, self.decoding)
+                full = known.get(key_of(prompt), own)
+                for plan in [plan for plan in wanted if prompt in missing[plan]]:
+                    draft = Draft(prompt, plan, answers[plan].ids, answers[plan].forward_tokens, seconds)
+                    text = self._follower.text(draft)
+                    labels.append(self._labelled(draft, text, len(tokens), self._judged(prompt, text, full)))
+            self._keep(labels, advance)
 
     def _generate(self, prompts: Sequence[Prompt], plan: LayerPlan, full: Full | None, advance: Advance) -> None:
         """Plain generation under one plan."""
@@ -265,7 +293,7 @@ class Labeller(LabelReader):
         )
 
 
-def _together(missing: Missing) -> list[Prompt]:
+def _together(missing: Mapping[LayerPlan, Iterable[Prompt]]) -> list[Prompt]:
     """Every prompt that is missing under some plan, once."""
     return list(dict.fromkeys(prompt for prompts in missing.values() for prompt in prompts))
 

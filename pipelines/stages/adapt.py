@@ -32,6 +32,7 @@ from pipelines.config import Config
 from pipelines.config_sections import AdaptMethod
 from pipelines.distant_labels import DistantLabeller, distant_labeller, given_to_workers
 from pipelines.distributed import Workers
+from pipelines.exit_heads import make_heads
 from pipelines.exit_training import exits_of, train_exits
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.progress import console, duration, progress
@@ -93,6 +94,8 @@ class _Making:
             return StandIns(fingerprint)
         if method == "given":
             return self._given(fingerprint)
+        if method == "heads":
+            return StandIns(fingerprint, self._heads())
         bridges = {} if method == "adapter" else self._bridges
         if method == "bridges":
             return StandIns(fingerprint, bridges)
@@ -114,6 +117,19 @@ class _Making:
             console.print(f"  training {history.ended}")
         self.record[f"training_{method}"] = asdict(history)
         return stand_ins
+
+    def _heads(self) -> Bridges:
+        """Exit heads, on the model's own distribution or on references too, whichever says more references."""
+        references, targets = self._references(), self._settings.targets
+        with_reference = {prompt.id for prompt in self._prompts() if prompt.reference}
+        others = [] if len(with_reference) == len(self._prompts()) else self._answered()
+        fits, self.record["heads"] = make_heads(
+            self._workspace.backbone[0],
+            [*references, *(e for e, p in zip(others, self._prompts(), strict=False) if p.id not in with_reference)],
+            self._plans,
+            "own" if not references else targets,
+        )
+        return {plan: {len(plan.attention): fits[plan].head} for plan in self._plans}
 
     def _given(self, fingerprint: str) -> StandIns:
         """Those of a file, which must be this model's and know the menu's gaps."""

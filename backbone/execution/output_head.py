@@ -1,0 +1,47 @@
+"""The model's own final norm and output head, run on given states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from backbone.execution.live_changes import replaced
+from backbone.execution.plan_patches import pass_on, pass_on_with_none
+from backbone.families import decoder_layers, family_of
+
+
+def output_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Logits [R, V] that the model gives for states after its last layer [R, D].
+
+    The model's own code runs with layers that compute nothing, so that whatever a family does between its last layer
+    and its logits is done: norms, scales, caps. Gradients flow.
+    """
+    layers, returns_tuple = decoder_layers(model), family_of(model).returns_tuple
+    skip = pass_on_with_none if returns_tuple else pass_on
+    given = states[:, None]
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        return (given, None) if returns_tuple else given
+
+    forwards = [(layer, "forward", skip) for layer in list(layers)[:-1]] + [(layers[-1], "forward", give)]
+    ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+    with replaced(forwards):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, 0]
+
+
+@contextmanager
+def head_on(model: PreTrainedModel, tokens: torch.Tensor) -> Iterator[None]:
+    """Within this block the head computes the logits of the tokens `tokens` [v] only."""
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    part = copy.copy(head)  # shares everything but the parameters
+    part.__dict__["_parameters"] = {
+        name: None if p is None else p[tokens].contiguous() for name, p in head._parameters.items()
+    }
+    with replaced([(head, "forward", lambda states: type(head).forward(part, states.contiguous()))]):
+        yield

@@ -1,0 +1,56 @@
+"""Exit heads on models whose right head is known."""
+
+import pytest
+import torch
+from tiny import OPTIONS, VOCABULARY, tiny_model
+
+from backbone.execution.output_head import head_on, output_logits
+from backbone.stand_ins.exit_heads import HeadSettings, fit_exit_heads, read_places
+from backbone.stand_ins.training_targets import Example
+
+
+def examples_of(count: int, from_reference: bool = True, seed: int = 0) -> list[Example]:
+    """Prompts of random tokens, each answered by its last token."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(3, 20, (count, 6), generator=generator).tolist()
+    return [Example((*prompt, prompt[-1]), 1, from_reference) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_output_logits_are_the_models_own(family) -> None:
+    model, ids = tiny_model(family), torch.randint(3, VOCABULARY, (5, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, -1]
+        places = read_places(model, [Example((*row, 2), 1) for row in ids.tolist()], [2])
+        last = places.states[6][places.is_answer]
+        torch.testing.assert_close(output_logits(model, last), expected, atol=1e-4, rtol=1e-3)
+        some = torch.tensor([3, 5, 90])
+        with head_on(model, some):
+            torch.testing.assert_close(output_logits(model, last), expected[:, some], atol=1e-4, rtol=1e-3)
+
+
+def test_places_are_those_that_predict_the_answer(model) -> None:
+    examples = examples_of(7)
+    places = read_places(model, examples, [3])
+    assert places.following[places.is_answer].tolist() == [t for e in examples for t in e.tokens[-1:]]
+    assert places.is_target.equal(places.is_answer)
+    assert places.text.unique().tolist() == list(range(7))
+    assert sorted(places.states) == [3, 6]
+    own = read_places(model, examples_of(7, from_reference=False), [3])
+    assert not own.is_target.any()
+
+
+def test_a_head_learns_references_that_the_model_does_not_say(model) -> None:
+    """The answer is the prompt's last token, which the random model does not say."""
+    places = read_places(model, examples_of(400), [1, 5])
+    told = fit_exit_heads(model, places, [1], HeadSettings(references=0.7, learning_rate=1e-2))[1]
+    own = fit_exit_heads(model, places, [1], HeadSettings(references=0.0, learning_rate=1e-2))[1]
+    assert told.right > 0.9 > own.right + 0.3
+    assert told.loss[1] < told.loss[0]
+
+
+def test_a_head_on_the_models_own_distribution_brings_an_exit_nearer(model) -> None:
+    places = read_places(model, examples_of(300, from_reference=False), [2, 5])
+    fits = fit_exit_heads(model, places, [2, 5], HeadSettings(steps=60))
+    assert 0 <= fits[5].loss[1] <= fits[5].loss[0]
+    assert fits[5].loss[1] < fits[2].loss[1], "a later exit knows more"
