@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from redrawn_splits import resampled_violations
 
 from backbone.plan import LayerPlan
-from controller.base import Floats, choose
+from controller.base import Floats
 from controller.certificate.calibration import PricePath, valid_price
 from controller.certificate.risks import RISKS, Risk
 from controller.learning import Settings, learn

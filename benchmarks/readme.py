@@ -58,10 +58,10 @@ def gain() -> str:
         )
     )
     return (
-        f"On Gemma 3 270M and the demo's twelve kinds of prompts the allocator runs {budget} of the decoder, keeps\n"
-        f"{quality} of the full model's mean score, and is {single} times as fast as stock `generate()`\n"
-        f"one prompt at a time, {batch} times in a batch: the middle of {len(runs)} fresh runs with splits of their own, and\n"
-        "their range."
+        f"On Gemma 3 270M and the demo's twelve kinds of prompts the allocator runs {budget} of the decoder,\n"
+        f"keeps {quality} of the full model's mean score, and is {single} times as fast\n"
+        f"as stock `generate()` one prompt at a time, {batch} times in a batch: the middle of {len(runs)} fresh runs\n"
+        "with splits of their own, and their range."
     )
 
 
@@ -82,7 +82,12 @@ def policies() -> str:
     layers = metrics["model"]["layers"]
     names = ("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp")
     rows = [
-        [name, f"{metrics[name]['layers']:.1f}", f"{metrics[name]['budget']:.0%}", f"{metrics[name]['quality_ratio']:.1%}"]
+        [
+            name,
+            f"{metrics[name]['layers']:.1f}",
+            f"{metrics[name]['budget']:.0%}",
+            f"{metrics[name]['quality_ratio']:.1%}",
+        ]
         for name in names
     ]
     return _table(["policy", f"layers of {layers}", "of the decoder", "mean score, of full"], rows)
@@ -105,7 +110,9 @@ def earlier_runs() -> str:
     return _table(table.COLUMNS, rows)
 
 
-BLOCKS: Mapping[str, Callable[[], str]] = {one.__name__: one for one in (gain, fresh_runs, policies, redraws, earlier_runs)}
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    one.__name__: one for one in (gain, fresh_runs, policies, redraws, earlier_runs)
+}
 
 
 def _demo() -> dict[str, Any]:

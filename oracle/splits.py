@@ -11,7 +11,7 @@ Unit = list[Prompt]
 """Prompts that stay in one split."""
 
 
-def splits_of(prompts: Sequence[Prompt], shares: Mapping[Split, float]) -> dict[Split, list[Prompt]]:
+def splits_of(prompts: Sequence[Prompt], shares: Mapping[Split, float], seed: int = 0) -> dict[Split, list[Prompt]]:
     """The prompts of each split, in their order.
 
     Prompts of one task are sorted by a hash of their ids and cut where the shares are exact. What rounding leaves over
@@ -21,7 +21,10 @@ def splits_of(prompts: Sequence[Prompt], shares: Mapping[Split, float]) -> dict[
     Args:
         prompts: all prompts of a run.
         shares: of each split; they sum to 1.
+        seed: another one gives other splits.
     """
+    purpose = f"split {seed}" if seed else "split"
+
     strata: dict[tuple[int, tuple[str, ...]], list[Unit]] = defaultdict(list)
     for unit in _units(prompts):
         strata[-len(unit), tuple(sorted({prompt.task for prompt in unit}))].append(unit)
@@ -29,7 +32,7 @@ def splits_of(prompts: Sequence[Prompt], shares: Mapping[Split, float]) -> dict[
     for (size, _), units in sorted(strata.items(), key=lambda item: (item[0][0], place_of("task", repr(item[0][1])))):
         counts = Counter(deal(owed, shares, len(units), -size))
         order = [split for split in SPLITS for _ in range(counts[split])]
-        for split, unit in zip(order, sorted(units, key=_place), strict=True):
+        for split, unit in zip(order, sorted(units, key=lambda unit: _place(unit, purpose)), strict=True):
             split_of |= {prompt.id: split for prompt in unit}
     parts: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
     for prompt in prompts:
@@ -73,8 +76,8 @@ def count_twins(prompts: Sequence[Prompt]) -> int:
     return sum(count for count in Counter(prompt.text_key for prompt in prompts).values() if count > 1)
 
 
-def _place(unit: Unit) -> float:
-    return min(place_of("split", prompt.id) for prompt in unit)
+def _place(unit: Unit, purpose: str) -> float:
+    return min(place_of(purpose, prompt.id) for prompt in unit)
 
 
 def _units(prompts: Sequence[Prompt]) -> list[Unit]:

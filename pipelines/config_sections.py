@@ -52,6 +52,9 @@ class DataSection(Section):
     shares: dict[Split, float] = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
     """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels."""
 
+    seed: int = Field(0, ge=0)
+    """Another one deals the prompts to other splits of the same sizes."""
+
     @model_validator(mode="after")
     def _check_columns(self) -> DataSection:
         if unknown := set(self.columns) - set(COLUMNS):

@@ -31,7 +31,7 @@ def prompts_of(config: Config, force_judge: str | None) -> list[Prompt]:
 
 def splits_of(prompts: Sequence[Prompt], config: Config) -> dict[Split, list[Prompt]]:
     """The prompts of each split. Raises ConfigError where a split that is needed has too few."""
-    parts = splits.splits_of(prompts, config.data.shares)
+    parts = splits.splits_of(prompts, config.data.shares, config.data.seed)
     for split, own in parts.items():
         if len(own) < LEAST_OF_A_SPLIT and (split != "adapt" or config.makes_from_prompts):
             raise ConfigError(

@@ -58,7 +58,7 @@ class RunState:
             "stage": stage.name,
             "model": [_source_identity(self._config.model.source), self._config.model.dtype, self._config.model.device],
             "prompts": Workspace.of(self._config).prompts_hash,
-            "shares": values["data"]["shares"],
+            "splits": [values["data"][name] for name in ("shares", "seed")],
             "reads": {key: _value(values, key) for key in stage.reads},
             "before": [self._result(earlier) for earlier in all_before(stage)],
             **({} if given is None else {"given": self._hash(str(Path(given).absolute()))}),

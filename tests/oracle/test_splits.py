@@ -35,6 +35,14 @@ def test_shares_are_exact_and_stratified(sizes, shares) -> None:
         assert all(abs(of_task[split, task] - shares[split] * size) < 2 for split in SPLITS)
 
 
+def test_another_seed_gives_other_splits_of_equal_sizes() -> None:
+    prompts = prompts_of([60, 60])
+    first, second = (splits_of(prompts, SHARES, seed) for seed in (0, 1))
+    assert first == splits_of(prompts, SHARES)
+    assert {split: len(some) for split, some in first.items()} == {split: len(some) for split, some in second.items()}
+    assert first["test"] != second["test"]
+
+
 def test_a_quarter_of_120_is_30() -> None:
     for start in range(20):
         prompts = [replace(prompt, id=f"{start}-{prompt.id}") for prompt in prompts_of([120])]

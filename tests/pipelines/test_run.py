@@ -446,8 +446,10 @@ def test_an_answer_that_a_judge_fails_on_counts_as_lost(config_file, prompts_fil
     assert metrics["full"]["quality"] == 0.5
     assert min(quality for _, quality in metrics["stand_ins"]["after"]["static"]) < 0.4
     certificate = metrics["certificate"]
-    splits = [split_of(prompt, DataSection().shares) for prompt in load_prompts(str(prompts_file))[::20]]
-    assert certificate["left_out"] == splits.count("calibrate") > 0
+    prompts = load_prompts(str(prompts_file))
+    failing = {prompt.id for prompt in prompts[::20]}
+    calibrate = splits_of(prompts, DataSection().shares)["calibrate"]
+    assert certificate["left_out"] == sum(prompt.id in failing for prompt in calibrate) > 0
     assert certificate["n"] + certificate["left_out"] == metrics["prompts"]["calibrate"]
     assert (
         f"Left out: {certificate['left_out']} of {metrics['prompts']['calibrate']} prompts" in certificate["sentence"]
