@@ -139,6 +139,7 @@ class _Checks:
             checked_device(device)
         if n_layers is None:
             return f"model        {source}; its layers are known once it is loaded"
+        self._model.check_vocabulary()
         check_depths(menu.method, n_layers, menu.probe_depth, menu.cheapest_budget)
         if menu.method == "given":
             plans = [LayerPlan.parse(plan, n_layers) for plan in menu.given]

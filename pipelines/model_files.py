@@ -75,6 +75,23 @@ class ModelFiles:
             own = {each.get("name"): each.get("template") for each in own}.get("default")
         return ChatTemplate(own, tokens) if isinstance(own, str) else None
 
+    def check_vocabulary(self) -> None:
+        """As `backbone.loading` checks it: raises LoadError for tokens that the embedding has no rows for.
+
+        Placeholders of images, sounds and films may lie behind the rows: text does not contain them (Gemma 3).
+        """
+        rows, tokenizer = self.config.get("vocab_size"), self._tokenizer
+        if tokenizer is None or not isinstance(rows, int):
+            return
+        settings = local_settings(self.source, "tokenizer_config.json")
+        placeholders = {settings.get(f"{kind}_token") for kind in ("image", "audio", "video")}
+        beyond = {token for token, place in tokenizer.get_vocab().items() if place >= rows} - placeholders
+        if beyond:
+            raise LoadError(
+                f"the tokenizer of {self.source!r} has {tokenizer.get_vocab_size():,} tokens, and the embedding of the "
+                f"model {rows:,} rows (vocab_size); use the tokenizer that the model was trained with"
+            )
+
     def longest(self, prompts: Iterable[tuple[str, str]], new_tokens: int) -> int:
         """Tokens of the longest of some prompts (id, text), without those that the tokenizer adds.
 
@@ -87,8 +104,8 @@ class ModelFiles:
         for name, ids in self._token_ids(prompts):
             if isinstance(rows, int) and max(ids, default=0) >= rows:
                 raise LoadError(
-                    f"the tokenizer of {self.source!r} gives token {max(ids)} in the prompt {name!r:.80}, but the "
-                    f"embedding has {rows} rows (vocab_size); take the tokenizer that belongs to the model"
+                    f"the prompt {name!r:.80} holds token {max(ids)}, and the model's embedding has {rows:,} rows "
+                    "(vocab_size): placeholders, such as those of images, cannot be read as text"
                 )
             check_room(name, len(ids), new_tokens, limit)
             longest = max(longest, len(ids))

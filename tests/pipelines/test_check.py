@@ -131,7 +131,11 @@ def _changed(model_folder: Path, folder: Path, config=None, settings=None, templ
 
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 MODELS = {
-    "token": ({"config": {"vocab_size": 70}}, "gives token 7", "but the embedding has 70 rows (vocab_size)"),
+    "tokens": ({"config": {"vocab_size": 90}}, "has 97 tokens, and the embedding of the model 90 rows (vocab_size)"),
+    "placeholder": (
+        {"config": {"vocab_size": 96}, "settings": {"image_token": "{"}, "prompt": "a{"},
+        "the prompt 'last' holds token 96, and the model's embedding has 96 rows (vocab_size)",
+    ),
     "context": (
         {"config": {"max_position_embeddings": 22}},
         "has 20 tokens, which with 3 new ones is more than the 22",
@@ -151,10 +155,13 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_that_cannot_take_the_prompts(name, fails, model_folder, prompts_file, tmp_path) -> None:
-    changes, *sentences = MODELS[name]
+    changes, sentences = dict(MODELS[name][0]), MODELS[name][1:]
     if "system" in sentences[0]:
         turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
         row = {"id": "system", "task": "short", "messages": turns, "reference": "", "judge": "agreement"}
+        prompts_file.write_text(prompts_file.read_text() + json.dumps(row) + "\n")
+    if text := changes.pop("prompt", None):
+        row = {"id": "last", "task": "short", "prompt": text, "reference": "", "judge": "agreement"}
         prompts_file.write_text(prompts_file.read_text() + json.dumps(row) + "\n")
     source = _changed(model_folder, tmp_path / "changed", **changes)
     said = fails(model={"source": str(source), "device": "cpu"})
