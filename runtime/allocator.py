@@ -199,7 +199,8 @@ class Allocator(AllocatorParts):
         Args:
             allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
             lossless: give the full model's own answer; a plan of the menu only drafts it (see `runtime.lossless`). No
-                plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does.
+                plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does. Logits
+                processors and stopping criteria see drafts too, so what they say may depend on the text alone.
         """
         start, began = Moment(model.device), time.perf_counter()
         with given_to_loop(model, logits_processor, stopping_criteria, streamer) as loop:

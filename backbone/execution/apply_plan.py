@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.errors import InputError
+from backbone.execution.live_changes import replaced
 from backbone.execution.plan_patches import patched
 from backbone.execution.row_patches import RowPlansError, patched_rows
 from backbone.execution.self_test import check_exactness
@@ -50,6 +52,7 @@ def apply_plan(
         InexactPlanError: the self-test failed.
         NestedPlanError: this thread already runs this model with a plan.
         CacheMismatchError: (from the model's forward) a cache that was filled under another plan.
+        InputError: (from `generate()`) continuous batching.
     """
     with _tested(model, plan):
         attached = None if frozen else attached_to(model, plan)
@@ -58,7 +61,7 @@ def apply_plan(
 
 
 @contextmanager
-def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[PreTrainedModel]:
+def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[PreTrainedModel]:
     """Within this block, each row of a batch runs its own plan, in one pass for all: a layer, or half of one, computes
     only the rows whose plan runs it, and the cache holds only those.
 
@@ -75,6 +78,7 @@ def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[
         RowPlansError: no plans, or (from the model's forward) a pass with other rows than B * c.
         PlanError, UnsupportedModelError, InexactPlanError, NestedPlanError, CacheMismatchError: see `apply_plan`.
     """
+    plans = list(plans)
     if not plans:
         raise RowPlansError("apply_plans needs a plan for each prompt of the batch, got none")
     first = plans[0]
@@ -94,7 +98,16 @@ def _tested(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
         if not reservation.tested:
             check_exactness(model)
             reservation.tested = True
-        yield
+        batching = "init_continuous_batching"  # of models that generate
+        with replaced([(model, batching, _refuse_thread)] if hasattr(model, batching) else []):
+            yield
+
+
+def _refuse_thread(*args: Any, **kwargs: Any) -> Any:
+    raise InputError(
+        "continuous batching, such as by cache_implementation='paged', runs the model in a thread of its own, where no "
+        "plan holds; leave it out"
+    )
 
 
 class _Reservation:
