@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
-from backbone.families import decoder_of
+from backbone.families import check_is_model, decoder_of
 from runtime.generate_arguments import REFUSED, refuse
 from runtime.generate_arguments import UnsupportedGenerationError as UnsupportedGenerationError
 
@@ -43,6 +43,15 @@ def check_known(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
             near = get_close_matches(name, {"input_ids", "attention_mask", *_accepted(model)} - {name}, 1)
             hint = f"did you mean {near[0]!r}?" if near else "it takes what the prompts are, not how to generate"
             raise UnsupportedGenerationError(f"allocate takes no argument {name!r}; {hint}")
+
+
+def inferred_mask(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """The mask [B, S] of prompts that come without one, by `generate()`'s own rule: pad tokens are no tokens, unless
+    the token that pads also ends texts."""
+    config = copy.deepcopy(model.generation_config)
+    model._prepare_special_tokens(config, device=input_ids.device)  # type: ignore[operator]
+    mask: torch.Tensor = model._prepare_attention_mask_for_generation(input_ids, config, {})  # type: ignore[operator]
+    return mask
 
 
 def check_left_padded(attention_mask: torch.Tensor | None) -> None:
@@ -115,6 +124,7 @@ def generate_by(
     Raises:
         UnsupportedGenerationError: one of `REFUSED`, or see `with_stop_strings`.
     """
+    check_is_model(model)
     given = {"inputs": inputs, "generation_config": generation_config, **arguments}
     with ending_on_error(streamer):
         refuse({name: asked_for(model, given, name) for name in REFUSED}, REFUSED, "an allocator")

@@ -151,7 +151,8 @@ REFUSED_BY_LOSSLESS: Refusals = {
 }
 """Refused by `lossless=True` beside `REFUSED`."""
 
-UNDECIDED = sorted(vars(GenerationConfig()).keys() - LIKE_STOCK - OTHER_LOOPS.keys() - REFUSED.keys())
+_FIELDS = vars(GenerationConfig()).keys()  # type: ignore[no-untyped-call]
+UNDECIDED = sorted(_FIELDS - LIKE_STOCK - OTHER_LOOPS.keys() - REFUSED.keys())
 """Fields that only a newer transformers has, beside what says where a configuration came from."""
 
 

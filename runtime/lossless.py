@@ -210,7 +210,8 @@ class Drafter(CandidateGenerator):
     def _draft(self, input_ids: Any, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The draft ends before the first token that stops the text, so that the loop, which asks the criteria after a
         whole round, never goes past one."""
-        cache, ids, scores = _view(self._request.kwargs["cache"], plan), input_ids, []
+        cache, ids = _view(self._request.kwargs["cache"], plan), input_ids
+        scores: list[torch.Tensor] = []
         self.last = plan
         config, stops, is_stopped = self._request.config, self._request.loop["stopping_criteria"], False
         unknown = _UnknownScores() if config.return_dict_in_generate and config.output_scores else None

@@ -16,7 +16,8 @@ from backbone.execution.live_changes import replaced
 from backbone.execution.plan_patches import patched
 from backbone.execution.row_patches import RowPlansError, patched_rows
 from backbone.execution.self_test import check_exactness
-from backbone.plan import LayerPlan
+from backbone.families import check_is_model
+from backbone.plan import LayerPlan, PlanError
 from backbone.stand_ins.attaching import attached_to
 
 
@@ -78,6 +79,10 @@ def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[
         RowPlansError: no plans, or (from the model's forward) a pass with other rows than B * c.
         PlanError, UnsupportedModelError, InexactPlanError, NestedPlanError, CacheMismatchError: see `apply_plan`.
     """
+    if isinstance(plans, LayerPlan):
+        raise PlanError(
+            f"apply_plans takes a list of plans, got plan {plans}; use apply_plan for one plan for all rows"
+        )
     plans = list(plans)
     if not plans:
         raise RowPlansError("apply_plans needs a plan for each prompt of the batch, got none")
@@ -94,6 +99,11 @@ def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[
 @contextmanager
 def _tested(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
     """The model reserved for a plan, after its self-test."""
+    check_is_model(model)
+    if not isinstance(plan, LayerPlan):
+        raise PlanError(
+            f"a LayerPlan is needed, got {plan!r:.80}; build one with LayerPlan.skipping or read one by parse"
+        )
     with _reserved(model, plan) as reservation:
         if not reservation.tested:
             check_exactness(model)
