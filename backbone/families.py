@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,17 @@ def family_of(model: PreTrainedModel) -> Family:
     check_supported(model.config)
     kind = model.config.model_type
     return FAMILIES[kind] if kind in FAMILIES else _probed_family(model)
+
+
+def check_is_model(model: Any) -> None:
+    """Raises UnsupportedModelError for anything that cannot be a model, such as a name or a tokenizer."""
+    if isinstance(model, str | Path):
+        raise UnsupportedModelError(
+            f"a model is needed, got the name {str(model)!r:.80}; load it first: "
+            f"model, tokenizer = load_backbone({str(model)!r:.80})"
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"a model is needed, got a {type(model).__name__}; give the model first")
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -45,6 +45,8 @@ class LayerPlan:
     mlp: frozenset[int]
 
     def __post_init__(self) -> None:
+        for name in ("attention", "mlp"):
+            object.__setattr__(self, name, frozenset(getattr(self, name)))
         for layer in self.attention | self.mlp:
             if not 0 <= layer < self.n_layers:
                 raise PlanError(f"layer {layer} is outside the model: it has layers 0 to {self.n_layers - 1}")
@@ -60,17 +62,18 @@ class LayerPlan:
     def skipping(
         cls,
         n_layers: int,
-        layers: Collection[int] = (),
+        layers: Iterable[int] = (),
         *,
-        attention: Collection[int] = (),
-        mlp: Collection[int] = (),
+        attention: Iterable[int] = (),
+        mlp: Iterable[int] = (),
     ) -> LayerPlan:
         """Everything runs but the given whole `layers`, and the given `attention` and `mlp` sub-layers."""
-        named = set(layers) | set(attention) | set(mlp)
-        if outside := sorted(layer for layer in named if not 0 <= layer < n_layers):
+        whole = set(layers)
+        no_attention, no_mlp = whole | set(attention), whole | set(mlp)
+        if outside := sorted(layer for layer in no_attention | no_mlp if not 0 <= layer < n_layers):
             raise PlanError(f"cannot skip layer {outside[0]}: the model has layers 0 to {n_layers - 1}")
         every = frozenset(range(n_layers))
-        return cls(n_layers, every - set(layers) - set(attention), every - set(layers) - set(mlp))
+        return cls(n_layers, every - no_attention, every - no_mlp)
 
     @classmethod
     def exiting(cls, n_layers: int, n_run: int) -> LayerPlan:
@@ -150,7 +153,7 @@ class LayerPlan:
         ]
         return tuple(range(run[0], run[-1] + 1) for run in runs)
 
-    def without(self, *, attention: Collection[int] = (), mlp: Collection[int] = ()) -> LayerPlan:
+    def without(self, *, attention: Iterable[int] = (), mlp: Iterable[int] = ()) -> LayerPlan:
         """This plan less the given sub-layers."""
         return LayerPlan(self.n_layers, self.attention - set(attention), self.mlp - set(mlp))
 
@@ -211,6 +214,8 @@ class PlanMenu:
     probe_depth: int
 
     def __post_init__(self) -> None:
+        for name in ("plans", "budgets"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.plans) != len(self.budgets) or len(set(self.plans)) != len(self.plans):
             raise PlanError(f"a menu needs one budget for each of its plans, all different, got {self.budgets}")
         if not self.plans or not self.plans[-1].is_full:
@@ -235,7 +240,7 @@ class PlanMenu:
     @classmethod
     def build(cls, plans: Iterable[LayerPlan], sublayer_bytes: SublayerBytes, probe_depth: int) -> PlanMenu:
         """A menu of the given plans and the full one, doubles dropped, sorted by budget."""
-        n_layers = len(sublayer_bytes)
+        plans, n_layers = list(plans), len(sublayer_bytes)
         if wrong := [plan for plan in plans if plan.n_layers != n_layers]:
             raise PlanError(f"plan {wrong[0]} is for {wrong[0].n_layers} layers, the model has {n_layers}")
         distinct = {*plans, LayerPlan.full(n_layers)}

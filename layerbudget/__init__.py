@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from oracle.search.testing import SearcherConformance as SearcherConformance
     from runtime.allocator import Allocator as Allocator
     from runtime.call_arguments import UnsupportedGenerationError as UnsupportedGenerationError
+    from runtime.deciding import FullPlanWarning as FullPlanWarning
+    from runtime.generation import OtherLayersError as OtherLayersError
+    from runtime.generation import check_layers as check_layers
     from runtime.parts import WrongModelError as WrongModelError
     from runtime.saving.allocator_files import ArtefactError as ArtefactError
     from runtime.saving.file_bundle import BundleError as BundleError
@@ -71,6 +74,8 @@ _NAMES = {
     "oracle.search.testing": ("SearcherConformance",),
     "runtime.allocator": ("Allocator",),
     "runtime.call_arguments": ("UnsupportedGenerationError",),
+    "runtime.deciding": ("FullPlanWarning",),
+    "runtime.generation": ("OtherLayersError", "check_layers"),
     "runtime.parts": ("WrongModelError",),
     "runtime.saving.allocator_files": ("ArtefactError",),
     "runtime.saving.file_bundle": ("BundleError",),

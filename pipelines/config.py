@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
 from oracle.judges import KL
@@ -54,8 +54,10 @@ class Config(Section):
     token_exits: TokenExitsSection = TokenExitsSection()
     tracking: TrackingSection = TrackingSection()
     ray: RaySection = RaySection()
-    try_prompts: list[Text] = Field([])
-    """Prompts that `run` answers with the finished allocator at the end."""
+    try_prompts: Annotated[list[Text], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = (
+        Field([])
+    )
+    """Prompts, or a single one, that `run` answers with the finished allocator at the end."""
     file: str = Field("", exclude=True)
     """Path of the YAML file this came from."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,26 +12,30 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.families import decoder_of
+from backbone.families import check_is_model, decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
-from oracle.chat import Turns
 from runtime.call_arguments import (
     check_known,
     check_left_padded,
     generate_by,
     given_to_loop,
+    inferred_mask,
     prefix_inputs,
 )
 from runtime.device_clock import Moment
 from runtime.generation import Output, decode, plans_of
 from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import generate_many
-from runtime.parts import AllocatorParts
+from runtime.parts import AllocatorParts, Prompts
 from runtime.request import Request
-from runtime.saving.allocator_files import load_allocator, save_allocator, upload_allocator
+from runtime.saving.allocator_files import ArtefactError, load_allocator, save_allocator, upload_allocator
+from runtime.saving.file_bundle import MANIFEST
 from runtime.step_costs import StepCosts, measured_step_costs
 from runtime.texts import AllocatedText
+
+RUN_FOLDER = "allocator"
+"""Where in its own folder a run saves its allocator."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,10 +71,13 @@ class Allocator(AllocatorParts):
                 What is saved holds only its hash.
 
         Raises:
-            ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256); a revision
-                of a local folder; a subfolder that lies outside.
+            ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256); the folder
+                of a run, which has it inside; a revision of a local folder; a subfolder that lies outside.
             ChatError: another chat template than the allocator's, or one for an allocator that has none.
         """
+        inner = Path(source).expanduser() / RUN_FOLDER
+        if not subfolder and (inner / MANIFEST).is_file() and not (inner.parent / MANIFEST).exists():
+            raise ArtefactError(f"{source} is the folder of a run and no allocator; give {Path(source) / RUN_FOLDER}")
         loaded = load_allocator(cls, source, revision, token, cache_dir, subfolder)
         return loaded if chat_template is None else loaded.with_chat_template(chat_template)
 
@@ -97,21 +104,23 @@ class Allocator(AllocatorParts):
 
         Args:
             input_ids: [B, S], left-padded.
-            attention_mask: [B, S]; all ones if not given.
+            attention_mask: [B, S]; inferred from the pad token if not given, as `generate()` does.
             inputs: tensors that the model's decoder takes beside, such as `position_ids` [B, S].
 
         Raises:
             UnsupportedGenerationError: an argument that the decoder does not take, or padding on the right.
             WrongModelError: another model than the one this allocator was made for.
         """
+        check_is_model(model)
         check_known(model, inputs)
-        check_left_padded(attention_mask)
+        mask = inferred_mask(model, input_ids) if attention_mask is None else attention_mask
+        check_left_padded(mask)
         self.prepare(model)
-        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(model.device)
+        mask = mask.to(model.device)
         own = {name: value.to(model.device) for name, value in prefix_inputs(model, inputs).items()}
         positions = {**position_inputs(decoder_of(model), mask), **own}
         if self.chat is not None:
-            self.chat.warn_without(input_ids, attention_mask)
+            self.chat.warn_without(input_ids, mask)
         decider = replace(self.decider(), is_served=False)
         decision = decider.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
         return [self.menu.plans[index] for index in decision.chosen]
@@ -157,7 +166,7 @@ class Allocator(AllocatorParts):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str | Turns],
+        prompts: Prompts,
         *,
         raw: bool = False,
         batch_size: int = 32,
@@ -169,7 +178,8 @@ class Allocator(AllocatorParts):
 
         Args:
             tokenizer: of the model.
-            prompts: texts or conversations, which are put into the allocator's chat template: see `rendered`.
+            prompts: texts or conversations, or a single one, which are put into the allocator's chat template: see
+                `rendered`.
             raw: the texts are what the model is to continue, without the template.
             batch_size: prompts generated together, at most.
             advance: called with the number of prompts that were answered.
@@ -204,7 +214,8 @@ class Allocator(AllocatorParts):
         Args:
             allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
             lossless: give the full model's own answer; a plan of the menu only drafts it (see `runtime.lossless`). No
-                plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does.
+                plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does. Logits
+                processors and stopping criteria see drafts too, so what they say may depend on the text alone.
         """
         start, began = Moment(model.device), time.perf_counter()
         with given_to_loop(model, logits_processor, stopping_criteria, streamer) as loop:

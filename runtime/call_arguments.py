@@ -16,15 +16,12 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
-from backbone.errors import InputError
-from backbone.families import decoder_of
+from backbone.families import check_is_model, decoder_of
+from runtime.generate_arguments import REFUSED, refuse
+from runtime.generate_arguments import UnsupportedGenerationError as UnsupportedGenerationError
 
 _NOT_OF_THE_PREFIX = ("input_ids", "inputs_embeds", "attention_mask", "cache", "use_cache")
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
-
-
-class UnsupportedGenerationError(InputError):
-    """A way of generating that cannot be combined with an allocator; the message names it."""
 
 
 def prefix_inputs(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -48,6 +45,15 @@ def check_known(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
             raise UnsupportedGenerationError(f"allocate takes no argument {name!r}; {hint}")
 
 
+def inferred_mask(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """The mask [B, S] of prompts that come without one, by `generate()`'s own rule: pad tokens are no tokens, unless
+    the token that pads also ends texts."""
+    config = copy.deepcopy(model.generation_config)
+    model._prepare_special_tokens(config, device=input_ids.device)  # type: ignore[operator]
+    mask: torch.Tensor = model._prepare_attention_mask_for_generation(input_ids, config, {})  # type: ignore[operator]
+    return mask
+
+
 def check_left_padded(attention_mask: torch.Tensor | None) -> None:
     """Raises UnsupportedGenerationError if a row of a mask [B, S] ends in padding. Padding inside a row, such as that
     behind an earlier answer of a conversation, is no matter."""
@@ -58,16 +64,6 @@ def check_left_padded(attention_mask: torch.Tensor | None) -> None:
         raise UnsupportedGenerationError(
             f"row {int(ends[0])} ends in padding, a 0 in its attention_mask; pad prompts on the left, with "
             "tokenizer.padding_side = 'left'"
-        )
-
-
-def check_handed_on(arguments: Mapping[str, Any]) -> None:
-    """Raises UnsupportedGenerationError for what `generate()` would keep from a `custom_generate` without a word."""
-    if arguments.get("assistant_model") is not None:
-        raise UnsupportedGenerationError("an allocator cannot be used with an assistant_model; leave one of them out")
-    if arguments.get("synced_gpus"):
-        raise UnsupportedGenerationError(
-            "an allocator cannot be used with synced_gpus=True: each process would run other layers"
         )
 
 
@@ -99,7 +95,7 @@ def given_to_loop(
         streamer: given to the loop itself; None where the one of `generate()` is to be looked for.
 
     Raises:
-        UnsupportedGenerationError: see `check_handed_on`.
+        UnsupportedGenerationError: one of `REFUSED` that `generate()` kept back.
     """
     loop = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
     kept = kept_back(model)
@@ -107,7 +103,7 @@ def given_to_loop(
     if (followed := streamer if own is None else own) is not None:  # beams take none, not even None
         loop["streamer"] = followed
     with ending_on_error(own):
-        check_handed_on(kept)
+        refuse(kept, REFUSED, "an allocator")
         yield loop
 
 
@@ -126,11 +122,13 @@ def generate_by(
         model, inputs, generation_config, streamer, arguments: as those of stock `generate()`.
 
     Raises:
-        UnsupportedGenerationError: see `check_handed_on` and `with_stop_strings`.
+        UnsupportedGenerationError: one of `REFUSED`, or see `with_stop_strings`.
     """
+    check_is_model(model)
+    given = {"inputs": inputs, "generation_config": generation_config, **arguments}
     with ending_on_error(streamer):
-        check_handed_on(arguments)
-        stock = with_stop_strings(model, {"inputs": inputs, "generation_config": generation_config, **arguments})
+        refuse({name: asked_for(model, given, name) for name in REFUSED}, REFUSED, "an allocator")
+        stock = with_stop_strings(model, given)
         return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator]
 
 
@@ -146,6 +144,14 @@ def ending_on_error(streamer: Any) -> Iterator[None]:
         raise
 
 
+def asked_for(model: PreTrainedModel, arguments: Mapping[str, Any], name: str) -> Any:
+    """The value that `generate()` takes for an argument: given, or from a configuration, the model's own last."""
+    if name in arguments:
+        return arguments[name]
+    own = getattr(arguments.get("generation_config"), name, None)
+    return getattr(getattr(model, "generation_config", None), name, None) if own is None else own
+
+
 def with_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `generate()` with `stop_strings`, also those of a generation configuration, and `tokenizer` made
     into a stopping criterion.
@@ -156,8 +162,7 @@ def with_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> dict
         UnsupportedGenerationError: stop strings without a tokenizer.
     """
     config, default = arguments.get("generation_config"), getattr(model, "generation_config", None)
-    of_configs = getattr(config, "stop_strings", None) or getattr(default, "stop_strings", None)
-    strings = arguments.get("stop_strings", of_configs)
+    strings = asked_for(model, arguments, "stop_strings")
     if not strings:
         return arguments
     if arguments.get("tokenizer") is None:

@@ -1,4 +1,4 @@
-"""The decision at serving time: a plan for each prompt of a batch; if anything fails, the full plan and a log line."""
+"""The decision at serving time: a plan for each prompt of a batch; if anything fails, the full plan and a warning."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import logging
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -35,6 +37,14 @@ _RINGS = (
     "silent after %d prompts without a new cause, or at once by allocator.drift.reset()"
 )
 _SILENT = "the drift alarm is silent again after %d prompts like those of the certificate; plans are chosen as before"
+
+_warned: WeakKeyDictionary[Controller, set[tuple[str, type]]] = WeakKeyDictionary()
+"""By the controller of an allocator, which copies of the allocator share: what was warned of in this process."""
+_warnings_lock = threading.Lock()
+
+
+class FullPlanWarning(UserWarning):
+    """Prompts run the full plan, since no plan could be chosen for them; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +116,16 @@ class Decider:
             )
         except InputError:
             raise
-        except Exception:
-            logger.exception("the probe failed; %d prompts run the full plan", len(input_ids))
+        except Exception as error:
+            self._warn("the probe failed", len(input_ids), error)
             return full
         kept = replace(prefix, states=prefix.states[-1:]) if keep_cache else None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         try:
             features = extract(model, prefix.states, input_ids, mask, self.projection.sets)
             projected, chosen = self._in_time(features, start, model.dtype)
-        except Exception:
-            logger.exception("the controller failed; %d prompts run the full plan", len(input_ids))
+        except Exception as error:
+            self._warn("the controller failed", len(input_ids), error)
             return replace(full, prefix=kept)
         return Decision(self._watched(projected, chosen, keys), kept, projected)
 
@@ -133,18 +143,26 @@ class Decider:
         projected = self.projection(features)
         finite = np.isfinite(projected).all(axis=1)
         if broken := int((~finite).sum()):
-            logger.warning(
-                "%d prompts have hidden states that are not finite in %s; they run the full plan%s",
-                broken,
-                dtype,
-                wider_dtypes(dtype),
-            )
+            self._warn(f"hidden states are not finite in {dtype}", broken, hint=wider_dtypes(dtype))
         predicted = self.controller.predict(projected, self.full)
         if silent := int((finite & ~np.isfinite(predicted).all(axis=1)).sum()):
-            logger.warning("the controller gave %d prompts no number; they run the full plan", silent)
+            self._warn("the controller gave no number", silent)
         if self.outliers is not None:
             predicted[self.outliers.are_outliers(features), :-1] = np.nan
         return projected, choose(predicted, np.array(self.menu.budgets), self.price).tolist()
+
+    def _warn(self, what: str, count: int, error: Exception | None = None, hint: str = "") -> None:
+        """Warn of prompts that run the full plan, for each reason once a process and allocator."""
+        logger.debug(what, exc_info=error)
+        reason = (what, type(error))
+        with _warnings_lock:
+            reasons = _warned.setdefault(self.controller, set())
+            is_known = reason in reasons
+            reasons.add(reason)
+        if not is_known:
+            cause = "" if error is None else f" ({type(error).__name__}: {error})"
+            text = f"{what}{cause}; {count} prompts run the full plan{hint}; later ones are not counted"
+            warnings.warn(FullPlanWarning(text), stacklevel=2)
 
     def _watched(self, projected: Floats, chosen: list[int], keys: Sequence[bytes]) -> list[int]:
         """The plans of prompts, which come in order of arrival, or the full one for all while the alarm rings."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from backbone.errors import InputError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, replaying
 from backbone.plan import LayerPlan, PlanMenu
 from runtime.deciding import Decider
 from runtime.device_clock import FirstToken, Moment
 from runtime.request import Request
+
+MOST_OTHER_LAYERS = 0.05
+"""Share of the decoder by which prompts may run more or fewer layers than was certified: rounding changes few plans."""
 
 Output = torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
@@ -52,3 +56,27 @@ def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, 
             request.input_ids, generation_config=request.config, **loop, **request.kwargs
         )
     return output, clock.moment.ms_since(start) if clock.moment else 0.0
+
+
+class OtherLayersError(InputError):
+    """`generate` ran other layers than those that were certified."""
+
+
+def check_layers(certified: Iterable[LayerPlan], ran: Iterable[LayerPlan]) -> None:
+    """Compare the plans [N] that a certificate rests on with those that `generate` ran for the same prompts.
+
+    Args:
+        certified: for each prompt the plan that the certified policy chose.
+        ran: the `layer_plans` of the output of `allocator.generate`, or the plans of the texts of `generate_many`.
+
+    Raises:
+        OtherLayersError: the plans differ, on average over prompts, by more than `MOST_OTHER_LAYERS` of the layers.
+    """
+    pairs = list(zip(certified, ran, strict=True))
+    differing = sum(len(one.attention ^ other.attention) + len(one.mlp ^ other.mlp) for one, other in pairs) / 2
+    if differing > MOST_OTHER_LAYERS * sum(one.n_layers for one, _ in pairs):
+        expected, found = (sum(plan.layers for plan in plans) / len(pairs) for plans in zip(*pairs, strict=True))
+        raise OtherLayersError(
+            f"generate ran {found:.2f} of {pairs[0][0].n_layers} layers on average, where {expected:.2f} were "
+            f"certified ({differing / len(pairs):.2f} differ a prompt); a FullPlanWarning says why"
+        )

@@ -33,8 +33,8 @@ from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
-from runtime.call_arguments import UnsupportedGenerationError
 from runtime.device_clock import FirstToken, Moment
+from runtime.generate_arguments import REFUSED_BY_LOSSLESS, UnsupportedGenerationError, refuse
 from runtime.generation import Output, decode
 from runtime.parts import AllocatorParts
 from runtime.request import Request
@@ -101,17 +101,15 @@ def best_draft(costs: StepCosts, plans: Sequence[DraftPlan]) -> tuple[DraftPlan 
 
 def check_lossless(request: Request) -> None:
     """Raises UnsupportedGenerationError unless a request can be drafted and checked."""
-    if len(request.input_ids) > 1:
-        raise UnsupportedGenerationError(
-            f"lossless=True takes one prompt and one answer at a time, got {len(request.input_ids)} rows "
-            "(prompts times beams or samples)"
-        )
     cache = request.cache
-    if type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False):
+    own = cache if getattr(cache, "_is_user_defined", False) else None
+    refuse({**vars(request.config), "cache": own}, REFUSED_BY_LOSSLESS, "lossless=True")
+    if len(request.input_ids) > 1:
+        raise UnsupportedGenerationError(f"lossless=True takes one prompt at a time, got {len(request.input_ids)}")
+    if type(cache) is not DynamicCache:
         kind = "no cache" if cache is None else f"a {type(cache).__name__}"
         raise UnsupportedGenerationError(
-            f"lossless=True needs the dynamic cache that generate() makes by default, got {kind}; leave out use_cache, "
-            "cache_implementation and cache"
+            f"lossless=True needs a dynamic cache, and {request.model.config.model_type} decodes with {kind}"
         )
     croppable = (DynamicLayer, DynamicSlidingWindowLayer)
     if other := [type(layer).__name__ for layer in cache.layers if type(layer) not in croppable]:
@@ -209,20 +207,23 @@ class Drafter(CandidateGenerator):
             self._draft_plan.judged += min(kept + 1, self._offered)
 
     @torch.no_grad()
-    def _draft(self, input_ids: Any, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        cache, ids, scores = _view(self._request.kwargs["cache"], plan), input_ids, []
+    def _draft(self, input_ids: Any, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The draft ends before the first token that stops the text, so that the loop, which asks the criteria after a
+        whole round, never goes past one."""
+        cache, ids = _view(self._request.kwargs["cache"], plan), input_ids
+        scores: list[torch.Tensor] = []
         self.last = plan
-        ends = getattr(self._request.config, "_eos_token_tensor", None)
+        config, stops, is_stopped = self._request.config, self._request.loop["stopping_criteria"], False
+        unknown = _UnknownScores() if config.return_dict_in_generate and config.output_scores else None
         with apply_plan(self._request.model, plan):
-            for _ in range(self._offered):
+            while len(scores) < self._offered and not is_stopped:
                 logits = self._request.model(**self._step(ids), cache=cache, use_cache=True).logits[:, -1]
                 scores.append(self.processors(ids, logits.to(input_ids.device, torch.float32, copy=True)))
-                token = self._chosen(scores[-1])
-                ids = torch.cat([ids, token], dim=1)
-                if ends is not None and torch.isin(token, ends.to(token.device)).any():
-                    break
+                ids = torch.cat([ids, self._chosen(scores[-1])], dim=1)
+                is_stopped = bool(stops(ids, unknown).any())
         cache.crop(-len(scores))
-        return ids, torch.stack(scores, dim=1)
+        n_kept = len(scores) - is_stopped
+        return ids[:, : input_ids.shape[1] + n_kept], torch.stack(scores[:n_kept], dim=1) if n_kept else None
 
     def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
         if not self._request.config.do_sample:
@@ -236,6 +237,18 @@ class Drafter(CandidateGenerator):
             mask[:, : self._mask.shape[1]] = self._mask
         positions = {name: value[:, -1:] for name, value in position_inputs(self._request.model, mask).items()}
         return {"input_ids": ids[:, -1:], "attention_mask": mask, **positions}
+
+
+class _UnknownScores:
+    """Stands for the scores of drafted tokens, which the full model has not given yet."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise UnsupportedGenerationError(
+            "lossless=True cannot be used with a stopping criterion that reads scores: drafted tokens have none yet; "
+            "leave output_scores or the criterion out"
+        )
+
+    __getitem__ = __iter__ = __len__ = _refuse
 
 
 class _Checking:

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
+from backbone.families import check_is_model
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import ChatError, Turns, tokens_of
-from runtime.call_arguments import UnsupportedGenerationError
+from runtime.call_arguments import UnsupportedGenerationError, asked_for
 from runtime.composing import Composer
 from runtime.deciding import Decider, Decision, prompt_key
-from runtime.parts import AllocatorParts
+from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
 from runtime.step_costs import known_step_costs
 from runtime.texts import AllocatedText, decoding_options, new_texts
 
@@ -31,7 +32,10 @@ KEPT_BYTES = 2 * 2**30
 run these layers again."""
 
 _SEVERAL_TOKENS_AT_ONCE = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
-_ONE_ANSWER_A_PROMPT = ("num_return_sequences", "cache", "return_dict_in_generate", "streamer")
+_ONE_ANSWER_A_PROMPT = (
+    *("num_return_sequences", "cache", "past_key_values", "return_dict_in_generate", "streamer"),
+    *("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"),
+)
 
 
 def finished_texts(
@@ -60,13 +64,13 @@ def finished_texts(
         UnsupportedGenerationError: an option that would give other than one answer a prompt, or an empty prompt.
         WrongModelError: another model than the one this allocator was made for.
     """
-    _check(batch_size, options)
     if not prompts:
         return
     tokens = [tokens_of(tokenizer, text) for text in prompts]
     if empty := [index for index, ids in enumerate(tokens) if not ids]:
         raise UnsupportedGenerationError(f"prompt {empty[0]} is empty: there is nothing to continue")
-    settings = {**decoding_options(tokenizer, allocator.decoding), **options}
+    settings = _settings(allocator, model, tokenizer, options)
+    _check(model, batch_size, settings)
 
     def run(part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
         inputs = padded_inputs(model, [tokens[index] for index in part])
@@ -76,10 +80,10 @@ def finished_texts(
         texts = new_texts(tokenizer, output, inputs["input_ids"].shape[1], allocator.decoding)
         return [(index, AllocatedText(text, plans[index])) for index, text in zip(part, texts, strict=True)]
 
-    copies = int(settings.get("num_beams") or getattr(model.generation_config, "num_beams", None) or 1)
-    kept = _Kept(0 if any(settings.get(name) for name in _SEVERAL_TOKENS_AT_ONCE) else KEPT_BYTES)
+    copies = int(asked_for(model, settings, "num_beams") or 1)
+    kept = _Kept(0 if any(asked_for(model, settings, name) for name in _SEVERAL_TOKENS_AT_ONCE) else KEPT_BYTES)
     plans = _allocated(allocator, model, tokens, kept)
-    n_new = int(settings.get("max_new_tokens") or allocator.decoding.max_new_tokens)
+    n_new = int(asked_for(model, settings, "max_new_tokens") or allocator.decoding.max_new_tokens)
     batches = Composer(known_step_costs(model), plans, [len(ids) for ids in tokens], n_new)
     for part in batches.composed(batch_size):
         yield in_halves(part, run)
@@ -117,7 +121,7 @@ def generate_many(
     allocator: AllocatorParts,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Turns],
+    prompts: Prompts,
     *,
     raw: bool,
     batch_size: int,
@@ -125,12 +129,14 @@ def generate_many(
     **options: Any,
 ) -> list[AllocatedText]:
     """See `Allocator.generate_many`."""
+    check_is_model(model)
+    check_is_tokenizer(tokenizer)
     texts: dict[int, AllocatedText] = {}
-    given = [_rendered(allocator, tokenizer, number, prompt, raw) for number, prompt in enumerate(prompts)]
+    given = [_rendered(allocator, tokenizer, number, prompt, raw) for number, prompt in enumerate(listed(prompts))]
     for batch in finished_texts(allocator, model, tokenizer, given, batch_size=batch_size, **options):
         texts.update(batch)
         advance(len(batch))
-    return [texts[index] for index in range(len(prompts))]
+    return [texts[index] for index in range(len(given))]
 
 
 def _rendered(
@@ -142,11 +148,23 @@ def _rendered(
         raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
 
 
-def _check(batch_size: int, options: dict[str, Any]) -> None:
+def _settings(
+    allocator: AllocatorParts, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of `generate()`: a configuration among the options counts more than the allocator's decoding."""
+    config, calibrated = options.get("generation_config"), decoding_options(tokenizer, allocator.decoding)
+    settings = {name: value for name, value in calibrated.items() if getattr(config, name, None) is None} | options
+    if asked_for(model, settings, "stop_strings"):
+        settings["tokenizer"] = tokenizer
+    return settings
+
+
+def _check(model: PreTrainedModel, batch_size: int, options: dict[str, Any]) -> None:
     if batch_size < 1:
         raise UnsupportedGenerationError(f"batch_size must be at least 1, got {batch_size}")
     for name in _ONE_ANSWER_A_PROMPT:
-        if options.get(name) not in (None, False) and not (name == "num_return_sequences" and options[name] == 1):
+        value = asked_for(model, options, name)
+        if value is not None and value is not False and not (name == "num_return_sequences" and value == 1):
             raise UnsupportedGenerationError(
                 f"generate_many gives one text a prompt, which {name} does not fit; use allocator.generate"
             )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
+from backbone.families import check_is_model
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import PlanMenu
 from backbone.stand_ins.attaching import StandIns, attach, attached_digest, attached_to
@@ -25,6 +26,9 @@ from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, re
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat
 from runtime.deciding import Decider
+
+Prompts = str | Mapping[str, str] | Turns | Iterable[str | Turns]
+"""Texts and conversations, or a single text, message or conversation."""
 
 _attaching = threading.Lock()
 _ROUNDED = ", in float16, which rounds weights: load it in bfloat16 or float32 if it is the same model"
@@ -84,6 +88,7 @@ class AllocatorParts:
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no stand-ins of
         others."""
+        check_is_model(model)
         if (found := model_fingerprint(model)) != self.fingerprint:
             raise WrongModelError(
                 f"this allocator was made for {self.fingerprint} ({self.model_source}), "
@@ -116,14 +121,20 @@ class AllocatorParts:
                 f"the full model's first {depth} layers (probe_depth) made of the prompt"
             )
 
-    def rendered(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Turns | Question, *, raw: bool = False) -> str:
+    def rendered(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | Mapping[str, str] | Turns | Question,
+        *,
+        raw: bool = False,
+    ) -> str:
         """A prompt's text as those were that this allocator was made with; `inputs` tokenizes it.
 
         Args:
             tokenizer: of the model; its chat template must be the one that this allocator was made with, unless that
                 was given as a file.
             prompt: what the user says, or a conversation whose last turn is the user's: `[{"role": "user", "content":
-                "..."}]`. A text that was rendered before stays what it is.
+                "..."}]`, or that turn alone. A text that was rendered before stays what it is.
             raw: the text is what the model is to continue, without the template.
 
         Raises:
@@ -131,6 +142,8 @@ class AllocatorParts:
         """
         if isinstance(prompt, Rendered):
             return prompt
+        if isinstance(prompt, Mapping):
+            prompt = [prompt]
         question = prompt if isinstance(prompt, Question) else Question.of(prompt, raw=raw)
         return rendered(question, None if self.chat is None or question.raw else self.chat.template(tokenizer))
 
@@ -142,13 +155,30 @@ class AllocatorParts:
             )
         return replace(self, chat=self.chat.of_text(Path(path)))
 
-    def inputs(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Turns], *, raw: bool = False
-    ) -> BatchEncoding:
-        """Prompts as the inputs of `generate`, left-padded [B, S], rendered as `rendered` says."""
-        return padded_prompts(tokenizer, [self.rendered(tokenizer, prompt, raw=raw) for prompt in prompts])
+    def inputs(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, *, raw: bool = False) -> BatchEncoding:
+        """Prompts, or a single one, as the inputs of `generate`, left-padded [B, S], rendered as `rendered` says."""
+        check_is_tokenizer(tokenizer)
+        return padded_prompts(tokenizer, [self.rendered(tokenizer, prompt, raw=raw) for prompt in listed(prompts)])
 
     def decider(self, limit_ms: float | None = None) -> Decider:
         """What chooses plans for prompts, with a limit to the time it may take."""
         price, full = self.certificate.price, kept_by_full(self.certificate.risk)
         return Decider(self.menu, self.controller, self.projection, price, full, self.outliers, self.drift, limit_ms)
+
+
+def listed(prompts: Prompts | Question) -> list[str | Turns]:
+    """Several prompts, or a single text, message or conversation, as a list. Raises ChatError for anything else."""
+    if isinstance(prompts, str | Question):
+        return [prompts]  # type: ignore[list-item]
+    if isinstance(prompts, Mapping):
+        return [[prompts]]
+    if not isinstance(prompts, Iterable):
+        raise ChatError(f"prompts are texts or conversations, got {prompts!r:.80}")
+    found: list[Any] = list(prompts)
+    return [found] if found and isinstance(found[0], Mapping) else found
+
+
+def check_is_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for anything else, such as prompts or a model in its place."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"a tokenizer is needed, got a {type(tokenizer).__name__}; give the one of the model")

@@ -18,7 +18,14 @@ from backbone.execution.cache import remembered_plans
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import attached_digest
-from runtime.call_arguments import UnsupportedGenerationError, check_left_padded, prefix_inputs
+from runtime.call_arguments import check_left_padded, prefix_inputs
+from runtime.generate_arguments import (
+    REFUSED,
+    UnsupportedGenerationError,
+    refuse,
+    refuse_other_loops,
+    refuse_undecided,
+)
 
 _METHODS = {
     GenerationMode.GREEDY_SEARCH: "_sample",
@@ -51,14 +58,11 @@ class Request:
     loop: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if self.mode not in _METHODS:
-            raise UnsupportedGenerationError(
-                f"an allocator works with greedy, sampling and beam decoding, not with {self.mode.value}"
-            )
+        refuse_other_loops(self.config)
+        refuse_undecided(self.config)
         if self.loop.get("streamer") is not None and (self.config.num_beams or 1) > 1:
             raise UnsupportedGenerationError("a streamer cannot follow beam search; leave one of them out")
-        if self.kwargs.get("inputs_embeds") is not None:
-            raise UnsupportedGenerationError("an allocator reads input_ids; inputs_embeds cannot be used with it")
+        refuse(self.kwargs, REFUSED, "an allocator")
         if (mask := self.kwargs.get("attention_mask")) is not None:
             check_left_padded(mask[:: self.copies])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import TracebackType
@@ -15,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.errors import InputError
+from backbone.execution.live_changes import replaced
 from backbone.execution.plan_patches import patched
 from backbone.execution.row_patches import RowPlansError, patched_rows
 from backbone.execution.self_test import check_exactness
-from backbone.families import check_intact
-from backbone.plan import LayerPlan
+from backbone.families import check_intact, check_is_model
+from backbone.plan import LayerPlan, PlanError
 from backbone.stand_ins.attaching import attached_to
 
 P = ParamSpec("P")
@@ -104,6 +105,7 @@ def apply_plan(
         InexactPlanError: the self-test failed.
         NestedPlanError: this thread already runs this model with a plan.
         CacheMismatchError: (from the model's forward) a cache that was filled under another plan.
+        InputError: (from `generate()`) continuous batching.
     """
     with _tested(model, plan):
         attached = None if frozen else attached_to(model, plan)
@@ -112,7 +114,7 @@ def apply_plan(
 
 
 @_block
-def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[PreTrainedModel]:
+def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[PreTrainedModel]:
     """Within this block, each row of a batch runs its own plan, in one pass for all: a layer, or half of one, computes
     only the rows whose plan runs it, and the cache holds only those.
 
@@ -129,6 +131,11 @@ def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[
         RowPlansError: no plans, or (from the model's forward) a pass with other rows than B * c.
         PlanError, UnsupportedModelError, InexactPlanError, NestedPlanError, CacheMismatchError: see `apply_plan`.
     """
+    if isinstance(plans, LayerPlan):
+        raise PlanError(
+            f"apply_plans takes a list of plans, got plan {plans}; use apply_plan for one plan for all rows"
+        )
+    plans = list(plans)
     if not plans:
         raise RowPlansError("apply_plans needs a plan for each prompt of the batch, got none")
     first = plans[0]
@@ -144,12 +151,26 @@ def apply_plans(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> Iterator[
 @contextmanager
 def _tested(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
     """The model reserved for a plan, after its self-test."""
+    check_is_model(model)
+    if not isinstance(plan, LayerPlan):
+        raise PlanError(
+            f"a LayerPlan is needed, got {plan!r:.80}; build one with LayerPlan.skipping or read one by parse"
+        )
     check_intact(model)
     with _reserved(model, plan) as reservation:
         if not reservation.tested:
             check_exactness(model)
             reservation.tested = True
-        yield
+        batching = "init_continuous_batching"  # of models that generate
+        with replaced([(model, batching, _refuse_thread)] if hasattr(model, batching) else []):
+            yield
+
+
+def _refuse_thread(*args: Any, **kwargs: Any) -> Any:
+    raise InputError(
+        "continuous batching, such as by cache_implementation='paged', runs the model in a thread of its own, where no "
+        "plan holds; leave it out"
+    )
 
 
 class _Reservation:

@@ -121,3 +121,8 @@ def test_wrong_files_are_named(tmp_path, text, message) -> None:
         load_config(path)
     with pytest.raises(ConfigError, match="no configuration file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_single_prompt_to_try_is_one_prompt() -> None:
+    for setting in ("try_prompts=what is this", "try_prompts=[what is this]"):
+        assert load_config(ROOT / "configs/demo.yaml", [setting]).try_prompts == ["what is this"]

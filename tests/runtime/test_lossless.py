@@ -219,11 +219,11 @@ def test_what_the_labels_say_and_what_stands_in_for_it(allocator) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_implementation": "static"}, "got a StaticCache"),
-        ({"use_cache": False}, "got no cache"),
-        ({"cache": DynamicCache()}, "leave out use_cache"),
-        ({"num_beams": 2}, "one prompt and one answer at a time, got 2 rows"),
-        ({"do_sample": True, "num_return_sequences": 3}, "got 3 rows"),
+        ({"cache_implementation": "static"}, "cache_implementation='static': drafts are taken back"),
+        ({"use_cache": False}, "use_cache=False: drafts are taken back"),
+        ({"cache": DynamicCache()}, r"cache \(DynamicCache\): drafts are taken back"),
+        ({"num_beams": 2}, "num_beams=2: drafts are checked for one prompt"),
+        ({"do_sample": True, "num_return_sequences": 3}, "num_return_sequences=3: drafts are checked for one prompt"),
     ],
     ids=str,
 )
@@ -237,5 +237,5 @@ def test_what_cannot_be_drafted_is_refused_by_name(model, allocator, options, me
 
 
 def test_several_prompts_are_refused(model, allocator) -> None:
-    with pytest.raises(UnsupportedGenerationError, match="got 4 rows"):
+    with pytest.raises(UnsupportedGenerationError, match="one prompt at a time, got 4"):
         allocator.generate(model, **padded_batch(), max_new_tokens=4, lossless=True)
