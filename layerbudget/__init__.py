@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from runtime.allocator import Allocator as Allocator
     from runtime.call_arguments import UnsupportedGenerationError as UnsupportedGenerationError
     from runtime.parts import WrongModelError as WrongModelError
-    from runtime.saving.allocator_files import ArtefactError as ArtefactError
+    from runtime.saving.allocator_checks import ArtefactError as ArtefactError
     from runtime.saving.file_bundle import BundleError as BundleError
 
     __version__: str
@@ -72,7 +72,7 @@ _NAMES = {
     "runtime.allocator": ("Allocator",),
     "runtime.call_arguments": ("UnsupportedGenerationError",),
     "runtime.parts": ("WrongModelError",),
-    "runtime.saving.allocator_files": ("ArtefactError",),
+    "runtime.saving.allocator_checks": ("ArtefactError",),
     "runtime.saving.file_bundle": ("BundleError",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
