@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from runtime.generation import OtherLayersError as OtherLayersError
     from runtime.generation import check_layers as check_layers
     from runtime.parts import WrongModelError as WrongModelError
-    from runtime.saving.allocator_files import ArtefactError as ArtefactError
+    from runtime.saving.allocator_checks import ArtefactError as ArtefactError
     from runtime.saving.file_bundle import BundleError as BundleError
 
     __version__: str
@@ -77,7 +77,7 @@ _NAMES = {
     "runtime.deciding": ("FullPlanWarning",),
     "runtime.generation": ("OtherLayersError", "check_layers"),
     "runtime.parts": ("WrongModelError",),
-    "runtime.saving.allocator_files": ("ArtefactError",),
+    "runtime.saving.allocator_checks": ("ArtefactError",),
     "runtime.saving.file_bundle": ("BundleError",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
