@@ -516,7 +516,7 @@ def test_a_folder_of_another_config_or_model_is_left_alone(finished, tmp_path) -
         (["menu.probe_depth=6"], "probe_depth must be from 1 to 5 for this model, got 6"),
         (
             ["data.limit=8", "data.shares={adapt: 0.2, train: 0.7, tune: 0.1, calibrate: 0.0, test: 0.0}"],
-            "leave 0 for the split",
+            "leave 1 for the split 'tune'",
         ),
         (["unknown=1"], "unknown key 'unknown'"),
     ],
