@@ -75,7 +75,7 @@ class Chooser:
     def __post_init__(self) -> None:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         most = min(self.limits.decision_tokens, positions or self.limits.decision_tokens)
-        embedded = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
+        embedded = next(self.model.get_input_embeddings().parameters()).shape[0]
         self._reader = PromptReader(self.allocator, self.tokenizer, most, min(embedded, len(self.tokenizer)))
 
     def read(self, body: Body, *, chat: bool) -> Prompts | str:
