@@ -83,7 +83,7 @@ def load_backbone(
     check_vocabulary(source, model, tokenizer)
     if device_map is None:
         model.to(place)  # type: ignore[arg-type]
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer  # type: ignore[no-untyped-call]
 
 
 def _complete(source: str, folder: str, **options: Any) -> PreTrainedModel:

@@ -173,8 +173,8 @@ def argument_names(forward: Forward) -> list[str]:
 
 
 def named_arguments(
-    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Sequence[Any], dict[str, Any]]:
+    names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call's arguments by name, after those that have none; the cache as `cache`, also if given as
     `past_key_values`.
 
