@@ -158,7 +158,7 @@ def test_what_cannot_be_used_is_named_in_one_sentence(tmp_path, name, content, m
         ("p.jsonl", b'{"prompt": "a"}\n{"id": "\xe9"}\n', "p.jsonl, line 2: the byte 0xe9 is not UTF-8"),
         ("p.csv", "prompt\na".encode("utf-16"), "p.csv, line 1: the byte 0xff is not UTF-8"),
         ("p.jsonl.gz", b"{}", "p.jsonl.gz cannot be unpacked"),
-        ("p.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "p.jsonl.gz cannot be unpacked"),
+        ("p.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "p.jsonl.gz cannot be unpacked"),
         ("p.txt", b"abc", "it is neither a file that ends in .jsonl, .ndjson, .json, .csv, .tsv"),
         ("p.csv", None, "no prompts file"),
         ("nothing", None, "nor a data set"),
