@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,18 +31,50 @@ def script(name: str):
     return module
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    result = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
-    assert script("demo").results_table(result) in (ROOT / "README.md").read_text()
+FIGURE = re.compile(r"\d%|\d times\b|\b\d\.\d+ (?:of|layers)|\b\d*\.\d\d\b|\d ms\b")
+"""What a measured figure looks like."""
 
 
-def test_the_readme_shows_what_looking_at_the_prompt_is_worth() -> None:
-    table, readme = script("table"), (ROOT / "README.md").read_text()
-    for name in ("demo", "qwen_embedded", "smollm2_chat", "qwen_chat"):
-        row = table.row(ROOT / "benchmarks" / "results" / f"{name}.json")
-        assert f"| {' | '.join(row)} |" in readme
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_pages_show_the_committed_results(page) -> None:
+    readme, text = script("readme"), (ROOT / page).read_text()
+    assert readme.rendered(text) == text, "run `python benchmarks/readme.py`"
+    assert len(readme.BLOCK.findall(text)) >= 3
+
+
+def test_readme_has_no_figure_beside_those_of_results() -> None:
+    outside = script("readme").BLOCK.sub("", (ROOT / "README.md").read_text())
+    assert [line for line in outside.splitlines() if FIGURE.search(line)] == []
+    told = ["keeps 98.6% of", "1.10 times as fast", "13.9 of 18 layers", "22 of 51 ms", "a loss of .25"]
+    assert all(FIGURE.search(line) for line in told)
+
+
+def test_a_static_plan_of_equal_quality_is_the_cheapest() -> None:
+    table = script("table")
     assert table.cheapest([(0.5, 0.1), (0.7, 0.9), (0.9, 0.8), (1.0, 0.95)], 0.85) == 1
     assert table.cheapest([(0.5, 0.1), (1.0, 0.95)], 0.96) == 1  # nothing keeps so much: the full plan
+
+
+GOOD = {
+    **{"fitted_prompts": 1.0, "certified_budget": 0.8, "quality": 0.99, "headroom": 0.2},
+    **{"speed_one_at_a_time": 1.08, "speed_in_a_batch": 1.06},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "outside"),
+    [
+        ({}, []),
+        ({"certified_budget": 1.0}, ["certified_budget"]),
+        ({"quality": None}, ["quality"]),
+        ({"fitted_prompts": 199 / 282, "certified_budget": 0.87}, ["fitted_prompts", "certified_budget"]),
+        ({"headroom": float("nan")}, ["headroom"]),
+    ],
+)
+def test_the_gate_is_red_outside_its_bands(change, outside) -> None:
+    gate, bands = script("gate"), json.loads((ROOT / "configs" / "demo.bands.json").read_text())
+    assert set(bands) == set(GOOD)
+    assert sorted(gate.outside({**GOOD, **change}, bands)) == sorted(outside)
 
 
 def test_decode_compares_plan_stock_and_deleted_model(model_folder, tmp_path, monkeypatch, capsys) -> None:
