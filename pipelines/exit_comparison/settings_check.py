@@ -17,6 +17,7 @@ def check_exits(settings: TokenExitsSection, model: Mapping[str, Any], n_layers:
     """Raises TokenExitsError or UnsupportedModelError for what the stage `evaluate` would refuse.
 
     Args:
+        settings: of the run.
         model: the content of `config.json`.
         n_layers: of the model.
         longest: tokens of the longest prompt and its answer; 0 where they are not known.
