@@ -3,10 +3,10 @@
     python benchmarks/certificates.py
 
 Each case draws calibration prompts many times. The functions of the stage `calibrate` find a price for each draw. The
-price is broken if its mean loss on a large population exceeds the bound. That may happen in a share delta of the draws.
-Losses grow along the prices from nothing to twice the bound, so that every price found is near the boundary. Where a
-case has a wrong way to calibrate, the same draws are calibrated that way too. Writes
-benchmarks/results/certificates.json.
+price is broken if its true mean loss exceeds the bound. That may happen in a share delta of the draws. The true loss is
+known for each prompt, and averaged over a large population of what controllers see. Losses grow along the prices from
+nothing to twice the bound or more, so that every price found is near the boundary. Where a case has a wrong way to
+calibrate, the same draws are calibrated that way too. Writes benchmarks/results/certificates.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from controller.base import choose
 from controller.certificate.risks import Risk, quality_kept
 from controller.features import Features
 from controller.learning import Settings, learn
-from oracle.labels.reader import judged
 from oracle.prompts import Prompt
 from pipelines.learning_sections import CalibrationSection
 from pipelines.learning_table import Table
@@ -53,11 +52,13 @@ class Draw:
         predicted: what each controller expects the two plans to keep [C, n, 2].
         scores: under the two plans [n, 2]; NaN where the judge failed.
         groups: group of each prompt [n].
+        lost: what the shortened plan loses on average on such a prompt [n].
     """
 
     predicted: NDArray[np.float32]
     scores: Floats
     groups: NDArray[np.intp]
+    lost: Floats
 
     def table(self, risk: Risk) -> Table:
         """The prompts as the stages see them, with the predictions for features; those of a group have one text."""
@@ -77,7 +78,9 @@ class Case:
         alphas: bounds that are certified side by side; at each the controller that runs least is taken.
         risk: which loss.
         n: calibration prompts.
+        unit: the full model's mean score for `mean_score`, else 1.
         wrong: what a wrong way makes of the table, if there is one.
+        times: this many times as many draws, where the bound is broken nearly as often as it may be.
     """
 
     name: str
@@ -85,7 +88,9 @@ class Case:
     alphas: tuple[float, ...] = (0.05,)
     risk: Risk = "mean_score"
     n: int = 200
+    unit: float = 1.0
     wrong: Callable[[Table], Table] | None = None
+    times: int = 1
 
     def prices(self, table: Table, together: bool) -> dict[float, tuple[int, float]]:
         """Bound -> the controller that runs least there, with its price; all share delta if they are `together`."""
@@ -104,13 +109,11 @@ class Case:
     def true_loss(self) -> Callable[[int, float], float]:
         """(controller, price) -> mean loss of the population, in the unit of the bounds."""
         drawn = self.draw(np.random.default_rng(0), POPULATION)
-        _, scores = judged(drawn.scores)
-        losses = scores[:, 1] - scores[:, 0]
-        unit = scores[:, 1].mean() if self.risk == "mean_score" else 1.0
 
         @lru_cache
         def of(place: int, price: float) -> float:
-            return float(losses[choose(drawn.predicted[place], BUDGETS, price) == 0].sum() / len(losses) / unit)
+            shortened = choose(drawn.predicted[place], BUDGETS, price) == 0
+            return float((drawn.lost * shortened).mean() / self.unit)
 
         return of
 
@@ -138,6 +141,7 @@ def measured(case: Case, repetitions: int, advance: Callable[[int], None] = lamb
         "risk": case.risk,
         "alphas": case.alphas,
         "prompts": case.n,
+        "draws": repetitions,
         "certified": certified / repetitions,
         "broken": float(np.mean(seen)),
         "low": float(interval.low),
@@ -146,11 +150,11 @@ def measured(case: Case, repetitions: int, advance: Callable[[int], None] = lamb
     }
 
 
-def drawn(expected: Floats, full: Floats, plan: Floats, copies: int = 1) -> Draw:
+def drawn(expected: Floats, full: Floats, plan: Floats, lost: Floats | float, copies: int = 1) -> Draw:
     """Prompts, `copies` of each, whose controllers expect some losses [C, n] of the shortened plan."""
     kept = np.stack([(1 - expected) / 2, np.full_like(expected, 0.5)], axis=-1).astype(np.float32)
     rows = np.repeat(np.arange(len(full)), copies)
-    return Draw(kept[:, rows], np.stack([plan, full], axis=1)[rows], rows)
+    return Draw(kept[:, rows], np.stack([plan, full], axis=1)[rows], rows, np.broadcast_to(lost, len(rows)))
 
 
 def ignorant(random: Random, n: int, controllers: int = 1) -> Floats:
@@ -158,41 +162,42 @@ def ignorant(random: Random, n: int, controllers: int = 1) -> Floats:
     return np.exp(random.uniform(np.log(0.01), 0.0, (controllers, n)))
 
 
-def noise(random: Random, n: int, controllers: int = 1) -> Draw:
+def noise(random: Random, n: int) -> Draw:
     """Scores of the plan are the full model's, less a tenth, with noise."""
     full = random.uniform(0.3, 0.7, n)
-    plan = np.clip(0.9 * full + random.normal(0, 0.2, n), 0, 1)
-    return drawn(ignorant(random, n, controllers), full, plan)
+    plan = 0.9 * full + random.uniform(-0.25, 0.25, n)
+    return drawn(ignorant(random, n), full, plan, 0.1 * full)
 
 
-def rare_loss(random: Random, n: int, rate: float = 0.1, lost: float = 0.0, copies: int = 1) -> Draw:
-    """The plan's answers are right as the full model's, but for a few that are lost altogether."""
-    plan = np.where(random.random(n // copies) < rate, lost, 1.0)
-    return drawn(ignorant(random, len(plan)), np.ones(len(plan)), plan, copies)
+def rare_loss(
+    random: Random, n: int, rate: float = 0.1, score: float = 0.0, copies: int = 1, controllers: int = 1
+) -> Draw:
+    """The plan's answers are right as the full model's, but for a few that are lost altogether, with another score."""
+    plan = np.where(random.random(n // copies) < rate, score, 1.0)
+    return drawn(ignorant(random, len(plan), controllers), np.ones(len(plan)), plan, rate, copies)
 
 
 def wins_and_losses(random: Random, n: int) -> Draw:
     """Half of the answers change; a changed one is right in 48% of the cases, the full model's in 60%."""
     full, right = (random.random(n) < 0.6).astype(float), (random.random(n) < 0.48).astype(float)
-    return drawn(ignorant(random, n), full, np.where(random.random(n) < 0.5, right, full))
+    return drawn(ignorant(random, n), full, np.where(random.random(n) < 0.5, right, full), 0.06)
 
 
 def learnable() -> Callable[[Random, int], Draw]:
-    """Draws that a controller decides about which learned from 300 others."""
+    """Draws that a controller decides about which learned from 300 others; the full model is right on 80%."""
 
-    def states(random: Random, n: int) -> tuple[Features, Floats]:
+    def states(random: Random, n: int) -> tuple[Features, Floats, Floats]:
         found = random.normal(size=(n, 4)).astype(np.float32)
-        full = (random.random(n) < 0.8).astype(float)
-        plan = full * (random.random(n) < 1 / (1 + np.exp(-1 - 2 * found[:, 0])))
-        return {"states": found}, np.stack([plan, full], axis=1)
+        full, chance = (random.random(n) < 0.8).astype(float), 1 / (1 + np.exp(-1 - 2 * found[:, 0]))
+        return {"states": found}, np.stack([full * (random.random(n) < chance), full], axis=1), 0.8 * (1 - chance)
 
-    features, scores = states(np.random.default_rng(2), 300)
+    features, scores, _ = states(np.random.default_rng(2), 300)
     kept = quality_kept("mean_score", scores, scores >= scores[:, -1:])
     learned = learn(Settings("logistic", ("states",), 4), features, kept, BUDGETS)
 
     def draw(random: Random, n: int) -> Draw:
-        features, scores = states(random, n)
-        return Draw(learned.predict(features)[None], scores, np.arange(n))
+        features, scores, lost = states(random, n)
+        return Draw(learned.predict(features)[None], scores, np.arange(n), lost)
 
     return draw
 
@@ -209,15 +214,17 @@ def each_apart(table: Table) -> Table:
 
 def cases() -> list[Case]:
     """All of them; those in which a choice is made afterwards are wrong where each price takes delta for itself."""
+    two, fails = partial(rare_loss, controllers=2), partial(rare_loss, rate=0.2, score=np.nan)
+    five, often = partial(rare_loss, rate=0.2, copies=5), partial(rare_loss, rate=0.2)
     return [
-        Case("noise", noise),
-        Case("rare total loss", rare_loss, risk="score_lost"),
-        Case("wins and losses", wins_and_losses),
-        Case("learnable", learnable()),
-        Case("judge fails on 20%", partial(rare_loss, rate=0.2, lost=np.nan), (0.03,), wrong=without_failures),
-        Case("groups of five", partial(rare_loss, rate=0.2, copies=5), (0.1,), "score_lost", 400, each_apart),
-        Case("better of two controllers", partial(noise, controllers=2), wrong=lambda table: table),
-        Case("any of 3 / 5 / 8%", noise, (0.03, 0.05, 0.08), wrong=lambda table: table),
+        Case("noise", noise, unit=0.5),
+        Case("rare total loss", rare_loss, risk="score_lost", times=3),
+        Case("wins and losses", wins_and_losses, unit=0.6),
+        Case("learnable", learnable(), unit=0.8),
+        Case("judge fails on 20%", fails, (0.03,), wrong=without_failures),
+        Case("groups of five", five, (0.1,), "score_lost", 400, wrong=each_apart, times=3),
+        Case("better of two controllers", two, risk="score_lost", wrong=lambda table: table),
+        Case("any of 3 / 5 / 8%", often, (0.03, 0.05, 0.08), "score_lost", wrong=lambda table: table),
     ]
 
 
@@ -226,8 +233,8 @@ def main() -> None:
     options.add_argument("--repetitions", type=int, default=500, help="draws of each case")
     arguments = options.parse_args()
     asked = cases()
-    with progress("draws", len(asked) * arguments.repetitions) as advance:
-        rows = [measured(case, arguments.repetitions, advance) for case in asked]
+    with progress("draws", sum(case.times for case in asked) * arguments.repetitions) as advance:
+        rows = [measured(case, case.times * arguments.repetitions, advance) for case in asked]
     result = {"settings": vars(arguments), "machine": machine(), "delta": DELTA, "rows": rows}
     (RESULTS / "certificates.json").write_text(json.dumps(result, indent=2) + "\n")
     print(results_table(rows))

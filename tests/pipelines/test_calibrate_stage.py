@@ -62,29 +62,22 @@ def test_prompts_of_one_group_or_of_one_text_go_together(prompts, expected) -> N
     assert len(set(found.tolist())) == expected
 
 
-def six_controllers(random, n: int):
-    return certificates.drawn(
-        certificates.ignorant(random, n, 6), np.ones(n), np.where(random.random(n) < 0.2, 0.0, 1.0)
-    )
-
-
+rare = certificates.rare_loss
 CASES = [
     certificates.Case(
-        "judge fails",
-        partial(certificates.rare_loss, rate=0.2, lost=FAILED),
-        (0.03,),
-        n=150,
-        wrong=certificates.without_failures,
+        "judge fails", partial(rare, rate=0.2, score=FAILED), (0.03,), n=150, wrong=certificates.without_failures
     ),
     certificates.Case(
-        "groups of eight",
-        partial(certificates.rare_loss, rate=0.4, copies=8),
-        (0.2,),
-        "score_lost",
-        240,
-        certificates.each_apart,
+        "groups of eight", partial(rare, rate=0.4, copies=8), (0.2,), "score_lost", 240, wrong=certificates.each_apart
     ),
-    certificates.Case("best of six controllers", six_controllers, (0.1,), "score_lost", 60, lambda table: table),
+    certificates.Case(
+        "best of six controllers",
+        partial(rare, rate=0.2, controllers=6),
+        (0.1,),
+        "score_lost",
+        60,
+        wrong=lambda table: table,
+    ),
 ]
 
 
