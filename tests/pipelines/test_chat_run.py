@@ -63,11 +63,7 @@ def test_a_run_renders_every_prompt_once_and_says_with_what(settings, chat_model
     assert (allocator.chat.hash, allocator.chat.template(tokenizer)) == (template.hash, template)
     assert len(allocator.chat.head) == 4
     assert allocator.certificate.chat_template == template.hash
-    assert (
-        allocator.certificate.assumes
-        == optional_parts(allocator)
-        == ("drift.safetensors", "outliers.safetensors", "chat.json")
-    )
+    assert {"drift.safetensors", "chat.json"} <= {*allocator.certificate.assumes} == {*optional_parts(allocator)}
     assert f"another chat template than {template.hash}, or none" in allocator.certificate.does_not_cover[0]
     labels = workspace.labels.labels(workspace.menu().plans[-1], workspace.labelled)
     for prompt in workspace.labelled[:4]:
