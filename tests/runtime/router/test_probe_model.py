@@ -20,7 +20,7 @@ def test_the_first_layers_decide_as_the_whole_model(family, tmp_path) -> None:
     prompts = [row[kept.bool()].tolist() for row, kept in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     probe, tokenizer = load_probe(allocator, str(tmp_path), "cpu")
     assert len(decoder_layers(probe)) == allocator.menu.probe_depth < N_LAYERS
-    choices = Chooser(allocator, probe, tokenizer).choose([{"prompt": prompt} for prompt in prompts])
+    choices = Chooser(allocator, probe, tokenizer).choose([[prompt] for prompt in prompts])
     assert [choice.plan for choice in choices] == allocator.allocate(model, **batch)
     assert {choice.because for choice in choices} == {"chosen"}
 
