@@ -169,11 +169,10 @@ class _Checks:
 
     def prompts_of_run(self) -> str:
         """Also tries every judge."""
-        prompts, settings = list(self._prompts), self._config
-        if settings.evaluation.own_judges and settings.data.force_judge:
-            prompts += prompts_of(settings, None)
-        for judge in sorted({prompt.judge for prompt in prompts} - {KL}):
-            try_judge(judge, [prompt for prompt in prompts if prompt.judge == judge])
+        if self._config.evaluation.own_judges:
+            prompts_of(self._config, None)  # they are compared at the end of a run, and end none
+        for judge in sorted({prompt.judge for prompt in self._prompts} - {KL}):
+            try_judge(judge, [prompt for prompt in self._prompts if prompt.judge == judge])
         judges = sorted({prompt.judge for prompt in self._prompts})
         kinds = len({prompt.task for prompt in self._prompts})
         twins = count_twins(self._prompts)

@@ -56,8 +56,12 @@ def test_a_static_plan_of_equal_quality_is_the_cheapest() -> None:
 
 
 GOOD = {
-    **{"fitted_prompts": 1.0, "certified_budget": 0.8, "quality": 0.99, "headroom": 0.2},
-    **{"speed_one_at_a_time": 1.08, "speed_in_a_batch": 1.06},
+    "fitted_prompts": 1.0,
+    "certified_budget": 0.8,
+    "quality": 0.99,
+    "headroom": 0.2,
+    "speed_one_at_a_time": 1.08,
+    "speed_in_a_batch": 1.06,
 }
 
 

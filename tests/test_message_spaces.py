@@ -6,8 +6,8 @@ from pathlib import Path
 
 from built_wheel import PACKAGES, ROOT
 
-TABLES = {"layerbudget/report_card.py"}
-"""Whose columns stand side by side."""
+TABLES = {"layerbudget/report_card.py", "oracle/text_normalisation.py"}
+"""Whose columns, or ranges of characters, stand side by side."""
 
 
 def seams(path: Path) -> Iterator[str]:

@@ -72,6 +72,9 @@ def exit_answers(
     """For each of B prompts (token ids) what each plan answers greedily.
 
     Args:
+        model: with the heads that are attached to it.
+        tokenizer: of the model.
+        prompts: token ids of each.
         plans: see `are_exits`.
         decoding: under which the likeliest token is the chosen one.
         enough: ends answers before their end.

@@ -121,11 +121,11 @@ class _Making:
     def _heads(self) -> Bridges:
         """Exit heads, on the model's own distribution or on references too, whichever says more references."""
         references, targets = self._references(), self._settings.targets
-        with_reference = {prompt.id for prompt in self._prompts() if prompt.reference}
-        others = [] if len(with_reference) == len(self._prompts()) else self._answered()
+        with_reference = {prompt.id for prompt in self.prompts if prompt.reference}
+        others = [] if len(with_reference) == len(self.prompts) else self._answered()
         fits, self.record["heads"] = make_heads(
             self._workspace.backbone[0],
-            [*references, *(e for e, p in zip(others, self._prompts(), strict=False) if p.id not in with_reference)],
+            [*references, *(e for e, p in zip(others, self.prompts, strict=False) if p.id not in with_reference)],
             self._plans,
             "own" if not references else targets,
         )

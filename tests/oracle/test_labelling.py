@@ -177,7 +177,7 @@ def test_labels_of_another_generation_config_are_not_taken_for_these(gentle, tok
     [
         ({"max_new_tokens": 0}, "number from 1"),
         ({"max_new_tokens": True}, "number from 1"),
-        ({"stop": [""]}, "not empty"),
+        ({"stop": [""]}, "1 to 1000 characters"),
         ({"stop": "ab"}, "list of strings"),
         ({"ends": [-1]}, "token ids"),
         ({"options": {"do_sample": True}}, "answers are greedy"),

@@ -186,12 +186,8 @@ SETTINGS = {
     ),
     "template file": ({"data.chat_template": "none.jinja"}, "cannot read the chat template none.jinja"),
     "template text": ({"data.chat_template": "{template}"}, "never shows what the user says"),
-    "judge": ({"data.force_judge": "wrong_judges:two"}, "judge 'wrong_judges:two' scored 2.0"),
+    "judge": ({"data.force_judge": "wrong_judges:two"}, "judge 'wrong_judges:two' gave the score 2.0"),
     "failing judge": ({"data.force_judge": "wrong_judges:fails"}, "(ZeroDivisionError: division by zero)"),
-    "own judge": (
-        {"data.path": "{own}", "data.force_judge": "agreement", "evaluation.own_judges": 3},
-        "judge 'wrong_judges:two' scored 2.0",
-    ),
     "tried": ({"try_prompts": "[" + 300 * "a" + "]"}, "the prompt 'try_prompts 1' has 300 tokens"),
     "folder": ({"name": "foreign"}, "holds 'mine.txt', but no run"),
     "depths": ({**EXITS, "token_exits.depths": "[2, 6]"}, "tokens can leave before the layers 1 to 5"),

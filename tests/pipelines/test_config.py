@@ -51,7 +51,7 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
             "tuning.given={mlp: {sets: [length], component: 3}}",
             "component'; 'tuning.given.mlp' takes no",
         ),
-        ("seed=1", "unknown key 'seed'; the keys are name, runs, model, data, decoding"),
+        ("zeal=1", "unknown key 'zeal'; the keys are name, runs, model, data, decoding"),
         ("model=gpt2", "model should hold keys of its own, got 'gpt2'; the keys of 'model' are source, dtype, device"),
         ("calibration.alpha=2", "calibration.alpha: Input should be less than 1, got 2"),
         ("tuning.controllers=[forest]", "'forest' is not among the controllers, known are lightgbm, mlp"),

@@ -19,8 +19,7 @@ TEXTS = ["abc", "abcd", "bcd", "bcde", "cde", "cdef", "def", "defg", 11 * "a", 1
     ("flipped", "fails", "sentence"),
     [
         (0, False, None),
-        (2, False, None),
-        (3, False, "generate ran 4.00 of 6 layers on average, where 4.38 were certified (0.38 differ a prompt)"),
+        (3, False, "generate ran 4.00 of 6 layers on average, where 4.38 were certified (1.12 differ a prompt)"),
         (0, True, "generate ran 6.00 of 6 layers on average, where 4.00 were certified (2.00 differ a prompt)"),
     ],
 )

@@ -30,8 +30,16 @@ def allocator(model):
 
 
 @pytest.fixture(scope="module")
-def chat_allocator(allocator):
-    return replace(allocator, chat=ChatFormat(ChatTemplate(WITH_BEGIN)))
+def chat_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = WITH_BEGIN
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def chat_allocator(allocator, chat_tokenizer):
+    chat = ChatFormat.of(ChatTemplate.of_tokenizer(chat_tokenizer), chat_tokenizer, for_all=False)
+    return replace(allocator, chat=chat)
 
 
 def logits_under(model, plans):
@@ -63,8 +71,8 @@ def test_an_iterator_gives_what_a_list_gives(model, allocator, taker) -> None:
 
 
 @pytest.mark.parametrize("given", ["abc", TURN, [TURN], (TURN,), Question("abc")], ids=repr)
-def test_a_single_prompt_is_one_prompt(model, chat_allocator, given) -> None:
-    tokenizer = tiny_tokenizer()
+def test_a_single_prompt_is_one_prompt(model, chat_allocator, chat_tokenizer, given) -> None:
+    tokenizer = chat_tokenizer
     expected = chat_allocator.inputs(tokenizer, [[TURN]])["input_ids"]
     assert chat_allocator.inputs(tokenizer, given)["input_ids"].tolist() == expected.tolist()
     assert chat_allocator.inputs(tokenizer, [given])["input_ids"].tolist() == expected.tolist()

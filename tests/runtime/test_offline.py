@@ -249,12 +249,10 @@ def test_answers_of_other_settings_are_not_mixed_in(model, allocator, prompts_pa
         answered(allocator, model, prompts_path, "out.jsonl")
 
 
-def test_lines_that_are_there_twice_are_answered_once(model, allocator, prompts_path) -> None:
+def test_lines_that_are_there_twice_are_refused(model, allocator, prompts_path) -> None:
     prompts_path.write_text(prompts_path.read_text() * 2)
-    done: list[int] = []
-    rows = answered(allocator, model, prompts_path, "out.jsonl", advance=done.append)
-    assert rows[: len(PROMPTS)] == rows[len(PROMPTS) :]
-    assert sum(done) == len(PROMPTS)
+    with pytest.raises(PromptError, match=r"the id 'p0' was used before, at line 1; ids must differ"):
+        answered(allocator, model, prompts_path, "out.jsonl")
 
 
 def test_without_a_file_answers_go_to_the_terminal(model, allocator, prompts_path, capsys) -> None:
@@ -267,7 +265,7 @@ def test_without_a_file_answers_go_to_the_terminal(model, allocator, prompts_pat
     ("text", "message"),
     [
         (None, "no prompts file"),
-        ('{"id": "a"}\n', "line 1: the prompt is missing; give prompt"),
+        ('{"id": "a"}\n', "has no column 'prompt' or 'messages'; it has id"),
         ("[]", "expected an object"),
     ],
 )
