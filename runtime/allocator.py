@@ -29,7 +29,8 @@ from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import generate_many
 from runtime.parts import AllocatorParts, Prompts
 from runtime.request import Request
-from runtime.saving.allocator_files import ArtefactError, load_allocator, save_allocator, upload_allocator
+from runtime.saving.allocator_checks import ArtefactError
+from runtime.saving.allocator_files import load_allocator, save_allocator, upload_allocator
 from runtime.saving.file_bundle import MANIFEST
 from runtime.step_costs import StepCosts, measured_step_costs
 from runtime.texts import AllocatedText

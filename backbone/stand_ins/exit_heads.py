@@ -228,7 +228,7 @@ class _Fitting:
     def _loss(self, head: Bridge) -> torch.Tensor:
         rows = self._drawn()
         drawn = torch.randint(self._model.config.get_text_config().vocab_size, (512,), generator=self._generator)
-        kept = torch.cat([self._kept, drawn]).unique()
+        kept = torch.unique(torch.cat([self._kept, drawn]))
         with head_on(self._model, kept):
             with torch.no_grad():
                 target = _logs(self._model, self._y[rows])
@@ -262,8 +262,8 @@ class _Fitting:
     def _held_right(self, head: Bridge) -> float:
         with head_on(self._model, self._kept):
             said = self._kept[output_logits(self._model, head(self._held_x)).argmax(-1)]
-        wrong = self._held.text[said != self._held.following].unique()
-        return 1 - len(wrong) / len(self._held.text.unique())
+        wrong = torch.unique(self._held.text[said != self._held.following])
+        return 1 - len(wrong) / len(torch.unique(self._held.text))
 
 
 def _logs(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
@@ -276,9 +276,10 @@ def _vocabulary(model: PreTrainedModel, places: Places, size: int) -> torch.Tens
     answers = places.is_answer.nonzero()[:, 0]
     some = answers[:: max(1, len(answers) // 512)]
     states = places.states[max(places.states)][some]
-    likely = torch.cat([output_logits(model, part.float()).topk(8).indices for part in states.split(AT_ONCE)]).flatten()
-    every = torch.cat([places.following[places.is_answer], likely, places.following])
-    tokens, counts = every.unique(return_counts=True)
-    must = places.following[places.is_answer].unique()
-    commonest = tokens[counts.argsort(descending=True)[:size]]
-    return torch.cat([must, commonest]).unique()
+    likely = torch.cat(
+        [output_logits(model, part).topk(8).indices for part in torch.split(states.float(), AT_ONCE)]
+    ).flatten()
+    said = places.following[places.is_answer]
+    tokens, counts = torch.unique(torch.cat([said, likely, places.following]), return_counts=True)
+    commonest: torch.Tensor = tokens[counts.argsort(descending=True)[:size]]
+    return torch.unique(torch.cat([said, commonest]))

@@ -116,7 +116,7 @@ class _Pass:
             if not rows:
                 break
             chosen = torch.tensor([parents[number, so_far[:-1]] for number, so_far in rows], device=ids.device)
-            cache.reorder_cache(chosen)
+            cache.reorder_cache(chosen)  # type: ignore[arg-type]
             mask = torch.cat([mask[chosen], mask.new_ones(len(rows), 1)], dim=1)
             last = torch.tensor([[so_far[-1]] for _, so_far in rows], device=ids.device)
             states = self._run(last, mask, cache)
