@@ -110,7 +110,7 @@ class HeadSettings:
     Attributes:
         references: weight of the cross-entropy where the target is known; the divergence from the full model has the
             rest, and all of the weight elsewhere.
-        steps: of AdamW, for each head, at most.
+        steps: of Adam, for each head, at most.
         batch: places of a step; three in four of them predict an answer.
         learning_rate: at first; half a cosine brings it down to nothing.
         vocabulary: tokens that the losses range over, at most, beside those that are drawn anew at each step.
@@ -123,7 +123,7 @@ class HeadSettings:
     references: float = 0.7
     steps: int = 240
     batch: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     vocabulary: int = 2048
     held: int = 8
     look_every: int = 20
@@ -195,7 +195,7 @@ class _Fitting:
         first = best = min(losses)
         kept = start = starts[losses.index(first)]
         parts = {name: tensor.clone().requires_grad_() for name, tensor in start.tensors().items()}
-        optimizer = torch.optim.AdamW(parts.values(), lr=self._settings.learning_rate, weight_decay=0)
+        optimizer = torch.optim.Adam(parts.values(), lr=self._settings.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._settings.steps)
         since = 0
         for step in range(1, self._settings.steps + 1):
@@ -233,7 +233,8 @@ class _Fitting:
             with torch.no_grad():
                 target = _logs(self._model, self._y[rows])
             logs = _logs(self._model, head(self._x[rows]))
-        return self._mixed(logs, target, kept, self._fitted.of(rows)).mean()
+        following, is_target = self._fitted.following[rows], self._fitted.is_target[rows]
+        return self._mixed(logs, target, kept, following, is_target).mean()
 
     def _drawn(self) -> torch.Tensor:
         """Places of a step."""
@@ -244,19 +245,26 @@ class _Fitting:
         parts = [(answers, size - n_others), (others, n_others)]
         return torch.cat([p[torch.randint(len(p), (count,), generator=self._generator)] for p, count in parts if count])
 
-    def _mixed(self, logs: torch.Tensor, target: torch.Tensor, kept: torch.Tensor, places: Places) -> torch.Tensor:
-        divergence = (target.exp() * (target - logs)).sum(-1)
-        known = places.is_target & (self._settings.references > 0)
-        index = torch.searchsorted(kept, places.following).clamp(max=len(kept) - 1)
+    def _mixed(
+        self,
+        logs: torch.Tensor,
+        target: torch.Tensor,
+        kept: torch.Tensor,
+        following: torch.Tensor,
+        is_target: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss at each place [T], of log-probabilities [T, v] of the head and of the full model."""
+        divergence, share = (target.exp() * (target - logs)).sum(-1), self._settings.references
+        index = torch.searchsorted(kept, following).clamp(max=len(kept) - 1)
         surprise = -logs.gather(-1, index[:, None])[:, 0]
-        share = self._settings.references
-        return torch.where(known, share * surprise + (1 - share) * divergence, divergence)
+        return torch.where(is_target & (share > 0), share * surprise + (1 - share) * divergence, divergence)
 
     @torch.no_grad()
     def _held_loss(self, head: Bridge) -> float:
         with head_on(self._model, self._kept):
             logs = _logs(self._model, head(self._held_x))
-        return float(self._mixed(logs, self._held_target, self._kept, self._held).mean())
+        held = self._held
+        return float(self._mixed(logs, self._held_target, self._kept, held.following, held.is_target).mean())
 
     @torch.no_grad()
     def _held_right(self, head: Bridge) -> float:

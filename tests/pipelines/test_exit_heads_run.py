@@ -1,4 +1,4 @@
-"""A run with a menu of early exits: heads are fitted, all exits are labelled from one pass, and the gain is certified."""
+"""A run with a menu of early exits: heads are fitted, and one pass labels all exits."""
 
 import json
 
