@@ -21,6 +21,8 @@ def main() -> None:
     options.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     options.add_argument("--bands", type=Path, required=True, help="JSON file: figure -> [lowest, highest]")
     arguments = options.parse_args()
+    if not (arguments.run / "metrics.json").exists():
+        sys.exit(f"{arguments.run} holds no finished run: run `layerbudget run CONFIG` first")
     found, bands = figures(arguments.run), json.loads(arguments.bands.read_text())
     wrong = outside(found, bands)
     for name, (low, high) in bands.items():

@@ -126,8 +126,8 @@ class AdaptSection(Section):
     """Fit a plan's later gaps on the states that it produces with its bridges so far."""
     targets: Targets = "auto"
     """What exit heads are fitted on, at the places that predict the answer: the full model's `own` distribution, or the
-    `references` beside it. `auto` fits both where prompts have references, and keeps what says more of them on an
-    eighth of the prompts that is held out."""
+    `references` beside it. `auto` fits both where prompts are judged by references, and keeps what says more of them
+    on an eighth of the prompts, held out."""
     exit_steps: int = Field(0, ge=0)
     """Steps for which each early exit's bridge is trained further towards the full model's next tokens, before an
     adapter is trained beside it; see docs/stand-ins.md."""

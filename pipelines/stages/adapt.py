@@ -24,6 +24,7 @@ from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples, reference_examples
 from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
+from oracle.judges import KL
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import judged, score_matrix
 from oracle.prompts import Prompt
@@ -64,7 +65,7 @@ def run(config: Config, workers: Workers | None = None) -> Path:
     plans = workspace.frozen_menu().plans
     record = {
         "method": chosen,
-        "fitted_prompts": len({prompt.id for prompt in made.prompts}),
+        "fitted_prompts": 0 if chosen in ("none", "given") else len({prompt.id for prompt in made.prompts}),
         "digest": "" if stand_ins.is_empty else stand_ins.digest,
         "added_budget": {str(plan): stand_ins.cost(model, plan) for plan in plans},
         "compared": curves,
@@ -120,15 +121,14 @@ class _Making:
 
     def _heads(self) -> Bridges:
         """Exit heads, on the model's own distribution or on references too, whichever says more references."""
-        references, targets = self._references(), self._settings.targets
-        with_reference = {prompt.id for prompt in self.prompts if prompt.reference}
-        others = [] if len(with_reference) == len(self.prompts) else self._answered()
-        fits, self.record["heads"] = make_heads(
-            self._workspace.backbone[0],
-            [*references, *(e for e, p in zip(others, self.prompts, strict=False) if p.id not in with_reference)],
-            self._plans,
-            "own" if not references else targets,
-        )
+        model, tokenizer = self._workspace.backbone
+        right = [p for p in self.prompts if p.reference and p.judge not in ("agreement", KL)]
+        examples = reference_examples(tokenizer, right, self._workspace.decoding)
+        if len(right) < len(self.prompts):
+            answered = zip(self.prompts, self._answered(), strict=True)
+            examples += [example for prompt, example in answered if prompt not in right]
+        targets = self._settings.targets if right else "own"
+        fits, self.record["heads"] = make_heads(model, examples, self._plans, targets)
         return {plan: {len(plan.attention): fits[plan].head} for plan in self._plans}
 
     def _given(self, fingerprint: str) -> StandIns:
