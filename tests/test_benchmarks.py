@@ -31,7 +31,7 @@ def script(name: str):
     return module
 
 
-FIGURE = re.compile(r"\d%|\d times\b|\b\d\.\d+ (?:of|layers)|\b\d*\.\d\d\b|\d ms\b")
+FIGURE = re.compile(r"\d%|\d times\b|\b\d+\.\d+ (?:of|layers)|(?<![\w.])\d*\.\d\d\b|\d ms\b")
 """What a measured figure looks like."""
 
 
@@ -71,7 +71,7 @@ GOOD = {
         ({}, []),
         ({"certified_budget": 1.0}, ["certified_budget"]),
         ({"quality": None}, ["quality"]),
-        ({"fitted_prompts": 199 / 282, "certified_budget": 0.87}, ["fitted_prompts", "certified_budget"]),
+        ({"fitted_prompts": 197 / 281}, ["fitted_prompts"]),  # as measured with the helper that repeated prompts
         ({"headroom": float("nan")}, ["headroom"]),
     ],
 )

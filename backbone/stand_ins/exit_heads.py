@@ -290,4 +290,5 @@ def _vocabulary(model: PreTrainedModel, places: Places, size: int) -> torch.Tens
     said = places.following[places.is_answer]
     tokens, counts = torch.unique(torch.cat([said, likely, places.following]), return_counts=True)
     commonest: torch.Tensor = tokens[counts.argsort(descending=True)[:size]]
-    return torch.unique(torch.cat([said, commonest]))
+    kept: torch.Tensor = torch.unique(torch.cat([said, commonest]))
+    return kept

@@ -144,7 +144,8 @@ class _Pass:
             if attached is not None and (head := attached.bridges.get(plan, {}).get(self._depths[plan])):
                 state = head(state)
             tokens = [
-                output_logits(self._model, part).argmax(-1).tolist() for part in state.split(AT_ONCE) if len(part)
+                output_logits(self._model, state[start : start + AT_ONCE]).argmax(-1).tolist()
+                for start in range(0, len(state), AT_ONCE)
             ]
             for (number, so_far), token in zip(own, [one for part in tokens for one in part], strict=True):
                 later[number, (*so_far, token)].append(plan)
