@@ -3,12 +3,13 @@ import gzip
 import io
 import json
 import re
+from collections import Counter
 
 import pytest
 from datasets import Dataset
 
 from oracle.chat import Question
-from oracle.embedded_prompts import embedded_prompts
+from oracle.embedded_prompts import EXAMPLES, FOLDER, embedded_prompts
 from oracle.prompts import Prompt, PromptError, load_prompts, questions_of
 
 GOOD = {"id": "a", "task": "t", "prompt": "1 + 1 =", "reference": "2", "judge": "number"}
@@ -216,13 +217,26 @@ def test_a_larger_limit_only_adds_prompts() -> None:
     small, large = load_prompts("embedded", limit=50), load_prompts("embedded", limit=120)
     assert len(small) == 50
     assert {p.id for p in small} < {p.id for p in large}
-    assert len({p.task for p in large}) == 12
+    assert len({p.task for p in large}) >= 12
 
 
 def test_embedded_prompts_are_many_varied_and_unlike() -> None:
     rows = embedded_prompts()
-    assert len(rows) >= 960
-    assert len({row["task"] for row in rows}) >= 8
-    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
+    assert len(rows) >= 2500
+    assert len({row["task"] for row in rows}) >= 12
+    assert len({row["id"] for row in rows}) == len({row["prompt"].rpartition("\n\n")[2] for row in rows}) == len(rows)
     assert rows == embedded_prompts()
     assert not [row for row in rows if row["prompt"] != row["prompt"].rstrip() or not row["reference"].strip()]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.tsv")), ids=lambda path: path.stem)
+def test_embedded_tables_show_every_answer_and_no_query(path) -> None:
+    rows = [line.split("\t") for line in path.read_text().splitlines()[2:]]
+    assert len({text.casefold() for text, _ in rows}) == len(rows)
+    answers = Counter(answer for _, answer in rows)
+    if len(answers) > 12:  # an extraction: the answer stands in the text
+        assert not [row for row in rows if row[1] not in row[0]]
+    else:
+        assert max(answers.values()) <= 1.6 * min(answers.values())
+    sets = {row["prompt"].rpartition("\n\n")[0] for row in embedded_prompts() if row["task"] == path.stem}
+    assert sorted(text.count("\n\n") for text in sets) == list(EXAMPLES)
