@@ -271,7 +271,7 @@ class _Checks:
         size = int(model.get("hidden_size", model.get("n_embd", 0)))
         wide = sum((1 if name == "embedding" else 2) for name in config.features.sets if name in WIDE)
         labelled = sum(len(prompts) for split, prompts in self._of_split.items() if split != "adapt")
-        bridges = config.menu.plans if config.adapt.method in ("bridges", "both", "best") else 0
+        bridges = config.menu.plans if config.adapt.method in ("heads", "bridges", "both", "best", "auto") else 0
         width = size if config.adapt.form == "full" else 2 * config.adapt.rank
         numbers = labelled * wide * size + COPIES * bridges * size * width
         return OTHER_BYTES + 4 * numbers + labelled * config.menu.plans * LABEL_BYTES

@@ -17,6 +17,7 @@ _MEANT = {
     "decoding.max_new_tokens": ("decoding.max_tokens", "decoding.max_length", "max_tokens", "generation"),
     "decoding.stop": ("decoding.stop_strings", "decoding.stop_words"),
     "adapt.learning_rate": ("adapt.lr",),
+    "adapt.method: heads": ("adapt.exit_steps",),
     "menu.cheapest_budget": ("menu.budget", "menu.min_budget"),
     "menu.probe_depth": ("menu.depth", "features.depth", "features.layers"),
     "tuning.controllers": ("tuning.models", "tuning.controller", "controller"),

@@ -13,7 +13,7 @@ from oracle.intake import COLUMNS
 from oracle.menus import LOSSES, MENUS
 from oracle.prompts import SPLITS, Split
 
-AdaptMethod = Literal["none", "heads", "bridges", "adapter", "both", "best", "given"]
+AdaptMethod = Literal["none", "heads", "bridges", "adapter", "both", "best", "auto", "given"]
 Targets = Literal["auto", "own", "references"]
 
 
@@ -112,8 +112,10 @@ class AdaptSection(Section):
     method: AdaptMethod = "bridges"
     """What makes the menu's plans better: exit heads for a menu of early exits, where answers are short; closed-form
     bridges over their gaps, a trained adapter, both, or nothing;
-    `best` makes all of them and keeps what does best for the time it takes, on a fifth of the prompts held out; `given`
-    takes those of the file `adapt.given`."""
+    `auto` makes heads where every plan is an early exit and the full model's answers have a few tokens, and otherwise
+    compares bridges and an adapter; `best` compares nothing, bridges, an adapter, and both. What is compared is kept by
+    what it does for the time it takes, on a fifth of the prompts held out. `given` takes those of the file
+    `adapt.given`."""
     given: Text | None = None
     """Stand-ins that another run of this model and menu made, for example on a GPU: its `stand_ins.safetensors`. What
     they were fitted and trained on should lie in the split `adapt`, so keep that run's prompts and `data.shares`."""
@@ -126,11 +128,8 @@ class AdaptSection(Section):
     """Fit a plan's later gaps on the states that it produces with its bridges so far."""
     targets: Targets = "auto"
     """What exit heads are fitted on, at the places that predict the answer: the full model's `own` distribution, or the
-    `references` beside it. `auto` fits both where prompts are judged by references, and keeps what says more of them
-    on an eighth of the prompts, held out."""
-    exit_steps: int = Field(0, ge=0)
-    """Steps for which each early exit's bridge is trained further towards the full model's next tokens, before an
-    adapter is trained beside it; see docs/stand-ins.md."""
+    `references` beside it. `auto` fits both at three depths where prompts are judged by references, and keeps for all
+    depths what says more of them on an eighth of the prompts, held out."""
     where: Where = "all"
     """Weights that the adapter changes; `nowhere` trains the bridges alone."""
     lora_rank: int = Field(16, ge=1)
@@ -154,14 +153,10 @@ class AdaptSection(Section):
                 f"the method 'given' and a file of stand-ins in adapt.given go together, got {self.method!r} and "
                 f"{self.given!r}"
             )
-        if self.method in ("adapter", "best") and self.where == "nowhere":
+        if self.method in ("adapter", "best", "auto") and self.where == "nowhere":
             raise ValueError(
                 f"where is 'nowhere', and the method {self.method!r} trains an adapter, which would change nothing; "
                 "take the method 'both', which then trains the bridges alone"
-            )
-        if self.exit_steps and self.method in ("none", "heads", "adapter", "given"):
-            raise ValueError(
-                f"exit_steps trains bridges, and the method {self.method!r} makes none; take 'bridges', or 0 steps"
             )
         return self
 

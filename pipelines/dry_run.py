@@ -29,7 +29,6 @@ from pipelines.rehearsal import (
     MANY,
     LabelCost,
     bridge_seconds,
-    exit_seconds,
     label_cost,
     made_up_work,
     menu_seconds,
@@ -202,9 +201,8 @@ class _Rehearsal:
         (model, tokenizer), answer = self.scratch.backbone, round(self.label.answer_tokens)
         sequences = [(ids := tokens_of(tokenizer, prompt.prompt)) + ids[:1] * answer for prompt in self.few]
         bridges = 0.0 if settings.method == "adapter" else bridge_seconds(model, sequences, self.menu, settings, count)
-        exits = exit_seconds(model, sequences, self.menu, settings)
-        trained = {"adapter": 1, "both": 1, "best": 2}.get(settings.method, 0)
-        seconds = answers * self.label.full + bridges + exits
+        trained = {"adapter": 1, "both": 1, "best": 2, "auto": 1}.get(settings.method, 0)
+        seconds = answers * self.label.full + bridges
         if settings.minutes is not None:
             seconds += trained * settings.minutes * 60
         elif trained:

@@ -3,37 +3,83 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from backbone.plan import LayerPlan
-from backbone.stand_ins.exit_heads import HeadFit, HeadSettings, fit_exit_heads, read_places
+from backbone.stand_ins.exit_heads import HeadFit, HeadFitter, HeadSettings
+from backbone.stand_ins.exit_places import places_bytes, read_places
 from backbone.stand_ins.training_targets import Example
 from oracle.labels.exit_answers import exit_depth
+from oracle.spread import spread
 from pipelines.config import ConfigError
 from pipelines.config_sections import Targets
 from pipelines.progress import console, progress
 
-OWN, REFERENCES = 0.0, 0.7
+WEIGHTS = {"own": 0.0, "references": 0.7}
 """Weight of the references in the loss; the full model's own distribution has the rest."""
+TRIED = 3
+"""Depths, evenly spread, at which targets are compared; the other depths are fitted on the better ones alone."""
+STATES_BYTES = 2**31
+"""Of the states that heads are fitted on, at most; of longer answers fewer texts are read."""
 
 
 def make_heads(
-    model: PreTrainedModel, examples: Sequence[Example], plans: Sequence[LayerPlan], targets: Targets
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    tasks: Sequence[str],
+    plans: Sequence[LayerPlan],
+    targets: Targets,
 ) -> tuple[dict[LayerPlan, HeadFit], dict[str, Any]]:
     """A head for each plan, and how they were fitted.
 
     Args:
         model: runs in full, once over each example.
         examples: prompts with their references, or with the model's own answers where they have none.
+        tasks: of the examples.
         plans: early exits.
         targets: see `AdaptSection.targets`.
 
     Raises:
         ConfigError: a plan that is no early exit.
     """
+    depths = _depths(plans)
+    start, wanted = time.perf_counter(), sorted({*depths.values()})
+    numbers = list(range(len(examples)))
+    if (size := places_bytes(model, examples, wanted)) > STATES_BYTES:
+        numbers = spread(numbers, max(1, int(len(examples) * STATES_BYTES / size)))
+    with progress("prompts for heads", len(numbers)) as advance:
+        places = read_places(model, [examples[number] for number in numbers], wanted, advance=advance)
+    read = time.perf_counter()
+    fitter, names = HeadFitter(model, places, HeadSettings()), list(WEIGHTS) if targets == "auto" else [targets]
+    with progress("heads", len(wanted) + (len(names) - 1) * min(TRIED, len(wanted))) as advance:
+        tried = spread(wanted, TRIED) if len(names) > 1 else wanted
+        found = {name: fitter.fit(tried, WEIGHTS[name], advance) for name in names}
+        chosen = max(names, key=lambda name: sum(fit.right for fit in found[name].values()))
+        if rest := [depth for depth in wanted if depth not in tried]:
+            found[chosen] |= fitter.fit(rest, WEIGHTS[chosen], advance)
+    fits, of_texts = found[chosen], [tasks[number] for number in numbers]
+    record = {
+        "targets": chosen,
+        "prompts": len(numbers),
+        "places": len(places),
+        "seconds": {"states": read - start, "heads": time.perf_counter() - read},
+        "fits": {
+            name: {str(plan): _described(own[depth], of_texts) for plan, depth in depths.items() if depth in own}
+            for name, own in found.items()
+        },
+    }
+    said = ", ".join(f"{plan} {fits[depth].right:.0%}" for plan, depth in depths.items())
+    on = "the full model alone" if chosen == "own" else "references too"
+    console.print(f"  heads fitted on {on}; held-out answers said: {said}")
+    return {plan: fits[depth] for plan, depth in depths.items()}, record
+
+
+def _depths(plans: Sequence[LayerPlan]) -> dict[LayerPlan, int]:
     depths = {}
     for plan in plans:
         if (depth := exit_depth(plan)) is None:
@@ -41,29 +87,12 @@ def make_heads(
                 f"adapt.method=heads fits heads of early exits, and the menu has the plan {plan}; take 'bridges'"
             )
         depths[plan] = depth
-    start = time.perf_counter()
-    with progress("prompts for heads", len(examples)) as advance:
-        places = read_places(model, examples, sorted(depths.values()), advance=advance)
-    weights = {"own": OWN, "references": REFERENCES}
-    wanted = [name for name in weights if targets in (name, "auto")]
-    found: dict[str, dict[int, HeadFit]] = {}
-    with progress("heads", len(wanted) * len(depths)) as advance:
-        for name in wanted:
-            settings = HeadSettings(references=weights[name])
-            found[name] = fit_exit_heads(model, places, sorted(depths.values()), settings, advance)
-    chosen = max(wanted, key=lambda name: sum(fit.right for fit in found[name].values()))
-    record = {
-        "targets": chosen,
-        "prompts": len(examples),
-        "places": len(places),
-        "seconds": time.perf_counter() - start,
-        "fits": {name: {str(plan): _described(fits[depths[plan]]) for plan in plans} for name, fits in found.items()},
-    }
-    said = ", ".join(f"{plan} {found[chosen][depths[plan]].right:.0%}" for plan in plans)
-    on = "the full model alone" if chosen == "own" else "references too"
-    console.print(f"  heads fitted on {on}; held-out answers said: {said}")
-    return {plan: found[chosen][depths[plan]] for plan in plans}, record
+    return depths
 
 
-def _described(fit: HeadFit) -> Mapping[str, Any]:
-    return {"ridge_loss": fit.loss[0], "loss": fit.loss[1], "right": fit.right}
+def _described(fit: HeadFit, tasks: Sequence[str]) -> dict[str, Any]:
+    by_task: dict[str, list[bool]] = defaultdict(list)
+    for text, is_said in fit.said.items():
+        by_task[tasks[text]].append(is_said)
+    shares = {task: float(np.mean(said)) for task, said in sorted(by_task.items())}
+    return {"ridge_loss": fit.loss[0], "loss": fit.loss[1], "steps": fit.steps, "right": fit.right, "by_task": shares}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.left_padding import padded_inputs
 from backbone.plan import PlanMenu
 from backbone.stand_ins.attaching import detach
-from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
+from backbone.stand_ins.fit_bridges import fit_bridges
 from controller.features import Features
 from oracle.chat import padded_prompts
 from oracle.labels.labeller import Labeller
@@ -27,7 +27,6 @@ from oracle.menus.base import MenuTask
 from oracle.menus.search_steps import search_steps
 from oracle.prompts import Prompt
 from pipelines.config_sections import AdaptSection
-from pipelines.exit_training import exits_of, train_exits
 from pipelines.learning_sections import EvaluationSection, TuningSection
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.settings_regret import Work, default_settings
@@ -38,8 +37,6 @@ MANY = 64
 """Prompts, at most, that are then answered and followed together."""
 LABEL_SECONDS = 30.0
 """Time, by what the first prompts took, for those that follow."""
-EXIT_STEPS = (2, 12)
-"""Steps of training that an early exit is tried with."""
 BYTES_OF_A_LABEL = 200.0
 """At least, in the store."""
 SEARCH_PROMPTS, SEARCH_SECONDS = 4, 10.0
@@ -142,18 +139,6 @@ def bridge_seconds(
     few, many = timed(lambda: fit(part)), timed(lambda: fit(sequences))
     slope = max(0.0, many - few) / max(1, len(sequences) - len(part))
     return many + slope * (count - len(sequences))
-
-
-def exit_seconds(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], menu: PlanMenu, settings: AdaptSection
-) -> float:
-    """The training of the menu's early exits, from few and from more steps of one of them; 0 without any."""
-    exits = list(exits_of(menu.plans[:-1]))
-    if not settings.exit_steps or not exits:
-        return 0.0
-    bridges = bridges_of(fit_bridges(model, sequences, exits[:1]))
-    few, more = (timed(partial(train_exits, model, sequences, bridges, steps)) for steps in EXIT_STEPS)
-    return len(exits) * settings.exit_steps * max(0.0, more - few) / (EXIT_STEPS[1] - EXIT_STEPS[0])
 
 
 def training_seconds(

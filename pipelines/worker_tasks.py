@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.execution.shared_prefixes import beginnings
+from backbone.left_padding import padded_inputs
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import StandIns, attach
 from backbone.stand_ins.fit_bridges import Batch, BatchSums, Sums
-from controller.features import Features, prompt_features
-from oracle.chat import padded_prompts
+from controller.features import Features, extract, rows_of
+from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
 from oracle.labels.store import Label, LabelStore
@@ -114,9 +116,17 @@ def features_of_batch(
     probe_depth: int,
     sets: Sequence[str],
 ) -> dict[str, np.ndarray]:
-    """Some sets of features of prompts that run together."""
-    inputs = padded_prompts(tokenizer, texts).to(model.device)
-    return prompt_features(model, inputs["input_ids"], inputs["attention_mask"], probe_depth, sets)
+    """Some sets of features of prompts, those that begin alike together."""
+    rows = [tokens_of(tokenizer, text) for text in texts]
+    found: list[Features] = []
+    order: list[int] = []
+    for numbers, beginning in beginnings(model, rows, probe_depth, range(probe_depth + 1)):
+        some = [rows[number] for number in numbers]
+        states, inputs = beginning.states(some, probe_depth, range(probe_depth + 1)), padded_inputs(model, some)
+        found.append(extract(model, list(states.values()), inputs["input_ids"], inputs["attention_mask"], sets))
+        order += numbers
+    joined = {name: np.concatenate([features[name] for features in found]) for name in sets}
+    return rows_of(joined, np.argsort(order))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def head_on(model: PreTrainedModel, tokens: torch.Tensor) -> Iterator[None]:
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     part = copy.copy(head)  # shares everything but the parameters
     part.__dict__["_parameters"] = {
-        name: None if p is None else p[tokens].detach().contiguous() for name, p in head._parameters.items()
+        name: None if p is None else p[tokens.to(p.device)].detach().contiguous()
+        for name, p in head._parameters.items()
     }
     with replaced([(head, "forward", lambda states: type(head).forward(part, states.contiguous()))]):
         yield

@@ -7,7 +7,6 @@ Shapes: `A` answer tokens of a batch, `V` vocabulary, `v` sampled vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from backbone.execution.live_changes import replaced
+from backbone.execution.output_head import head_on
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.left_padding import last_logits, padded_inputs
 from backbone.plan import LayerPlan
@@ -73,7 +73,7 @@ class Lesson:
             place = torch.searchsorted(kept, said)
             losses = {}
             for plan in order:
-                with shared.next_plan(), _head_on(self._model, kept):
+                with shared.next_plan(), head_on(self._model, kept):
                     own = torch.cat(last_logits(self._model, inputs, answers)).float().log_softmax(-1)
                 divergence = (target.exp() * (target - own)).sum(-1)
                 surprise = -own.gather(-1, place[:, None])[:, 0]
@@ -88,14 +88,6 @@ class Lesson:
         generator = torch.Generator().manual_seed(hash((self._seed, step)) % 2**31)
         drawn = torch.randint(size, (self._size,), generator=generator).to(taught.device)
         return torch.cat([taught.topk(16, dim=-1).indices.flatten(), said, drawn]).unique()  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _head_on(model: PreTrainedModel, kept: torch.Tensor) -> AbstractContextManager[None]:
-    """Within this block the head computes the logits of the tokens `kept` [v] only."""
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    part = copy.copy(head)  # shares everything but the parameters
-    part.__dict__["_parameters"] = {name: None if p is None else p[kept] for name, p in head._parameters.items()}
-    return replaced([(head, "forward", lambda states: type(head).forward(part, states.contiguous()))])
 
 
 def contiguous_head(model: PreTrainedModel) -> AbstractContextManager[None]:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.shared_passes import unchanged_depth
+from backbone.execution.shared_prefixes import Beginning
 from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.judges import may_become_exact
+from oracle.labels.exit_answers import exit_answers
 from oracle.labels.follow_full_answer import follow
 from oracle.labels.generate_answers import Enough, SharedBatch, answer_text, stop_token_ids
 from oracle.labels.store import CUT, Label
@@ -54,6 +56,40 @@ class Shortcut:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
         self._model, self._tokenizer, self._decoding = model, tokenizer, decoding
+
+    def exits(
+        self,
+        prompts: Sequence[Prompt],
+        plans: Sequence[LayerPlan],
+        beginning: Beginning,
+        shared: float,
+        full: Mapping[Prompt, Label],
+    ) -> list[Draft]:
+        """What early exits answer, as far as the judge has to read it; the full model's answers are whole.
+
+        Args:
+            prompts: with one beginning.
+            plans: early exits, the full plan too where its labels are missing.
+            beginning: of all these prompts.
+            shared: tokens of it that fall to each prompt.
+            full: the labels under the full plan that are known.
+        """
+
+        def enough(number: int, ids: list[int], some: Sequence[LayerPlan]) -> bool:
+            prompt = prompts[number]
+            answer = full[prompt].answer if prompt in full else None
+            return not any(plan.is_full for plan in some) and self.is_settled(Draft(prompt, some[0], ids), answer)
+
+        start = time.perf_counter()
+        rows = [tokens_of(self._tokenizer, prompt.prompt) for prompt in prompts]
+        found = exit_answers(self._model, self._tokenizer, rows, plans, self._decoding, enough, beginning)
+        seconds = (time.perf_counter() - start) / (len(prompts) * len(plans))
+        share = shared * max(len(plan.attention) for plan in plans) / plans[0].n_layers / len(plans)
+        return [
+            Draft(prompt, plan, one.ids, one.forward_tokens + share, seconds)
+            for prompt, answers in zip(prompts, found, strict=True)
+            for plan, one in answers.items()
+        ]
 
     def lead(self, drafts: Sequence[Draft], full: Mapping[Prompt, Label]) -> list[Draft]:
         """Drafts led along the full model's answers until that settles them or leads no further.

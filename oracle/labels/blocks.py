@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from backbone.execution.shared_prefixes import CHARACTERS_PER_TOKEN, alike
 from oracle.decoding import Decoding
 from oracle.prompts import Prompt
 
@@ -21,13 +22,14 @@ FEWEST_BATCHES, BLOCKS = 2, 8
 """Few prompts are cut into so many blocks, as long as each has some batches: who gets the last of three blocks lets a
 second worker wait for a third of the time."""
 
-CHARACTERS_PER_TOKEN = 4
-"""Of usual text, roughly: blocks are made where no tokenizer is loaded."""
-
 
 def blocks(prompts: Sequence[Prompt], batch_size: int, decoding: Decoding) -> list[list[Prompt]]:
-    """The prompts in blocks of like length and about the same work each, longest first."""
-    ordered = sorted(prompts, key=lambda prompt: (-len(prompt.prompt), prompt.id))
+    """The prompts in blocks that begin alike, of like length and about the same work each, longest first.
+
+    No tokenizer is needed: lengths are counted in characters.
+    """
+    by_id = sorted(prompts, key=lambda prompt: prompt.id)
+    ordered = [by_id[number] for group in alike([prompt.prompt for prompt in by_id]) for number in group]
     tokens = [len(prompt.prompt) / CHARACTERS_PER_TOKEN + decoding.max_new_tokens for prompt in ordered]
     few, many = (-(-len(ordered) // (batches * batch_size)) for batches in (BATCHES, FEWEST_BATCHES))
     count, done = max(few, min(many, BLOCKS)), np.cumsum(tokens)

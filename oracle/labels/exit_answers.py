@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.live_changes import captured
 from backbone.execution.output_head import output_logits
+from backbone.execution.shared_prefixes import Beginning, Begun
 from backbone.families import decoder_layers, decoder_of
-from backbone.left_padding import position_inputs
+from backbone.left_padding import in_halves, position_inputs
 from backbone.plan import LayerPlan
 from backbone.stand_ins.attaching import attached_to
 from oracle.decoding import Decoding
@@ -68,6 +69,7 @@ def exit_answers(
     plans: Sequence[LayerPlan],
     decoding: Decoding,
     enough: Enough = lambda number, ids, plans: False,
+    beginning: Beginning | None = None,
 ) -> list[dict[LayerPlan, ExitAnswer]]:
     """For each of B prompts (token ids) what each plan answers greedily.
 
@@ -78,9 +80,18 @@ def exit_answers(
         plans: see `are_exits`.
         decoding: under which the likeliest token is the chosen one.
         enough: ends answers before their end.
+        beginning: of all these prompts, run through as many layers as the deepest plan has.
     """
-    with apply_plan(model, LayerPlan.full(plans[0].n_layers)):
-        return _Pass(model, plans, decoding, stop_token_ids(tokenizer, decoding)).answers(tokenizer, prompts, enough)
+    deepest = LayerPlan.exiting(plans[0].n_layers, max(len(plan.attention) for plan in plans))
+    numbered, start = list(enumerate(prompts)), beginning or Beginning(model)
+
+    def run(some: Sequence[tuple[int, Sequence[int]]]) -> list[dict[LayerPlan, ExitAnswer]]:
+        begun = start.batch([ids for _, ids in some])
+        with apply_plan(model, deepest, frozen=True):
+            passes = _Pass(model, plans, decoding, stop_token_ids(tokenizer, decoding))
+            return passes.answers(begun, lambda row, ids, plans: enough(some[row][0], ids, plans))
+
+    return in_halves(numbered, run)
 
 
 Row = tuple[int, tuple[int, ...]]
@@ -94,18 +105,15 @@ class _Pass:
         self._model, self._plans, self._decoding, self._stops = model, list(plans), decoding, stops
         self._depths = {plan: len(plan.attention) for plan in plans}
         self._decoder: Any = decoder_of(model)
+        self._share = max(self._depths.values()) / plans[0].n_layers
 
-    def answers(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], enough: Enough
-    ) -> list[dict[LayerPlan, ExitAnswer]]:
-        found = [{plan: ExitAnswer() for plan in self._plans} for _ in prompts]
-        inputs = tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, return_tensors="pt", padding_side="left")
-        ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
-        cache = DynamicCache(config=self._decoder.config)
-        states = self._run(ids, mask, cache)
-        for number, tokens in enumerate(prompts):
-            self._count(found[number], self._plans, len(tokens))
-        rows: dict[Row, list[LayerPlan]] = {(number, ()): self._plans for number in range(len(prompts))}
+    def answers(self, begun: Begun, enough: Enough) -> list[dict[LayerPlan, ExitAnswer]]:
+        ids, mask, cache = begun.input_ids, begun.mask, begun.cache
+        found = [{plan: ExitAnswer() for plan in self._plans} for _ in ids]
+        states = self._run(begun.inputs)
+        for number, tokens in enumerate(mask[:, begun.columns :].sum(1).tolist()):
+            self._count(found[number], self._plans, tokens)
+        rows: dict[Row, list[LayerPlan]] = {(number, ()): self._plans for number in range(len(ids))}
         while rows:
             later = self._said(rows, states)
             for (number, so_far), plans in later.items():
@@ -119,16 +127,18 @@ class _Pass:
             cache.reorder_cache(chosen)  # type: ignore[arg-type]
             mask = torch.cat([mask[chosen], mask.new_ones(len(rows), 1)], dim=1)
             last = torch.tensor([[so_far[-1]] for _, so_far in rows], device=ids.device)
-            states = self._run(last, mask, cache)
+            positions = {name: value[:, -1:] for name, value in position_inputs(self._decoder, mask).items()}
+            states = self._run(
+                {"input_ids": last, "attention_mask": mask, "cache": cache, "use_cache": True, **positions}
+            )
             for (number, _), plans in rows.items():
                 self._count(found[number], plans, 1)
         return found
 
-    def _run(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> dict[int, torch.Tensor]:
+    def _run(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
         """States [R, D] of the newest tokens at each exit's depth."""
-        positions = {name: value[:, -ids.shape[1] :] for name, value in position_inputs(self._decoder, mask).items()}
         with captured(decoder_layers(self._model), set(self._depths.values())) as states:
-            self._decoder(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **positions)
+            self._decoder(**inputs)
         return {depth: state[:, -1] for depth, state in states.items()}
 
     def _said(
@@ -157,4 +167,4 @@ class _Pass:
 
     def _count(self, of_prompt: Mapping[LayerPlan, ExitAnswer], plans: Sequence[LayerPlan], tokens: int) -> None:
         for plan in plans:
-            of_prompt[plan].forward_tokens += tokens / len(plans)
+            of_prompt[plan].forward_tokens += tokens * self._share / len(plans)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.execution.shared_prefixes import beginnings
 from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import attached_digest
@@ -19,8 +20,8 @@ from oracle.labels.answers_from_full import Draft, Shortcut
 from oracle.labels.blocks import blocks
 from oracle.labels.divergence import diverge
 from oracle.labels.equal_batches import packed
-from oracle.labels.exit_answers import are_exits, exit_answers
-from oracle.labels.generate_answers import answer_batch, answer_text
+from oracle.labels.exit_answers import are_exits
+from oracle.labels.generate_answers import answer_batch
 from oracle.labels.reader import LabelReader, key_of, model_key
 from oracle.labels.store import CUT, Label, LabelStore, StoreError
 from oracle.labels.worth_leading import TRIAL, worth_leading
@@ -93,7 +94,7 @@ class Labeller(LabelReader):
 
         Of prompts that are wanted under other plans alone, as a search asks for them, its label must be there.
         """
-        if self._shortcut and len(wanted) > 1 and full_plan in wanted and are_exits(self._model, list(wanted)):
+        if self._shortcut and full_plan in wanted and are_exits(self._model, list(wanted)):
             self._answer_exits(wanted, full_plan, advance)
         self._generate(self.missing(wanted.get(full_plan, ()), full_plan), full_plan, None, advance)
         others = [plan for plan in wanted if plan != full_plan]
@@ -126,27 +127,32 @@ class Labeller(LabelReader):
     def _answer_exits(
         self, wanted: Mapping[LayerPlan, Sequence[Prompt]], full_plan: LayerPlan, advance: Advance
     ) -> None:
-        """All early exits and the full model from one pass over each prompt; see `oracle.labels.exit_answers`."""
+        """All early exits and the full model from one pass over each prompt; see `oracle.labels.exit_answers`.
+
+        What prompts begin with in common runs once, and layers behind the deepest exit only for prompts without a label
+        under the full plan.
+        """
         missing = {plan: {p for p in self.missing(some, plan) if p.judge != KL} for plan, some in wanted.items()}
-        known = {key: label.answer for key, label in self.labels(full_plan, _together(missing)).items()}
-        for batch in self._batches(_together(missing), None):
+        prompts = _together(missing)
+        labels = self.labels(full_plan, prompts)
+        full = {prompt: labels[key_of(prompt)] for prompt in prompts if key_of(prompt) in labels}
+        for some in ([p for p in prompts if p in full], [p for p in prompts if p not in full]):
+            plans = [plan for plan, without in missing.items() if not without.isdisjoint(some)]
+            rows = [tokens_of(self._tokenizer, prompt.prompt) for prompt in some]
+            depth = max((len(plan.attention) for plan in plans), default=1)
+            for numbers, beginning in beginnings(self._model, rows, depth):
+                shared = len(beginning.tokens) / len(numbers)
+                for batch in self._batches([some[number] for number in numbers], None):
+                    drafts = self._follower.exits(batch, plans, beginning, shared, full)
+                    own = [draft for draft in drafts if draft.plan == full_plan]
+                    full |= {draft.prompt: self._full_label(draft) for draft in own}
+                    self._keep([full[draft.prompt] for draft in own], advance)
+                    others = [draft for draft in drafts if draft.plan != full_plan]
+                    self._add([draft for draft in others if draft.prompt in missing[draft.plan]], full, advance)
 
-            def enough(number: int, ids: list[int], plans: Sequence[LayerPlan], batch: list[Prompt] = batch) -> bool:
-                return full_plan not in plans and self._follower.is_settled(Draft(batch[number], plans[0], ids), None)
-
-            start = time.perf_counter()
-            token_ids = [tokens_of(self._tokenizer, prompt.prompt) for prompt in batch]
-            found = exit_answers(self._model, self._tokenizer, token_ids, list(wanted), self.decoding, enough)
-            seconds = (time.perf_counter() - start) / (len(batch) * len(wanted))
-            labels = []
-            for prompt, tokens, answers in zip(batch, token_ids, found, strict=True):
-                own = answer_text(self._tokenizer, answers[full_plan].ids, self.decoding)
-                full = known.get(key_of(prompt), own)
-                for plan in [plan for plan in wanted if prompt in missing[plan]]:
-                    draft = Draft(prompt, plan, answers[plan].ids, answers[plan].forward_tokens, seconds)
-                    text = self._follower.text(draft)
-                    labels.append(self._labelled(draft, text, len(tokens), self._judged(prompt, text, full)))
-            self._keep(labels, advance)
+    def _full_label(self, draft: Draft) -> Label:
+        text, tokens = self._follower.text(draft), len(tokens_of(self._tokenizer, draft.prompt.prompt))
+        return self._labelled(draft, text, tokens, self._judged(draft.prompt, text, text))
 
     def _generate(self, prompts: Sequence[Prompt], plan: LayerPlan, full: Full | None, advance: Advance) -> None:
         """Plain generation under one plan."""

@@ -17,6 +17,7 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
         "given": "oracle.menus.fixed:given",
         "evenly": "oracle.menus.fixed:evenly",
         "exiting": "oracle.menus.fixed:exiting",
+        "exits": "oracle.menus.fixed:exits",
         "middle_block": "oracle.menus.fixed:middle_block",
         "gaps": "oracle.menus.fixed:gaps",
         "random_routes": "oracle.menus.fixed:random_routes",
@@ -30,7 +31,7 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
 )
 """Name -> method: `method(task, advance)` proposes shortened plans; it may call `advance` at every step of a search."""
 
-LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "middle_block", "gaps", "random_routes"})
+LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "exits", "middle_block", "gaps", "random_routes"})
 """The methods that need no prompts; any other may read the model's answers to those of its task."""
 
 KEEP_THE_LAST = frozenset({"evenly", "middle_block"})

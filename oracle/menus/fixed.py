@@ -28,6 +28,11 @@ def exiting(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     return [LayerPlan.exiting(task.n_layers, count) for count in task.counts]
 
 
+def exits(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """Every early exit behind the probe layers; `n_plans` and `cheapest_budget` do not count."""
+    return [LayerPlan.exiting(task.n_layers, count) for count in range(task.probe_depth + 1, task.n_layers)]
+
+
 def middle_block(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """One gap of neighbouring layers, centred between the probe layers and the last layer."""
     plans = []

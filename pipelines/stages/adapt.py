@@ -25,6 +25,7 @@ from oracle.answered_prompts import answered_examples, reference_examples
 from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
 from oracle.judges import KL
+from oracle.labels.exit_answers import exit_depth
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import judged, score_matrix
 from oracle.prompts import Prompt
@@ -34,7 +35,6 @@ from pipelines.config_sections import AdaptMethod
 from pipelines.distant_labels import DistantLabeller, distant_labeller, given_to_workers
 from pipelines.distributed import Workers
 from pipelines.exit_heads import make_heads
-from pipelines.exit_training import exits_of, train_exits
 from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
 from pipelines.progress import console, duration, progress
 from pipelines.run_state import check_own, stage_key
@@ -42,6 +42,8 @@ from pipelines.worker_tasks import SumsTask
 from pipelines.workspace import Workspace
 from runtime.paired_timing import median_seconds
 
+LOOKED_AT, SHORT = 32, 8.0
+"""Prompts whose full answers tell whether exit heads suit a workload, and their mean length in tokens, at most."""
 HELD = 5
 """Every so many-th prompt is held out where methods are compared."""
 
@@ -53,9 +55,7 @@ def run(config: Config, workers: Workers | None = None) -> Path:
     model, _ = workspace.backbone
     detach(model)
     made = _Making(workspace, workers)
-    wanted: list[AdaptMethod] = [config.adapt.method]
-    if config.adapt.method == "best":
-        wanted = ["none", "bridges", "adapter", "both"]
+    wanted = made.methods
     candidates = {method: made.stand_ins(method) for method in wanted}
     curves = _compared(workspace, candidates, workers) if len(candidates) > 1 else {}
     chosen = max(curves, key=lambda method: curves[method]["area"]) if curves else wanted[0]
@@ -88,6 +88,23 @@ class _Making:
         self._plans = workspace.frozen_menu().plans[:-1]
         self._examples: list[Example] = []
         self.record: dict[str, Any] = {}
+
+    @cached_property
+    def methods(self) -> list[AdaptMethod]:
+        """The methods to make stand-ins by; of several the best one is kept."""
+        method = self._settings.method
+        if method == "best":
+            return ["none", "bridges", "adapter", "both"]
+        if method != "auto":
+            return [method]
+        return ["heads"] if self._are_short_exits() else ["bridges", "adapter"]
+
+    def _are_short_exits(self) -> bool:
+        """Whether every plan is an early exit, and the full model's answers have a few tokens."""
+        if any(exit_depth(plan) is None for plan in self._plans):
+            return False
+        few = self._answers_to(spread(self._workspace.splits["adapt"], LOOKED_AT))
+        return float(np.mean([example.answer for example in few])) <= SHORT
 
     def stand_ins(self, method: AdaptMethod) -> StandIns:
         fingerprint = self._workspace.fingerprint
@@ -124,11 +141,11 @@ class _Making:
         model, tokenizer = self._workspace.backbone
         right = [p for p in self.prompts if p.reference and p.judge not in ("agreement", KL)]
         examples = reference_examples(tokenizer, right, self._workspace.decoding)
-        if len(right) < len(self.prompts):
-            answered = zip(self.prompts, self._answered(), strict=True)
-            examples += [example for prompt, example in answered if prompt not in right]
+        others = [prompt for prompt in self.prompts if prompt not in right]
+        examples += self._answers_to(others) if others else []
+        tasks = [prompt.task for prompt in (*right, *others)]
         targets = self._settings.targets if right else "own"
-        fits, self.record["heads"] = make_heads(model, examples, self._plans, targets)
+        fits, self.record["heads"] = make_heads(model, examples, tasks, self._plans, targets)
         return {plan: {len(plan.attention): fits[plan].head} for plan in self._plans}
 
     def _given(self, fingerprint: str) -> StandIns:
@@ -172,20 +189,8 @@ class _Making:
 
     @cached_property
     def _bridges(self) -> Bridges:
-        """Closed-form ones, of which those of early exits are trained further where that is asked for."""
-        bridges: Bridges = bridges_of(self._fitted())
-        if not self._settings.exit_steps or not exits_of(self._plans):
-            return bridges
-        model, _ = self._workspace.backbone
-        sequences = [example.tokens for example in self._answered()]
-        start = time.perf_counter()
-        bridges, losses = train_exits(model, sequences, bridges, self._settings.exit_steps)
-        self.record["exits"] = {"divergence": losses, "seconds": time.perf_counter() - start}
-        console.print(
-            "  KL on held-out prompts, closed form and trained: "
-            + ", ".join(f"{before:.2f} to {after:.2f} ({plan})" for plan, (before, after) in losses.items())
-        )
-        return bridges
+        """Closed-form ones."""
+        return bridges_of(self._fitted())
 
     def _over(self) -> Over | None:
         if (workers := self._workers) is None:
@@ -194,15 +199,18 @@ class _Making:
         return lambda summing, batches: workers.map(SumsTask(*given, summing), batches)
 
     def _answered(self) -> list[Example]:
-        """Train prompts with the full model's answers, which are labels that the stage `label` finds done."""
+        """All prompts with the full model's answers."""
         if not self._examples:
-            _, tokenizer = self._workspace.backbone
-            prompts = self.prompts
-            labeller = _labeller(self._workspace, None, self._workers)
-            full = LayerPlan.full(self._workspace.frozen_menu().n_layers)
-            with progress("answers of the full model", len(labeller.missing(prompts, full))) as advance:
-                self._examples = answered_examples(labeller, tokenizer, prompts, full, advance)
+            self._examples = self._answers_to(self.prompts)
         return self._examples
+
+    def _answers_to(self, prompts: list[Prompt]) -> list[Example]:
+        """Prompts with the full model's answers, which are labels that the stage `label` finds done."""
+        _, tokenizer = self._workspace.backbone
+        labeller = _labeller(self._workspace, None, self._workers)
+        full = LayerPlan.full(self._workspace.frozen_menu().n_layers)
+        with progress("answers of the full model", len(labeller.missing(prompts, full))) as advance:
+            return answered_examples(labeller, tokenizer, prompts, full, advance)
 
     def _references(self) -> list[Example]:
         _, tokenizer = self._workspace.backbone
@@ -211,7 +219,7 @@ class _Making:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """What stand-ins are fitted and trained on."""
-        return spread(_parts(self._workspace)[0], self._settings.prompts)
+        return spread(_parts(self._workspace, len(self.methods) > 1)[0], self._settings.prompts)
 
 
 def _labeller(workspace: Workspace, attached: StandIns | None, workers: Workers | None) -> Labeller | DistantLabeller:
@@ -221,13 +229,13 @@ def _labeller(workspace: Workspace, attached: StandIns | None, workers: Workers 
     return distant_labeller(workspace, workers, attached)
 
 
-def _parts(workspace: Workspace) -> tuple[list[Prompt], list[Prompt]]:
+def _parts(workspace: Workspace, compares: bool) -> tuple[list[Prompt], list[Prompt]]:
     """The split `adapt` in prompts to fit on and prompts to compare methods on; none of the latter without a choice.
 
     Neither teach controllers: what was fitted or picked on a prompt loses less there than elsewhere.
     """
     prompts = workspace.splits["adapt"]
-    if workspace.config.adapt.method != "best":
+    if not compares:
         return prompts, []
     return [prompt for i, prompt in enumerate(prompts) if i % HELD], prompts[::HELD]
 
@@ -278,7 +286,7 @@ def _compared(
     quality at a time that one is ready to spend.
     """
     model, tokenizer = workspace.backbone
-    menu, prompts = workspace.frozen_menu(), _parts(workspace)[1]
+    menu, prompts = workspace.frozen_menu(), _parts(workspace, True)[1]
     batch = dict(padded_prompts(tokenizer, [prompt.prompt for prompt in prompts[:4]]).to(model.device))
     n_tokens = workspace.config.evaluation.speed_tokens
     scores, times = {}, {}

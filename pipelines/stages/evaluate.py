@@ -228,7 +228,7 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
 
     Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison
     as far as they are known, so that the true ratio is a little lower; under `kl`, where none is generated, as long as
-    the full model's.
+    the full model's. A pass is the full model's over a prompt and its own answer; what prompts share counts once.
     """
     menu = workspace.menu()
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
@@ -240,8 +240,10 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
         for label, share in zip(row, shares, strict=True)
     )
     seconds = sum(label.seconds for row in labels for label in row)
+    passes = sum(row[-1].prompt_tokens + len(row[-1].answer_ids) for row in labels)
     return {
         "forward_tokens": round(spent, 1),
         "seconds": round(seconds, 1),
         "ratio_to_exhaustive": round(spent / exhaustive, 3),
+        "passes_a_prompt": round(spent / passes, 3),
     }

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 
+from backbone.execution.shared_prefixes import alike
 from backbone.files import UNFINISHED, replacing
 from controller.features import Features, rows_of
 from oracle.prompts import Prompt
@@ -80,16 +81,16 @@ def _features_on(
 
 
 def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[np.ndarray]:
-    """Rows of prompts of like length, longest first."""
-    order = _longest_first(prompts)
+    """Rows of prompts that begin alike, of like length, longest first."""
+    order = _alike_together(prompts)
     yield from np.array_split(order, range(size, len(order), size))
 
 
-def _longest_first(prompts: Sequence[Prompt]) -> np.ndarray:
-    return np.array(sorted(range(len(prompts)), key=lambda row: -len(prompts[row].prompt)))
+def _alike_together(prompts: Sequence[Prompt]) -> np.ndarray:
+    return np.array([row for group in alike([prompt.prompt for prompt in prompts]) for row in group])
 
 
 def _in_order(prompts: Sequence[Prompt], config: Config, found: Sequence[Features]) -> Features:
     """The batches' features as one table in the order of the prompts."""
     joined = {name: np.concatenate([features[name] for features in found]) for name in config.features.sets}
-    return rows_of(joined, _longest_first(prompts).argsort())
+    return rows_of(joined, _alike_together(prompts).argsort())

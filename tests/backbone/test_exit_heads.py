@@ -5,7 +5,8 @@ import torch
 from tiny import OPTIONS, VOCABULARY, tiny_model
 
 from backbone.execution.output_head import head_on, output_logits
-from backbone.stand_ins.exit_heads import HeadSettings, fit_exit_heads, read_places
+from backbone.stand_ins.exit_heads import HeadFitter, HeadSettings
+from backbone.stand_ins.exit_places import read_places
 from backbone.stand_ins.training_targets import Example
 
 
@@ -43,14 +44,35 @@ def test_places_are_those_that_predict_the_answer(model) -> None:
 def test_a_head_learns_references_that_the_model_does_not_say(model) -> None:
     """The answer is the prompt's last token, which the random model does not say."""
     places = read_places(model, examples_of(400), [1, 5])
-    told = fit_exit_heads(model, places, [1], HeadSettings(references=0.7, learning_rate=1e-2))[1]
-    own = fit_exit_heads(model, places, [1], HeadSettings(references=0.0, learning_rate=1e-2))[1]
+    fitter = HeadFitter(model, places, HeadSettings(learning_rate=1e-2))
+    told, own = (fitter.fit([1], references)[1] for references in (0.7, 0.0))
     assert told.right > 0.9 > own.right + 0.3
     assert told.loss[1] < told.loss[0]
 
 
 def test_a_head_on_the_models_own_distribution_brings_an_exit_nearer(model) -> None:
     places = read_places(model, examples_of(300, from_reference=False), [2, 5])
-    fits = fit_exit_heads(model, places, [2, 5], HeadSettings(steps=60))
+    fits = HeadFitter(model, places, HeadSettings(steps=60)).fit([2, 5], 0.0)
     assert 0 <= fits[5].loss[1] <= fits[5].loss[0]
     assert fits[5].loss[1] < fits[2].loss[1], "a later exit knows more"
+
+
+def test_heads_of_all_depths_are_those_fitted_alone(model) -> None:
+    fitter = HeadFitter(model, read_places(model, examples_of(200), [1, 2, 5]), HeadSettings(steps=40))
+    done: list[int] = []
+    together = fitter.fit([1, 2, 5], 0.7, done.append)
+    for depth in (1, 5):
+        alone = fitter.fit([depth], 0.7)[depth]
+        torch.testing.assert_close(together[depth].head.factors[0], alone.head.factors[0], atol=1e-3, rtol=1e-3)
+        assert together[depth].said == alone.said
+    assert sum(done) == 3
+    assert set(together[1].said) == set(range(0, 200, 8))
+
+
+def test_heads_of_a_model_in_half_precision_are_fitted() -> None:
+    model = tiny_model("llama").bfloat16()
+    places = read_places(model, examples_of(80), [2])
+    assert places.states[2].dtype == torch.float32
+    fit = HeadFitter(model, places, HeadSettings(steps=20)).fit([2], 0.7)[2]
+    assert fit.loss[1] <= fit.loss[0]
+    assert fit.head.bias.dtype == torch.float32

@@ -75,6 +75,7 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
             "calibration.risk=doubt",
             "calibration.risk: Input should be 'mean_score', 'score_lost' or 'insufficient', got 'doubt'",
         ),
+        ("adapt.exit_steps=5", "unknown key 'adapt.exit_steps'; 'adapt.method: heads' does that"),
         ("menu.method=magic", "menu.method: 'magic' is not among the menus, known are given, evenly, exiting,"),
         ("menu.method=exiting", "the method 'given' and a list of plans in menu.given go together"),
         ("data.shares={train: 1.0}", "data: shares must name adapt, train, tune, calibrate, test"),
