@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("workload")
-EXAMPLES = (6, 8, 10, 12)
+EXAMPLES = (6, 10)
 """The sizes of a kind's sets of worked examples, taken in turn."""
 
 

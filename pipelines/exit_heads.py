@@ -95,4 +95,5 @@ def _described(fit: HeadFit, tasks: Sequence[str]) -> dict[str, Any]:
     for text, is_said in fit.said.items():
         by_task[tasks[text]].append(is_said)
     shares = {task: float(np.mean(said)) for task, said in sorted(by_task.items())}
-    return {"ridge_loss": fit.loss[0], "loss": fit.loss[1], "steps": fit.steps, "right": fit.right, "by_task": shares}
+    loss, wrong = ({"ridge": of[0], "trained": of[1]} for of in (fit.loss, fit.wrong))
+    return {"loss": loss, "wrong": wrong, "steps": fit.steps, "right": fit.right, "by_task": shares}

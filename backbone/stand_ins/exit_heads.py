@@ -32,21 +32,23 @@ class HeadSettings:
     Attributes:
         steps: of Adam, for each head, at most.
         batch: places of a step; three in four of them predict an answer.
-        learning_rate: at first; half a cosine brings it down to nothing.
+        learning_rate: at first, for inputs and outputs of deviation 1; half a cosine brings it down to nothing.
+        weight_decay: of AdamW.
         vocabulary: tokens that the losses range over, at most, beside those that are drawn anew at each step.
         held: every so many-th text is held out, to choose the ridge and when to stop.
         look_every: steps between looks at the held-out texts.
-        patience: looks without a smaller loss after which training ends.
+        patience: looks without fewer wrong tokens after which training ends.
         seed: of everything random.
     """
 
     steps: int = 240
     batch: int = 256
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
     vocabulary: int = 2048
     held: int = 8
     look_every: int = 20
-    patience: int = 3
+    patience: int = 5
     seed: int = 0
 
 
@@ -57,12 +59,14 @@ class HeadFit:
     Attributes:
         head: in float32, on the CPU.
         loss: on held-out answer places, after the ridge regression and after training (nats a place).
+        wrong: share of these places where the likeliest token is not the target's, before and after.
         steps: of training.
         said: number of each held-out text -> whether the head says every token of the answer along it.
     """
 
     head: Bridge
     loss: tuple[float, float]
+    wrong: tuple[float, float]
     steps: int
     said: Mapping[int, bool]
 
@@ -107,45 +111,41 @@ class HeadFitter:
             advance: called with the number of heads that were fitted.
         """
         settings, generator = self._settings, torch.Generator().manual_seed(self._settings.seed)
-        heads = {depth: _Head(*self._best_ridge(depth, references), settings) for depth in depths}
+        heads = {depth: self._start(depth, references) for depth in depths}
         active = dict(heads)
         for step in range(1, settings.steps + 1):
             with torch.enable_grad():
                 now = {depth: head.now for depth, head in active.items()}
-                torch.stack(self._losses(now, self._drawn(generator), references, generator)).sum().backward()  # type: ignore[no-untyped-call]
+                losses, _ = self._looked(now, self._drawn(generator), references, generator)
+                losses.sum().backward()  # type: ignore[no-untyped-call]
             for head in active.values():
                 head.step()
             if step % settings.look_every == 0 or step == settings.steps:
-                losses = self._held_losses({depth: head.now for depth, head in active.items()}, references)
-                going = {d: head for (d, head), loss in zip(active.items(), losses, strict=True) if head.goes_on(loss)}
+                found = self._held_found({depth: head.now for depth, head in active.items()}, references)
+                going = {
+                    depth: head for (depth, head), one in zip(active.items(), found, strict=True) if head.goes_on(one)
+                }
                 advance(len(active) - len(going) if step < settings.steps else len(active))
                 active = going
             if not active:
                 break
-        return {
-            depth: HeadFit(head.best, (head.first, head.least), head.steps, self._said(depth, head.best))
-            for depth, head in heads.items()
-        }
+        return {depth: head.fit(self._said(depth, head.best)) for depth, head in heads.items()}
 
-    def _best_ridge(self, depth: int, references: float) -> tuple[Bridge, float]:
-        """The ridge regression that is best on the held-out texts, and its loss there."""
-        starts = self._ridges(depth)
-        losses = [self._held_losses({depth: start}, references)[0] for start in starts]
-        best = losses.index(min(losses))
-        return starts[best], losses[best]
-
-    def _ridges(self, depth: int) -> list[Bridge]:
-        """From states of size 1 to final states of size 1: a final norm sees no other difference."""
+    def _start(self, depth: int, references: float) -> _Head:
+        """The ridge regression that is best on the held-out texts."""
         x, y = self._fitted.states[depth], self._fitted.states[self._last]
-        size = float(x.pow(2).mean(-1).sqrt().mean())
-        x, y = (each / each.pow(2).mean(-1, keepdim=True).sqrt() for each in (x, y))
+        y = y / y.pow(2).mean(-1, keepdim=True).sqrt()  # a final norm sees no other difference
         weight = torch.where(self._fitted.is_answer, 1.0, 0.25)[:, None]
-        mean_x, mean_y = ((each * weight).sum(0) / weight.sum() for each in (x, y))
-        x, y = x - mean_x, y - mean_y
+        units = _Units.of(x, y, weight)
+        x, y = (x - units.x_mean) / units.x_size, (y - units.y_mean) / units.y_size
         inner, cross, eye = (x * weight).T @ x, (x * weight).T @ y, torch.eye(x.shape[1])
         scale = float(inner.diagonal().mean())
         solved = [torch.linalg.solve(inner + strength * scale * eye, cross) for strength in RIDGES]
-        return [Bridge((each - eye,), (mean_y - mean_x @ each) * size) for each in solved]
+        found = [
+            self._held_found({depth: units.bridge(each, torch.zeros(len(each)))}, references)[0] for each in solved
+        ]
+        best = found.index(min(found))
+        return _Head(solved[best], units, found[best], self._settings)
 
     def _drawn(self, generator: torch.Generator) -> Places:
         """Places of a step."""
@@ -156,28 +156,31 @@ class HeadFitter:
             torch.cat([p[torch.randint(len(p), (count,), generator=generator)] for p, count in parts if count])
         )
 
-    def _losses(
+    def _looked(
         self, heads: Mapping[int, Bridge], places: Places, references: float, generator: torch.Generator | None = None
-    ) -> list[torch.Tensor]:
-        """The mean loss of each head over some places; with a generator over some more of the vocabulary."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss of each head over some places, and its share of wrong tokens; with a generator over more tokens."""
         kept = self._kept
         if generator is not None:
             drawn = torch.randint(self._model.config.get_text_config().vocab_size, (DRAWN,), generator=generator)
             kept = torch.unique(torch.cat([kept, drawn]))
-        index = torch.searchsorted(kept, places.following).clamp(max=len(kept) - 1)[:, None]
+        index = torch.searchsorted(kept, places.following).clamp(max=len(kept) - 1)
         with head_on(self._model, kept):
             with torch.no_grad():
                 target = _logs(self._model, places.states[self._last])
             states = [head(places.states[depth]) for depth, head in heads.items()]
             logs = _logs(self._model, torch.cat(states)).view(len(heads), *target.shape)
+        told = places.is_target & (references > 0)
         divergence = (target.exp() * (target - logs)).sum(-1)
-        surprise = -logs.gather(-1, index.expand(len(heads), -1, -1))[..., 0]
+        surprise = -logs.gather(-1, index[:, None].expand(len(heads), -1, -1))[..., 0]
         mixed = references * surprise + (1 - references) * divergence
-        return list(torch.where(places.is_target & (references > 0), mixed, divergence).mean(-1))
+        wrong = logs.argmax(-1) != torch.where(told, index, target.argmax(-1))
+        return torch.where(told, mixed, divergence).mean(-1), wrong.float().mean(-1)
 
     @torch.no_grad()
-    def _held_losses(self, heads: Mapping[int, Bridge], references: float) -> list[float]:
-        return [float(loss) for loss in self._losses(heads, self._held, references)]
+    def _held_found(self, heads: Mapping[int, Bridge], references: float) -> list[Found]:
+        losses, wrong = self._looked(heads, self._held, references)
+        return [*zip(wrong.tolist(), losses.tolist(), strict=True)]
 
     @torch.no_grad()
     def _said(self, depth: int, head: Bridge) -> dict[int, bool]:
@@ -187,39 +190,76 @@ class HeadFitter:
         return {text: text not in wrong for text in sorted(set(self._held.text.tolist()))}
 
 
-class _Head:
-    """A head in training.
+@dataclass(frozen=True, slots=True)
+class _Units:
+    """What one dimension of the inputs [D] and of the outputs [D] is measured in.
 
-    Args:
-        start: the ridge regression.
-        loss: of that on the held-out texts.
+    Some dimensions of a decoder's states are a thousand times as large as others, and a step of Adam is as large in
+    all; in units of their deviations it means the same everywhere.
     """
 
-    def __init__(self, start: Bridge, loss: float, settings: HeadSettings) -> None:
-        self._parts = {name: tensor.clone().requires_grad_() for name, tensor in start.tensors().items()}
-        self._optimizer = torch.optim.Adam(self._parts.values(), lr=settings.learning_rate, fused=True)
+    x_mean: torch.Tensor
+    x_size: torch.Tensor
+    y_mean: torch.Tensor
+    y_size: torch.Tensor
+    size: float
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> _Units:
+        (x_mean, x_size), (y_mean, y_size) = (_moments(each, weight) for each in (x, y))
+        return cls(x_mean, x_size, y_mean, y_size, float(x.pow(2).mean(-1).sqrt().mean()))
+
+    def bridge(self, weight: torch.Tensor, bias: torch.Tensor) -> Bridge:
+        """The map of given weight [D, D] and bias [D] in these units, in the model's own, sized like its inputs."""
+        whole = weight * (self.size * self.y_size / self.x_size[:, None])
+        offset = self.size * (bias * self.y_size + self.y_mean) - self.x_mean @ whole
+        return Bridge((whole - torch.eye(len(whole)),), offset)
+
+
+def _moments(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = (values * weight).sum(0) / weight.sum()
+    size = (((values - mean) ** 2 * weight).sum(0) / weight.sum()).sqrt()
+    return mean, size.clamp(min=1e-6 * float(size.max().clamp(min=1e-30)))
+
+
+Found = tuple[float, float]
+"""Of held-out places: the share of wrong tokens, and the loss, which decides between equal shares."""
+
+
+class _Head:
+    """A head in training: its weight [D, D] in some units at first, and what was found of that on held-out texts."""
+
+    def __init__(self, weight: torch.Tensor, units: _Units, found: Found, settings: HeadSettings) -> None:
+        self._parts = [weight.clone().requires_grad_(), torch.zeros(len(weight), requires_grad=True)]
+        self._units, self._settings = units, settings
+        rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        self._optimizer = torch.optim.AdamW(self._parts, fused=True, **rates)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.steps)
-        self._patience, self._since = settings.patience, 0
-        self.best, self.first, self.least, self.steps = start, loss, loss, 0
+        self._first, self._least, self._steps, self._since = found, found, 0, 0
+        self.best = units.bridge(weight, torch.zeros(len(weight)))
 
     @property
     def now(self) -> Bridge:
-        return Bridge.from_tensors(self._parts)
+        return self._units.bridge(*self._parts)
 
     def step(self) -> None:
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
-        self.steps += 1
+        self._steps += 1
 
-    def goes_on(self, loss: float) -> bool:
-        """Whether training pays, with the loss on the held-out texts as it is now."""
-        if loss < self.least:
-            parts = {name: part.detach().clone() for name, part in self._parts.items()}
-            self.best, self.least, self._since = Bridge.from_tensors(parts), loss, 0
+    def goes_on(self, found: Found) -> bool:
+        """Whether training pays, by what is found on the held-out texts now."""
+        if found < self._least:
+            self.best = self._units.bridge(*(part.detach().clone() for part in self._parts))
+            self._least, self._since = found, 0
         else:
             self._since += 1
-        return self._since < self._patience
+        return self._since < self._settings.patience
+
+    def fit(self, said: Mapping[int, bool]) -> HeadFit:
+        (wrong, loss), (least_wrong, least_loss) = self._first, self._least
+        return HeadFit(self.best, (loss, least_loss), (wrong, least_wrong), self._steps, said)
 
 
 def _logs(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:

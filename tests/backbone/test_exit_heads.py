@@ -1,5 +1,7 @@
 """Exit heads on models whose right head is known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import OPTIONS, VOCABULARY, tiny_model
@@ -55,6 +57,18 @@ def test_a_head_on_the_models_own_distribution_brings_an_exit_nearer(model) -> N
     fits = HeadFitter(model, places, HeadSettings(steps=60)).fit([2, 5], 0.0)
     assert 0 <= fits[5].loss[1] <= fits[5].loss[0]
     assert fits[5].loss[1] < fits[2].loss[1], "a later exit knows more"
+
+
+def test_a_head_learns_as_well_where_few_dimensions_are_large(model) -> None:
+    places = read_places(model, examples_of(400), [1])
+    sizes = torch.ones(places.states[1].shape[1])
+    sizes[:2] = 1000.0
+    large = replace(places, states={**places.states, 1: places.states[1] * sizes})
+    small, scaled = (
+        HeadFitter(model, given, HeadSettings(learning_rate=1e-2)).fit([1], 0.7)[1] for given in (places, large)
+    )
+    assert small.right > 0.9
+    assert scaled.said == small.said
 
 
 def test_heads_of_all_depths_are_those_fitted_alone(model) -> None:
