@@ -146,7 +146,8 @@ class Beginning:
         """Sequences that begin like this as a batch. At least one token of each is left to compute."""
         found = padded_inputs(self._model, rows)
         ids, mask = found.pop("input_ids"), found.pop("attention_mask")
-        cache, width = DynamicCache(config=decoder_of(self._model).config), ids.shape[1]
+        config: Any = decoder_of(self._model).config
+        cache, width = DynamicCache(config=config), ids.shape[1]
         columns = width - max(len(row) - min(len(self.tokens), len(row) - 1) for row in rows)
         if columns < 1:
             return Begun(ids, mask, 0, cache, {}, found)

@@ -97,7 +97,8 @@ def read_places(
 def places_bytes(model: PreTrainedModel, examples: Sequence[Example], depths: Sequence[int]) -> int:
     """Memory of the states that `read_places` would keep."""
     places = sum(one.answer + min(PROMPT_PLACES, max(len(one.tokens) - one.answer - 1, 0)) for one in examples)
-    return places * len({*depths, len(decoder_layers(model))}) * model.config.get_text_config().hidden_size * 4
+    hidden: int = model.config.get_text_config().hidden_size
+    return places * len({*depths, len(decoder_layers(model))}) * hidden * 4
 
 
 def _places_of(example: Example, generator: torch.Generator) -> list[int]:
