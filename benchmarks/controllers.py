@@ -33,7 +33,6 @@ from controller.learning import Settings, learn
 from controller.report.headroom_card import captured_by
 from controller.report.report_card import regret
 from oracle.chat import padded_prompts
-from oracle.prompts import SPLITS
 from pipelines.config import Config, load_config
 from pipelines.controls import CONTROLS, control_features, control_settings
 from pipelines.learning_sections import TuningSection
@@ -65,7 +64,7 @@ def main() -> None:
     config = load_config(arguments.run / "config.yaml")
     config = config.model_copy(update={"runs": arguments.run.parent, "name": arguments.run.name})
     workspace = Workspace.of(config)
-    table = workspace.table(*SPLITS)
+    table = workload.table_in_full(workspace)
     settings = tuned_settings(workspace)
     predicted = predictions(config, table, settings)
     result = {
@@ -124,7 +123,7 @@ def certificates(
     """How often a certificate of a risk is broken over random splits of the prompts, at each bound; controllers learn
     for that risk, with the settings that were found for the run's."""
     calibration = config.calibration.model_copy(update={"risk": risk})
-    table = Workspace.of(config.model_copy(update={"calibration": calibration})).table(*SPLITS)
+    table = workload.table_in_full(Workspace.of(config.model_copy(update={"calibration": calibration})))
 
     def violations(kept: Floats, alpha: float) -> dict[str, Any]:
         sizes = (len(table.prompts) // 2, arguments.splits)

@@ -9,8 +9,8 @@ with replacement, in the run's sizes. The control that sees the task's name alon
 the same rule for settings and the same outlier test. Reported is the mean over the draws and the range that holds 90%
 of them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, and menu and
 bridges are the run's, so the mean is known less well than their number suggests. `broken` is the share of the draws
-in which the mean loss of the whole population exceeds a bound that was certified. Nothing is generated. Writes
-benchmarks/results/redraws-NAME.json.
+in which the mean loss of the whole population exceeds a bound that was certified. What the run left out of the labels
+of its prompts to calibrate is generated first. Writes benchmarks/results/redraws-NAME.json.
 """
 
 from __future__ import annotations
@@ -29,16 +29,14 @@ from controller.learning import Learned, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.knapsack import cheapest_choices
-from oracle.prompts import SPLITS
 from pipelines.config import Config, load_config
 from pipelines.controls import with_task
 from pipelines.learning_table import Table
 from pipelines.progress import progress
 from pipelines.settings_regret import Work, regret_bounds
 from pipelines.settings_search import settings_for
-from pipelines.stages.calibrate import price_of
+from pipelines.stages.calibrate import outlier_test, price_of
 from pipelines.stages.evaluate import best_static
-from pipelines.unseen_tasks import outlier_test
 from pipelines.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,7 +61,8 @@ def main() -> None:
 def redrawn(config: Config, draws: int) -> dict[str, Any]:
     """Mean and range over the draws of every figure of every policy, beside the sizes of the splits."""
     workspace = Workspace.of(config)
-    table, sizes = workspace.table(*SPLITS), {name: len(some) for name, some in workspace.labelled_splits.items()}
+    table = workload.table_in_full(workspace)
+    sizes = {name: len(some) for name, some in workspace.labelled_splits.items()}
     with progress("draws", draws) as advance:
         found = []
         for draw in range(draws):

@@ -8,8 +8,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from oracle.decoding import Decoding
-from oracle.prompts import Prompt, load_prompts
+from oracle.prompts import SPLITS, Prompt, load_prompts
+from pipelines.learning_table import Table
+from pipelines.stages.label import label_cells
+from pipelines.workspace import Workspace
 from runtime.paired_timing import machine
 
 
@@ -37,6 +42,13 @@ def split(arguments: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
     everything = load_prompts(arguments.data, limit=arguments.prompts + arguments.search_prompts)
     random.Random(0).shuffle(everything)
     return everything[: arguments.search_prompts], everything[arguments.search_prompts :]
+
+
+def table_in_full(workspace: Workspace) -> Table:
+    """A run's labelled prompts under every plan; what the run left out of the split `calibrate` is labelled first."""
+    cells = np.ones((len(workspace.labelled_splits["calibrate"]), len(workspace.menu())), dtype=np.bool_)
+    label_cells(workspace, "calibrate", cells, None)
+    return workspace.table(*SPLITS)
 
 
 def write(path: Path, arguments: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 STAGES = {
     "menu": "Find the plans that prompts choose from.",
     "adapt": "Make the shortened plans better: bridges, adapters.",
-    "label": "Answer and judge every prompt under every plan; resumes where it stopped.",
+    "label": "Answer and judge the prompts to train, tune and test under every plan; resumes where it stopped.",
     "features": "Read the states of the first layers of every prompt.",
     "tune": "Search the controllers' settings with Optuna; resumes where it stopped.",
     "train": "Train the controllers.",
-    "calibrate": "Certify a price and save the allocator.",
+    "calibrate": "Label what the prices choose, certify one, save the allocator; resumes where it stopped.",
     "evaluate": "Measure all policies on unseen prompts.",
     "report": "Write report.html and log the run to MLflow.",
 }
 
 
-ON_RAY = ("adapt", "features")
+ON_RAY = ("adapt", "features", "calibrate")
 """Stages beside `label` whose work a cluster can do."""
 
 

@@ -1,4 +1,4 @@
-"""Do the controllers know the prompt? At equal losses: controllers and controls, unseen tasks, another template."""
+"""Do the controllers know the prompt? At equal losses: controllers and controls, another template."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from controller.base import Floats, choose
-from controller.certificate.outliers import OutlierTest
+from controller.base import Floats
 from controller.features import Features, rows_of
 from controller.learning import Learned, Settings, learn
-from oracle.prompts import SPLITS
 from pipelines.config import Config
+from pipelines.labelling import labelled_scores
 from pipelines.learning_table import Table
-from pipelines.measured_policies import Rows, chosen_at, measured, outcome
+from pipelines.measured_policies import Rows, chosen_at, measured
 from pipelines.omissions import Omissions
 from pipelines.pooled_gain import BLIND, knows_the_prompt, out_of_fold, pooled_gain
 from pipelines.progress import progress
 from pipelines.settings_regret import Work, regret_bounds
 from pipelines.settings_search import settings_for
-from pipelines.stages.calibrate import price_of
 from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
-from pipelines.unseen_tasks import are_among, unseen_tasks
-from pipelines.workspace import Workspace
+from pipelines.workspace import IN_FULL, Workspace
 
 CONTROLS = ("shuffled", "length", "task", "embedding")
 """Controllers of the best one's kind with features that know less: another prompt's, the length alone, the task's name
@@ -34,58 +31,52 @@ nothing can be learned from, such as the length of equally long prompts, is left
 
 
 def comparison(
-    workspace: Workspace, best: str, calibrate: Table, test: Table, outliers: OutlierTest | None, left_out: Omissions
+    workspace: Workspace, best: str, expected: Mapping[str, Floats], fit: Table, test: Table, left_out: Omissions
 ) -> dict[str, Any]:
-    """What is captured at each of `evaluation.alphas`, by controllers, controls and the best one on unseen tasks.
+    """What is captured at each of `evaluation.alphas`, by controllers and controls.
 
-    A price is picked on the calibrate split so that the mean loss there is the bound, without a guarantee, which would
-    make up for different policies' noise by different margins; then the test split is measured, without the outlier
-    test, which is not about knowing the prompt. `certified` is the best controller with the guarantee and with that
-    test; `tasks_held_out` are the rows of `unseen_tasks` at the bound that was asked for; `pooled` is what the best
-    controller gains out of fold on all labelled prompts. What cannot be made is named in `left_out`.
+    A price is picked out of fold on the prompts to train and to tune so that the mean loss there is the bound, without
+    a guarantee, which would make up for different policies' noise by different margins; then the test split is
+    measured, without the outlier test, which is not about knowing the prompt. `pooled` is what the best controller
+    gains out of fold on all prompts that are labelled in full. What cannot be made is named in `left_out`.
+
+    Args:
+        expected: of each controller, what it expects out of fold of the prompts of `fit`.
     """
-    config, trained = workspace.config, load_trained(workspace)
-    fit, settings = workspace.table("train", "tune"), tuned_settings(workspace)[best]
+    config, settings = workspace.config, tuned_settings(workspace)[best]
     controls = _controls(settings, fit, config, left_out)
-    learned = {**trained, **{name: control for name, (_, control) in controls.items()}}
-    seen, shown = (replace(table, features=with_task(table, fit.tasks)) for table in (calibrate, test))
-    predicted = {name: _both(policy, seen, shown) for name, policy in learned.items()}
+    learned, shown = load_trained(workspace), with_task(test, fit.tasks)
+    policies = {name: (expected[name], each) for name, each in learned.items()}
+    policies |= {name: (seen, policy) for name, (_, seen, policy) in controls.items()}
+    predicted = {name: (seen, policy.predict(shown)) for name, (seen, policy) in policies.items()}
     rows: Rows = []
     for alpha in config.evaluation.alphas:
-        chosen = {name: chosen_at(*both, calibrate, test, alpha) for name, both in predicted.items()}
+        chosen = {name: chosen_at(*both, fit, test, alpha) for name, both in predicted.items()}
         rows += measured(alpha, chosen, test, frozenset(CONTROLS))
-    tested = _both(replace(learned[best], outliers=outliers), calibrate, test)
-    held = are_among(workspace.splits["tune"], fit)
-    unseen = unseen_tasks(settings, fit, held, calibrate, test, config, left_out)
-    found: dict[str, Any] = {
-        "at_losses": rows,
-        "certified": [
-            _certified(workspace, *tested, calibrate, test, alpha, len(config.evaluation.alphas))
-            for alpha in config.evaluation.alphas
-        ],
-        "unseen_tasks": unseen["at_losses"],
-        "tasks_held_out": unseen["tasks"],
-        "pooled": None,
-    }
+    found: dict[str, Any] = {"at_losses": rows, "pooled": None}
     with left_out.guard("the comparison out of fold"):
-        rivals = {name: own for name, (own, _) in controls.items() if name in BLIND}
-        found["pooled"] = _pooled(workspace.table(*SPLITS), settings, rivals, config.calibration.alpha, left_out)
+        rivals = {name: own for name, (own, *_) in controls.items() if name in BLIND}
+        found["pooled"] = _pooled(workspace.table(*IN_FULL), settings, rivals, config.calibration.alpha, left_out)
     found["knows_the_prompt"] = found["pooled"] is not None and knows_the_prompt(found["pooled"]["against"])
     if config.evaluation.template is not None:
         with left_out.guard("the comparison in another template"):
-            found["template"] = _other_template(workspace, learned[best], predicted[best][0], calibrate, test)
+            found["template"] = _other_template(workspace, learned[best], predicted[best][0], fit, test)
     return found
 
 
-def _controls(best: Settings, fit: Table, config: Config, left_out: Omissions) -> dict[str, tuple[Settings, Learned]]:
-    """Each control that something can be learned from: its settings, and what it learned from the prompts of `fit`."""
+def _controls(
+    best: Settings, fit: Table, config: Config, left_out: Omissions
+) -> dict[str, tuple[Settings, Floats, Learned]]:
+    """Each control that something can be learned from: its settings, and of the prompts of `fit` what it expects out of
+    fold and what it learned."""
     found = {}
     with progress("controls", len(CONTROLS)) as advance:
         for name in CONTROLS:
             with left_out.guard(f"the control {name!r}"):
                 features, sets = control_features(name, fit, best.sets)
                 settings = control_settings(best, features, sets, fit, config)
-                found[name] = settings, learn(settings, features, fit.kept, fit.budgets)
+                learned = learn(settings, features, fit.kept, fit.budgets)
+                found[name] = settings, out_of_fold(settings, features, fit), learned
             advance(1)
     return found
 
@@ -127,20 +118,7 @@ def with_task(table: Table, known: Iterable[str]) -> Features:
     return {**table.features, "task": (table.tasks[:, None] == names).astype(np.float32)}
 
 
-def _both(learned: Learned, calibrate: Table, test: Table) -> tuple[Floats, Floats]:
-    """What is expected of the prompts to calibrate and of those to test."""
-    return learned.predict(calibrate.features), learned.predict(test.features)
-
-
-def _certified(
-    workspace: Workspace, seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float, together: int
-) -> dict[str, Any]:
-    """At one of several bounds, which share delta, so that a choice among them afterwards is covered."""
-    price = price_of(seen, calibrate, workspace.config.calibration, alpha, together)
-    return {"alpha": alpha, "price": price, **outcome(choose(predicted, test.budgets, price), test)}
-
-
-def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibrate: Table, test: Table) -> Rows:
+def _other_template(workspace: Workspace, learned: Learned, seen: Floats, fit: Table, test: Table) -> Rows:
     """Some test prompts put into another template, with labels and features of their own; no rows where judges fail
     on all of them."""
     evaluation = workspace.config.evaluation
@@ -152,7 +130,7 @@ def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibr
             for prompt in test.prompts[: evaluation.template_prompts]
         ]
     )
-    scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels in another template")
+    scores = labelled_scores(workspace.labeller, prompts, workspace.menu(), "labels in another template")
     table = workspace.table_of(prompts, scores, features_of(workspace, prompts))
     if not table.prompts:
         return []
@@ -160,5 +138,5 @@ def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibr
     return [
         row
         for alpha in evaluation.alphas
-        for row in measured(alpha, {"template": chosen_at(seen, predicted, calibrate, table, alpha)}, table)
+        for row in measured(alpha, {"template": chosen_at(seen, predicted, fit, table, alpha)}, table)
     ]

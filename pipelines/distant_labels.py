@@ -7,8 +7,8 @@ from pathlib import Path
 
 from backbone.plan import LayerPlan, PlanMenu
 from backbone.stand_ins.attaching import StandIns
-from oracle.labels.blocks import blocks
-from oracle.labels.labeller import Advance
+from oracle.labels.blocks import wanted_in_blocks
+from oracle.labels.labeller import Advance, Missing
 from oracle.labels.reader import LabelReader, key_of, model_key
 from oracle.labels.store import LabelStore
 from oracle.prompts import Prompt
@@ -43,28 +43,28 @@ class DistantLabeller(LabelReader):
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
         """Label all prompts under all plans of the menu."""
-        self._fill(prompts, menu.plans, advance)
+        self.label_in_blocks(dict.fromkeys(menu.plans, prompts), menu.plans[-1], advance)
 
     def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
         """Label all prompts under the full plan alone."""
-        self._fill(prompts, [full_plan], advance)
+        self.label_in_blocks({full_plan: prompts}, full_plan, advance)
 
-    def _fill(self, prompts: Sequence[Prompt], plans: Sequence[LayerPlan], advance: Advance) -> None:
-        for _, made in self._workers.map(self._task, list(self._pieces(prompts, plans))):
+    def label_in_blocks(self, wanted: Missing, full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
+        """Label some prompts under some plans."""
+        for _, made in self._workers.map(self._task, list(self._pieces(wanted, full_plan))):
             self._store.add(made.labels)
             self.failures += made.failures
             advance(len(made.labels))
 
-    def _pieces(self, prompts: Sequence[Prompt], plans: Sequence[LayerPlan]) -> Iterator[LabelPiece]:
-        full = plans[-1]
-        missing = {plan: {key_of(prompt) for prompt in self.missing(prompts, plan)} for plan in plans}
-        for block in blocks(prompts, self._task.batch_size, self.decoding):
-            wanted = {plan: [prompt for prompt in block if key_of(prompt) in missing[plan]] for plan in plans}
-            wanted = {plan: some for plan, some in wanted.items() if some}
-            if wanted:
-                asked = {prompt for plan, some in wanted.items() if plan != full for prompt in some}
-                answered = asked.difference(wanted.get(full, ()))
-                yield LabelPiece(wanted, list(self.labels(full, answered).values()) if answered else [])
+    def _pieces(self, wanted: Missing, full: LayerPlan) -> Iterator[LabelPiece]:
+        missing = {plan: {key_of(prompt) for prompt in self.missing(some, plan)} for plan, some in wanted.items()}
+        for block in wanted_in_blocks(wanted, self._task.batch_size, self.decoding):
+            lacking = {plan: [p for p in some if key_of(p) in missing[plan]] for plan, some in block.items()}
+            lacking = {plan: some for plan, some in lacking.items() if some}
+            if lacking:
+                asked = {prompt for plan, some in lacking.items() if plan != full for prompt in some}
+                answered = asked.difference(lacking.get(full, ()))
+                yield LabelPiece(lacking, list(self.labels(full, answered).values()) if answered else [])
 
 
 def distant_labeller(workspace: Workspace, workers: Workers, stand_ins: StandIns | None) -> DistantLabeller:

@@ -41,7 +41,7 @@ from pipelines.settings_regret import cross_fits_of
 from pipelines.stage_list import STAGES
 from pipelines.stages.features import features_of
 from pipelines.stages.menu import menu_task
-from pipelines.workspace import Workspace
+from pipelines.workspace import IN_FULL, Workspace
 
 KNOWN = ("model.json", "menu.json", "adapt.json", "stand_ins.safetensors")
 """Results of a run that begun stages are measured with."""
@@ -162,7 +162,7 @@ class _Rehearsal:
     def missing(self) -> tuple[int, int]:
         """Labels of prompts to learn from that are not there: under the full plan, and under the others."""
         full, others = self.menu.plans[-1], self.menu.plans[:-1]
-        labelled = self.scratch.labelled
+        labelled = self.scratch.labelled_of(*IN_FULL)
         return self._missing(labelled, [full]), self._missing(labelled, others)
 
     def _missing(self, prompts: Sequence[Prompt], plans: Sequence[LayerPlan]) -> int:
@@ -238,7 +238,10 @@ class _Rehearsal:
         return f"{len(self._trials)} controllers", sum(self._trials.values()) / folds
 
     def _calibrate(self) -> tuple[str, float]:
-        return f"{len(self.scratch.labelled_splits['calibrate'])} prompts (not measured)", LITTLE
+        prompts, *others = self.scratch.labelled_splits["calibrate"], *self.menu.plans[:-1]
+        full, shortened = self._missing(prompts, self.menu.plans[-1:]), self._missing(prompts, others)
+        cost = full * self.label.full + shortened / max(1, len(others)) * self.label.shortened
+        return f"{full + shortened:,} labels at most, about half of them needed", LITTLE + cost / 2
 
     def _evaluate(self) -> tuple[str, float]:
         settings, test = self.config.evaluation, self.scratch.labelled_splits["test"]

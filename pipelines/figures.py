@@ -58,8 +58,6 @@ NAMES = _Names(
         "length": "control: prompt length alone",
         "task": "control: name of the task alone",
         "embedding": "control: mean embedding alone",
-        "unseen_tasks": "best controller, task never seen",
-        "unseen_untested": "the same without the outlier test",
         "template": "best controller, another template",
     }
 )

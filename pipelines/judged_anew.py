@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from oracle.frontier.frontier import equal_mean_budget, static_points
 from oracle.labels.reader import judged
+from pipelines.labelling import labelled_scores
 from pipelines.learning_table import Table
 from pipelines.workspace import Workspace
 
@@ -28,7 +29,7 @@ def by_own_judges(workspace: Workspace, test: Table, chosen: Mapping[str, NDArra
         return None
     own = {prompt.id: prompt for prompt in workspace.prompts_as_judged}
     prompts = [own[prompt.id] for prompt in test.prompts[:count]]
-    scores = workspace.label_anew(workspace.labeller, prompts, workspace.menu(), "labels by own judges")
+    scores = labelled_scores(workspace.labeller, prompts, workspace.menu(), "labels by own judges")
     rows, scores = judged(scores)
     if not len(rows):
         return None

@@ -28,6 +28,8 @@ class Table:
         kept: what each plan keeps [N, K], see `controller.certificate.risks.quality_kept`.
         budgets: of each plan [K].
         risk: which loss the certificate bounds.
+        labelled: which scores are known [N, K]; others are 0, and so are what is made of them. Only the split
+            `calibrate` has such (see `controller.certificate.calibration.on_path`).
         left_out: prompts that are not among the N, since the judge failed on the full model's answer.
     """
 
@@ -38,6 +40,7 @@ class Table:
     kept: NDArray[np.float64]
     budgets: NDArray[np.float64]
     risk: Risk
+    labelled: NDArray[np.bool_] | None = None
     left_out: int = 0
 
     @classmethod
@@ -49,12 +52,13 @@ class Table:
         budgets: NDArray[np.float64],
         risk: Risk,
         tolerance: float = 0.0,
+        labelled: NDArray[np.bool_] | None = None,
     ) -> Table:
         """Prompts with their scores [N, K], NaN where a judge failed (see `oracle.labels.reader.judged`).
 
         Args:
-            prompts, features, budgets, risk: see the attributes.
-            scores: under each plan.
+            prompts, features, budgets, risk, labelled: see the attributes.
+            scores: under each plan; the full plan's are known.
             tolerance: how much lower than the full model's the score of a sufficient answer may be.
         """
         rows, known = judged(scores)
@@ -67,6 +71,7 @@ class Table:
             kept=quality_kept(risk, known, sufficient),
             budgets=budgets,
             risk=risk,
+            labelled=None if labelled is None else labelled[rows],
             left_out=len(scores) - len(rows),
         )
 
@@ -79,6 +84,7 @@ class Table:
             scores=self.scores[rows],
             sufficient=self.sufficient[rows],
             kept=self.kept[rows],
+            labelled=None if self.labelled is None else self.labelled[rows],
         )
 
     @property

@@ -21,14 +21,14 @@ Choices = NDArray[np.intp]
 Rows = list[dict[str, Any]]
 
 
-def chosen_at(seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float) -> Choices:
-    """Plans of the prompts of `test`, at the price whose mean loss on `calibrate` is at most `alpha`.
+def chosen_at(seen: Floats, predicted: Floats, known: Table, test: Table, alpha: float) -> Choices:
+    """Plans of the prompts of `test`, at the price whose mean loss on the prompts of `known` is at most `alpha`.
 
     Args:
-        seen: what is expected of the prompts of `calibrate` [N, K].
+        seen: what is expected of the prompts of `known` [N, K], out of fold if the controller learned from them.
         predicted: likewise of `test`.
     """
-    price = price_for_loss(seen, calibrate.kept, calibrate.budgets, alpha * calibrate.unit)
+    price = price_for_loss(seen, known.kept, known.budgets, alpha * known.unit)
     return choose(predicted, test.budgets, price)
 
 

@@ -1,7 +1,7 @@
-"""What the controller gains on all labelled prompts, each decided out of fold: over mixtures, and over blind rivals.
+"""What the controller gains on prompts labelled in full, each decided out of fold: over mixtures and blind rivals.
 
-A test split of some hundred prompts cannot tell the controller from the task's name. All splits together are several
-times as many prompts, and each is decided by a controller and at a price that did not see it.
+A test split of some hundred prompts cannot tell the controller from the task's name. With the prompts to train and to
+tune they are several times as many, and each is decided by a controller and at a price that did not see it.
 
 Shapes: `N` prompts, `K` plans, `T` prices.
 """
@@ -34,7 +34,8 @@ BLIND = ("shuffled", "task")
 
 def out_of_fold(settings: Settings, features: Features, table: Table) -> Floats:
     """What is expected of each prompt [N, K] by a controller that did not see it."""
-    *_, (predicted, _) = CrossFit(features, table.kept, table.budgets, FOLDS, settings.components).predict(settings)
+    n_folds = min(FOLDS, len(table.prompts))
+    *_, (predicted, _) = CrossFit(features, table.kept, table.budgets, n_folds, settings.components).predict(settings)
     return predicted
 
 

@@ -19,7 +19,7 @@ from backbone.model_source import PACKAGE_PREFIX
 from pipelines.config import Config, ConfigError
 from pipelines.stage_list import BY_NAME, Stage, all_before
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Raised when a change of code makes the stages' earlier files wrong."""
 
 LOCK = ".lock"

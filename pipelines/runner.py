@@ -52,7 +52,7 @@ def run_one(config: Config, name: str, ray: str | None = None) -> Path:
     Args:
         config: the run's.
         name: of the stage.
-        ray: address of a cluster that does the work of `adapt`, `label` or `features`; see `pipelines.distributed`.
+        ray: address of a cluster that does the work of a stage that labels or probes; see `pipelines.distributed`.
     """
     _checked(config)
     with _own_folder(config) as state:

@@ -36,7 +36,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "label",
-        "answer and judge every prompt under every plan",
+        "answer and judge the prompts under every plan",
         ("label.batch_size", "label.limit"),
         ("adapt",),
         ("labels.db",),
@@ -56,7 +56,13 @@ STAGES: tuple[Stage, ...] = (
         ("tuning.json", "winner.yaml"),
     ),
     Stage("train", "train the controllers", (), ("tune",), ("controllers",)),
-    Stage("calibrate", "certify a price", ("calibration",), ("train",), ("calibration.json", "allocator")),
+    Stage(
+        "calibrate",
+        "certify a price, labelling what it chooses",
+        ("calibration", "evaluation.alphas"),
+        ("train",),
+        ("calibration.json", "allocator"),
+    ),
     Stage(
         "evaluate",
         "measure all policies on unseen prompts",

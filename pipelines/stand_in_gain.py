@@ -18,6 +18,7 @@ from oracle.frontier.frontier import (
     upper_hull,
 )
 from oracle.labels.reader import judged
+from pipelines.labelling import labelled_scores
 from pipelines.learning_table import Table
 from pipelines.workspace import Workspace
 
@@ -37,7 +38,7 @@ def before_and_after(workspace: Workspace, test: Table) -> dict[str, Any]:
     detach(model)
     try:
         labeller = workspace.labeller_of(model, tokenizer)
-        scores = workspace.label_anew(labeller, test.prompts, menu, "labels without stand-ins")
+        scores = labelled_scores(labeller, test.prompts, menu, "labels without stand-ins")
     finally:
         attach(model, workspace.stand_ins)
     _, scores = judged(scores)

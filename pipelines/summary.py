@@ -197,7 +197,8 @@ def _gain_lines(metrics: Metrics) -> Sequence[str]:
         return []
     pooled = metrics["comparison"]["pooled"]
     head = (
-        f"On all {pooled['prompts']} labelled prompts, out of fold at a mean loss of {_plain(pooled['alpha'])}, against"
+        f"On {pooled['prompts']} prompts to train, tune and test, out of fold at a mean loss of "
+        f"{_plain(pooled['alpha'])}, against"
     )
     return [
         "",

@@ -23,15 +23,20 @@ from oracle.chat import ChatTemplate, template_text
 from oracle.context_lengths import check_lengths
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
-from oracle.labels.reader import LabelReader, model_key, score_matrix
+from oracle.labels.reader import LabelReader, model_key
 from oracle.labels.store import LabelStore, StoreError
-from oracle.prompts import Prompt, Split
+from oracle.prompts import SPLITS, Prompt, Split
 from oracle.splits import limited_splits
 from pipelines.config import Config, ConfigError
+from pipelines.labelling import by_plan
 from pipelines.learning_table import Table
 from pipelines.model_record import ModelFacts
-from pipelines.progress import progress, say_failures, waiting
+from pipelines.progress import waiting
 from pipelines.run_prompts import prompts_of, splits_of
+
+Mask = NDArray[np.bool_]
+IN_FULL: tuple[Split, ...] = ("train", "tune", "test")
+"""Splits that are labelled under every plan; `calibrate` is under those that its prices choose."""
 
 
 class Workspace:
@@ -96,11 +101,13 @@ class Workspace:
         given = [astuple(prompt) for prompt in self.given_prompts]
         return hashlib.sha256(json.dumps([given, self.chat_template_key]).encode()).hexdigest()
 
-    @cached_property
+    @property
     def labelled(self) -> list[Prompt]:
-        """The prompts that are labelled and learned from: all but the split `adapt`, or `label.limit` of these."""
-        kept = {prompt.id for prompts in self.labelled_splits.values() for prompt in prompts}
-        return [prompt for prompt in self.prompts if prompt.id in kept]
+        """The prompts that are labelled, in full or in part: all but the split `adapt`, or `label.limit` of these."""
+        return self.labelled_of(*SPLITS[1:])
+
+    def labelled_of(self, *splits: Split) -> list[Prompt]:
+        return [prompt for split in splits for prompt in self.labelled_splits[split]]
 
     @cached_property
     def splits(self) -> dict[Split, list[Prompt]]:
@@ -219,17 +226,9 @@ class Workspace:
         if not all(self.path(name).is_file() for name in needed):
             return None
         try:
-            return self.labels.digest(self.labelled, self.menu())
+            return self.labels.digest(self.labelled_of(*IN_FULL), self.menu())
         except StoreError:
             return None  # the stage that follows says why
-
-    def label_anew(self, labeller: Labeller, prompts: list[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
-        """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
-        before = len(labeller.failures)
-        with progress(title, sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)) as advance:
-            labeller.label(prompts, menu, advance)
-        say_failures(labeller.failures[before:])
-        return score_matrix(labeller.read(prompts, menu))
 
     def frozen_menu(self) -> PlanMenu:
         """The menu as the stage `menu` made it."""
@@ -245,20 +244,23 @@ class Workspace:
         record: dict[str, Any] = json.loads(self.path("adapt.json").read_text())
         return record
 
-    def table(self, *splits: Split) -> Table:
+    def table(self, *splits: Split, wanted: Mask | None = None) -> Table:
         """The prompts of some splits with their features and labels, less those whose full answer the judge failed on.
+
+        Args:
+            wanted: the labels that are read [N, K]; None for all.
 
         Raises:
             ConfigError: too few of them are left.
         """
-        prompts = [prompt for split in splits for prompt in self.labelled_splits[split]]
+        prompts, plans = self.labelled_of(*splits), self.menu().plans
         if len(prompts) < 2:
             raise ConfigError(f"only {len(prompts)} labelled prompts are in {' and '.join(splits)}: raise label.limit")
-        menu = self.menu()
-        scores = score_matrix(self.labels.read(prompts, menu))
-        rows, features = self._features
-        picked = np.array([rows[prompt.id] for prompt in prompts])
-        table = self.table_of(prompts, scores, rows_of(features, picked))
+        read = np.ones((len(prompts), len(plans)), dtype=np.bool_) if wanted is None else wanted
+        scores = np.zeros(read.shape)
+        for own, column, (plan, some) in zip(read.T, scores.T, by_plan(prompts, plans, read).items(), strict=True):
+            column[own] = self.labels.scores(some, plan)
+        table = self.table_of(prompts, scores, self.features(*splits), wanted)
         if len(table.prompts) < 2:
             raise ConfigError(
                 f"the judges failed on the full model's answers to all but {len(table.prompts)} prompts of "
@@ -266,18 +268,25 @@ class Workspace:
             )
         return table
 
-    def table_of(self, prompts: list[Prompt], scores: NDArray[np.float64], features: Features) -> Table:
-        """Prompts with their scores [N, K] and features, NaN where a judge failed."""
+    def table_of(
+        self, prompts: list[Prompt], scores: NDArray[np.float64], features: Features, labelled: Mask | None = None
+    ) -> Table:
+        """Prompts with their scores [N, K] and features, NaN where a judge failed; see `Table.of`."""
         risk, tolerance = self.config.calibration.risk, self.config.label.tolerance
-        return Table.of(prompts, scores, features, np.array(self.menu().budgets), risk, tolerance)
+        return Table.of(prompts, scores, features, np.array(self.menu().budgets), risk, tolerance, labelled)
 
-    @cached_property
-    def _features(self) -> tuple[dict[str, int], Features]:
-        """Row of each prompt's id, and all features.
+    def features(self, *splits: Split) -> Features:
+        """Features of all prompts of some splits, whatever the judges say.
 
         Raises:
             ConfigError: they were made with another model.
         """
+        rows, features = self._features
+        return rows_of(features, np.array([rows[prompt.id] for prompt in self.labelled_of(*splits)]))
+
+    @cached_property
+    def _features(self) -> tuple[dict[str, int], Features]:
+        """Row of each prompt's id, and all features."""
         table = parquet.read_table(self.path("features.parquet"))
         if (made_with := (table.schema.metadata or {}).get(b"model", b"").decode()) != self.fingerprint:
             raise ConfigError(

@@ -46,17 +46,45 @@ class PricePath:
     shortens: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, predicted: NDArray[np.float32], losses: Floats, budgets: Floats) -> PricePath:
-        """From what a controller expects plans to keep [n, K], what they lose [n, K], and their budgets [K]."""
-        chosen = choices(predicted, budgets)
-        shortens = np.asarray((chosen < len(budgets) - 1).any(axis=1))
-        return cls(losses[np.arange(len(losses)), chosen], shortens)
+    def of(
+        cls,
+        predicted: NDArray[np.float32],
+        losses: Floats,
+        budgets: Floats,
+        labelled: NDArray[np.bool_] | None = None,
+    ) -> PricePath:
+        """From what a controller expects plans to keep [n, K], what they lose [n, K], and their budgets [K].
+
+        Args:
+            labelled: which losses are known [n, K]; None for all. See `on_path`.
+
+        Raises:
+            CalibrationError: a price chooses a plan whose loss is not known.
+        """
+        chosen, rows = choices(predicted, budgets), np.arange(len(losses))
+        if labelled is not None and (unknown := int((~labelled[rows, chosen]).any(axis=0).sum())):
+            raise CalibrationError(
+                f"{unknown} of {len(rows)} prompts lack labels of plans that a price chooses; label what on_path names"
+            )
+        return cls(losses[rows, chosen], np.asarray((chosen < len(budgets) - 1).any(axis=1)))
 
 
 def choices(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.intp]:
     """[T, n]: the plan that each price chooses for each prompt, from what is expected to be kept [n, K]."""
     parts = np.array_split(PRICES, 1 + PRICES.size * predicted.size // TOGETHER)
     return np.concatenate([choose_each(predicted, budgets, prices) for prices in parts])
+
+
+def on_path(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.bool_]:
+    """Whether any price chooses a plan for a prompt, or the plan is the full one [n, K]: the labels of a test.
+
+    It depends on what is expected to be kept [n, K] and on the budgets [K] alone. So a test that reads only these
+    labels is the test that reads all.
+    """
+    found = np.zeros(predicted.shape, dtype=np.bool_)
+    found[np.arange(len(predicted)), choices(predicted, budgets)] = True
+    found[:, -1] = True
+    return found
 
 
 def valid_price(

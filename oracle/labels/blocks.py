@@ -8,11 +8,12 @@ same labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from backbone.execution.shared_prefixes import CHARACTERS_PER_TOKEN, alike
+from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
 from oracle.prompts import Prompt
 
@@ -36,3 +37,18 @@ def blocks(prompts: Sequence[Prompt], batch_size: int, decoding: Decoding) -> li
     ends = [int(np.searchsorted(done, done[-1] * number / count)) for number in range(1, count)]
     parts = zip([0, *ends], [*ends, len(ordered)], strict=True)
     return [ordered[start:end] for start, end in parts if start < end]
+
+
+def wanted_in_blocks(
+    wanted: Mapping[LayerPlan, Sequence[Prompt]], batch_size: int, decoding: Decoding
+) -> Iterator[dict[LayerPlan, list[Prompt]]]:
+    """Prompts whose labels are wanted under plans, in blocks of all these prompts; a plan without any is left out."""
+    members = {plan: set(some) for plan, some in wanted.items()}
+    for block in blocks(together(wanted), batch_size, decoding):
+        found = {plan: [prompt for prompt in block if prompt in own] for plan, own in members.items()}
+        yield {plan: some for plan, some in found.items() if some}
+
+
+def together(wanted: Mapping[LayerPlan, Iterable[Prompt]]) -> list[Prompt]:
+    """Every prompt that is wanted under some plan, once."""
+    return list(dict.fromkeys(prompt for prompts in wanted.values() for prompt in prompts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +17,7 @@ from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.judges import KL, JudgeError, judge_key
 from oracle.labels.answers_from_full import Draft, Shortcut
-from oracle.labels.blocks import blocks
+from oracle.labels.blocks import together, wanted_in_blocks
 from oracle.labels.divergence import diverge
 from oracle.labels.equal_batches import packed
 from oracle.labels.exit_answers import are_exits
@@ -31,7 +31,7 @@ Advance = Callable[[int], None]
 Full = Mapping[Prompt, Label]
 """The labels under the full plan."""
 Missing = Mapping[LayerPlan, Sequence[Prompt]]
-"""Prompts that have no label under a plan."""
+"""Prompts that have no label under a plan, or whose labels under it are asked for."""
 
 
 class Labeller(LabelReader):
@@ -75,21 +75,19 @@ class Labeller(LabelReader):
         return model_key(self._fingerprint, str(self._model.dtype), attached_digest(self._model, plan))
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
-        """Label all prompts under all plans of the menu, block by block; see `oracle.labels.blocks`."""
-        for block in blocks(prompts, self._batch_size, self.decoding):
-            self.label_some(dict.fromkeys(menu.plans, block), menu.plans[-1], advance)
+        """Label all prompts under all plans of the menu, block by block."""
+        self.label_in_blocks(dict.fromkeys(menu.plans, prompts), menu.plans[-1], advance)
 
     def label_full(self, prompts: Sequence[Prompt], full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
-        """Label all prompts under the full plan alone."""
-        for block in blocks(prompts, self._batch_size, self.decoding):
-            self.label_some({full_plan: block}, full_plan, advance)
+        """Label all prompts under the full plan alone, block by block."""
+        self.label_in_blocks({full_plan: prompts}, full_plan, advance)
 
-    def label_some(
-        self,
-        wanted: Mapping[LayerPlan, Sequence[Prompt]],
-        full_plan: LayerPlan,
-        advance: Advance = lambda done: None,
-    ) -> None:
+    def label_in_blocks(self, wanted: Missing, full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
+        """Label some prompts under some plans, block by block; see `oracle.labels.blocks` and `label_some`."""
+        for block in wanted_in_blocks(wanted, self._batch_size, self.decoding):
+            self.label_some(block, full_plan, advance)
+
+    def label_some(self, wanted: Missing, full_plan: LayerPlan, advance: Advance = lambda done: None) -> None:
         """Label some prompts under some plans, the full plan first since others are compared with it.
 
         Of prompts that are wanted under other plans alone, as a search asks for them, its label must be there.
@@ -133,7 +131,7 @@ class Labeller(LabelReader):
         under the full plan.
         """
         missing = {plan: {p for p in self.missing(some, plan) if p.judge != KL} for plan, some in wanted.items()}
-        prompts = _together(missing)
+        prompts = together(missing)
         labels = self.labels(full_plan, prompts)
         full = {prompt: labels[key_of(prompt)] for prompt in prompts if key_of(prompt) in labels}
         for some in ([p for p in prompts if p in full], [p for p in prompts if p not in full]):
@@ -172,7 +170,7 @@ class Labeller(LabelReader):
 
     def _follow(self, missing: Missing, full: Full, advance: Advance) -> None:
         """A few prompts tell which plans are worth leading along the full model's answers; all else is generated."""
-        asked = _together(missing)
+        asked = together(missing)
         trial = set(asked[:: max(1, len(asked) // TRIAL)])
         led = self._lead(_among(missing, trial), full, advance)
         if rest := set(asked) - trial:
@@ -207,7 +205,7 @@ class Labeller(LabelReader):
     def _begun(self, missing: Missing, full: Full) -> Iterator[list[Draft]]:
         """An empty draft for all that is missing, a batch of prompts with all their plans at a time."""
         wanted = {plan: set(prompts) for plan, prompts in missing.items()}
-        for batch in self._batches(_together(missing), full):
+        for batch in self._batches(together(missing), full):
             yield [Draft(prompt, plan) for plan, some in wanted.items() for prompt in batch if prompt in some]
 
     def _finish(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
@@ -235,7 +233,7 @@ class Labeller(LabelReader):
     def _diverge(self, missing: Missing, full: Full, advance: Advance) -> None:
         """Labels of the judge `kl`: all plans along the full model's answers, nothing generated."""
         wanted = {plan: set(prompts) for plan, prompts in missing.items()}
-        for batch in self._batches(_together(missing), full):
+        for batch in self._batches(together(missing), full):
             plans = [plan for plan, prompts in wanted.items() if not prompts.isdisjoint(batch)]
             texts, answers = [prompt.prompt for prompt in batch], [full[prompt].answer_ids for prompt in batch]
             start = time.perf_counter()
@@ -297,11 +295,6 @@ class Labeller(LabelReader):
             forward_tokens=draft.forward_tokens,
             seconds=draft.seconds,
         )
-
-
-def _together(missing: Mapping[LayerPlan, Iterable[Prompt]]) -> list[Prompt]:
-    """Every prompt that is missing under some plan, once."""
-    return list(dict.fromkeys(prompt for prompts in missing.values() for prompt in prompts))
 
 
 def _among(missing: Missing, some: Container[Prompt]) -> dict[LayerPlan, list[Prompt]]:

@@ -1,7 +1,8 @@
 """Who keeps the score with fewer layers: the allocator, token exits, both together, or one plan for all?
 
-All are certified on the same prompts of the split `calibrate` at the same risk, and measured on the same prompts of the
-split `test`. A contestant that cannot be certified runs the full model.
+The allocator and token exits are certified on prompts of the split `calibrate`, the static plan on `train` and `tune`,
+which are labelled under every plan. All are measured on the same prompts of the split `test`. A contestant that cannot
+be certified runs the full model.
 """
 
 from __future__ import annotations
@@ -63,8 +64,11 @@ class Comparison:
     def __init__(self, workspace: Workspace) -> None:
         self._workspace, self._settings = workspace, workspace.config.token_exits
         self.material, self._calibration = Material(workspace), workspace.config.calibration
-        self.calibrate, self.test = (self._limited(workspace.table(split)) for split in ("calibrate", "test"))
         self._budget_plans = list(workspace.menu().plans)
+        self.test, self.fit = self._limited(workspace.table("test")), workspace.table("train", "tune")
+        only_full = np.arange(len(self._budget_plans)) == len(self._budget_plans) - 1
+        cells = np.tile(only_full, (len(workspace.labelled_splits["calibrate"]), 1))
+        self.calibrate = self._limited(workspace.table("calibrate", wanted=cells))
         self._answers = ExitAnswers(
             workspace.path("exit_answers.jsonl"),
             *workspace.adapted,
@@ -102,13 +106,13 @@ class Comparison:
     def _static(self) -> Contestant:
         settings = self._calibration
         best = cheapest_valid_plan(
-            self.calibrate.losses,
+            self.fit.losses,
             settings.alpha,
             settings.delta,
             settings.risk,
-            expected=self._workspace.table("train", "tune").losses.mean(axis=0),
-            full=self.calibrate.full,
-            groups=self.calibrate.groups,
+            expected=self.test.losses.mean(axis=0),
+            full=self.fit.full,
+            groups=self.fit.groups,
         )
         return self._with_plans(
             "best static plan", np.full(len(self.test.prompts), best), {"plan": str(self._budget_plans[best])}

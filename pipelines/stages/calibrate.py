@@ -1,63 +1,67 @@
-"""Stage 7: a certified price for each controller, and the allocator with the best one."""
+"""Stage 7: the labels that the best controller's prices ask for, its certified price, and its allocator."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from backbone.files import write_atomically
 from controller.base import Floats, choose
-from controller.certificate.calibration import PricePath, certify, valid_price
+from controller.certificate.calibration import PricePath, certify, on_path, valid_price
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
+from controller.feature_sets import WIDE
 from controller.learning import Learned
 from oracle.decoding import Decoding
 from oracle.labels.token_agreement import acceptance_rates
 from pipelines.config import Config
+from pipelines.distributed import Workers
 from pipelines.learning_sections import CalibrationSection
 from pipelines.learning_table import Table
 from pipelines.progress import say
+from pipelines.stages.label import label_cells
 from pipelines.stages.train import load_trained
-from pipelines.unseen_tasks import are_among, outlier_test
-from pipelines.workspace import Workspace
+from pipelines.workspace import IN_FULL, Workspace
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
 from runtime.saving.allocator_checks import optional_parts
 
 
-def run(config: Config) -> Path:
+def run(config: Config, workers: Workers | None = None) -> Path:
     """Write `calibration.json` with the best controller's certificate, and save that controller as `allocator/`.
 
     Which controller is best was decided on the other prompts, so the calibrate split has seen no choice but the price.
     """
     workspace = Workspace.of(config)
-    table = workspace.table("calibrate")
     best = json.loads(workspace.path("tuning.json").read_text())["best"]
-    trained = load_trained(workspace)
-    fit = workspace.table("train", "tune")
-    outliers = outlier_test(trained[best], fit, are_among(workspace.splits["tune"], fit), config)
-    trained = tested(trained, outliers)
-    predicted = {name: learned.predict(table.features) for name, learned in trained.items()}
-    certificate = certified(predicted[best], table, config, workspace.decoding)
+    learned, fit = load_trained(workspace)[best], workspace.table("train", "tune")
+    tuned = {prompt.id for prompt in workspace.splits["tune"]}
+    held = np.array([prompt.id in tuned for prompt in fit.prompts])
+    learned = replace(learned, outliers=outlier_test(learned, fit, held, config))
+    table = _labelled_table(workspace, learned, workers)
+    predicted, alphas = learned.predict(table.features), config.evaluation.alphas
+    certificate = certified(predicted, table, config, workspace.decoding)
     if certificate.price is None:
         say(f"  {certificate.sentence}", style="red")
     allocator = Allocator(
         menu=workspace.menu(),
-        controller=trained[best].controller,
+        controller=learned.controller,
         controller_name=best,
-        projection=trained[best].projection,
+        projection=learned.projection,
         certificate=certificate,
         decoding=workspace.decoding,
         fingerprint=workspace.fingerprint,
         model_source=config.model.source,
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
-        acceptance=acceptance_rates(workspace.labels.read(workspace.labelled, workspace.menu())),
-        drift=_drift_alarm(trained[best], certificate, table, config),
-        outliers=outliers,
+        acceptance=acceptance_rates(workspace.labels.read(workspace.labelled_of(*IN_FULL), workspace.menu())),
+        drift=_drift_alarm(learned, certificate, table, config),
+        outliers=learned.outliers,
         chat=_chat_format(workspace),
     )
     certificate = replace(allocator.certificate, assumes=optional_parts(allocator))
@@ -65,15 +69,38 @@ def run(config: Config) -> Path:
     data = {
         "best": best,
         "certificate": {**asdict(certificate), "sentence": certificate.sentence},
-        "prices": {name: price_of(found, table, config.calibration) for name, found in predicted.items()},
+        "prices": [
+            {"alpha": alpha, "price": price_of(predicted, table, config.calibration, alpha, len(alphas))}
+            for alpha in alphas
+        ],
     }
     write_atomically(workspace.path("calibration.json"), json.dumps(data, indent=2) + "\n")
     return workspace.path("allocator")
 
 
-def tested(trained: Mapping[str, Learned], outliers: OutlierTest | None) -> dict[str, Learned]:
-    """Controllers that leave outliers to the full plan."""
-    return {name: replace(learned, outliers=outliers) for name, learned in trained.items()}
+def _labelled_table(workspace: Workspace, learned: Learned, workers: Workers | None) -> Table:
+    """The calibrate prompts, labelled in full and under the plans that some price chooses for them."""
+    cells = on_path(learned.predict(workspace.features("calibrate")), np.array(workspace.menu().budgets))
+    label_cells(workspace, "calibrate", cells, workers)
+    return workspace.table("calibrate", wanted=cells)
+
+
+def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: Config) -> OutlierTest | None:
+    """The test that goes with a controller, of the wide features that it reads, or of all without such.
+
+    None where `calibration.outliers` is 0 or there are no prompts on either side.
+
+    Args:
+        fit: the prompts that it learned from.
+        held: those of them that the threshold is made from [N].
+        config: the rate, `calibration.outliers`, is read.
+    """
+    rate = config.calibration.outliers
+    if not rate or (~held).sum() < 2 or not held.any():
+        return None
+    known, others = fit.rows(np.flatnonzero(~held)).features, fit.rows(np.flatnonzero(held)).features
+    read = learned.projection.sets
+    return OutlierTest.fit(known, others, [name for name in read if name in WIDE] or read, rate)
 
 
 def certified(predicted: Floats, table: Table, config: Config, decoding: Decoding) -> Certificate:
@@ -87,7 +114,7 @@ def certified(predicted: Floats, table: Table, config: Config, decoding: Decodin
     """
     calibration = config.calibration
     return certify(
-        PricePath.of(predicted, table.losses, table.budgets),
+        PricePath.of(predicted, table.losses, table.budgets, table.labelled),
         alpha=calibration.alpha,
         delta=calibration.delta,
         risk=calibration.risk,
@@ -118,7 +145,7 @@ def price_of(
             with 1 is valid only where it was named before: the best of two at delta 10% fails in 16% of the cases.
     """
     return valid_price(
-        PricePath.of(predicted, table.losses, table.budgets),
+        PricePath.of(predicted, table.losses, table.budgets, table.labelled),
         calibration.alpha if alpha is None else alpha,
         calibration.delta / together,
         table.tasks if calibration.per_task else None,

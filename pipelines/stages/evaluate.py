@@ -28,13 +28,15 @@ from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
 from pipelines.layers_run import check_layers_run
 from pipelines.learning_table import Table
+from pipelines.measured_policies import outcome
 from pipelines.omissions import Omissions
+from pipelines.pooled_gain import out_of_fold
 from pipelines.shown_prompts import shown
-from pipelines.stages.calibrate import tested
-from pipelines.stages.train import load_trained
+from pipelines.stages.calibrate import price_of
+from pipelines.stages.train import load_trained, tuned_settings
 from pipelines.stand_in_gain import before_and_after
 from pipelines.wall_clock import feature_ms, prompt_ms, speeds
-from pipelines.workspace import Workspace
+from pipelines.workspace import IN_FULL, Workspace
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
 
@@ -49,18 +51,21 @@ Choices = NDArray[np.intp]
 def run(config: Config) -> Path:
     """Writes `metrics.json`, and `choices.json` with every policy's choice for every test prompt."""
     workspace = Workspace.of(config)
-    test, calibrate = workspace.table("test"), workspace.table("calibrate")
+    test, fit = workspace.table("test"), workspace.table("train", "tune")
     allocator = Allocator.from_pretrained(workspace.path("allocator"))
     calibration = json.loads(workspace.path("calibration.json").read_text())
-    trained = tested(load_trained(workspace), allocator.outliers)
+    trained = load_trained(workspace, allocator.outliers)
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
-    chosen = {name: choose(kept, test.budgets, calibration["prices"][name]) for name, kept in predicted.items()}
+    expected = {name: out_of_fold(own, fit.features, fit) for name, own in tuned_settings(workspace).items()}
+    prices = {name: price_of(own, fit, config.calibration) for name, own in expected.items()}
     best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
+    prices[best] = calibration["certificate"]["price"]
+    chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
     certified = [allocator.menu.plans[plan] for plan in chosen[best]]
     check_layers_run(allocator, *workspace.adapted, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
     examples = shown(workspace, allocator, test, chosen[best])
-    chosen |= _yardsticks(config, test, calibrate, workspace.table("train", "tune"), chosen[best])
+    chosen |= _yardsticks(config, test, fit, chosen[best])
     cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
     metrics: dict[str, Any] = {
         name: {**asdict(card), "tokens_per_s": _tokens_per_s(card, speed, config)} for name, card in cards.items()
@@ -76,7 +81,13 @@ def run(config: Config) -> Path:
         "frontier": frontier,
         "worst_task": _worst_task(chosen[best], test),
         "judges": dict(Counter(prompt.judge for prompt in test.prompts)),
-        "comparison": comparison(workspace, best, calibrate, test, allocator.outliers, left_out),
+        "comparison": comparison(workspace, best, expected, fit, test, left_out)
+        | {
+            "certified": [
+                row | outcome(choose(predicted[best], test.budgets, row["price"]), test)
+                for row in calibration["prices"]
+            ]
+        },
         "left_out": left_out,
         "outliers": _outliers(allocator.outliers, test),
         "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
@@ -144,14 +155,14 @@ def _worst_task(chosen: Choices, test: Table) -> dict[str, Any] | None:
     return {"task": worst, "tasks": len(rows), "n": len(rows[worst]), "kept": {"value": kept[worst], **interval}}
 
 
-def _yardsticks(config: Config, test: Table, calibrate: Table, fit: Table, best: Choices) -> dict[str, Choices]:
+def _yardsticks(config: Config, test: Table, fit: Table, best: Choices) -> dict[str, Choices]:
     """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
     n_prompts, n_plans = test.sufficient.shape
     shares = np.bincount(best, minlength=n_plans) / len(best)
     return {
         "full": np.full(n_prompts, n_plans - 1),
-        "best_static": np.full(n_prompts, best_static(config, calibrate, fit)),
-        "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), calibrate), n_prompts),
+        "best_static": np.full(n_prompts, best_static(config, fit, test)),
+        "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), fit), n_prompts),
         "random": _draws(shares, n_prompts),
         "oracle": _oracle(test, config.label.tolerance),
     }
@@ -178,21 +189,22 @@ def _draws(weights: NDArray[np.float64], n_prompts: int) -> Choices:
     return np.random.default_rng(0).choice(len(weights), RANDOM_DRAWS * n_prompts, p=weights)
 
 
-def best_static(config: Config, calibrate: Table, fit: Table) -> int:
-    """The cheapest plan that, run by all, is certified as a controller's price is; the full plan if none is.
+def best_static(config: Config, tested: Table, others: Table) -> int:
+    """The cheapest plan that, run by all, is certified on `tested` as a controller's price is; else the full plan.
 
-    Plans are tested in the order of their losses on `fit`, the prompts that controllers learn from.
+    Plans are tested in the order of their losses on other prompts. A run tests on `train` and `tune`, which are
+    labelled under every plan and which a static plan has no use for otherwise, in the order of the split `test`.
     """
     settings = config.calibration
     return cheapest_valid_plan(
-        calibrate.losses,
+        tested.losses,
         settings.alpha,
         settings.delta,
         settings.risk,
-        expected=fit.losses.mean(axis=0),
-        tasks=calibrate.tasks if settings.per_task else None,
-        full=calibrate.full,
-        groups=calibrate.groups,
+        expected=others.losses.mean(axis=0),
+        tasks=tested.tasks if settings.per_task else None,
+        full=tested.full,
+        groups=tested.groups,
     )
 
 
@@ -229,10 +241,13 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
     Tokens are weighted by the share of the layers that they pass. Answers that were cut short count in the comparison
     as far as they are known, so that the true ratio is a little lower; under `kl`, where none is generated, as long as
     the full model's. A pass is the full model's over a prompt and its own answer; what prompts share counts once.
+    The split `calibrate` is not in these figures; `calibrate_share` is the share of its prompts and
+    plans that are labelled.
     """
-    menu = workspace.menu()
+    menu, calibrate = workspace.menu(), workspace.labelled_splits["calibrate"]
+    missing = [len(workspace.labels.missing(calibrate, plan)) for plan in menu.plans]
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
-    labels = workspace.labels.read(workspace.labelled, menu)
+    labels = workspace.labels.read(workspace.labelled_of(*IN_FULL), menu)
     spent = sum(label.forward_tokens for row in labels for label in row)
     exhaustive = sum(
         (label.prompt_tokens + len((row[-1] if label.judge == KL else label).answer_ids)) * share
@@ -246,4 +261,5 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
         "seconds": round(seconds, 1),
         "ratio_to_exhaustive": round(spent / exhaustive, 3),
         "passes_a_prompt": round(spent / passes, 3),
+        "calibrate_share": round(1 - sum(missing) / (len(calibrate) * len(menu)), 3),
     }

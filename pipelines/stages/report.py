@@ -30,7 +30,6 @@ from pipelines.omissions import Omissions
 from pipelines.progress import waiting
 from pipelines.run_state import RunState
 from pipelines.shown_prompts import RULE
-from pipelines.stages.calibrate import tested
 from pipelines.stages.train import load_trained
 from pipelines.summary import load_metrics
 from pipelines.tracking import log_run
@@ -99,8 +98,8 @@ def _figures(
     left_out: Omissions,
 ) -> dict[str, str]:
     """Name -> picture, of those that can be drawn."""
-    trained = load_trained(workspace)
-    decided = tested(trained, Allocator.from_pretrained(workspace.path("allocator")).outliers)
+    outliers = Allocator.from_pretrained(workspace.path("allocator")).outliers
+    trained, decided = load_trained(workspace), load_trained(workspace, outliers)
     menu, statics = workspace.menu(), static_points(table.scores, table.budgets)
     used: dict[str, list[float]] = defaultdict(list)
     for prompt, index in zip(table.prompts, chosen, strict=True):
@@ -168,7 +167,7 @@ def _labelled(table: str) -> str:
 def _compared(comparison: dict[str, Any]) -> dict[str, dict[float, dict[str, Any]]]:
     """Policy -> mean loss asked for -> what it captures there."""
     found: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
-    for row in [*comparison["at_losses"], *comparison["unseen_tasks"], *comparison.get("template", [])]:
+    for row in [*comparison["at_losses"], *comparison.get("template", [])]:
         found[row["policy"]][row["alpha"]] = row
     return dict(found)
 

@@ -15,7 +15,6 @@ from pipelines.learning_table import Table
 from pipelines.omissions import Omissions
 from pipelines.pooled_gain import knows_the_prompt, out_of_fold, pooled_gain
 from pipelines.settings_regret import Work, regret_bounds
-from pipelines.unseen_tasks import TESTED, UNTESTED, unseen_tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,43 +100,6 @@ def test_a_control_that_nothing_can_be_learned_from_is_left_out(capsys) -> None:
 def test_an_error_of_the_program_ends_the_run(error: type[Exception]) -> None:
     with pytest.raises(error), Omissions().guard("a picture"):
         raise error("a fault")
-
-
-def test_tasks_that_were_never_seen_are_decided_without_them() -> None:
-    settings = Settings("logistic", ("states",), 6)
-    fit, calibrate, test = table(300, 0), table(300, 1), table(150, 2)
-    config = load_config(ROOT / "configs/demo.yaml", ["evaluation.alphas=[.05]", "calibration.risk=score_lost"])
-    found = unseen_tasks(settings, fit, np.arange(300) % 3 == 0, calibrate, test, config, Omissions())
-    with_test, without = found["at_losses"]
-    assert (with_test["policy"], without["policy"]) == (TESTED, UNTESTED)
-    assert without["value"] > 0.6
-    assert [row["task"] for row in found["tasks"]] == ["a", "b", "c"]
-    for row in found["tasks"]:
-        assert row["sent"] < 0.3, "these tasks differ by their name alone"
-        assert row[UNTESTED]["budget"] <= row[TESTED]["budget"] < 1
-    one = test.rows(np.flatnonzero(test.tasks == "a"))
-    assert unseen_tasks(settings, fit, np.arange(300) % 3 == 0, calibrate, one, config, Omissions())["tasks"] == []
-
-
-def test_a_task_unlike_the_others_is_sent_to_the_full_model() -> None:
-    """Its prompts look easy to a controller that never saw them, and lose everything."""
-    random = np.random.default_rng(0)
-
-    def with_strange(seed: int) -> Table:
-        some = table(240, seed)
-        strange = some.tasks == "c"
-        some.features["states"][strange] = 8 + random.normal(size=(strange.sum(), 6))
-        some.scores[strange, 0] = 0
-        return some
-
-    config = load_config(ROOT / "configs/demo.yaml", ["calibration.risk=score_lost"])
-    fit, calibrate, test = (with_strange(seed) for seed in range(3))
-    held = np.arange(240) % 4 == 1
-    rows = unseen_tasks(Settings("logistic", ("states",), 6), fit, held, calibrate, test, config, Omissions())["tasks"]
-    (strange,) = [row for row in rows if row["task"] == "c"]
-    assert strange["sent"] > 0.95
-    assert strange[UNTESTED]["quality_ratio"] < 0.2
-    assert strange[TESTED]["quality_ratio"] > 0.95
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pipelines.config import ConfigError, load_config
 from pipelines.distant_labels import distant_labeller
 from pipelines.feature_parts import FeatureParts
 from pipelines.stages import adapt, features, label
-from pipelines.workspace import Workspace
+from pipelines.workspace import IN_FULL, Workspace
 
 COLUMNS = "model, prompt, plan, decoding, judge, answer, answer_ids, score, prompt_tokens, forward_tokens"
 
@@ -108,7 +108,7 @@ def test_a_plan_that_is_added_is_compared_with_the_answers_that_are_there(alone,
     workers = Scattered()
     labeller = distant_labeller(workspace, workers, workspace.stand_ins)
     steps: list[int] = []
-    labeller.label(workspace.labelled, workspace.menu(), steps.append)
+    labeller.label(workspace.labelled_of(*IN_FULL), workspace.menu(), steps.append)
     assert sum(steps) == deleted > 0
     assert {row[:5] for row in content(alone.folder / "labels.db")} == {row[:5] for row in before}
     scores = [{(*row[:5], row[7]) for row in rows} for rows in (content(alone.folder / "labels.db"), before)]

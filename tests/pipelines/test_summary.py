@@ -209,7 +209,7 @@ def test_no_sentence_is_contradicted_by_the_metrics(case: str) -> None:
 
 def test_gains_stand_with_their_intervals() -> None:
     text = closing(_with(**_against(task=NO_GAIN)), "report.html")
-    assert "On all 758 labelled prompts, out of fold at a mean loss of 3%, against:" in text
+    assert "On 758 prompts to train, tune and test, out of fold at a mean loss of 3%, against:" in text
     (line,) = [line for line in text.splitlines() if line.startswith("  the name of the task alone")]
     assert line.endswith("+0.0% (-1.0 to 1.0) of the decoder saved, +0.0% (-2.0 to 1.0) of the score gained")
 

@@ -1,0 +1,163 @@
+"""The split `calibrate` is labelled where prices choose: the same certificate, fewer labels, nothing lost by a stop."""
+
+import json
+import pickle
+import shutil
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import yaml
+from tiny_run import tiny_settings, write_prompts
+
+from controller.certificate.calibration import PricePath, on_path
+from controller.certificate.p_values import CalibrationError
+from oracle.labels.store import LabelStore
+from oracle.prompts import Prompt
+from pipelines.config import load_config
+from pipelines.learning_table import Table
+from pipelines.runner import run_one
+from pipelines.stages import calibrate
+from pipelines.stages.label import label_cells
+from pipelines.workspace import Workspace
+
+MENUS = {
+    "gaps": ["0-1", "0-1,5", "0-2,5", "0-3,5", "0-1,3-5", "0-4"],
+    "exits": ["0-1", "0-2", "0-3", "0-4"],
+    "nested": ["0-1", "0-2,5", "0-2,4-5"],
+}
+MOST = 0.5
+"""Share of the labels on the path, where there are several plans; measured .29 to .37."""
+STORED = "model, prompt, plan, decoding, judge, answer, answer_ids, score"
+BUDGETS = np.linspace(0.5, 1, 6)
+
+
+@pytest.fixture(scope="module", params=MENUS)
+def trained(request, model_folder, tmp_path_factory) -> Path:
+    """The configuration of a run whose controllers are trained; no prompt to calibrate is labelled."""
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = tiny_settings(folder, model_folder, write_prompts(folder / "prompts.jsonl"))
+    settings |= {
+        "menu": {"method": "given", "given": MENUS[request.param], "probe_depth": 1},
+        "tuning": {"controllers": ["lightgbm", "logistic", "mlp"], "components": [4], "folds": 2},
+        "label": {"batch_size": 4},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    for stage in ("menu", "adapt", "label", "features", "tune", "train"):
+        run_one(load_config(folder / "tiny.yaml"), stage)
+    return folder / "tiny.yaml"
+
+
+def copied(trained: Path, folder: Path, best: str) -> Workspace:
+    """The same run elsewhere, in which another controller has won."""
+    shutil.copytree(trained.parent / "runs", folder / "runs")
+    config = load_config(trained).model_copy(update={"runs": folder / "runs"})
+    tuning = json.loads((config.folder / "tuning.json").read_text())
+    (config.folder / "tuning.json").write_text(json.dumps(tuning | {"best": best}))
+    return Workspace(config)
+
+
+def certificate_of(workspace: Workspace, **options) -> dict:
+    with patch.object(Workspace, "of", lambda config: workspace):
+        calibrate.run(workspace.config, **options)
+    return json.loads(workspace.path("calibration.json").read_text())
+
+
+def labels_to_calibrate(workspace: Workspace) -> list[tuple]:
+    hashes = {prompt.hash for prompt in workspace.labelled_of("calibrate")}
+    with sqlite3.connect(workspace.path("labels.db")) as store:
+        return sorted(row for row in store.execute(f"SELECT {STORED} FROM labels") if row[1] in hashes)
+
+
+@pytest.mark.parametrize("best", ["lightgbm", "logistic", "mlp"])
+def test_labels_on_the_path_make_the_certificate_of_all_labels(trained, best, tmp_path) -> None:
+    part, full = (copied(trained, tmp_path / name, best) for name in ("part", "full"))
+    assert labels_to_calibrate(part) == []
+    cells = np.ones((len(full.labelled_of("calibrate")), len(full.menu())), dtype=np.bool_)
+    label_cells(full, "calibrate", cells, None)
+    assert len(labels_to_calibrate(full)) == cells.sum()
+    found, expected = certificate_of(part), certificate_of(full)
+    assert found == expected
+    assert found["certificate"]["price"] is not None, "an empty certificate would be equal, too"
+    some, every = ({(*row[:3], row[-1]) for row in labels_to_calibrate(run)} for run in (part, full))
+    assert some < every, "answers may be cut short elsewhere, scores are the same"
+    assert len(every) == cells.sum(), "and nothing is labelled twice"
+    assert len(some) <= MOST * len(every) or len(part.menu()) < len(MENUS["gaps"]), "fewer plans, less to leave out"
+
+
+class Elsewhere:
+    """A worker that shares nothing with this process."""
+
+    def map(self, task, pieces):
+        for number, piece in enumerate(pieces):
+            yield number, pickle.loads(pickle.dumps(task))(pickle.loads(pickle.dumps(piece)))
+
+
+@pytest.mark.parametrize("trained", ["gaps"], indirect=True)
+def test_a_stop_while_prompts_to_calibrate_are_labelled_loses_nothing(trained, tmp_path) -> None:
+    whole, stopped, shared = (copied(trained, tmp_path / name, "mlp") for name in ("whole", "stopped", "shared"))
+    expected, add, added = certificate_of(whole), LabelStore.add, []
+
+    def add_twice(store: LabelStore, labels) -> None:
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        add(store, labels)
+        added.append(len(labels))
+
+    with patch.object(LabelStore, "add", add_twice), pytest.raises(KeyboardInterrupt):
+        certificate_of(stopped)
+    assert 0 < len(labels_to_calibrate(stopped)) == sum(added) < len(labels_to_calibrate(whole))
+    assert not stopped.path("calibration.json").exists()
+    assert certificate_of(stopped) == expected
+    assert labels_to_calibrate(stopped) == labels_to_calibrate(whole)
+    assert certificate_of(shared, workers=Elsewhere()) == expected
+    assert labels_to_calibrate(shared) == labels_to_calibrate(whole)
+    with patch.object(Workspace, "labeller", property(lambda self: pytest.fail("the model was loaded"))):
+        assert certificate_of(whole) == expected
+
+
+def predictions(n: int) -> np.ndarray:
+    """Every second plan is expected to keep less than a cheaper one; the last prompt is an outlier."""
+    kept = 0.5 - np.linspace(0.2, 0, 6) * np.random.default_rng(0).uniform(0.2, 1, (n, 1))
+    kept[:, 1:-1:2] -= 0.2
+    kept[-1, :-1] = np.nan
+    return kept.astype(np.float32)
+
+
+def test_half_of_the_labels_lie_on_the_path_where_plans_are_poor() -> None:
+    cells = on_path(predictions(40), BUDGETS)
+    assert cells[:, -1].all()
+    assert not cells[:, 1:-1:2].any()
+    assert cells[-1].sum() == 1
+    assert len(BUDGETS) * 40 / 6 <= cells.sum() <= len(BUDGETS) * 40 / 2
+
+
+@pytest.mark.parametrize("unknown", [np.nan, -9.0, 9.0])
+def test_losses_off_the_path_are_not_read(unknown: float) -> None:
+    predicted, losses = predictions(40), np.random.default_rng(1).random((40, 6))
+    cells = on_path(predicted, BUDGETS)
+    expected = PricePath.of(predicted, losses, BUDGETS)
+    found = PricePath.of(predicted, np.where(cells, losses, unknown), BUDGETS, cells)
+    np.testing.assert_array_equal(found.losses, expected.losses)
+    np.testing.assert_array_equal(found.shortens, expected.shortens)
+
+
+def test_a_price_that_chooses_an_unlabelled_plan_is_refused() -> None:
+    predicted = predictions(40)
+    cells = on_path(predicted, BUDGETS)
+    cells[[3, 5], 0] = False
+    with pytest.raises(CalibrationError, match="2 of 40 prompts lack labels"):
+        PricePath.of(predicted, np.zeros((40, 6)), BUDGETS, cells)
+
+
+def test_a_table_keeps_which_scores_are_known() -> None:
+    prompts = [Prompt(str(row), "a", str(row), "", "exact") for row in range(3)]
+    scores = np.array([[0.5, 1.0], [0.0, np.nan], [0.0, 0.4]])
+    labelled = np.array([[True, True], [False, True], [False, True]])
+    table = Table.of(prompts, scores, {}, np.array([0.5, 1.0]), "mean_score", labelled=labelled)
+    np.testing.assert_array_equal(table.labelled, [[True, True], [False, True]])
+    np.testing.assert_array_equal(table.rows(np.array([1])).labelled, [[False, True]])
+    assert replace(table, labelled=None).rows(np.array([1])).labelled is None
