@@ -149,7 +149,7 @@ def _run(folder: Path, words: list[str], limits: Limits, out: Connection, err: C
         _drop_capabilities()
     if limits.sync_seconds:
         _slow_down_sync(limits.sync_seconds)
-    from layerbudget.cli import main
+    from layerbudget.__main__ import main
 
     main()
 
