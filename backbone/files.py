@@ -45,7 +45,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def remove_strays(folder: Path) -> None:
     """Remove what processes that were killed while `replacing` have left in a folder."""
-    for stray in folder.glob(f".*{UNFINISHED}"):
+    for stray in folder.glob(f".*{UNFINISHED}*"):
         if stray.is_file() and time.time() - stray.stat().st_mtime > STRAY_SECONDS:
             stray.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backbone.interrupts import safe_place
 from layerbudget.options import (
     AllocatorSource,
     ChatTemplateFile,
@@ -110,7 +111,11 @@ def answers_bar() -> Iterator[tuple[Callable[[int, int], None], Callable[[int], 
             bar.length = total
             bar.update(done)
 
-        yield begin, bar.update
+        def advance(done: int) -> None:
+            bar.update(done)
+            safe_place()
+
+        yield begin, advance
 
 
 def print_answers(

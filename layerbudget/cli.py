@@ -10,10 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 import layerbudget
-from layerbudget import check_not_shadowed
+from backbone.errors import InputError
+from backbone.interrupts import INTERRUPTED, say_stopped, stoppable
 from layerbudget.answer_commands import generate
 from layerbudget.comparing import compare
-from layerbudget.failures import sentence_of
+from layerbudget.failures import sentence_of, visible
 from layerbudget.inspecting import inspect
 from layerbudget.options import with_ray_address
 from layerbudget.serving_commands import export, serve
@@ -26,9 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 PIPELINES = "datasets jinja2 mapie matplotlib mlflow optuna peft pyarrow pydantic rich rouge_score scipy sklearn yaml"
 EXTRAS = {"serve": "fastapi httpx2 prometheus_client uvicorn", "pipelines": PIPELINES}
@@ -68,15 +66,11 @@ def main() -> None:
     130. Any other exception is a fault of ours and shows where it happened."""
     _write_what_is_not_encoded_as_its_number()
     try:
-        check_not_shadowed()
-        from backbone.errors import InputError
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    try:
-        try:
-            app(with_ray_address(sys.argv[1:]))
-        finally:
-            sys.stdout.flush()
+        with stoppable():
+            try:
+                app(with_ray_address(sys.argv[1:]))
+            finally:
+                sys.stdout.flush()
     except InputError as error:
         _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -87,7 +81,7 @@ def main() -> None:
         _stop_quietly()
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("stopped; the same command goes on from here", err=True)
+            say_stopped()
         raise
     except Exception as error:
         sentence = sentence_of(error)
@@ -104,7 +98,7 @@ def _write_what_is_not_encoded_as_its_number() -> None:
 
 
 def _refuse(sentence: str) -> NoReturn:
-    typer.echo(f"error: {' '.join(sentence.split())}", err=True)
+    typer.echo(f"error: {visible(' '.join(sentence.split()))}", err=True)
     sys.exit(2)
 
 

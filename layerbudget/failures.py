@@ -37,6 +37,11 @@ _WRITTEN = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)|errno: (\d+)")
 """How libraries that are not written in Python tell the number of an error of the system."""
 
 
+def visible(text: str) -> str:
+    """A line of text from somebody else for a terminal: control characters as their escapes, such as `\\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def sentence_of(error: BaseException) -> str | None:
     """What the machine refused, where that is what `error` comes from; None for any other error."""
     for cause in _chain(error):

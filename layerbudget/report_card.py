@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from layerbudget.failures import visible
+
 
 def print_report_card(path: Path) -> None:
     """Print the test figures in `metrics.json`, of the run that an allocator lies in; nothing if it is gone.
@@ -24,12 +26,13 @@ def print_report_card(path: Path) -> None:
         lines = list(_report_card(parse(path.read_text(encoding="utf-8")), path))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged; `layerbudget evaluate CONFIG` makes it again") from None
+    typer.echo()
     for line in lines:
-        typer.echo(line)
+        typer.echo(visible(line))
 
 
 def _report_card(metrics: dict[str, Any], path: Path) -> Iterator[str]:
-    yield f"\nReport card, on {metrics['prompts']['test']:d} unseen prompts ({path}):"
+    yield f"Report card, on {metrics['prompts']['test']:d} unseen prompts ({path}):"
     yield f"  {'policy':<16}{'score':>8}{'of full':>9}{'layers':>8}{'budget':>8}{'lost':>8}{'tokens/s':>10}"
     cards = {name: card for name, card in metrics.items() if isinstance(card, dict) and "quality_ratio" in card}
     if missing := {"full", metrics["best"]} - set(cards):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from backbone.interrupts import left_to_a_server, safe_place
 from layerbudget.options import AllocatorSource, ChatTemplateFile, Device, ModelSource
 
 
@@ -68,7 +69,9 @@ def serve(
     network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
     allow_connections(limits)
     app = make_app(Chooser(loaded, network, tokenizer, limits), upstreams, is_checked=is_checked)
-    make_server(app, limits, host, port).run()
+    safe_place()
+    with left_to_a_server():
+        make_server(app, limits, host, port).run()
 
 
 def export(

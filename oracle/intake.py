@@ -87,9 +87,13 @@ def _fields(row: Row, name: str, number: int) -> dict[str, Any]:
         messages = _turns(messages)
     if judge is not None and not isinstance(judge, str):
         raise PromptError(f"the judge should be a text, got {judge!r:.80}")
+    if len(task := _text("task", row) or name) > strict_json.LONGEST_NAME:
+        raise PromptError(
+            f"the task {task!r:.40} has {len(task)} characters; at most {strict_json.LONGEST_NAME} are right"
+        )
     return {
         "id": _text("id", row) or f"{name}-{number}",
-        "task": _text("task", row) or name,
+        "task": task,
         "group": _text("group", row) or "",
         "prompt": None if messages and row.get("prompt") == "" else row.get("prompt"),
         "messages": messages,

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from backbone.interrupts import safe_place
+
 console = Console(highlight=False)
 
 EVERY_S = 30.0
@@ -37,9 +39,9 @@ def say_failures(failures: Sequence[str]) -> None:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows work of `total` steps; call what it yields with the number of steps done."""
+    """Shows work of `total` steps; call what it yields with the number of steps done, where the work may be stopped."""
     if not console.is_terminal:
-        yield Lines(description, total)
+        yield _stoppable(Lines(description, total))
         return
     columns = (
         TextColumn("  {task.description}", markup=False),
@@ -50,7 +52,15 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(description, total=total)
-        yield lambda done: bars.advance(task, done)
+        yield _stoppable(lambda done: bars.advance(task, done))
+
+
+def _stoppable(show: Callable[[int], None]) -> Callable[[int], None]:
+    def advance(done: int) -> None:
+        show(done)
+        safe_place()
+
+    return advance
 
 
 class Lines:
@@ -83,6 +93,7 @@ def duration(seconds: float) -> str:
 @contextmanager
 def waiting(description: str) -> Iterator[None]:
     """A spinner with the time passed, for work whose length is not known; elsewhere than on a terminal a line."""
+    safe_place()
     if not console.is_terminal:
         say(f"  {description}")
         yield

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from rich.markup import escape
 
 from backbone.files import remove_strays, write_atomically
+from backbone.interrupts import safe_place
 from oracle.labels.store import LabelStore
 from oracle.prompts import Shard, Split
 from oracle.search import SEARCHERS
@@ -160,5 +161,6 @@ def _run_stage(config: Config, stage: Stage, state: RunState, **options: Any) ->
     run: Callable[..., Path] = import_module(f".stages.{stage.name}", __package__).run
     path = run(config, **options)
     state.record(stage, time.perf_counter() - start)
+    safe_place()
     console.print(f"  {escape(str(path))}  [dim]{time.perf_counter() - start:.0f} s[/]")
     return path

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from backbone.errors import InputError, reason_of
+from backbone.interrupts import deaf_children
 from controller.learning import Settings
 from pipelines.config import ConfigError
 from pipelines.learning_sections import TuningSection
@@ -166,9 +167,10 @@ def _try_in_processes(
         context.Process(target=_worker, args=(wanted, work, started + number, errors), daemon=True)
         for number in range(workers)
     ]
-    for process in processes:
-        process.start()
     try:
+        with deaf_children():
+            for process in processes:
+                process.start()
         working = True
         while working:
             time.sleep(0.2)
@@ -178,7 +180,8 @@ def _try_in_processes(
             done = now
     finally:
         for process in processes:
-            process.terminate()
+            if process.pid is not None:
+                process.terminate()
     if not errors.empty():
         raise InputError(errors.get())
     if failed := [process.exitcode for process in processes if process.exitcode and process.exitcode > 0]:

@@ -70,7 +70,13 @@ STAGES: tuple[Stage, ...] = (
         ("calibrate",),
         ("metrics.json", "choices.json"),
     ),
-    Stage("report", "write the report, log the run", ("tracking", "name"), ("evaluate",), ("report.html",)),
+    Stage(
+        "report",
+        "write the report, log the run",
+        ("tracking", "name"),
+        ("evaluate",),
+        ("report.html", "logged.json"),
+    ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 

@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from backbone.errors import reason_of
+from backbone.files import lock_of, remove_strays, replacing, write_atomically
 from pipelines.config import Config, ConfigError
 
 ANSWER_SECONDS = 5
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 """Where servers listen whose URI names no port."""
+LOGGED = "logged.json"
+"""In the run folder: where the run was logged. It is there only once all of it is."""
 
 
 def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str], folder: Path) -> None:
-    """Log one run to `tracking.uri`.
+    """Log one run to `tracking.uri`, and say so in the file `LOGGED`; one process at a time uses a database.
 
     Args:
         config: of the run.
@@ -33,23 +39,36 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
     Raises:
         ConfigError: the tracking store cannot be used.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    check_answers("tracking.uri", config.tracking.uri)
-    with _store_usable(config.tracking.uri):
-        import mlflow
+    uri, database = config.tracking.uri, _embedded_database(config.tracking.uri)
+    (folder / LOGGED).unlink(missing_ok=True)
+    try:
+        check_answers("tracking.uri", uri)
+        with _store_usable(uri), nullcontext() if database is None else lock_of(database):
+            if database is not None:
+                _prepare(database)
+            run = _log(config, metrics, figures, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the run's results are in {folder}, the next `layerbudget run` logs it") from error
+    write_atomically(folder / LOGGED, json.dumps({"uri": uri, "run": run}) + "\n")
 
-        mlflow.set_tracking_uri(config.tracking.uri)
-        with mlflow.start_run(experiment_id=_experiment(config), run_name=config.name):
-            mlflow.log_params(dict(_flat(config.model_dump(mode="json"))))
-            numbers = {key: float(value) for key, value in _flat(metrics) if isinstance(value, int | float)}
-            mlflow.log_metrics(numbers)
-            for key, value, step in _training(json.loads((folder / "adapt.json").read_text())):
-                mlflow.log_metric(key, value, step=step)
-            for name, text in figures.items():
-                mlflow.log_text(text, f"figures/{name}.svg")
-            for name in ("config.yaml", "metrics.json", "report.html"):
-                mlflow.log_artifact(str(folder / name))
-            mlflow.log_artifacts(str(folder / "allocator"), "allocator")
+
+def _log(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str], folder: Path) -> str:
+    """The id of the run in MLflow."""
+    import mlflow
+
+    mlflow.set_tracking_uri(config.tracking.uri)
+    with mlflow.start_run(experiment_id=_experiment(config), run_name=config.name) as run:
+        mlflow.log_params(dict(_flat(config.model_dump(mode="json"))))
+        numbers = {key: float(value) for key, value in _flat(metrics) if isinstance(value, int | float)}
+        mlflow.log_metrics(numbers)
+        for key, value, step in _training(json.loads((folder / "adapt.json").read_text())):
+            mlflow.log_metric(key, value, step=step)
+        for name, text in figures.items():
+            mlflow.log_text(text, f"figures/{name}.svg")
+        for name in ("config.yaml", "metrics.json", "report.html"):
+            mlflow.log_artifact(str(folder / name))
+        mlflow.log_artifacts(str(folder / "allocator"), "allocator")
+    return str(run.info.run_id)
 
 
 def check_answers(key: str, uri: str) -> None:
@@ -76,33 +95,96 @@ def check_answers(key: str, uri: str) -> None:
 
 
 def check_store(uri: str) -> None:
-    """Whether MLflow knows a store like this, and can open it. An embedded database is made when a run is logged, so
-    nothing is asked about it: MLflow takes seconds to import.
+    """Whether MLflow can use a store: a database of an older schema is brought to this one's in a copy, to be sure.
+
+    A database that is not there is made when a run is logged.
 
     Raises:
         ConfigError: the tracking store cannot be used.
     """
-    if _embedded_database(uri) is not None:
-        return
-    check_answers("tracking.uri", uri)
-    with _store_usable(uri):
-        from mlflow import MlflowClient
+    database = _embedded_database(uri)
+    if database is None:
+        check_answers("tracking.uri", uri)
+        with _store_usable(uri):
+            from mlflow import MlflowClient
 
-        MlflowClient(tracking_uri=uri)
+            MlflowClient(tracking_uri=uri)
+    elif database.exists():
+        with _store_usable(uri):
+            if not _is_current(database):
+                with tempfile.TemporaryDirectory() as folder:
+                    _copy_migrated(database, Path(folder) / database.name)
 
 
 @contextmanager
 def _store_usable(uri: str) -> Iterator[None]:
     """What MLflow cannot do with its store, in one sentence."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         yield
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = reason_of(error)
-        raise ConfigError(f"cannot log to tracking.uri {uri!r}: {reason}") from error
+    except Exception as error:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, MlflowException | SQLAlchemyError | sqlite3.Error | ImportError | OSError):
+            raise
+        remedy = "" if (database := _embedded_database(uri)) is None else f"; mend that, or move {database} away"
+        raise ConfigError(f"cannot log to tracking.uri {uri!r}: {reason_of(error):.200}{remedy}") from error
+
+
+def _prepare(database: Path) -> None:
+    """Make a database, or bring it to the schema of this MLflow: in a copy, which takes its place when it is whole.
+
+    MLflow's own migrations leave a database that nothing opens when they are interrupted.
+    """
+    if _is_current(database):
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    remove_strays(database.parent)
+    with replacing(database) as copy:
+        _copy_migrated(database, copy)
+
+
+def _is_current(database: Path) -> bool:
+    """Whether a database was migrated to the end."""
+    if not database.exists():
+        return False
+    with closing(sqlite3.connect(database)) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchall():
+            return False
+        found = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    return found == [(version,) for version in _newest_schema()]
+
+
+def _newest_schema() -> set[str]:
+    """What MLflow's migrations end with, read in their files: MLflow takes seconds to import."""
+    if (mlflow := find_spec("mlflow")) is None:
+        return set()
+    scripts = (Path(str(mlflow.origin)).parent / "store" / "db_migrations" / "versions").glob("*.py")
+    text = "\n".join(script.read_text(encoding="utf-8") for script in scripts)
+    made, followed = (set(re.findall(rf'^{name} = "(\w+)"', text, re.M)) for name in ("revision", "down_revision"))
+    return made - followed
+
+
+def _copy_migrated(database: Path, copy: Path) -> None:
+    """Raises MlflowException for a database that is not whole, of which migrations raise anything."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.db.utils import _initialize_tables, _verify_schema
+    from sqlalchemy import create_engine
+
+    if database.exists():
+        with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(copy)) as new:
+            old.backup(new)
+    engine = create_engine(f"sqlite:///{copy}")
+    try:
+        _initialize_tables(engine)  # type: ignore[no-untyped-call]
+        _verify_schema(engine)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise MlflowException(f"its schema cannot be brought to that of this MLflow: {reason_of(error)}") from error
+    finally:
+        engine.dispose()
 
 
 def _experiment(config: Config) -> str:
@@ -120,7 +202,8 @@ def _experiment(config: Config) -> str:
 
 
 def _embedded_database(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
 
 
 def _follow_move(database: Path, experiment: str, old: str, new: str) -> None:

@@ -9,6 +9,7 @@ import resource
 import selectors
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,15 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from pressing import Press
+
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 600
 """Seconds after which a command hangs; the slowest takes some 20, and ten times that where much else is computed."""
 LONGEST_LOOK = 2
 """Seconds between two looks at a command, at most: where more have passed, the machine slept, and that is no hang."""
 
+_starting = threading.Lock()
 _IMPORTED = [
     "layerbudget.cli",
     "pipelines.runner",
@@ -52,6 +56,7 @@ class Limits:
         interrupt_at: press Ctrl-C once this text was printed.
         interrupt_after: seconds from that text to Ctrl-C.
         interrupt_with: another signal in its place.
+        press: signals that it sends to itself.
         sync_seconds: how long it takes to bring a file to the disk.
     """
 
@@ -60,6 +65,7 @@ class Limits:
     interrupt_at: str | None = None
     interrupt_after: float = 0.0
     interrupt_with: signal.Signals = signal.SIGINT
+    press: Press | None = None
     sync_seconds: float = 0.0
 
 
@@ -80,7 +86,7 @@ def command(folder: Path, *arguments: object, limits: Limits | None = None) -> E
     (out, to_out), (err, to_err) = context.Pipe(duplex=False), context.Pipe(duplex=False)
     words = [str(argument) for argument in arguments]
     child = context.Process(target=_run, args=(folder, words, limits, to_out, to_err), daemon=True)
-    with _environment():
+    with _starting, _environment():
         child.start()
     to_out.close()
     to_err.close()
@@ -149,8 +155,10 @@ def _run(folder: Path, words: list[str], limits: Limits, out: Connection, err: C
         _drop_capabilities()
     if limits.sync_seconds:
         _slow_down_sync(limits.sync_seconds)
-    from layerbudget.cli import main
+    from layerbudget.__main__ import main
 
+    if limits.press is not None:
+        limits.press.install()
     main()
 
 

@@ -9,14 +9,14 @@ from child import Ended
 from content import labels_of
 from project import Project
 
+from backbone.interrupts import INTERRUPTED, LINE
+
 Outcome = Literal[
     "refused in one sentence", "harmless and correct", "traceback", "accepted damage", "data lost", "hang", "death"
 ]
 GOOD: tuple[Outcome, ...] = ("refused in one sentence", "harmless and correct")
 RED: tuple[Outcome, ...] = ("traceback", "accepted damage", "data lost", "hang", "death")
 
-STOPPED = 130
-"""Status after Ctrl-C."""
 LONGEST_SENTENCE = 600
 """Characters: an error that quotes a whole file helps nobody."""
 
@@ -27,7 +27,7 @@ def outcome_of(ended: Ended) -> Outcome:
         return "hang"
     if ended.status < 0:
         return "death"
-    if ended.status == STOPPED and ended.err.endswith("stopped; the same command goes on from here\n"):
+    if ended.status == INTERRUPTED and ended.err.count(LINE.decode()) == 1 and "Traceback" not in ended.err:
         return "refused in one sentence"
     if "Traceback (most recent call last)" in ended.err or ended.status not in (0, 2):
         return "traceback"

@@ -154,3 +154,16 @@ def test_inspect_beside_damaged_metrics(project, limits, case, expect_good) -> N
         (without((key,)) if what == "missing" else wrong((key,), WRONG[what]))(path)
     ended = project.command("inspect", "runs/tiny/allocator", limits=limits)
     expect_good(*judged(ended, project, project.foreign, lambda: None))
+
+
+def test_inspect_shows_control_characters_as_escapes(project) -> None:
+    manifest = json.loads((project.allocator / "manifest.json").read_text())
+    manifest["model"]["source"] = "\x1b[2Jmine\nPrice        0"
+    write_manifest(project.allocator, manifest)
+    metrics = json.loads((project.run / "metrics.json").read_text())
+    metrics["\x1b[31mred"] = metrics["full"]
+    (project.run / "metrics.json").write_text(json.dumps(metrics))
+    shown = project.command("inspect", "runs/tiny/allocator").out
+    assert r"Model        \x1b[2Jmine\nPrice        0 (" in shown
+    assert r"\x1b[31mred" in shown
+    assert "\x1b" not in shown

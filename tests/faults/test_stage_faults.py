@@ -35,7 +35,7 @@ BEFORE = {"adapt": "menu.json", "label": "stand_ins.safetensors", "features": "m
 ALL_STAGES = list(RESULTS)
 
 
-def _undone(project: Project, stage: str) -> None:
+def undone(project: Project, stage: str) -> None:
     """Without the stage's results, so that it has to write all of them."""
     path = project.run / RESULTS[stage]
     if path.is_dir():
@@ -71,7 +71,7 @@ def _check(
 @pytest.mark.parametrize("size", [0, 1000, 20_000])
 @pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
 def test_no_file_may_grow(project, finished, stage, size, expect_good) -> None:
-    _undone(project, stage)
+    undone(project, stage)
     _check(project, finished, stage, expect_good, Limits(file_bytes=size), lambda: None)
 
 
@@ -105,7 +105,7 @@ def _fill(path: Path, left: int) -> None:
 @pytest.mark.parametrize("left", [0, 8192, 65536])
 @pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
 def test_the_disk_is_full(small_disk, finished, stage, left, expect_good) -> None:
-    _undone(small_disk, stage)
+    undone(small_disk, stage)
     filler = small_disk.folder.parent / "filler"
     _fill(filler, left)
     _check(small_disk, finished, stage, expect_good, Limits(), filler.unlink)
@@ -121,7 +121,7 @@ def _modes(folder: Path, writable: bool) -> None:
 def test_the_run_folder_is_read_only(project, finished, stage, expect_good) -> None:
     """A finished run needs no write; one whose result is gone does."""
     if stage != "run":
-        _undone(project, stage)
+        undone(project, stage)
     _modes(project.run, writable=False)
     limits = Limits(obeys_modes=True)
     _check(project, finished, stage, expect_good, limits, lambda: _modes(project.run, writable=True))
@@ -148,7 +148,7 @@ def test_something_else_lies_where_the_result_belongs(project, finished, stage, 
     """A folder of somebody's where a file belongs, a file of somebody's where a folder belongs."""
     path = project.run / RESULTS[stage]
     was_folder = path.is_dir()
-    _undone(project, stage)
+    undone(project, stage)
     if not was_folder:
         path.mkdir()
     theirs = path if was_folder else path / "notes.txt"
@@ -158,18 +158,3 @@ def test_something_else_lies_where_the_result_belongs(project, finished, stage, 
     ended = project.command(stage, "tiny.yaml")
     outcome, seen = judged(ended, project, foreign, lambda: None)
     expect_good(outcome, seen)
-
-
-TITLES = {
-    "menu": "find the plans", "adapt": "make the shortened", "label": "answer and judge", "features": "read the first",
-    "tune": "search each", "train": "train the", "calibrate": "certify a", "evaluate": "measure all",
-    "report": "write the report",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("after", [0.0, 0.05, 0.2, 0.8])
-@pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
-def test_ctrl_c(project, finished, stage, after, expect_good) -> None:
-    _undone(project, stage)
-    limits = Limits(interrupt_at=TITLES[stage], interrupt_after=after)
-    _check(project, finished, stage, expect_good, limits, lambda: None)

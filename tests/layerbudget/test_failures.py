@@ -5,7 +5,7 @@ import pytest
 from command import refused
 
 import pipelines.check
-from layerbudget.failures import sentence_of
+from layerbudget.failures import sentence_of, visible
 
 GOES_ON = "; once that is put right, the same command goes on from here"
 
@@ -72,3 +72,7 @@ def test_a_missing_module_has_its_own_remedy(name, remedy, config_file, monkeypa
 
     monkeypatch.setattr(pipelines.check, "check_run", check_run)
     assert refused("check", config_file()) == f"error: {name!r} is not installed; {remedy}"
+
+
+def test_control_characters_become_visible() -> None:
+    assert visible("Zürich \x1b[2J\r\n\u202e\x9b") == r"Zürich \x1b[2J\r\n\u202e\x9b"

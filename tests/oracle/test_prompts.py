@@ -112,6 +112,11 @@ REFUSED = [
     ("p.jsonl", [{**GOOD, "id": 1}, {**GOOD, "id": "1"}], "line 2: the id '1' was used before, at line 1"),
     ("p.jsonl", [{**GOOD, "id": "p-2"}, {**GOOD, "id": None}], "line 2: the id 'p-2' was used before, at line 1"),
     ("p.jsonl", one(id=True), "line 2: the field 'id' should be a text or a number, got True"),
+    (
+        "p.jsonl",
+        one(task="t" * 201),
+        "line 2: the task 'ttttttttttttttttttttttttttttttttttttttt has 201 characters; at most 200 are right",
+    ),
     ("p.jsonl", one(group=[1]), "line 2: the field 'group' should be a text or a number, got [1]"),
     ("p.jsonl", one(reference={"a": 1}), "line 2: the field 'reference' should be a text or a number, got {'a': 1}"),
     ("p.jsonl", one(reference=["1", None]), "line 2: the list of references holds null"),
