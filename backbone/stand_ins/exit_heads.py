@@ -232,8 +232,8 @@ class _Head:
     def __init__(self, weight: torch.Tensor, units: _Units, found: Found, settings: HeadSettings) -> None:
         self._parts = [weight.clone().requires_grad_(), torch.zeros(len(weight), requires_grad=True)]
         self._units, self._settings = units, settings
-        rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-        self._optimizer = torch.optim.AdamW(self._parts, fused=True, **rates)
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self._optimizer = torch.optim.AdamW(self._parts, lr=rate, weight_decay=decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.steps)
         self._first, self._least, self._steps, self._since = found, found, 0, 0
         self.best = units.bridge(weight, torch.zeros(len(weight)))
