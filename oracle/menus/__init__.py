@@ -34,8 +34,10 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
 LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "exits", "middle_block", "gaps", "random_routes"})
 """The methods that need no prompts; any other may read the model's answers to those of its task."""
 
-KEEP_THE_LAST = frozenset({"evenly", "middle_block"})
-"""The methods all of whose plans run the last layer."""
+RUN_MORE_THAN_THE_PROBE = frozenset({"evenly", "middle_block", "exits"})
+"""The methods all of whose plans run a layer behind the probe."""
+IGNORE_THE_BUDGET = frozenset({"given", "exits"})
+"""The methods for which `cheapest_budget` does not count."""
 
 LOSSES = (0.0, 0.02, 0.05)
 """Shares of the full model's mean score that a menu's oracle may lose where nothing else is asked for."""
@@ -65,10 +67,10 @@ def checked_menu(method: str, plans: Sequence[LayerPlan], sublayer_bytes: Sublay
 
 def check_depths(method: str, n_layers: int, probe_depth: int, cheapest_budget: float) -> None:
     """Raises PlanError where a method can leave out no layer of so many."""
-    deepest = n_layers - 1 - (method in KEEP_THE_LAST)
+    deepest = n_layers - 1 - (method in RUN_MORE_THAN_THE_PROBE)
     if not 1 <= probe_depth <= deepest:
         raise PlanError(f"menu.probe_depth must be from 1 to {deepest} for this model, got {probe_depth}")
-    if method != "given" and round(cheapest_budget * n_layers) >= n_layers:
+    if method not in IGNORE_THE_BUDGET and round(cheapest_budget * n_layers) >= n_layers:
         raise PlanError(
             f"menu.cheapest_budget must be at most {(n_layers - 1) / n_layers:.2f} for this model of {n_layers} "
             f"layers, got {cheapest_budget:g}"
