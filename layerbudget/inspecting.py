@@ -31,6 +31,8 @@ def inspect(
     price = "none: every prompt runs the full model" if certificate.price is None else f"{certificate.price:.4g}"
     typer.echo(f"Price        {price}")
     typer.echo(f"Certificate  {certificate.sentence} Made on {certificate.date}.")
+    for point in allocator.others:
+        typer.echo(f"  keep={point.certificate.keep:g}: {point.certificate.sentence}")
     for sentence in certificate.does_not_cover:
         typer.echo(f"  does not cover: {sentence}")
     if allocator.outliers is not None:

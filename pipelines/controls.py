@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from controller.base import Floats, choose
-from controller.certificate.outliers import OutlierTest
 from controller.features import Features, rows_of
 from controller.learning import Learned, Settings, learn
 from oracle.prompts import SPLITS
 from pipelines.config import Config
 from pipelines.learning_table import Table
-from pipelines.measured_policies import Rows, chosen_at, measured, outcome
+from pipelines.measured_policies import Choices, Rows, chosen_at, measured
 from pipelines.omissions import Omissions
-from pipelines.pooled_gain import BLIND, knows_the_prompt, out_of_fold, pooled_gain
+from pipelines.pooled_gain import BLIND, first_tested, knows_the_prompt, out_of_fold, pooled_gain
 from pipelines.progress import progress
 from pipelines.settings_regret import Work, regret_bounds
 from pipelines.settings_search import settings_for
@@ -26,6 +25,7 @@ from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
 from pipelines.unseen_tasks import are_among, unseen_tasks
 from pipelines.workspace import Workspace
+from runtime.parts import AllocatorParts
 
 CONTROLS = ("shuffled", "length", "task", "embedding")
 """Controllers of the best one's kind with features that know less: another prompt's, the length alone, the task's name
@@ -34,15 +34,19 @@ nothing can be learned from, such as the length of equally long prompts, is left
 
 
 def comparison(
-    workspace: Workspace, best: str, calibrate: Table, test: Table, outliers: OutlierTest | None, left_out: Omissions
-) -> dict[str, Any]:
-    """What is captured at each of `evaluation.alphas`, by controllers, controls and the best one on unseen tasks.
+    workspace: Workspace, best: str, calibrate: Table, test: Table, allocator: AllocatorParts, left_out: Omissions
+) -> tuple[dict[str, Any], Choices | None]:
+    """What is captured at each of `calibration.keep`, by controllers, controls and the best one on unseen tasks.
 
     A price is picked on the calibrate split so that the mean loss there is the bound, without a guarantee, which would
     make up for different policies' noise by different margins; then the test split is measured, without the outlier
-    test, which is not about knowing the prompt. `certified` is the best controller with the guarantee and with that
-    test; `tasks_held_out` are the rows of `unseen_tasks` at the bound that was asked for; `pooled` is what the best
-    controller gains out of fold on all labelled prompts. What cannot be made is named in `left_out`.
+    test, which is not about knowing the prompt. `tasks_held_out` are the rows of `unseen_tasks` at the first bound that
+    was asked for; `pooled` is what the best controller gains out of fold on all labelled prompts. What cannot be made
+    is named in `left_out`.
+
+    Returns:
+        This, and the plans of the test prompts by the name of the task alone, with the outlier test and the certificate
+        that the allocator has; None where names teach nothing.
     """
     config, trained = workspace.config, load_trained(workspace)
     fit, settings = workspace.table("train", "tune"), tuned_settings(workspace)[best]
@@ -51,18 +55,13 @@ def comparison(
     seen, shown = (replace(table, features=with_task(table, fit.tasks)) for table in (calibrate, test))
     predicted = {name: _both(policy, seen, shown) for name, policy in learned.items()}
     rows: Rows = []
-    for alpha in config.evaluation.alphas:
-        chosen = {name: chosen_at(*both, calibrate, test, alpha) for name, both in predicted.items()}
-        rows += measured(alpha, chosen, test, frozenset(CONTROLS))
-    tested = _both(replace(learned[best], outliers=outliers), calibrate, test)
+    for keep in config.calibration.keep:
+        chosen = {name: chosen_at(*both, calibrate, test, keep) for name, both in predicted.items()}
+        rows += measured(keep, chosen, test, frozenset(CONTROLS))
     held = are_among(workspace.splits["tune"], fit)
     unseen = unseen_tasks(settings, fit, held, calibrate, test, config, left_out)
     found: dict[str, Any] = {
         "at_losses": rows,
-        "certified": [
-            _certified(workspace, *tested, calibrate, test, alpha, len(config.evaluation.alphas))
-            for alpha in config.evaluation.alphas
-        ],
         "unseen_tasks": unseen["at_losses"],
         "tasks_held_out": unseen["tasks"],
         "pooled": None,
@@ -74,7 +73,18 @@ def comparison(
     if config.evaluation.template is not None:
         with left_out.guard("the comparison in another template"):
             found["template"] = _other_template(workspace, learned[best], predicted[best][0], calibrate, test)
-    return found
+    return found, _routed(controls["task"], seen, shown, fit, allocator, config) if "task" in controls else None
+
+
+def _routed(
+    task: tuple[Settings, Learned], seen: Table, shown: Table, fit: Table, allocator: AllocatorParts, config: Config
+) -> Choices:
+    """Plans of the test prompts by the name of the task, at a price that is found as the allocator's is."""
+    settings, keep = task[0], allocator.certificate.keep
+    router = replace(task[1], outliers=allocator.outliers)
+    (start,) = first_tested(settings, with_task(fit, fit.tasks), fit, [keep])
+    price = price_of(router.predict(seen.features), seen, config.calibration, keep, start=start)
+    return choose(router.predict(shown.features), shown.budgets, price)
 
 
 def _controls(best: Settings, fit: Table, config: Config, left_out: Omissions) -> dict[str, tuple[Settings, Learned]]:
@@ -132,14 +142,6 @@ def _both(learned: Learned, calibrate: Table, test: Table) -> tuple[Floats, Floa
     return learned.predict(calibrate.features), learned.predict(test.features)
 
 
-def _certified(
-    workspace: Workspace, seen: Floats, predicted: Floats, calibrate: Table, test: Table, alpha: float, together: int
-) -> dict[str, Any]:
-    """At one of several bounds, which share delta, so that a choice among them afterwards is covered."""
-    price = price_of(seen, calibrate, workspace.config.calibration, alpha, together)
-    return {"alpha": alpha, "price": price, **outcome(choose(predicted, test.budgets, price), test)}
-
-
 def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibrate: Table, test: Table) -> Rows:
     """Some test prompts put into another template, with labels and features of their own; no rows where judges fail
     on all of them."""
@@ -159,6 +161,6 @@ def _other_template(workspace: Workspace, learned: Learned, seen: Floats, calibr
     predicted = learned.predict(table.features)
     return [
         row
-        for alpha in evaluation.alphas
-        for row in measured(alpha, {"template": chosen_at(seen, predicted, calibrate, table, alpha)}, table)
+        for keep in workspace.config.calibration.keep
+        for row in measured(keep, {"template": chosen_at(seen, predicted, calibrate, table, keep)}, table)
     ]

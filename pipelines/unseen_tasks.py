@@ -23,6 +23,7 @@ from pipelines.config import Config
 from pipelines.learning_table import Table
 from pipelines.measured_policies import Choices, chosen_at, measured, outcome
 from pipelines.omissions import Omissions
+from pipelines.pooled_gain import first_tested
 
 TESTED, UNTESTED = "unseen_tasks", "unseen_untested"
 """Names of the policy with the outlier test and without it."""
@@ -45,17 +46,17 @@ def unseen_tasks(
         held: which of them are held prompts of the outlier test [N]; the others are its references.
         calibrate: prompts to pick prices on.
         test: prompts that are decided about.
-        config: `calibration` and `evaluation.alphas` are read.
+        config: `calibration` is read.
         left_out: names the tasks without which nothing can be learned.
 
     Returns:
-        `at_losses`: rows for each of `evaluation.alphas`, at prices picked as for the other policies. `tasks`: for each
+        `at_losses`: rows for each of `calibration.keep`, at prices picked as for the other policies. `tasks`: for each
         task, at prices certified on the other tasks with the configuration's bound, what came of it with the outlier
         test and without, and the share of its prompts that was `sent` to the full plan. Both empty for a single task.
     """
-    tasks, alphas = np.unique(test.tasks), config.evaluation.alphas
+    tasks, keeps = np.unique(test.tasks), config.calibration.keep
     full = len(test.budgets) - 1
-    chosen = {(name, alpha): np.full(len(test.prompts), full) for name in (TESTED, UNTESTED) for alpha in alphas}
+    chosen = {(name, keep): np.full(len(test.prompts), full) for name in (TESTED, UNTESTED) for keep in keeps}
     rows = []
     for task in tasks if len(tasks) > 1 else ():
         known, others = np.flatnonzero(fit.tasks != task), np.flatnonzero(calibrate.tasks != task)
@@ -63,31 +64,33 @@ def unseen_tasks(
             continue
         mine, rest = np.flatnonzero(test.tasks == task), calibrate.rows(others)
         with left_out.guard(f"the unseen task {str(task)!r}"):
-            learned = learn(settings, fit.rows(known).features, fit.kept[known], fit.budgets)
-            tested = replace(learned, outliers=outlier_test(learned, fit.rows(known), held[known], config))
-            row, plans = _decided(tested, rest, test.rows(mine), config)
+            seen = fit.rows(known)
+            learned = learn(settings, seen.features, seen.kept, fit.budgets)
+            tested = replace(learned, outliers=outlier_test(learned, seen, held[known], config))
+            (start,) = first_tested(settings, seen.features, seen, config.calibration.keep[:1])
+            row, plans = _decided(tested, rest, test.rows(mine), config, start)
             rows.append({"task": str(task), **row})
             for key, found in plans.items():
                 chosen[key][mine] = found
     if not rows:
         return {"at_losses": [], "tasks": []}
-    policies = {alpha: {name: chosen[name, alpha] for name in (TESTED, UNTESTED)} for alpha in alphas}
-    return {"at_losses": [row for alpha in alphas for row in measured(alpha, policies[alpha], test)], "tasks": rows}
+    policies = {keep: {name: chosen[name, keep] for name in (TESTED, UNTESTED)} for keep in keeps}
+    return {"at_losses": [row for keep in keeps for row in measured(keep, policies[keep], test)], "tasks": rows}
 
 
 def _decided(
-    tested: Learned, rest: Table, unseen: Table, config: Config
+    tested: Learned, rest: Table, unseen: Table, config: Config, start: int
 ) -> tuple[dict[str, Any], dict[tuple[str, float], Choices]]:
-    """What comes of one task's prompts, and their plans at each of `evaluation.alphas`."""
+    """What comes of one task's prompts, and their plans at each of `calibration.keep`."""
     row: dict[str, Any] = {"n": len(unseen.prompts), "sent": 0.0}
     if tested.outliers is not None:
         row["sent"] = float(tested.outliers.are_outliers(unseen.features).mean())
     plans = {}
     for name, policy in ((TESTED, tested), (UNTESTED, replace(tested, outliers=None))):
         seen, predicted = policy.predict(rest.features), policy.predict(unseen.features)
-        for alpha in config.evaluation.alphas:
-            plans[name, alpha] = chosen_at(seen, predicted, rest, unseen, alpha)
-        row[name] = outcome(_certified(policy, rest, unseen, config), unseen)
+        for keep in config.calibration.keep:
+            plans[name, keep] = chosen_at(seen, predicted, rest, unseen, keep)
+        row[name] = outcome(_certified(policy, rest, unseen, config, start), unseen)
     return row, plans
 
 
@@ -115,14 +118,15 @@ def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: 
     return OutlierTest.fit(known, others, [name for name in read if name in WIDE] or read, rate)
 
 
-def _certified(policy: Learned, calibrate: Table, test: Table, config: Config) -> Choices:
+def _certified(policy: Learned, calibrate: Table, test: Table, config: Config, start: int) -> Choices:
     settings, predicted = config.calibration, policy.predict(calibrate.features)
     price = valid_price(
         PricePath.of(predicted, calibrate.losses, calibrate.budgets),
         settings.alpha,
-        settings.delta,
+        settings.delta_of_one,
         risk=settings.risk,
         full=calibrate.full,
         groups=calibrate.groups,
+        start=start,
     )
     return choose(policy.predict(test.features), test.budgets, price)

@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from backbone.files import write_atomically
 from controller.base import Floats, choose
 from controller.certificate.calibration import PricePath, certify, valid_price
-from controller.certificate.certificate import Certificate
+from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from controller.learning import Learned
@@ -20,19 +21,23 @@ from oracle.labels.token_agreement import acceptance_rates
 from pipelines.config import Config
 from pipelines.learning_sections import CalibrationSection
 from pipelines.learning_table import Table
+from pipelines.pooled_gain import first_tested
 from pipelines.progress import say
-from pipelines.stages.train import load_trained
+from pipelines.stages.train import load_trained, tuned_settings
 from pipelines.unseen_tasks import are_among, outlier_test
 from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
+from runtime.parts import OperatingPoint
 from runtime.saving.allocator_checks import optional_parts
 
 
 def run(config: Config) -> Path:
-    """Write `calibration.json` with the best controller's certificate, and save that controller as `allocator/`.
+    """Write `calibration.json` with the best controller's certificates, and save that controller as `allocator/`.
 
-    Which controller is best was decided on the other prompts, so the calibrate split has seen no choice but the price.
+    Which controller is best was decided on the other prompts, so the calibrate split has seen no choice but the prices.
+    The allocator runs at the first value of `calibration.keep`, or at the highest that is certified where the first is
+    not.
     """
     workspace = Workspace.of(config)
     table = workspace.table("calibrate")
@@ -42,9 +47,17 @@ def run(config: Config) -> Path:
     outliers = outlier_test(trained[best], fit, are_among(workspace.splits["tune"], fit), config)
     trained = tested(trained, outliers)
     predicted = {name: learned.predict(table.features) for name, learned in trained.items()}
-    certificate = certified(predicted[best], table, config, workspace.decoding)
-    if certificate.price is None:
-        say(f"  {certificate.sentence}", style="red")
+    keep, settings = config.calibration.keep, tuned_settings(workspace)
+    starts = {name: first_tested(settings[name], fit.features, fit, keep) for name in trained}
+    every = [
+        certified(predicted[best], table, config, workspace.decoding, level, start)
+        for level, start in zip(keep, starts[best], strict=True)
+    ]
+    for certificate in every:
+        if certificate.price is None:
+            say(f"  {certificate.sentence}", style="red")
+    valid = sorted((found for found in every if found.price is not None), key=lambda found: -found.keep)
+    certificate = every[0] if every[0].price is not None or not valid else valid[0]
     allocator = Allocator(
         menu=workspace.menu(),
         controller=trained[best].controller,
@@ -57,15 +70,25 @@ def run(config: Config) -> Path:
         stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
         acceptance=acceptance_rates(workspace.labels.read(workspace.labelled, workspace.menu())),
         drift=_drift_alarm(trained[best], certificate, table, config),
+        others=tuple(
+            OperatingPoint(found, _drift_alarm(trained[best], found, table, config))
+            for found in valid
+            if found is not certificate
+        ),
         outliers=outliers,
         chat=_chat_format(workspace),
     )
-    certificate = replace(allocator.certificate, assumes=optional_parts(allocator))
-    replace(allocator, certificate=certificate).save_pretrained(workspace.path("allocator"))
+    allocator = allocator.assuming(optional_parts(allocator))
+    allocator.save_pretrained(workspace.path("allocator"))
+    place = keep.index(certificate.keep)
     data = {
         "best": best,
-        "certificate": {**asdict(certificate), "sentence": certificate.sentence},
-        "prices": {name: price_of(found, table, config.calibration) for name, found in predicted.items()},
+        "certificate": described(allocator.certificate),
+        "certificates": [described(found) for found in every],
+        "prices": {
+            name: price_of(found, table, config.calibration, certificate.keep, start=starts[name][place])
+            for name, found in predicted.items()
+        },
     }
     write_atomically(workspace.path("calibration.json"), json.dumps(data, indent=2) + "\n")
     return workspace.path("allocator")
@@ -76,7 +99,14 @@ def tested(trained: Mapping[str, Learned], outliers: OutlierTest | None) -> dict
     return {name: replace(learned, outliers=outliers) for name, learned in trained.items()}
 
 
-def certified(predicted: Floats, table: Table, config: Config, decoding: Decoding) -> Certificate:
+def described(certificate: Certificate) -> dict[str, Any]:
+    """A certificate for JSON."""
+    return {**asdict(certificate), "sentence": certificate.sentence}
+
+
+def certified(
+    predicted: Floats, table: Table, config: Config, decoding: Decoding, keep: float, start: int
+) -> Certificate:
     """The certificate of a controller that was named before, by Learn-then-Test on a table.
 
     Args:
@@ -84,11 +114,15 @@ def certified(predicted: Floats, table: Table, config: Config, decoding: Decodin
         table: the N calibration prompts.
         config: of the run.
         decoding: how the answers were generated.
+        keep: one of `calibration.keep`.
+        start: see `first_tested`.
     """
     calibration = config.calibration
     return certify(
         PricePath.of(predicted, table.losses, table.budgets),
-        alpha=calibration.alpha,
+        keep=keep,
+        start=start,
+        levels=tuple(calibration.keep),
         delta=calibration.delta,
         risk=calibration.risk,
         full=table.full,
@@ -104,7 +138,13 @@ def certified(predicted: Floats, table: Table, config: Config, decoding: Decodin
 
 
 def price_of(
-    predicted: Floats, table: Table, calibration: CalibrationSection, alpha: float | None = None, together: int = 1
+    predicted: Floats,
+    table: Table,
+    calibration: CalibrationSection,
+    keep: float | None = None,
+    *,
+    together: int | None = None,
+    start: int = 0,
 ) -> float | None:
     """The price that is valid for a controller, by the same test as `certified`, without the certificate.
 
@@ -112,19 +152,22 @@ def price_of(
         predicted: what the controller expects plans to keep [N, K].
         table: the N calibration prompts.
         calibration: the bound, the confidence, the risk.
-        alpha: another bound than `calibration.alpha`.
-        together: how many prices, of several controllers or bounds, are to be valid side by side. They share
-            `calibration.delta` in equal parts (Bonferroni), so that any of them can be chosen afterwards. A price found
-            with 1 is valid only where it was named before: the best of two at delta 10% fails in 16% of the cases.
+        keep: the bound; None for the first of `calibration.keep`.
+        together: how many prices, of several controllers or bounds, are to be valid side by side; None for one at each
+            value of `calibration.keep`. They share `calibration.delta` in equal parts (Bonferroni), so that any of them
+            can be chosen afterwards. A price found with 1 is valid only where it was named before: the best of two at
+            delta 10% fails in 16% of the cases.
+        start: see `first_tested`.
     """
     return valid_price(
         PricePath.of(predicted, table.losses, table.budgets),
-        calibration.alpha if alpha is None else alpha,
-        calibration.delta / together,
+        calibration.alpha if keep is None else alpha_of(keep),
+        calibration.delta_of_one if together is None else calibration.delta / together,
         table.tasks if calibration.per_task else None,
         risk=calibration.risk,
         full=table.full,
         groups=table.groups,
+        start=start,
     )
 
 

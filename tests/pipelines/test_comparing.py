@@ -106,7 +106,7 @@ def test_an_error_of_the_program_ends_the_run(error: type[Exception]) -> None:
 def test_tasks_that_were_never_seen_are_decided_without_them() -> None:
     settings = Settings("logistic", ("states",), 6)
     fit, calibrate, test = table(300, 0), table(300, 1), table(150, 2)
-    config = load_config(ROOT / "configs/demo.yaml", ["evaluation.alphas=[.05]", "calibration.risk=score_lost"])
+    config = load_config(ROOT / "configs/demo.yaml", ["calibration.keep=.95", "calibration.risk=score_lost"])
     found = unseen_tasks(settings, fit, np.arange(300) % 3 == 0, calibrate, test, config, Omissions())
     with_test, without = found["at_losses"]
     assert (with_test["policy"], without["policy"]) == (TESTED, UNTESTED)
