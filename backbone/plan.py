@@ -36,13 +36,17 @@ class LayerPlan:
     everything `a` runs; `a | b` runs what either runs; `str(plan)` is its compact form, such as `0-5,8a,9m,10-17`
     (layer 8 runs attention only, layer 9 its MLP only).
 
+    `healed` marks the full depth with a fitted exit head, `0-17h`: it runs every layer and answers otherwise than the
+    full model, which has no head but its own.
+
     Raises:
-        PlanError: a layer outside the model, or a plan that runs nothing.
+        PlanError: a layer outside the model, a plan that runs nothing, or the mark on a shortened one.
     """
 
     n_layers: int
     attention: frozenset[int]
     mlp: frozenset[int]
+    healed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("attention", "mlp"):
@@ -52,6 +56,11 @@ class LayerPlan:
                 raise PlanError(f"layer {layer} is outside the model: it has layers 0 to {self.n_layers - 1}")
         if not self.attention | self.mlp:
             raise PlanError("a plan must run at least one sub-layer, and this one runs none")
+        if self.healed and self.layers < self.n_layers:
+            raise PlanError(
+                f"the mark h stands behind all layers, as in 0-{self.n_layers - 1}h; shortened plans have their heads "
+                "without it"
+            )
 
     @classmethod
     def full(cls, n_layers: int) -> LayerPlan:
@@ -107,7 +116,8 @@ class LayerPlan:
         attention: set[int] = set()
         mlp: set[int] = set()
         named = 0
-        for part in text.split(","):
+        healed = text.rstrip().endswith("h")
+        for part in (text.rstrip()[:-1] if healed else text).split(","):
             match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?([am]?)\s*", part)
             if match is None or int(match[1]) > int(match[2] or match[1]):
                 raise PlanError(f"cannot read {part!r:.80} in the plan {text!r:.80}: parts look like 3, 0-5, 8a or 9m")
@@ -120,11 +130,12 @@ class LayerPlan:
                 attention.update(range(first, last + 1))
             if kind != "a":
                 mlp.update(range(first, last + 1))
-        return cls(n_layers, frozenset(attention), frozenset(mlp))
+        return cls(n_layers, frozenset(attention), frozenset(mlp), healed)
 
     @property
     def is_full(self) -> bool:
-        return len(self.attention) == len(self.mlp) == self.n_layers
+        """Whether this is the model as it is."""
+        return not self.healed and self.layers == self.n_layers
 
     @property
     def layers(self) -> float:
@@ -159,7 +170,7 @@ class LayerPlan:
 
     def from_layer(self, first: int) -> LayerPlan:
         """What this plan runs from layer `first` on."""
-        return self.without(attention=range(first), mlp=range(first))
+        return self.without(attention=range(first), mlp=range(first)) if first else self
 
     def budget(self, sublayer_bytes: SublayerBytes) -> float:
         """Share of the decoder's parameter bytes that this plan runs, in (0, 1]."""
@@ -193,7 +204,7 @@ class LayerPlan:
             layers = [layer for _, layer in run]
             span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
             parts.append(span + kinds[layers[0]])
-        return ",".join(parts)
+        return ",".join(parts) + ("h" if self.healed else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +240,8 @@ class PlanMenu:
         self._check_probe_layers()
 
     def _check_probe_layers(self) -> None:
+        if self.probe_depth == self.n_layers and any(plan.healed for plan in self.plans):
+            raise PlanError(f"probe_depth must be below {self.n_layers}, where plans go on to an exit head")
         for plan in self.plans:
             missing = (plan.skipped_attention | plan.skipped_mlp) & set(range(self.probe_depth))
             if missing:
@@ -244,7 +257,7 @@ class PlanMenu:
         if wrong := [plan for plan in plans if plan.n_layers != n_layers]:
             raise PlanError(f"plan {wrong[0]} is for {wrong[0].n_layers} layers, the model has {n_layers}")
         distinct = {*plans, LayerPlan.full(n_layers)}
-        ordered = sorted(distinct, key=lambda plan: (plan.budget(sublayer_bytes), str(plan)))
+        ordered = sorted(distinct, key=lambda plan: (plan.budget(sublayer_bytes), plan.is_full, str(plan)))
         return cls(tuple(ordered), tuple(plan.budget(sublayer_bytes) for plan in ordered), probe_depth)
 
     def with_added(self, costs: Mapping[str, float]) -> PlanMenu:

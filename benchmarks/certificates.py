@@ -100,7 +100,7 @@ class Case:
             budgets = {}
             for place in places:
                 predicted = table.features[str(place)]
-                if (price := price_of(predicted, table, settings, alpha, count)) is not None:
+                if (price := price_of(predicted, table, settings, 1 - alpha, together=count)) is not None:
                     budgets[place, price] = BUDGETS[choose(predicted, BUDGETS, price)].mean()
             if budgets:
                 found[alpha] = min(budgets, key=lambda key: budgets[key])

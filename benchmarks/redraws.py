@@ -32,6 +32,7 @@ from oracle.frontier.knapsack import cheapest_choices
 from pipelines.config import Config, load_config
 from pipelines.controls import with_task
 from pipelines.learning_table import Table
+from pipelines.pooled_gain import first_tested
 from pipelines.progress import progress
 from pipelines.settings_regret import Work, regret_bounds
 from pipelines.settings_search import settings_for
@@ -78,31 +79,33 @@ def _figures(workspace: Workspace, table: Table, draw: Draw) -> dict[str, dict[s
     config, test = workspace.config, table.rows(draw.test)
     fit = table.rows(draw.fit)
     named = replace(table, features=with_task(table, fit.tasks))
-    learned = _best(config, fit, config.tuning.feature_sets)
+    learned, start = _best(config, fit, config.tuning.feature_sets)
     outliers = outlier_test(learned, fit, draw.held, config)
-    control = _best(config, named.rows(draw.fit), [[CONTROL]])
+    control, of_control = _best(config, named.rows(draw.fit), [[CONTROL]])
     static = best_static(config, table.rows(draw.calibrate), fit)
     oracle = cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
     return {
-        "allocator": _allocated(workspace, replace(learned, outliers=outliers), table, draw),
-        CONTROL: _allocated(workspace, replace(control, outliers=outliers), named, draw),
+        "allocator": _allocated(workspace, replace(learned, outliers=outliers), start, table, draw),
+        CONTROL: _allocated(workspace, replace(control, outliers=outliers), of_control, named, draw),
         "best_static": _card(workspace, np.full(len(test.prompts), static), test),
         "oracle": _card(workspace, oracle, test),
     }
 
 
-def _best(config: Config, fit: Table, sets: list[list[str]]) -> Learned:
-    """What the controller of least regret learned, with the settings that the stage `tune` would take."""
+def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[Learned, int]:
+    """What the controller of least regret learned, with the settings that the stage `tune` would take, and the place of
+    the price that is tested first."""
     tuning = config.tuning.model_copy(update={"feature_sets": sets, "given": {}})
     work = Work(fit.features, fit.kept, fit.budgets, regret_bounds(config, fit), tuning)
     best = min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
-    return learn(best, fit.features, fit.kept, fit.budgets)
+    (start,) = first_tested(best, fit.features, fit, config.calibration.keep[:1])
+    return learn(best, fit.features, fit.kept, fit.budgets), start
 
 
-def _allocated(workspace: Workspace, learned: Learned, table: Table, draw: Draw) -> dict[str, Any]:
+def _allocated(workspace: Workspace, learned: Learned, start: int, table: Table, draw: Draw) -> dict[str, Any]:
     """Of one controller, certified on the draw's prompts and measured on its test prompts and its population."""
     test, calibrate, population = (table.rows(rows) for rows in (draw.test, draw.calibrate, draw.population))
-    price = price_of(learned.predict(calibrate.features), calibrate, workspace.config.calibration)
+    price = price_of(learned.predict(calibrate.features), calibrate, workspace.config.calibration, start=start)
     cards = [
         _card(workspace, choose(learned.predict(some.features), some.budgets, price), some)
         for some in (test, population)

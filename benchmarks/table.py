@@ -43,7 +43,7 @@ def row(path: Path) -> list[str]:
     return [
         path.stem,
         within(frontier["equal_mean_budget"], "{:.1%}"),
-        f"{1 - metrics['certificate']['alpha']:.0%}",
+        f"{metrics['certificate']['keep']:.0%}",
         within({"value": allocator["budget"], **metrics["intervals"]["budget"]}, "{:.1%}"),
         within({"value": allocator["quality_ratio"], **metrics["intervals"]["kept"]}, "{:.1%}"),
         within(speed["intervals"]["single"], "{:.2f}"),

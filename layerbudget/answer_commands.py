@@ -15,6 +15,7 @@ from layerbudget.options import (
     AllocatorSource,
     ChatTemplateFile,
     Device,
+    Keep,
     MaxNewTokens,
     ModelSource,
     OutFile,
@@ -43,6 +44,7 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     stop: Stop = None,
     chat_template: ChatTemplateFile = None,
+    keep: Keep = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 32,
     overwrite: Overwrite = False,
     device: Device = None,
@@ -63,7 +65,7 @@ def generate(
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
-    loaded = loaded_allocator(allocator, max_new_tokens, stop, chat_template)
+    loaded = loaded_allocator(allocator, max_new_tokens, stop, chat_template, keep)
     network, tokenizer = load_backbone(
         loaded.model_source if model is None else model, device="auto" if device is None else device
     )
@@ -88,7 +90,11 @@ def generate(
 
 
 def loaded_allocator(
-    source: str, max_new_tokens: int | None, stop: list[str] | None, chat_template: Path | None = None
+    source: str,
+    max_new_tokens: int | None,
+    stop: list[str] | None,
+    chat_template: Path | None = None,
+    keep: float | None = None,
 ) -> Allocator:
     """An allocator whose answers end as the command says, and otherwise as in training."""
     from dataclasses import replace
@@ -97,7 +103,7 @@ def loaded_allocator(
 
     if stop and "" in stop:
         raise typer.BadParameter("--stop takes a string that is not empty")
-    loaded = Allocator.from_pretrained(source, chat_template=chat_template)
+    loaded = Allocator.from_pretrained(source, chat_template=chat_template, keep=keep)
     new_tokens, ends = max_new_tokens or loaded.decoding.max_new_tokens, tuple(stop or loaded.decoding.stop)
     return replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=new_tokens, stop=ends))
 

@@ -13,6 +13,7 @@ from layerbudget.options import (
     AllocatorSource,
     ChatTemplateFile,
     Device,
+    Keep,
     MaxNewTokens,
     ModelSource,
     OutFile,
@@ -32,6 +33,7 @@ def compare(
     max_new_tokens: MaxNewTokens = None,
     stop: Stop = None,
     chat_template: ChatTemplateFile = None,
+    keep: Keep = None,
     overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
@@ -46,7 +48,7 @@ def compare(
     from runtime.side_by_side import compare_file, summary
 
     check_places(prompts, out, overwrite=overwrite)
-    loaded = loaded_allocator(allocator, max_new_tokens, stop, chat_template)
+    loaded = loaded_allocator(allocator, max_new_tokens, stop, chat_template, keep)
     network, tokenizer = load_backbone(
         loaded.model_source if model is None else model, device="auto" if device is None else device
     )

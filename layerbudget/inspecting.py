@@ -41,6 +41,8 @@ def _described(allocator: Allocator) -> Iterator[str]:
     price = "none: every prompt runs the full model" if certificate.price is None else f"{certificate.price:.4g}"
     yield f"Price        {price}"
     yield f"Certificate  {certificate.sentence} Made on {certificate.date}."
+    for point in allocator.others:
+        yield f"  keep={point.certificate.keep:g}: {point.certificate.sentence}"
     for sentence in certificate.does_not_cover:
         yield f"  does not cover: {sentence}"
     if allocator.outliers is not None:

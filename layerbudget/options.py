@@ -39,6 +39,9 @@ ChatTemplateFile = Annotated[
         help="The chat template as in training (data.chat_template: FILE); default: the tokenizer's own.",
     ),
 ]
+Keep = Annotated[
+    float | None, typer.Option("--keep", help="Another certified bound to run at, such as 0.95; default: its own.")
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(

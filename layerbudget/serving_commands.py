@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from backbone.interrupts import left_to_a_server, safe_place
-from layerbudget.options import AllocatorSource, ChatTemplateFile, Device, ModelSource
+from layerbudget.options import AllocatorSource, ChatTemplateFile, Device, Keep, ModelSource
 
 
 def serve(
@@ -20,6 +20,7 @@ def serve(
     ] = None,
     model: ModelSource = None,
     chat_template: ChatTemplateFile = None,
+    keep: Keep = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8100,
     decision_limit_ms: Annotated[
@@ -62,7 +63,7 @@ def serve(
         decision_tokens=max_decision_tokens,
         stop_s=stop_limit_s,
     )
-    loaded = Allocator.from_pretrained(allocator, chat_template=chat_template)
+    loaded = Allocator.from_pretrained(allocator, chat_template=chat_template, keep=keep)
     upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
     if not (is_checked := upstreams.check()):
         typer.echo(f"the engine at {upstreams.engine} does not answer yet; until then all run the full plan", err=True)

@@ -238,15 +238,17 @@ class _Checks:
     def certificate(self) -> str:
         """Whether the bound can be shown with these prompts, whatever they lose."""
         wanted, prompts = self._config.calibration, self._of_split["calibrate"]
-        least = fewest_prompts(wanted.alpha, wanted.delta, wanted.risk)
+        if wanted.alpha <= 0:
+            return f"certificate  {len(prompts)} prompts to calibrate on; how many it takes depends on what plans win"
+        least = fewest_prompts(wanted.alpha, wanted.delta_of_one, wanted.risk)
         sizes = Counter(prompt.task for prompt in prompts) if wanted.per_task else {"": len(prompts)}
         task, size = min(sizes.items(), key=lambda item: item[1], default=("", 0))
         of_task = f" of the task {task!r}" if task else ""
         if size < least:
             raise ConfigError(
-                f"a bound of {wanted.alpha:g} (calibration.alpha) at delta {wanted.delta:g} takes {least} prompts to "
+                f"calibration.keep={wanted.keep[0]:g} at delta {wanted.delta_of_one:g} takes {least} prompts to "
                 f"calibrate on{of_task}, whatever they lose, and there are {size}: use more prompts, a larger share "
-                "for data.shares.calibrate, or a larger alpha"
+                "for data.shares.calibrate, or a smaller keep"
             )
         return f"certificate  {size} prompts to calibrate on{of_task}, {least} needed at least"
 

@@ -73,6 +73,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_heads(self) -> Config:
+        healed = [text for text in self.menu.given if text.endswith("h")]
+        if healed and self.adapt.method not in ("heads", "given"):
+            raise ValueError(
+                f"menu.given names {healed[0]}, the full depth with an exit head, and adapt.method="
+                f"{self.adapt.method} fits none; take 'heads'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_judged(self) -> Config:
         if self.token_exits.enabled and KL in (self.data.judge, self.data.force_judge):
             raise ValueError(f"token_exits.enabled compares answers, and the judge {KL!r} reads none; name another")
@@ -134,7 +144,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])  # of one misspelt
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {hint_of(key, _all_keys(Config))}"
+        return f"unknown key {key!r}; {hint_of(key, _all_keys(Config), problem['input'])}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing; it has no default"
     if problem["type"] == "model_type":

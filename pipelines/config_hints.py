@@ -21,20 +21,28 @@ _MEANT = {
     "menu.cheapest_budget": ("menu.budget", "menu.min_budget"),
     "menu.probe_depth": ("menu.depth", "features.depth", "features.layers"),
     "tuning.controllers": ("tuning.models", "tuning.controller", "controller"),
-    "calibration.alpha": ("calibration.epsilon", "calibration.loss", "calibration.bound"),
+    "calibration.keep": ("calibration.epsilon", "calibration.loss", "calibration.bound"),
     "tracking.uri": ("mlflow", "mlflow.uri", "tracking.url"),
     "runs": ("output", "output_dir", "folder"),
 }
+_LOSSES = ("calibration.alpha", "evaluation.alphas")
+"""Keys of earlier versions, which named losses."""
 _ALIASES = {alias: key for key, aliases in _MEANT.items() for alias in aliases}
 
 
-def hint_of(key: str, known: Sequence[str]) -> str:
+def hint_of(key: str, known: Sequence[str], value: object = None) -> str:
     """A clause: the key that was meant, where one is near, or the keys that there are in its section.
 
     Args:
         key: unknown; with a full stop at its end where a section holds no keys.
         known: every key of a configuration, sections too.
+        value: of the key.
     """
+    if key in _LOSSES:
+        losses = value if isinstance(value, list) else [value]
+        kept = [f"{1 - loss:.9g}" for loss in losses if isinstance(loss, int | float)]
+        written = f"[{', '.join(kept)}]" if isinstance(value, list) else "".join(kept)
+        return f"it is now calibration.keep, what answers keep at least: {written or '1 less the loss'}"
     section, _, name = key.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
     if key in _ALIASES:

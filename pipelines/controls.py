@@ -8,21 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from controller.base import Floats
+from controller.base import Floats, choose
 from controller.features import Features, rows_of
 from controller.learning import Learned, Settings, learn
 from pipelines.config import Config
 from pipelines.labelling import labelled_scores
 from pipelines.learning_table import Table
-from pipelines.measured_policies import Rows, chosen_at, measured
+from pipelines.measured_policies import Choices, Rows, chosen_at, measured
 from pipelines.omissions import Omissions
 from pipelines.pooled_gain import BLIND, knows_the_prompt, out_of_fold, pooled_gain
 from pipelines.progress import progress
 from pipelines.settings_regret import Work, regret_bounds
 from pipelines.settings_search import settings_for
+from pipelines.stages.calibrate import price_out_of_fold
 from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
 from pipelines.workspace import IN_FULL, Workspace
+from runtime.parts import AllocatorParts
 
 CONTROLS = ("shuffled", "length", "task", "embedding")
 """Controllers of the best one's kind with features that know less: another prompt's, the length alone, the task's name
@@ -31,9 +33,15 @@ nothing can be learned from, such as the length of equally long prompts, is left
 
 
 def comparison(
-    workspace: Workspace, best: str, expected: Mapping[str, Floats], fit: Table, test: Table, left_out: Omissions
-) -> dict[str, Any]:
-    """What is captured at each of `evaluation.alphas`, by controllers and controls.
+    workspace: Workspace,
+    best: str,
+    expected: Mapping[str, Floats],
+    fit: Table,
+    test: Table,
+    allocator: AllocatorParts,
+    left_out: Omissions,
+) -> tuple[dict[str, Any], Choices | None]:
+    """What is captured at each of `calibration.keep`, by controllers and controls.
 
     A price is picked out of fold on the prompts to train and to tune so that the mean loss there is the bound, without
     a guarantee, which would make up for different policies' noise by different margins; then the test split is
@@ -42,6 +50,10 @@ def comparison(
 
     Args:
         expected: of each controller, what it expects out of fold of the prompts of `fit`.
+
+    Returns:
+        This, and the plans of the test prompts by the name of the task alone, with the allocator's outlier test and
+        bound; None where names teach nothing.
     """
     config, settings = workspace.config, tuned_settings(workspace)[best]
     controls = _controls(settings, fit, config, left_out)
@@ -50,9 +62,9 @@ def comparison(
     policies |= {name: (seen, policy) for name, (_, seen, policy) in controls.items()}
     predicted = {name: (seen, policy.predict(shown)) for name, (seen, policy) in policies.items()}
     rows: Rows = []
-    for alpha in config.evaluation.alphas:
-        chosen = {name: chosen_at(*both, fit, test, alpha) for name, both in predicted.items()}
-        rows += measured(alpha, chosen, test, frozenset(CONTROLS))
+    for keep in config.calibration.keep:
+        chosen = {name: chosen_at(*both, fit, test, keep) for name, both in predicted.items()}
+        rows += measured(keep, chosen, test, frozenset(CONTROLS))
     found: dict[str, Any] = {"at_losses": rows, "pooled": None}
     with left_out.guard("the comparison out of fold"):
         rivals = {name: own for name, (own, *_) in controls.items() if name in BLIND}
@@ -61,7 +73,21 @@ def comparison(
     if config.evaluation.template is not None:
         with left_out.guard("the comparison in another template"):
             found["template"] = _other_template(workspace, learned[best], predicted[best][0], fit, test)
-    return found
+    return found, _routed(*controls["task"][1:], shown, fit, test, allocator, config) if "task" in controls else None
+
+
+def _routed(
+    seen: Floats,
+    learned: Learned,
+    shown: Features,
+    fit: Table,
+    test: Table,
+    allocator: AllocatorParts,
+    config: Config,
+) -> Choices:
+    """Plans of the test prompts by the name of the task, at a price that is tested out of fold on `fit`."""
+    price = price_out_of_fold(seen, fit, config.calibration, allocator.certificate.keep)
+    return choose(replace(learned, outliers=allocator.outliers).predict(shown), test.budgets, price)
 
 
 def _controls(
@@ -137,6 +163,6 @@ def _other_template(workspace: Workspace, learned: Learned, seen: Floats, fit: T
     predicted = learned.predict(table.features)
     return [
         row
-        for alpha in evaluation.alphas
-        for row in measured(alpha, {"template": chosen_at(seen, predicted, fit, table, alpha)}, table)
+        for keep in workspace.config.calibration.keep
+        for row in measured(keep, {"template": chosen_at(seen, predicted, fit, table, keep)}, table)
     ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from controller.base import CONTROLLERS
-from controller.certificate.risks import Risk
+from controller.certificate.certificate import MOST_LEVELS, alpha_of
+from controller.certificate.risks import MOST_KEPT, Risk
 from controller.feature_sets import check_sets
 from pipelines.config_sections import Section, Share, Text
+
+Level = Annotated[float, Field(gt=0, lt=MOST_KEPT)]
 
 
 class GivenSettings(Section):
@@ -62,8 +65,12 @@ class CalibrationSection(Section):
     """What is bounded: how far the mean score falls below the full model's, `mean_score`, where answers that win make
     up for answers that lose; the mean of the score that answers lose, `score_lost`; or the share of answers that are no
     longer sufficient (`label.tolerance`), `insufficient`."""
-    alpha: float = Field(0.1, gt=0, lt=1)
-    """The bound; for `mean_score` in shares of the full model's mean score."""
+    keep: Annotated[list[Level], BeforeValidator(lambda given: given if isinstance(given, list) else [given])] = Field(
+        [0.9], min_length=1, max_length=MOST_LEVELS
+    )
+    """The bound, or several. For `mean_score` the share of the full model's mean score that answers keep at least,
+    which may be 1 or more where heads or bridges win; else 1 less the largest mean loss. Several values share `delta`.
+    Each is certified and saved, all policies are compared at each, and the allocator runs at the first."""
     delta: float = Field(0.1, gt=0, lt=1)
     """Probability that the bound fails."""
     per_task: bool = False
@@ -74,10 +81,28 @@ class CalibrationSection(Section):
     false_alarms: float = Field(0.01, gt=0, lt=1)
     """Probability that the drift alarm ever rings although the prompts are like the calibration prompts."""
 
+    @model_validator(mode="after")
+    def _check_keep(self) -> CalibrationSection:
+        if self.risk != "mean_score" and max(self.keep) >= 1:
+            raise ValueError(
+                f"keep must be below 1 for the risk {self.risk!r}, whose losses are never won, got {self.keep}"
+            )
+        if len(set(self.keep)) < len(self.keep):
+            raise ValueError(f"keep names a value twice, got {self.keep}")
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """The mean loss of the first value of `keep`."""
+        return alpha_of(self.keep[0])
+
+    @property
+    def delta_of_one(self) -> float:
+        """The share of `delta` that each value of `keep` has."""
+        return self.delta / len(self.keep)
+
 
 class EvaluationSection(Section):
-    alphas: list[Share] = Field([0.01, 0.02, 0.05, 0.1], min_length=1)
-    """Mean losses, in the unit of `calibration.alpha`, at which the controllers and the controls are compared."""
     control_trials: int = Field(8, ge=1)
     """Trials of each control's own search: the defaults, the best controller's settings, and others; no search below
     `tuning.search_from` prompts."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import Floats, choose
+from controller.certificate.certificate import alpha_of
 from controller.report.headroom_card import captured_by
 from controller.report.report_card import price_for_loss
 from pipelines.learning_table import Table
@@ -21,22 +22,22 @@ Choices = NDArray[np.intp]
 Rows = list[dict[str, Any]]
 
 
-def chosen_at(seen: Floats, predicted: Floats, known: Table, test: Table, alpha: float) -> Choices:
-    """Plans of the prompts of `test`, at the price whose mean loss on the prompts of `known` is at most `alpha`.
+def chosen_at(seen: Floats, predicted: Floats, known: Table, test: Table, keep: float) -> Choices:
+    """Plans of the prompts of `test`, at the price whose mean loss on the prompts of `known` is at most 1 - `keep`.
 
     Args:
         seen: what is expected of the prompts of `known` [N, K], out of fold if the controller learned from them.
         predicted: likewise of `test`.
     """
-    price = price_for_loss(seen, known.kept, known.budgets, alpha * known.unit)
+    price = price_for_loss(seen, known.kept, known.budgets, alpha_of(keep) * known.unit)
     return choose(predicted, test.budgets, price)
 
 
-def measured(alpha: float, chosen: Mapping[str, Choices], test: Table, controls: frozenset[str] = frozenset()) -> Rows:
+def measured(keep: float, chosen: Mapping[str, Choices], test: Table, controls: frozenset[str] = frozenset()) -> Rows:
     """A row for each policy, with what it captures of the headroom."""
     captured = captured_by(chosen, test.scores, test.budgets, controls)
     return [
-        {"alpha": alpha, "policy": name, **outcome(choice, test), **asdict(captured[name])}
+        {"keep": keep, "policy": name, **outcome(choice, test), **asdict(captured[name])}
         for name, choice in chosen.items()
     ]
 

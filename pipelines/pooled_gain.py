@@ -8,14 +8,15 @@ Shapes: `N` prompts, `K` plans, `T` prices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from controller.base import Floats, choose
-from controller.certificate.calibration import PRICES
+from controller.certificate.calibration import PRICES, PricePath, first_price
+from controller.certificate.certificate import alpha_of
 from controller.features import Features
 from controller.learning import CrossFit, Settings
 from controller.report.gain import Curve, gains
@@ -37,6 +38,21 @@ def out_of_fold(settings: Settings, features: Features, table: Table) -> Floats:
     n_folds = min(FOLDS, len(table.prompts))
     *_, (predicted, _) = CrossFit(features, table.kept, table.budgets, n_folds, settings.components).predict(settings)
     return predicted
+
+
+def first_tested(settings: Settings, features: Features, fit: Table, keep: Sequence[float]) -> list[int]:
+    """For each value of `keep` the place of the price that is tested first, from predictions out of fold.
+
+    Args:
+        settings: of the controller.
+        features: what it reads of the prompts.
+        fit: prompts to train and to tune.
+        keep: the bounds.
+    """
+    if max(keep) < 1:
+        return [0 for _ in keep]
+    path = PricePath.of(out_of_fold(settings, features, fit), fit.losses, fit.budgets)
+    return [first_price(path, alpha_of(level), fit.full) for level in keep]
 
 
 def priced_on_halves(predicted: Floats, table: Table, alpha: float) -> Choices:

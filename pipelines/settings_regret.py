@@ -19,6 +19,8 @@ from pipelines.config import Config
 from pipelines.learning_sections import TuningSection
 from pipelines.learning_table import Table
 
+LEAST_AROUND = 0.005
+"""How far from the bound the others lie at least, in its unit."""
 REPEATS = 3
 """Cross-fits, each on folds that no trial has seen, in which settings are judged once more."""
 
@@ -74,8 +76,9 @@ class Work:
 
 def regret_bounds(config: Config, table: Table) -> tuple[float, ...]:
     """The mean losses at which regret counts: around what calibration will ask for."""
-    alpha = config.calibration.alpha * table.unit
-    return alpha / 2, alpha, 1.5 * alpha
+    alpha = config.calibration.alpha
+    around = max(abs(alpha) / 2, LEAST_AROUND)
+    return tuple(bound * table.unit for bound in (alpha - around, alpha, alpha + around))
 
 
 def settings_of(name: str, trial: Any, tuning: TuningSection) -> Settings:

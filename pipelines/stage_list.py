@@ -51,7 +51,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "tune",
         "search each controller's settings",
-        ("tuning", "label.tolerance", "calibration.alpha", "calibration.risk"),
+        ("tuning", "label.tolerance", "calibration.keep", "calibration.risk"),
         ("label", "features"),
         ("tuning.json", "winner.yaml"),
     ),

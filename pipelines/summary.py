@@ -12,7 +12,7 @@ from pipelines.shown_prompts import RULE
 
 Metrics = Mapping[str, Any]
 WIDTH = 120
-NEEDED = {"examples", "intervals", "judges", "left_out", "worst_task"}
+NEEDED = {"contributions", "examples", "intervals", "judges", "left_out", "worst_task"}
 
 JUDGED = {
     "agreement": "whether it is the full model's own answer, to the letter",
@@ -48,6 +48,34 @@ def load_metrics(config: Config) -> dict[str, Any]:
             "run `layerbudget evaluate CONFIG`, then `layerbudget report CONFIG`"
         )
     return metrics
+
+
+CONTRIBUTORS = {
+    "full": "the model as it is",
+    "full_with_head": "the same with a fitted head",
+    "best_static": "the best single plan",
+    "task": "the task's name as router",
+}
+"""Policies in whose order gains are told apart; the allocator comes last."""
+
+
+def contributions(metrics: Metrics) -> list[dict[str, Any]]:
+    """A row for each policy that explains a part of what the allocator reaches, and one for the allocator."""
+    named = {name: text for name, text in CONTRIBUTORS.items() if name in metrics} | {metrics["best"]: "the allocator"}
+    figures = ("layers", "budget", "quality", "quality_ratio")
+    return [{"name": text, **{key: metrics[name][key] for key in figures}} for name, text in named.items()]
+
+
+def _contribution_lines(metrics: Metrics) -> Sequence[str]:
+    head = (
+        f"{'On the unseen prompts':<32}{'layers run':>12}{'of the decoder':>16}{'mean score':>12}{'of the model':>14}"
+    )
+    rows = (
+        f"  {row['name']:<30}{row['layers']:>12.1f}{percent(row['budget'], 1):>16}{row['quality']:>12.3f}"
+        f"{percent(row['quality_ratio'], 1):>14}"
+        for row in metrics["contributions"]
+    )
+    return ["", head, *rows]
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -135,13 +163,13 @@ def certificate(metrics: Metrics) -> str:
     """What is guaranteed, without the prompts that it was seen on."""
     found = metrics["certificate"]
     if found["price"] is None:
-        return "no saving could be certified, so all prompts run all layers"
+        return f"{_plain(found['keep'])} could not be certified, so all prompts run all layers"
     confidence = f"certified with {percent(1 - found['delta'])} confidence"
     if found["risk"] == "mean_score":
-        return f"{confidence} to keep at least {_plain(1 - found['alpha'])}"
+        return f"{confidence} to keep at least {_plain(found['keep'])}"
     if found["risk"] == "insufficient":
-        return f"{confidence}: at most {_plain(found['alpha'])} of the answers are worse"
-    return f"{confidence} to lose at most {_plain(found['alpha'])} of a full score on average"
+        return f"{confidence}: at most {_plain(1 - found['keep'])} of the answers are worse"
+    return f"{confidence} to lose at most {_plain(1 - found['keep'])} of a full score on average"
 
 
 def speeds(metrics: Metrics) -> str:
@@ -181,6 +209,7 @@ def closing(metrics: Metrics, report: str) -> str:
             "",
             textwrap.fill(sentence(metrics), WIDTH),
             textwrap.fill(f"{judges(metrics)} {changes(metrics)}", WIDTH),
+            *_contribution_lines(metrics),
             *_gain_lines(metrics),
             "",
             textwrap.fill(f"{_capital(count_of(len(examples)))} unseen prompts ({RULE}):", WIDTH),

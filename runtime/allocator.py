@@ -59,6 +59,7 @@ class Allocator(AllocatorParts):
         cache_dir: str | Path | None = None,
         subfolder: str = "",
         chat_template: str | Path | None = None,
+        keep: float | None = None,
     ) -> Allocator:
         """Load a saved allocator from a folder or from a repository on the hub.
 
@@ -70,8 +71,10 @@ class Allocator(AllocatorParts):
             subfolder: of the folder or repository, in which the allocator lies.
             chat_template: a file with the chat template that it was made with, where that is not the tokenizer's own.
                 What is saved holds only its hash.
+            keep: another certified bound to run at than the one that it was made for, see `at`.
 
         Raises:
+            UncertifiedError: a `keep` that is not certified.
             ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256); the folder
                 of a run, which has it inside; a revision of a local folder; a subfolder that lies outside.
             ChatError: another chat template than the allocator's, or one for an allocator that has none.
@@ -80,6 +83,7 @@ class Allocator(AllocatorParts):
         if not subfolder and (inner / MANIFEST).is_file() and not (inner.parent / MANIFEST).exists():
             raise ArtefactError(f"{source} is the folder of a run and no allocator; give {Path(source) / RUN_FOLDER}")
         loaded = load_allocator(cls, source, revision, token, cache_dir, subfolder)
+        loaded = loaded if keep is None else loaded.at(keep)
         return loaded if chat_template is None else loaded.with_chat_template(chat_template)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -149,7 +153,7 @@ class Allocator(AllocatorParts):
         """`model.generate(inputs, generation_config, **arguments)`, each prompt under its own plan, in one pass for
         all. Prompts are `inputs` or `input_ids=` [B, S], left-padded.
 
-        Besides all stock arguments it takes `allocation_limit_ms` and `lossless` (see `__call__`). With
+        Besides all stock arguments it takes `allocation_limit_ms`, `lossless` and `keep` (see `__call__`). With
         `return_dict_in_generate=True` the output has `layer_plans`, the plan of each prompt, `allocation_ms`,
         `time_to_first_token_ms` and `drift`, the alarm's state. `cache=` goes on under the plans that filled the cache.
         `stop_strings` works here only: transformers 5.24 does not hand its tokenizer on to a `custom_generate`. A
@@ -208,6 +212,7 @@ class Allocator(AllocatorParts):
         streamer: Any = None,
         allocation_limit_ms: float | None = None,
         lossless: bool = False,
+        keep: float | None = None,
         **model_kwargs: Any,
     ) -> Output:
         """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs.
@@ -217,7 +222,11 @@ class Allocator(AllocatorParts):
             lossless: give the full model's own answer; a plan of the menu only drafts it (see `runtime.lossless`). No
                 plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does. Logits
                 processors and stopping criteria see drafts too, so what they say may depend on the text alone.
+            keep: another certified bound to run at, see `at`.
         """
+        if keep is not None:
+            own = (model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            return self.at(keep)(*own, allocation_limit_ms, lossless, **model_kwargs)
         start, began = Moment(model.device), time.perf_counter()
         with given_to_loop(model, logits_processor, stopping_criteria, streamer) as loop:
             request = Request(model, input_ids, generation_config, model_kwargs, loop)

@@ -77,7 +77,7 @@ def draft_plans(allocator: AllocatorParts) -> list[DraftPlan]:
     return [
         DraftPlan(plan, budget, rate * PRIOR_JUDGED)
         for plan, budget, rate in zip(menu.plans, menu.budgets, rates, strict=True)
-        if not plan.is_full
+        if plan.layers < plan.n_layers
     ]
 
 

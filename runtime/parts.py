@@ -38,6 +38,18 @@ class WrongModelError(InputError):
     """An allocator was used with a model that it was not made for."""
 
 
+class UncertifiedError(InputError):
+    """A bound at which an allocator has no certificate."""
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A certified bound with its price, and the alarm of the prompts that it was certified on."""
+
+    certificate: Certificate
+    drift: DriftAlarm | None
+
+
 @dataclass(frozen=True)
 class AllocatorParts:
     """All that is saved of an allocator.
@@ -61,6 +73,7 @@ class AllocatorParts:
         outliers: sends prompts unlike all known ones to the full plan, and belongs to what the certificate covers; None
             where it is off.
         chat: the chat template that its prompts were rendered with; None where they were given as they are.
+        others: further certified points, with prices and alarms of their own; see `at`.
     """
 
     menu: PlanMenu
@@ -76,14 +89,42 @@ class AllocatorParts:
     outliers: OutlierTest | None = None
     acceptance: tuple[float, ...] | None = None
     chat: ChatFormat | None = None
+    others: tuple[OperatingPoint, ...] = ()
 
     def __repr__(self) -> str:
         found = self.certificate
         price = "no certified price: all run the full model"
         if found.price is not None:
-            bound = f"{found.risk} <= {found.alpha:g}, confidence {1 - found.delta:g}"
+            bound = f"{found.risk}, keep {found.keep:g}, confidence {1 - found.delta:g}"
             price = f"price {found.price:.4g}, certified: {bound}"
         return f"{type(self).__name__}({self.model_source!r}, {self.menu}, {self.controller_name}, {price})"
+
+    @property
+    def keeps(self) -> list[float]:
+        """The values of `keep` that are certified."""
+        own = [] if self.certificate.price is None else [self.certificate.keep]
+        return sorted([*own, *(point.certificate.keep for point in self.others)])
+
+    def at(self, keep: float) -> Self:
+        """The same at another certified bound: answers keep at least `keep` of the full model's mean score.
+
+        Raises:
+            UncertifiedError: a bound that is not certified; the message lists those that are.
+        """
+        if keep == self.certificate.keep and self.certificate.price is not None:
+            return self
+        points = [OperatingPoint(self.certificate, self.drift), *self.others]
+        for point in self.others:
+            if point.certificate.keep == keep:
+                rest = tuple(one for one in points if one is not point and one.certificate.price is not None)
+                return replace(self, certificate=point.certificate, drift=point.drift, others=rest)
+        known = ", ".join(f"{one:g}" for one in self.keeps) or "none"
+        raise UncertifiedError(f"keep={keep!r:.40} is not certified; certified are: {known}")
+
+    def assuming(self, parts: tuple[str, ...]) -> Self:
+        """The same with certificates that say which of its files they were made with."""
+        others = (replace(one, certificate=replace(one.certificate, assumes=parts)) for one in self.others)
+        return replace(self, certificate=replace(self.certificate, assumes=parts), others=tuple(others))
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no stand-ins of

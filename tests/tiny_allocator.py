@@ -85,7 +85,7 @@ def make_allocator(model, price=1.0, controller=None, name="mlp") -> Allocator:
     else:
         fitted = controller
         fitted.fit(np.tile(seen, (20, 1)), np.tile(sufficient, (20, 1)), np.array(menu.budgets, "float32"))
-    certificate = Certificate("insufficient", 0.1, 0.1, 100, price, 0.05, "abc", "2026-01-01", 22)
+    certificate = Certificate("insufficient", 0.9, 0.1, 100, price, 0.05, "abc", "2026-01-01", 22)
     return Allocator(menu, fitted, name, projection, certificate, Decoding(6), model_fingerprint(model), "tiny")
 
 

@@ -21,7 +21,7 @@ from backbone.execution.row_patches import RowPlansError, patched_rows
 from backbone.execution.self_test import check_exactness
 from backbone.families import check_intact, check_is_model
 from backbone.plan import LayerPlan, PlanError
-from backbone.stand_ins.attaching import attached_to
+from backbone.stand_ins.attaching import attached_to, check_head
 
 P = ParamSpec("P")
 
@@ -100,7 +100,7 @@ def apply_plan(
         frozen: leave the attached stand-ins out.
 
     Raises:
-        PlanError: the plan is for another number of layers.
+        PlanError: the plan is for another number of layers, or the full depth with a head that is not attached.
         UnsupportedModelError: see `family_of`; sub-layers of an undeclared family; a model compiled by hand.
         InexactPlanError: the self-test failed.
         NestedPlanError: this thread already runs this model with a plan.
@@ -109,6 +109,8 @@ def apply_plan(
     """
     with _tested(model, plan):
         attached = None if frozen else attached_to(model, plan)
+        if not frozen:
+            check_head(model, plan)
         with patched(model, plan, first_layer=first_layer, attached=attached):
             yield model
 
@@ -143,7 +145,9 @@ def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[
         with apply_plan(model, first):
             yield model
         return
-    shortest = min(plans, key=lambda plan: plan.layers)
+    for plan in plans:
+        check_head(model, plan)
+    shortest = min(plans, key=lambda plan: (plan.is_full, plan.layers))
     with _tested(model, shortest), patched_rows(model, plans, attached_to(model, shortest)):
         yield model
 

@@ -23,7 +23,7 @@ def output_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """
     layers, returns_tuple = decoder_layers(model), family_of(model).returns_tuple
     skip = pass_on_with_none if returns_tuple else pass_on
-    given = states[:, None]
+    given = states[:, None].to(model.dtype)
 
     def give(*args: Any, **kwargs: Any) -> Any:
         return (given, None) if returns_tuple else given

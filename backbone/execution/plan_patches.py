@@ -79,7 +79,8 @@ def check_can_run(model: PreTrainedModel, plan: LayerPlan) -> None:
 
 
 def _bridging(model: PreTrainedModel, bridges: Mapping[int, Bridge]) -> list[tuple[nn.Module, Forward]]:
-    """The first layer of a gap does what its bridge does; the others of the gap pass their input on."""
+    """The first layer of a gap does what its bridge does; the others of the gap pass their input on. The last layer of
+    the full depth goes on to its head."""
     returns_tuple, layers = family_of(model).returns_tuple, decoder_layers(model)
 
     def crossing(bridge: Bridge) -> Forward:
@@ -91,7 +92,22 @@ def _bridging(model: PreTrainedModel, bridges: Mapping[int, Bridge]) -> list[tup
 
         return cross_with_none if returns_tuple else cross
 
-    return [(layers[first], crossing(bridge)) for first, bridge in bridges.items()]
+    return [
+        (layers[first], crossing(bridge))
+        if first < len(layers)
+        else (layers[-1], going_on_to(bridge, layers[-1].forward))
+        for first, bridge in bridges.items()
+    ]
+
+
+def going_on_to(head: Bridge, forward: Forward) -> Forward:
+    """The last layer's forward and an exit head behind it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return (head(output[0]), *output[1:]) if isinstance(output, tuple) else head(output)
+
+    return run
 
 
 def _check_not_compiled(model: PreTrainedModel, layers: list[nn.Module]) -> None:

@@ -97,7 +97,9 @@ class _Patches:
         forward = self._cutting(layer.forward, skip, either) if either else skip
         if bridges := self._bridges_at(index):
             forward = self._crossing(forward, bridges)
-        if len(either) < len(self._plans):
+        if heads := self._bridges_at(len(self._layers)) if layer is self._layers[-1] else []:
+            forward = self._crossing(forward, heads, behind=True)
+        if heads or len(either) < len(self._plans):
             yield layer, forward
         if attention != either:
             block = getattr(layer, str(family.attention))
@@ -144,15 +146,16 @@ class _Patches:
 
         return run
 
-    def _crossing(self, forward: Forward, bridges: Sequence[tuple[Prompts, Bridge]]) -> Forward:
-        """A layer's forward, after which rows that are at the beginning of a gap have crossed its bridge."""
+    def _crossing(self, forward: Forward, bridges: Sequence[tuple[Prompts, Bridge]], behind: bool = False) -> Forward:
+        """A layer's forward, after which rows that are at the beginning of a gap have crossed its bridge; `behind` the
+        layer for exit heads of the full depth."""
 
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             output = forward(hidden_states, *args, **kwargs)
             states = output[0] if isinstance(output, tuple) else output
             for prompts, bridge in bridges:
                 places = self._rows.places(prompts, states.device)
-                states = with_rows(states, places, bridge(taken(hidden_states, places)))
+                states = with_rows(states, places, bridge(taken(states if behind else hidden_states, places)))
             return (states, *output[1:]) if isinstance(output, tuple) else states
 
         return run

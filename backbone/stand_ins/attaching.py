@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from backbone.errors import InputError
 from backbone.families import decoder_layers, sublayer_bytes
 from backbone.fingerprint import model_fingerprint
-from backbone.plan import LayerPlan
+from backbone.plan import LayerPlan, PlanError
 from backbone.stand_ins.adapters import Adapter, LowRank
 from backbone.stand_ins.bridges import Bridges
 from backbone.stand_ins.tensors import StandInsError, from_tensors, tensors_of
@@ -145,7 +145,7 @@ def attach(model: PreTrainedModel, stand_ins: StandIns) -> None:
         raise StandInsError(f"these stand-ins are for states of {wrong[0]} numbers, those of this model have {hidden}")
     devices = [next(layer.parameters()).device for layer in layers]
     bridges = {
-        plan: {first: bridge.to(devices[first], model.dtype) for first, bridge in of_plan.items()}
+        plan: {first: bridge.to(devices[min(first, len(layers) - 1)], model.dtype) for first, bridge in of_plan.items()}
         for plan, of_plan in stand_ins.bridges.items()
     }
     merged = {} if stand_ins.adapter is None else stand_ins.adapter.merged(model)
@@ -184,6 +184,18 @@ def detach(model: PreTrainedModel) -> None:
 def attached_to(model: PreTrainedModel, plan: LayerPlan) -> Attached | None:
     """What stands in for the layers that `plan` leaves out; None for the full plan, and where nothing is attached."""
     return None if plan.is_full else model.__dict__.get(_ATTACHED)
+
+
+def check_head(model: PreTrainedModel, plan: LayerPlan) -> None:
+    """Raises PlanError for the full depth with an exit head where the model has none attached."""
+    if not plan.healed:
+        return
+    attached = attached_to(model, plan)
+    if attached is None or plan.n_layers not in attached.bridges.get(plan, {}):
+        raise PlanError(
+            f"plan {plan} is the full depth with an exit head, and none is attached to this model; attach the "
+            f"allocator's, or run the model as it is: 0-{plan.n_layers - 1}"
+        )
 
 
 def attached_digest(model: PreTrainedModel, plan: LayerPlan) -> str:

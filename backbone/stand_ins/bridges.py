@@ -58,4 +58,4 @@ class Bridge:
 
 
 Bridges = Mapping[LayerPlan, Mapping[int, Bridge]]
-"""For each plan its bridges, by the first layer of the gap."""
+"""For each plan its bridges, by the first layer of the gap; of the full depth the exit head, by L."""

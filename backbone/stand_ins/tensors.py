@@ -60,7 +60,7 @@ def from_tensors(tensors: Tensors) -> tuple[dict[LayerPlan, dict[int, Bridge]], 
 
 
 def _bridge(plan: LayerPlan, first: int, named: Tensors) -> Bridge:
-    if first not in {gap.start for gap in plan.gaps}:
+    if first not in ({plan.n_layers} if plan.healed else {gap.start for gap in plan.gaps}):
         raise StandInsError(f"a bridge stands at layer {first}, where the plan {plan} has no gap")
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     matrices = [shapes[name] for name in ("factor_0", "factor_1") if name in shapes]

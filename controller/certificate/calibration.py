@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import choose_each
-from controller.certificate.certificate import Certificate
+from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.fewest_prompts import fewest_prompts
 from controller.certificate.groups import Names, of_groups
 from controller.certificate.p_values import CalibrationError, p_values
@@ -24,7 +24,7 @@ from controller.certificate.risks import Risk, unit_of
 Floats = NDArray[np.float64]
 
 PRICES: Floats = np.geomspace(1000.0, 0.01, 577)
-"""What an expected loss of 1 may cost, in shares of the decoder, safest first [T]. Fixed before any data is
+"""What an expected loss of 1 may cost, in shares of the decoder, dearest first [T]. Fixed before any data is
 seen, as the test requires; that the risk grows along them is likely, and helps, but the guarantee does not need it. In
 a fixed sequence more steps cost no confidence; with steps of 8% instead of 2% one step could change half of the choices
 where prompts are alike."""
@@ -87,6 +87,23 @@ def on_path(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.bool_
     return found
 
 
+def first_price(path: PricePath, alpha: float, full: Floats) -> int:
+    """The place of the price that a sequence of tests begins at, from prompts that are not tested.
+
+    The dearest price runs the full model, which keeps every bound but those that ask for its own score or more. For
+    these the sequence begins where the mean margin, in its own standard deviations, is the largest.
+
+    Args:
+        path: what each price does to n prompts, decided by a controller that did not see them.
+        alpha: the bound, see `p_values`.
+        full: the full model's score of each prompt [n].
+    """
+    if alpha > 0:
+        return 0
+    margins = alpha * full - path.losses
+    return int((margins.mean(axis=1) / (margins.std(axis=1) + 1e-9)).argmax())
+
+
 def valid_price(
     path: PricePath,
     alpha: float,
@@ -96,6 +113,7 @@ def valid_price(
     risk: Risk = "insufficient",
     full: Floats | None = None,
     groups: Names | None = None,
+    start: int = 0,
 ) -> float | None:
     """The lowest price whose mean loss is at most `alpha` with probability 1 - `delta`.
 
@@ -109,12 +127,13 @@ def valid_price(
         risk: which loss it is.
         full: the full model's score of each prompt [n], for `mean_score`.
         groups: group of each prompt [n], see `of_groups`; None where prompts are independent draws.
+        start: place of the price that is tested first, see `first_price`.
 
     Raises:
         CalibrationError: a bound or losses that cannot be; as many tasks or groups as there are not prompts.
     """
-    index = last_valid(price_p_values(path.losses, alpha, delta, risk, tasks, full, groups), delta)
-    return None if index is None or not path.shortens[index] else float(PRICES[index])
+    index = last_valid(price_p_values(path.losses[start:], alpha, delta, risk, tasks, full, groups), delta)
+    return None if index is None or not path.shortens[start + index] else float(PRICES[start + index])
 
 
 def price_p_values(
@@ -190,12 +209,14 @@ def cheapest_valid_plan(
 def certify(
     path: PricePath,
     *,
-    alpha: float,
+    keep: float,
     delta: float,
     risk: Risk,
     tasks: Names,
     full: Floats | None = None,
     groups: Names | None = None,
+    start: int = 0,
+    levels: tuple[float, ...] = (),
     per_task: bool = False,
     tolerance: float = 0.0,
     left_out: int = 0,
@@ -206,8 +227,12 @@ def certify(
     """Find the price and say what it is worth.
 
     Args:
-        path, alpha, delta, risk, full, groups: as in `valid_price`.
+        path, risk, full, groups, start: as in `valid_price`.
+        keep: 1 - alpha there.
+        delta: how often any of the `levels` may fail.
         tasks: task of each calibration prompt [n].
+        levels: all values of `keep` that are certified on these prompts, which share delta in equal parts (Bonferroni),
+            so that any of them can be chosen afterwards; empty for this one alone.
         per_task: whether the bound is to hold in every task.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
         left_out: prompts that are not among the n, since the judge failed on the full model's answer.
@@ -215,23 +240,25 @@ def certify(
         decoding: how the answers were generated, in words.
         chat_template: hash of the template that the prompts were put into, if any.
     """
-    price = valid_price(path, alpha, delta, tasks if per_task else None, risk=risk, full=full, groups=groups)
+    alpha, delta_of_one = alpha_of(keep), delta / max(len(levels), 1)
+    of_tasks = tasks if per_task else None
+    price = valid_price(path, alpha, delta_of_one, of_tasks, risk=risk, full=full, groups=groups, start=start)
     ones = np.ones(len(tasks))
-    own = tasks if per_task else None
-    losses, tested, names, scores = of_groups(path.losses, risk, groups, own, ones if full is None else full)
+    losses, tested, names, scores = of_groups(path.losses, risk, groups, of_tasks, ones if full is None else full)
     assert scores is not None
     at_price = np.zeros(len(scores)) if price is None else losses[int(np.flatnonzero(price == PRICES)[0])]
-    needed = None if price is not None else _needed(losses, path.shortens, alpha, delta, tested, names, scores)
+    rest = losses[start:], path.shortens[start:]
+    needed = None if price is not None else _needed(*rest, alpha, delta_of_one, tested, names, scores)
     return Certificate(
         risk=risk,
-        alpha=alpha,
+        keep=keep,
         delta=delta,
         n=len(tasks),
         price=price,
         observed_risk=float(at_price.mean()) / unit_of(risk, scores),
         prompts_hash=prompts_hash,
         date=datetime.now(UTC).date().isoformat(),
-        fewest_prompts=_fewest(alpha, delta, tested, names, scores),
+        fewest_prompts=_fewest(alpha, delta_of_one, tested, names, scores) if alpha > 0 else None,
         full_score=float(scores.mean()),
         prompts_needed=needed,
         per_task={} if names is None else _per_task(risk, at_price, scores, np.asarray(names)),
@@ -239,6 +266,7 @@ def certify(
         decoding=decoding,
         chat_template=chat_template,
         left_out=left_out,
+        levels=levels if len(levels) > 1 else (),
         groups=None if len(scores) == len(tasks) else len(scores),
     )
 
@@ -263,7 +291,7 @@ def _needed(
     tasks: Names | None,
     full: Floats,
 ) -> int | None:
-    """About how many prompts like these n would do at the safest price that shortens any: the test with each of them
+    """About how many prompts like these n would do at the first price that shortens any: the test with each of them
     several times. 0 where no price shortens any."""
     if not shortens.any():
         return 0

@@ -10,13 +10,22 @@ from typing import Any
 
 from backbone.errors import InputError
 from backbone.strict_json import LONGEST_NAME, parse
-from controller.certificate.risks import RISKS, Risk
+from controller.certificate.risks import MOST_KEPT, RISKS, Risk
 
-MOST_PROMPTS, LARGEST_PRICE, LONGEST_TEXT = 10**9, 1e6, 10_000
+MOST_PROMPTS, LARGEST_PRICE, LONGEST_TEXT, MOST_LEVELS = 10**9, 1e6, 10_000, 20
 """What no certificate exceeds; a text in characters."""
 LOWEST_TASK_RISK = -1e4
 """Of a task, whose full model's mean score may be near 0; it is not in the file."""
 _DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+
+_ALONE = "Each certificate fails with probability delta, the best of several more often."
+_SHARED = "All levels together fail with probability delta: choose among them, and certify another on other prompts."
+
+
+def alpha_of(keep: float) -> float:
+    """The largest mean loss that keeps `keep`: .03 for .97."""
+    return round(1 - keep, 9)
 
 
 class CertificateError(InputError):
@@ -25,13 +34,14 @@ class CertificateError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """With probability at least 1 - `delta`, the mean loss is at most `alpha` on prompts like the calibration prompts.
+    """With probability at least 1 - `delta`, so much is kept on average on prompts like the calibration prompts.
 
     Attributes:
         risk: which loss; see `controller.certificate.risks.Risk`. The mean losses of `mean_score` are in shares of the
             full model's mean score, and below 0 where more is won than lost.
-        alpha: the bound, in (0, 1).
-        delta: how often the bound may fail, over draws of the calibration prompts.
+        keep: the bound: the mean loss is at most 1 - `keep`. Above 0; 1 or more, for `mean_score` alone, where
+            the full model's mean score or more is kept.
+        delta: how often the bound may fail, over draws of the calibration prompts; with `levels`, any of theirs.
         n: calibration prompts.
         price: what an expected loss of 1 costs, in shares of the decoder, where plans are chosen; None where no price
             is valid, or where the lowest valid one shortens nothing, and every prompt runs the full plan.
@@ -40,10 +50,11 @@ class Certificate:
         prompts_hash: of the calibration prompts.
         date: when it was made, ISO 8601.
         fewest_prompts: with fewer calibration prompts (in each task, where `per_task` is given) no price can be valid,
-            if the controller wins nothing; None where that is more than can be looked at.
+            if the controller wins nothing; None where that is more than can be looked at, and where `keep` is 1 or
+            more, which takes wins.
         full_score: the full model's mean score on them; 1 where the risk does not ask for it.
         prompts_needed: where there is no price, about how many prompts that lose and vary like these would do at the
-            safest price that shortens any; 0 where the controller shortens none of them; None for too many, or where
+            first price that shortens any; 0 where the controller shortens none of them; None for too many, or where
             there is a price.
         per_task: task -> {"n", "observed_risk"} where the bound holds in every task, empty where only overall.
         tolerance: how much lower than the full model's the score of a sufficient answer may be.
@@ -52,13 +63,15 @@ class Certificate:
         left_out: prompts that are not among the n, since the judge failed on the full model's answer.
         groups: independent groups that the prompts fall into, each of which counts once in every mean and in every
             number of prompts but `n` and `left_out`; None where each prompt is a group of its own.
+        levels: all values of `keep` that were certified on these prompts and share `delta`, so that any of them may be
+            chosen afterwards; empty for this one alone.
         assumes: names of the allocator's files beside menu, projection and controller that it was made with, such as
             the outlier test's and the drift alarm's.
         does_not_cover: what is not promised, in sentences.
     """
 
     risk: Risk
-    alpha: float
+    keep: float
     delta: float
     n: int
     price: float | None
@@ -74,6 +87,7 @@ class Certificate:
     chat_template: str = ""
     left_out: int = 0
     groups: int | None = None
+    levels: tuple[float, ...] = ()
     assumes: tuple[str, ...] = ()
     does_not_cover: tuple[str, ...] = ()
 
@@ -82,17 +96,28 @@ class Certificate:
             object.__setattr__(self, "does_not_cover", exclusions(self))
 
     @property
+    def alpha(self) -> float:
+        """The largest mean loss that keeps the bound."""
+        return alpha_of(self.keep)
+
+    @property
     def sentence(self) -> str:
         """The certificate in plain words."""
         if self.price is None:
-            return f"No saving could be certified: {self._reason}, so all prompts run the full model.{self._unjudged}"
+            return f"Not certified: {self._reason}, so all prompts run the full model.{self._unjudged}"
         seen = self._seen(self.observed_risk)
         if self.risk == "mean_score":
             seen = f"{seen} of {self.full_score:.3g}"
         return (
             f"With {_percent(1 - self.delta)} confidence, {self._bound}, on prompts like the {self.n} calibration "
-            f"prompts{self._grouped} (observed: {seen}{self._worst_task}).{self._unjudged}"
+            f"prompts{self._grouped} (observed: {seen}{self._worst_task}).{self._shared}{self._unjudged}"
         )
+
+    @property
+    def _shared(self) -> str:
+        if not self.levels:
+            return ""
+        return f" The levels {', '.join(map(_percent, self.levels))} share this confidence: any may be chosen."
 
     @property
     def _grouped(self) -> str:
@@ -106,7 +131,10 @@ class Certificate:
         return f" Left out: {count}, since the judge failed on the full model's answer."
 
     def too_small(self) -> dict[str, int]:
-        """Task -> its prompts, where they are too few for the bound; of an overall bound "all tasks" -> all prompts."""
+        """Task -> its prompts, where they are too few for the bound; of an overall bound "all tasks" -> all prompts.
+        Empty where `keep` is 1 or more, since wins may be of any size."""
+        if self.keep >= 1:
+            return {}
         sizes = {task: int(seen["n"]) for task, seen in self.per_task.items()} or {"all tasks": self.groups or self.n}
         return {task: n for task, n in sizes.items() if self.fewest_prompts is None or n < self.fewest_prompts}
 
@@ -120,7 +148,7 @@ class Certificate:
             data = parse(path.read_text(encoding="utf-8"))
             data.pop("sentence")
             _check_values(data)
-            return cls(**{**data, **{name: tuple(data[name]) for name in ("assumes", "does_not_cover")}})
+            return cls(**{**data, **{name: tuple(data[name]) for name in ("levels", "assumes", "does_not_cover")}})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CertificateError(
                 f"{path} is not a certificate that this version can read ({error}): "
@@ -131,7 +159,7 @@ class Certificate:
     def _bound(self) -> str:
         each = ", in each task," if self.per_task else ""
         if self.risk == "mean_score":
-            return f"answers{each} keep at least {_percent(1 - self.alpha)} of the full model's mean score"
+            return f"answers{each} keep at least {_percent(self.keep)} of the full model's mean score"
         if self.risk == "insufficient":
             prompts = f"at most {_percent(self.alpha)} of prompts{each}"
             less = f"over {self.tolerance:g} lower" if self.tolerance else "lower"
@@ -145,7 +173,7 @@ class Certificate:
         small = self.too_small()
         if self.fewest_prompts is None and self.risk != "mean_score":
             return f"{claim} takes more calibration prompts than can be looked at; ask for a larger bound"
-        if self.fewest_prompts is None:
+        if self.fewest_prompts is None and self.keep < 1:
             scored = f"the full model's mean score on the {self.n} calibration prompts is {self.full_score:.3g}"
             return f"{scored}, too near 0 for {claim}; use prompts that it can answer, or another judge"
         if small and self.per_task:
@@ -161,8 +189,12 @@ class Certificate:
     @property
     def _more(self) -> str:
         if self.prompts_needed is None:
-            return ", nor would many more like them: it loses too much at the safest price that shortens any"
+            return f", nor would many more like them: it {self._short} at the first price that shortens any"
         return f": at the spread of what they lose it takes about {self.prompts_needed}"
+
+    @property
+    def _short(self) -> str:
+        return "loses too much" if self.keep < 1 else "wins too little"
 
     def _amount(self, risk: float) -> str:
         return self._seen(risk) + ("" if self.risk == "insufficient" else " of a score that runs from 0 to 1")
@@ -204,7 +236,7 @@ def exclusions(found: Certificate) -> tuple[str, ...]:
         "Prompts that are not independent draws: copies of the training prompts, near-duplicates, and groups that the "
         "field 'group' does not name. Prompts of one group, or of one text, count as one.",
         "A choice made afterwards: the controller and the bound were named before the calibration prompts were looked "
-        "at. Each certificate fails with probability delta, the best of several more often.",
+        f"at. {_SHARED if found.levels else _ALONE}",
     )
 
 
@@ -220,7 +252,11 @@ def _check_values(data: dict[str, Any]) -> None:
         "price": price is None or (_is_number(price, 0, LARGEST_PRICE) and price > 0),
         "per_task": isinstance(tasks, dict) and all(_is_task(*one, lowest) for one in tasks.items()),
         **{name: _are_texts(data[name], LONGEST_TEXT) for name in ("assumes", "does_not_cover")},
-        **{name: _is_number(data[name], 0, 1) and 0 < data[name] < 1 for name in ("alpha", "delta")},
+        "delta": _is_number(data["delta"], 0, 1) and 0 < data["delta"] < 1,
+        "keep": _is_level(data["keep"], data["risk"]),
+        "levels": isinstance(data["levels"], list)
+        and len(data["levels"]) <= MOST_LEVELS
+        and all(_is_level(level, data["risk"]) for level in data["levels"]),
         **{name: _is_count(data[name]) for name in ("n", "left_out")},
         **{
             name: data[name] is None or _is_count(data[name]) for name in ("fewest_prompts", "prompts_needed", "groups")
@@ -239,6 +275,11 @@ def _is_task(name: str, seen: object, lowest: float) -> bool:
     if not isinstance(seen, dict) or seen.keys() != {"n", "observed_risk"} or len(name) > LONGEST_NAME:
         return False
     return _is_count(seen["n"]) and _is_number(seen["observed_risk"], LOWEST_TASK_RISK if lowest < 0 else 0, 1)
+
+
+def _is_level(value: object, risk: object) -> bool:
+    most = MOST_KEPT if risk == "mean_score" else 1
+    return _is_number(value, 0, most) and 0 < value < most  # type: ignore[operator]
 
 
 def _is_count(value: object) -> bool:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from backbone.errors import InputError
 from controller.certificate.betting import betting_p_values
-from controller.certificate.risks import RISKS, Risk
+from controller.certificate.risks import MOST_KEPT, RISKS, Risk
 
 Floats = NDArray[np.float64]
 
@@ -23,13 +23,14 @@ def p_values(losses: Floats, alpha: float, delta: float, risk: Risk, full: Float
     """P-values [T] of "the mean loss exceeds alpha" from losses [T, n]; for `mean_score` of "it exceeds alpha times the
     full model's mean score".
 
-    That is "the mean of (1 - alpha) full model's score - score is above 0", whose terms lie in [-1, 1]; rescaled to [0,
-    1] it is "above 1/2". Both means are tested together, so the full model's needs no bound of its own.
+    That is "the mean of keep x full model's score - score is above 0", where keep is 1 - alpha. The terms lie in
+    [-1, 1], and in [-1, keep] where more is to be kept than the full model has. They are moved to [0, 1], and 0 with
+    them. Both means are tested together, so the full model's needs no bound of its own.
 
     Args:
         losses: of n prompts under each of T prices; 0 or 1 for `insufficient`, in [0, 1] for `score_lost`, in [-1, 1]
             for `mean_score`.
-        alpha: the bound, in (0, 1).
+        alpha: the bound, in (0, 1); for `mean_score` below 1, at most 0 where the full model's score or more is kept.
         delta: the level that the bets are made for, in (0, 1); the p-values are valid at every other one too.
         risk: which loss it is. Said, not guessed: bounded losses that happen to be all 0 or 1 are no coin tosses.
         full: the full model's score of each prompt [n], in [0, 1], for `mean_score`.
@@ -42,7 +43,8 @@ def p_values(losses: Floats, alpha: float, delta: float, risk: Risk, full: Float
         return binomial_p_values(losses, alpha)
     if risk == "score_lost":
         return betting_p_values(losses, alpha, delta)
-    return betting_p_values((1 + losses - alpha * _checked_full(full, losses)) / 2, 0.5, delta)
+    width = 1 + max(1.0, 1 - alpha)
+    return betting_p_values((1 + losses - alpha * _checked_full(full, losses)) / width, 1 / width, delta)
 
 
 def binomial_p_values(losses: Floats, alpha: float) -> Floats:
@@ -60,11 +62,12 @@ def binomial_p_values(losses: Floats, alpha: float) -> Floats:
 
 
 def _check(losses: Floats, alpha: float, delta: float, risk: str) -> None:
-    for name, value in (("alpha", alpha), ("delta", delta)):
-        if not 0 < value < 1:
-            raise CalibrationError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
     if risk not in RISKS:
         raise CalibrationError(f"there is no risk {risk!r}; known are {', '.join(RISKS)}")
+    lowest = 1 - MOST_KEPT if risk == "mean_score" else 0
+    for name, value, least in (("alpha", alpha, lowest), ("delta", delta, 0)):
+        if not least < value < 1:
+            raise CalibrationError(f"{name} is {value}; it must lie between {least} and 1, both excluded")
     if losses.shape[1] == 0:
         raise CalibrationError("there are no calibration prompts: nothing can be certified from 0 losses")
     least = -1 if risk == "mean_score" else 0

@@ -17,6 +17,8 @@ Risk = Literal["mean_score", "score_lost", "insufficient"]
 prompts that lose; its mean is given in shares of the full model's mean score. `score_lost`: max(0, full model's score -
 score), in [0, 1]. `insufficient`: 1 where the plan's answer is no longer sufficient, else 0."""
 RISKS: tuple[Risk, ...] = get_args(Risk)
+MOST_KEPT = 10.0
+"""A bound asks for less than so many times the full model's mean score."""
 
 
 def quality_kept(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> Floats:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import choose, lost
-from controller.certificate.calibration import PRICES
+from controller.certificate.calibration import PRICES, choices
 from oracle.frontier.frontier import captured_headroom
 from oracle.frontier.upgrades import climb, path
 
@@ -98,16 +98,23 @@ def price_curve(predicted: Predicted, scores: Floats, budgets: Floats) -> list[t
 
 
 def price_for_loss(predicted: Predicted, kept: Floats, budgets: Floats, bound: float) -> float | None:
-    """The lowest price whose mean loss on these prompts, and that of every safer one, is at most `bound`; or None.
+    """The lowest price down to which the mean loss on these prompts is at most `bound`; or None.
 
     What the prompts show, with no guarantee for others: see `controller.certificate.calibration` for that.
     """
-    found = None
-    for price in PRICES:
-        if losses_at(predicted, kept, budgets, float(price)).mean() > bound:
-            break
-        found = float(price)
-    return found
+    losses = lost(kept)[np.arange(len(kept)), choices(predicted, budgets)].mean(axis=1)
+    start, after = _run_within(bound, losses)
+    return float(PRICES[after - 1]) if after > start else None
+
+
+def _run_within(bound: float, losses: Floats) -> tuple[int, int]:
+    """The first of the mean losses, dearest first, that are at most `bound`, and the first one behind these.
+
+    The full model loses nothing, so that a bound above 0 begins with the first; else with the least loss.
+    """
+    start = 0 if bound > 0 else int(losses.argmin())
+    beyond = np.flatnonzero(losses[start:] > bound)
+    return start, start + int(beyond[0]) if len(beyond) else len(losses)
 
 
 def regret(predicted: Predicted, kept: Floats, budgets: Floats, bounds: Sequence[float]) -> float:
@@ -126,9 +133,11 @@ def regret(predicted: Predicted, kept: Floats, budgets: Floats, bounds: Sequence
 
 
 def _spent_at(bound: float, losses: Floats, spent: Floats) -> float:
-    """Between the last of these points, safest first, before the first whose loss exceeds `bound`, and that one."""
-    beyond = np.flatnonzero(losses > bound)
-    if not len(beyond):
+    """Between the last of these points, dearest first, before the first whose loss exceeds `bound`, and that one; all
+    of the decoder where none is within it."""
+    start, after = _run_within(bound, losses)
+    if after == start:
+        return 1.0
+    if after == len(losses):
         return float(spent[-1])
-    after = int(beyond[0])
     return float(np.interp(bound, losses[after - 1 : after + 1], spent[after - 1 : after + 1]))

@@ -49,9 +49,9 @@ class ExitAnswer:
 
 
 def exit_depth(plan: LayerPlan) -> int | None:
-    """The layers that an early exit runs, L for the full plan; None for a plan of another shape."""
+    """The layers that an early exit runs, L for the full depth; None for a plan of another shape."""
     depth = len(plan.attention)
-    return depth if plan == LayerPlan.exiting(plan.n_layers, max(depth, 1)) else None
+    return depth if plan.healed or plan == LayerPlan.exiting(plan.n_layers, max(depth, 1)) else None
 
 
 def are_exits(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> bool:

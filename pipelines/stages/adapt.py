@@ -156,7 +156,7 @@ class _Making:
                 f"adapt.given, {self._settings.given}, holds stand-ins of {found.fingerprint}, and this run's model is "
                 f"{fingerprint}"
             )
-        without = [plan for plan in self._plans if plan.gaps and plan not in found.bridges]
+        without = [plan for plan in self._plans if (plan.gaps or plan.healed) and plan not in found.bridges]
         if found.bridges and without:
             raise StandInsError(
                 f"adapt.given, {self._settings.given}, has no bridges for the plan {without[0]}; it has them for "

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from backbone.files import write_atomically
 from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
+from controller.certificate.certificate import alpha_of
 from controller.certificate.outliers import OutlierTest
 from controller.report.frontier_card import LEVEL, frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
@@ -32,9 +33,10 @@ from pipelines.measured_policies import outcome
 from pipelines.omissions import Omissions
 from pipelines.pooled_gain import out_of_fold
 from pipelines.shown_prompts import shown
-from pipelines.stages.calibrate import price_of
+from pipelines.stages.calibrate import price_out_of_fold
 from pipelines.stages.train import load_trained, tuned_settings
 from pipelines.stand_in_gain import before_and_after
+from pipelines.summary import contributions
 from pipelines.wall_clock import feature_ms, prompt_ms, speeds
 from pipelines.workspace import IN_FULL, Workspace
 from runtime.allocator import Allocator
@@ -56,16 +58,20 @@ def run(config: Config) -> Path:
     calibration = json.loads(workspace.path("calibration.json").read_text())
     trained = load_trained(workspace, allocator.outliers)
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
+    keep, best, left_out = allocator.certificate.keep, calibration["best"], Omissions()
     expected = {name: out_of_fold(own, fit.features, fit) for name, own in tuned_settings(workspace).items()}
-    prices = {name: price_of(own, fit, config.calibration) for name, own in expected.items()}
-    best, bounds = calibration["best"], [alpha * test.unit for alpha in config.evaluation.alphas]
-    prices[best] = calibration["certificate"]["price"]
+    prices = {name: price_out_of_fold(own, fit, config.calibration, keep) for name, own in expected.items()}
+    prices[best] = allocator.certificate.price
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
+    bounds = [alpha_of(level) * test.unit for level in config.calibration.keep]
     certified = [allocator.menu.plans[plan] for plan in chosen[best]]
     check_layers_run(allocator, *workspace.adapted, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
     examples = shown(workspace, allocator, test, chosen[best])
-    chosen |= _yardsticks(config, test, fit, chosen[best])
+    chosen |= _yardsticks(config, test, fit, chosen[best], keep)
+    compared_at_losses, routed = comparison(workspace, best, expected, fit, test, allocator, left_out)
+    others = {"task": routed, "full_with_head": _headed(workspace, test)}
+    chosen |= {name: choice for name, choice in others.items() if choice is not None}
     cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
     metrics: dict[str, Any] = {
         name: {**asdict(card), "tokens_per_s": _tokens_per_s(card, speed, config)} for name, card in cards.items()
@@ -73,7 +79,7 @@ def run(config: Config) -> Path:
     for name, kept in predicted.items():
         metrics[name]["regret"] = regret(kept, test.kept, test.budgets, bounds)
         metrics[name]["decision_ms"] = prompt_ms(trained[name].predict, test.features)
-    left_out, frontier = Omissions(), _frontier(config, chosen[best], test)
+    frontier = asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets, alpha_of(keep)))
     metrics |= {
         "best": best,
         "captured_headroom": cards[best].captured_headroom,
@@ -81,18 +87,16 @@ def run(config: Config) -> Path:
         "frontier": frontier,
         "worst_task": _worst_task(chosen[best], test),
         "judges": dict(Counter(prompt.judge for prompt in test.prompts)),
-        "comparison": comparison(workspace, best, expected, fit, test, left_out)
-        | {
-            "certified": [
-                row | outcome(choose(predicted[best], test.budgets, row["price"]), test)
-                for row in calibration["prices"]
-            ]
-        },
+        "comparison": compared_at_losses,
         "left_out": left_out,
         "outliers": _outliers(allocator.outliers, test),
         "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
         "stand_ins": before_and_after(workspace, test),
         "certificate": calibration["certificate"],
+        "certificates": [
+            {**found, "test": outcome(choose(predicted[best], test.budgets, found["price"]), test)}
+            for found in calibration["certificates"]
+        ],
         "prompts": {
             **{split: len(prompts) for split, prompts in workspace.labelled_splits.items()},
             "adapt": len(workspace.splits["adapt"]),
@@ -110,6 +114,7 @@ def run(config: Config) -> Path:
         "token_exits": compared(workspace) if config.token_exits.enabled else None,
         "machine": machine(),
     }
+    metrics["contributions"] = contributions(metrics)
     write_atomically(workspace.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
     choices = {name: choice[: len(test.prompts)].tolist() for name, choice in chosen.items()}
     data = {"ids": [prompt.id for prompt in test.prompts], "chosen": choices}
@@ -136,10 +141,6 @@ def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None
     }
 
 
-def _frontier(config: Config, chosen: Choices, test: Table) -> dict[str, Any]:
-    return asdict(frontier_card(chosen, test.scores, test.sufficient, test.budgets, config.calibration.alpha))
-
-
 def _worst_task(chosen: Choices, test: Table) -> dict[str, Any] | None:
     """The task that keeps the least of the full model's mean score, with its interval; None where none has a score."""
     rows = {str(task): np.flatnonzero(test.tasks == task) for task in np.unique(test.tasks)}
@@ -155,13 +156,19 @@ def _worst_task(chosen: Choices, test: Table) -> dict[str, Any] | None:
     return {"task": worst, "tasks": len(rows), "n": len(rows[worst]), "kept": {"value": kept[worst], **interval}}
 
 
-def _yardsticks(config: Config, test: Table, fit: Table, best: Choices) -> dict[str, Choices]:
+def _headed(workspace: Workspace, test: Table) -> Choices | None:
+    """The full depth with its exit head for all; None where the menu has none."""
+    headed = [place for place, plan in enumerate(workspace.menu().plans) if plan.healed]
+    return np.full(len(test.prompts), headed[0]) if headed else None
+
+
+def _yardsticks(config: Config, test: Table, fit: Table, best: Choices, keep: float) -> dict[str, Choices]:
     """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
     n_prompts, n_plans = test.sufficient.shape
     shares = np.bincount(best, minlength=n_plans) / len(best)
     return {
         "full": np.full(n_prompts, n_plans - 1),
-        "best_static": np.full(n_prompts, best_static(config, fit, test)),
+        "best_static": np.full(n_prompts, best_static(config, fit, test, keep)),
         "static_mixture": _draws(_mixture_at(float(test.budgets[best].mean()), fit), n_prompts),
         "random": _draws(shares, n_prompts),
         "oracle": _oracle(test, config.label.tolerance),
@@ -189,17 +196,18 @@ def _draws(weights: NDArray[np.float64], n_prompts: int) -> Choices:
     return np.random.default_rng(0).choice(len(weights), RANDOM_DRAWS * n_prompts, p=weights)
 
 
-def best_static(config: Config, tested: Table, others: Table) -> int:
+def best_static(config: Config, tested: Table, others: Table, keep: float | None = None) -> int:
     """The cheapest plan that, run by all, is certified on `tested` as a controller's price is; else the full plan.
 
     Plans are tested in the order of their losses on other prompts. A run tests on `train` and `tune`, which are
     labelled under every plan and which a static plan has no use for otherwise, in the order of the split `test`.
+    `keep`: the bound; None for the first of `calibration.keep`.
     """
     settings = config.calibration
     return cheapest_valid_plan(
         tested.losses,
-        settings.alpha,
-        settings.delta,
+        settings.alpha if keep is None else alpha_of(keep),
+        settings.delta_of_one,
         settings.risk,
         expected=others.losses.mean(axis=0),
         tasks=tested.tasks if settings.per_task else None,
@@ -211,7 +219,8 @@ def best_static(config: Config, tested: Table, others: Table) -> int:
 def _mixture_at(budget: float, table: Table) -> NDArray[np.float64]:
     """Weights [K] of the two neighbours on the hull of static plans whose mixture has a mean budget."""
     hull = upper_hull(static_points(table.scores, table.budgets))
-    known = [int(np.flatnonzero(table.budgets == x)[0]) for x, _ in hull]
+    means = table.scores.mean(axis=0)
+    known = [int(np.flatnonzero((table.budgets == x) & (means == y))[0]) for x, y in hull]
     weights = np.zeros(len(table.budgets))
     upper = min(int(np.searchsorted(table.budgets[known], budget)), len(known) - 1)
     lower = max(upper - 1, 0)

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from backbone.files import write_atomically
+from controller.certificate.certificate import alpha_of
 from controller.certificate.fewest_prompts import fewest_prompts
 from controller.certificate.p_values import CalibrationError
 from controller.learning import Learned
@@ -165,10 +166,10 @@ def _labelled(table: str) -> str:
 
 
 def _compared(comparison: dict[str, Any]) -> dict[str, dict[float, dict[str, Any]]]:
-    """Policy -> mean loss asked for -> what it captures there."""
+    """Policy -> what is to be kept -> what it captures there."""
     found: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
     for row in [*comparison["at_losses"], *comparison.get("template", [])]:
-        found[row["policy"]][row["alpha"]] = row
+        found[row["policy"]][row["keep"]] = row
     return dict(found)
 
 
@@ -255,10 +256,13 @@ def _example(task: str, prompt: str, reference: str, layers: float, label: Label
 
 
 def _tighter(certificate: dict[str, Any]) -> list[dict[str, Any]]:
-    """How many calibration prompts tighter bounds take: at least, and if the loss seen were half the bound."""
+    """How many calibration prompts tighter bounds take: at least, and if the loss seen were half the bound; none where
+    already nothing may be lost."""
+    if (asked := alpha_of(certificate["keep"])) <= 0:
+        return []
     delta, risk, full = certificate["delta"], certificate["risk"], round(certificate["full_score"], 4)
     found = []
-    for alpha in (certificate["alpha"] / part for part in (2, 5, 10)):
+    for alpha in (asked / part for part in (2, 5, 10)):
         with suppress(CalibrationError):  # more than can be looked at
             least, half = (fewest_prompts(alpha, delta, risk, lost, full) for lost in (0.0, alpha / 2))
             found.append({"alpha": alpha, "least": least, "half": half})

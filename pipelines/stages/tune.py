@@ -27,7 +27,7 @@ def run(config: Config) -> Path:
 
     Below `tuning.search_from` prompts nothing is searched, and each controller has its default settings. The regret
     that is made small is `controller.report.report_card.regret` at half, once and one and a half times
-    `calibration.alpha`: around what calibration will ask for. The one that is stated is of fresh folds.
+    `calibration.keep`: around what calibration will ask for. The one that is stated is of fresh folds.
     """
     workspace = Workspace.of(config)
     table = workspace.table("train", "tune")

@@ -46,6 +46,8 @@ def export_plan(
     plan = LayerPlan.parse(text, len(decoder_layers(model)))
     if folder.exists():
         raise ExportError(f"{folder} is there already; name a folder that is not")
+    if plan.healed:
+        raise ExportError(f"plan {plan} has an exit head, which no ordinary checkpoint holds")
     if allocator is not None:
         _merge(model, plan, allocator)
     short = delete_layers(model, plan)

@@ -40,6 +40,11 @@ class Upstreams:
         Raises:
             UpstreamError: see there.
         """
+        if healed := [plan for plan in menu.plans if plan.healed]:
+            raise UpstreamError(
+                f"the menu has {healed[0]}, the full depth with an exit head, which no engine runs; serve an allocator "
+                "that was made without it in menu.given"
+            )
         named = {}
         for pool in pools:
             text, _, url = pool.partition("=")

@@ -12,7 +12,7 @@ from oracle.chat import NO_TEMPLATE
 from runtime.parts import AllocatorParts
 from runtime.saving.file_bundle import CARD, BundleError, Manifest
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 LONGEST_SOURCE = 4096
 """Characters of where the model came from, which may be a path."""
 LARGEST_PART = 2**30
@@ -44,6 +44,11 @@ def optional_parts(allocator: AllocatorParts) -> tuple[str, ...]:
         CHAT: allocator.chat,
     }
     return tuple(name for name, part in parts.items() if part is not None)
+
+
+def files_of_other(number: int) -> tuple[str, str]:
+    """Certificate and drift reference of a certified point beside the one that is served, counted from 1."""
+    return f"certificate-{number}.json", f"drift-{number}.safetensors"
 
 
 def chat_hash(allocator: AllocatorParts) -> str:
@@ -84,15 +89,16 @@ def _check_length(folder: Path, name: str, value: object, longest: int) -> None:
 
 def check_assumed(allocator: AllocatorParts) -> None:
     """Raises ArtefactError where the certificate was made with something that the allocator has not."""
-    certificate, chat = allocator.certificate, chat_hash(allocator)
-    if missing := sorted({*certificate.assumes} - {*optional_parts(allocator)}):
-        raise ArtefactError(f"its certificate was made with {missing[0]}, which this allocator is without")
-    if certificate.chat_template not in ("", chat):
-        raise ArtefactError(f"its certificate is for the chat template {certificate.chat_template}, it has {chat}")
-    if certificate.decoding not in ("", str(allocator.decoding)):
-        raise ArtefactError(
-            f"its certificate is for answers by {certificate.decoding!r:.120}, it has {str(allocator.decoding)!r:.120}"
-        )
+    chat = chat_hash(allocator)
+    for certificate in (allocator.certificate, *(point.certificate for point in allocator.others)):
+        if missing := sorted({*certificate.assumes} - {*optional_parts(allocator)}):
+            raise ArtefactError(f"its certificate was made with {missing[0]}, which this allocator is without")
+        if certificate.chat_template not in ("", chat):
+            raise ArtefactError(f"its certificate is for the chat template {certificate.chat_template}, it has {chat}")
+        if certificate.decoding not in ("", decoding := str(allocator.decoding)):
+            raise ArtefactError(
+                f"its certificate is for answers by {certificate.decoding!r:.120}, it has {decoding!r:.120}"
+            )
 
 
 def check_together(allocator: AllocatorParts) -> None:
@@ -113,8 +119,13 @@ def check_together(allocator: AllocatorParts) -> None:
                 raise ArtefactError(
                     f"its stand-ins are for {plan.n_layers} layers, its menu for {allocator.menu.n_layers}"
                 )
-    if allocator.drift is not None:
-        scores = allocator.drift.reference_scores
+    known = [point.certificate for point in allocator.others]
+    if len({*allocator.keeps}) < len(allocator.keeps) or not all(found.price for found in known):
+        raise ArtefactError("its further certificates should each have a price, and a level of their own")
+    for alarm in (allocator.drift, *(point.drift for point in allocator.others)):
+        if alarm is None:
+            continue
+        scores = alarm.reference_scores
         if scores.shape[1] != 2 or scores[:, 1].max() > 1:
             raise ArtefactError("its drift reference should have 2 channels, distances and budgets up to 1")
     if allocator.outliers is not None and not set(allocator.outliers.projection.sets) <= set(projection.sets):

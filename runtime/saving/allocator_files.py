@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Container
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ from controller.certificate.outliers import OutlierTest
 from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat
-from runtime.parts import AllocatorParts
+from runtime.parts import AllocatorParts, OperatingPoint
 from runtime.saving.allocator_checks import (
     ACCEPTANCE,
     CERTIFICATE,
@@ -41,6 +43,7 @@ from runtime.saving.allocator_checks import (
     check_assumed,
     check_entries,
     check_together,
+    files_of_other,
 )
 from runtime.saving.file_bundle import CARD, Manifest, digest_of, file_hash, read_bundle, save_bundle
 
@@ -125,6 +128,11 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
         allocator.stand_ins.save(folder / STAND_INS)
     if allocator.drift is not None:
         allocator.drift.save(folder / DRIFT)
+    for number, point in enumerate(allocator.others, 1):
+        certificate, drift = files_of_other(number)
+        point.certificate.save(folder / certificate)
+        if point.drift is not None:
+            point.drift.save(folder / drift)
     if allocator.outliers is not None:
         allocator.outliers.save(folder / OUTLIERS)
     if allocator.acceptance is not None:
@@ -156,6 +164,7 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
             outliers=OutlierTest.load(place / OUTLIERS) if OUTLIERS in files else None,
             chat=ChatFormat.load(place / CHAT) if CHAT in files else None,
+            others=_others(place, files),
         )
         if ACCEPTANCE in files:
             allocator = replace(allocator, acceptance=_acceptance(place / ACCEPTANCE, allocator.menu))
@@ -165,6 +174,17 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
     except Exception as error:  # files that fit their SHA-256 were made by somebody else, and may hold anything
         raise ArtefactError(f"{folder} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
     return allocator
+
+
+def _others(place: Path, files: Container[str]) -> tuple[OperatingPoint, ...]:
+    """The further certified points, of those numbers that follow each other."""
+    names = takewhile(lambda pair: pair[0] in files, map(files_of_other, count(1)))
+    return tuple(
+        OperatingPoint(
+            Certificate.load(place / certificate), DriftAlarm.load(place / drift) if drift in files else None
+        )
+        for certificate, drift in names
+    )
 
 
 def _acceptance(path: Path, menu: PlanMenu) -> tuple[float, ...]:
@@ -194,6 +214,9 @@ def _model_card(allocator: AllocatorParts) -> str:
         f"| {budget:.1%} | {plan.layers:g} | `{plan}` |"
         for plan, budget in zip(allocator.menu.plans, allocator.menu.budgets, strict=True)
     )
+    others = "".join(
+        f"\nWith `keep={each.certificate.keep:g}`: {each.certificate.sentence}\n" for each in allocator.others
+    )
     return f"""---
 library_name: layerbudget
 tags: [layerbudget, dynamic-depth]
@@ -203,7 +226,7 @@ tags: [layerbudget, dynamic-depth]
 Chooses for each prompt which layers of the model run. Controller: {allocator.controller_name}.
 
 {allocator.certificate.sentence}
-
+{others}
 ```python
 from layerbudget import Allocator, load_backbone
 

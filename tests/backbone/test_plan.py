@@ -13,6 +13,7 @@ BYTES = [(1, 3)] * 8
         (LayerPlan.exiting(18, 12), "0-11"),
         (LayerPlan.skipping(18, {6, 7}, attention={9}, mlp={8}), "0-5,8a,9m,10-17"),
         (LayerPlan.skipping(3, {1}), "0,2"),
+        (LayerPlan(18, range(18), range(18), healed=True), "0-17h"),
         (LayerPlan.skipping(4, mlp={1, 2}), "0,1-2a,3"),
     ],
 )
@@ -53,7 +54,7 @@ def test_budget_weighs_sublayers_by_their_bytes() -> None:
     assert LayerPlan.skipping(8, attention={0, 1}).budget(BYTES) == 1 - 2 / 32
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-", "1,,2", "5b", "2-1x", "5-2", "9" * 5000])
+@pytest.mark.parametrize("text", ["", "a", "h", "3-", "1,,2", "0-7hh", "0-3h,4-7", "5b", "2-1x", "5-2", "9" * 5000])
 def test_unreadable_text_is_quoted(text: str) -> None:
     with pytest.raises(PlanError, match="cannot read"):
         LayerPlan.parse(text, 8)
@@ -68,6 +69,7 @@ def test_unreadable_text_is_quoted(text: str) -> None:
         (lambda: LayerPlan.skipping(8, range(8)), "must run at least one"),
         (lambda: LayerPlan.parse("0-9", 8), "layer 8 is outside the model"),
         (lambda: LayerPlan.parse("0-999999999", 8), "layer 8 is outside the model"),
+        (lambda: LayerPlan.parse("0-5h", 8), "the mark h stands behind all layers, as in 0-7h"),
     ],
 )
 def test_impossible_plans_say_why(make, message: str) -> None:
@@ -80,6 +82,10 @@ def test_menu_is_sorted_ends_full_and_survives_a_file(tmp_path) -> None:
     menu = PlanMenu.build(plans, BYTES, probe_depth=3)
     assert [plan.layers for plan in menu.plans] == [4, 7, 8]
     assert menu.budgets == (0.5, 0.875, 1.0)
+    menu = PlanMenu.build([*plans, LayerPlan.parse("0-7h", 8)], BYTES, probe_depth=3)
+    assert [str(plan) for plan in menu.plans] == ["0-3", "0-4,6-7", "0-7h", "0-7"]
+    assert menu.budgets[2:] == (1.0, 1.0)
+    assert not menu.plans[2].is_full
     menu.save(tmp_path / "menu.json")
     assert PlanMenu.load(tmp_path / "menu.json") == menu
 
@@ -87,6 +93,11 @@ def test_menu_is_sorted_ends_full_and_survives_a_file(tmp_path) -> None:
 def test_menu_refuses_a_plan_that_skips_a_probe_layer() -> None:
     with pytest.raises(PlanError, match="skips layer 2, but every plan runs the first 3 layers"):
         PlanMenu.build([LayerPlan.skipping(8, {2})], BYTES, probe_depth=3)
+
+
+def test_menu_refuses_a_head_where_all_layers_are_the_probe() -> None:
+    with pytest.raises(PlanError, match="probe_depth must be below 8"):
+        PlanMenu.build([LayerPlan.parse("0-7h", 8)], BYTES, probe_depth=8)
 
 
 def test_menu_refuses_plans_of_another_model() -> None:

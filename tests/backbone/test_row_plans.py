@@ -13,7 +13,7 @@ from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.cache import CacheMismatchError, cache_bytes, remembered_plans
 from backbone.execution.row_patches import RowPlansError
 from backbone.fingerprint import model_fingerprint
-from backbone.plan import LayerPlan
+from backbone.plan import LayerPlan, PlanError
 from backbone.stand_ins.adapters import Adapter
 from backbone.stand_ins.attaching import StandIns, attach
 from backbone.stand_ins.bridges import Bridge
@@ -107,6 +107,31 @@ def test_stand_ins_reach_their_own_rows_only(family, parts) -> None:
     with apply_plans(model, PLANS):
         found = generated(model, batch, range(len(PLANS)), "greedy")
     assert torch.equal(found, alone(model, batch, PLANS, "greedy"))
+
+
+@pytest.mark.parametrize("family", sorted(OPTIONS))
+def test_a_head_at_full_depth_reaches_its_own_rows(family) -> None:
+    """Beside rows of the full model, of an exit with a head and of halves; without a head the plan is refused."""
+    model, batch, healed = (
+        with_stand_ins(family, bridges=True, adapter=False),
+        padded_batch(),
+        LayerPlan.parse("0-5h", 6),
+    )
+    with (
+        pytest.raises(PlanError, match="is the full depth with an exit head, and none is attached"),
+        apply_plan(model, healed),
+    ):
+        pass
+    made = {
+        healed: {6: Bridge((torch.randn(32, 32),), torch.randn(32))},
+        EXIT: {3: Bridge((torch.ones(32, 32),), torch.ones(32))},
+    }
+    attach(model, StandIns(model_fingerprint(model), made))
+    for plans in ([healed, FULL, EXIT, HALVES], [FULL, healed, healed, FULL]):
+        with apply_plans(model, plans):
+            found = generated(model, batch, range(len(plans)), "greedy")
+        assert torch.equal(found, alone(model, batch, plans, "greedy"))
+    assert not torch.equal(alone(model, batch, [healed] * 4, "greedy"), alone(model, batch, [FULL] * 4, "greedy"))
 
 
 def test_rows_drawn_with_their_own_seeds_differ_from_greedy_ones() -> None:

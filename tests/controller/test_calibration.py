@@ -9,6 +9,7 @@ from controller.certificate.calibration import (
     PricePath,
     certify,
     cheapest_valid_plan,
+    first_price,
     price_p_values,
     valid_price,
 )
@@ -90,7 +91,7 @@ def test_the_mean_score_of_every_task_is_that_of_its_own_full_model() -> None:
     """Both tasks lose .02 of a score on average; of a mean score of .9 that is within 5%, of .2 it is not."""
     tasks = np.array(["able", "unable"] * 1000)
     full = np.where(tasks == "able", 0.9, 0.2)
-    terms = {"alpha": 0.05, "delta": DELTA, "risk": "mean_score", "tasks": tasks, "full": full}
+    terms = {"keep": 0.95, "delta": DELTA, "risk": "mean_score", "tasks": tasks, "full": full}
     losses = path_of(lambda price: np.where(np.arange(2000) % 10 < 5, 0.04, 0.0))
     overall, each = certify(losses, **terms), certify(losses, **terms, per_task=True)
     assert overall.observed_risk == pytest.approx(0.02 / 0.55)
@@ -105,7 +106,7 @@ def test_what_cannot_be_certified_says_how_many_prompts_it_would_take() -> None:
     def certificate(losses, full=full):
         return certify(
             path_of(lambda price: losses),
-            alpha=0.02,
+            keep=0.98,
             delta=DELTA,
             risk="mean_score",
             tasks=["a"] * len(full),
@@ -116,7 +117,7 @@ def test_what_cannot_be_certified_says_how_many_prompts_it_would_take() -> None:
     assert noisy.price is worse.price is low.price is None
     assert noisy.prompts_needed in range(600, 4000)
     assert f"it takes about {noisy.prompts_needed}" in noisy.sentence
-    assert "loses too much at the safest price that shortens any" in worse.sentence
+    assert "loses too much at the first price that shortens any" in worse.sentence
     assert "mean score on the 300 calibration prompts is 0, too near 0" in low.sentence
 
 
@@ -169,7 +170,9 @@ def test_too_few_prompts_certify_nothing_and_are_told_how_many_it_takes(risk) ->
 
     def certificate(n, **options):
         tasks = ["a"] * (n - 5) + ["b"] * 5
-        return certify(path_of(lambda price: np.zeros(n)), alpha=ALPHA, delta=DELTA, risk=risk, tasks=tasks, **options)
+        return certify(
+            path_of(lambda price: np.zeros(n)), keep=1 - ALPHA, delta=DELTA, risk=risk, tasks=tasks, **options
+        )
 
     enough, few, few_of_b = certificate(needed), certificate(needed - 1), certificate(100, per_task=True)
     assert (enough.price, few.price, few_of_b.price) == (PRICES[-1], None, None)
@@ -182,7 +185,7 @@ def test_a_certificate_says_what_was_seen_in_each_task() -> None:
     tasks = np.array(["a"] * 100 + ["b"] * 100)
     losses = 0.02 * (tasks == "b")
     found = certify(
-        path_of(lambda price: losses), alpha=ALPHA, delta=DELTA, risk="score_lost", tasks=tasks, per_task=True
+        path_of(lambda price: losses), keep=1 - ALPHA, delta=DELTA, risk="score_lost", tasks=tasks, per_task=True
     )
     assert found.per_task == {
         "a": {"n": 100, "observed_risk": 0.0},
@@ -229,7 +232,7 @@ def from_place(place: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("loss", "shortens", "price", "words"),
     [
-        (0.5, from_place(100), None, "nor would many more like them: it loses too much at the safest price that"),
+        (0.5, from_place(100), None, "nor would many more like them: it loses too much at the first price that"),
         (0.0, from_place(len(PRICES)), None, "the controller chooses the full plan for all 200 calibration prompts"),
         (0.0, from_place(100), PRICES[-1], "With 90% confidence"),
         (0.02, from_place(100), None, "at the spread of what they lose it takes about 400"),
@@ -240,7 +243,7 @@ def test_a_price_that_shortens_nothing_is_no_certificate(loss, shortens, price, 
     won = np.tile([1.0, -1.0, 0.0, 0.0], 50) * (loss == 0.02)
     path = PricePath(np.where(shortens[:, None], loss + 0.5 * won, 0.0), shortens)
     full = np.full(200, 0.5)
-    found = certify(path, alpha=0.1, delta=DELTA, risk="mean_score", tasks=["a"] * 200, full=full)
+    found = certify(path, keep=0.9, delta=DELTA, risk="mean_score", tasks=["a"] * 200, full=full)
     assert found.price == price
     assert words in found.sentence
 
@@ -258,7 +261,7 @@ def test_copies_of_a_group_add_no_confidence(risk, per_task) -> None:
     full, tasks = np.ones(n), random.choice(["a", "b"], n)
     if risk == "insufficient":
         losses = np.ceil(losses)
-    terms = {"alpha": 0.2, "delta": DELTA, "risk": risk, "per_task": per_task}
+    terms = {"keep": 0.8, "delta": DELTA, "risk": risk, "per_task": per_task}
     shortens = from_place(1)
     copied = np.repeat(np.arange(n), COPIES)
     one = certify(PricePath(losses, shortens), tasks=tasks, full=full, **terms)
@@ -285,3 +288,82 @@ def test_groups_are_means_in_the_order_of_their_first_prompts() -> None:
     assert tasks.tolist() == ["x", "x", "y"]
     with pytest.raises(CalibrationError, match="2 groups were given for 4 prompts"):
         of_groups(losses, "mean_score", ["a", "b"])
+
+
+def answered(random, n: int, kept: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the full model, .5 on average, and of a plan whose mean score is `kept` times that."""
+    full = (random.random(n) < 0.5).astype(float)
+    moved = random.random(n) < 0.3
+    return full, np.where(moved, random.random(n) < 0.5 + 0.5 * (kept - 1) / 0.3, full)
+
+
+FROM, UNTIL = 3, 6
+
+
+def along(full: np.ndarray, scores: np.ndarray) -> PricePath:
+    """The full model at the first prices, then the plan; the other prices are left out, for speed."""
+    shortens = from_place(FROM)[:UNTIL]
+    return PricePath(np.where(shortens[:, None], full - scores, 0.0), shortens)
+
+
+LEVELS = (0.97, 1.0, 1.05)
+RUNS = 500
+
+
+def certified_levels(random, n: int, kept: float, levels: tuple[float, ...]) -> list[bool]:
+    """Which levels are certified, each test beginning where other prompts of this kind would have it."""
+    seen, (full, scores) = answered(random, n, kept), answered(random, n, kept)
+    path, found = along(full, scores), []
+    for keep in levels:
+        start = first_price(along(*seen), round(1 - keep, 9), seen[0])
+        terms = {"risk": "mean_score", "full": full, "start": start}
+        found.append(valid_price(path, round(1 - keep, 9), DELTA / len(levels), **terms) is not None)
+    return found
+
+
+@pytest.mark.parametrize("keep", LEVELS)
+def test_a_level_is_certified_falsely_at_most_delta_of_the_time(keep) -> None:
+    """The plan keeps a hair less than the level, and the certificate has one level alone."""
+    random = np.random.default_rng(0)
+    wrong = sum(certified_levels(random, 200, keep - 0.001, (keep,))[0] for _ in range(RUNS))
+    assert RUNS * DELTA / 5 < wrong <= binom.ppf(0.999, RUNS, DELTA), "neither broken nor far from the bound"
+
+
+@pytest.mark.parametrize("kept", [0.969, 0.999, 1.049])
+def test_any_of_several_levels_is_false_at_most_delta_of_the_time(kept) -> None:
+    random = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(RUNS):
+        found = certified_levels(random, 200, kept, LEVELS)
+        wrong += any(valid for keep, valid in zip(LEVELS, found, strict=True) if keep > kept)
+    assert wrong <= binom.ppf(0.999, RUNS, DELTA)
+
+
+@pytest.mark.parametrize("keep", LEVELS)
+def test_a_level_that_is_kept_well_is_certified(keep) -> None:
+    random = np.random.default_rng(2)
+    assert np.mean([certified_levels(random, 300, keep + 0.15, (keep,))[0] for _ in range(40)]) > 0.8
+
+
+def test_a_gain_is_looked_for_where_others_had_the_largest_margin() -> None:
+    """From the dearest price, which runs the full model, no gain can be certified."""
+    full, scores = answered(np.random.default_rng(3), 400, 1.3)
+    path = along(full, scores)
+    terms = {"delta": DELTA, "risk": "mean_score", "full": full}
+    start = first_price(path, -0.05, full)
+    assert start == FROM
+    assert valid_price(path, -0.05, **terms) is None
+    assert valid_price(path, -0.05, start=start, **terms) == PRICES[UNTIL - 1]
+    assert first_price(path, 0.03, full) == 0, "the full model keeps 97% of its score"
+
+
+def test_a_gain_that_is_not_there_is_said_to_be_not_certified() -> None:
+    full, scores = answered(np.random.default_rng(4), 200, 0.9)
+    terms = {"delta": DELTA, "risk": "mean_score", "tasks": ["a"] * 200, "full": full, "levels": LEVELS}
+    found = certify(along(full, scores), keep=1.05, start=FROM, **terms)
+    assert (found.price, found.fewest_prompts, found.too_small()) == (None, None, {})
+    assert "it wins too little at the first price that shortens any" in found.sentence
+    assert "keep at least 105% of the full model's mean score" in found.sentence
+    sure = certify(along(full, np.ones(200)), keep=1.05, start=FROM, **terms)
+    assert "The levels 97%, 100%, 105% share this confidence: any may be chosen." in sure.sentence
+    assert any("All levels together fail with probability delta" in line for line in sure.does_not_cover)

@@ -5,9 +5,9 @@ import pytest
 
 from controller.certificate.certificate import Certificate, CertificateError
 
-COUNTED = Certificate("insufficient", 0.02, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114)
+COUNTED = Certificate("insufficient", 0.98, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114)
 LOST = replace(COUNTED, risk="score_lost", fewest_prompts=129)
-KEPT = replace(COUNTED, risk="mean_score", alpha=0.03, observed_risk=-0.01, full_score=0.612)
+KEPT = replace(COUNTED, risk="mean_score", keep=0.97, observed_risk=-0.01, full_score=0.612)
 TASKS = {"sums": {"n": 150, "observed_risk": 0.01}, "code": {"n": 100, "observed_risk": 0.002}}
 
 
@@ -61,7 +61,7 @@ def test_certificates_speak_plainly_and_survive_a_file(tmp_path, certificate, wo
 
 def test_a_certificate_says_what_it_does_not_cover() -> None:
     assert any("Single tasks" in line for line in COUNTED.does_not_cover)
-    in_tasks = Certificate("insufficient", 0.02, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114, per_task=TASKS)
+    in_tasks = Certificate("insufficient", 0.98, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114, per_task=TASKS)
     assert "Tasks other than code, sums." in in_tasks.does_not_cover
     for words in ("2026-01-01", "0 of 250 were left out", "near-duplicates, and groups", "the best of several more"):
         assert any(words in line for line in COUNTED.does_not_cover)
@@ -72,7 +72,7 @@ def test_a_certificate_says_what_it_does_not_cover() -> None:
     [
         ({"price": float("nan")}, "it holds NaN"),
         ({"price": "3"}, "certificate.json is not a certificate"),
-        ({"alpha": 2}, "alpha is 2"),
+        ({"keep": 2}, "keep is 2"),
         ({"observed_risk": -0.1}, "observed_risk is -0.1"),
         ({"full_score": "high"}, "full_score is 'high'"),
         ({"prompts_needed": 0.5}, "prompts_needed is 0.5"),

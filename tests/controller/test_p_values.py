@@ -142,6 +142,7 @@ def test_numbers_that_never_suffice_are_refused() -> None:
     ("losses", "alpha", "delta", "risk", "words"),
     [
         ([0.0, 1.0], 0.0, 0.1, "insufficient", "alpha is 0.0"),
+        ([0.0, 1.0], -9.0, 0.1, "mean_score", "alpha is -9.0; it must lie between -9.0 and 1"),
         ([0.0, 1.0], 0.1, 1.5, "insufficient", "delta is 1.5"),
         ([0.0, 1.0], 0.1, 0.1, "regret", "no risk 'regret'"),
         ([], 0.1, 0.1, "score_lost", "no calibration prompts"),

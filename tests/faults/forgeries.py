@@ -210,7 +210,7 @@ def of_parts() -> Iterator[tuple[str, Forge]]:
 FIRST, NAME = ("plans", 0), "x" * 201
 VALUES: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = [
     ("manifest.json", ("padding",), ("x" * 2**20,)),
-    ("manifest.json", ("format_version",), (6, 8, "7", None, ...)),
+    ("manifest.json", ("format_version",), (7, 9, "8", None, ...)),
     ("manifest.json", ("controller",), (NAME, "magic", "lightgbm", None, ["mlp"])),
     ("manifest.json", ("layerbudget_version",), (NAME, 5, ...)),
     ("manifest.json", ("created",), (NAME, None, ...)),
@@ -224,7 +224,8 @@ VALUES: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = [
      ({"do_sample": True}, {"x": 1}, [], {"repetition_penalty": 3.0}, {"bad_words_ids": [[1]]})),
     ("certificate.json", ("observed_risk",), (-5, -0.1, 1.1, 1e300, HUGE, math.nan, "0", True, None)),
     ("certificate.json", ("price",), (0, -1, 1e7, 1e308, HUGE, math.inf, math.nan, "1", True)),
-    ("certificate.json", ("alpha",), (0, 1, -0.1, 1.5, math.nan, "x")),
+    ("certificate.json", ("keep",), (0, 1, -0.1, 1.5, math.nan, "x")),
+    ("certificate.json", ("levels",), ("x", [2], [0.9] * 21)),
     ("certificate.json", ("delta",), (0, 1, -0.1, True)),
     ("certificate.json", ("n",), (-1, 10**10, HUGE, 1.5, True)),
     ("certificate.json", ("full_score",), (-1, 2, 1e300, None)),

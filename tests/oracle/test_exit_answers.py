@@ -16,6 +16,7 @@ from oracle.labels.generate_answers import answer_batch
 
 PROMPTS = ["abc", "hgfedcba", "aa", "what is this", "zz top"]
 EXITS = [LayerPlan.exiting(6, depth) for depth in (2, 3, 5)]
+HEALED = LayerPlan.parse("0-5h", 6)
 PLANS = [*EXITS, LayerPlan.full(6)]
 
 
@@ -24,12 +25,13 @@ def two_of_the_first(number: int, ids: list[int], plans: object) -> bool:
 
 
 def with_heads(family: str):
-    """A tiny model whose exits after 2 and 3 layers have heads."""
+    """A tiny model whose exits after 2 and 3 layers have heads, and the full depth another."""
     model = tiny_model(family)
     size = model.config.get_text_config().hidden_size
     torch.manual_seed(1)
     bridges = {
-        plan: {len(plan.attention): Bridge((torch.randn(size, size) / 8,), torch.randn(size))} for plan in EXITS[:2]
+        plan: {len(plan.attention): Bridge((torch.randn(size, size) / 8,), torch.randn(size))}
+        for plan in (*EXITS[:2], HEALED)
     }
     attach(model, StandIns(model_fingerprint(model), bridges))
     return model
@@ -38,13 +40,15 @@ def with_heads(family: str):
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_exits_answer_from_one_pass_as_alone(family) -> None:
     model, tokenizer, decoding = with_heads(family), tiny_tokenizer(), Decoding(6, ("e",))
-    assert are_exits(model, PLANS)
+    plans = [*EXITS, HEALED, LayerPlan.full(6)]
+    assert are_exits(model, plans)
     prompts = [tokens_of(tokenizer, text) for text in PROMPTS]
-    found = exit_answers(model, tokenizer, prompts, PLANS, decoding)
-    for plan in PLANS:
+    found = exit_answers(model, tokenizer, prompts, plans, decoding)
+    for plan in plans:
         alone = answer_batch(model, tokenizer, PROMPTS, plan, decoding)
         assert [row[plan].ids for row in found] == [answer.token_ids for answer in alone]
     assert len({tuple(answer.ids) for row in found for answer in row.values()}) > len(PROMPTS), "exits differ"
+    assert [row[HEALED].ids for row in found] != [row[plans[-1]].ids for row in found], "the head says something else"
 
 
 def test_exit_answers_end_where_there_is_enough(model, tokenizer) -> None:
@@ -66,6 +70,7 @@ def test_one_pass_over_a_long_prompt_serves_all_exits(model, tokenizer) -> None:
     [
         (LayerPlan.exiting(6, 1), 1),
         (LayerPlan.full(6), 6),
+        (HEALED, 6),
         (LayerPlan.skipping(6, {3}), None),
         (LayerPlan.skipping(6, {0, 4, 5}), None),
         (LayerPlan.skipping(6, attention={5}), None),

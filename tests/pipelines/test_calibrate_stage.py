@@ -93,9 +93,11 @@ def test_a_bound_is_broken_as_seldom_as_promised(case) -> None:
 def test_prices_that_are_shown_together_share_delta() -> None:
     case = certificates.cases()[0]
     table = case.draw(np.random.default_rng(0), 300).table(case.risk)
-    predicted, settings = table.features["0"], CalibrationSection(alpha=0.05, delta=0.1)
+    predicted, settings = table.features["0"], CalibrationSection(keep=0.95, delta=0.1)
     path = PricePath.of(predicted, table.losses, table.budgets)
-    alone, together, looser = (price_of(predicted, table, settings, *terms) for terms in ((), (None, 4), (0.08, 4)))
+    alone, together, looser = (
+        price_of(predicted, table, settings, **terms) for terms in ({}, {"together": 4}, {"keep": 0.92, "together": 4})
+    )
     assert together == valid_price(path, 0.05, 0.025, risk="mean_score", full=table.full)
     assert alone is not None
     assert together is not None

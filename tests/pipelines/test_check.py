@@ -76,11 +76,11 @@ def test_stores_must_be_known(fails, setting, message) -> None:
 
 
 def test_a_certificate_needs_its_prompts(fails) -> None:
-    said = fails("calibration.alpha=0.01", "calibration.delta=0.05")
-    assert "a bound of 0.01 (calibration.alpha) at delta 0.05 takes" in said
+    said = fails("calibration.keep=0.99", "calibration.delta=0.05")
+    assert "calibration.keep=0.99 at delta 0.05 takes" in said
     assert "and there are 40" in said
     assert "of the task 'long', whatever they lose, and there are 20" in fails(
-        "calibration.alpha=0.05", "calibration.per_task=true"
+        "calibration.keep=0.95", "calibration.per_task=true"
     )
 
 
@@ -88,7 +88,7 @@ def test_splits_need_their_prompts(fails) -> None:
     assert "leave 0 for the split 'tune'" in fails(
         "data.shares={adapt: 0.2, train: 0.3, tune: 0, calibrate: 0.3, test: 0.2}"
     )
-    assert "tuning.folds is 50, and there are" in fails("tuning.folds=50", "label.limit=60", "calibration.alpha=0.5")
+    assert "tuning.folds is 50, and there are" in fails("tuning.folds=50", "label.limit=60", "calibration.keep=0.5")
 
 
 def test_judges_are_imported_and_columns_looked_for(fails, tmp_path) -> None:
@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_written_to(fails, tmp_path, monkeypatch) -> Non
 
 
 def test_all_problems_are_said_at_once(fails) -> None:
-    said = fails("menu.probe_depth=7", "calibration.alpha=0.01", "data.force_judge=no_such_module:score")
+    said = fails("menu.probe_depth=7", "calibration.keep=0.99", "data.force_judge=no_such_module:score")
     assert "2 problems: menu.probe_depth must be from 1 to 5 for this model, got 7" in said, (
         "of prompts that cannot be read nothing more is known"
     )

@@ -53,7 +53,15 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ),
         ("zeal=1", "unknown key 'zeal'; the keys are name, runs, model, data, decoding"),
         ("model=gpt2", "model should hold keys of its own, got 'gpt2'; the keys of 'model' are source, dtype, device"),
-        ("calibration.alpha=2", "calibration.alpha: Input should be less than 1, got 2"),
+        ("calibration.keep=20", "calibration.keep.0: Input should be less than 10, got 20"),
+        ("calibration.keep=[]", "calibration.keep: List should have at least 1 item"),
+        ("calibration.keep=[1, 1]", "keep names a value twice, got [1.0, 1.0]"),
+        ("calibration={keep: 1, risk: score_lost}", "keep must be below 1 for the risk 'score_lost'"),
+        (
+            "calibration.alpha=0.03",
+            "unknown key 'calibration.alpha'; it is now calibration.keep, what answers keep at least: 0.97",
+        ),
+        ("evaluation.alphas=[0.01, 0.1]", "it is now calibration.keep, what answers keep at least: [0.99, 0.9]"),
         ("tuning.controllers=[forest]", "'forest' is not among the controllers, known are lightgbm, mlp"),
         ("features.sets=[length, moods]", "features: unknown features 'moods'; known are length"),
         ("features.sets=[length, states]", "features: sets must hold 'embedding', which the report's controls need"),
@@ -82,7 +90,6 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         (f"name={'a' * 300}", "name: String should have at most 200 characters"),
         ("name=a.", "name: String should match pattern"),
         ("decoding.stop=['']", "decoding.stop.0: String should have at least 1 character"),
-        ("evaluation.alphas=[5]", "evaluation.alphas.0: Input should be less than 1"),
         ("adapt.epochs=.inf", "adapt.epochs: Input should be a finite number"),
         ("data.columns={promt: x}", "columns names the field 'promt'; the fields of a prompt are id, task"),
         ("evaluation.template=plain", "template should hold {prompt}"),
@@ -127,3 +134,15 @@ def test_wrong_files_are_named(tmp_path, text, message) -> None:
 def test_a_single_prompt_to_try_is_one_prompt() -> None:
     for setting in ("try_prompts=what is this", "try_prompts=[what is this]"):
         assert load_config(ROOT / "configs/demo.yaml", [setting]).try_prompts == ["what is this"]
+
+
+def test_a_head_at_full_depth_needs_fitted_heads() -> None:
+    menu = "menu={method: given, given: [0-9, 0-17h]}"
+    with pytest.raises(ConfigError, match=r"the full depth with an exit head, and adapt\.method=bridges fits none"):
+        load_config(ROOT / "configs/demo.yaml", [menu, "adapt={method: bridges}"])
+    assert load_config(ROOT / "configs/demo.yaml", [menu, "adapt={method: heads}"]).menu.given == ["0-9", "0-17h"]
+
+
+def test_keep_is_a_number_or_a_list() -> None:
+    for setting, keep in (("calibration.keep=1.05", [1.05]), ("calibration.keep=[0.97, 1, 1.05]", [0.97, 1.0, 1.05])):
+        assert load_config(ROOT / "configs/demo.yaml", [setting]).calibration.keep == keep

@@ -98,7 +98,7 @@ def test_a_finished_run_has_nothing_left(config_file, tmp_path) -> None:
 def test_what_a_run_would_refuse_is_refused(config_file) -> None:
     assert "no prompts file" in refused("run", config_file(), "--dry-run", "--set", "data.path=none.jsonl")
     assert "no model in the folder" in refused("run", config_file(), "--dry-run", "--set", "model.source=./none")
-    said = refused("run", config_file(), "--dry-run", "--set", "menu.probe_depth=6", "--set", "calibration.alpha=0.01")
+    said = refused("run", config_file(), "--dry-run", "--set", "menu.probe_depth=6", "--set", "calibration.keep=0.99")
     assert "2 problems: menu.probe_depth must be from 1 to 5 for this model, got 6; a bound of 0.01" in said
 
 

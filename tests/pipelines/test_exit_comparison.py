@@ -43,7 +43,7 @@ def test_a_run_compares_token_exits(config_file) -> None:
         token_exits=EXITS,
         decoding={"max_new_tokens": 5},
         tuning={"trials": 1, "components": [6], "folds": 2, "controllers": ["mlp"]},
-        calibration={"alpha": 0.3, "delta": 0.2, "outliers": 0.5},
+        calibration={"keep": 0.7, "delta": 0.2, "outliers": 0.5},
     )
     done = layerbudget("run", path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,7 +5,12 @@ import json
 import pytest
 import torch
 
+from backbone.execution.apply_plan import apply_plan, apply_plans
+from backbone.fingerprint import model_fingerprint
+from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
+from backbone.stand_ins.attaching import StandIns
+from backbone.stand_ins.bridges import Bridge
 from backbone.stand_ins.training_targets import Example
 from pipelines import exit_heads
 from pipelines.config import ConfigError, load_config
@@ -13,7 +18,10 @@ from pipelines.exit_heads import make_heads
 from pipelines.runner import run_all
 from pipelines.stages import menu as menus
 from pipelines.stages.adapt import _Making
+from pipelines.summary import closing
 from pipelines.workspace import Workspace
+from runtime.allocator import Allocator
+from runtime.parts import UncertifiedError
 
 MENU = {"method": "exits", "probe_depth": 2}
 
@@ -79,3 +87,92 @@ def test_too_many_states_are_read_from_fewer_prompts(model, monkeypatch) -> None
     monkeypatch.setattr(exit_heads, "STATES_BYTES", size // 2)
     _, record = make_heads(model, examples, ["t"] * 64, plans, "own")
     assert record["prompts"] == 32
+
+
+def heads_that_say(model, token: int, plans: list[LayerPlan]) -> StandIns:
+    """Heads after which every state is one that says the same token."""
+    size = model.config.get_text_config().hidden_size
+    state = model.get_output_embeddings().weight[token].float().detach()
+    head = Bridge((-torch.eye(size),), state / state.norm() * size)
+    return StandIns(model_fingerprint(model), {plan: {len(plan.attention): head} for plan in plans})
+
+
+def test_a_menu_with_a_head_at_full_depth_runs_at_several_levels(
+    config_file, prompts_file, model_folder, tmp_path
+) -> None:
+    """Every head says the reference, which the model says for one prompt of six."""
+    rows = [json.loads(line) | {"judge": "exact", "reference": "?"} for line in prompts_file.read_text().splitlines()]
+    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = load_backbone(str(model_folder))
+    given = ["0-2", "0-3", "0-5h"]
+    plans = [LayerPlan.parse(text, 6) for text in given]
+    heads_that_say(model, tokenizer.convert_tokens_to_ids("?"), plans).save(tmp_path / "heads.safetensors")
+    path = config_file(
+        menu={"method": "given", "probe_depth": 2, "given": given},
+        adapt={"method": "given", "given": str(tmp_path / "heads.safetensors")},
+        decoding={"max_new_tokens": 1},
+        calibration={"keep": [0.7, 1.0, 1.3], "delta": 0.4},
+        evaluation={"speed_rounds": 1, "speed_prompts": 2, "speed_tokens": 2, "control_trials": 1, "frozen": False},
+    )
+    config = load_config(path)
+    run_all(config)
+    metrics = json.loads((config.folder / "metrics.json").read_text())
+    check_table(metrics)
+    allocator = Allocator.from_pretrained(config.folder / "allocator")
+    assert [str(plan) for plan in allocator.menu.plans] == [*given, "0-5"]
+    assert allocator.menu.budgets[2:] == (1.0, 1.0)
+    check_levels(config.folder / "allocator", metrics)
+    check_rows(Workspace.of(config), allocator)
+
+
+def test_a_head_at_full_depth_is_fitted_like_others(model) -> None:
+    healed, early = LayerPlan.parse("0-5h", 6), LayerPlan.exiting(6, 3)
+    tokens = torch.randint(3, 20, (40, 5), generator=torch.Generator().manual_seed(0)).tolist()
+    fits, record = make_heads(
+        model, [Example((*row, row[-1]), 1) for row in tokens], ["t"] * 40, [early, healed], "own"
+    )
+    assert set(fits) == {early, healed}
+    assert set(record["fits"]["own"]) == {"0-2", "0-5h"}
+    assert fits[healed].loss[0] < 1e-3 < fits[early].loss[0], "of its own distribution the model needs no head"
+
+
+def check_table(metrics) -> None:
+    names = [row["name"] for row in metrics["contributions"]]
+    assert names[:3] == ["the model as it is", "the same with a fitted head", "the best single plan"]
+    assert names[-1] == "the allocator"
+    stock, healed, *_ = metrics["contributions"]
+    assert stock["layers"] == healed["layers"] == 6
+    assert stock["quality"] < 0.5 < healed["quality"] == 1.0
+    assert all(name in closing(metrics, "report.html") for name in names)
+
+
+def check_levels(folder, metrics) -> None:
+    """Every certified level can be chosen, from the file and for one call; another is refused."""
+    certified = [found["keep"] for found in metrics["certificates"] if found["price"] is not None]
+    assert 1.3 in certified
+    for keep in certified:
+        chosen = Allocator.from_pretrained(folder, keep=keep)
+        assert chosen.certificate.keep == keep
+        assert chosen.keeps == certified
+        assert chosen.drift is not None
+    with pytest.raises(UncertifiedError, match=r"keep=0.5 is not certified; certified are: .*1.3"):
+        Allocator.from_pretrained(folder, keep=0.5)
+
+
+def check_rows(workspace, allocator) -> None:
+    """Mixed rows answer as alone, and as the labels say; the head alone is refused where none is attached."""
+    model, tokenizer = workspace.adapted
+    prompts = workspace.labelled[:4]
+    labels = workspace.labels.read(prompts, allocator.menu)
+    batch = allocator.inputs(tokenizer, [prompt.prompt for prompt in prompts])
+    size = batch["input_ids"].shape[1]
+    with apply_plans(model, allocator.menu.plans):
+        mixed = model.generate(**batch, max_new_tokens=1, do_sample=False)[:, size:].tolist()
+    for place, plan in enumerate(allocator.menu.plans):
+        with apply_plan(model, plan):
+            alone = model.generate(**batch, max_new_tokens=1, do_sample=False)[place, size:].tolist()
+        assert mixed[place] == alone == list(labels[place][place].answer_ids)
+    level = allocator.keeps[-1]
+    chosen = allocator.at(level).allocate(model, **batch)
+    output = allocator.generate(model, **batch, max_new_tokens=1, keep=level, return_dict_in_generate=True)
+    assert output["layer_plans"] == chosen

@@ -75,8 +75,7 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> N
     assert output.count("of 6 layers: ") == 2, "the two prompts were answered"
     _check_metrics(json.loads((folder / "metrics.json").read_text()))
     calibration = json.loads((folder / "calibration.json").read_text())
-    assert calibration.keys() == {"best", "certificate", "prices"}, "one controller is certified"
-    assert [row["alpha"] for row in calibration["prices"]] == [0.01, 0.02, 0.05, 0.1]
+    assert calibration.keys() == {"best", "certificate", "certificates"}, "one controller is certified"
     _check_report((folder / "report.html").read_text())
     _check_mlflow(folder.parent.parent / "mlruns")
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(folder.parent / "cache"))
@@ -121,10 +120,10 @@ def _check_frontier(metrics) -> None:
 
 def _check_comparison(metrics) -> None:
     rows = metrics["comparison"]["at_losses"]
-    assert {row["alpha"] for row in rows} == {0.01, 0.02, 0.05, 0.1}
+    assert {row["keep"] for row in rows} == {0.7}
     assert {row["policy"] for row in rows} == {"lightgbm", "mlp", "shuffled", "length", "task", "embedding"}
     assert all(0 < row["budget"] <= 1 and row["loss"] >= 0 for row in rows)
-    assert [row["alpha"] for row in metrics["comparison"]["certified"]] == [0.01, 0.02, 0.05, 0.1]
+    assert [row["keep"] for row in metrics["certificates"]] == [0.7]
     assert metrics["outliers"]["rate"] == 0.05
     assert 0 <= metrics["outliers"]["sent"] < 0.3
     assert metrics["comparison"]["knows_the_prompt"] in (True, False)
@@ -160,7 +159,7 @@ def _check_mlflow(folder: Path) -> None:
         metrics = {row[0] for row in connection.execute("SELECT key FROM metrics")}
         parameters = {row[0] for row in connection.execute("SELECT key FROM params")}
     assert {"lightgbm.quality", "oracle.budget", "overhead_ms"} <= metrics
-    assert {"model.source", "calibration.alpha", "tuning.trials"} <= parameters
+    assert {"model.source", "calibration.keep", "tuning.trials"} <= parameters
     artifacts = {path.name for path in (folder / "artifacts").rglob("*")}
     assert {"report.html", "manifest.json", "quality.svg", "config.yaml"} <= artifacts
 
@@ -269,14 +268,13 @@ def test_features_of_another_model_are_refused(finished) -> None:
 def test_every_controller_and_option_of_the_report_card(config_file, prompts_file) -> None:
     path = config_file(
         tuning={"controllers": ["logistic", "mlp"], "trials": 2, "components": [4], "folds": 2},
-        calibration={"risk": "insufficient", "alpha": 0.3, "delta": 0.2, "per_task": True},
+        calibration={"risk": "insufficient", "keep": 0.7, "delta": 0.2, "per_task": True},
         data={"path": str(prompts_file), "force_judge": "kl"},
         label={"tolerance": 0.3},
         evaluation={
             "own_judges": 4,
             "template": "Q: {prompt} A:",
             "template_prompts": 8,
-            "alphas": [0.1],
             "speed_prompts": 2,
             "speed_tokens": 2,
             "speed_rounds": 1,

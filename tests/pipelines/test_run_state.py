@@ -58,12 +58,11 @@ def module_config(model_folder):
             "decoding": {"max_new_tokens": 3},
             "menu": {"method": "exiting", "probe_depth": 2, "plans": 3, "cheapest_budget": 0.4},
             "tuning": {"trials": 1, "components": [4], "folds": 2, "controllers": ["lightgbm"]},
-            "calibration": {"alpha": 0.3, "delta": 0.2},
+            "calibration": {"keep": 0.7, "delta": 0.2},
             "evaluation": {
                 "speed_prompts": 2,
                 "speed_tokens": 2,
                 "speed_rounds": 1,
-                "alphas": [0.1],
                 "control_trials": 1,
             },
             "tracking": {"uri": f"sqlite:///{folder}/mlruns/mlflow.db"},
@@ -344,7 +343,7 @@ def test_own_judges_that_fail_on_all_prompts_end_no_run(project, tmp_path, monke
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = [json.loads(line) | {"judge": "failing_judge:judge"} for line in (project / "prompts.jsonl").open()]
     (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation = "{own_judges: 4, speed_prompts: 2, speed_tokens: 2, speed_rounds: 1, alphas: [0.1], control_trials: 1}"
+    evaluation = "{own_judges: 4, speed_prompts: 2, speed_tokens: 2, speed_rounds: 1, control_trials: 1}"
     settings = ("--set", "data.force_judge=agreement", "--set", f"evaluation={evaluation}")
     done = layerbudget("run", project / "tiny.yaml", *settings)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.config import ConfigError
 from pipelines.first_screen import headline, layers_tile, lead, numbers, quality_tile
-from pipelines.summary import closing, load_metrics, sentence, tail
+from pipelines.summary import closing, contributions, load_metrics, sentence, tail
 
 RATIO = {"value": 1.08, "low": 1.06, "high": 1.1, "rounds": 9, "exceeds_noise": True}
 NOISE = {"value": 1.01, "low": 0.95, "high": 1.09, "rounds": 9, "exceeds_noise": False}
@@ -45,11 +45,15 @@ METRICS = {
         },
         "knows_the_prompt": True,
     },
+    "contributions": [
+        {"name": "the model as it is", "layers": 18.0, "budget": 1.0, "quality": 0.8646, "quality_ratio": 1.0},
+        {"name": "the allocator", "layers": 13.62, "budget": 0.764, "quality": 0.85, "quality_ratio": 0.9832},
+    ],
     "left_out": {},
     "model": {"layers": 18},
     "prompts": {"test": 148},
     "intervals": {"kept": {"low": 0.961, "high": 1.004}},
-    "certificate": {"risk": "mean_score", "alpha": 0.03, "delta": 0.1, "price": 2.0},
+    "certificate": {"risk": "mean_score", "keep": 0.97, "delta": 0.1, "price": 2.0},
     "speed": {"intervals": {"single": RATIO, "batch": NOISE}, "limit": RATIO, "prompts": 8, "rounds": 9},
     "examples": [
         {
@@ -73,6 +77,17 @@ def _with(**changes: object) -> dict:
     return {**deepcopy(METRICS), **changes}
 
 
+def test_what_explains_the_score_stands_in_one_table() -> None:
+    card = {"layers": 18.0, "budget": 1.0, "quality": 0.9, "quality_ratio": 1.5, "worse": 0.1}
+    metrics = {"best": "mlp", "mlp": card, "full": card, "best_static": card, "task": card, "random": card}
+    names = ["the model as it is", "the best single plan", "the task's name as router", "the allocator"]
+    rows = contributions(metrics)
+    assert [row.pop("name") for row in rows] == names
+    assert all(row.keys() == {"layers", "budget", "quality", "quality_ratio"} for row in rows)
+    headed = contributions({**metrics, "full_with_head": card})
+    assert [row["name"] for row in headed[:2]] == ["the model as it is", "the same with a fitted head"]
+
+
 def test_the_sentence_says_layers_quality_certificate_and_speed() -> None:
     assert sentence(METRICS) == (
         "13.6 of 18 layers a prompt (76% of the decoder) keep 98.3% (96 to 100%) of the full model's mean score on 148 "
@@ -87,7 +102,7 @@ def test_the_sentence_says_layers_quality_certificate_and_speed() -> None:
     [
         ({"risk": "score_lost", "price": 2.0}, "to lose at most 3% of a full score on average"),
         ({"risk": "insufficient", "price": 2.0}, "at most 3% of the answers are worse"),
-        ({"risk": "mean_score", "price": None}, "no saving could be certified"),
+        ({"risk": "mean_score", "price": None}, "97% could not be certified"),
     ],
 )
 def test_each_risk_has_its_words(certificate, words) -> None:

@@ -66,7 +66,7 @@ def allocator(loaded) -> Allocator:
     projection, kept = Projection.fit(features, ("length",), 1), np.array([[0, 1], [1, 1], [0, 1], [1, 1]], "float32")
     controller = LogisticController()
     controller.fit(projection(features), kept, np.array(menu.budgets, "float32"))
-    certificate = Certificate("insufficient", 0.1, 0.1, 9, None, 0.0, "", "2026-01-01", 22)
+    certificate = Certificate("insufficient", 0.9, 0.1, 9, None, 0.0, "", "2026-01-01", 22)
     parts = (menu, controller, "logistic", projection, certificate, Decoding(NEW_TOKENS), model_fingerprint(model))
     made = Allocator(*parts, SOURCE)
     return replace(made, chat=ChatFormat.of(template, tokenizer))

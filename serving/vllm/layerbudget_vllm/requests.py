@@ -26,7 +26,8 @@ def plan_of(params: Any, n_layers: int) -> LayerPlan | None:
     """The plan that sampling parameters name; None where they name none or the full one.
 
     Raises:
-        LayerPlanError: no text, no plan, a plan of another number of layers, or one that runs half of a layer.
+        LayerPlanError: no text, no plan, a plan of another number of layers, one that runs half of a layer, or the full
+            depth with an exit head.
     """
     text = (getattr(params, "extra_args", None) or {}).get(KEY)
     return None if text is None else _read(text, n_layers)
@@ -40,6 +41,11 @@ def _read(text: object, n_layers: int) -> LayerPlan | None:
         raise LayerPlanError(f"{KEY}: {error}") from None
     if plan.attention != plan.mlp:
         raise LayerPlanError(f"{KEY} {plan} runs half of a layer; inside vLLM a layer runs as a whole or not at all")
+    if plan.healed:
+        raise LayerPlanError(
+            f"{KEY} {plan} is the full depth with an exit head, which runs in transformers alone; make an allocator "
+            "without it in menu.given"
+        )
     return None if plan.is_full else plan
 
 

@@ -12,7 +12,8 @@ from routed import PROMPTS, ask, counted, routed, router_parts
 from tiny import tiny_model
 from tiny_allocator import ByLength, make_allocator
 
-from backbone.plan import PlanError
+from backbone.families import sublayer_bytes
+from backbone.plan import LayerPlan, PlanError, PlanMenu
 from runtime.router.upstreams import UpstreamError, Upstreams
 
 DEAD = "http://127.0.0.1:9"
@@ -247,6 +248,14 @@ def test_addresses_and_pools_that_cannot_be_are_refused(parts, engine, pools, sa
 def test_a_pool_for_no_plan_is_refused(parts) -> None:
     with pytest.raises(PlanError):
         Upstreams.of("http://a", ["x=http://b"], parts[0].menu)
+
+
+def test_a_head_at_full_depth_is_refused_since_no_engine_runs_it(parts) -> None:
+    menu = parts[0].menu
+    plans = [*menu.plans, LayerPlan.parse(f"0-{menu.n_layers - 1}h", menu.n_layers)]
+    healed = PlanMenu.build(plans, sublayer_bytes(parts[1]), menu.probe_depth)
+    with pytest.raises(UpstreamError, match="the full depth with an exit head, which no engine runs"):
+        Upstreams.of("http://a", [], healed)
 
 
 def test_the_command_refuses_in_one_sentence(parts, tmp_path) -> None:
