@@ -59,7 +59,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "calibrate",
         "certify a price, labelling what it chooses",
-        ("calibration", "evaluation.alphas"),
+        ("calibration",),
         ("train",),
         ("calibration.json", "allocator"),
     ),
