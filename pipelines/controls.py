@@ -41,7 +41,12 @@ def comparison(
     gains out of fold on all prompts that are labelled in full. What cannot be made is named in `left_out`.
 
     Args:
+        workspace: of the run.
+        best: name of the controller that the allocator has.
         expected: of each controller, what it expects out of fold of the prompts of `fit`.
+        fit: the prompts to train and to tune.
+        test: the prompts that are measured.
+        left_out: takes the names.
     """
     config, settings = workspace.config, tuned_settings(workspace)[best]
     controls = _controls(settings, fit, config, left_out)
