@@ -49,7 +49,13 @@ def comparison(
     gains out of fold on all prompts that are labelled in full. What cannot be made is named in `left_out`.
 
     Args:
+        workspace: of the run.
+        best: name of the controller that the allocator has.
         expected: of each controller, what it expects out of fold of the prompts of `fit`.
+        fit: the prompts to train and to tune.
+        test: the prompts that are measured.
+        allocator: whose bound and outlier test the task's name gets too.
+        left_out: takes the names.
 
     Returns:
         This, and the plans of the test prompts by the name of the task alone, with the allocator's outlier test and

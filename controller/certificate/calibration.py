@@ -53,9 +53,12 @@ class PricePath:
         budgets: Floats,
         labelled: NDArray[np.bool_] | None = None,
     ) -> PricePath:
-        """From what a controller expects plans to keep [n, K], what they lose [n, K], and their budgets [K].
+        """The path of n prompts under K plans.
 
         Args:
+            predicted: what a controller expects the plans to keep [n, K].
+            losses: what they lose [n, K].
+            budgets: of the plans [K].
             labelled: which losses are known [n, K]; None for all. See `on_path`.
 
         Raises:
