@@ -16,7 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-MOVED = ("backbone", "controller", "oracle", "pipelines", "runtime")
+MOVED = ("backbone", "controller", "oracle", "pipelines", "runtime", "serving", "token_exits")
 OURS = re.compile(rf"({'|'.join(MOVED)})((?:\.\w+)*)(:\w+)?")
 
 

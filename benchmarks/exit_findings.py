@@ -6,33 +6,30 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from exit_material import Material
 
 from backbone.execution.live_changes import replaced
 from backbone.families import decoder_layers, decoder_of
 from backbone.left_padding import padded_inputs
-from pipelines.exit_comparison.material import Material
-from pipelines.workspace import Workspace
-from runtime.token_exits.coverage import mean_area
-from runtime.token_exits.gates.oracle import Oracle
-from runtime.token_exits.heads import ExitHeads
-from runtime.token_exits.observing import confidences, observe
-from runtime.token_exits.thresholds import exits_at, kept, mean_depth, threshold_for
-from runtime.token_exits.training import train_bridges
+from token_exits.gates.oracle import Oracle
+from token_exits.heads import ExitHeads
+from token_exits.observing import confidences, observe
+from token_exits.thresholds import exits_at, kept, mean_depth, threshold_for
+from token_exits.training import train_bridges
 
 WANTED = 0.95
 TRAINED_STEPS = 150
 
 
-def findings(workspace: Workspace) -> dict[str, Any]:
+def findings(material: Material) -> dict[str, Any]:
     """Oracle against each gate, frozen, with bridges and with trained bridges; words and their continuations; halves of
     layers."""
-    material = Material(workspace)
     bridges, losses = train_bridges(
         material.bridged, observe(material.model, material.for_heads, material.depths), steps=TRAINED_STEPS
     )
     trained = ExitHeads(material.model, bridges, material.bridged.shortlist)
     kinds = {"frozen": material.frozen, "bridged": material.bridged, "trained": trained}
-    shortlist = material.bridged.shortlist
+    shortlist = material.shortlist
     return {
         "tokens": len(material.held_out.following),
         "depths": list(material.depths),
@@ -40,7 +37,7 @@ def findings(workspace: Workspace) -> dict[str, Any]:
         "shortlist": {"size": len(shortlist), "covers": _covered(material, shortlist)},
         "training": losses,
         "heads": {name: _of_heads(material, heads) for name, heads in kinds.items()},
-        "words": words(workspace, material),
+        "words": words(material),
         "halves": halves(material),
     }
 
@@ -57,8 +54,8 @@ def _of_heads(material: Material, heads: ExitHeads) -> dict[str, Any]:
     found["oracle_layers"] = mean_depth(oracle, depths, n_layers, 0.5)
     found["gates"] = {}
     half = torch.arange(len(material.held_out.following)) % 2 == 0
-    for name in material.settings.gates:
-        confidence = confidences(material.gate(name, heads), heads, material.held_out, depths)
+    for name in material.gates:
+        confidence = material.confidence(name, heads)
         threshold = threshold_for(confidence[:, half], agrees[:, half], WANTED)  # set on one half, told of the other
         found["gates"][name] = {
             "area": mean_area(confidence, agrees),
@@ -68,9 +65,32 @@ def _of_heads(material: Material, heads: ExitHeads) -> dict[str, Any]:
     return found
 
 
-def words(workspace: Workspace, material: Material) -> dict[str, Any]:
+def risk_coverage_area(confidence: torch.Tensor, agrees: torch.Tensor) -> float:
+    """Mean, over all shares of tokens let go, surest first, of the share of these that should not have been (Geifman et
+    al. 2019, arXiv 1805.08206, section 3).
+
+    Tokens of equal confidence count as if their order were drawn at random.
+
+    Args:
+        confidence, agrees: of T tokens at one layer.
+    """
+    order = confidence.argsort(descending=True, stable=True)
+    _, sizes = confidence[order].unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    wrong = (~agrees[order]).double()
+    means = torch.stack(
+        [part.mean() for part in torch.tensor_split(wrong, sizes.cumsum(0)[:-1].tolist())]
+    ).repeat_interleave(sizes)
+    return float((means.cumsum(0) / torch.arange(1, len(means) + 1)).mean())
+
+
+def mean_area(confidence: torch.Tensor, agrees: torch.Tensor) -> float:
+    """The area, on average over the candidate layers [C, T]."""
+    return sum(risk_coverage_area(c, a) for c, a in zip(confidence, agrees, strict=True)) / len(confidence)
+
+
+def words(material: Material) -> dict[str, Any]:
     """The oracle's mean exit layer, with bridges, where the next token begins a word and where it goes on with one."""
-    _, tokenizer = workspace.backbone
+    _, tokenizer = material.workspace.backbone
     observed, depths = material.held_out, torch.tensor([*material.depths, material.n_layers])
     layers = depths[exits_at(confidences(Oracle(), material.bridged, observed, material.depths), 0.5)].float()
     groups: dict[str, list[float]] = defaultdict(list)

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-PACKAGES = ("backbone", "oracle", "controller", "runtime", "pipelines")
+PACKAGES = ("backbone", "oracle", "controller", "runtime", "token_exits", "pipelines", "serving")
 _NAMES = {
     "backbone.errors": ("InputError",),
     "backbone.execution.apply_plan": ("NestedPlanError", "apply_plan", "apply_plans"),

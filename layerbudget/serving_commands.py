@@ -47,12 +47,12 @@ def serve(
     The engine is a vLLM with layerbudget-vllm, or there is a pool for each plan (`layerbudget export`).
     """
     from layerbudget import Allocator
-    from runtime.router.app import make_app
-    from runtime.router.choosing import Chooser
-    from runtime.router.limits import Limits
-    from runtime.router.probe_model import load_probe
-    from runtime.router.server import allow_connections, make_server
-    from runtime.router.upstreams import Upstreams
+    from serving.router.app import make_app
+    from serving.router.choosing import Chooser
+    from serving.router.limits import Limits
+    from serving.router.probe_model import load_probe
+    from serving.router.server import allow_connections, make_server
+    from serving.router.upstreams import Upstreams
 
     limits = Limits(
         in_flight=max_in_flight,
@@ -86,7 +86,7 @@ def export(
 ) -> None:
     """Write the model of one plan as an ordinary, shorter checkpoint, which any engine serves."""
     from layerbudget import Allocator, load_backbone
-    from runtime.router.export import export_plan
+    from serving.router.export import export_plan
 
     if model is None and allocator is None:
         raise typer.BadParameter("give --model M or --allocator DIR")

@@ -218,10 +218,5 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def padded_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> BatchEncoding:
     """Rendered prompts as one left-padded batch: tensors `input_ids` and `attention_mask` [B, S]."""
-    return padded(tokenizer, [tokens_of(tokenizer, text) for text in texts])
-
-
-def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> BatchEncoding:
-    """The tokens of prompts as one left-padded batch: tensors `input_ids` and `attention_mask` [B, S]."""
-    rows = {"input_ids": list(prompts)}
+    rows = {"input_ids": [tokens_of(tokenizer, text) for text in texts]}
     return tokenizer.pad(rows, return_tensors="pt", padding_side="left", return_attention_mask=True)

@@ -100,7 +100,6 @@ def check_run(config: Config) -> list[str]:
         checks.splits,
         checks.certificate,
         checks.disk,
-        *([checks.token_exits] if config.token_exits.enabled else []),
     )
     for look in looks:
         try:
@@ -200,18 +199,6 @@ class _Checks:
         """Renders every prompt and turns it into tokens, as far as the model's files are here."""
         _ = self._texts
         return f"tokens       {self._longest} of the longest prompt, {self._config.decoding.max_new_tokens} new ones"
-
-    def token_exits(self) -> str:
-        from pipelines.exit_comparison.settings_check import check_exits  # torch
-
-        if KL in {prompt.judge for prompt in self._prompts}:
-            raise ConfigError(f"token_exits.enabled compares answers, and the judge {KL!r} of some prompts reads none")
-        if self._model.n_layers is None:
-            raise _UnknownError
-        settings, new_tokens = self._config.token_exits, self._config.decoding.max_new_tokens
-        longest = self._longest + new_tokens if self._model.has_tokenizer else 0
-        check_exits(settings, self._model.config, self._model.n_layers, longest)
-        return f"token exits  {len(settings.gates)} gates, {settings.strategy}"
 
     @cached_property
     def _of_split(self) -> dict[Split, list[Prompt]]:

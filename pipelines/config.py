@@ -10,7 +10,6 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
-from oracle.judges import KL
 from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines import yaml_text
 from pipelines.config_hints import hint_of
@@ -27,7 +26,7 @@ from pipelines.config_sections import (
     Text,
     TrackingSection,
 )
-from pipelines.learning_sections import CalibrationSection, EvaluationSection, TokenExitsSection, TuningSection
+from pipelines.learning_sections import CalibrationSection, EvaluationSection, TuningSection
 
 LONGEST_NAME = 200
 """Characters of a run's name: file systems take 255, and names of files and studies are made from it."""
@@ -51,7 +50,6 @@ class Config(Section):
     tuning: TuningSection = TuningSection()
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
-    token_exits: TokenExitsSection = TokenExitsSection()
     tracking: TrackingSection = TrackingSection()
     ray: RaySection = RaySection()
     try_prompts: Annotated[list[Text], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = (
@@ -77,15 +75,9 @@ class Config(Section):
         healed = [text for text in self.menu.given if text.endswith("h")]
         if healed and self.adapt.method not in ("heads", "given"):
             raise ValueError(
-                f"menu.given names {healed[0]}, the full depth with an exit head, and adapt.method="
-                f"{self.adapt.method} fits none; take 'heads'"
+                f"menu.given names {healed[0]}, the full depth with an exit head, and "
+                f"adapt.method={self.adapt.method} fits none; take 'heads'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_judged(self) -> Config:
-        if self.token_exits.enabled and KL in (self.data.judge, self.data.force_judge):
-            raise ValueError(f"token_exits.enabled compares answers, and the judge {KL!r} reads none; name another")
         return self
 
     @property

@@ -27,6 +27,7 @@ _MEANT = {
 }
 _LOSSES = ("calibration.alpha", "evaluation.alphas")
 """Keys of earlier versions, which named losses."""
+_GONE = {"token_exits": "token exits are compared on a finished run: `python benchmarks/exits.py comparison --run RUN`"}
 _ALIASES = {alias: key for key, aliases in _MEANT.items() for alias in aliases}
 
 
@@ -43,6 +44,8 @@ def hint_of(key: str, known: Sequence[str], value: object = None) -> str:
         kept = [f"{1 - loss:.9g}" for loss in losses if isinstance(loss, int | float)]
         written = f"[{', '.join(kept)}]" if isinstance(value, list) else "".join(kept)
         return f"it is now calibration.keep, what answers keep at least: {written or '1 less the loss'}"
+    if key in _GONE:
+        return _GONE[key]
     section, _, name = key.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
     if key in _ALIASES:

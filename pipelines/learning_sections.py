@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -10,7 +10,7 @@ from controller.base import CONTROLLERS
 from controller.certificate.certificate import MOST_LEVELS, alpha_of
 from controller.certificate.risks import MOST_KEPT, Risk
 from controller.feature_sets import check_sets
-from pipelines.config_sections import Section, Share, Text
+from pipelines.config_sections import Section, Text
 
 Level = Annotated[float, Field(gt=0, lt=MOST_KEPT)]
 
@@ -134,41 +134,4 @@ class EvaluationSection(Section):
             told_apart = False
         if not told_apart:
             raise ValueError(f"template should hold {{prompt}}, and other braces twice, got {self.template!r}")
-        return self
-
-
-class TokenExitsSection(Section):
-    """Token exits beside the allocator; see docs/token-exits.md."""
-
-    enabled: bool = False
-    """Compare them in the stage `evaluate`."""
-    gates: list[Literal["top", "margin", "entropy", "patience", "saturation", "classifier"]] = Field(
-        ["top", "margin", "entropy", "patience", "saturation", "classifier"], min_length=1
-    )
-    depths: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
-    """The layers before which tokens may leave, ascending; none for six, evenly over the last two thirds."""
-    strategy: Literal["propagate", "share", "recompute"] = "propagate"
-    """Keys and values of layers left out."""
-    decay: float | None = Field(None, ge=0)
-    """Rate at which the threshold comes down along the answer."""
-    shortlist: int = Field(2048, ge=2)
-    """Tokens of the vocabulary that gates look at."""
-    training_steps: int = Field(0, ge=0)
-    """For which bridges are trained towards the full model's distribution."""
-    agreements: list[Share] = Field([0.99, 0.97, 0.94, 0.9, 0.8], min_length=1)
-    """Shares of held-out tokens to keep, safest first: the thresholds that a certificate tests."""
-    tokens: int = Field(600, ge=16)
-    """Held-out tokens that thresholds are set on."""
-    prompts: int = Field(60, ge=2)
-    """Prompts, at most, of the splits `calibrate` and `test` each."""
-    batch_size: int = Field(32, ge=1)
-    batches: list[Annotated[int, Field(ge=1)]] = Field([1, 8, 32], min_length=1)
-    """Sizes of the batches that are timed."""
-
-    @model_validator(mode="after")
-    def _check_order(self) -> TokenExitsSection:
-        if sorted(self.agreements, reverse=True) != self.agreements:
-            raise ValueError(f"agreements must descend, safest first, got {self.agreements}")
-        if sorted({*self.depths}) != self.depths:
-            raise ValueError(f"depths must ascend, got {self.depths}")
         return self

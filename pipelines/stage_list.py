@@ -66,7 +66,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "evaluate",
         "measure all policies on unseen prompts",
-        ("evaluation", "token_exits"),
+        ("evaluation",),
         ("calibrate",),
         ("metrics.json", "choices.json"),
     ),

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"backbone", "controller", "layerbudget", "oracle", "pipelines", "runtime"}
+PACKAGES = {"backbone", "controller", "layerbudget", "oracle", "pipelines", "runtime", "serving", "token_exits"}
 SOURCES_ONLY = (
     "tests/test_packaging.py",
     "tests/built_wheel.py",
@@ -27,10 +27,15 @@ def tracked() -> list[str]:
     return [name for name in listed.splitlines() if (ROOT / name).is_file()]
 
 
+def is_packaged(name: str) -> bool:
+    """Whether a wheel holds this file; the plugin for vLLM is a distribution of its own."""
+    return name.split("/")[0] in PACKAGES and not name.startswith("serving/vllm/")
+
+
 def unpack_wheel(folder: Path, work: Path) -> None:
     """Build a wheel in the folder `work` and unpack it into `folder`."""
     for name in tracked():
-        if name.split("/")[0] in PACKAGES or name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        if is_packaged(name) or name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
             _copy(name, work / "source")
     build = ["build", "--wheel", "--no-isolation", "--outdir", str(work / "dist"), str(work / "source")]
     subprocess.run([sys.executable, "-m", *build], check=True, capture_output=True)
@@ -48,7 +53,7 @@ def main(arguments: list[str]) -> int:
         folder = Path(scratch) / "project"
         unpack_wheel(folder, Path(scratch))
         for name in tracked():
-            if name.split("/")[0] not in PACKAGES and name not in SOURCES_ONLY:
+            if not is_packaged(name) and name not in SOURCES_ONLY:
                 _copy(name, folder)
                 if name.endswith(".py"):
                     (folder / name).write_text(moved((folder / name).read_text()))

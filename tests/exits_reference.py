@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from backbone.execution.live_changes import replaced
 from backbone.families import decoder_layers, decoder_of
-from runtime.token_exits.gates.base import Candidate, Gate
-from runtime.token_exits.gates.of_states import unit_states
-from runtime.token_exits.settings import ExitSettings
-from runtime.token_exits.unfinished import MOST_WAITING
+from token_exits.gates.base import Candidate, Gate
+from token_exits.gates.of_states import unit_states
+from token_exits.settings import ExitSettings
+from token_exits.unfinished import MOST_WAITING
 
 
 class ByDirection(Gate):

@@ -16,11 +16,11 @@ from fake_engine import FakeEngine, running, served
 from tiny import padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import ByLength, make_allocator
 
-from runtime.router.app import make_app
-from runtime.router.choosing import Chooser
-from runtime.router.limits import Limits
-from runtime.router.server import make_server
-from runtime.router.upstreams import Upstreams
+from serving.router.app import make_app
+from serving.router.choosing import Chooser
+from serving.router.limits import Limits
+from serving.router.server import make_server
+from serving.router.upstreams import Upstreams
 
 _batch = padded_batch()
 PROMPTS = [row[kept.bool()].tolist() for row, kept in zip(_batch["input_ids"], _batch["attention_mask"], strict=True)]

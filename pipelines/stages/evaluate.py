@@ -25,7 +25,6 @@ from oracle.frontier.knapsack import cheapest_choices
 from oracle.judges import KL
 from pipelines.config import Config
 from pipelines.controls import comparison
-from pipelines.exit_comparison.clock import compared
 from pipelines.judged_anew import by_own_judges
 from pipelines.layers_run import check_layers_run
 from pipelines.learning_table import Table
@@ -111,7 +110,6 @@ def run(config: Config) -> Path:
             "fingerprint": workspace.fingerprint,
             "layers": workspace.menu().n_layers,
         },
-        "token_exits": compared(workspace) if config.token_exits.enabled else None,
         "machine": machine(),
     }
     metrics["contributions"] = contributions(metrics)

@@ -37,7 +37,7 @@ MOMENTS = [
     ("generate", None, Press("runtime.offline:_allocated", place="destructor")),
     ("compare", None, Press("runtime.side_by_side:_compared", call=2)),
     ("inspect", None, Press("layerbudget.inspecting:_described", place="callback")),
-    ("export", None, Press("runtime.router.export:export_plan", place="destructor")),
+    ("export", None, Press("serving.router.export:export_plan", place="destructor")),
 ]
 """A command, the stage whose results are gone, and when it is pressed."""
 WORDS = {

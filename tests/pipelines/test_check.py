@@ -168,7 +168,6 @@ def test_models_that_cannot_take_the_prompts(name, fails, model_folder, prompts_
     assert all(sentence in said for sentence in sentences), said
 
 
-EXITS = {"token_exits.enabled": "true"}
 SETTINGS = {
     "probe": ({"menu.probe_depth": 6}, "menu.probe_depth must be from 1 to 5 for this model, got 6"),
     "even probe": ({"menu": "{method: evenly, probe_depth: 5}"}, "menu.probe_depth must be from 1 to 4"),
@@ -190,15 +189,13 @@ SETTINGS = {
     "failing judge": ({"data.force_judge": "wrong_judges:fails"}, "(ZeroDivisionError: division by zero)"),
     "tried": ({"try_prompts": "[" + 300 * "a" + "]"}, "the prompt 'try_prompts 1' has 300 tokens"),
     "folder": ({"name": "foreign"}, "holds 'mine.txt', but no run"),
-    "depths": ({**EXITS, "token_exits.depths": "[2, 6]"}, "tokens can leave before the layers 1 to 5"),
-    "kl": ({**EXITS, "data.path": "{kl}"}, "token_exits.enabled compares answers, and the judge 'kl'"),
     "server": ({"tracking.uri": "http://127.0.0.1:{silent}"}, "no server answers at tracking.uri=http://127.0.0.1:"),
     "no server": ({"tracking.uri": "http://127.0.0.1:9"}, "within 5 s ([Errno 111] Connection refused); start one"),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_a_run_refuses_is_said_before(name, fails, prompts_file, tmp_path, monkeypatch) -> None:
+def test_what_a_run_refuses_is_said_before(name, fails, tmp_path, monkeypatch) -> None:
     settings, sentence = SETTINGS[name]
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.2 if "silent" in str(settings) else 5)
@@ -207,9 +204,6 @@ def test_what_a_run_refuses_is_said_before(name, fails, prompts_file, tmp_path, 
     (tmp_path / "runs" / "foreign").mkdir(parents=True)
     (tmp_path / "runs" / "foreign" / "mine.txt").write_text("mine")
     places = {"{template}": str(tmp_path / "hides.jinja")}
-    for judge, place in {"wrong_judges:two": "{own}", "kl": "{kl}"}.items():
-        places[place] = str(tmp_path / f"{place[1:-1]}.jsonl")
-        Path(places[place]).write_text(prompts_file.read_text().replace('"agreement"', f'"{judge}"'))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         places["{silent}"] = str(silent.getsockname()[1])
         for place, found in places.items():

@@ -46,7 +46,8 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("data.file=p.jsonl", "unknown key 'data.file'; 'data.path' does that"),
         ("mlflow.uri=x", "unknown key 'mlflow'; 'tracking.uri' does that"),
         ("judge=exact", "unknown key 'judge'; that name has 'data.judge'"),
-        ("batch_size=8", "that name has 'label.batch_size', 'features.batch_size', 'token_exits.batch_size'"),
+        ("batch_size=8", "that name has 'label.batch_size', 'features.batch_size'"),
+        ("token_exits.enabled=true", "finished run: `python benchmarks/exits.py comparison --run RUN`"),
         (
             "tuning.given={mlp: {sets: [length], component: 3}}",
             "component'; 'tuning.given.mlp' takes no",

@@ -45,7 +45,7 @@ def admitted(config: Any, prompt: Any, params: Any) -> Any:
 
     Args:
         config: the engine's `VllmConfig`.
-        prompt: as `InputProcessor.process_inputs` takes it.
+        prompt, params: as `InputProcessor.process_inputs` takes them.
 
     Raises:
         VLLMValidationError: a plan that this engine cannot run; the server answers with status 400.

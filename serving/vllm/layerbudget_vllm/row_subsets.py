@@ -86,6 +86,7 @@ class SubsetPass:
             hidden_states, residual: the two parts of the state of the current rows [t, D]; no residual before the first
                 layer.
             is_last: no layer comes after this one, so that the rows of everyone are given back.
+            kwargs: of the layer's own `forward`.
         """
         wanted = self.running(layer)
         if residual is None and wanted != self._everyone:

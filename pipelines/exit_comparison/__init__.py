@@ -1,1 +1,0 @@
-"""Token exits beside the allocator: the same prompts, judge, certificate and clock."""

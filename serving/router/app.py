@@ -1,0 +1,172 @@
+"""The router's routes: completions and chat with a plan each, the engine's models, health, metrics.
+
+Every accepted request ends with the engine's answer or with an error that says what happened, also when the engine
+dies in the middle of a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from serving.router.choosing import Choice, Chooser, Prompts
+from serving.router.engines import Engines
+from serving.router.errors import CLIENT_LEFT, RefusedError
+from serving.router.limits import PLACE_BYTES
+from serving.router.load import Admission, sender_of
+from serving.router.metrics import Metrics
+from serving.router.requests import RequestBody, own_headers, parsed
+from serving.router.stopping import Stopping
+from serving.router.upstreams import UpstreamCheck, Upstreams
+
+PLAN_HEADER = "x-layer-plan"
+"""Of every answer of an engine: the plan that its prompt ran."""
+
+CHAT = "/v1/chat/completions"
+HEALTH_S = 10.0
+
+
+def make_app(chooser: Chooser, upstreams: Upstreams, *, is_checked: bool = True) -> FastAPI:
+    """The router as an ASGI application, within the limits of the chooser.
+
+    Args:
+        chooser: decides about each request.
+        upstreams: the engines that answer.
+        is_checked: `Upstreams.check` is done. Else it is asked again until the engine answers, and all run in full.
+    """
+    router = _Router(chooser, upstreams, is_checked)
+    app = FastAPI(lifespan=router.running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.stopping = router.stopping
+    app.add_exception_handler(HTTPException, _not_found)
+    app.add_middleware(Admission, metrics=router.metrics, limits=chooser.limits, stopping=router.stopping)
+    for path in ("/v1/completions", CHAT):
+        app.add_api_route(path, router.answer, methods=["POST"])
+    app.add_api_route("/v1/models", router.models, methods=["GET"])
+    app.add_api_route("/health", router.health, methods=["GET"])
+    app.add_api_route("/metrics", router.metrics_page, methods=["GET"])
+    return app
+
+
+class _Router:
+    def __init__(self, chooser: Chooser, upstreams: Upstreams, is_checked: bool) -> None:
+        self._chooser, self._upstreams = chooser, upstreams
+        self._check = UpstreamCheck(upstreams, is_checked)
+        self.stopping = Stopping()
+        self.metrics = Metrics(chooser.allocator.menu.n_layers)
+        self._engines = Engines(chooser.limits.engine_s, self.stopping, self.metrics.broken.inc)
+        self._readers = [ThreadPoolExecutor(1, f"layerbudget-{size}-bodies") for size in ("small", "large")]
+        self._checking: asyncio.Task[dict[str, bool]] | None = None
+
+    @asynccontextmanager
+    async def running(self, app: FastAPI) -> AsyncIterator[None]:
+        """From the router's start to its end."""
+        deciding = asyncio.create_task(self._chooser.serve())
+        self._check.start()
+        try:
+            yield
+        finally:
+            deciding.cancel()
+            self._check.end()
+            for reader in self._readers:
+                reader.shutdown(wait=False, cancel_futures=True)
+            self._chooser.close()
+            await self._engines.close()
+
+    async def models(self, request: Request) -> Response:
+        return await _unless_gone(request, self._models(request))
+
+    async def _models(self, request: Request) -> Response:
+        async with self.stopping.limited():
+            url = self._upstreams.engine
+            answer = await self._engines.ask(url, "/v1/models", own_headers(request.headers))
+            return await self._engines.passed_back(answer, url, {})
+
+    async def health(self) -> Response:
+        """Status 200 if every engine says it is well, else 503 with the ones that do not."""
+        if self._checking is None or self._checking.done():  # many who ask cost no more than one
+            self._checking = asyncio.create_task(self._well())
+        well = await asyncio.shield(self._checking)
+        return JSONResponse({"engines": well}, 200 if all(well.values()) else 503)
+
+    async def _well(self) -> dict[str, bool]:
+        async def is_well(url: str) -> bool:
+            try:
+                answer = await self._engines.ask(url, "/health", {}, silence_s=HEALTH_S)
+            except RefusedError:
+                return False
+            await answer.aclose()
+            return bool(answer.status_code == 200)
+
+        urls = self._upstreams.urls
+        return dict(zip(urls, await asyncio.gather(*map(is_well, urls)), strict=True))
+
+    async def metrics_page(self) -> Response:
+        drift = self._chooser.allocator.drift
+        page = self.metrics.page(drift=drift is not None and drift.rung)
+        return Response(page, media_type="text/plain; version=0.0.4")
+
+    async def answer(self, request: Request) -> Response:
+        """Decide, pass on, pass back."""
+        content = [chunk async for chunk in request.stream()]
+        return await _unless_gone(request, self._passed_on(request, content))
+
+    async def _passed_on(self, request: Request, content: list[bytes]) -> Response:
+        async with self.stopping.limited():
+            start, headers = time.perf_counter(), own_headers(request.headers)
+            choice, url, own_content = await self._routed(request, content)
+            self.metrics.chosen(choice, (time.perf_counter() - start) * 1000)
+            answer = await self._engines.ask(url, request.scope["path"], headers, own_content)
+            self.metrics.first_byte.observe(time.perf_counter() - start)
+            return await self._engines.passed_back(answer, url, {PLAN_HEADER: str(choice.plan)})
+
+    async def _routed(self, request: Request, content: list[bytes]) -> tuple[Choice, str, bytes]:
+        """The choice, the engine's URL, and the body for it."""
+        chat = request.scope["path"] == CHAT
+        large = sum(map(len, content)) > PLACE_BYTES  # small bodies do not wait for large ones
+        reading = asyncio.get_running_loop().run_in_executor(self._readers[large], self._read, content, chat)
+        body, prompts = await reading
+        choice = self._run_by(await self._chooser.plan_for(prompts, sender_of(request.scope)))
+        url, xarg = self._upstreams.route(choice.plan)
+        return choice, url, body.under(xarg)
+
+    def _read(self, content: list[bytes], chat: bool) -> tuple[RequestBody, Prompts | str]:
+        whole = b"".join(content)
+        content.clear()  # the body is held once, not twice
+        body = parsed(whole)
+        return RequestBody.of(body), self._chooser.read(body, chat=chat)
+
+    def _run_by(self, choice: Choice) -> Choice:
+        """The choice, if there is an engine that runs it."""
+        if not self._check.is_done:
+            return self._chooser.full("unchecked")
+        return choice if self._upstreams.runs(choice.plan) else self._chooser.full("no_pool")
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return RefusedError(error.status_code, f"{request.scope['method']} of this path: {error.detail}").response
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What the work gives; if the client leaves before, the work is cancelled."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else Response(status_code=CLIENT_LEFT)
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

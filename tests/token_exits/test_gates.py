@@ -1,0 +1,115 @@
+"""Every gate keeps to the contract, and says what it should."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from token_exits.gates.base import Candidate, Constant, Gate
+from token_exits.gates.of_states import Classifier, Saturation, fit_classifier, unit_states
+from token_exits.gates.of_the_head import Entropy, Margin, Patience, TopProbability
+from token_exits.gates.oracle import Oracle
+from token_exits.gates.testing import GateConformance
+from token_exits.heads import ExitHeads
+
+MODEL = tiny_model("llama")
+
+
+class OfTiny(GateConformance):
+    def heads(self) -> ExitHeads:
+        return ExitHeads(MODEL, {}, torch.arange(3, 40))
+
+
+class TestTopProbability(OfTiny):
+    def make(self, heads: ExitHeads) -> Gate:
+        return TopProbability()
+
+
+class TestMargin(OfTiny):
+    def make(self, heads: ExitHeads) -> Gate:
+        return Margin()
+
+
+class TestEntropy(OfTiny):
+    def make(self, heads: ExitHeads) -> Gate:
+        return Entropy()
+
+
+class TestPatience(OfTiny):
+    def make(self, heads: ExitHeads) -> Gate:
+        return Patience()
+
+
+class TestSaturation(OfTiny):
+    def make(self, heads: ExitHeads) -> Gate:
+        return Saturation()
+
+
+class TestClassifier(OfTiny):
+    def make(self, heads: ExitHeads) -> Gate:
+        size = heads.model.config.hidden_size
+        return Classifier({depth: (torch.linspace(-1, 1, size), 0.1) for depth in self.DEPTHS})
+
+
+class TestOracle(OfTiny):
+    def make(self, heads: ExitHeads) -> Gate:
+        return Oracle()
+
+
+class GivenLogits(ExitHeads):
+    """Heads whose logits are the states themselves."""
+
+    def __init__(self) -> None:
+        super().__init__(MODEL)
+
+    def logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs
+
+
+def seen(states: torch.Tensor, before: torch.Tensor | None = None, **fields: object) -> Candidate:
+    before = states if before is None else before
+    return Candidate(2, states, before, torch.arange(len(states)), len(states), GivenLogits(), **fields)  # type: ignore[arg-type]
+
+
+def test_of_the_head_by_hand() -> None:
+    candidate = seen(torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log())
+    torch.testing.assert_close(TopProbability().confidence(candidate), torch.tensor([0.5, 1 / 3]))
+    torch.testing.assert_close(Margin().confidence(candidate), torch.tensor([0.25, 0.0]), atol=1e-6, rtol=0)
+    entropy = torch.tensor([1 - 1.5 * math.log(2) / math.log(3), 0.0])
+    torch.testing.assert_close(Entropy().confidence(candidate), entropy, atol=1e-6, rtol=0)
+
+
+def test_patience_counts_agreements_in_a_row() -> None:
+    memory: dict[str, torch.Tensor] = {}
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    steps = [torch.stack([a, a]), torch.stack([a, b]), torch.stack([a, b]), torch.stack([b, b])]
+    found = [Patience().confidence(seen(states, order=i, memory=memory)).tolist() for i, states in enumerate(steps)]
+    assert found == [[0, 0], [0.5, 0], [pytest.approx(2 / 3), 0.5], [0, pytest.approx(2 / 3)]]
+
+
+def test_saturation_is_the_cosine() -> None:
+    candidate = seen(torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]), torch.tensor([[1.0, 0.0]] * 3))
+    torch.testing.assert_close(Saturation().confidence(candidate), torch.tensor([1.0, math.sqrt(0.5), 0.0]))
+
+
+def test_classifier_learns_what_a_direction_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(400, 8, generator=generator) * 50
+    agrees = unit_states(states)[:, 3] > 0.2
+    gate = fit_classifier({2: states}, {2: agrees}, penalty=1e-3)
+    found = gate.confidence(seen(states)) > 0.5
+    assert (found == agrees).float().mean() > 0.95
+
+
+def test_oracle_knows_the_last_prediction() -> None:
+    heads = ExitHeads(MODEL)
+    states = torch.randn(4, MODEL.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    last = heads.predictions(states).clone()
+    last[2] += 1
+    candidate = Candidate(2, states, states, torch.arange(4), 4, heads, last=last)
+    assert Oracle().confidence(candidate).tolist() == [1, 1, 0, 1]
+
+
+def test_constant() -> None:
+    assert Constant(0.25).confidence(seen(torch.zeros(3, 2))).tolist() == [0.25] * 3

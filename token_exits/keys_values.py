@@ -1,0 +1,104 @@
+"""Keys and values that a layer would keep for a state, without running the layer: its norm, two projections, rotation.
+
+Only families whose attention makes them in this way are known here, and before the first use each is compared with what
+the model's own layers put into a cache.
+
+Shapes: `R` rows, `S` tokens, `D` hidden size, `H` key-value heads, `d` head size.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from backbone.execution.live_changes import captured, replaced
+from backbone.execution.plan_patches import Forward
+from backbone.families import UnsupportedModelError, decoder_layers, decoder_of
+
+FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+HALF_TOLERANCE = 0.02
+"""Largest relative difference, in the Frobenius norm, between projected keys and those of a cache."""
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, [R, H, S, d] each."""
+
+
+def project(layer: Any, states: torch.Tensor, position_embeddings: KeysValues) -> KeysValues:
+    """What `layer` keeps in a cache for states [R, S, D].
+
+    Args:
+        position_embeddings: cosines and sines [R or 1, S, d], as the model hands them to the layer.
+    """
+    attention, normed = layer.self_attn, layer.input_layernorm(states)
+    shape = (*states.shape[:-1], -1, attention.head_dim)
+    keys, values = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
+    if hasattr(attention, "k_norm"):
+        keys = attention.k_norm(keys)
+    return _rotated(attention, keys.transpose(1, 2), position_embeddings), values.transpose(1, 2)
+
+
+def _rotated(attention: nn.Module, keys: torch.Tensor, position_embeddings: KeysValues) -> torch.Tensor:
+    """Keys turned by the function of the family's own module. It turns queries in the same call: here those of no head
+    at all, which cost nothing."""
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    cosines, sines = position_embeddings
+    rotated: torch.Tensor = rotate(keys[:, :0], keys, cosines, sines)[1]
+    return rotated
+
+
+_checked: WeakSet[nn.Module] = WeakSet()
+
+
+@torch.no_grad()
+def check_projections(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError unless `project` gives what this model's own layers keep, up to rounding."""
+    if model in _checked:
+        return
+    if (kind := model.config.model_type) not in FAMILIES:
+        raise UnsupportedModelError(
+            f"token exits cannot make the keys and values of {kind} for layers that were left out; known are "
+            f"{', '.join(FAMILIES)}"
+        )
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"token exits cut attention masks into rows, which {model.config._attn_implementation} does not take; load "
+            "the model with attn_implementation='sdpa'"
+        )
+    if (difference := _difference(model)) > (limit := TOLERANCE.get(model.dtype, HALF_TOLERANCE)):
+        raise UnsupportedModelError(
+            f"{kind}: projected keys and values differ by {difference:.1%} from those that its layers keep (at most "
+            f"{limit:.1%} is rounding), so tokens cannot leave its layers"
+        )
+    _checked.add(model)
+
+
+def _difference(model: PreTrainedModel) -> float:
+    """The largest relative difference in any layer, over four tokens."""
+    layers, decoder = decoder_layers(model), decoder_of(model)
+    ids = torch.arange(1, 5, device=model.device)[None] % model.config.vocab_size
+    cache = DynamicCache(config=model.config)
+    embeddings: dict[int, KeysValues] = {}
+
+    def noting(index: int, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            embeddings[index] = kwargs["position_embeddings"]
+            return forward(*args, **kwargs)
+
+        return run
+
+    noted = [(layer, "forward", noting(index, layer.forward)) for index, layer in enumerate(layers)]
+    with replaced(noted), captured(layers, range(len(layers))) as states:
+        decoder(input_ids=ids, cache=cache, use_cache=True)
+    found = 0.0
+    for index, layer in enumerate(layers):
+        kept: Any = cache.layers[index]
+        whole = torch.cat((kept.keys, kept.values), -1).float()
+        made = torch.cat(project(layer, states[index], embeddings[index]), -1).float()
+        found = max(found, float((made - whole).norm() / whole.norm()))
+    return found
