@@ -148,9 +148,7 @@ def search(
     config: ConfigFile,
     settings: Settings = None,
     device: Device = None,
-    searcher: Annotated[
-        str, typer.Option(help="exhaustive, bisection, greedy, beam, mcts, or one of your own.")
-    ] = "mcts",
+    searcher: Annotated[str, typer.Option(help="bisection, greedy, mcts, or one of your own.")] = "mcts",
     evaluations: Annotated[int, typer.Option(min=1, help="Plans to try for a prompt, at most.")] = 50,
     split: Annotated[str, typer.Option(help="Split whose prompts are searched.")] = "train",
     prompts: Annotated[int, typer.Option(min=1, help="How many of them, evenly picked.")] = 64,

@@ -24,8 +24,7 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
         "block_influence": "oracle.menus.block_influence:block_influence",
         "greedy_layers": "oracle.menus.greedy:greedy_layers",
         "greedy_sublayers": "oracle.menus.greedy:greedy_sublayers",
-        "beam_layers": "oracle.menus.greedy:beam_layers",
-        "bridged_layers": "oracle.menus.bridged_greedy:bridged_layers",
+        "bridged_layers": "oracle.menus.greedy:bridged_layers",
         "covering": "oracle.menus.covering:covering",
     },
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.families import sublayer_bytes
+from backbone.fingerprint import model_fingerprint
 from backbone.plan import LayerPlan
+from backbone.stand_ins.attaching import StandIns, attach, detach
+from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.chat import tokens_of
 from oracle.labels.generate_answers import answer_batch
 from oracle.labels.teacher_forcing import ForcedAnswers
@@ -21,17 +24,45 @@ Removal = tuple[set[int], set[int]]
 
 def greedy_layers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """Removes layers, one at a time."""
-    return _search(task, layer_removals(task), advance, width=1)
+    divergence = AnswerDivergence(task)
+    return _search(task, layer_removals(task), lambda plans: divergence.of(plans, advance))
 
 
 def greedy_sublayers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """As `greedy_layers`, but attention and MLP of a layer go one at a time."""
-    return _search(task, sublayer_removals(task), advance, width=1)
+    divergence = AnswerDivergence(task)
+    return _search(task, sublayer_removals(task), lambda plans: divergence.of(plans, advance))
 
 
-def beam_layers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
-    """As `greedy_layers`, but the best three plans are kept at every step, at about three times the price."""
-    return _search(task, layer_removals(task), advance, width=3)
+def bridged_layers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """As `greedy_layers`, but every plan that is tried runs with bridges, fitted on the prompts of the task.
+
+    Leaves the model without stand-ins.
+    """
+    divergence, fingerprint = AnswerDivergence(task), model_fingerprint(task.model)
+    sequences = _answered(task)
+
+    def measured(plans: list[LayerPlan]) -> dict[LayerPlan, float]:
+        attach(task.model, StandIns(fingerprint, bridges_of(fit_bridges(task.model, sequences, plans))))
+        try:
+            return divergence.of(plans, advance)
+        finally:
+            detach(task.model)
+
+    return _search(task, layer_removals(task), measured)
+
+
+def _answered(task: MenuTask) -> list[list[int]]:
+    """Token ids of the task's prompts with the full model's answers."""
+    texts, full = sorted(task.prompts, key=len), LayerPlan.full(task.n_layers)
+    batches = [texts[i : i + AnswerDivergence.BATCH] for i in range(0, len(texts), AnswerDivergence.BATCH)]
+    return [
+        [*tokens_of(task.tokenizer, text), *answer.token_ids]
+        for batch in batches
+        for text, answer in zip(
+            batch, answer_batch(task.model, task.tokenizer, batch, full, task.decoding), strict=True
+        )
+    ]
 
 
 def layer_removals(task: MenuTask) -> list[Removal]:
@@ -45,20 +76,15 @@ def sublayer_removals(task: MenuTask) -> list[Removal]:
     return attention + mlp
 
 
-def _search(task: MenuTask, removals: Sequence[Removal], advance: Advance, *, width: int) -> list[LayerPlan]:
-    """The plans on the way from the full one to the best of the last step, each a part of the one before."""
-    sizes = sublayer_bytes(task.model)
-    divergence = AnswerDivergence(task)
-    paths: list[list[LayerPlan]] = [[LayerPlan.full(task.n_layers)]]
-    while paths[0][-1].budget(sizes) > task.cheapest_budget:
-        longer = {plan: path for path in paths for plan in shortened(path[-1], removals)}
-        if not longer:
-            break
-        plans = sharing_order(task.model, list(longer))
-        costs = dict(zip(plans, divergence.of(plans, advance), strict=True))
-        best = sorted(plans, key=lambda plan: (costs[plan], str(plan)))[:width]
-        paths = [[*longer[plan], plan] for plan in best]
-    return spread(paths[0][1:], task.n_plans - 1)
+def _search(
+    task: MenuTask, removals: Sequence[Removal], measured: Callable[[list[LayerPlan]], dict[LayerPlan, float]]
+) -> list[LayerPlan]:
+    """The plans on the way down from the full one, each less the removal that costs least by what is `measured`."""
+    sizes, path = sublayer_bytes(task.model), [LayerPlan.full(task.n_layers)]
+    while path[-1].budget(sizes) > task.cheapest_budget and (tried := shortened(path[-1], removals)):
+        costs = measured(tried)
+        path.append(min(tried, key=lambda plan: (costs[plan], str(plan))))
+    return spread(path[1:], task.n_plans - 1)
 
 
 def shortened(plan: LayerPlan, removals: Sequence[Removal]) -> list[LayerPlan]:
@@ -91,8 +117,9 @@ class AnswerDivergence:
         full = [LayerPlan.full(task.n_layers)]
         self._full = [self._log_probabilities(batch, SharedPasses(self._model, full)) for batch in self._batches]
 
-    def of(self, plans: Sequence[LayerPlan], advance: Advance = lambda: None) -> list[float]:
+    def of(self, plans: Sequence[LayerPlan], advance: Advance = lambda: None) -> dict[LayerPlan, float]:
         """The divergence of each plan; `advance` is called once a plan."""
+        plans = sharing_order(self._model, plans)
         sums = [0.0] * len(plans)
         for number, (batch, full) in enumerate(zip(self._batches, self._full, strict=True)):
             shared = SharedPasses(self._model, plans)
@@ -101,7 +128,7 @@ class AnswerDivergence:
                 sums[index] += float((full.exp() * (full - other)).sum())
                 if number == len(self._batches) - 1:
                     advance()
-        return [total / sum(map(len, self._full)) for total in sums]
+        return {plan: total / sum(map(len, self._full)) for plan, total in zip(plans, sums, strict=True)}
 
     def _forced(self, task: MenuTask, prompts: Sequence[str]) -> ForcedAnswers:
         full = LayerPlan.full(task.n_layers)

@@ -12,10 +12,8 @@ from oracle.search.base import Searcher
 SEARCHERS: Registry[Searcher] = Registry(
     "searchers",
     {
-        "exhaustive": "oracle.search.exhaustive:EXHAUSTIVE",
         "bisection": "oracle.search.bisection:BISECTION",
         "greedy": "oracle.search.removal:GREEDY",
-        "beam": "oracle.search.removal:BEAM",
         "mcts": "oracle.search.mcts:MCTS",
     },
 )

@@ -40,7 +40,7 @@ def _check_nested(plans: list[LayerPlan]) -> None:
         if not small <= large:
             raise SearchError(
                 f"bisection needs a menu in which each plan runs all that the one before it runs, but plan {large} "
-                f"does not run all of {small}: search exhaustively, or use a menu of early exits or of greedy removals"
+                f"does not run all of {small}: take the searcher 'mcts', or a menu of early exits or of greedy removals"
             )
 
 

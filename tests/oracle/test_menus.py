@@ -42,7 +42,8 @@ def test_greedy_removes_first_what_the_answers_miss_least() -> None:
     menu = build_menu("greedy_layers", task)
     assert menu.plans[-2] == LayerPlan.skipping(6, {3})
     assert all(small <= large for small, large in zip(menu.plans, menu.plans[1:], strict=False))
-    full, best, worst = AnswerDivergence(task).of([LayerPlan.full(6), menu.plans[-2], menu.plans[0]])
+    plans = [LayerPlan.full(6), menu.plans[-2], menu.plans[0]]
+    full, best, worst = map(AnswerDivergence(task).of(plans).__getitem__, plans)
     assert full == 0
     assert best == pytest.approx(0, abs=1e-5)
     assert worst > 0.01
@@ -52,7 +53,7 @@ def test_divergence_does_not_depend_on_the_company() -> None:
     task = task_of(tiny_model("gemma3_text"))
     divergence = AnswerDivergence(task)
     plans = [LayerPlan.skipping(6, {5}), LayerPlan.skipping(6, {2, 4}), LayerPlan.exiting(6, 2)]
-    assert divergence.of(plans) == [divergence.of([plan])[0] for plan in plans]
+    assert divergence.of(plans) == {plan: divergence.of([plan])[plan] for plan in plans}
 
 
 def test_block_influence_is_zero_for_a_layer_that_does_nothing() -> None:
@@ -65,14 +66,6 @@ def test_block_influence_is_zero_for_a_layer_that_does_nothing() -> None:
     assert influence[4] == pytest.approx(0, abs=1e-6)
     assert min(influence[:4]) > 0.01
     assert 4 in build_menu("block_influence", task).plans[-2].skipped_layers
-
-
-def test_a_beam_is_at_least_as_close_to_the_full_model_as_a_greedy_search() -> None:
-    task = task_of(tiny_model("llama", seed=3), n_plans=3, cheapest_budget=0.5)
-    divergence = AnswerDivergence(task)
-    greedy, beam = (build_menu(method, task).plans[0] for method in ("greedy_layers", "beam_layers"))
-    assert greedy.layers == beam.layers
-    assert divergence.of([beam])[0] <= divergence.of([greedy])[0]
 
 
 def test_progress_counts_the_plans_tried() -> None:

@@ -9,10 +9,20 @@ from oracle.search import SEARCHERS
 from oracle.search.base import Searcher, SearchError, SearchSpace
 from oracle.search.bisection import BisectionSearch
 from oracle.search.driver import Found, run_search, run_searches
-from oracle.search.exhaustive import ExhaustiveSearch
 from oracle.search.mcts import MctsSearch
 from oracle.search.removal import RemovalSearch
 from oracle.search.testing import SEEDS, SearcherConformance, arbitrary_sufficiency, least_of_menu, monotone_sufficiency
+
+
+class ExhaustiveSearch(Searcher):
+    """All plans of the menu, cheapest first, until one is sufficient: what other searchers are held against."""
+
+    over_menu = True
+
+    def search(self, space):
+        for plan in space.shortened:
+            if (yield plan):
+                return
 
 
 class TestExhaustive(SearcherConformance):
@@ -35,11 +45,6 @@ class TestBisection(SearcherConformance):
 class TestGreedy(SearcherConformance):
     def make(self):
         return RemovalSearch()
-
-
-class TestBeam(SearcherConformance):
-    def make(self):
-        return RemovalSearch(width=3)
 
 
 class TestMcts(SearcherConformance):
@@ -105,10 +110,9 @@ def test_verification_mends_what_is_not_monotone() -> None:
     assert run_search(BisectionSearch(), space, sufficient, 100) == Found(plans[1], True, 7)
 
 
-@pytest.mark.parametrize("width", [1, 3])
-def test_removal_ends_where_no_further_layer_can_go(width) -> None:
+def test_removal_ends_where_no_further_layer_can_go() -> None:
     for sufficient in TABLES:
-        plan = run_search(RemovalSearch(width), NESTED, sufficient, 1000).plan
+        plan = run_search(RemovalSearch(), NESTED, sufficient, 1000).plan
         for layer in plan.attention & set(NESTED.removable):
             assert not sufficient(plan.without(attention={layer}, mlp={layer}))
 
@@ -118,13 +122,6 @@ def test_greedy_tries_each_layer_once_where_sufficiency_grows() -> None:
         sufficient = monotone_sufficiency(NESTED, seed)
         early, late = (run_search(RemovalSearch(), NESTED, sufficient, n) for n in (len(NESTED.removable), 1000))
         assert early.plan == late.plan
-
-
-def test_a_beam_that_keeps_everything_finds_the_least_of_all_where_sufficiency_grows() -> None:
-    for seed in SEEDS:
-        sufficient = monotone_sufficiency(NESTED, seed)
-        found = run_search(RemovalSearch(width=64), NESTED, sufficient, 1000)
-        assert NESTED.budget(found.plan) == least_of_all(NESTED, sufficient)
 
 
 def test_tree_search_tries_everything_in_the_end() -> None:
@@ -154,8 +151,6 @@ def test_what_cannot_be_is_refused() -> None:
         MctsSearch(repeats=True)
     with pytest.raises(SearchError, match="exploration must be 0 or more, got -1"):
         MctsSearch(exploration=-1)
-    with pytest.raises(SearchError, match="a beam must keep at least 1 plan, got 0"):
-        RemovalSearch(width=0)
     with pytest.raises(SearchError, match="bisection needs a menu in which each plan runs all that the one before"):
         run_search(BisectionSearch(), UNNESTED, lambda plan: True, 5)
     with pytest.raises(SearchError, match="a budget of 0 or more evaluations, got -1"):

@@ -31,11 +31,10 @@ def prompts_of(judge: str) -> list[Prompt]:
 
 
 @pytest.mark.parametrize("judge", ["agreement", "kl"])
-@pytest.mark.parametrize("name", ["exhaustive", "bisection"])
 @pytest.mark.parametrize("tolerance", [0.0, 0.05])
-def test_a_search_with_ample_budget_finds_what_the_whole_matrix_says(labeller, space, judge, name, tolerance) -> None:
+def test_a_search_with_ample_budget_finds_what_the_whole_matrix_says(labeller, space, judge, tolerance) -> None:
     prompts = prompts_of(judge)
-    found = search_prompts(SEARCHERS[name], space, labeller, prompts, len(space.menu), tolerance)
+    found = search_prompts(SEARCHERS["bisection"], space, labeller, prompts, len(space.menu), tolerance)
     labeller.label(prompts, space.menu)
     scores = score_matrix(labeller.read(prompts, space.menu))
     least = least_sufficient(sufficient_plans(scores, tolerance))

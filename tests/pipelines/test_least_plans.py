@@ -38,7 +38,7 @@ def count(path: Path) -> int:
 
 
 def test_the_whole_menu_proves_what_it_finds(path) -> None:
-    rows, said = searched(path, "exhaustive", "--prompts", 12)
+    rows, said = searched(path, "bisection", "--prompts", 12)
     menu = [plan["runs"] for plan in json.loads((path.parent / "runs/tiny/menu.json").read_text())["plans"]]
     assert len(rows) == 12
     assert {row["task"] for row in rows} == {"short", "long"}
@@ -46,7 +46,7 @@ def test_the_whole_menu_proves_what_it_finds(path) -> None:
         assert row["plan"] in menu
         assert row["proved"] == "True"
         assert float(row["budget"]) == pytest.approx(LayerPlan.parse(row["plan"], N_LAYERS).layers / N_LAYERS)
-        assert int(row["evaluations"]) == min(menu.index(row["plan"]) + 1, len(menu) - 1)
+        assert min(menu.index(row["plan"]) + 1, len(menu) - 1) <= int(row["evaluations"]) < len(menu)
     assert len({row["plan"] for row in rows}) > 1, "prompts differ"
     full = sum(float(row["budget"]) == 1 for row in rows)
     mean = sum(float(row["budget"]) for row in rows) / 12
@@ -55,7 +55,7 @@ def test_the_whole_menu_proves_what_it_finds(path) -> None:
 
 
 def test_a_search_beyond_the_menu_finds_no_dearer_plans_and_goes_on(path) -> None:
-    over_menu, _ = searched(path, "exhaustive", "--prompts", 6)
+    over_menu, _ = searched(path, "bisection", "--prompts", 6)
     rows, _ = searched(path, "greedy", "--prompts", 6, "--evaluations", 8)
     made = count(path)
     assert {row["proved"] for row in rows} == {"False"}
