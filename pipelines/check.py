@@ -153,7 +153,10 @@ class _Checks:
         for name in self._config.tuning.controllers:
             CONTROLLERS.check_there(name)
         check_given_settings(self._config.tuning)
-        return f"methods      menu {self._config.menu.method}, controllers {', '.join(self._config.tuning.controllers)}"
+        menu, controllers = self._config.menu, ", ".join(self._config.tuning.controllers)
+        plans = len(menu.given) + 1 if menu.given else menu.plans
+        counted = "every early exit behind the probe" if menu.method == "exits" else f"at most {plans} plans"
+        return f"methods      menu {menu.method} ({counted}), controllers {controllers}"
 
     def stores(self) -> str:
         """Where trials and the finished run go. A database beside the run is made when it is needed."""
@@ -191,15 +194,16 @@ class _Checks:
         return [(prompt.id, prompt.rendered(template).prompt) for prompt in [*self._prompts, *asked]]
 
     @cached_property
-    def _longest(self) -> int:
+    def _lengths(self) -> list[int]:
         if not self._model.has_tokenizer:
             raise _UnknownError
-        return self._model.longest(self._texts, self._config.decoding.max_new_tokens)
+        return self._model.checked_lengths(self._texts, self._config.decoding.max_new_tokens)
 
     def tokens(self) -> str:
         """Renders every prompt and turns it into tokens, as far as the model's files are here."""
         _ = self._texts
-        return f"tokens       {self._longest} of the longest prompt, {self._config.decoding.max_new_tokens} new ones"
+        total, longest, new = sum(self._lengths), max(self._lengths), self._config.decoding.max_new_tokens
+        return f"tokens       {total:,} of all prompts, {longest} of the longest prompt, {new} new ones"
 
     def token_exits(self) -> str:
         from pipelines.exit_comparison.settings_check import check_exits  # torch
@@ -209,7 +213,7 @@ class _Checks:
         if self._model.n_layers is None:
             raise _UnknownError
         settings, new_tokens = self._config.token_exits, self._config.decoding.max_new_tokens
-        longest = self._longest + new_tokens if self._model.has_tokenizer else 0
+        longest = max(self._lengths) + new_tokens if self._model.has_tokenizer else 0
         check_exits(settings, self._model.config, self._model.n_layers, longest)
         return f"token exits  {len(settings.gates)} gates, {settings.strategy}"
 
