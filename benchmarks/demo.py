@@ -32,7 +32,18 @@ CONFIG = ROOT / "configs" / "demo.yaml"
 KEPT = (
     *("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"),
     *("best", "captured_headroom", "frontier", "comparison", "stand_ins", "certificate", "prompts", "worst_task"),
-    *("contributions", "certificates", "labelling", "overhead_ms", "feature_ms", "speed", "model", "machine", "intervals", "examples"),
+    *(
+        "contributions",
+        "certificates",
+        "labelling",
+        "overhead_ms",
+        "feature_ms",
+        "speed",
+        "model",
+        "machine",
+        "intervals",
+        "examples",
+    ),
 )
 
 

@@ -59,10 +59,10 @@ def gain() -> str:
     )
     kinds = _demo()["metrics"]["worst_task"]["tasks"]
     return (
-        f"Gemma 3 270M, {kinds} kinds of short questions over prompts of some 280 tokens: the allocator runs {budget} of the\n"
-        f"decoder and scores {quality} of what the full model scores. It is {single} times as fast as stock\n"
-        f"`generate()` one prompt at a time, {batch} times in a batch. Each figure is the middle of {len(runs)} fresh runs\n"
-        "with splits of their own, with their range."
+        f"Gemma 3 270M, {kinds} kinds of short questions over prompts of some 280 tokens: the allocator runs\n"
+        f"{budget} of the decoder and scores {quality} of what the full model scores. It is\n"
+        f"{single} times as fast as stock `generate()` one prompt at a time, {batch} times in a batch.\n"
+        f"Each figure is the middle of {len(runs)} fresh runs with splits of their own, with their range."
     )
 
 

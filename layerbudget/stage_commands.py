@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backbone.errors import InputError
 from layerbudget.answer_commands import print_answers
 from layerbudget.options import ConfigFile, Device, Ray, Settings
 
@@ -35,20 +36,14 @@ def run(
     config: ConfigFile,
     settings: Settings = None,
     device: Device = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it will take: prompts, tokens, disk, minutes a stage.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", hidden=True)] = False,
 ) -> None:
     """Run every stage in order. Skips what is done, resumes what is not, redoes what the settings changed."""
-    loaded = config_of(config, settings, device)
     if dry_run:
-        from pipelines.dry_run import outlook
-        from pipelines.outlook import print_outlook
-
-        print_outlook(outlook(loaded))
-        return
+        raise InputError("--dry-run is gone; `layerbudget check CONFIG` counts prompts and tokens")
     from pipelines.runner import run_all
 
+    loaded = config_of(config, settings, device)
     run_all(loaded)
     _answer_try_prompts(loaded)
     _close(loaded)

@@ -152,7 +152,10 @@ class _Checks:
         for name in self._config.tuning.controllers:
             CONTROLLERS.check_there(name)
         check_given_settings(self._config.tuning)
-        return f"methods      menu {self._config.menu.method}, controllers {', '.join(self._config.tuning.controllers)}"
+        menu, controllers = self._config.menu, ", ".join(self._config.tuning.controllers)
+        plans = len(menu.given) + 1 if menu.given else menu.plans
+        counted = "every early exit behind the probe" if menu.method == "exits" else f"at most {plans} plans"
+        return f"methods      menu {menu.method} ({counted}), controllers {controllers}"
 
     def stores(self) -> str:
         """Where trials and the finished run go. A database beside the run is made when it is needed."""
@@ -164,12 +167,10 @@ class _Checks:
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
-        return prompts_of(self._config, self._config.data.force_judge)
+        return prompts_of(self._config)
 
     def prompts_of_run(self) -> str:
         """Also tries every judge."""
-        if self._config.evaluation.own_judges:
-            prompts_of(self._config, None)  # they are compared at the end of a run, and end none
         for judge in sorted({prompt.judge for prompt in self._prompts} - {KL}):
             try_judge(judge, [prompt for prompt in self._prompts if prompt.judge == judge])
         judges = sorted({prompt.judge for prompt in self._prompts})
@@ -190,15 +191,16 @@ class _Checks:
         return [(prompt.id, prompt.rendered(template).prompt) for prompt in [*self._prompts, *asked]]
 
     @cached_property
-    def _longest(self) -> int:
+    def _lengths(self) -> list[int]:
         if not self._model.has_tokenizer:
             raise _UnknownError
-        return self._model.longest(self._texts, self._config.decoding.max_new_tokens)
+        return self._model.checked_lengths(self._texts, self._config.decoding.max_new_tokens)
 
     def tokens(self) -> str:
         """Renders every prompt and turns it into tokens, as far as the model's files are here."""
         _ = self._texts
-        return f"tokens       {self._longest} of the longest prompt, {self._config.decoding.max_new_tokens} new ones"
+        total, longest, new = sum(self._lengths), max(self._lengths), self._config.decoding.max_new_tokens
+        return f"tokens       {total:,} of all prompts, {longest} of the longest prompt, {new} new ones"
 
     @cached_property
     def _of_split(self) -> dict[Split, list[Prompt]]:

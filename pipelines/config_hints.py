@@ -25,6 +25,15 @@ _MEANT = {
     "tracking.uri": ("mlflow", "mlflow.uri", "tracking.url"),
     "runs": ("output", "output_dir", "folder"),
 }
+_TEMPLATE = "put the prompts into that template yourself, and give them to `layerbudget compare`"
+_GONE = {
+    "evaluation.own_judges": "rescoring a finished run by the prompts' own judges is now benchmarks/own_judges.py",
+    "evaluation.frozen": "plans with and without stand-ins are now compared by benchmarks/adapt.py",
+    "evaluation.control_trials": "controls have default settings; benchmarks/redraws.py searches the task's",
+    "evaluation.template": _TEMPLATE,
+    "evaluation.template_prompts": _TEMPLATE,
+}
+"""Keys of earlier versions, and where to find now what they asked for."""
 _LOSSES = ("calibration.alpha", "evaluation.alphas")
 """Keys of earlier versions, which named losses."""
 _GONE = {"token_exits": "token exits are compared on a finished run: `python benchmarks/exits.py comparison --run RUN`"}

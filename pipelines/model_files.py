@@ -92,15 +92,15 @@ class ModelFiles:
                 f"model {rows:,} rows (vocab_size); use the tokenizer that the model was trained with"
             )
 
-    def longest(self, prompts: Iterable[tuple[str, str]], new_tokens: int) -> int:
-        """Tokens of the longest of some prompts (id, text), without those that the tokenizer adds.
+    def checked_lengths(self, prompts: Iterable[tuple[str, str]], new_tokens: int) -> list[int]:
+        """Tokens of some prompts (id, text), without those that the tokenizer adds.
 
         Raises:
             PromptError: one that leaves no room for its answer.
             LoadError: one with a token that the embedding lacks.
         """
         limit = self.config.get("max_position_embeddings", self.config.get("n_positions"))
-        rows, longest = self.config.get("vocab_size"), 0
+        rows, lengths = self.config.get("vocab_size"), []
         for name, ids in self._token_ids(prompts):
             if isinstance(rows, int) and max(ids, default=0) >= rows:
                 raise LoadError(
@@ -108,8 +108,8 @@ class ModelFiles:
                     "(vocab_size): placeholders, such as those of images, cannot be read as text"
                 )
             check_room(name, len(ids), new_tokens, limit)
-            longest = max(longest, len(ids))
-        return longest
+            lengths.append(len(ids))
+        return lengths
 
     def _token_ids(self, prompts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[int]]]:
         left = iter(prompts)

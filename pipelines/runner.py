@@ -30,15 +30,17 @@ from pipelines.workspace import Workspace
 
 
 def run_all(config: Config) -> None:
-    """Every stage of a run; those whose inputs did not change since they were done are skipped.
+    """Run every stage, and begin with the counts of `layerbudget check`.
 
+    Stages whose inputs did not change since they were done are skipped.
     Where all are done nothing is written, so that a finished run may lie in a read-only folder.
     """
     if _checked(config).is_done(STAGES[-1]):
         for stage in STAGES:
             _say_done(stage)
         return
-    check_run(config)
+    for line in check_run(config):
+        say(line)
     with _own_folder(config) as state:
         for stage in STAGES:
             if state.is_done(stage):

@@ -119,10 +119,3 @@ def settled(work: Work, found: Settings) -> tuple[Settings, float]:
     saved = regrets - others
     is_clear = saved.mean() > saved.std(ddof=1) / np.sqrt(work.tuning.folds)
     return (found, float(others.mean())) if is_clear else (plain, float(regrets.mean()))
-
-
-def cross_fits_of(tuning: TuningSection, name: str, prompts: int) -> int:
-    """How often the stage `tune` cross-fits a controller, where no trial is given up."""
-    if name in tuning.given or prompts < tuning.search_from:
-        return REPEATS
-    return tuning.trials + 2 * REPEATS

@@ -33,10 +33,6 @@ class TaskLabels:
     others: Sequence[Prompt]
     full: LayerPlan
 
-    def of_some(self, places: Sequence[int]) -> TaskLabels:
-        """The same for some of the prompts, by their places, and for as many of the others."""
-        return replace(self, prompts=[self.prompts[place] for place in places], others=self.others[: len(places)])
-
     def scores(
         self, plans: Sequence[LayerPlan], judge: str | None = None, advance: Callable[[int], None] = lambda done: None
     ) -> NDArray[np.float64]:

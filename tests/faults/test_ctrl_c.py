@@ -33,7 +33,6 @@ MOMENTS = [
     ("report", None, Press("mlflow:log_params", place="destructor")),
     ("report", None, Press("mlflow:log_artifacts", times=2)),
     ("search", None, Press("oracle.labels.store:LabelStore.add", place="callback")),
-    ("run --dry-run", "label", Press("pipelines.dry_run:label_cost", place="destructor")),
     ("generate", None, Press("runtime.offline:_allocated", place="destructor")),
     ("compare", None, Press("runtime.side_by_side:_compared", call=2)),
     ("inspect", None, Press("layerbudget.inspecting:_described", place="callback")),
@@ -41,7 +40,6 @@ MOMENTS = [
 ]
 """A command, the stage whose results are gone, and when it is pressed."""
 WORDS = {
-    "run --dry-run": ("run", "tiny.yaml", "--dry-run"),
     "generate": ("generate", *ALLOCATOR, "--prompts", "prompts.jsonl", "--out", "out.jsonl"),
     "compare": ("compare", *ALLOCATOR, "--prompts", "prompts.jsonl", "--out", "out.jsonl"),
     "inspect": ("inspect", "runs/tiny/allocator"),

@@ -133,11 +133,8 @@ def test_a_task_without_labels_is_refused() -> None:
         build_menu("covering", task)
 
 
-def test_a_run_searches_and_rehearses_it(config_file) -> None:
+def test_a_run_searches_for_it(config_file) -> None:
     path = config_file(menu={"method": "covering", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4, "prompts": 6})
-    rehearsed = layerbudget("run", path, "--dry-run")
-    assert rehearsed.returncode == 0, rehearsed.stderr
-    assert "4 plans by covering" in rehearsed.stdout
     done = layerbudget("menu", path)
     assert done.returncode == 0, done.stderr
     menu = PlanMenu.load(Path(yaml.safe_load(path.read_text())["runs"]) / "tiny" / "menu.json")

@@ -9,8 +9,6 @@ import pytest
 from backbone.errors import InputError
 from pipelines import runner
 from pipelines.config import load_config
-from pipelines.dry_run import _Rehearsal
-from pipelines.rehearsal import FEW, MANY
 from pipelines.runner import run_one
 from pipelines.shown_prompts import shown_rows
 from pipelines.stages import adapt
@@ -48,7 +46,7 @@ def test_adapt_fits_on_every_prompt_once(config_file, method, wanted) -> None:
         run_one(config, "adapt")
     workspace = Workspace.of(config)
     tokenizer = workspace.backbone[1]
-    fit, compared = adapt._parts(workspace)
+    fit, compared = adapt._parts(workspace, method == "best")
     assert {*fit} | {*compared} == {*workspace.splits["adapt"]}
     assert not {*fit} & {*compared}
     texts = [tokenizer.decode(example.tokens[: -example.answer]) for example in given["training"]]
@@ -78,18 +76,12 @@ def _searched(names: list[str], wanted: int) -> list[str]:
     return seen
 
 
-def _estimated(names: list[str], wanted: int) -> list[str]:
-    config = SimpleNamespace(label=SimpleNamespace(batch_size=wanted))
-    return _Rehearsal(config, SimpleNamespace(labelled=names), set()).few
-
-
 PICKED = {
     "menu": (
         lambda names, wanted: [name for part in _parts(names, wanted) for name in part],
         lambda count, wanted: count,
     ),
     "search": (_searched, min),
-    "estimate": (_estimated, lambda count, wanted: min(count, 1 + FEW + min(MANY, wanted))),
     "timed": (lambda names, wanted: timed_rows(np.arange(len(names)) % 3, wanted), min),
     "shown": (lambda names, wanted: shown_rows([name[-1] for name in names], np.arange(len(names)) == 3, wanted), min),
 }
