@@ -88,12 +88,12 @@ def main() -> None:
 
 
 def predictions(config: Config, table: Table, settings: Mapping[str, Settings]) -> dict[str, Floats]:
-    """What each controller and each control, searched for by itself, expects of prompts it did not see."""
+    """What each controller and each control expects of prompts it did not see."""
     best = settings[best_of(config)]
     found = {name: out_of_fold(own, table.features, table) for name, own in settings.items()}
     for name in CONTROLS:
         features, sets = control_features(name, table, best.sets)
-        found[name] = out_of_fold(control_settings(best, features, sets, table, config), features, table)
+        found[name] = out_of_fold(control_settings(best, sets, config.tuning), features, table)
     return found
 
 

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import workload
 from redrawn_splits import Draw, Rows
 
 from controller.base import choose
-from controller.learning import Learned, learn
+from controller.learning import Learned, Settings, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.knapsack import cheapest_choices
@@ -34,8 +35,8 @@ from pipelines.controls import with_task
 from pipelines.learning_table import Table
 from pipelines.pooled_gain import first_tested
 from pipelines.progress import progress
-from pipelines.settings_regret import Work, regret_bounds
-from pipelines.settings_search import settings_for
+from pipelines.settings_regret import Work, default_settings, first_trial, regret_bounds, settings_of, settled
+from pipelines.settings_search import sampler
 from pipelines.stages.calibrate import outlier_test, price_of
 from pipelines.stages.evaluate import best_static
 from pipelines.workspace import Workspace
@@ -100,6 +101,20 @@ def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[Learned, i
     best = min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
     (start,) = first_tested(best, fit.features, fit, config.calibration.keep[:1])
     return learn(best, fit.features, fit.kept, fit.budgets), start
+
+
+def settings_for(name: str, work: Work) -> Settings:
+    """A controller's settings by the rule of the stage `tune`, from a search that nothing keeps."""
+    return settled(work, searched(name, work))[0] if work.is_searched else default_settings(name, work.tuning)
+
+
+def searched(name: str, work: Work) -> Settings:
+    """The settings of least regret of `tuning.trials` trials, the first of which tries the defaults."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=sampler(0))
+    study.enqueue_trial(first_trial(name, work.tuning))
+    study.optimize(lambda trial: work.judge(settings_of(name, trial, work.tuning)), n_trials=work.tuning.trials)
+    return settings_of(name, study.best_trial, work.tuning)
 
 
 def _allocated(workspace: Workspace, learned: Learned, start: int, table: Table, draw: Draw) -> dict[str, Any]:

@@ -112,13 +112,6 @@ class Prompt:
         except JudgeError:
             return 0.0
 
-    def reworded(self, change: Callable[[str], str]) -> Prompt:
-        """The same with another text, in a conversation of the last turn; to be rendered again."""
-        if not self.messages:
-            return replace(self, prompt=change(self.prompt))
-        last = Message("user", change(self.messages[-1].content))
-        return replace(self, prompt="", messages=(*self.messages[:-1], last), template="")
-
     def rendered(self, template: ChatTemplate | None) -> Prompt:
         """The same with the text that the model is given; see `oracle.chat.rendered`.
 

@@ -168,12 +168,10 @@ class _Checks:
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
-        return prompts_of(self._config, self._config.data.force_judge)
+        return prompts_of(self._config)
 
     def prompts_of_run(self) -> str:
         """Also tries every judge."""
-        if self._config.evaluation.own_judges:
-            prompts_of(self._config, None)  # they are compared at the end of a run, and end none
         for judge in sorted({prompt.judge for prompt in self._prompts} - {KL}):
             try_judge(judge, [prompt for prompt in self._prompts if prompt.judge == judge])
         judges = sorted({prompt.judge for prompt in self._prompts})

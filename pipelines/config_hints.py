@@ -25,6 +25,15 @@ _MEANT = {
     "tracking.uri": ("mlflow", "mlflow.uri", "tracking.url"),
     "runs": ("output", "output_dir", "folder"),
 }
+_TEMPLATE = "put the prompts into that template yourself, and give them to `layerbudget compare`"
+_GONE = {
+    "evaluation.own_judges": "rescoring a finished run by the prompts' own judges is now benchmarks/own_judges.py",
+    "evaluation.frozen": "plans with and without stand-ins are now compared by benchmarks/adapt.py",
+    "evaluation.control_trials": "controls have default settings; benchmarks/redraws.py searches the task's",
+    "evaluation.template": _TEMPLATE,
+    "evaluation.template_prompts": _TEMPLATE,
+}
+"""Keys of earlier versions, and where to find now what they asked for."""
 _LOSSES = ("calibration.alpha", "evaluation.alphas")
 """Keys of earlier versions, which named losses."""
 _ALIASES = {alias: key for key, aliases in _MEANT.items() for alias in aliases}
@@ -43,6 +52,8 @@ def hint_of(key: str, known: Sequence[str], value: object = None) -> str:
         kept = [f"{1 - loss:.9g}" for loss in losses if isinstance(loss, int | float)]
         written = f"[{', '.join(kept)}]" if isinstance(value, list) else "".join(kept)
         return f"it is now calibration.keep, what answers keep at least: {written or '1 less the loss'}"
+    if key in _GONE:
+        return _GONE[key]
     section, _, name = key.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
     if key in _ALIASES:

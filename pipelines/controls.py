@@ -1,4 +1,4 @@
-"""Do the controllers know the prompt? At equal losses: controllers and controls, another template."""
+"""Do the controllers know the prompt? Controllers and controls at equal losses."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from controller.base import Floats, choose
 from controller.features import Features, rows_of
 from controller.learning import Learned, Settings, learn
 from pipelines.config import Config
-from pipelines.labelling import labelled_scores
+from pipelines.learning_sections import TuningSection
 from pipelines.learning_table import Table
 from pipelines.measured_policies import Choices, Rows, chosen_at, measured
 from pipelines.omissions import Omissions
 from pipelines.pooled_gain import BLIND, knows_the_prompt, out_of_fold, pooled_gain
 from pipelines.progress import progress
-from pipelines.settings_regret import Work, regret_bounds
-from pipelines.settings_search import settings_for
+from pipelines.settings_regret import default_settings
 from pipelines.stages.calibrate import price_out_of_fold
-from pipelines.stages.features import features_of
 from pipelines.stages.train import load_trained, tuned_settings
 from pipelines.workspace import IN_FULL, Workspace
 from runtime.parts import AllocatorParts
 
-CONTROLS = ("shuffled", "length", "task", "embedding")
-"""Controllers of the best one's kind with features that know less: another prompt's, the length alone, the task's name
-alone, the mean embedding alone. Each has a search of its own: none loses by settings made for other features. One that
-nothing can be learned from, such as the length of equally long prompts, is left out by name."""
+CONTROLS = ("shuffled", "task", "embedding")
+"""Controllers of the best one's kind, at default settings, with features that know less: another prompt's, the task's
+name alone, the mean embedding alone. One that nothing can be learned from, such as a single task's name, is left out
+by name."""
 
 
 def comparison(
@@ -76,9 +74,6 @@ def comparison(
         rivals = {name: own for name, (own, *_) in controls.items() if name in BLIND}
         found["pooled"] = _pooled(workspace.table(*IN_FULL), settings, rivals, config.calibration.alpha, left_out)
     found["knows_the_prompt"] = found["pooled"] is not None and knows_the_prompt(found["pooled"]["against"])
-    if config.evaluation.template is not None:
-        with left_out.guard("the comparison in another template"):
-            found["template"] = _other_template(workspace, learned[best], predicted[best][0], fit, test)
     return found, _routed(*controls["task"][1:], shown, fit, test, allocator, config) if "task" in controls else None
 
 
@@ -106,7 +101,7 @@ def _controls(
         for name in CONTROLS:
             with left_out.guard(f"the control {name!r}"):
                 features, sets = control_features(name, fit, best.sets)
-                settings = control_settings(best, features, sets, fit, config)
+                settings = control_settings(best, sets, config.tuning)
                 learned = learn(settings, features, fit.kept, fit.budgets)
                 found[name] = settings, out_of_fold(settings, features, fit), learned
             advance(1)
@@ -124,16 +119,9 @@ def _pooled(
     return pooled_gain(out_of_fold(best, table.features, table), predicted, table, alpha)
 
 
-def control_settings(best: Settings, features: Features, sets: tuple[str, ...], fit: Table, config: Config) -> Settings:
-    """A control's settings by the rule of the stage `tune`, with a search `evaluation.control_trials` long; the best
-    controller's own settings are among those tried."""
-    trials = config.evaluation.control_trials
-    changes: dict[str, Any] = {"feature_sets": [list(sets)], "trials": trials, "given": {}}
-    if best.components not in config.tuning.components:
-        changes["components"] = sorted({*config.tuning.components, best.components})
-    tuning = config.tuning.model_copy(update=changes)
-    work = Work(features, fit.kept, fit.budgets, regret_bounds(config, fit), tuning)
-    return settings_for(best.name, work, {"components": best.components, **best.parameters})
+def control_settings(best: Settings, sets: tuple[str, ...], tuning: TuningSection) -> Settings:
+    """A control's settings: the defaults of the best controller's kind, for its own sets of features."""
+    return default_settings(best.name, tuning.model_copy(update={"feature_sets": [list(sets)]}))
 
 
 def control_features(name: str, table: Table, sets: tuple[str, ...]) -> tuple[Features, tuple[str, ...]]:
@@ -148,27 +136,3 @@ def with_task(table: Table, known: Iterable[str]) -> Features:
     """The table's features and the set `task`: a column for each known task, sorted; other tasks are 0 in all."""
     names = np.array(sorted(set(known)))
     return {**table.features, "task": (table.tasks[:, None] == names).astype(np.float32)}
-
-
-def _other_template(workspace: Workspace, learned: Learned, seen: Floats, fit: Table, test: Table) -> Rows:
-    """Some test prompts put into another template, with labels and features of their own; no rows where judges fail
-    on all of them."""
-    evaluation = workspace.config.evaluation
-    assert evaluation.template is not None
-    put = evaluation.template.format
-    prompts = workspace.rendered(
-        [
-            replace(prompt, id=f"{prompt.id} in template").reworded(lambda text: put(prompt=text))
-            for prompt in test.prompts[: evaluation.template_prompts]
-        ]
-    )
-    scores = labelled_scores(workspace.labeller, prompts, workspace.menu(), "labels in another template")
-    table = workspace.table_of(prompts, scores, features_of(workspace, prompts))
-    if not table.prompts:
-        return []
-    predicted = learned.predict(table.features)
-    return [
-        row
-        for keep in workspace.config.calibration.keep
-        for row in measured(keep, {"template": chosen_at(seen, predicted, fit, table, keep)}, table)
-    ]

@@ -55,10 +55,8 @@ NAMES = _Names(
         "mlp": "MLP",
         "logistic": "logistic regression",
         "shuffled": "control: shuffled features",
-        "length": "control: prompt length alone",
         "task": "control: name of the task alone",
         "embedding": "control: mean embedding alone",
-        "template": "best controller, another template",
     }
 )
 """Of policies in words; another controller has its own name."""
@@ -90,14 +88,10 @@ def quality_against_budget(
     oracles: Mapping[str, Sequence[Point]],
     curves: Mapping[str, Sequence[Point]],
     cards: Mapping[str, Point],
-    frozen: Mapping[str, Any] | None,
 ) -> str:
     """Mean score against mean budget: static plans and their mixtures, oracles, each controller at all prices,
-    each policy where it was set to work, and, where it is known, what the model's plans are worth without stand-ins."""
+    and each policy where it was set to work."""
     figure, axes = _drawing(WIDE, 5.2)
-    if frozen is not None:
-        axes.plot(*_columns(frozen["oracle_hull"]), color=MUTED, lw=1.2, label="oracle frontier, frozen model")
-        axes.plot(*_columns(frozen["static_hull"]), color=MUTED, lw=1.2, ls="--", label="mixtures, frozen model")
     for line, (name, oracle) in zip(("-", ":"), oracles.items(), strict=False):
         axes.plot(*_columns(oracle), color=COLOURS["oracle"], lw=2, ls=line, label=name)
     axes.plot(*_columns(mixture), color=COLOURS["static_mixture"], lw=1.5, ls="--", label="mixtures of static plans")

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.plan import LayerPlan, PlanMenu
+from backbone.plan import LayerPlan
 from oracle.labels.labeller import Labeller
-from oracle.labels.reader import score_matrix
 from oracle.prompts import Prompt
 from pipelines.progress import progress, say_failures
 
@@ -27,12 +26,6 @@ def fill(labeller: Labeller | DistantLabeller, wanted: Wanted, title: str) -> No
     with progress(title, sum(len(labeller.missing(some, plan)) for plan, some in wanted.items())) as advance:
         labeller.label_in_blocks(wanted, list(wanted)[-1], advance)
     say_failures(labeller.failures[before:])
-
-
-def labelled_scores(labeller: Labeller, prompts: Sequence[Prompt], menu: PlanMenu, title: str) -> NDArray[np.float64]:
-    """Scores [N, K] of prompts, with what is missing labelled first; NaN where a judge failed."""
-    fill(labeller, dict.fromkeys(menu.plans, prompts), title)
-    return score_matrix(labeller.read(prompts, menu))
 
 
 def by_plan(prompts: Sequence[Prompt], plans: Sequence[LayerPlan], cells: NDArray[np.bool_]) -> Wanted:

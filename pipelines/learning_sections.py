@@ -103,18 +103,6 @@ class CalibrationSection(Section):
 
 
 class EvaluationSection(Section):
-    control_trials: int = Field(8, ge=1)
-    """Trials of each control's own search: the defaults, the best controller's settings, and others; no search below
-    `tuning.search_from` prompts."""
-    own_judges: int = Field(0, ge=0)
-    """With `data.force_judge`: also judge so many of the test prompts as they say themselves, to see what the
-    loss means there."""
-    template: str | None = None
-    """Another template, with {prompt} in it, into which some test prompts are put to see whether a controller still
-    works; their labels are made in addition."""
-    template_prompts: int = Field(64, ge=8)
-    frozen: bool = True
-    """Also label the test prompts under the plans without stand-ins, to show what these are worth."""
     speed_prompts: int = Field(8, ge=1)
     """Test prompts that speeds are measured on, as one batch and one at a time."""
     speed_tokens: int = Field(16, ge=2)
@@ -123,18 +111,6 @@ class EvaluationSection(Section):
     """Times, at most, that everything is measured, in turn, after a warm-up; fewer once the figures are exact."""
     speed_seconds: float = Field(60.0, gt=0)
     """No round begins after this time, as long as there are five."""
-
-    @model_validator(mode="after")
-    def _check_template(self) -> EvaluationSection:
-        if self.template is None:
-            return self
-        try:
-            told_apart = self.template.format(prompt="a") != self.template.format(prompt="b")
-        except (ValueError, KeyError, IndexError, AttributeError):
-            told_apart = False
-        if not told_apart:
-            raise ValueError(f"template should hold {{prompt}}, and other braces twice, got {self.template!r}")
-        return self
 
 
 class TokenExitsSection(Section):

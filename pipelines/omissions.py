@@ -20,7 +20,7 @@ class Omissions(dict[str, str]):
         exception is an error of the program and ends the run.
 
         Args:
-            name: what the block makes, such as "the control 'length'".
+            name: what the block makes, such as "the control 'task'".
         """
         try:
             yield

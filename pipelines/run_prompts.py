@@ -11,13 +11,8 @@ from pipelines.config import Config, ConfigError
 LEAST_OF_A_SPLIT = 2
 
 
-def prompts_of(config: Config, force_judge: str | None) -> list[Prompt]:
-    """Raises PromptError, see `oracle.prompts.load_prompts`.
-
-    Args:
-        config: of the run.
-        force_judge: the judge of all prompts; None for those that they came with.
-    """
+def prompts_of(config: Config) -> list[Prompt]:
+    """Raises PromptError, see `oracle.prompts.load_prompts`."""
     data = config.data
     return load_prompts(
         data.path,
@@ -25,7 +20,7 @@ def prompts_of(config: Config, force_judge: str | None) -> list[Prompt]:
         columns=data.columns,
         dataset_split=data.split,
         judge=data.judge,
-        force_judge=force_judge,
+        force_judge=data.force_judge,
     )
 
 

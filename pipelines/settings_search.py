@@ -6,7 +6,7 @@ import multiprocessing
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,10 +20,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from backbone.errors import InputError, reason_of
 from backbone.interrupts import deaf_children
-from controller.learning import Settings
 from pipelines.config import ConfigError
 from pipelines.learning_sections import TuningSection
-from pipelines.settings_regret import Work, default_settings, first_trial, settings_of, settled
+from pipelines.settings_regret import Work, first_trial, settings_of
 
 HEARTBEAT_S, GRACE_S = 10, 60
 """A trial whose worker was killed is tried again by another one after GRACE_S without a sign of life."""
@@ -64,7 +63,7 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
         return optuna.create_study(
             study_name=wanted.study,
             storage=storage,
-            sampler=_sampler(seed),
+            sampler=sampler(seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=1),
             direction="minimize",
             load_if_exists=True,
@@ -88,7 +87,7 @@ def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna
         study.enqueue_trial(first_trial(wanted.controller, work.tuning))
     while (left := work.tuning.trials - len(finished(study))) > 0:
         if work.tuning.workers == 1:
-            study.sampler = _sampler(len(finished(study)))
+            study.sampler = sampler(len(finished(study)))
             study.optimize(partial(_objective, wanted.controller, work), n_trials=1)
             advance(1)
         else:
@@ -102,33 +101,9 @@ def _give_up_running(study: optuna.Study) -> None:
         study.tell(trial.number, state=TrialState.FAIL)
 
 
-def _sampler(seed: int) -> optuna.samplers.TPESampler:
+def sampler(seed: int) -> optuna.samplers.TPESampler:
+    """What draws the settings of the next trial."""
     return optuna.samplers.TPESampler(seed=seed)
-
-
-def settings_for(name: str, work: Work, first: Mapping[str, Any] | None = None) -> Settings:
-    """A controller's settings by the rule of the stage `tune`, with nothing kept: the defaults below
-    `tuning.search_from` prompts, else `settled` after a search; `first`: see `search_in_memory`."""
-    if not work.is_searched:
-        return default_settings(name, work.tuning)
-    return settled(work, search_in_memory(name, work, first or {}))[0]
-
-
-def search_in_memory(name: str, work: Work, first: Mapping[str, Any]) -> Settings:
-    """The settings of least regret of `tuning.trials` trials that nothing keeps: the defaults, `first`, and others.
-
-    Args:
-        work: what settings are tried on.
-        name: of the controller.
-        first: parameters of the second trial, in place of the defaults.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=_sampler(0))
-    defaults = first_trial(name, work.tuning)
-    study.enqueue_trial(defaults)
-    study.enqueue_trial({**defaults, **first})
-    study.optimize(lambda trial: work.judge(settings_of(name, trial, work.tuning)), n_trials=work.tuning.trials)
-    return settings_of(name, study.best_trial, work.tuning)
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:

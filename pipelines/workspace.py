@@ -63,17 +63,12 @@ class Workspace:
     @cached_property
     def given_prompts(self) -> list[Prompt]:
         """The prompts as they stand in their source."""
-        return prompts_of(self.config, self.config.data.force_judge)
+        return prompts_of(self.config)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The prompts as the model is given them; loads it only in a run that never did."""
         return self.rendered(self.given_prompts)
-
-    @cached_property
-    def prompts_as_judged(self) -> list[Prompt]:
-        """The prompts with the judges that they came with."""
-        return self.rendered(prompts_of(self.config, None))
 
     def rendered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts as the model is given them. Raises PromptError for one that the chat template cannot render."""

@@ -26,7 +26,6 @@ from oracle.judges import KL
 from pipelines.config import Config
 from pipelines.controls import comparison
 from pipelines.exit_comparison.clock import compared
-from pipelines.judged_anew import by_own_judges
 from pipelines.layers_run import check_layers_run
 from pipelines.learning_table import Table
 from pipelines.measured_policies import outcome
@@ -35,7 +34,6 @@ from pipelines.pooled_gain import out_of_fold
 from pipelines.shown_prompts import shown
 from pipelines.stages.calibrate import price_out_of_fold
 from pipelines.stages.train import load_trained, tuned_settings
-from pipelines.stand_in_gain import before_and_after
 from pipelines.summary import contributions
 from pipelines.wall_clock import feature_ms, prompt_ms, speeds
 from pipelines.workspace import IN_FULL, Workspace
@@ -90,8 +88,10 @@ def run(config: Config) -> Path:
         "comparison": compared_at_losses,
         "left_out": left_out,
         "outliers": _outliers(allocator.outliers, test),
-        "own_judges": by_own_judges(workspace, test, {name: chosen[name] for name in (best, "oracle")}),
-        "stand_ins": before_and_after(workspace, test),
+        "stand_ins": {
+            "method": workspace.adapt_record["method"],
+            "after": {"static": static_points(test.scores, test.budgets)},
+        },
         "certificate": calibration["certificate"],
         "certificates": [
             {**found, "test": outcome(choose(predicted[best], test.budgets, found["price"]), test)}

@@ -53,7 +53,6 @@ def run(config: Config) -> Path:
     left_out = Omissions()
     drawn = _figures(workspace, table, metrics, chosen, tasks, policies, tuning, left_out)
     environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters["zip"] = zip
     page = environment.get_template("report.html.j2").render(
         config=config,
         metrics=metrics,
@@ -115,7 +114,6 @@ def _figures(
             },
             {name: _curve(learned, table) for name, learned in decided.items()},
             {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in policies},
-            metrics["stand_ins"].get("before"),
         ),
         "tasks": lambda: figures.layers_by_task(
             {row["task"]: (row["needed"], row["layers"]) for row in tasks},
@@ -168,7 +166,7 @@ def _labelled(table: str) -> str:
 def _compared(comparison: dict[str, Any]) -> dict[str, dict[float, dict[str, Any]]]:
     """Policy -> what is to be kept -> what it captures there."""
     found: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
-    for row in [*comparison["at_losses"], *comparison.get("template", [])]:
+    for row in comparison["at_losses"]:
         found[row["policy"]][row["keep"]] = row
     return dict(found)
 

@@ -158,15 +158,6 @@ def test_hashes_tell_templates_apart_and_not_days() -> None:
     assert first.shown == "one"
 
 
-def test_a_reworded_prompt_is_rendered_again() -> None:
-    template = ChatTemplate(WITH_SYSTEM)
-    prompt = Prompt("p", "t", "", "", "exact", Question.of(LONG).messages).rendered(template)
-    again = prompt.reworded(lambda text: f"Q: {text}").rendered(template)
-    assert again.prompt == prompt.prompt.replace("four", "Q: four")
-    assert again.hash != prompt.hash
-    assert Prompt("p", "t", "a", "", "exact").reworded(str.upper).prompt == "A"
-
-
 ROW = {"id": "a", "task": "t", "reference": "2", "judge": "number"}
 
 

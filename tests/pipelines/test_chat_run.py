@@ -50,8 +50,7 @@ def settings(config_file, chat_model, prompts_file):
 
 
 def test_a_run_renders_every_prompt_once_and_says_with_what(settings, chat_model) -> None:
-    small = {"speed_prompts": 4, "speed_tokens": 3, "speed_rounds": 1, "control_trials": 1}
-    file = settings(evaluation={**small, "template": "Q: {prompt}", "template_prompts": 8})
+    file = settings()
     config = load_config(file)
     run_all(config)
     model, tokenizer = load_backbone(str(chat_model), device="cpu")

@@ -112,7 +112,7 @@ def test_a_menu_with_a_head_at_full_depth_runs_at_several_levels(
         adapt={"method": "given", "given": str(tmp_path / "heads.safetensors")},
         decoding={"max_new_tokens": 1},
         calibration={"keep": [0.7, 1.0, 1.3], "delta": 0.4},
-        evaluation={"speed_rounds": 1, "speed_prompts": 2, "speed_tokens": 2, "control_trials": 1, "frozen": False},
+        evaluation={"speed_rounds": 1, "speed_prompts": 2, "speed_tokens": 2},
     )
     config = load_config(path)
     run_all(config)

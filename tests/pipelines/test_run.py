@@ -18,12 +18,14 @@ import pytest
 import yaml
 from command import layerbudget, refused, snapshot
 from filelock import FileLock
+from own_judges import rescored
 from tiny import tiny_model, tiny_tokenizer
 from tiny_run import tiny_settings, write_prompts
 
 from oracle.labels.store import CUT
 from oracle.prompts import load_prompts
 from oracle.splits import splits_of
+from pipelines.config import load_config
 from pipelines.config_sections import DataSection
 from pipelines.run_state import content_hash
 from pipelines.wall_clock import NOISE
@@ -73,6 +75,7 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> N
         "README.md",
     }
     assert output.count("of 6 layers: ") == 2, "the two prompts were answered"
+    _check_counts(output, path)
     _check_metrics(json.loads((folder / "metrics.json").read_text()))
     calibration = json.loads((folder / "calibration.json").read_text())
     assert calibration.keys() == {"best", "certificate", "certificates"}, "one controller is certified"
@@ -85,6 +88,13 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> N
     assert again.stdout.count("done before") == 9
     assert snapshot(folder) == before
     _check_changes(path, folder)
+
+
+def _check_counts(output: str, path: Path) -> None:
+    """A run begins with what `check` says; the disk has other room by now."""
+    counts = layerbudget("check", path).stdout.split("\ndisk")[0]
+    assert "menu greedy_layers (at most 4 plans)" in counts
+    assert output.split()[: len(counts.split())] == counts.split()
 
 
 def _check_metrics(metrics) -> None:
@@ -121,7 +131,7 @@ def _check_frontier(metrics) -> None:
 def _check_comparison(metrics) -> None:
     rows = metrics["comparison"]["at_losses"]
     assert {row["keep"] for row in rows} == {0.7}
-    assert {row["policy"] for row in rows} == {"lightgbm", "mlp", "shuffled", "length", "task", "embedding"}
+    assert {row["policy"] for row in rows} == {"lightgbm", "mlp", "shuffled", "task", "embedding"}
     assert all(0 < row["budget"] <= 1 and row["loss"] >= 0 for row in rows)
     assert [row["keep"] for row in metrics["certificates"]] == [0.7]
     assert metrics["outliers"]["rate"] == 0.05
@@ -272,13 +282,9 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
         data={"path": str(prompts_file), "force_judge": "kl"},
         label={"tolerance": 0.3},
         evaluation={
-            "own_judges": 4,
-            "template": "Q: {prompt} A:",
-            "template_prompts": 8,
             "speed_prompts": 2,
             "speed_tokens": 2,
             "speed_rounds": 1,
-            "control_trials": 1,
         },
     )
     done = layerbudget("run", path)
@@ -286,17 +292,14 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
     folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["best"] in ("logistic", "mlp")
-    assert [row["policy"] for row in metrics["comparison"]["template"]] == ["template"]
     assert metrics["certificate"]["risk"] == "insufficient"
     assert metrics["certificate"]["per_task"].keys() == {"short", "long"}
     assert "in each task," in metrics["certificate"]["sentence"]
-    own = metrics["own_judges"]
+    own = rescored(load_config(path), 4)
     assert own["full"] == own["static"][-1][1] == 1, "every full answer agrees with itself"
     assert own["prompts"] == 4 < metrics["prompts"]["test"]
     assert 0 <= own["policies"][metrics["best"]]["quality_ratio"] <= 1
     page = (folder / "report.html").read_text()
-    assert "In the prompts' own scores" in page
-    assert "best controller, another template" in page
     assert "No gain is shown over" in page or metrics["comparison"]["knows_the_prompt"]
 
 
@@ -317,15 +320,9 @@ def test_shortened_plans_are_adapted_in_every_way(config_file, method) -> None:
     added = sum(record["added_budget"].values())
     assert (added > 0) == (method in ("bridges", "both"))
     assert (folder / "allocator" / "stand_ins.safetensors").exists() == (method != "none")
-    page = (folder / "report.html").read_text()
-    assert ("Before and after" in page) == ("before" in metrics["stand_ins"]) == (method != "none")
     with sqlite3.connect(folder.parent.parent / "mlruns" / "mlflow.db") as connection:
         keys = {key for (key,) in connection.execute("SELECT DISTINCT key FROM metrics")}
     assert any(key.startswith(f"training_{method}/held_kl/0-") for key in keys) == (method in ("adapter", "both"))
-    if method != "none":
-        before, after = (metrics["stand_ins"][when]["static"] for when in ("before", "after"))
-        assert before[-1] == after[-1]
-        assert before != after
     budgets = [budget for budget, _ in metrics["stand_ins"]["after"]["static"]]
     frozen = [plan["budget"] for plan in json.loads((folder / "menu.json").read_text())["plans"]]
     assert sum(budgets) == pytest.approx(sum(frozen) + added)
@@ -362,7 +359,7 @@ def test_given_stand_ins_must_be_there(config_file) -> None:
 
 
 def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, tmp_path) -> None:
-    """Neither tells a control anything: both are left out by name, and so is the picture of a search."""
+    """The task tells a control nothing: it is left out by name, and so is the picture of a search."""
     rows = [
         {**json.loads(line), "task": "only", "prompt": json.loads(line)["prompt"][:6]}
         for line in write_prompts(tmp_path / "two.jsonl").read_text().splitlines()
@@ -376,7 +373,7 @@ def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, tmp_pa
     assert json.loads((folder / "tuning.json").read_text())["controllers"]["mlp"]["trials"] == 0
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {row["policy"] for row in metrics["comparison"]["at_losses"]} == {"mlp", "shuffled", "embedding"}
-    assert metrics["left_out"].keys() == {"the control 'length'", "the control 'task'"}
+    assert metrics["left_out"].keys() == {"the control 'task'"}
     page = (folder / "report.html").read_text()
     for name in (*metrics["left_out"], "the picture 'importance'"):
         assert f"{name} is left out: " in output

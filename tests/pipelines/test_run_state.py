@@ -59,12 +59,7 @@ def module_config(model_folder):
             "menu": {"method": "exiting", "probe_depth": 2, "plans": 3, "cheapest_budget": 0.4},
             "tuning": {"trials": 1, "components": [4], "folds": 2, "controllers": ["lightgbm"]},
             "calibration": {"keep": 0.7, "delta": 0.2},
-            "evaluation": {
-                "speed_prompts": 2,
-                "speed_tokens": 2,
-                "speed_rounds": 1,
-                "control_trials": 1,
-            },
+            "evaluation": {"speed_prompts": 2, "speed_tokens": 2, "speed_rounds": 1},
             "tracking": {"uri": f"sqlite:///{folder}/mlruns/mlflow.db"},
         }
         (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
@@ -336,16 +331,3 @@ def test_a_judge_may_say_anything_in_brackets(project, tmp_path, monkeypatch) ->
         assert done.returncode == 0, done.stdout + done.stderr
     assert "no [/] and no [/red]" in " ".join(done.stdout.split())
     assert "runs [/red]/tiny/labels.db" in done.stdout.replace("\n", "")
-
-
-def test_own_judges_that_fail_on_all_prompts_end_no_run(project, tmp_path, monkeypatch) -> None:
-    (tmp_path / "failing_judge.py").write_text("def judge(answer, reference, full):\n    raise SystemExit(0)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    rows = [json.loads(line) | {"judge": "failing_judge:judge"} for line in (project / "prompts.jsonl").open()]
-    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation = "{own_judges: 4, speed_prompts: 2, speed_tokens: 2, speed_rounds: 1, control_trials: 1}"
-    settings = ("--set", "data.force_judge=agreement", "--set", f"evaluation={evaluation}")
-    done = layerbudget("run", project / "tiny.yaml", *settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the judge 'failing_judge:judge' failed on prompt" in " ".join(done.stdout.split())
-    assert json.loads((project / "runs" / "tiny" / "metrics.json").read_text())["own_judges"] is None

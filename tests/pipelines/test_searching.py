@@ -9,13 +9,14 @@ from dataclasses import replace
 import numpy as np
 import optuna
 import pytest
+from redraws import searched, settings_for
 
 from backbone.errors import InputError
 from controller.base import LearningError
 from controller.learning import Settings
 from pipelines.learning_sections import TuningSection
 from pipelines.settings_regret import Work, default_settings, settings_of, settled
-from pipelines.settings_search import Search, finished, open_study, search, search_in_memory, settings_for
+from pipelines.settings_search import Search, finished, open_study, search
 
 
 def some_work(**tuning) -> Work:
@@ -61,11 +62,11 @@ def test_the_length_is_worth_more_than_noise() -> None:
     assert work.judge(settings) < blind.judge(settings) - 0.1
 
 
-def test_a_search_in_memory_tries_the_defaults_and_what_it_is_given_first(monkeypatch) -> None:
+def test_a_search_in_memory_tries_the_defaults_first(monkeypatch) -> None:
     work, tried = some_work(trials=3), []
     monkeypatch.setattr(Work, "judge", lambda self, settings: tried.append(settings) or -len(tried))
-    best = search_in_memory("logistic", work, {"l2": 0.5})
-    assert [settings.parameters["l2"] for settings in tried[:2]] == [0.03, 0.5]
+    best = searched("logistic", work)
+    assert tried[0].parameters["l2"] == 0.03
     assert best == tried[2]
     assert len(tried) == 3
 
@@ -154,7 +155,7 @@ def test_a_search_among_noise_keeps_the_defaults(monkeypatch) -> None:
     monkeypatch.setattr(Work, "judge", lambda self, settings: random.normal(0.1, 0.01))
     monkeypatch.setattr(Work, "regrets", lambda self, settings: random.normal(0.1, 0.01, 6))
     default = default_settings("logistic", work.tuning)
-    rows = [(search_in_memory("logistic", work, {}),) for _ in range(30)]
+    rows = [(searched("logistic", work),) for _ in range(30)]
     rows = [(found, *settled(work, found)) for (found,) in rows]
     assert sum(found != default for found, _, _ in rows) > 20
     assert sum(settings != default for _, settings, _ in rows) < 10
