@@ -55,21 +55,17 @@ def main() -> None:
     workspace = Workspace.of(config.model_copy(update={"runs": arguments.run.parent, "name": arguments.run.name}))
     metrics = json.loads((arguments.run / "metrics.json").read_text())
     named = {"full": "stock", metrics["best"]: "allocator"}
+    if "task" in metrics:
+        named["task"] = "task's name"
     rows = {
         shown: {"score": metrics[name]["quality"], "budget": metrics[name]["budget"]} for name, shown in named.items()
     }
-    rows["task's name"] = _control(metrics)
     rows["probes"] = probes(workspace)
     rows["lora"] = lora(workspace)
     model = {"model": config.model.source, "data": config.data.path, "run": arguments.run.name}
     path = RESULTS / f"alternatives-{arguments.name}.json"
     workload.write(path, argparse.Namespace(**vars(arguments) | model), {"contestants": rows})
     print(json.dumps(rows, indent=1))
-
-
-def _control(metrics: dict[str, Any]) -> dict[str, float]:
-    found = next(card for card in metrics["controls"] if card["name"] == "task")
-    return {"score": found["quality"], "budget": found["budget"]}
 
 
 def probes(workspace: Workspace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ with replacement, in the run's sizes. The control that sees the task's name alon
 the same rule for settings and the same outlier test. Reported is the mean over the draws and the range that holds 90%
 of them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, and menu and
 bridges are the run's, so the mean is known less well than their number suggests. `broken` is the share of the draws
-in which the mean loss of the whole population exceeds a bound that was certified. What the run left out of the labels
+in which the mean loss of the whole population exceeds any bound that was certified. What the run left out of the labels
 of its prompts to calibrate is generated first. Writes benchmarks/results/redraws-NAME.json.
 """
 
@@ -80,27 +80,27 @@ def _figures(workspace: Workspace, table: Table, draw: Draw) -> dict[str, dict[s
     config, test = workspace.config, table.rows(draw.test)
     fit = table.rows(draw.fit)
     named = replace(table, features=with_task(table, fit.tasks))
-    learned, start = _best(config, fit, config.tuning.feature_sets)
+    learned, starts = _best(config, fit, config.tuning.feature_sets)
     outliers = outlier_test(learned, fit, draw.held, config)
     control, of_control = _best(config, named.rows(draw.fit), [[CONTROL]])
     static = best_static(config, table.rows(draw.calibrate), fit)
     oracle = cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
     return {
-        "allocator": _allocated(workspace, replace(learned, outliers=outliers), start, table, draw),
+        "allocator": _allocated(workspace, replace(learned, outliers=outliers), starts, table, draw),
         CONTROL: _allocated(workspace, replace(control, outliers=outliers), of_control, named, draw),
         "best_static": _card(workspace, np.full(len(test.prompts), static), test),
         "oracle": _card(workspace, oracle, test),
     }
 
 
-def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[Learned, int]:
-    """What the controller of least regret learned, with the settings that the stage `tune` would take, and the place of
-    the price that is tested first."""
+def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[Learned, list[int]]:
+    """What the controller of least regret learned, with the settings that the stage `tune` would take, and for each
+    value of `calibration.keep` the place of the price that is tested first."""
     tuning = config.tuning.model_copy(update={"feature_sets": sets, "given": {}})
     work = Work(fit.features, fit.kept, fit.budgets, regret_bounds(config, fit), tuning)
     best = min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
-    (start,) = first_tested(best, fit.features, fit, config.calibration.keep[:1])
-    return learn(best, fit.features, fit.kept, fit.budgets), start
+    starts = first_tested(best, fit.features, fit, config.calibration.keep)
+    return learn(best, fit.features, fit.kept, fit.budgets), starts
 
 
 def settings_for(name: str, work: Work) -> Settings:
@@ -117,16 +117,23 @@ def searched(name: str, work: Work) -> Settings:
     return settings_of(name, study.best_trial, work.tuning)
 
 
-def _allocated(workspace: Workspace, learned: Learned, start: int, table: Table, draw: Draw) -> dict[str, Any]:
-    """Of one controller, certified on the draw's prompts and measured on its test prompts and its population."""
+def _allocated(workspace: Workspace, learned: Learned, starts: list[int], table: Table, draw: Draw) -> dict[str, Any]:
+    """Of one controller, certified on the draw's prompts at every level: measured at the first on its test prompts, and
+    whether the population breaks the bound, for any of them and for each (`broken_KEEP`, `budget_KEEP`)."""
     test, calibrate, population = (table.rows(rows) for rows in (draw.test, draw.calibrate, draw.population))
-    price = price_of(learned.predict(calibrate.features), calibrate, workspace.config.calibration, start=start)
-    cards = [
-        _card(workspace, choose(learned.predict(some.features), some.budgets, price), some)
-        for some in (test, population)
-    ]
-    broken = price is not None and cards[1]["loss"] > workspace.config.calibration.alpha
-    return {**cards[0], "certified": float(price is not None), "broken": float(broken)}
+    expected = [learned.predict(some.features) for some in (calibrate, test, population)]
+    calibration, found = workspace.config.calibration, {}
+    for keep, start in zip(calibration.keep, starts, strict=True):
+        price = price_of(expected[0], calibrate, calibration, keep, start=start)
+        served, whole = (
+            _card(workspace, choose(own, some.budgets, price), some)
+            for own, some in zip(expected[1:], (test, population), strict=True)
+        )
+        if not found:
+            found = {**served, "certified": float(price is not None)}
+        found[f"broken_{keep:g}"] = float(price is not None and whole["loss"] > 1 - keep)
+        found[f"budget_{keep:g}"] = served["budget"]
+    return {**found, "broken": max(found[f"broken_{keep:g}"] for keep in calibration.keep)}
 
 
 def _card(workspace: Workspace, chosen: Rows, test: Table) -> dict[str, Any]:
