@@ -63,22 +63,26 @@ class Shortcut:
         plans: Sequence[LayerPlan],
         beginning: Beginning,
         shared: float,
-        full: Mapping[Prompt, Label],
     ) -> list[Draft]:
         """What early exits answer, as far as the judge has to read it; the full model's answers are whole.
+
+        How far that is depends on the prompt and the answer alone, so that labels that are made again are the same.
 
         Args:
             prompts: with one beginning.
             plans: early exits, the full plan too where its labels are missing.
             beginning: of all these prompts.
             shared: tokens of it that fall to each prompt.
-            full: the labels under the full plan that are known.
         """
 
+        def settled(number: int, ids: list[int], plan: LayerPlan) -> bool:
+            return not plan.is_full and self.is_settled(Draft(prompts[number], plan, ids), None)
+
         def enough(number: int, ids: list[int], some: Sequence[LayerPlan]) -> bool:
-            prompt = prompts[number]
-            answer = full[prompt].answer if prompt in full else None
-            return not any(plan.is_full for plan in some) and self.is_settled(Draft(prompt, some[0], ids), answer)
+            return not any(plan.is_full for plan in some) and settled(number, ids, some[0])
+
+        def read(number: int, ids: list[int], plan: LayerPlan) -> list[int]:
+            return next((ids[:size] for size in range(1, len(ids)) if settled(number, ids[:size], plan)), ids)
 
         start = time.perf_counter()
         rows = [tokens_of(self._tokenizer, prompt.prompt) for prompt in prompts]
@@ -86,8 +90,8 @@ class Shortcut:
         seconds = (time.perf_counter() - start) / (len(prompts) * len(plans))
         share = shared * max(len(plan.attention) for plan in plans) / plans[0].n_layers / len(plans)
         return [
-            Draft(prompt, plan, one.ids, one.forward_tokens + share, seconds)
-            for prompt, answers in zip(prompts, found, strict=True)
+            Draft(prompts[number], plan, read(number, one.ids, plan), one.forward_tokens + share, seconds)
+            for number, answers in enumerate(found)
             for plan, one in answers.items()
         ]
 

@@ -141,7 +141,7 @@ class Labeller(LabelReader):
             for numbers, beginning in beginnings(self._model, rows, depth):
                 shared = len(beginning.tokens) / len(numbers)
                 for batch in self._batches([some[number] for number in numbers], None):
-                    drafts = self._follower.exits(batch, plans, beginning, shared, full)
+                    drafts = self._follower.exits(batch, plans, beginning, shared)
                     own = [draft for draft in drafts if draft.plan == full_plan]
                     full |= {draft.prompt: self._full_label(draft) for draft in own}
                     self._keep([full[draft.prompt] for draft in own], advance)
