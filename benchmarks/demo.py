@@ -24,7 +24,7 @@ from typing import Any
 import gate
 import redraws
 
-from pipelines.config import load_config
+from pipelines.config import Config, load_config
 from runtime.paired_timing import machine
 
 ROOT = Path(__file__).parents[1]
@@ -63,11 +63,19 @@ def main() -> None:
         "middle": middle["seed"],
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
         "metrics": {name: metrics[name] for name in KEPT if name in metrics},
-        "redrawn": redraws.redrawn(load_config(CONFIG).model_copy(update={"runs": folder.parent}), arguments.draws),
+        "redrawn": redraws.redrawn(_with_default_settings(folder), arguments.draws),
     }
     path = ROOT / "benchmarks" / "results" / "demo.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(path.name, redraws.results_table(result["redrawn"]), sep="\n\n")
+
+
+def _with_default_settings(folder: Path) -> Config:
+    """The configuration of a run, whose redraws try the default settings of each controller alone: a search a draw
+    would take hours."""
+    config = load_config(CONFIG)
+    tuning = config.tuning.model_copy(update={"trials": 1})
+    return config.model_copy(update={"runs": folder.parent, "tuning": tuning})
 
 
 def _folder(seed: int) -> Path:
