@@ -27,6 +27,7 @@ _MEANT = {
 }
 _TEMPLATE = "put the prompts into that template yourself, and give them to `layerbudget compare`"
 _GONE = {
+    "token_exits": "token exits are compared on a finished run: `python benchmarks/exits.py comparison --run RUN`",
     "evaluation.own_judges": "rescoring a finished run by the prompts' own judges is now benchmarks/own_judges.py",
     "evaluation.frozen": "plans with and without stand-ins are now compared by benchmarks/adapt.py",
     "evaluation.control_trials": "controls have default settings; benchmarks/redraws.py searches the task's",
@@ -36,7 +37,6 @@ _GONE = {
 """Keys of earlier versions, and where to find now what they asked for."""
 _LOSSES = ("calibration.alpha", "evaluation.alphas")
 """Keys of earlier versions, which named losses."""
-_GONE = {"token_exits": "token exits are compared on a finished run: `python benchmarks/exits.py comparison --run RUN`"}
 _ALIASES = {alias: key for key, aliases in _MEANT.items() for alias in aliases}
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 
+from pipelines.config import load_config
+from pipelines.workspace import IN_FULL, Workspace
+
 VOLATILE = {"seconds", "date", "decision_ms", "created"}
 """Keys of results whose values are times."""
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
@@ -25,7 +28,7 @@ def content_of(run: Path) -> dict[str, Any]:
         if path.is_file():
             found[str(path.relative_to(run))] = _digest(path)
     found["features.parquet"] = parquet.read_table(run / "features.parquet").to_pylist()
-    found["labels.db"] = needed(labels_of(run / "labels.db"))
+    found["labels.db"] = needed(labels_of(run / "labels.db"), labelled_in_full(run))
     found["metrics.json"] = _policies(json.loads((run / "metrics.json").read_text()))
     found["report.html"] = (run / "report.html").read_text().rstrip().endswith("</html>")
     found["allocator"] = sorted(path.name for path in (run / "allocator").iterdir() if not path.name.startswith("."))
@@ -35,10 +38,15 @@ def content_of(run: Path) -> dict[str, Any]:
 JSON_FILES = ("menu.json", "adapt.json", "tuning.json", "calibration.json", "choices.json")
 
 
-def needed(labels: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
-    """The labels that controllers learn from; the others (examples for stand-ins, yardsticks) were used up."""
-    prompts = {prompt for model, prompt, *_ in labels if " with " in model}
+def needed(labels: set[tuple[Any, ...]], prompts: set[str]) -> set[tuple[Any, ...]]:
+    """The labels that controllers learn from; the others (examples, yardsticks, the certificate's) were used up."""
     return {row for row in labels if row[1] in prompts and (" with " in row[0] or row[2] == "0-5")}
+
+
+def labelled_in_full(run: Path) -> set[str]:
+    """Hashes of the prompts that the stage `label` labels."""
+    config = load_config(run / "config.yaml", [f"data.path={run.parents[1] / 'prompts.jsonl'}"])
+    return {prompt.hash for prompt in Workspace(config).labelled_of(*IN_FULL)}
 
 
 def labels_of(path: Path) -> set[tuple[Any, ...]]:

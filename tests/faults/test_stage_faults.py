@@ -44,8 +44,6 @@ def undone(project: Project, stage: str) -> None:
         path.unlink()
     if stage == "tune":
         (project.run / "tuning.db").unlink()
-    if stage == "label":
-        (project.run / "calibration.json").unlink()  # the stage `calibrate` writes labels too
 
 
 def _goes_on(project: Project, finished: Project) -> str | None:

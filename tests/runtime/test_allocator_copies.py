@@ -56,7 +56,7 @@ def test_a_copy_of_an_alarm_has_seen_the_same_and_goes_on_by_itself(copied) -> N
 def test_one_line_says_what_an_allocator_is(model) -> None:
     allocator = make_allocator(model, controller=ByLength())
     assert repr(allocator) == (
-        "Allocator('tiny', PlanMenu(3 plans of 4 to 6 layers), mlp, price 1, certified: insufficient <= 0.1, "
+        "Allocator('tiny', PlanMenu(3 plans of 4 to 6 layers), mlp, price 1, certified: insufficient, keep 0.9, "
         "confidence 0.9)"
     )
     assert "no certified price: all run the full model" in repr(make_allocator(model, price=None))
