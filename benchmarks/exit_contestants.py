@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from exit_material import AGREEMENTS, Material
+from exit_times import by_plan, clocked, gate_costs
 from numpy.typing import NDArray
 from redrawn_splits import redrawn
 
-from backbone.execution.apply_plan import apply_plans
 from backbone.plan import LayerPlan
 from controller.base import choose, lost
 from controller.certificate.calibration import PRICES
@@ -33,12 +31,9 @@ from oracle.labels.generate_answers import answer_text, stop_token_ids
 from oracle.labels.reader import key_of
 from oracle.prompts import Prompt
 from pipelines.learning_table import Table
-from pipelines.paired_ratios import paired_ratio, paired_seconds
 from pipelines.progress import progress
 from pipelines.stages.evaluate import best_static
 from runtime.allocator import Allocator
-from runtime.paired_timing import median_seconds
-from token_exits.gates.base import Candidate
 from token_exits.heads import ExitHeads
 from token_exits.settings import ExitSettings, Strategy
 from token_exits.thresholds import valid_step
@@ -50,7 +45,6 @@ Plans = Callable[[int, Table], list[LayerPlan]]
 ALPHAS = (0.02, 0.05, 0.1, 0.2)
 DELTA = 0.1
 BATCH = 32
-GATE_ROUNDS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,14 +210,6 @@ class Comparison:
         return Learned(allocator.projection, allocator.controller, full, allocator.outliers).predict(table.features)
 
 
-def by_plan(plans: Sequence[LayerPlan | None]) -> dict[LayerPlan | None, list[int]]:
-    """The rows of each plan."""
-    groups: dict[LayerPlan | None, list[int]] = {}
-    for row, plan in enumerate(plans):
-        groups.setdefault(plan, []).append(row)
-    return groups
-
-
 def compared(comparison: Comparison, batches: Sequence[int]) -> dict[str, Any]:
     """Quality, layers and times of every contestant, and what each bound would certify."""
     found, calibration = comparison.contestants(), comparison.material.workspace.config.calibration
@@ -259,69 +245,3 @@ def described(each: Contestant, full: Floats) -> dict[str, Any]:
         "step": each.step,
         "certificate": each.certificate,
     }
-
-
-def clocked(comparison: Comparison, found: Sequence[Contestant], batches: Sequence[int]) -> list[dict[str, Any]]:
-    """For each contestant, by batch size, its milliseconds a token and its speed to stock `generate()`.
-
-    Prompts and their plans are those of the test split, repeated where a batch has more. An allocator's decision is not
-    in these times (`overhead_ms` of the run's metrics is).
-    """
-    workspace = comparison.material.workspace
-    (model, tokenizer), settings = workspace.adapted, workspace.config.evaluation
-    n_tokens, texts = settings.speed_tokens, [prompt.prompt for prompt in comparison.test.prompts]
-    exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
-    times: list[dict[str, Any]] = [{} for _ in found]
-    for size in batches:
-        picked = [place % len(texts) for place in range(size)]
-        inputs = padded_prompts(tokenizer, [texts[place] for place in picked]).to(model.device)
-        work = {place: _generation(model, {**inputs, **exact}, each, picked) for place, each in enumerate(found)}
-        pairs, limits = [(0, place) for place in work], (settings.speed_rounds, settings.speed_seconds)
-        rounds = paired_seconds(work, pairs, rounds=limits[0], seconds=limits[1])
-        for place, seconds in rounds.items():
-            ratio = paired_ratio(rounds[0], seconds)
-            times[place][str(size)] = {"ms_a_token": 1000 * median(seconds) / n_tokens, **asdict(ratio)}
-    return times
-
-
-def _generation(model: Any, arguments: dict[str, Any], each: Contestant, picked: Sequence[int]) -> Callable[[], object]:
-    """What is timed of one contestant. Token exits below plans take the rows of one plan together."""
-    plans = None if each.plans is None else [each.plans[place] for place in picked]
-    if each.exits is None:
-
-        def run() -> object:
-            if plans is None:
-                return model.generate(**arguments)
-            with apply_plans(model, plans):
-                return model.generate(**arguments)
-
-        return run
-    exits, groups = each.exits, by_plan(plans or [None] * len(picked))
-    parts = [
-        (plan, {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()})
-        for plan, rows in groups.items()
-    ]
-    return lambda: [exits.generate(model, **own, plan=plan) for plan, own in parts]
-
-
-@torch.no_grad()
-def gate_costs(material: Material, batches: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Milliseconds in which each gate looks at a batch at one candidate layer, with its head, by batch size.
-
-    They read the shortlist; `entropy of the whole head` reads the whole vocabulary.
-    """
-    whole = ExitHeads(material.model, material.bridged.bridges)
-    pairs = {name: (material.gate(name, material.bridged), material.bridged) for name in material.gates}
-    pairs["entropy of the whole head"] = (material.gate("entropy", whole), whole)
-    depth, states = material.depths[0], material.held_out.states
-    costs: dict[str, dict[str, float]] = {name: {} for name in pairs}
-    for size in batches:
-        rows = torch.arange(size) % len(states[depth])
-        seen = (states[depth][rows], states[depth - 1][rows], torch.arange(size), size)
-        work = {
-            name: lambda gate=gate, heads=heads, seen=seen: gate.confidence(Candidate(depth, *seen, heads))
-            for name, (gate, heads) in pairs.items()
-        }
-        for name, seconds in median_seconds(work, GATE_ROUNDS, lambda: None).items():
-            costs[name][str(size)] = 1000 * seconds
-    return costs

@@ -4,8 +4,8 @@ import sqlite3
 import pytest
 from command import refused
 
-import pipelines.check
 from layerbudget.failures import sentence_of, visible
+from pipelines import check
 
 GOES_ON = "; once that is put right, the same command goes on from here"
 
@@ -70,7 +70,7 @@ def test_a_missing_module_has_its_own_remedy(name, remedy, config_file, monkeypa
     def check_run(config) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(pipelines.check, "check_run", check_run)
+    monkeypatch.setattr(check, "check_run", check_run)
     assert refused("check", config_file()) == f"error: {name!r} is not installed; {remedy}"
 
 
