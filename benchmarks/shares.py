@@ -23,14 +23,13 @@ from controller.learning import Settings, learn
 from oracle.prompts import Prompt
 from pipelines.learning_sections import CalibrationSection
 from pipelines.learning_table import Table
-from pipelines.progress import progress
 from pipelines.stages.calibrate import price_of
 from runtime.paired_timing import machine
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = np.linspace(0.5, 1, 8)
 TASKS, WIDTH = 6, 40
-POPULATION = 20_000
+POPULATION = 10_000
 
 
 def drawn(random: np.random.Generator, n: int) -> Table:
@@ -73,11 +72,11 @@ def measured(name: str, prompts: int, share: float, alpha: float, draws: int) ->
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--controllers", nargs="+", default=["logistic", "mlp"])
+    options.add_argument("--controllers", nargs="+", default=["logistic"])
     options.add_argument("--prompts", type=int, nargs="+", default=[300, 700, 1500])
     options.add_argument("--alphas", type=float, nargs="+", default=[0.05, 0.1])
     options.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5, 0.6])
-    options.add_argument("--draws", type=int, default=40)
+    options.add_argument("--draws", type=int, default=30)
     arguments = options.parse_args()
     asked = [
         (name, prompts, share, alpha)
@@ -86,15 +85,12 @@ def main() -> None:
         for alpha in arguments.alphas
         for share in arguments.shares
     ]
-    with progress("cases", len(asked)) as advance:
-        rows = []
-        for case in asked:
-            rows.append(measured(*case, arguments.draws))
-            advance(1)
+    rows = []
+    for case in asked:
+        rows.append(measured(*case, arguments.draws))
+        print(*rows[-1].values(), sep=" | ", flush=True)
     result = {"settings": vars(arguments), "machine": machine(), "rows": rows}
     (RESULTS / "shares.json").write_text(json.dumps(result, indent=2) + "\n")
-    for row in rows:
-        print(" | ".join(str(value) for value in row.values()))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ class DataSection(Section):
     chat_template: Text = "auto"
     """What puts prompts into the form of a conversation: `auto`, the tokenizer's own template where it has one;
     `never`; or a file with a Jinja template. Prompts marked `raw` are given as they are."""
-    shares: dict[Split, float] = {"adapt": 0.15, "train": 0.3, "tune": 0.1, "calibrate": 0.25, "test": 0.2}
-    """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels."""
-
+    shares: dict[Split, float] = {"adapt": 0.15, "train": 0.2, "tune": 0.05, "calibrate": 0.4, "test": 0.2}
+    """Splits of the prompts. Menus and stand-ins are made from `adapt` alone, whose prompts need no labels. Those to
+    calibrate take about half of the labels of those to train (docs/log.md has what other shares give)."""
     seed: int = Field(0, ge=0)
     """Another one deals the prompts to other splits of the same sizes."""
 

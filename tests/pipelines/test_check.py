@@ -42,7 +42,7 @@ def test_a_run_that_can_go_through_is_described(config_file) -> None:
     assert "6 layers" in lines["model"]
     assert "160 of 2 kinds, judged by agreement" in lines["prompts"]
     assert "test 32" in lines["splits"]
-    assert re.search(r"40 prompts to calibrate on, [1-9]\d? needed", lines["certificate"])
+    assert re.search(r"64 prompts to calibrate on, [1-9]\d? needed", lines["certificate"])
 
 
 def test_prompts_with_a_twin_are_counted(config_file, prompts_file, tmp_path) -> None:
@@ -78,8 +78,8 @@ def test_stores_must_be_known(fails, setting, message) -> None:
 def test_a_certificate_needs_its_prompts(fails) -> None:
     said = fails("calibration.keep=0.99", "calibration.delta=0.05")
     assert "calibration.keep=0.99 at delta 0.05 takes" in said
-    assert "and there are 40" in said
-    assert "of the task 'long', whatever they lose, and there are 20" in fails(
+    assert "and there are 64" in said
+    assert "of the task 'long', whatever they lose, and there are 32" in fails(
         "calibration.keep=0.95", "calibration.per_task=true"
     )
 

@@ -44,6 +44,8 @@ def trained(request, model_folder, tmp_path_factory) -> Path:
         "menu": {"method": "given", "given": MENUS[request.param], "probe_depth": 1},
         "tuning": {"controllers": ["lightgbm", "logistic", "mlp"], "components": [4], "folds": 2},
         "label": {"batch_size": 4},
+        "data": settings["data"]
+        | {"shares": {"adapt": 0.1, "train": 0.35, "tune": 0.15, "calibrate": 0.25, "test": 0.15}},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     for stage in ("menu", "adapt", "label", "features", "tune", "train"):
