@@ -57,11 +57,11 @@ def test_a_static_plan_of_equal_quality_is_the_cheapest() -> None:
 
 GOOD = {
     "fitted_prompts": 1.0,
-    "certified_budget": 0.8,
-    "quality": 0.99,
-    "headroom": 0.2,
-    "speed_one_at_a_time": 1.08,
-    "speed_in_a_batch": 1.06,
+    "certified_budget": 0.45,
+    "quality": 1.06,
+    "headroom": 0.16,
+    "speed_one_at_a_time": 1.7,
+    "speed_in_a_batch": 1.8,
 }
 
 
@@ -71,6 +71,7 @@ GOOD = {
         ({}, []),
         ({"certified_budget": 1.0}, ["certified_budget"]),
         ({"quality": None}, ["quality"]),
+        ({"fitted_prompts": 400 / 832}, ["fitted_prompts"]),  # as measured with the default of adapt.prompts
         ({"fitted_prompts": 197 / 281}, ["fitted_prompts"]),  # as measured with the helper that repeated prompts
         ({"headroom": float("nan")}, ["headroom"]),
     ],
