@@ -49,7 +49,7 @@ KEPT = (
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--runs", type=int, default=3, help="fresh runs, each with splits of its own")
-    options.add_argument("--draws", type=int, default=40, help="redraws of the middle run's splits")
+    options.add_argument("--draws", type=int, default=40, help="redraws of the middle run's splits; 0 for none")
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         runs = [_run(seed, cache) for seed in range(arguments.runs)]
@@ -62,17 +62,18 @@ def main() -> None:
         "middle": middle["seed"],
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
         "metrics": {name: metrics[name] for name in KEPT if name in metrics},
-        "redrawn": redraws.redrawn(_with_default_settings(folder), arguments.draws),
     }
+    if arguments.draws:
+        result["redrawn"] = redraws.redrawn(_with_default_settings(folder), arguments.draws)
     path = ROOT / "benchmarks" / "results" / "demo.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path.name, redraws.results_table(result["redrawn"]), sep="\n\n")
+    print(path.name, redraws.results_table(result["redrawn"]) if arguments.draws else "", sep="\n\n")
 
 
 def _with_default_settings(folder: Path) -> Config:
     """The configuration of a run, whose redraws try the default settings of each controller alone: a search a draw
     would take hours."""
-    config = load_config(CONFIG)
+    config = load_config(folder / "config.yaml")  # with the run's own seed of the splits
     tuning = config.tuning.model_copy(update={"trials": 1})
     return config.model_copy(update={"runs": folder.parent, "tuning": tuning})
 
