@@ -39,7 +39,7 @@ FIGURE = re.compile(r"\d%|\d times\b|\b\d+\.\d+ (?:of|layers)|(?<![\w.])\d*\.\d\
 def test_pages_show_the_committed_results(page) -> None:
     readme, text = script("readme"), (ROOT / page).read_text()
     assert readme.rendered(text) == text, "run `python benchmarks/readme.py`"
-    assert len(readme.BLOCK.findall(text)) >= 3
+    assert len(readme.BLOCK.findall(text)) >= 2
 
 
 def test_readme_has_no_figure_beside_those_of_results() -> None:
