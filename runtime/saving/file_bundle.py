@@ -3,7 +3,7 @@
 A manifest lists them with their SHA-256. A writer puts the new files into a hidden folder, gives that its final name,
 which is the moment from which they count, and then moves them to their places, the manifest last. A reader takes each
 file from where its SHA-256 says it is; if something does not fit and the manifest has changed meanwhile, it starts
-over.
+over. Each manifest has an identifier of its own: the same files saved again are a change too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,7 +105,8 @@ def file_hash(path: Path) -> str:
 
 def _fill(scratch: Path, write: Callable[[Path], Manifest]) -> None:
     described = write(scratch)
-    manifest = {**described, "files": {path.name: file_hash(path) for path in sorted(scratch.iterdir())}}
+    files = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
+    manifest = {**described, "save_id": uuid.uuid4().hex, "files": files}
     text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=2) + "\n"
     (scratch / MANIFEST).write_text(text, encoding="utf-8")
     for path in scratch.iterdir():

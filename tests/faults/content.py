@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 from pipelines.config import load_config
 from pipelines.workspace import IN_FULL, Workspace
 
-VOLATILE = {"seconds", "date", "decision_ms", "created"}
+VOLATILE = {"seconds", "date", "decision_ms", "created", "save_id"}
 """Keys of results whose values are times."""
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
 """A run that goes on after midnight names another day in its sentences."""

@@ -18,6 +18,7 @@ from tiny_allocator import make_allocator, resigned, with_stand_ins
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
+from runtime.saving import file_bundle
 from runtime.saving.allocator_files import ArtefactError, content_digest
 from runtime.saving.file_bundle import BundleError, digest_of
 
@@ -167,6 +168,22 @@ def test_who_loads_beside_a_save_gets_the_old_or_the_new(plain, other, tmp_path)
     assert not errors, errors[0]
     assert len(known) == 2
     assert all(known.values()), "both were seen"
+
+
+def test_a_reader_starts_over_when_the_same_files_were_saved_again(plain, other, tmp_path, monkeypatch) -> None:
+    """While it looks for a file, others come in the place of all, and then those of before."""
+    plain.save_pretrained(tmp_path)
+    place, saves = file_bundle._place, [other, plain]
+
+    def too_late(*asked) -> Path:
+        if not saves:
+            return place(*asked)
+        while saves:
+            saves.pop(0).save_pretrained(tmp_path)
+        raise FileNotFoundError(2, "moved just now")
+
+    monkeypatch.setattr(file_bundle, "_place", too_late)
+    assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(plain)
 
 
 def test_a_save_that_is_killed_leaves_the_old_or_the_new(plain, other, tmp_path) -> None:
