@@ -31,7 +31,7 @@ faults: $(VENV)/installed
 # With Ray, on a local cluster of two workers: equal labels, 20 killed workers, 5 killed drivers; some minutes.
 test-ray: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable ".[ray]"
-	LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/pipelines/test_ray.py tests/pipelines/test_distant_labels.py -v
+	LAYERBUDGET_FAULTS=long $(BIN)/pytest tests/pipelines/test_ray.py tests/pipelines/test_remote_labels.py -v
 
 # Plans inside vLLM, on the CPU, in an environment of its own: vLLM pins an older transformers.
 test-vllm: $(VENV)/installed $(VLLM)/installed

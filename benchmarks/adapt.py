@@ -27,13 +27,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.delete_layers import delete_layers
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing, attach, attached_to, detach, set_attached
+from backbone.healing.distillation import distil
+from backbone.healing.fit_bridges import bridges_of, fit_bridges
+from backbone.healing.settings import DistillSettings
+from backbone.healing.training_targets import Example
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins.attaching import StandIns, attach, attached_to, detach, set_attached
-from backbone.stand_ins.distillation import distil
-from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
-from backbone.stand_ins.settings import DistillSettings
-from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples, reference_examples
 from oracle.frontier.frontier import (
     budget_at,
@@ -112,8 +112,8 @@ class Bench:
 
     def row(self, name: str, menu: PlanMenu, method: str) -> dict[str, Any]:
         """Static plans and oracle of one method over one menu."""
-        stand_ins, made = self.stand_ins(name, menu, method, self.train)
-        scores, budgets = self.scores(menu, stand_ins, self.test)
+        healing, made = self.healing(name, menu, method, self.train)
+        scores, budgets = self.scores(menu, healing, self.test)
         quality = scores.mean(axis=0)
         curve = upper_hull(static_points(scores, budgets))
         plain = [b for b, q in zip(menu.budgets, quality.tolist(), strict=True) if q >= 0.98 * quality[-1]]
@@ -137,35 +137,35 @@ class Bench:
             rows[prompt.task].append(row)
         return {task: np.round(np.mean(some, axis=0), 4).tolist() for task, some in sorted(rows.items())}
 
-    def scores(self, menu: PlanMenu, stand_ins: StandIns, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, menu: PlanMenu, healing: Healing, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
         """Scores [N, K] of prompts, and the budgets [K] with the bridges counted."""
-        attach(self.model, stand_ins)
+        attach(self.model, healing)
         self.labeller.label(prompts, menu)
         scores = score_matrix(self.labeller.read(prompts, menu))
         detach(self.model)
-        costs = [stand_ins.cost(self.model, plan) for plan in menu.plans]
+        costs = [healing.cost(self.model, plan) for plan in menu.plans]
         return scores, np.array(menu.budgets) + costs
 
-    def stand_ins(
+    def healing(
         self, name: str, menu: PlanMenu, method: str, prompts: Sequence[Prompt], extra: str = ""
-    ) -> tuple[StandIns, dict[str, Any]]:
+    ) -> tuple[Healing, dict[str, Any]]:
         """Made once: the second time they are read."""
         folder = self.work / f"{name}-{method}{extra}"
         folder.mkdir(exist_ok=True)
         if not (folder / "made.json").exists():
             start = time.perf_counter()
-            stand_ins, made = self.make(menu, method, prompts, folder)
-            stand_ins.save(folder / "stand_ins.safetensors")
+            healing, made = self.make(menu, method, prompts, folder)
+            healing.save(folder / "healing.safetensors")
             made["seconds"] = round(time.perf_counter() - start, 1)
             (folder / "made.json").write_text(json.dumps(made))
-        return StandIns.load(folder / "stand_ins.safetensors"), json.loads((folder / "made.json").read_text())
+        return Healing.load(folder / "healing.safetensors"), json.loads((folder / "made.json").read_text())
 
     def make(
         self, menu: PlanMenu, method: str, prompts: Sequence[Prompt], folder: Path
-    ) -> tuple[StandIns, dict[str, Any]]:
+    ) -> tuple[Healing, dict[str, Any]]:
         fingerprint, plans = model_fingerprint(self.model), menu.plans[:-1]
         if method == "none":
-            return StandIns(fingerprint), {}
+            return Healing(fingerprint), {}
         examples, bridges = self.examples(prompts), {}
         if method != "adapter":
             form = "low_rank" if method == "bridges_low_rank" else "full"
@@ -173,7 +173,7 @@ class Bench:
             fits = fit_bridges(self.model, sequences, plans, form=form, in_order=method == "bridges_in_order")  # type: ignore[arg-type]
             bridges = bridges_of(fits)
             if method.startswith("bridges"):
-                return StandIns(fingerprint, bridges), {"tokens": sum(map(len, sequences))}
+                return Healing(fingerprint, bridges), {"tokens": sum(map(len, sequences))}
         settings = DistillSettings(
             epochs=self.arguments.epochs,
             minutes=self.arguments.minutes,
@@ -182,13 +182,13 @@ class Bench:
         )
         if method == "both+references":
             examples += reference_examples(self.tokenizer, prompts, self.decoding)
-        stand_ins, history = distil(
+        healing, history = distil(
             self.model, examples, plans, bridges, menu.probe_depth, settings, folder, fingerprint,
             lambda h: print(h.steps[-1], {plan: round(loss, 3) for plan, loss in h.held[-1].items()}, flush=True),
         )  # fmt: skip
         curve = [{"minutes": s / 60, "held": held} for s, held in zip(history.seconds, history.held, strict=True)]
         rate = history.tokens / history.seconds[-1]
-        return stand_ins, {"tokens": history.tokens, "plan_tokens_per_s": rate, "curve": curve}
+        return healing, {"tokens": history.tokens, "plan_tokens_per_s": rate, "curve": curve}
 
     def examples(self, prompts: Sequence[Prompt]) -> list[Example]:
         full = LayerPlan.full(self.menu(self.arguments.menus[0]).n_layers)
@@ -204,11 +204,11 @@ class Bench:
         others = [prompt for prompt in self.train if prompt.task not in left_out]
         asked = [prompt for prompt in self.test if prompt.task in left_out]
         for method in self.arguments.leave_out_methods:
-            known, _ = self.stand_ins(name, menu, method, self.train)
-            unknown, _ = self.stand_ins(name, menu, method, others, extra="-other")
+            known, _ = self.healing(name, menu, method, self.train)
+            unknown, _ = self.healing(name, menu, method, others, extra="-other")
             ratios = {}
-            for key, stand_ins in (("frozen", StandIns(known.fingerprint)), ("with", known), ("without", unknown)):
-                quality = self.scores(menu, stand_ins, asked)[0].mean(axis=0)
+            for key, healing in (("frozen", Healing(known.fingerprint)), ("with", known), ("without", unknown)):
+                quality = self.scores(menu, healing, asked)[0].mean(axis=0)
                 ratios[key] = np.round(quality / quality[-1], 4).tolist()
             rows.append({"method": method, "tasks": left_out, "layers": [p.layers for p in menu.plans], **ratios})
             print(json.dumps(rows[-1]), flush=True)
@@ -223,7 +223,7 @@ class Bench:
         for batch in (1, 8):
             variants = {"deleted": (Variant(deleted, None, "eager"), None)}
             for method in self.arguments.methods:
-                attach(self.model, self.stand_ins(name, menu, method, self.train)[0])
+                attach(self.model, self.healing(name, menu, method, self.train)[0])
                 variants[method] = (Variant(self.model, plan, "eager"), attached_to(self.model, plan))
             prompts = torch.randint(
                 3, min(1000, self.model.config.vocab_size), (batch, 64), generator=torch.Generator().manual_seed(0)

@@ -30,14 +30,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from backbone.healing.attaching import detach
 from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import detach
 from oracle.answered_prompts import reference_examples
 from oracle.labels.generate_answers import answer_batch
 from oracle.prompts import Prompt
 from pipelines.config import load_config
-from pipelines.workspace import Workspace
+from pipelines.run.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results"
 CLOSED = 12

@@ -22,10 +22,10 @@ import workload
 from numpy.typing import NDArray
 
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing, attach, detach
+from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.frontier import Frontiers, budget_at
 from oracle.frontier.upgrades import climb
@@ -83,9 +83,9 @@ def main() -> None:
 def bridged(model: Any, menu: PlanMenu, labels: TaskLabels) -> PlanMenu:
     """The menu with the costs of its bridges, which are fitted on the task's prompts and stay attached."""
     fitted = bridges_of(fit_bridges(model, labels.sequences(), menu.plans[:-1]))
-    stand_ins = StandIns(model_fingerprint(model), fitted)
-    attach(model, stand_ins)
-    return menu.with_added({str(plan): stand_ins.cost(model, plan) for plan in menu.plans[:-1]})
+    healing = Healing(model_fingerprint(model), fitted)
+    attach(model, healing)
+    return menu.with_added({str(plan): healing.cost(model, plan) for plan in menu.plans[:-1]})
 
 
 def figures(menu: PlanMenu, scores: NDArray[np.float64]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from controller.certificate.risks import Risk, quality_kept
 from controller.features import Features
 from controller.learning import Settings, learn
 from oracle.prompts import Prompt
-from pipelines.learning_sections import CalibrationSection
-from pipelines.learning_table import Table
-from pipelines.progress import progress
+from pipelines.config.learning_sections import CalibrationSection
+from pipelines.evaluation.learning_table import Table
+from pipelines.run.progress import progress
 from pipelines.stages.calibrate import price_of
 from runtime.paired_timing import machine
 

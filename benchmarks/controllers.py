@@ -34,16 +34,16 @@ from controller.report.headroom_card import captured_by
 from controller.report.report_card import regret
 from oracle.chat import padded_prompts
 from pipelines.config import Config, load_config
-from pipelines.controls import CONTROLS, control_features, control_settings
-from pipelines.learning_sections import TuningSection
-from pipelines.learning_table import Table
-from pipelines.paired_ratios import generation_under
-from pipelines.pooled_gain import out_of_fold, priced_on_halves
-from pipelines.settings_regret import Work
-from pipelines.settings_search import Search, search
+from pipelines.config.learning_sections import TuningSection
+from pipelines.evaluation.controls import CONTROLS, control_features, control_settings
+from pipelines.evaluation.learning_table import Table
+from pipelines.evaluation.paired_ratios import generation_under
+from pipelines.evaluation.pooled_gain import out_of_fold, priced_on_halves
+from pipelines.evaluation.speed import feature_ms
+from pipelines.run.workspace import Workspace
+from pipelines.stages.settings_regret import Work
+from pipelines.stages.settings_search import Search, search
 from pipelines.stages.train import tuned_settings
-from pipelines.wall_clock import feature_ms
-from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.paired_timing import median_seconds
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
 KEPT = (
     *("full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"),
-    *("best", "captured_headroom", "frontier", "comparison", "stand_ins", "certificate", "prompts", "worst_task"),
+    *("best", "captured_headroom", "frontier", "comparison", "healing", "certificate", "prompts", "worst_task"),
     *(
         "contributions",
         "certificates",

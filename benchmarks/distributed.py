@@ -134,9 +134,9 @@ def label_timed(run: Path, way: str, shard: str, settings: Sequence[str]) -> dic
     """Labels a run; times (seconds) of the first block's begin, of the last label, and of each piece."""
     from oracle.prompts import Shard
     from pipelines.config import load_config
-    from pipelines.distant_labels import distant_labeller
-    from pipelines.distributed import LOCAL, workers_at
-    from pipelines.workspace import Workspace
+    from pipelines.ray.distributed import LOCAL, workers_at
+    from pipelines.ray.remote_labels import distant_labeller
+    from pipelines.run.workspace import Workspace
 
     config = load_config(run / "config.yaml", [f"runs={run.parent}", "ray.max_workers=2", *settings])
     workspace = Workspace.of(config.model_copy(update={"file": ""}))
@@ -149,7 +149,7 @@ def label_timed(run: Path, way: str, shard: str, settings: Sequence[str]) -> dic
     with workers_at(LOCAL, config.ray) as workers:
         assert workers is not None
         timed = TimedWorkers(workers, [])
-        distant_labeller(workspace, timed, workspace.stand_ins).label(prompts, menu)
+        distant_labeller(workspace, timed, workspace.healing).label(prompts, menu)
         last = time.time()
     return {"first": min(start for start, _ in timed.spans), "last": last, "pieces": sorted(timed.spans)}
 

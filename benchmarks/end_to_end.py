@@ -11,7 +11,7 @@ prompt; answers are then cut at the end of text and at the stop strings of the a
 - allocator: `allocator.generate`, offline `allocator.generate_many`
 - known: the same with the plans known beforehand: what the allocator takes more is the decision
 - ideal: each prompt under its plan on a model with the other layers deleted, in full batches of one plan made from all
-  prompts; no decision, no mixed batch, no stand-ins
+  prompts; no decision, no mixed batch, no healing parts
 - lossless: a plan of the menu drafts, the full model checks (size 1 only)
 - peers, with --peers: see peers.py
 
@@ -39,8 +39,8 @@ from backbone.loading import load_backbone
 from oracle.judges import KL
 from oracle.prompts import Prompt, load_prompts
 from oracle.splits import splits_of
-from pipelines.config_sections import DataSection
-from pipelines.wall_clock import NOISE
+from pipelines.config.sections import DataSection
+from pipelines.evaluation.speed import NOISE
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
 from runtime.saving.allocator_files import content_digest
@@ -115,7 +115,7 @@ def about(model: Any, contest: Contest, prompts: Sequence[Prompt], differing: in
     return {
         "dtype": str(model.dtype),
         "certified": contest.allocator.certificate.price is not None,
-        "stand_ins": contest.allocator.stand_ins is not None,
+        "healing": contest.allocator.healing is not None,
         "layers_chosen": round(sum(plan.layers for plan in contest.plans) / len(prompts), 3),
         "static_plan": str(contest.static),
         "step_costs": asdict(known_step_costs(model)),
@@ -160,10 +160,10 @@ def peers_of(contest: Contest, prompts: Sequence[Prompt], new_tokens: int) -> Pe
 
 
 def quality(contest: Contest, found: Mapping[str, Any], name: str, prompts: Sequence[Prompt]) -> float | None:
-    """Mean score by the prompts' own judges; None without answers, and for models without their stand-ins."""
+    """Mean score by the prompts' own judges; None without answers, and for models without their healing parts."""
     if not isinstance(found[name], Measured) or not found[name].answers.tokens:
         return None
-    if name == "ideal" and contest.allocator.stand_ins is not None:
+    if name == "ideal" and contest.allocator.healing is not None:
         return None
     full, answers = contest.texts(found["stock"].answers), contest.texts(found[name].answers)
     rows = zip(prompts, answers, full, strict=True)

@@ -23,15 +23,15 @@ from backbone.plan import LayerPlan
 from controller.base import choose, lost
 from controller.certificate.calibration import PRICES
 from controller.certificate.risks import quality_kept, unit_of
-from controller.learning import Learned
+from controller.learning import FittedPredictor
 from oracle.chat import padded_prompts
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.generate_answers import answer_text, stop_token_ids
 from oracle.labels.reader import key_of
 from oracle.prompts import Prompt
-from pipelines.learning_table import Table
-from pipelines.progress import progress
+from pipelines.evaluation.learning_table import Table
+from pipelines.run.progress import progress
 from pipelines.stages.evaluate import best_static
 from runtime.allocator import Allocator
 from token_exits.heads import ExitHeads
@@ -207,7 +207,9 @@ class Comparison:
     def _predicted(self, table: Table) -> NDArray[np.float32]:
         """What plans are expected to keep, with the outlier test that the certificate covers."""
         allocator, full = self.allocator, float(table.kept[0, -1])
-        return Learned(allocator.projection, allocator.controller, full, allocator.outliers).predict(table.features)
+        return FittedPredictor(allocator.projection, allocator.controller, full, allocator.outliers).predict(
+            table.features
+        )
 
 
 def compared(comparison: Comparison, batches: Sequence[int]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from functools import cache, cached_property
 
 import torch
 
+from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
-from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples
 from oracle.prompts import Prompt
-from pipelines.workspace import Workspace
+from pipelines.run.workspace import Workspace
 from token_exits.gates.base import Gate
 from token_exits.gates.of_states import Saturation, fit_classifier
 from token_exits.gates.of_the_head import Entropy, Margin, Patience, TopProbability

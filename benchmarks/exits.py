@@ -33,8 +33,8 @@ from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
 from oracle.embedded_prompts import embedded_prompts
 from pipelines.config import load_config
-from pipelines.paired_ratios import paired_ratio, paired_seconds
-from pipelines.workspace import Workspace
+from pipelines.evaluation.paired_ratios import paired_ratio, paired_seconds
+from pipelines.run.workspace import Workspace
 from runtime.paired_timing import machine
 from token_exits.gates.base import Candidate, Constant
 from token_exits.gates.of_states import Saturation

@@ -38,10 +38,10 @@ from oracle.frontier.frontier import (
     upper_hull,
 )
 from oracle.frontier.split_half import split_half
-from oracle.labels.follow_full_answer import follow
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import LabelStore
+from oracle.labels.verification import follow
 from oracle.menus import MENUS
 from oracle.menus.base import MenuTask
 from oracle.prompts import Prompt

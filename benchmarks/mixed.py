@@ -104,7 +104,7 @@ def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def demo_plans(n_layers: int, count: int) -> list[LayerPlan]:
     """Exits drawn with the shares in which the demo's allocator chooses its plans, scaled to a model's layers."""
     metrics = json.loads((RESULTS / "demo.json").read_text())["metrics"]
-    depths = [round(budget * 18) for budget, _ in metrics["stand_ins"]["after"]["static"]]
+    depths = [round(budget * 18) for budget, _ in metrics["healing"]["after"]["static"]]
     drawn = random.Random(0).choices(depths, metrics[metrics["best"]]["plan_shares"], k=count)
     return [LayerPlan.exiting(n_layers, round(depth * n_layers / depths[-1])) for depth in drawn]
 

@@ -19,9 +19,9 @@ import workload
 from oracle.frontier.frontier import equal_mean_budget, static_points
 from oracle.labels.reader import judged, score_matrix
 from pipelines.config import Config, load_config
-from pipelines.labelling import fill
-from pipelines.run_prompts import prompts_of
-from pipelines.workspace import Workspace
+from pipelines.run.prompts import prompts_of
+from pipelines.run.workspace import Workspace
+from pipelines.stages.labelling import fill
 
 RESULTS = Path(__file__).parent / "results"
 

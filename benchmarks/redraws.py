@@ -26,20 +26,20 @@ import workload
 from redrawn_splits import Draw, Rows
 
 from controller.base import choose
-from controller.learning import Learned, Settings, learn
+from controller.learning import FittedPredictor, Settings, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.knapsack import cheapest_choices
 from pipelines.config import Config, load_config
-from pipelines.controls import with_task
-from pipelines.learning_table import Table
-from pipelines.pooled_gain import first_tested
-from pipelines.progress import progress
-from pipelines.settings_regret import Work, default_settings, first_trial, regret_bounds, settings_of, settled
-from pipelines.settings_search import sampler
+from pipelines.evaluation.controls import with_task
+from pipelines.evaluation.learning_table import Table
+from pipelines.evaluation.pooled_gain import first_tested
+from pipelines.run.progress import progress
+from pipelines.run.workspace import Workspace
 from pipelines.stages.calibrate import outlier_test, price_of
 from pipelines.stages.evaluate import best_static
-from pipelines.workspace import Workspace
+from pipelines.stages.settings_regret import Work, default_settings, first_trial, regret_bounds, settings_of, settled
+from pipelines.stages.settings_search import sampler
 
 RESULTS = Path(__file__).parent / "results"
 LEVEL = 0.9
@@ -93,7 +93,7 @@ def _figures(workspace: Workspace, table: Table, draw: Draw) -> dict[str, dict[s
     }
 
 
-def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[Learned, list[int]]:
+def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[FittedPredictor, list[int]]:
     """What the controller of least regret learned, with the settings that the stage `tune` would take, and for each
     value of `calibration.keep` the place of the price that is tested first."""
     tuning = config.tuning.model_copy(update={"feature_sets": sets, "given": {}})
@@ -117,7 +117,9 @@ def searched(name: str, work: Work) -> Settings:
     return settings_of(name, study.best_trial, work.tuning)
 
 
-def _allocated(workspace: Workspace, learned: Learned, starts: list[int], table: Table, draw: Draw) -> dict[str, Any]:
+def _allocated(
+    workspace: Workspace, learned: FittedPredictor, starts: list[int], table: Table, draw: Draw
+) -> dict[str, Any]:
     """Of one controller, certified on the draw's prompts at every level: measured at the first on its test prompts, and
     whether the population breaks the bound, for any of them and for each (`broken_KEEP`, `budget_KEEP`)."""
     test, calibrate, population = (table.rows(rows) for rows in (draw.test, draw.calibrate, draw.population))

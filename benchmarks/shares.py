@@ -21,8 +21,8 @@ from controller.base import choose
 from controller.certificate.calibration import on_path
 from controller.learning import Settings, learn
 from oracle.prompts import Prompt
-from pipelines.learning_sections import CalibrationSection
-from pipelines.learning_table import Table
+from pipelines.config.learning_sections import CalibrationSection
+from pipelines.evaluation.learning_table import Table
 from pipelines.stages.calibrate import price_of
 from runtime.paired_timing import machine
 

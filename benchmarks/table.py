@@ -37,7 +37,7 @@ def main() -> None:
 def row(path: Path) -> list[str]:
     found = json.loads(path.read_text())
     metrics: dict[str, Any] = found.get("metrics", found)
-    static, speed, frontier = metrics["stand_ins"]["after"]["static"], metrics["speed"], metrics["frontier"]
+    static, speed, frontier = metrics["healing"]["after"]["static"], metrics["speed"], metrics["frontier"]
     allocator = metrics[metrics["best"]]
     equal = cheapest(static, allocator["quality"])
     return [

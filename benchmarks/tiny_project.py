@@ -15,7 +15,7 @@ LETTERS = "abcdefghijklmnop"
 
 
 def make_project(folder: Path, prompts: int, batch_size: int, max_new_tokens: int, plans: int = 3) -> Path:
-    """The configuration's path. Answers are judged by agreement with the full model; there are no stand-ins."""
+    """The configuration's path. Answers are judged by agreement with the full model; there are no healing parts."""
     folder.mkdir(parents=True, exist_ok=True)
     _save_model(folder / "model")
     draw = random.Random(0)

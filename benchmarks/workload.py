@@ -12,9 +12,9 @@ import numpy as np
 
 from oracle.decoding import Decoding
 from oracle.prompts import SPLITS, Prompt, load_prompts
-from pipelines.learning_table import Table
+from pipelines.evaluation.learning_table import Table
+from pipelines.run.workspace import Workspace
 from pipelines.stages.label import label_cells
-from pipelines.workspace import Workspace
 from runtime.paired_timing import machine
 
 

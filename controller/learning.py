@@ -43,7 +43,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class FittedPredictor:
     """A fitted controller and the projection in front of it."""
 
     projection: Projection
@@ -66,13 +66,13 @@ def learn(
     kept: NDArray[np.float64],
     budgets: NDArray[np.float64],
     projection: Projection | None = None,
-) -> Learned:
+) -> FittedPredictor:
     """Fit on N prompts with what each plan keeps of them [N, K]; `projection`, if it was fitted on them before."""
     if projection is None:
         projection = Projection.fit(features, settings.sets, settings.components)
     controller = CONTROLLERS[settings.name](**settings.parameters)
     controller.fit(projection(features), kept.astype(np.float32), budgets.astype(np.float32))
-    return Learned(projection, controller, float(kept[0, -1]))
+    return FittedPredictor(projection, controller, float(kept[0, -1]))
 
 
 def folds(n: int, n_folds: int, seed: int = 0) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:

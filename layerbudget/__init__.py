@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from backbone.execution.row_patches import RowPlansError as RowPlansError
     from backbone.execution.self_test import InexactPlanError as InexactPlanError
     from backbone.families import UnsupportedModelError as UnsupportedModelError
+    from backbone.healing.adapters import AdapterError as AdapterError
+    from backbone.healing.attaching import Healing as Healing
+    from backbone.healing.attaching import attach as attach
+    from backbone.healing.attaching import detach as detach
+    from backbone.healing.tensors import HealingError as HealingError
     from backbone.loading import load_backbone as load_backbone
     from backbone.model_source import LoadError as LoadError
     from backbone.plan import LayerPlan as LayerPlan
     from backbone.plan import PlanError as PlanError
     from backbone.plan import PlanMenu as PlanMenu
     from backbone.registry import RegistryError as RegistryError
-    from backbone.stand_ins.adapters import AdapterError as AdapterError
-    from backbone.stand_ins.attaching import StandIns as StandIns
-    from backbone.stand_ins.attaching import attach as attach
-    from backbone.stand_ins.attaching import detach as detach
-    from backbone.stand_ins.tensors import StandInsError as StandInsError
     from backbone.testing import FamilyConformance as FamilyConformance
     from controller.base import Controller as Controller
     from controller.base import LearningError as LearningError
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from oracle.search.testing import SearcherConformance as SearcherConformance
     from runtime.allocator import Allocator as Allocator
     from runtime.call_arguments import UnsupportedGenerationError as UnsupportedGenerationError
-    from runtime.deciding import FullPlanWarning as FullPlanWarning
     from runtime.generation import OtherLayersError as OtherLayersError
     from runtime.generation import check_layers as check_layers
     from runtime.parts import WrongModelError as WrongModelError
+    from runtime.plan_selection import FullPlanWarning as FullPlanWarning
     from runtime.saving.allocator_checks import ArtefactError as ArtefactError
     from runtime.saving.file_bundle import BundleError as BundleError
 
@@ -62,9 +62,9 @@ _NAMES = {
     "backbone.model_source": ("LoadError",),
     "backbone.plan": ("LayerPlan", "PlanError", "PlanMenu"),
     "backbone.registry": ("RegistryError",),
-    "backbone.stand_ins.adapters": ("AdapterError",),
-    "backbone.stand_ins.attaching": ("StandIns", "attach", "detach"),
-    "backbone.stand_ins.tensors": ("StandInsError",),
+    "backbone.healing.adapters": ("AdapterError",),
+    "backbone.healing.attaching": ("Healing", "attach", "detach"),
+    "backbone.healing.tensors": ("HealingError",),
     "backbone.testing": ("FamilyConformance",),
     "controller.base": ("Controller", "LearningError"),
     "controller.testing": ("ControllerConformance",),
@@ -74,7 +74,7 @@ _NAMES = {
     "oracle.search.testing": ("SearcherConformance",),
     "runtime.allocator": ("Allocator",),
     "runtime.call_arguments": ("UnsupportedGenerationError",),
-    "runtime.deciding": ("FullPlanWarning",),
+    "runtime.plan_selection": ("FullPlanWarning",),
     "runtime.generation": ("OtherLayersError", "check_layers"),
     "runtime.parts": ("WrongModelError",),
     "runtime.saving.allocator_checks": ("ArtefactError",),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 LOCAL = "local"
-"""See `pipelines.distributed.LOCAL`, which is not imported here, since it takes long."""
+"""See `pipelines.ray.distributed.LOCAL`, which is not imported here, since it takes long."""
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", readable=False, help="YAML file of the run, such as configs/demo.yaml.")

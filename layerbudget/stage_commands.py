@@ -41,7 +41,7 @@ def run(
     """Run every stage in order. Skips what is done, resumes what is not, redoes what the settings changed."""
     if dry_run:
         raise InputError("--dry-run is gone; `layerbudget check CONFIG` counts prompts and tokens")
-    from pipelines.runner import run_all
+    from pipelines.run.runner import run_all
 
     loaded = config_of(config, settings, device)
     run_all(loaded)
@@ -51,7 +51,7 @@ def run(
 
 def check(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Say in a second what of a run can be known to fail: model, prompts, judges, splits, certificate, disk."""
-    from pipelines.check import check_run
+    from pipelines.run.check import check_run
 
     for line in check_run(config_of(config, settings, device)):
         typer.echo(line)
@@ -65,7 +65,7 @@ def config_of(path: Path, settings: list[str] | None, device: str | None) -> Con
 
 
 def _answer_try_prompts(config: Config) -> None:
-    from pipelines.workspace import Workspace
+    from pipelines.run.workspace import Workspace
     from runtime.allocator import Allocator
 
     if config.try_prompts:
@@ -77,7 +77,7 @@ def _answer_try_prompts(config: Config) -> None:
 
 def _close(config: Config) -> None:
     """What came of the run, as its own files say, also where everything was done before."""
-    from pipelines.summary import closing, load_metrics
+    from pipelines.evaluation.summary import closing, load_metrics
 
     typer.echo(closing(load_metrics(config), str(config.folder / "report.html")))
 
@@ -90,7 +90,7 @@ def stage_command(name: str) -> Callable[..., None]:
         return _stage_on_ray(name)
 
     def stage(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
-        from pipelines.runner import run_one
+        from pipelines.run.runner import run_one
 
         run_one(config_of(config, settings, device), name)
 
@@ -99,7 +99,7 @@ def stage_command(name: str) -> Callable[..., None]:
 
 def _stage_on_ray(name: str) -> Callable[..., None]:
     def stage(config: ConfigFile, settings: Settings = None, device: Device = None, ray: Ray = None) -> None:
-        from pipelines.runner import run_one
+        from pipelines.run.runner import run_one
 
         run_one(config_of(config, settings, device), name, ray)
 
@@ -117,7 +117,7 @@ def label(
     ] = None,
 ) -> None:
     from oracle.prompts import Shard
-    from pipelines.runner import run_one, run_shard
+    from pipelines.run.runner import run_one, run_shard
 
     loaded = config_of(config, settings, device)
     if shard is None:
@@ -134,7 +134,7 @@ def merge(
     settings: Settings = None,
 ) -> None:
     """Take over labels that were made elsewhere, for example by `label --shard` on other machines."""
-    from pipelines.runner import run_merge
+    from pipelines.run.runner import run_merge
 
     run_merge(config_of(config, settings, None), stores)
 
@@ -148,9 +148,9 @@ def search(
     split: Annotated[str, typer.Option(help="Split whose prompts are searched.")] = "train",
     prompts: Annotated[int, typer.Option(min=1, help="How many of them, evenly picked.")] = 64,
 ) -> None:
-    """Find the least sufficient plan of single prompts on the model without stand-ins; resumes where it stopped."""
+    """Find the least sufficient plan of single prompts on the model without healing parts; resumes where it stopped."""
     from oracle.prompts import SPLITS
-    from pipelines.runner import run_search
+    from pipelines.run.runner import run_search
 
     if split not in SPLITS:
         raise typer.BadParameter(f"no split {split!r}; there are {', '.join(SPLITS)}")

@@ -1,4 +1,4 @@
-"""What stand-ins are made from: prompts with the full model's own answers, or with their references."""
+"""What healing parts are made from: prompts with the full model's own answers, or with their references."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
-from backbone.stand_ins.training_targets import Example
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Advance

@@ -22,8 +22,8 @@ EMBEDDED = "embedded"
 
 Split = Literal["adapt", "train", "tune", "calibrate", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-"""What plans and stand-ins are made from, what controllers learn from and are tuned on, what the certificate is made
-from, and what nothing has seen. Prompts that plans and stand-ins were fitted on would lose less under them than others
+"""What plans and healing are made from, what controllers learn from and are tuned on, what the certificate is made
+from, and what nothing has seen. Prompts that plans and healing were fitted on would lose less under them than others
 do, and teach controllers to expect that of all."""
 
 

@@ -126,8 +126,8 @@ class Allocator(AllocatorParts):
         positions = {**position_inputs(decoder_of(model), mask), **own}
         if self.chat is not None:
             self.chat.warn_without(input_ids, mask)
-        decider = replace(self.decider(), is_served=False)
-        decision = decider.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
+        selector = replace(self.selector(), is_served=False)
+        decision = selector.decide(model, input_ids.to(model.device), mask, keep_cache=False, **positions)
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
@@ -239,7 +239,7 @@ class Allocator(AllocatorParts):
                 allocation_ms = (time.perf_counter() - began) * 1000
                 output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
             else:
-                plans, prefix = plans_of(request, self.menu, self.decider(allocation_limit_ms))
+                plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms))
                 request.check_plans(plans)
                 allocation_ms = (time.perf_counter() - began) * 1000
                 output, first_token_ms = decode(request, plans, prefix, start)

@@ -13,8 +13,8 @@ from backbone.errors import InputError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, replaying
 from backbone.plan import LayerPlan, PlanMenu
-from runtime.deciding import Decider
 from runtime.device_clock import FirstToken, Moment
+from runtime.plan_selection import PlanSelector
 from runtime.request import Request
 
 MOST_OTHER_LAYERS = 0.05
@@ -23,12 +23,12 @@ MOST_OTHER_LAYERS = 0.05
 Output = torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
 
-def plans_of(request: Request, menu: PlanMenu, decider: Decider) -> tuple[list[LayerPlan], Prefix | None]:
+def plans_of(request: Request, menu: PlanMenu, selector: PlanSelector) -> tuple[list[LayerPlan], Prefix | None]:
     """The plans of the prompts [B], and what the first layers made of them, None where that is not kept. A cache that
     was passed in goes on under its own plans."""
     if (plans := request.plans_of_cache()) is not None:
         return plans, None
-    decision = decider.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
+    decision = selector.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
     return [menu.plans[index] for index in decision.chosen], decision.prefix
 
 

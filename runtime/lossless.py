@@ -155,7 +155,7 @@ def _decode_with_drafts(request: Request, drafter: Drafter, full: LayerPlan, sta
     drafter.processors = LogitsProcessorList([*request.loop["logits_processor"], clock])
     checking = _Checking(request.model, full, drafter)
     loop = {**request.loop, "logits_processor": drafter.processors, "generation_config": request.config}
-    # A method of the library, given a stand-in for the model: so nothing on the model itself has to be changed.
+    # A method of the library, given a healing part for the model: so nothing on the model itself has to be changed.
     decode_assisted: Any = type(request.model)._assisted_decoding  # type: ignore[attr-defined]
     output = decode_assisted(checking, request.input_ids, **loop, **request.kwargs)
     return output, clock.moment.ms_since(start) if clock.moment else 0.0, checking.passes

@@ -19,8 +19,8 @@ from backbone.plan import LayerPlan
 from oracle.chat import ChatError, Turns, tokens_of
 from runtime.call_arguments import UnsupportedGenerationError, asked_for
 from runtime.composing import Composer
-from runtime.deciding import Decider, Decision, prompt_key
 from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
+from runtime.plan_selection import Decision, PlanSelector, prompt_key
 from runtime.step_costs import known_step_costs
 from runtime.texts import AllocatedText, decoding_options, new_texts
 
@@ -176,16 +176,16 @@ def _allocated(
     """The plans of all prompts [N]; fills `kept`."""
     lengths = [len(ids) for ids in tokens]
 
-    def decide(part: Sequence[int], decider: Decider) -> Decision:
+    def decide(part: Sequence[int], selector: PlanSelector) -> Decision:
         rows = [tokens[index] for index in part]
-        decision = decider.decide(model, **padded_inputs(model, rows), keep_cache=kept.room > 0)
+        decision = selector.decide(model, **padded_inputs(model, rows), keep_cache=kept.room > 0)
         if decision.prefix is not None:
             kept.keep(part, decision.prefix, [len(row) for row in rows])
         return replace(decision, prefix=None)
 
     allocator.prepare(model)
     parts = by_tokens(range(len(tokens)), lengths, PROBE_TOKENS)
-    chosen = allocator.decider().decide_in_parts(
+    chosen = allocator.selector().decide_in_parts(
         ((part, partial(decide, part)) for part in parts), [prompt_key(ids) for ids in tokens]
     )
     return [allocator.menu.plans[index] for index in chosen]

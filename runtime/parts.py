@@ -14,8 +14,8 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from backbone.errors import InputError
 from backbone.families import check_is_model
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing, attach, attached_digest, attached_to
 from backbone.plan import PlanMenu
-from backbone.stand_ins.attaching import StandIns, attach, attached_digest, attached_to
 from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
@@ -25,7 +25,7 @@ from controller.projection import Projection
 from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat
-from runtime.deciding import Decider
+from runtime.plan_selection import PlanSelector
 
 Prompts = str | Mapping[str, str] | Turns | Iterable[str | Turns]
 """Texts and conversations, or a single text, message or conversation."""
@@ -62,7 +62,7 @@ class AllocatorParts:
         decoding: how the answers behind the certificate were generated.
         fingerprint: of the model it was made for.
         model_source: where that model was loaded from.
-        stand_ins: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
+        healing: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
             which without a plan stays what it is, bit for bit.
         acceptance: for each plan of the menu the share of its tokens that the full model says too (see
             `oracle.labels.token_agreement`), by which the lossless mode chooses the plan that drafts; None where no
@@ -84,7 +84,7 @@ class AllocatorParts:
     decoding: Decoding
     fingerprint: str
     model_source: str
-    stand_ins: StandIns | None = None
+    healing: Healing | None = None
     drift: DriftAlarm | None = None
     outliers: OutlierTest | None = None
     acceptance: tuple[float, ...] | None = None
@@ -127,7 +127,7 @@ class AllocatorParts:
         return replace(self, certificate=replace(self.certificate, assumes=parts), others=tuple(others))
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no stand-ins of
+        """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no healing of
         others."""
         check_is_model(model)
         if (found := model_fingerprint(model)) != self.fingerprint:
@@ -135,30 +135,30 @@ class AllocatorParts:
                 f"this allocator was made for {self.fingerprint} ({self.model_source}), "
                 f"the model given is {found}{_ROUNDED if model.dtype == torch.float16 else ''}"
             )
-        own = "" if self.stand_ins is None else self.stand_ins.digest
+        own = "" if self.healing is None else self.healing.digest
         others = attached_digest(model, self.menu.plans[0])
         if others not in ("", own):
             raise WrongModelError(
-                f"this model has stand-ins {others} attached, this allocator comes with {own or 'none'}: "
+                f"this model has healing parts {others} attached, this allocator comes with {own or 'none'}: "
                 "call layerbudget.detach(model) first, or load the model a second time"
             )
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Check the model and attach the stand-ins to it, once; takes a moment and memory for the changed weights.
+        """Check the model and attach the healing parts to it, once; takes a moment and memory for the changed weights.
 
         Raises:
-            WrongModelError: another model, or stand-ins that change layers which the probe runs.
+            WrongModelError: another model, or healing parts that change layers which the probe runs.
         """
         self.check_model(model)
         plan, depth = self.menu.plans[0], self.menu.probe_depth
-        if self.stand_ins is not None:
+        if self.healing is not None:
             with _attaching:
                 if not attached_digest(model, plan):
-                    attach(model, self.stand_ins)
+                    attach(model, self.healing)
         attached = attached_to(model, plan)
         if attached is not None and min(attached.changed, default=depth) < depth:
             raise WrongModelError(
-                f"this allocator's stand-ins change layer {min(attached.changed)}, but every plan goes on from what "
+                f"this allocator's healing changes layer {min(attached.changed)}, but every plan goes on from what "
                 f"the full model's first {depth} layers (probe_depth) made of the prompt"
             )
 
@@ -201,10 +201,12 @@ class AllocatorParts:
         check_is_tokenizer(tokenizer)
         return padded_prompts(tokenizer, [self.rendered(tokenizer, prompt, raw=raw) for prompt in listed(prompts)])
 
-    def decider(self, limit_ms: float | None = None) -> Decider:
+    def selector(self, limit_ms: float | None = None) -> PlanSelector:
         """What chooses plans for prompts, with a limit to the time it may take."""
         price, full = self.certificate.price, kept_by_full(self.certificate.risk)
-        return Decider(self.menu, self.controller, self.projection, price, full, self.outliers, self.drift, limit_ms)
+        return PlanSelector(
+            self.menu, self.controller, self.projection, price, full, self.outliers, self.drift, limit_ms
+        )
 
 
 def listed(prompts: Prompts | Question) -> list[str | Turns]:

@@ -16,8 +16,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from backbone.execution.cache import remembered_plans
 from backbone.families import decoder_layers
+from backbone.healing.attaching import attached_digest
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import attached_digest
 from runtime.call_arguments import check_left_padded, prefix_inputs
 from runtime.generate_arguments import (
     REFUSED,
@@ -118,7 +118,7 @@ class Request:
 
         Raises:
             UnsupportedGenerationError: it was filled under plans that are not known, for another number of prompts, or
-                with other stand-ins.
+                with other healing parts.
         """
         cache = self.cache
         if cache is None or not self.goes_on:
@@ -128,16 +128,16 @@ class Request:
             raise UnsupportedGenerationError(
                 "the cache passed in lacks layers, and it is not known which plan filled it; start with a new cache"
             )
-        plans, stand_ins = known or ((LayerPlan.full(len(decoder_layers(self.model))),), "")
+        plans, healing = known or ((LayerPlan.full(len(decoder_layers(self.model))),), "")
         if len(plans) not in (1, self.n_prompts):
             raise UnsupportedGenerationError(
                 f"the cache passed in was filled under the plans of {len(plans)} prompts, but this call has "
                 f"{self.n_prompts}; give the same prompts, or start with a new cache"
             )
         shortest = min(plans, key=lambda plan: plan.layers)
-        if stand_ins != (attached := attached_digest(self.model, shortest)):
+        if healing != (attached := attached_digest(self.model, shortest)):
             raise UnsupportedGenerationError(
-                f"the cache passed in was filled under plan {shortest} with {stand_ins or 'no'} stand-ins, and the "
+                f"the cache passed in was filled under plan {shortest} with {healing or 'no'} healing parts, and the "
                 f"plan would go on with {attached or 'none'}; start with a new cache"
             )
         return [plans[0]] * self.n_prompts if len(plans) == 1 else list(plans)

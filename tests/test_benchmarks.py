@@ -14,7 +14,7 @@ from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from controller.certificate.risks import RISKS
 from pipelines.config import load_config
-from pipelines.runner import run_all
+from pipelines.run.runner import run_all
 from runtime.step_costs import StepCosts
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +179,7 @@ def test_labelling_compares_its_ways(model_folder, prompts_file, tmp_path, monke
         assert result[menu]["agreement"]["shortcut"]["forward_tokens_to_exhaustive"] < 1
 
 
-def test_stand_ins_are_compared_on_the_same_prompts(model_folder, tmp_path, monkeypatch) -> None:
+def test_healing_are_compared_on_the_same_prompts(model_folder, tmp_path, monkeypatch) -> None:
     prompts = tmp_path / "prompts.jsonl"
     rows = [
         {"id": str(i), "task": "ab"[i % 2], "prompt": f"{i} abcdef", "reference": "", "judge": "agreement"}

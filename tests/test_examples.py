@@ -13,7 +13,7 @@ from tiny_allocator import make_allocator
 
 from backbone.loading import load_backbone
 from pipelines.config import load_config
-from pipelines.workspace import Workspace
+from pipelines.run.workspace import Workspace
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

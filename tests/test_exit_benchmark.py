@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pipelines.config import load_config
-from pipelines.runner import run_one
-from pipelines.stage_list import STAGES
-from pipelines.workspace import Workspace
+from pipelines.run.runner import run_one
+from pipelines.run.stage_list import STAGES
+from pipelines.run.workspace import Workspace
 
 GATES = ["entropy", "saturation", "classifier"]
 

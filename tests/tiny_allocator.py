@@ -14,10 +14,10 @@ from tiny import N_LAYERS, padded_batch
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.adapters import Adapter
+from backbone.healing.attaching import Healing
+from backbone.healing.bridges import Bridge
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins.adapters import Adapter
-from backbone.stand_ins.attaching import StandIns
-from backbone.stand_ins.bridges import Bridge
 from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.features import prompt_features
@@ -110,9 +110,9 @@ def alone(model, plans, batch, **options) -> list[list[int]]:
     return rows
 
 
-def with_stand_ins(model, scale=0.3, changed="model.layers.2.mlp.down_proj.weight") -> Allocator:
+def with_healing(model, scale=0.3, changed="model.layers.2.mlp.down_proj.weight") -> Allocator:
     """An allocator with a bridge for each plan's gap and a change of a weight behind the probe."""
     torch.manual_seed(0)
     bridges = {plan: {plan.gaps[0].start: Bridge((scale * torch.randn(32, 32),), torch.zeros(32))} for plan in PLANS}
     adapter = Adapter({changed: (scale * torch.randn(32, 2), torch.randn(2, 64))})
-    return replace(make_allocator(model), stand_ins=StandIns(model_fingerprint(model), bridges, adapter))
+    return replace(make_allocator(model), healing=Healing(model_fingerprint(model), bridges, adapter))

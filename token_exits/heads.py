@@ -20,9 +20,9 @@ from backbone.errors import InputError, reason_of
 from backbone.execution.live_changes import captured
 from backbone.execution.self_test import rounding_limit
 from backbone.families import decoder_layers, final_norm
+from backbone.healing.bridges import Bridge
+from backbone.healing.fit_bridges import fit_bridges
 from backbone.plan import LayerPlan
-from backbone.stand_ins.bridges import Bridge
-from backbone.stand_ins.fit_bridges import fit_bridges
 
 
 class TokenExitsError(InputError):

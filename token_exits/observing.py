@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from backbone.execution.live_changes import captured
 from backbone.families import decoder_layers, decoder_of
+from backbone.healing.training_targets import Example
 from backbone.left_padding import by_tokens, padded_inputs
-from backbone.stand_ins.training_targets import Example
 from token_exits.gates.base import Candidate, Gate
 from token_exits.heads import ExitHeads
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from backbone.stand_ins.bridges import Bridge
+from backbone.healing.bridges import Bridge
 from token_exits.heads import ExitHeads
 from token_exits.observing import Observed
 

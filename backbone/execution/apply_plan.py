@@ -20,8 +20,8 @@ from backbone.execution.plan_patches import patched
 from backbone.execution.row_patches import RowPlansError, patched_rows
 from backbone.execution.self_test import check_exactness
 from backbone.families import check_intact, check_is_model
+from backbone.healing.attaching import attached_to, check_head
 from backbone.plan import LayerPlan, PlanError
-from backbone.stand_ins.attaching import attached_to, check_head
 
 P = ParamSpec("P")
 
@@ -92,12 +92,12 @@ def apply_plan(
     started inside the block, as for a streamer, has no plan: apply it there.
 
     A model's first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its
-    decoding step (static cache), each plan is compiled once, at its first use. A shortened plan runs with the stand-ins
-    that are attached to the model (see `backbone.stand_ins.attaching.attach`).
+    decoding step (static cache), each plan is compiled once, at its first use. A shortened plan runs with the healing
+    parts attached to the model (see `backbone.healing.attaching.attach`).
 
     Args:
         first_layer: for passes that go on from known states: the layers before it pass their input on.
-        frozen: leave the attached stand-ins out.
+        frozen: leave the attached healing parts out.
 
     Raises:
         PlanError: the plan is for another number of layers, or the full depth with a head that is not attached.

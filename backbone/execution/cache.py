@@ -166,18 +166,18 @@ def _has_own_rows(layer: object) -> bool:
 _FILLED_UNDER = "_layerbudget_filled_under"
 
 
-def remember_plans(cache: Cache, plans: tuple[LayerPlan, ...], stand_ins: str) -> None:
+def remember_plans(cache: Cache, plans: tuple[LayerPlan, ...], healing: str) -> None:
     """Note on a cache what fills it, for whoever gets the cache later; copies of the cache keep the note.
 
     Args:
         plans: one for all rows, or one for each prompt.
-        stand_ins: digest of the stand-ins that shortened plans run with, empty for none.
+        healing: digest of the healing parts that shortened plans run with, empty for none.
     """
-    setattr(cache, _FILLED_UNDER, (plans, stand_ins))
+    setattr(cache, _FILLED_UNDER, (plans, healing))
 
 
 def remembered_plans(cache: Cache) -> tuple[tuple[LayerPlan, ...], str] | None:
-    """The plans that a cache was filled under and the digest of their stand-ins; None if no plan was applied."""
+    """The plans that a cache was filled under and the digest of their healing parts; None if no plan was applied."""
     return getattr(cache, _FILLED_UNDER, None)
 
 

@@ -15,9 +15,9 @@ from backbone.errors import InputError
 from backbone.execution.cache import drop_skipped_layers, remember_plans
 from backbone.execution.live_changes import replaced
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
+from backbone.healing.attaching import Attached
+from backbone.healing.bridges import Bridge
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import Attached
-from backbone.stand_ins.bridges import Bridge
 
 Forward = Callable[..., Any]
 

@@ -90,7 +90,7 @@ def run_prefix(
     keep_cache: bool,
     **inputs: torch.Tensor,
 ) -> Prefix:
-    """Run the first `depth` layers; no later layer and no head is computed. Attached stand-ins are left out.
+    """Run the first `depth` layers; no later layer and no head is computed. Attached healing parts are left out.
 
     Args:
         input_ids: prompt tokens, int64 [B, S], left-padded.

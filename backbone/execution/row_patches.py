@@ -36,9 +36,9 @@ from backbone.execution.plan_patches import (
 )
 from backbone.execution.row_sets import Prompts, RowPlansError, RowSets, taken, with_rows
 from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
+from backbone.healing.attaching import Attached, Swap
+from backbone.healing.bridges import Bridge
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import Attached, Swap
-from backbone.stand_ins.bridges import Bridge
 
 __all__ = ["RowPlansError", "patched_rows"]
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.live_changes import Method, captured, replaced
 from backbone.families import decoder_layers
+from backbone.healing.attaching import attached_to
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import attached_to
 
 Treatment = tuple[bool, bool, int, bool]
 """Of one layer under a plan: whether attention and MLP run, which bridge takes its place (0: none), whether its weights
@@ -25,7 +25,7 @@ are changed."""
 
 
 def treatments(model: PreTrainedModel, plan: LayerPlan) -> list[Treatment]:
-    """What a plan does with each layer of a model, with the stand-ins that are attached now."""
+    """What a plan does with each layer of a model, with the healing parts that are attached now."""
     attached = attached_to(model, plan)
     bridges = {} if attached is None else attached.bridges.get(plan, {})
     changed = frozenset() if attached is None else attached.changed

@@ -1,7 +1,7 @@
 """Rings while the prompts that are served do not look like those that the certificate was made with.
 
 A conformal test martingale: a gambler bets against "these prompts and the calibration prompts come in no particular
-order" and the alarm rings when the gambler has become rich. Then a new gambler starts, and the alarm falls silent once
+order" and the alarm is active when the gambler has become rich. Then a new gambler starts, and the alarm clears once
 that one has stayed poor for a while. Needs numpy and no labels.
 
 Shapes: `N` prompts, `F` projected features, `C` channels (two ways to look odd).
@@ -42,7 +42,7 @@ FEWEST = 100
 not yet another workload."""
 
 RECOVERY = 200
-"""Prompts without another ring after which the alarm falls silent."""
+"""Prompts without another ring after which the alarm clears."""
 
 RECENT = 10_000
 """Prompts that are remembered, so that one which comes again is not counted again."""
@@ -65,14 +65,14 @@ class DriftState:
     Attributes:
         capital: what the gambler owns, having started with 1.
         seen: prompts counted.
-        rung: whether the alarm rings now.
-        rings: how often it has rung.
+        triggered: whether the alarm is active now.
+        alarms: how often it has rung.
     """
 
     capital: float
     seen: int
-    rung: bool
-    rings: int
+    triggered: bool
+    alarms: int
 
 
 def drift_scores(features: NDArray[np.floating], budgets: NDArray[np.floating]) -> Floats:
@@ -149,14 +149,14 @@ class DriftAlarm:
         """Forget what was served and start anew, with another chance of a false alarm."""
         with self._lock:
             self._recent: OrderedDict[bytes, None] = OrderedDict()
-            self._seen, self._rings, self._rung = 0, 0, False
+            self._seen, self._alarms, self._triggered = 0, 0, False
             self._start_gambler()
 
     def _start_gambler(self) -> None:
         self._counts: Ints = np.stack(
             [np.bincount(channel, minlength=CELLS) for channel in _cells(self.reference_scores).T]
         )
-        self._gambler, self._played = _Gambler(self._counts.shape[0]), 0
+        self._martingale, self._played = _TestMartingale(self._counts.shape[0]), 0
 
     def observe(
         self,
@@ -164,7 +164,7 @@ class DriftAlarm:
         budgets: NDArray[np.floating],
         keys: Sequence[bytes] | None = None,
     ) -> bool:
-        """Take note of N prompts that are served, in order of arrival; whether the alarm rings then.
+        """Take note of N prompts that are served, in order of arrival; whether the alarm is active then.
 
         Args:
             features: projected features [N, F], as the controller gets them.
@@ -185,7 +185,7 @@ class DriftAlarm:
             for row in self._random.permutation(len(cells)):
                 if keys is None or self._is_new(keys[row]):
                     self._count(cells[row])
-            return self._rung
+            return self._triggered
 
     def _is_new(self, key: bytes) -> bool:
         """Whether a prompt was not counted lately; remembers it."""
@@ -198,29 +198,29 @@ class DriftAlarm:
 
     def _count(self, cells: Ints) -> None:
         """One prompt, [C]."""
-        self._gambler.bet(self._p_values(cells))
+        self._martingale.bet(self._p_values(cells))
         self._seen, self._played = self._seen + 1, self._played + 1
-        if self._played >= FEWEST and self._gambler.capital >= 1 / self.false_alarm_rate:
-            self._rings, self._rung = self._rings + 1, True
+        if self._played >= FEWEST and self._martingale.capital >= 1 / self.false_alarm_rate:
+            self._alarms, self._triggered = self._alarms + 1, True
             self._start_gambler()
         elif self._played >= RECOVERY:
-            self._rung = False
+            self._triggered = False
 
     @property
-    def rung(self) -> bool:
-        """Whether the alarm rings now."""
-        return self._rung
+    def triggered(self) -> bool:
+        """Whether the alarm is active now."""
+        return self._triggered
 
     @property
     def state(self) -> DriftState:
         with self._lock:
-            return DriftState(self._gambler.capital, self._seen, self._rung, self._rings)
+            return DriftState(self._martingale.capital, self._seen, self._triggered, self._alarms)
 
     @property
     def description(self) -> str:
         """What it watches, and what it has made of the prompts of this process so far, in a sentence."""
         state = self.state
-        now = f"{'rings' if state.rung else 'silent'} after {state.seen} prompts of this process"
+        now = f"{'rings' if state.triggered else 'silent'} after {state.seen} prompts of this process"
         return (
             f"compares served prompts with {len(self.reference_scores)} calibration prompts and rings without cause "
             f"with a probability of at most {self.false_alarm_rate:g}; {now}. It begins anew with every process and "
@@ -256,7 +256,7 @@ class DriftAlarm:
         return np.asarray((larger + self._random.random(len(cells)) * tied) / total)
 
 
-class _Gambler:
+class _TestMartingale:
     """The Simple Jumper on each of C channels, its capital the mean over them.
 
     The stake is not put down at once but 1 / (t (t + 1)) of it at prompt t. Otherwise a long quiet stretch, which costs

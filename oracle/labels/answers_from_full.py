@@ -16,9 +16,9 @@ from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.judges import may_become_exact
 from oracle.labels.exit_answers import exit_answers
-from oracle.labels.follow_full_answer import follow
 from oracle.labels.generate_answers import Enough, SharedBatch, answer_text, stop_token_ids
 from oracle.labels.store import CUT, Label
+from oracle.labels.verification import follow
 from oracle.prompts import Prompt
 
 LOOKS = 3
@@ -51,7 +51,7 @@ class Draft:
     seconds: float = 0.0
 
 
-class Shortcut:
+class Verification:
     """Gives the answers of plain greedy generation, for less, and only as far as the judge has to read them."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
@@ -76,7 +76,7 @@ class Shortcut:
         """
 
         def settled(number: int, ids: list[int], plan: LayerPlan) -> bool:
-            return not plan.is_full and self.is_settled(Draft(prompts[number], plan, ids), None)
+            return not plan.is_full and self.is_decided(Draft(prompts[number], plan, ids), None)
 
         def enough(number: int, ids: list[int], some: Sequence[LayerPlan]) -> bool:
             return not any(plan.is_full for plan in some) and settled(number, ids, some[0])
@@ -113,7 +113,7 @@ class Shortcut:
     def _can_be_led(self, draft: Draft, full: Label) -> bool:
         """Whether another look may settle it: while it is the full model's answer, or may yet become its text."""
         agrees = tuple(draft.ids) == full.answer_ids[: len(draft.ids)]
-        return not self.is_settled(draft, full.answer) and (agrees or draft.prompt.judge == "agreement")
+        return not self.is_decided(draft, full.answer) and (agrees or draft.prompt.judge == "agreement")
 
     def _look(self, drafts: Sequence[Draft], full: Mapping[Prompt, Label]) -> list[Draft]:
         """One pass for each draft, along its tokens and a guess. Plans share passes over equal prompts and tokens."""
@@ -160,13 +160,13 @@ class Shortcut:
         stops = stop_token_ids(self._tokenizer, self._decoding)
         return draft.ids[-1] in stops or len(draft.ids) >= self._decoding.max_new_tokens
 
-    def is_settled(self, draft: Draft, full_answer: str | None) -> bool:
+    def is_decided(self, draft: Draft, full_answer: str | None) -> bool:
         """Whether the score follows from the tokens so far; None stands for a full answer that is not known yet."""
         judge = draft.prompt.judge
         can_part = judge in PARTING and not (judge == "agreement" and full_answer is None)
-        return self.is_whole(draft) or (can_part and self.has_parted(draft, full_answer or ""))
+        return self.is_whole(draft) or (can_part and self.has_diverged(draft, full_answer or ""))
 
-    def has_parted(self, draft: Draft, full_answer: str) -> bool:
+    def has_diverged(self, draft: Draft, full_answer: str) -> bool:
         """Whether no continuation of the text so far can be right: the full model's answer for the judge `agreement`,
         equal to a reference for `exact`."""
         text = str(self._tokenizer.decode(draft.ids, skip_special_tokens=True))
@@ -226,12 +226,12 @@ class Shortcut:
         for draft in led:
             label, plan = full[draft.prompt], draft.plan
             saved[plan] += _forward_tokens(plan, label.prompt_tokens, len(draft.ids), depth, len(plans))
-            if not self.is_settled(draft, label.answer):
+            if not self.is_decided(draft, label.answer):
                 saved[plan] -= _forward_tokens(plan, label.prompt_tokens, len(draft.ids))
         return saved
 
     def _enough(self, draft: Draft, full_answer: str) -> Enough:
-        return lambda rest: self.is_settled(replace(draft, ids=[*draft.ids, *rest]), full_answer)
+        return lambda rest: self.is_decided(replace(draft, ids=[*draft.ids, *rest]), full_answer)
 
 
 def _forward_tokens(plan: LayerPlan, given: int, new: int, depth: int = 0, sharing: int = 1) -> float:

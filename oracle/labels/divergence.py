@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.left_padding import in_halves
 from backbone.plan import LayerPlan
-from oracle.labels.follow_full_answer import Forced, compared, fitting
 from oracle.labels.teacher_forcing import ForcedAnswers
+from oracle.labels.verification import Forced, compared, fitting
 
 
 @dataclass(frozen=True, slots=True)

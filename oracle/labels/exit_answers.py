@@ -22,9 +22,9 @@ from backbone.execution.live_changes import captured
 from backbone.execution.output_head import output_logits
 from backbone.execution.shared_prefixes import Beginning, Begun
 from backbone.families import decoder_layers, decoder_of
+from backbone.healing.attaching import attached_to
 from backbone.left_padding import in_halves, position_inputs
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import attached_to
 from oracle.decoding import Decoding
 from oracle.labels.generate_answers import stop_token_ids
 

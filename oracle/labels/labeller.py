@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.shared_prefixes import beginnings
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import attached_digest
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins.attaching import attached_digest
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.judges import KL, JudgeError, judge_key
-from oracle.labels.answers_from_full import Draft, Shortcut
+from oracle.labels.answers_from_full import Draft, Verification
 from oracle.labels.blocks import together, wanted_in_blocks
 from oracle.labels.divergence import diverge
 from oracle.labels.equal_batches import packed
@@ -24,7 +24,7 @@ from oracle.labels.exit_answers import are_exits
 from oracle.labels.generate_answers import answer_batch
 from oracle.labels.reader import LabelReader, key_of, model_key
 from oracle.labels.store import CUT, Label, LabelStore, StoreError
-from oracle.labels.worth_leading import TRIAL, worth_leading
+from oracle.labels.verification_trial import TRIAL, worth_verifying
 from oracle.prompts import Prompt
 
 Advance = Callable[[int], None]
@@ -43,7 +43,7 @@ class Labeller(LabelReader):
         store: where labels are kept; one transaction a batch.
         batch_size: prompts generated together.
         shortcut: follow the full model's answer with the plans for which that pays and generate only what differs (see
-            `oracle.labels.follow_full_answer`), sharing what plans begin with; otherwise generate everything. The judge
+            `oracle.labels.verification`), sharing what plans begin with; otherwise generate everything. The judge
             `kl` generates nothing either way. Where the decoding changes tokens, following their likeliest ones would
             not do, and everything is generated.
 
@@ -66,12 +66,12 @@ class Labeller(LabelReader):
         super().__init__(store, decoding.of(model, tokenizer), self.model_key)
         self._batch_size = batch_size
         self._shortcut = shortcut and not self.decoding.changes_tokens
-        self._follower = Shortcut(model, tokenizer, self.decoding)
+        self._verification = Verification(model, tokenizer, self.decoding)
         self._fingerprint = model_fingerprint(model)
         self.failures: list[str] = []
 
     def model_key(self, plan: LayerPlan) -> str:
-        """What answers under a plan, with the stand-ins that are attached to the model now."""
+        """What answers under a plan, with the healing parts that are attached to the model now."""
         return model_key(self._fingerprint, str(self._model.dtype), attached_digest(self._model, plan))
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
@@ -141,7 +141,7 @@ class Labeller(LabelReader):
             for numbers, beginning in beginnings(self._model, rows, depth):
                 shared = len(beginning.tokens) / len(numbers)
                 for batch in self._batches([some[number] for number in numbers], None):
-                    drafts = self._follower.exits(batch, plans, beginning, shared)
+                    drafts = self._verification.exits(batch, plans, beginning, shared)
                     own = [draft for draft in drafts if draft.plan == full_plan]
                     full |= {draft.prompt: self._full_label(draft) for draft in own}
                     self._keep([full[draft.prompt] for draft in own], advance)
@@ -149,7 +149,7 @@ class Labeller(LabelReader):
                     self._add([draft for draft in others if draft.prompt in missing[draft.plan]], full, advance)
 
     def _full_label(self, draft: Draft) -> Label:
-        text, tokens = self._follower.text(draft), len(tokens_of(self._tokenizer, draft.prompt.prompt))
+        text, tokens = self._verification.text(draft), len(tokens_of(self._tokenizer, draft.prompt.prompt))
         return self._labelled(draft, text, tokens, self._judged(draft.prompt, text, text))
 
     def _generate(self, prompts: Sequence[Prompt], plan: LayerPlan, full: Full | None, advance: Advance) -> None:
@@ -174,8 +174,8 @@ class Labeller(LabelReader):
         trial = set(asked[:: max(1, len(asked) // TRIAL)])
         led = self._lead(_among(missing, trial), full, advance)
         if rest := set(asked) - trial:
-            left, saved = _among(missing, rest), self._follower.saved(led, full)
-            worth = worth_leading(self._model, saved, sum(draft.forward_tokens for draft in led))
+            left, saved = _among(missing, rest), self._verification.saved(led, full)
+            worth = worth_verifying(self._model, saved, sum(draft.forward_tokens for draft in led))
             self._lead({plan: some for plan, some in left.items() if plan in worth}, full, advance)
             others = {plan: some for plan, some in left.items() if plan not in worth}
             for begun in self._begun(others, full):
@@ -189,12 +189,12 @@ class Labeller(LabelReader):
         unfinished: dict[LayerPlan, list[Draft]] = defaultdict(list)
         led: list[Draft] = []
         for begun in self._begun(missing, full):
-            drafts = self._follower.lead(begun, full)
+            drafts = self._verification.lead(begun, full)
             led += drafts
             known: list[Draft] = []
             for draft in drafts:
-                is_settled = self._follower.is_settled(draft, full[draft.prompt].answer)
-                (known if is_settled else unfinished[draft.plan]).append(draft)
+                is_decided = self._verification.is_decided(draft, full[draft.prompt].answer)
+                (known if is_decided else unfinished[draft.plan]).append(draft)
             self._add(known, full, advance)
             for plan in [plan for plan, drafts in unfinished.items() if len(drafts) >= self._batch_size]:
                 self._finish(unfinished.pop(plan), full, advance)
@@ -219,13 +219,13 @@ class Labeller(LabelReader):
             self._finish_batch(batch, full, advance)
 
     def _finish_batch(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
-        for finished in self._follower.finish(drafts, full):
+        for finished in self._verification.finish(drafts, full):
             self._add(finished, full, advance)
 
     def _add(self, drafts: Sequence[Draft], full: Full, advance: Advance) -> None:
         labels = []
         for draft in drafts:
-            text, whole = self._follower.text(draft), full[draft.prompt]
+            text, whole = self._verification.text(draft), full[draft.prompt]
             value = self._judged(draft.prompt, text, whole.answer)
             labels.append(self._labelled(draft, text, whole.prompt_tokens, value))
         self._keep(labels, advance)

@@ -27,9 +27,9 @@ def key_of(prompt: Prompt) -> Key:
     return prompt.hash, judge_key(prompt.judge)
 
 
-def model_key(fingerprint: str, dtype: str, stand_ins: str) -> str:
-    """What answers: the model, its dtype, and the digest of the stand-ins that the plan runs with, if any."""
-    return f"{fingerprint} {dtype}" + (f" with {stand_ins}" if stand_ins else "")
+def model_key(fingerprint: str, dtype: str, healing: str) -> str:
+    """What answers: the model, its dtype, and the digest of the healing parts that the plan runs with, if any."""
+    return f"{fingerprint} {dtype}" + (f" with {healing}" if healing else "")
 
 
 class LabelReader:

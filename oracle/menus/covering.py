@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from backbone.device_memory import room
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing, attach, detach
+from backbone.healing.bridges import Bridge
+from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.plan import LayerPlan, PlanError, PlanMenu
-from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.bridges import Bridge
-from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.judges import KL
 from oracle.labels.reader import judged
 from oracle.menus import MENUS
@@ -55,7 +55,7 @@ prompts are run several times."""
 
 
 def covering(task: MenuTask, advance: Advance) -> list[LayerPlan]:
-    """The K - 1 plans of a pool with which an oracle spends least at a few losses. Leaves the model without stand-ins.
+    """The K - 1 plans of a pool with which an oracle spends least at a few losses. Leaves the model without healing.
 
     Raises:
         PlanError: a task without labels, or without prompts to fit bridges on.
@@ -149,7 +149,7 @@ class _Pool:
         """The plans and the full one; the prompts judged as they say, or by `judge`."""
         model, made = self._task.model, 0
         self._fit({gap for plan in plans for gap in plan.gaps} - self._bridges.keys())
-        stand_ins = StandIns(self._fingerprint, {plan: self._bridges_of(plan) for plan in plans})
+        healing = Healing(self._fingerprint, {plan: self._bridges_of(plan) for plan in plans})
 
         def advance(done: int) -> None:
             nonlocal made
@@ -158,8 +158,8 @@ class _Pool:
                 self._advance()
 
         menu = PlanMenu.build(plans, sublayer_bytes(model), self._task.probe_depth)
-        menu = menu.with_added({str(plan): stand_ins.cost(model, plan) for plan in plans})
-        attach(model, stand_ins)
+        menu = menu.with_added({str(plan): healing.cost(model, plan) for plan in plans})
+        attach(model, healing)
         try:
             return Measured(list(menu.plans), np.array(menu.budgets), self._labels.scores(menu.plans, judge, advance))
         finally:

@@ -9,9 +9,9 @@ import torch
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing, attach, detach
+from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.chat import tokens_of
 from oracle.labels.generate_answers import answer_batch
 from oracle.labels.teacher_forcing import ForcedAnswers
@@ -37,13 +37,13 @@ def greedy_sublayers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
 def bridged_layers(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """As `greedy_layers`, but every plan that is tried runs with bridges, fitted on the prompts of the task.
 
-    Leaves the model without stand-ins.
+    Leaves the model without healing parts.
     """
     divergence, fingerprint = AnswerDivergence(task), model_fingerprint(task.model)
     sequences = _answered(task)
 
     def measured(plans: list[LayerPlan]) -> dict[LayerPlan, float]:
-        attach(task.model, StandIns(fingerprint, bridges_of(fit_bridges(task.model, sequences, plans))))
+        attach(task.model, Healing(fingerprint, bridges_of(fit_bridges(task.model, sequences, plans))))
         try:
             return divergence.of(plans, advance)
         finally:

@@ -1,4 +1,4 @@
-"""Stage 2: stand-ins that make shortened plans better, fitted and trained on the full model's own answers."""
+"""Stage 2: healing parts that make shortened plans better, fitted and trained on the full model's own answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from backbone.files import UNFINISHED, replacing, write_atomically
+from backbone.healing.attaching import Healing, attach, detach
+from backbone.healing.bridges import Bridges
+from backbone.healing.distillation import CHECKPOINT, History, distil
+from backbone.healing.fit_bridges import Fits, Over, bridges_of, bridging_rounds, fit_bridges
+from backbone.healing.tensors import HealingError
+from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.bridges import Bridges
-from backbone.stand_ins.distillation import CHECKPOINT, History, distil
-from backbone.stand_ins.fit_bridges import Fits, Over, bridges_of, bridging_rounds, fit_bridges
-from backbone.stand_ins.tensors import StandInsError
-from backbone.stand_ins.training_targets import Example
 from oracle.answered_prompts import answered_examples, reference_examples
 from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
@@ -31,15 +31,15 @@ from oracle.labels.reader import judged, score_matrix
 from oracle.prompts import Prompt
 from oracle.spread import spread
 from pipelines.config import Config
-from pipelines.config_sections import AdaptMethod
-from pipelines.distant_labels import DistantLabeller, distant_labeller, given_to_workers
-from pipelines.distributed import Workers
-from pipelines.exit_heads import make_heads
-from pipelines.paired_ratios import FEWEST_ROUNDS, generation_under
-from pipelines.progress import console, duration, progress
-from pipelines.run_state import check_own, stage_key
-from pipelines.worker_tasks import SumsTask
-from pipelines.workspace import Workspace
+from pipelines.config.sections import AdaptMethod
+from pipelines.evaluation.paired_ratios import FEWEST_ROUNDS, generation_under
+from pipelines.ray.distributed import Workers
+from pipelines.ray.remote_labels import DistantLabeller, distant_labeller, given_to_workers
+from pipelines.ray.worker_tasks import SumsTask
+from pipelines.run.progress import console, duration, progress
+from pipelines.run.state import check_own, stage_key
+from pipelines.run.workspace import Workspace
+from pipelines.stages.exit_heads import make_heads
 from runtime.paired_timing import median_seconds
 
 LOOKED_AT, SHORT = 32, 8.0
@@ -49,35 +49,35 @@ HELD = 5
 
 
 def run(config: Config, workers: Workers | None = None) -> Path:
-    """Writes `stand_ins.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
+    """Writes `healing.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
     workspace = Workspace.of(config)
     check_own(workspace.path("adapt"), lambda file: file.name == CHECKPOINT or file.name.endswith(UNFINISHED))
     model, _ = workspace.backbone
     detach(model)
     made = _Making(workspace, workers)
     wanted = made.methods
-    candidates = {method: made.stand_ins(method) for method in wanted}
+    candidates = {method: made.healing(method) for method in wanted}
     curves = _compared(workspace, candidates, workers) if len(candidates) > 1 else {}
     chosen = max(curves, key=lambda method: curves[method]["area"]) if curves else wanted[0]
-    stand_ins = candidates[chosen]
-    with replacing(workspace.path("stand_ins.safetensors")) as unfinished:
-        stand_ins.save(unfinished)
+    healing = candidates[chosen]
+    with replacing(workspace.path("healing.safetensors")) as unfinished:
+        healing.save(unfinished)
     plans = workspace.frozen_menu().plans
     record = {
         "method": chosen,
         "fitted_prompts": 0 if chosen in ("none", "given") else len({prompt.id for prompt in made.prompts}),
-        "digest": "" if stand_ins.is_empty else stand_ins.digest,
-        "added_budget": {str(plan): stand_ins.cost(model, plan) for plan in plans},
+        "digest": "" if healing.is_empty else healing.digest,
+        "added_budget": {str(plan): healing.cost(model, plan) for plan in plans},
         "compared": curves,
         **made.record,
     }
     write_atomically(workspace.path("adapt.json"), json.dumps(record, indent=2) + "\n")
     shutil.rmtree(workspace.path("adapt"), ignore_errors=True)
-    return workspace.path("stand_ins.safetensors")
+    return workspace.path("healing.safetensors")
 
 
 class _Making:
-    """Makes stand-ins by each method; what methods share is made once.
+    """Makes healing parts by each method; what methods share is made once.
 
     Attributes:
         record: how they were made, for `adapt.json`.
@@ -91,7 +91,7 @@ class _Making:
 
     @cached_property
     def methods(self) -> list[AdaptMethod]:
-        """The methods to make stand-ins by; of several the best one is kept."""
+        """The methods to make healing parts by; of several the best one is kept."""
         method = self._settings.method
         if method == "best":
             return ["none", "bridges", "adapter", "both"]
@@ -106,21 +106,21 @@ class _Making:
         few = self._answers_to(spread(self._workspace.splits["adapt"], LOOKED_AT))
         return float(np.mean([example.answer for example in few])) <= SHORT
 
-    def stand_ins(self, method: AdaptMethod) -> StandIns:
+    def healing(self, method: AdaptMethod) -> Healing:
         fingerprint = self._workspace.fingerprint
         if method == "none":
-            return StandIns(fingerprint)
+            return Healing(fingerprint)
         if method == "given":
             return self._given(fingerprint)
         if method == "heads":
-            return StandIns(fingerprint, self._heads())
+            return Healing(fingerprint, self._heads())
         bridges = {} if method == "adapter" else self._bridges
         if method == "bridges":
-            return StandIns(fingerprint, bridges)
+            return Healing(fingerprint, bridges)
         model, _ = self._workspace.backbone
         examples = self._answered() + (self._references() if self._settings.references else [])
         with progress(f"training ({method})", 1) as advance:
-            stand_ins, history = distil(
+            healing, history = distil(
                 model,
                 examples,
                 self._plans,
@@ -134,7 +134,7 @@ class _Making:
         if not history.ended.startswith("all"):
             console.print(f"  training {history.ended}")
         self.record[f"training_{method}"] = asdict(history)
-        return stand_ins
+        return healing
 
     def _heads(self) -> Bridges:
         """Exit heads, on the model's own distribution or on references too, whichever says more references."""
@@ -148,17 +148,17 @@ class _Making:
         fits, self.record["heads"] = make_heads(model, examples, tasks, self._plans, targets)
         return {plan: {len(plan.attention): fits[plan].head} for plan in self._plans}
 
-    def _given(self, fingerprint: str) -> StandIns:
+    def _given(self, fingerprint: str) -> Healing:
         """Those of a file, which must be this model's and know the menu's gaps."""
-        found = StandIns.load(Path(str(self._settings.given)))
+        found = Healing.load(Path(str(self._settings.given)))
         if found.fingerprint != fingerprint:
-            raise StandInsError(
-                f"adapt.given, {self._settings.given}, holds stand-ins of {found.fingerprint}, and this run's model is "
+            raise HealingError(
+                f"adapt.given, {self._settings.given}, holds healing of {found.fingerprint}, and this run's model is "
                 f"{fingerprint}"
             )
         without = [plan for plan in self._plans if (plan.gaps or plan.healed) and plan not in found.bridges]
         if found.bridges and without:
-            raise StandInsError(
+            raise HealingError(
                 f"adapt.given, {self._settings.given}, has no bridges for the plan {without[0]}; it has them for "
                 f"{', '.join(map(str, found.bridges))}: name these in menu.given"
             )
@@ -218,11 +218,11 @@ class _Making:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """What stand-ins are fitted and trained on."""
+        """What healing parts are fitted and trained on."""
         return spread(_parts(self._workspace, len(self.methods) > 1)[0], self._settings.prompts)
 
 
-def _labeller(workspace: Workspace, attached: StandIns | None, workers: Workers | None) -> Labeller | DistantLabeller:
+def _labeller(workspace: Workspace, attached: Healing | None, workers: Workers | None) -> Labeller | DistantLabeller:
     """Of the model with what is attached to it now, in this process or elsewhere."""
     if workers is None:
         return workspace.labeller_of(*workspace.backbone)
@@ -278,7 +278,7 @@ def _described(fits: Fits, seconds: float) -> dict[str, Any]:
 
 
 def _compared(
-    workspace: Workspace, candidates: dict[AdaptMethod, StandIns], workers: Workers | None
+    workspace: Workspace, candidates: dict[AdaptMethod, Healing], workers: Workers | None
 ) -> dict[AdaptMethod, dict[str, Any]]:
     """For each method its static plans on held-out prompts: time a token, mean score, and the area under their hull.
 
@@ -290,9 +290,9 @@ def _compared(
     batch = dict(padded_prompts(tokenizer, [prompt.prompt for prompt in prompts[:4]]).to(model.device))
     n_tokens = workspace.config.evaluation.speed_tokens
     scores, times = {}, {}
-    for method, stand_ins in candidates.items():
-        attach(model, stand_ins)
-        labeller = _labeller(workspace, stand_ins, workers)
+    for method, healing in candidates.items():
+        attach(model, healing)
+        labeller = _labeller(workspace, healing, workers)
         with progress(f"answers with {method}", sum(len(labeller.missing(prompts, p)) for p in menu.plans)) as advance:
             labeller.label(prompts, menu, advance)
         scores[method] = score_matrix(labeller.read(prompts, menu))

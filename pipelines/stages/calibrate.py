@@ -18,18 +18,18 @@ from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from controller.feature_sets import WIDE
-from controller.learning import Learned
+from controller.learning import FittedPredictor
 from oracle.decoding import Decoding
 from oracle.labels.token_agreement import acceptance_rates
 from pipelines.config import Config
-from pipelines.distributed import Workers
-from pipelines.learning_sections import CalibrationSection
-from pipelines.learning_table import Table
-from pipelines.pooled_gain import first_tested
-from pipelines.progress import say
+from pipelines.config.learning_sections import CalibrationSection
+from pipelines.evaluation.learning_table import Table
+from pipelines.evaluation.pooled_gain import first_tested
+from pipelines.ray.distributed import Workers
+from pipelines.run.progress import say
+from pipelines.run.workspace import IN_FULL, Workspace
 from pipelines.stages.label import label_cells
 from pipelines.stages.train import load_trained, tuned_settings
-from pipelines.workspace import IN_FULL, Workspace
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
 from runtime.parts import OperatingPoint
@@ -70,7 +70,7 @@ def run(config: Config, workers: Workers | None = None) -> Path:
         decoding=workspace.decoding,
         fingerprint=workspace.fingerprint,
         model_source=config.model.source,
-        stand_ins=None if workspace.stand_ins.is_empty else workspace.stand_ins,
+        healing=None if workspace.healing.is_empty else workspace.healing,
         acceptance=acceptance_rates(workspace.labels.read(workspace.labelled_of(*IN_FULL), workspace.menu())),
         drift=_drift_alarm(learned, certificate, table, config),
         others=tuple(
@@ -92,14 +92,14 @@ def run(config: Config, workers: Workers | None = None) -> Path:
     return workspace.path("allocator")
 
 
-def _labelled_table(workspace: Workspace, learned: Learned, workers: Workers | None) -> Table:
+def _labelled_table(workspace: Workspace, learned: FittedPredictor, workers: Workers | None) -> Table:
     """The calibrate prompts, labelled in full and under the plans that some price chooses for them."""
     cells = on_path(learned.predict(workspace.features("calibrate")), np.array(workspace.menu().budgets))
     label_cells(workspace, "calibrate", cells, workers)
     return workspace.table("calibrate", wanted=cells)
 
 
-def outlier_test(learned: Learned, fit: Table, held: NDArray[np.bool_], config: Config) -> OutlierTest | None:
+def outlier_test(learned: FittedPredictor, fit: Table, held: NDArray[np.bool_], config: Config) -> OutlierTest | None:
     """The test that goes with a controller, of the wide features that it reads, or of all without such.
 
     None where `calibration.outliers` is 0 or there are no prompts on either side.
@@ -205,7 +205,7 @@ def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection,
     return price_of(seen, fit, calibration, keep, start=start)
 
 
-def _drift_alarm(learned: Learned, certificate: Certificate, table: Table, config: Config) -> DriftAlarm:
+def _drift_alarm(learned: FittedPredictor, certificate: Certificate, table: Table, config: Config) -> DriftAlarm:
     projected = learned.projection(table.features)
     chosen = choose(learned.predict(table.features), table.budgets, certificate.price)
     return DriftAlarm(drift_scores(projected, table.budgets[chosen]), config.calibration.false_alarms)

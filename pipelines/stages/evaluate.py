@@ -24,18 +24,18 @@ from oracle.frontier.frontier import least_sufficient, static_points, upper_hull
 from oracle.frontier.knapsack import cheapest_choices
 from oracle.judges import KL
 from pipelines.config import Config
-from pipelines.controls import comparison
-from pipelines.layers_run import check_layers_run
-from pipelines.learning_table import Table
-from pipelines.measured_policies import outcome
-from pipelines.omissions import Omissions
-from pipelines.pooled_gain import out_of_fold
-from pipelines.shown_prompts import shown
+from pipelines.evaluation.controls import comparison
+from pipelines.evaluation.examples import shown
+from pipelines.evaluation.layers_run import check_layers_run
+from pipelines.evaluation.learning_table import Table
+from pipelines.evaluation.omissions import Omissions
+from pipelines.evaluation.policies import outcome
+from pipelines.evaluation.pooled_gain import out_of_fold
+from pipelines.evaluation.speed import feature_ms, prompt_ms, speeds
+from pipelines.evaluation.summary import contributions
+from pipelines.run.workspace import IN_FULL, Workspace
 from pipelines.stages.calibrate import price_out_of_fold
 from pipelines.stages.train import load_trained, tuned_settings
-from pipelines.summary import contributions
-from pipelines.wall_clock import feature_ms, prompt_ms, speeds
-from pipelines.workspace import IN_FULL, Workspace
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
 
@@ -87,7 +87,7 @@ def run(config: Config) -> Path:
         "comparison": compared_at_losses,
         "left_out": left_out,
         "outliers": _outliers(allocator.outliers, test),
-        "stand_ins": {
+        "healing": {
             "method": workspace.adapt_record["method"],
             "after": {"static": static_points(test.scores, test.budgets)},
         },

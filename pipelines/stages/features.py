@@ -16,13 +16,13 @@ from backbone.files import UNFINISHED, replacing
 from controller.features import Features, rows_of
 from oracle.prompts import Prompt
 from pipelines.config import Config
-from pipelines.distant_labels import given_to_workers
-from pipelines.distributed import Workers
-from pipelines.feature_parts import PART, FeatureParts
-from pipelines.progress import progress
-from pipelines.run_state import check_own, stage_key
-from pipelines.worker_tasks import FeaturesTask, features_of_batch
-from pipelines.workspace import Workspace
+from pipelines.ray.distributed import Workers
+from pipelines.ray.remote_labels import given_to_workers
+from pipelines.ray.worker_tasks import FeaturesTask, features_of_batch
+from pipelines.run.progress import progress
+from pipelines.run.state import check_own, stage_key
+from pipelines.run.workspace import Workspace
+from pipelines.stages.feature_parts import PART, FeatureParts
 
 
 def run(config: Config, workers: Workers | None = None) -> Path:

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from oracle.labels.labeller import Labeller
 from oracle.prompts import Shard, Split
 from pipelines.config import Config
-from pipelines.distant_labels import DistantLabeller, distant_labeller
-from pipelines.distributed import Workers
-from pipelines.labelling import by_plan, fill
-from pipelines.progress import say
-from pipelines.workspace import IN_FULL, Workspace
+from pipelines.ray.distributed import Workers
+from pipelines.ray.remote_labels import DistantLabeller, distant_labeller
+from pipelines.run.progress import say
+from pipelines.run.workspace import IN_FULL, Workspace
+from pipelines.stages.labelling import by_plan, fill
 
 
 def run(config: Config, shard: Shard | None = None, workers: Workers | None = None) -> Path:
@@ -38,4 +38,4 @@ def label_cells(workspace: Workspace, split: Split, cells: NDArray[np.bool_], wo
 
 def _labeller(workspace: Workspace, workers: Workers | None) -> Labeller | DistantLabeller:
     """Of the adapted model; only where this process labels does it load one."""
-    return workspace.labeller if workers is None else distant_labeller(workspace, workers, workspace.stand_ins)
+    return workspace.labeller if workers is None else distant_labeller(workspace, workers, workspace.healing)

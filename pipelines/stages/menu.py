@@ -17,8 +17,8 @@ from oracle.menus.task_labels import TaskLabels
 from oracle.prompts import Prompt
 from oracle.spread import spread
 from pipelines.config import Config
-from pipelines.progress import progress
-from pipelines.workspace import Workspace
+from pipelines.run.progress import progress
+from pipelines.run.workspace import Workspace
 
 
 def run(config: Config) -> Path:

@@ -19,22 +19,22 @@ from backbone.files import write_atomically
 from controller.certificate.certificate import alpha_of
 from controller.certificate.fewest_prompts import fewest_prompts
 from controller.certificate.p_values import CalibrationError
-from controller.learning import Learned
+from controller.learning import FittedPredictor
 from controller.report.report_card import price_curve
 from oracle.frontier.frontier import Point, least_sufficient, oracle_hull, static_points, upper_hull
 from oracle.frontier.split_half import corrected_climb, corrected_path
 from oracle.labels.store import Label
 from pipelines import figures, first_screen, summary
 from pipelines.config import Config
-from pipelines.learning_table import Table
-from pipelines.omissions import Omissions
-from pipelines.progress import waiting
-from pipelines.run_state import RunState
-from pipelines.shown_prompts import RULE
+from pipelines.evaluation.examples import RULE
+from pipelines.evaluation.learning_table import Table
+from pipelines.evaluation.omissions import Omissions
+from pipelines.evaluation.summary import load_metrics
+from pipelines.run.progress import waiting
+from pipelines.run.state import RunState
+from pipelines.run.tracking import log_run
+from pipelines.run.workspace import Workspace
 from pipelines.stages.train import load_trained
-from pipelines.summary import load_metrics
-from pipelines.tracking import log_run
-from pipelines.workspace import Workspace
 from runtime.allocator import Allocator
 
 YARDSTICKS = ("full", "best_static", "static_mixture", "random", "oracle")
@@ -135,7 +135,7 @@ def _figures(
     return drawn
 
 
-def _curve(learned: Learned, table: Table) -> list[Point]:
+def _curve(learned: FittedPredictor, table: Table) -> list[Point]:
     return price_curve(learned.predict(table.features), table.scores, table.budgets)
 
 

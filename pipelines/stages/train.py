@@ -9,12 +9,12 @@ from pathlib import Path, PurePath
 from controller.base import CONTROLLERS
 from controller.certificate.outliers import OutlierTest
 from controller.certificate.risks import kept_by_full
-from controller.learning import Learned, Settings, learn
+from controller.learning import FittedPredictor, Settings, learn
 from controller.projection import Projection
 from pipelines.config import Config
-from pipelines.progress import progress
-from pipelines.run_state import check_own
-from pipelines.workspace import Workspace
+from pipelines.run.progress import progress
+from pipelines.run.state import check_own
+from pipelines.run.workspace import Workspace
 
 PROJECTION = "projection.safetensors"
 
@@ -51,11 +51,11 @@ def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
     return {name: Settings.from_dict(found["settings"]) for name, found in tuning.items()}
 
 
-def load_trained(workspace: Workspace, outliers: OutlierTest | None = None) -> dict[str, Learned]:
+def load_trained(workspace: Workspace, outliers: OutlierTest | None = None) -> dict[str, FittedPredictor]:
     """What this stage saved, each with a test that leaves outliers to the full plan."""
     full = kept_by_full(workspace.config.calibration.risk)
     folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
     return {
-        name: Learned(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), full, outliers)
+        name: FittedPredictor(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), full, outliers)
         for name, folder in folders.items()
     }

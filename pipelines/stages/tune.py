@@ -11,14 +11,14 @@ import optuna
 
 from backbone.files import write_atomically
 from controller.learning import Settings
-from pipelines.check import check_given_settings
 from pipelines.config import LONGEST_NAME, Config, ConfigError
-from pipelines.learning_sections import GivenSettings
-from pipelines.progress import progress, say
-from pipelines.run_state import stage_key
-from pipelines.settings_regret import Work, default_settings, regret_bounds, settings_of, settled
-from pipelines.settings_search import Search, finished, search
-from pipelines.workspace import Workspace
+from pipelines.config.learning_sections import GivenSettings
+from pipelines.run.check import check_given_settings
+from pipelines.run.progress import progress, say
+from pipelines.run.state import stage_key
+from pipelines.run.workspace import Workspace
+from pipelines.stages.settings_regret import Work, default_settings, regret_bounds, settings_of, settled
+from pipelines.stages.settings_search import Search, finished, search
 
 
 def run(config: Config) -> Path:

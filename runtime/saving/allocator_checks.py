@@ -8,6 +8,7 @@ import numpy as np
 
 from backbone.strict_json import LONGEST_NAME
 from controller.base import CONTROLLERS
+from controller.certificate.certificate import Certificate
 from oracle.chat import NO_TEMPLATE
 from runtime.parts import AllocatorParts
 from runtime.saving.file_bundle import CARD, BundleError, Manifest
@@ -16,8 +17,10 @@ FORMAT_VERSION = 8
 LONGEST_SOURCE = 4096
 """Characters of where the model came from, which may be a path."""
 LARGEST_PART = 2**30
-"""Bytes of every file that is loaded as a whole; stand-ins are as large as the model asks for."""
-STAND_INS, DRIFT, OUTLIERS = "stand_ins.safetensors", "drift.safetensors", "outliers.safetensors"
+"""Bytes of every file that is loaded as a whole; healing parts are as large as the model asks for."""
+HEALING, DRIFT, OUTLIERS = "healing.safetensors", "drift.safetensors", "outliers.safetensors"
+OLD_HEALING = "stand_ins.safetensors"
+"""What the file of the healing was called before; still read."""
 ACCEPTANCE, CHAT = "acceptance.json", "chat.json"
 MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
 ENTRIES: dict[str, type] = {
@@ -38,7 +41,7 @@ class ArtefactError(BundleError):
 def optional_parts(allocator: AllocatorParts) -> tuple[str, ...]:
     """The files of those parts that an allocator may do without, as far as it has them."""
     parts = {
-        STAND_INS: allocator.stand_ins,
+        HEALING: allocator.healing,
         DRIFT: allocator.drift,
         OUTLIERS: allocator.outliers,
         CHAT: allocator.chat,
@@ -91,7 +94,7 @@ def check_assumed(allocator: AllocatorParts) -> None:
     """Raises ArtefactError where the certificate was made with something that the allocator has not."""
     chat = chat_hash(allocator)
     for certificate in (allocator.certificate, *(point.certificate for point in allocator.others)):
-        if missing := sorted({*certificate.assumes} - {*optional_parts(allocator)}):
+        if missing := sorted({*_assumed(certificate)} - {*optional_parts(allocator)}):
             raise ArtefactError(f"its certificate was made with {missing[0]}, which this allocator is without")
         if certificate.chat_template not in ("", chat):
             raise ArtefactError(f"its certificate is for the chat template {certificate.chat_template}, it has {chat}")
@@ -101,8 +104,12 @@ def check_assumed(allocator: AllocatorParts) -> None:
             )
 
 
+def _assumed(certificate: Certificate) -> list[str]:
+    return [HEALING if name == OLD_HEALING else name for name in certificate.assumes]
+
+
 def check_together(allocator: AllocatorParts) -> None:
-    """Raises ArtefactError unless projection, controller, menu, stand-ins and certificate are of one make."""
+    """Raises ArtefactError unless projection, controller, menu, healing parts and certificate are of one make."""
     check_assumed(allocator)
     projection, plans = allocator.projection, len(allocator.menu)
     n_features = projection.n_features
@@ -111,13 +118,13 @@ def check_together(allocator: AllocatorParts) -> None:
         raise ArtefactError(
             f"the controller makes {predicted.shape} of {n_features} features, not a number for each of {plans} plans"
         )
-    if allocator.stand_ins is not None:
-        if allocator.stand_ins.fingerprint != allocator.fingerprint:
-            raise ArtefactError(f"its stand-ins are of another model, {allocator.stand_ins.fingerprint}")
-        for plan in allocator.stand_ins.bridges:
+    if allocator.healing is not None:
+        if allocator.healing.fingerprint != allocator.fingerprint:
+            raise ArtefactError(f"its healing parts are of another model, {allocator.healing.fingerprint}")
+        for plan in allocator.healing.bridges:
             if plan.n_layers != allocator.menu.n_layers:
                 raise ArtefactError(
-                    f"its stand-ins are for {plan.n_layers} layers, its menu for {allocator.menu.n_layers}"
+                    f"its healing parts are for {plan.n_layers} layers, its menu for {allocator.menu.n_layers}"
                 )
     known = [point.certificate for point in allocator.others]
     if len({*allocator.keeps}) < len(allocator.keeps) or not all(found.price for found in known):

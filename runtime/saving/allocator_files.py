@@ -16,8 +16,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from backbone.errors import InputError, reason_of
+from backbone.healing.attaching import Healing
 from backbone.plan import PlanMenu
-from backbone.stand_ins.attaching import StandIns
 from backbone.strict_json import parse
 from controller.base import CONTROLLERS
 from controller.certificate.certificate import Certificate
@@ -33,11 +33,12 @@ from runtime.saving.allocator_checks import (
     CHAT,
     DRIFT,
     FORMAT_VERSION,
+    HEALING,
     LARGEST_PART,
     MENU,
+    OLD_HEALING,
     OUTLIERS,
     PROJECTION,
-    STAND_INS,
     ArtefactError,
     chat_hash,
     check_assumed,
@@ -124,8 +125,8 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
     allocator.projection.save(folder / PROJECTION)
     allocator.certificate.save(folder / CERTIFICATE)
     allocator.controller.save(folder)
-    if allocator.stand_ins is not None:
-        allocator.stand_ins.save(folder / STAND_INS)
+    if allocator.healing is not None:
+        allocator.healing.save(folder / HEALING)
     if allocator.drift is not None:
         allocator.drift.save(folder / DRIFT)
     for number, point in enumerate(allocator.others, 1):
@@ -147,8 +148,9 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
     """The allocator whose files lie in `place`, under the name `folder`."""
     check_entries(folder, manifest)
     name, files = manifest["controller"], manifest["files"]
+    healing = OLD_HEALING if OLD_HEALING in files else HEALING
     try:
-        for file in files.keys() - {STAND_INS}:
+        for file in files.keys() - {healing}:
             if (size := (place / file).stat().st_size) > LARGEST_PART:
                 raise ArtefactError(f"{file} has {size} bytes; such a file has at most {LARGEST_PART}")
         allocator = kind(
@@ -160,7 +162,7 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             decoding=Decoding.from_dict(manifest["decoding"]),
             fingerprint=manifest["model"]["fingerprint"],
             model_source=manifest["model"]["source"],
-            stand_ins=StandIns.load(place / STAND_INS) if STAND_INS in files else None,
+            healing=Healing.load(place / healing) if healing in files else None,
             drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
             outliers=OutlierTest.load(place / OUTLIERS) if OUTLIERS in files else None,
             chat=ChatFormat.load(place / CHAT) if CHAT in files else None,

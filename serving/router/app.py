@@ -110,7 +110,7 @@ class _Router:
 
     async def metrics_page(self) -> Response:
         drift = self._chooser.allocator.drift
-        page = self.metrics.page(drift=drift is not None and drift.rung)
+        page = self.metrics.page(drift=drift is not None and drift.triggered)
         return Response(page, media_type="text/plain; version=0.0.4")
 
     async def answer(self, request: Request) -> Response:

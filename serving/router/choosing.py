@@ -144,7 +144,7 @@ class Chooser:
 
     def _decided(self, requests: Sequence[Prompts]) -> list[Choice]:
         flat = [prompt for prompts in requests for prompt in prompts]
-        decision = self.allocator.decider().decide(self.model, **padded_inputs(self.model, flat), keep_cache=False)
+        decision = self.allocator.selector().decide(self.model, **padded_inputs(self.model, flat), keep_cache=False)
         plans = iter([self.allocator.menu.plans[index] for index in decision.chosen])
         own = [{next(plans) for _ in prompts} for prompts in requests]
         return [Choice(found.pop()) if len(found) == 1 else self.full("several") for found in own]

@@ -33,7 +33,7 @@ def export_plan(
         tokenizer: of the model; is written too.
         text: the plan.
         folder: is made; if that is interrupted nothing is left under its name.
-        allocator: made for this model, whose plans may have stand-ins.
+        allocator: made for this model, whose plans may have healing parts.
 
     Returns:
         The number of layers written.
@@ -61,14 +61,14 @@ def export_plan(
 
 def _merge(model: PreTrainedModel, plan: LayerPlan, allocator: AllocatorParts) -> None:
     allocator.check_model(model)
-    stand_ins = allocator.stand_ins
-    if stand_ins is None or plan.is_full:
+    healing = allocator.healing
+    if healing is None or plan.is_full:
         return
-    if plan in stand_ins.bridges:
+    if plan in healing.bridges:
         raise ExportError(
             f"plan {plan} has bridges, which no ordinary checkpoint holds: serve it with layerbudget-vllm, or make an "
             "allocator with adapt.method: adapter"
         )
-    if stand_ins.adapter is not None:
-        for name, weight in stand_ins.adapter.merged(model).items():
+    if healing.adapter is not None:
+        for name, weight in healing.adapter.merged(model).items():
             model.get_parameter(name).data.copy_(weight)

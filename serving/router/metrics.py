@@ -27,7 +27,7 @@ class Metrics:
         self._answers = Counter("layerbudget_answers", "Answers by status", ["status"], registry=own)
         self.broken = Counter("layerbudget_broken_streams", "Streams that the engine broke off", registry=own)
         self.in_flight = Gauge("layerbudget_in_flight", "Requests that are being answered", registry=own)
-        self._drift = Gauge("layerbudget_drift", "1 while the drift alarm rings and all run in full", registry=own)
+        self._drift = Gauge("layerbudget_drift", "1 while the drift alarm is active and all run in full", registry=own)
 
     def chosen(self, choice: Choice, milliseconds: float) -> None:
         self._plans.labels(str(choice.plan), choice.because).inc()

@@ -11,14 +11,14 @@ from tiny import N_LAYERS, padded_batch, tiny_model
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import SharedPasses, sharing_order, unchanged_depth
 from backbone.fingerprint import model_fingerprint
+from backbone.healing import distillation, trained_parts, training_targets
+from backbone.healing.adapters import Adapter, AdapterError
+from backbone.healing.attaching import Healing, attach, detach
+from backbone.healing.distillation import History, distil
+from backbone.healing.fit_bridges import bridges_of, fit_bridges
+from backbone.healing.settings import DistillSettings
+from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
-from backbone.stand_ins import distillation, trained_parts, training_targets
-from backbone.stand_ins.adapters import Adapter, AdapterError
-from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.distillation import History, distil
-from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
-from backbone.stand_ins.settings import DistillSettings
-from backbone.stand_ins.training_targets import Example
 
 PROBE = 2
 PLANS = [LayerPlan.exiting(N_LAYERS, 3), LayerPlan.exiting(N_LAYERS, 4), LayerPlan.skipping(N_LAYERS, {3})]
@@ -60,7 +60,7 @@ def trained(model, folder, settings=SHORT, plans=PLANS, bridges=None, some=None,
 def test_training_brings_every_plan_nearer_and_leaves_the_model_as_it_was(family, where, tmp_path) -> None:
     model, untouched, batch = tiny_model(family, layer_scale=0.7), tiny_model(family, layer_scale=0.7), padded_batch()
     settings = DistillSettings(**{**_fields(SHORT), "where": where, "held": 0.2})
-    stand_ins, history = trained(model, tmp_path, settings, some=examples(model, 96))
+    healing, history = trained(model, tmp_path, settings, some=examples(model, 96))
     assert history.ended == "all steps done"
     sums = [sum(losses.values()) for losses in history.held]
     assert min(sums) < sums[0]
@@ -69,7 +69,7 @@ def test_training_brings_every_plan_nearer_and_leaves_the_model_as_it_was(family
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name])
         assert parameter.requires_grad
-    attach(model, stand_ins)
+    attach(model, healing)
     with torch.no_grad():
         full = untouched(**batch).logits
         assert torch.equal(model(**batch).logits, full)
@@ -97,11 +97,11 @@ def test_a_model_in_half_precision_is_trained_in_it_with_parameters_in_float32(f
 
     products: set[torch.dtype] = set()
     monkeypatch.setattr(trained_parts.Trainable, "attached", noted)
-    stand_ins, history = trained(model, tmp_path, some=examples(model, 96))
+    healing, history = trained(model, tmp_path, some=examples(model, 96))
     assert (dtypes, products) == ({torch.float32}, {torch.bfloat16})
     sums = [sum(losses.values()) for losses in history.held]
     assert min(sums) < sums[0]
-    assert stand_ins.adapter is not None
+    assert healing.adapter is not None
 
 
 def _fields(settings: DistillSettings) -> dict[str, object]:
@@ -111,13 +111,13 @@ def _fields(settings: DistillSettings) -> dict[str, object]:
 @pytest.mark.parametrize("plans_per_step", [1, 2, 3])
 def test_no_plan_is_left_out_however_few_run_at_a_step(tmp_path, monkeypatch, plans_per_step) -> None:
     model, plans, ran = tiny_model("llama"), [*PLANS, LayerPlan.exiting(N_LAYERS, 5)], []
-    losses = distillation.Lesson.losses
+    losses = distillation.DistillationLoss.losses
 
     def noted(self, batch, chosen, step):
         ran.extend([set(chosen)] if step >= 0 else [])
         return losses(self, batch, chosen, step)
 
-    monkeypatch.setattr(distillation.Lesson, "losses", noted)
+    monkeypatch.setattr(distillation.DistillationLoss, "losses", noted)
     trained(model, tmp_path, DistillSettings(**{**_fields(SHORT), "plans_per_step": plans_per_step}), plans)
     assert {len(chosen) for chosen in ran} == {plans_per_step}
     assert set.union(*ran) == set(plans)
@@ -131,11 +131,11 @@ def test_the_held_loss_is_the_divergence_of_the_merged_model(tmp_path) -> None:
     model = tiny_model("llama", layer_scale=0.7)
     some = examples(model)
     seen: list[History] = []
-    stand_ins, history = trained(model, tmp_path, some=some, looked=seen.append)
+    healing, history = trained(model, tmp_path, some=some, looked=seen.append)
     best = min(history.held, key=lambda losses: sum(losses.values()))
     order = np.random.default_rng(SHORT.seed).permutation(len(some))
     held = [some[i] for i in order[: round(0.1 * len(some))]]
-    attach(model, stand_ins)
+    attach(model, healing)
     for plan in PLANS:
         total = 0.0
         for example in held:
@@ -230,31 +230,31 @@ def test_references_pull_towards_themselves(tmp_path) -> None:
         Example((*example.tokens[:-4], 11, 12, 13, 14), 4, from_reference=True) for example in examples(model)
     ]
     settings = DistillSettings(**{**_fields(SHORT), "learning_rate": 1e-2, "epochs": 30})
-    stand_ins, history = trained(model, tmp_path, settings, some=references)
+    healing, history = trained(model, tmp_path, settings, some=references)
     first, last = history.held[0], history.held[-1]
     assert all(last[plan] < 0.7 * first[plan] for plan in first)
-    attach(model, stand_ins)
+    attach(model, healing)
     with apply_plan(model, PLANS[1]), torch.no_grad():
         tokens = model.generate(torch.tensor([references[0].tokens[:-4]]), max_new_tokens=4, do_sample=False)
     assert tokens[0, -4:].tolist() == [11, 12, 13, 14]
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_the_best_state_kept(tmp_path, monkeypatch) -> None:
-    model, real, calls = tiny_model("llama"), training_targets.Lesson.losses, []
+    model, real, calls = tiny_model("llama"), training_targets.DistillationLoss.losses, []
 
     def broken(self, batch, plans, step):
         calls.append(step)
         return {plan: loss * (math.nan if step == 5 else 1) for plan, loss in real(self, batch, plans, step).items()}
 
-    monkeypatch.setattr(training_targets.Lesson, "losses", broken)
-    stand_ins, history = trained(model, tmp_path)
+    monkeypatch.setattr(training_targets.DistillationLoss, "losses", broken)
+    healing, history = trained(model, tmp_path)
     assert history.ended.startswith("stopped at step 5: the loss is nan")
-    assert all(torch.isfinite(factor).all() for factors in stand_ins.adapter.changes.values() for factor in factors)
+    assert all(torch.isfinite(factor).all() for factors in healing.adapter.changes.values() for factor in factors)
 
 
 def test_too_little_memory_makes_smaller_batches_with_the_same_result(tmp_path, monkeypatch) -> None:
     whole, _ = trained(tiny_model("llama"), tmp_path / "whole")
-    real, refused = training_targets.Lesson.losses, []
+    real, refused = training_targets.DistillationLoss.losses, []
 
     def scarce(self, batch, plans, step):
         if step >= 0 and sum(len(example.tokens) for example in batch) > 40:
@@ -262,7 +262,7 @@ def test_too_little_memory_makes_smaller_batches_with_the_same_result(tmp_path, 
             raise torch.OutOfMemoryError
         return real(self, batch, plans, step)
 
-    monkeypatch.setattr(training_targets.Lesson, "losses", scarce)
+    monkeypatch.setattr(training_targets.DistillationLoss, "losses", scarce)
     parts, _ = trained(tiny_model("llama"), tmp_path / "parts")
     assert refused
     for name, factors in whole.adapter.changes.items():
@@ -277,15 +277,15 @@ def test_training_stops_where_the_held_loss_no_longer_falls(tmp_path) -> None:
 
 
 def test_the_adapter_leaves_the_probe_alone(tmp_path) -> None:
-    stand_ins, _ = trained(tiny_model("llama"), tmp_path)
-    changed = {int(name.split(".")[2]) for name in stand_ins.adapter.changes}
+    healing, _ = trained(tiny_model("llama"), tmp_path)
+    changed = {int(name.split(".")[2]) for name in healing.adapter.changes}
     assert changed == set(range(PROBE, N_LAYERS))
 
 
 def test_shared_passes_with_an_adapter_equal_separate_ones(tmp_path) -> None:
     model, batch = tiny_model("llama"), padded_batch()
-    stand_ins, _ = trained(model, tmp_path, bridges=_bridges())
-    attach(model, stand_ins)
+    healing, _ = trained(model, tmp_path, bridges=_bridges())
+    attach(model, healing)
     order = sharing_order(model, [*PLANS, FULL])
     assert unchanged_depth(model, PLANS) == PROBE
     shared = SharedPasses(model, order)
@@ -300,12 +300,12 @@ def test_shared_passes_with_an_adapter_equal_separate_ones(tmp_path) -> None:
 
 def test_adapters_survive_saving(tmp_path) -> None:
     model, batch = tiny_model("gpt2"), padded_batch()
-    stand_ins, _ = trained(model, tmp_path)
-    stand_ins.save(tmp_path / "stand_ins.safetensors")
-    loaded = StandIns.load(tmp_path / "stand_ins.safetensors")
-    assert loaded.digest == stand_ins.digest
+    healing, _ = trained(model, tmp_path)
+    healing.save(tmp_path / "healing.safetensors")
+    loaded = Healing.load(tmp_path / "healing.safetensors")
+    assert loaded.digest == healing.digest
     outputs = []
-    for each in (stand_ins, loaded):
+    for each in (healing, loaded):
         attach(model, each)
         with apply_plan(model, PLANS[0]), torch.no_grad():
             outputs.append(model(**batch).logits)

@@ -7,12 +7,12 @@ from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.fingerprint import model_fingerprint
+from backbone.healing import fit_bridges as fitting
+from backbone.healing.attaching import Healing, HealingError, attach, attached_digest, detach
+from backbone.healing.bridges import Bridge
+from backbone.healing.fit_bridges import bridges_of, fit_bridges
+from backbone.healing.ridge_regression import Moments, fit_bridge
 from backbone.plan import LayerPlan
-from backbone.stand_ins import fit_bridges as fitting
-from backbone.stand_ins.attaching import StandIns, StandInsError, attach, attached_digest, detach
-from backbone.stand_ins.bridges import Bridge
-from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
-from backbone.stand_ins.ridge_regression import Moments, fit_bridge
 
 PLANS = [
     LayerPlan.exiting(N_LAYERS, 3),
@@ -99,13 +99,13 @@ def test_bridged_plans_are_nearer_to_the_full_model(in_order) -> None:
     assert {plan: sorted(of_plan) for plan, of_plan in fits.items()} == {
         plan: [gap.start for gap in plan.gaps] for plan in PLANS
     }
-    stand_ins = StandIns(model_fingerprint(model), bridges_of(fits))
+    healing = Healing(model_fingerprint(model), bridges_of(fits))
     with torch.no_grad():
         full = model(**batch).logits[:, -1]
         for plan in PLANS:
             with apply_plan(model, plan):
                 frozen = model(**batch).logits[:, -1]
-            attach(model, stand_ins)
+            attach(model, healing)
             with apply_plan(model, plan):
                 bridged = model(**batch).logits[:, -1]
             detach(model)
@@ -142,7 +142,7 @@ def test_too_little_memory_makes_smaller_batches_with_the_same_bridges(monkeypat
 
 def attached_model(family: str, **options: object):
     model = tiny_model(family, **options)
-    attach(model, StandIns(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), PLANS, rank=8))))
+    attach(model, Healing(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), PLANS, rank=8))))
     return model
 
 
@@ -179,7 +179,7 @@ def test_the_order_of_shared_passes_does_not_depend_on_where_bridges_lie() -> No
     model, orders = tiny_model("llama"), []
     for plans in (PLANS, PLANS[::-1]):
         bridges = {plan: {gap.start: deepcopy(BRIDGE) for gap in plan.gaps} for plan in plans}  # one behind the other
-        attach(model, StandIns(model_fingerprint(model), bridges))
+        attach(model, Healing(model_fingerprint(model), bridges))
         orders.append(sharing_order(model, plans))
         detach(model)
     assert orders[0] == orders[1]
@@ -203,12 +203,12 @@ def test_the_full_plan_and_the_model_itself_are_bit_equal_with_bridges_attached(
         assert torch.equal(model.get_parameter(name), parameter)
 
 
-def test_stand_ins_survive_saving(tmp_path) -> None:
+def test_healing_survive_saving(tmp_path) -> None:
     model = tiny_model("llama")
     for form in ("full", "low_rank"):
-        made = StandIns(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), PLANS, form=form, rank=4)))
-        made.save(tmp_path / "stand_ins.safetensors")
-        loaded = StandIns.load(tmp_path / "stand_ins.safetensors")
+        made = Healing(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), PLANS, form=form, rank=4)))
+        made.save(tmp_path / "healing.safetensors")
+        loaded = Healing.load(tmp_path / "healing.safetensors")
         assert loaded.digest == made.digest
         assert loaded.fingerprint == made.fingerprint
         state = torch.randn(2, 3, 32)
@@ -221,22 +221,22 @@ def test_plans_with_a_gap_in_common_are_saved(tmp_path) -> None:
     """Their bridges over it are fitted once."""
     model = tiny_model("llama")
     plans = [LayerPlan.skipping(N_LAYERS, gap) for gap in ({2, 5}, {3, 5})]
-    made = StandIns(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), plans, rank=4)))
+    made = Healing(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), plans, rank=4)))
     made.save(tmp_path / "made")
-    loaded = StandIns.load(tmp_path / "made")
+    loaded = Healing.load(tmp_path / "made")
     assert loaded.digest == made.digest
     assert loaded.bridges.keys() == {*plans}
 
 
-def test_stand_ins_of_another_model_and_other_files_are_refused(tmp_path) -> None:
+def test_healing_of_another_model_and_other_files_are_refused(tmp_path) -> None:
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
-    with pytest.raises(StandInsError, match=r"made for llama-6x32-.*, the model given is llama-6x32-"):
-        attach(other, StandIns(model_fingerprint(model)))
-    with pytest.raises(StandInsError, match="holds no stand-ins"):
-        StandIns.load(tmp_path / "missing.safetensors")
+    with pytest.raises(HealingError, match=r"made for llama-6x32-.*, the model given is llama-6x32-"):
+        attach(other, Healing(model_fingerprint(model)))
+    with pytest.raises(HealingError, match="holds no healing parts"):
+        Healing.load(tmp_path / "missing.safetensors")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(StandInsError, match="holds no stand-ins"):
-        StandIns.load(tmp_path / "text")
+    with pytest.raises(HealingError, match="holds no healing parts"):
+        Healing.load(tmp_path / "text")
 
 
 def test_the_digest_names_what_a_plan_runs_with() -> None:
@@ -250,7 +250,7 @@ def test_the_digest_names_what_a_plan_runs_with() -> None:
 def test_bridges_cost_what_their_parameters_weigh() -> None:
     model, plan = tiny_model("llama"), LayerPlan.exiting(N_LAYERS, 3)
     bridge = Bridge((torch.zeros(32, 32),), torch.zeros(32))
-    stand_ins = StandIns(model_fingerprint(model), {plan: {3: bridge}})
+    healing = Healing(model_fingerprint(model), {plan: {3: bridge}})
     parameters = sum(p.numel() for p in model.model.layers.parameters())
-    assert stand_ins.cost(model, plan) == pytest.approx((32 * 32 + 32) / parameters)
-    assert stand_ins.cost(model, LayerPlan.full(N_LAYERS)) == 0
+    assert healing.cost(model, plan) == pytest.approx((32 * 32 + 32) / parameters)
+    assert healing.cost(model, LayerPlan.full(N_LAYERS)) == 0

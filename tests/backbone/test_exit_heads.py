@@ -7,9 +7,9 @@ import torch
 from tiny import OPTIONS, VOCABULARY, tiny_model
 
 from backbone.execution.output_head import head_on, output_logits
-from backbone.stand_ins.exit_heads import HeadFitter, HeadSettings
-from backbone.stand_ins.exit_places import read_places
-from backbone.stand_ins.training_targets import Example
+from backbone.healing.exit_heads import HeadFitter, HeadSettings
+from backbone.healing.exit_places import read_places
+from backbone.healing.training_targets import Example
 
 
 def examples_of(count: int, from_reference: bool = True, seed: int = 0) -> list[Example]:

@@ -13,10 +13,10 @@ from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.cache import CacheMismatchError, cache_bytes, remembered_plans
 from backbone.execution.row_patches import RowPlansError
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.adapters import Adapter
+from backbone.healing.attaching import Healing, attach
+from backbone.healing.bridges import Bridge
 from backbone.plan import LayerPlan, PlanError
-from backbone.stand_ins.adapters import Adapter
-from backbone.stand_ins.attaching import StandIns, attach
-from backbone.stand_ins.bridges import Bridge
 
 FULL = LayerPlan.full(N_LAYERS)
 MIDDLE = LayerPlan.skipping(N_LAYERS, {2, 3})
@@ -64,7 +64,7 @@ def alone(model, batch, plans, mode):
     return torch.stack(found)
 
 
-def with_stand_ins(family: str, *, bridges: bool, adapter: bool):
+def with_healing(family: str, *, bridges: bool, adapter: bool):
     """A model with random bridges and a random low-rank change of each matrix in its last three layers."""
     model, draw = tiny_model(family), torch.Generator().manual_seed(7)
 
@@ -82,14 +82,14 @@ def with_stand_ins(family: str, *, bridges: bool, adapter: bool):
     if family == "gpt2":  # its matrices lie the other way round
         shapes = {name: shape[::-1] for name, shape in shapes.items()}
     changes = {name: (random(shape[0], 4), random(4, shape[1])) for name, shape in shapes.items()}
-    attach(model, StandIns(model_fingerprint(model), made if bridges else {}, Adapter(changes) if adapter else None))
+    attach(model, Healing(model_fingerprint(model), made if bridges else {}, Adapter(changes) if adapter else None))
     return model
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
-def test_rows_with_stand_ins_equal_their_plan_alone_in_every_family(family) -> None:
+def test_rows_with_healing_equal_their_plan_alone_in_every_family(family) -> None:
     """Whole and half layers, a bridge for each gap and an adapter, left padding; full rows beside all of them."""
-    model, batch, wrong = with_stand_ins(family, bridges=True, adapter=True), padded_batch(), []
+    model, batch, wrong = with_healing(family, bridges=True, adapter=True), padded_batch(), []
     for mode in MODES:
         expected = alone(model, batch, PLANS, mode)
         for cache, options in CACHES.items():
@@ -102,8 +102,8 @@ def test_rows_with_stand_ins_equal_their_plan_alone_in_every_family(family) -> N
 
 @pytest.mark.parametrize("parts", ["bridges", "adapter"])
 @pytest.mark.parametrize("family", sorted(OPTIONS))
-def test_stand_ins_reach_their_own_rows_only(family, parts) -> None:
-    model, batch = with_stand_ins(family, bridges=parts == "bridges", adapter=parts == "adapter"), padded_batch()
+def test_healing_reach_their_own_rows_only(family, parts) -> None:
+    model, batch = with_healing(family, bridges=parts == "bridges", adapter=parts == "adapter"), padded_batch()
     with apply_plans(model, PLANS):
         found = generated(model, batch, range(len(PLANS)), "greedy")
     assert torch.equal(found, alone(model, batch, PLANS, "greedy"))
@@ -113,7 +113,7 @@ def test_stand_ins_reach_their_own_rows_only(family, parts) -> None:
 def test_a_head_at_full_depth_reaches_its_own_rows(family) -> None:
     """Beside rows of the full model, of an exit with a head and of halves; without a head the plan is refused."""
     model, batch, healed = (
-        with_stand_ins(family, bridges=True, adapter=False),
+        with_healing(family, bridges=True, adapter=False),
         padded_batch(),
         LayerPlan.parse("0-5h", 6),
     )
@@ -126,7 +126,7 @@ def test_a_head_at_full_depth_reaches_its_own_rows(family) -> None:
         healed: {6: Bridge((torch.randn(32, 32),), torch.randn(32))},
         EXIT: {3: Bridge((torch.ones(32, 32),), torch.ones(32))},
     }
-    attach(model, StandIns(model_fingerprint(model), made))
+    attach(model, Healing(model_fingerprint(model), made))
     for plans in ([healed, FULL, EXIT, HALVES], [FULL, healed, healed, FULL]):
         with apply_plans(model, plans):
             found = generated(model, batch, range(len(plans)), "greedy")
@@ -143,7 +143,7 @@ def test_rows_drawn_with_their_own_seeds_differ_from_greedy_ones() -> None:
 @torch.no_grad()
 def test_where_no_row_has_left_full_rows_are_bit_equal_to_stock_beside_adapted_ones() -> None:
     """The adapter changes layers 3 to 5, of which all rows run the first two."""
-    model, batch = with_stand_ins("llama", bridges=False, adapter=True), padded_batch()
+    model, batch = with_healing("llama", bridges=False, adapter=True), padded_batch()
     last = LayerPlan.exiting(N_LAYERS, N_LAYERS - 1)
     stock = model(**batch, use_cache=False, output_hidden_states=True).hidden_states[N_LAYERS - 1]
     with apply_plans(model, [last, FULL, last, FULL]):
@@ -153,7 +153,7 @@ def test_where_no_row_has_left_full_rows_are_bit_equal_to_stock_beside_adapted_o
 
 
 def test_a_full_row_beside_adapted_ones_has_the_weights_of_the_stock_model() -> None:
-    model, batch = with_stand_ins("llama", bridges=True, adapter=True), padded_batch()
+    model, batch = with_healing("llama", bridges=True, adapter=True), padded_batch()
     stock = model(**batch, use_cache=False).logits
     with apply_plans(model, PLANS):
         mixed = model(**batch, use_cache=False).logits

@@ -6,9 +6,9 @@ from tiny import OPTIONS, VOCABULARY, tiny_model, tiny_tokenizer
 
 from backbone.execution import shared_prefixes
 from backbone.execution.shared_prefixes import Beginning, beginnings, can_share, groups_of, shared_lengths
+from backbone.healing.exit_places import read_places
+from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
-from backbone.stand_ins.exit_places import read_places
-from backbone.stand_ins.training_targets import Example
 from oracle.decoding import Decoding
 from oracle.labels.exit_answers import exit_answers
 

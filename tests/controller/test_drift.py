@@ -27,7 +27,7 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
 def test_p_values_are_independent_and_uniform_also_with_ties() -> None:
     random, found = np.random.default_rng(0), []
     watched = alarm(random, n=50)
-    watched._gambler.bet = found.append  # type: ignore[method-assign]
+    watched._martingale.bet = found.append  # type: ignore[method-assign]
     watched.observe(*prompts(random, 3000))
     for channel in np.array(found).T:
         assert kstest(channel, "uniform").pvalue > 0.01
@@ -44,8 +44,8 @@ def test_another_population_rings(change, within) -> None:
         random = np.random.default_rng(seed)
         watched = alarm(random)
         assert watched.observe(*prompts(random, within, **change))
-        assert watched.rung
-        assert watched.state.rings >= 1
+        assert watched.triggered
+        assert watched.state.alarms >= 1
 
 
 @pytest.mark.parametrize("seed", [1, 3])
@@ -75,14 +75,14 @@ def test_it_rings_until_it_is_reset() -> None:
     assert not watched.observe(*prompts(random, 50))
 
 
-def test_it_falls_silent_when_prompts_are_as_before_and_stays_on_while_they_are_not() -> None:
+def test_it_clears_when_prompts_are_as_before_and_stays_on_while_they_are_not() -> None:
     for seed in range(5):
         random = np.random.default_rng(seed)
         watched = alarm(random)
         assert watched.observe(*prompts(random, FEWEST, scale=2))
         for _ in range(20):
             assert watched.observe(*prompts(random, 100, scale=2)), "the new prompts have not become the usual ones"
-        assert watched.state.rings > 5
+        assert watched.state.alarms > 5
         assert not watched.observe(*prompts(random, FEWEST + RECOVERY))
         assert watched.observe(*prompts(random, 150, scale=2)), "it rings again"
 
@@ -97,7 +97,7 @@ def test_every_ring_is_a_test_of_its_own() -> None:
 
 def _rings_after(watched: DriftAlarm, served: tuple[np.ndarray, np.ndarray]) -> int:
     watched.observe(*served)
-    return watched.state.rings
+    return watched.state.alarms
 
 
 def test_the_same_prompts_over_and_over_are_counted_once() -> None:

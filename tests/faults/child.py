@@ -29,7 +29,7 @@ LONGEST_LOOK = 2
 _starting = threading.Lock()
 _IMPORTED = [
     "layerbudget.cli",
-    "pipelines.runner",
+    "pipelines.run.runner",
     "pipelines.stages.menu",
     "pipelines.stages.adapt",
     "pipelines.stages.label",

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 
 from pipelines.config import load_config
-from pipelines.workspace import IN_FULL, Workspace
+from pipelines.run.workspace import IN_FULL, Workspace
 
 VOLATILE = {"seconds", "date", "decision_ms", "created", "save_id"}
 """Keys of results whose values are times."""
@@ -23,7 +23,7 @@ DATE = re.compile(r"\d{4}-\d\d-\d\d")
 def content_of(run: Path) -> dict[str, Any]:
     """Name of each result in a run folder -> what it holds."""
     found = {name: _without_times(json.loads((run / name).read_text())) for name in JSON_FILES}
-    found["stand_ins.safetensors"] = _digest(run / "stand_ins.safetensors")
+    found["healing.safetensors"] = _digest(run / "healing.safetensors")
     for path in sorted((run / "controllers").rglob("*")):
         if path.is_file():
             found[str(path.relative_to(run))] = _digest(path)

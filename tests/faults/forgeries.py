@@ -199,7 +199,7 @@ def of_parts() -> Iterator[tuple[str, Forge]]:
     yield "drift of one channel", partial(tensor_put, "drift", "reference_scores", lambda a: a[:, :1])
     for text in ("inf", "nan", "0", "1", "1.0", "-0.5", "٠.٠١", " 0.0_1", "0.0", "1e-999", "x", "", DEEP, None):
         yield f"drift rate {str(text)[:20]!r}", partial(about_put, "drift", text)
-    for name in ("outliers", "drift", "stand_ins"):
+    for name in ("outliers", "drift", "healing"):
         yield f"without {name}", partial(part_left_out, name + TENSORS)
     yield "without chat", partial(part_left_out, "chat.json")
     for name, keys, values in VALUES:

@@ -15,7 +15,7 @@ from project import Project
 from selection import selected
 
 MLP = ("menu.json", "projection.safetensors", "certificate.json", "controller.safetensors", "drift.safetensors",
-       "outliers.safetensors", "stand_ins.safetensors")  # fmt: skip
+       "outliers.safetensors", "healing.safetensors")  # fmt: skip
 TREES = ("controller.safetensors",)
 FILES = [("finished", name) for name in (*MLP, "README.md", "manifest.json")] + [("trees", name) for name in TREES]
 

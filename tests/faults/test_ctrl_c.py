@@ -24,11 +24,11 @@ from backbone.interrupts import INTERRUPTED, LINE
 
 ALLOCATOR = ("--allocator", "runs/tiny/allocator")
 MOMENTS = [
-    ("check", None, Press("pipelines.check:try_judge", place="destructor")),
-    ("run", "menu", Press("pipelines.workspace:load_backbone", place="callback")),
+    ("check", None, Press("pipelines.run.check:try_judge", place="destructor")),
+    ("run", "menu", Press("pipelines.run.workspace:load_backbone", place="callback")),
     ("run", "label", Press("oracle.labels.store:LabelStore.add", call=2, place="destructor")),
-    ("run", "tune", Press("pipelines.settings_search:_objective")),
-    ("tune", "tune", Press("pipelines.settings_search:Work.judge", times=2)),
+    ("run", "tune", Press("pipelines.stages.settings_search:_objective")),
+    ("tune", "tune", Press("pipelines.stages.settings_search:Work.judge", times=2)),
     ("run", "train", Press("controller.models.mlp:MLPController._fit", place="callback", times=2)),
     ("report", None, Press("mlflow:log_params", place="destructor")),
     ("report", None, Press("mlflow:log_artifacts", times=2)),

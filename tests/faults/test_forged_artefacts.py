@@ -10,10 +10,10 @@ from child import _IMPORTED, _environment
 from forgeries import run_table
 from outcome import GOOD
 from tiny import padded_batch, tiny_model
-from tiny_allocator import SETS, make_allocator, with_stand_ins
+from tiny_allocator import SETS, make_allocator, with_healing
 
 from backbone.errors import InputError
-from backbone.stand_ins.attaching import detach
+from backbone.healing.attaching import detach
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from controller.features import prompt_features
@@ -31,7 +31,7 @@ def save_bases(folder: Path) -> dict[str, Path]:
     """An allocator with trees, and one that has every part."""
     model, batch, tokenizer = tiny_model("llama"), padded_batch(), chat_tokenizer()
     trees = make_allocator(model, controller=LightGBMController(n_trees=8, min_leaf_rows=5), name="lightgbm")
-    made, features = with_stand_ins(model), prompt_features(model, batch["input_ids"], batch["attention_mask"], 2, SETS)
+    made, features = with_healing(model), prompt_features(model, batch["input_ids"], batch["attention_mask"], 2, SETS)
     many = {name: np.repeat(rows, 10, axis=0) for name, rows in features.items()}
     template = ChatTemplate(WITH_BEGIN, {"bos_token": str(tokenizer.bos_token)})
     whole = replace(

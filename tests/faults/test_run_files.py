@@ -15,7 +15,7 @@ from project import Project
 from selection import selected
 
 FILES = (
-    "run.json", "config.yaml", "model.*", "menu.json", "stand_ins.safetensors", "adapt.json", "labels.db",
+    "run.json", "config.yaml", "model.*", "menu.json", "healing.safetensors", "adapt.json", "labels.db",
     "features.parquet", "tuning.db", "tuning.json", "winner.yaml", "controllers/mlp/controller.safetensors",
     "controllers/mlp/projection.safetensors", "calibration.json", "allocator/manifest.json", "allocator/menu.json",
     "allocator/controller.safetensors", "metrics.json", "choices.json", "report.html", "logged.json",

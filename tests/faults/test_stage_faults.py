@@ -20,7 +20,7 @@ ExpectGood = Callable[[Outcome, str], None]
 
 RESULTS = {
     "menu": "menu.json",
-    "adapt": "stand_ins.safetensors",
+    "adapt": "healing.safetensors",
     "label": "labels.db",
     "features": "features.parquet",
     "tune": "tuning.json",
@@ -29,7 +29,7 @@ RESULTS = {
     "evaluate": "metrics.json",
     "report": "report.html",
 }
-BEFORE = {"adapt": "menu.json", "label": "stand_ins.safetensors", "features": "menu.json",
+BEFORE = {"adapt": "menu.json", "label": "healing.safetensors", "features": "menu.json",
           "tune": "features.parquet", "train": "tuning.json", "calibrate": "controllers/mlp/controller.safetensors",
           "evaluate": "allocator/menu.json", "report": "metrics.json"}  # fmt: skip
 ALL_STAGES = list(RESULTS)

@@ -5,7 +5,7 @@ import pytest
 from command import refused
 
 from layerbudget.failures import sentence_of, visible
-from pipelines import check
+from pipelines.run import check
 
 GOES_ON = "; once that is put right, the same command goes on from here"
 

@@ -11,8 +11,8 @@ import yaml
 from command import layerbudget
 from tiny import tiny_model, tiny_tokenizer
 
+from backbone.healing.attaching import attached_digest
 from backbone.plan import LayerPlan, PlanError, PlanMenu
-from backbone.stand_ins.attaching import attached_digest
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
 from oracle.labels.store import LabelStore

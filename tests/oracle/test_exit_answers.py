@@ -6,9 +6,9 @@ from tiny import OPTIONS, tiny_model, tiny_tokenizer
 
 from backbone.families import decoder_layers
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing, attach
+from backbone.healing.bridges import Bridge
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import StandIns, attach
-from backbone.stand_ins.bridges import Bridge
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.labels.exit_answers import are_exits, exit_answers, exit_depth
@@ -33,7 +33,7 @@ def with_heads(family: str):
         plan: {len(plan.attention): Bridge((torch.randn(size, size) / 8,), torch.randn(size))}
         for plan in (*EXITS[:2], HEALED)
     }
-    attach(model, StandIns(model_fingerprint(model), bridges))
+    attach(model, Healing(model_fingerprint(model), bridges))
     return model
 
 

@@ -18,23 +18,23 @@ from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import layers_of_shared_passes
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing, attach, detach
+from backbone.healing.bridges import Bridge
 from backbone.left_padding import in_halves
 from backbone.plan import LayerPlan, PlanMenu
-from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.bridges import Bridge
 from oracle.decoding import Decoding, DecodingError, cut_at_stop
 from oracle.labels import answers_from_full as leading
 from oracle.labels import generate_answers as generating
 from oracle.labels import labeller as labelling
-from oracle.labels.answers_from_full import Draft, Shortcut
+from oracle.labels.answers_from_full import Draft, Verification
 from oracle.labels.equal_batches import packed
-from oracle.labels.follow_full_answer import follow
 from oracle.labels.generate_answers import answer_batch, continue_batch, stop_token_ids
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import key_of, score_matrix
 from oracle.labels.store import CUT, Label, LabelStore, StoreError
 from oracle.labels.token_agreement import acceptance_rates
-from oracle.labels.worth_leading import worth_leading
+from oracle.labels.verification import follow
+from oracle.labels.verification_trial import worth_verifying
 from oracle.prompts import Prompt, PromptError, Shard
 
 DECODING = Decoding(4)
@@ -104,7 +104,7 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
     gentle, tokenizer, tmp_path, judge, stop, worth, monkeypatch
 ) -> None:
     monkeypatch.setattr(labelling, "TRIAL", 4)
-    monkeypatch.setattr(labelling, "worth_leading", lambda model, saved, spent: list(saved)[worth])
+    monkeypatch.setattr(labelling, "worth_verifying", lambda model, saved, spent: list(saved)[worth])
     prompts = [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "abc", judge) for i in range(12)]
     plans = [LayerPlan.skipping(6, {5}), LayerPlan.skipping(6, {4}, attention={2}), LayerPlan.skipping(6, {3, 5})]
     menu = PlanMenu.build([*plans, LayerPlan.exiting(6, 2)], sublayer_bytes(gentle), probe_depth=2)
@@ -207,7 +207,7 @@ def test_decoding_that_cannot_be_is_one_sentence(changes, message) -> None:
 )
 def test_a_text_has_parted_when_no_continuation_can_agree(text, stops, parted, model, tokenizer) -> None:
     draft = Draft(PROMPTS[0], LayerPlan.full(6), tokenizer(text).input_ids, 0.0, 0.0)
-    assert Shortcut(model, tokenizer, Decoding(9, stops)).has_parted(draft, "abc") == parted
+    assert Verification(model, tokenizer, Decoding(9, stops)).has_diverged(draft, "abc") == parted
 
 
 @pytest.mark.parametrize(("first", "looks"), [(1, 1), (1, 3), (2, 2), (9, 3)])
@@ -240,24 +240,24 @@ def test_a_row_ends_when_there_is_enough_of_it_and_the_others_go_on(model, token
 
 
 def test_no_more_is_generated_than_shows_that_texts_have_parted(model, tokenizer, tmp_path) -> None:
-    plan, follower = LayerPlan.exiting(6, 3), Shortcut(model, tokenizer, Decoding(6))
+    plan, verification = LayerPlan.exiting(6, 3), Verification(model, tokenizer, Decoding(6))
     labeller = Labeller(model, tokenizer, Decoding(6), LabelStore(tmp_path / "labels.db"), 4)
     menu = PlanMenu.build([plan], sublayer_bytes(model), 2)
     labeller.label(PROMPTS, menu)
     full = {prompt: row[-1] for prompt, row in zip(PROMPTS, labeller.read(PROMPTS, menu), strict=True)}
     plain = [answer_batch(model, tokenizer, [prompt.prompt], plan, Decoding(6))[0] for prompt in PROMPTS]
-    (finished,) = follower.finish([Draft(prompt, plan) for prompt in PROMPTS], full)
+    (finished,) = verification.finish([Draft(prompt, plan) for prompt in PROMPTS], full)
     assert any(len(draft.ids) < 6 for draft in finished)
     for draft, answer in zip(finished, plain, strict=True):
         assert draft.ids == answer.token_ids[: len(draft.ids)]
-        assert follower.is_settled(draft, full[draft.prompt].answer)
+        assert verification.is_decided(draft, full[draft.prompt].answer)
         assert not any(
-            follower.is_settled(Draft(draft.prompt, plan, draft.ids[:n]), full[draft.prompt].answer)
+            verification.is_decided(Draft(draft.prompt, plan, draft.ids[:n]), full[draft.prompt].answer)
             for n in range(1, len(draft.ids))
         )
         assert draft.forward_tokens == (len(draft.prompt.prompt) + len(draft.ids)) * 0.5
     judged = [Prompt(prompt.id, "t", prompt.prompt, "", "rouge_l") for prompt in PROMPTS]
-    (whole,) = follower.finish([Draft(p, plan) for p in judged], dict(zip(judged, full.values(), strict=True)))
+    (whole,) = verification.finish([Draft(p, plan) for p in judged], dict(zip(judged, full.values(), strict=True)))
     assert [draft.ids for draft in whole] == [answer.token_ids for answer in plain]
 
 
@@ -267,7 +267,7 @@ GAP, END = LayerPlan.skipping(6, {3}), LayerPlan.skipping(6, {4, 5})
 def test_a_plan_that_misses_only_prompts_of_the_trial_is_labelled_too(model, tokenizer, tmp_path, monkeypatch) -> None:
     """As after a stop: one plan has all labels but one, another has none."""
     monkeypatch.setattr(labelling, "TRIAL", 2)
-    monkeypatch.setattr(labelling, "worth_leading", lambda model, saved, spent: list(saved))
+    monkeypatch.setattr(labelling, "worth_verifying", lambda model, saved, spent: list(saved))
     labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), batch_size=4)
     full = LayerPlan.full(6)
     labeller.label_some({full: PROMPTS, GAP: PROMPTS[1:]}, full)
@@ -284,7 +284,7 @@ def bridged(gentle):
         plan: {first: Bridge((torch.randn(32, 32, generator=draw) * 0.1,), torch.randn(32, generator=draw))}
         for plan, first in ((GAP, 3), (END, 4))
     }
-    attach(gentle, StandIns(model_fingerprint(gentle), bridges))
+    attach(gentle, Healing(model_fingerprint(gentle), bridges))
     yield gentle
     detach(gentle)
 
@@ -320,7 +320,7 @@ def test_plans_share_what_they_begin_with_and_answer_as_alone(
 
         monkeypatch.setattr(bridged, "generate", of_two)
     full = {prompt: labels[key_of(prompt)] for prompt in prompts}
-    found = [draft for some in Shortcut(bridged, tokenizer, decoding).finish(drafts, full) for draft in some]
+    found = [draft for some in Verification(bridged, tokenizer, decoding).finish(drafts, full) for draft in some]
     assert [(draft.prompt, draft.plan) for draft in found] == [(draft.prompt, draft.plan) for draft in drafts]
     for draft in found:
         assert draft.ids == alone[draft.plan][prompts.index(draft.prompt)].token_ids
@@ -337,9 +337,9 @@ def test_leading_pays_where_it_settles_more_than_its_passes_cost(model) -> None:
     exits = [LayerPlan.exiting(6, depth) for depth in (3, 4, 5)]  # 5 layers in shared passes
     gaps = [LayerPlan.skipping(6, skipped) for skipped in ({1}, {2}, {3})]  # 5 + 4 + 3
     assert [layers_of_shared_passes(model, plans) for plans in (exits, gaps, gaps[:1])] == [5, 12, 5]
-    assert worth_leading(model, dict.fromkeys(exits, 2.0), spent=5.0) == exits
-    assert worth_leading(model, dict.fromkeys(gaps, 2.0), spent=12.0) == []
-    assert worth_leading(model, {gaps[0]: 5.5, gaps[1]: 1.0, gaps[2]: -1.0}, spent=12.0) == gaps[:1]
+    assert worth_verifying(model, dict.fromkeys(exits, 2.0), spent=5.0) == exits
+    assert worth_verifying(model, dict.fromkeys(gaps, 2.0), spent=12.0) == []
+    assert worth_verifying(model, {gaps[0]: 5.5, gaps[1]: 1.0, gaps[2]: -1.0}, spent=12.0) == gaps[:1]
 
 
 def test_batches_hold_about_the_same_tokens() -> None:
@@ -416,9 +416,9 @@ def test_scores_by_an_older_meaning_of_a_judge_are_not_read(model, tokenizer, tm
 
 def test_an_answer_goes_on_while_one_of_its_references_fits(model, tokenizer) -> None:
     prompt = Prompt("p", "t", "a", "abc", "exact", alternatives=("xyz",))
-    shortcut = Shortcut(model, tokenizer, DECODING)
+    shortcut = Verification(model, tokenizer, DECODING)
     begun = {text: Draft(prompt, LayerPlan.full(6), tokenizer(text).input_ids) for text in ("ab", "xy", "xyz", "xa")}
-    assert [text for text, draft in begun.items() if shortcut.has_parted(draft, "")] == ["xa"]
+    assert [text for text, draft in begun.items() if shortcut.has_diverged(draft, "")] == ["xa"]
 
 
 @pytest.mark.parametrize("shortcut", [False, True])

@@ -14,8 +14,8 @@ from scipy.stats import binom
 from controller.certificate.calibration import PricePath, valid_price
 from oracle.labels.reader import judged
 from oracle.prompts import Prompt
-from pipelines.learning_sections import CalibrationSection
-from pipelines.learning_table import Table, groups_of
+from pipelines.config.learning_sections import CalibrationSection
+from pipelines.evaluation.learning_table import Table, groups_of
 from pipelines.stages.calibrate import price_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

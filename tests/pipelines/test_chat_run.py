@@ -11,10 +11,10 @@ from tiny import tiny_model
 from backbone.loading import load_backbone
 from oracle.chat import ChatTemplate, tokens_of
 from pipelines.config import load_config
-from pipelines.run_state import RunState
-from pipelines.runner import run_all
-from pipelines.stage_list import BY_NAME
-from pipelines.workspace import Workspace
+from pipelines.run.runner import run_all
+from pipelines.run.stage_list import BY_NAME
+from pipelines.run.state import RunState
+from pipelines.run.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.saving.allocator_checks import optional_parts
 

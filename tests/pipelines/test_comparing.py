@@ -10,10 +10,10 @@ from controller.certificate.risks import quality_kept
 from controller.learning import Settings
 from oracle.prompts import Prompt
 from pipelines.config import load_config
-from pipelines.controls import _controls, control_features, control_settings, with_task
-from pipelines.learning_table import Table
-from pipelines.omissions import Omissions
-from pipelines.pooled_gain import knows_the_prompt, out_of_fold, pooled_gain
+from pipelines.evaluation.controls import _controls, control_features, control_settings, with_task
+from pipelines.evaluation.learning_table import Table
+from pipelines.evaluation.omissions import Omissions
+from pipelines.evaluation.pooled_gain import knows_the_prompt, out_of_fold, pooled_gain
 
 ROOT = Path(__file__).parents[2]
 

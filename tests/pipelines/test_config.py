@@ -97,7 +97,7 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
             "evaluation.own_judges=4",
             "unknown key 'evaluation.own_judges'; rescoring a finished run by",
         ),
-        ("evaluation.frozen=true", "plans with and without stand-ins are now compared by benchmarks/adapt.py"),
+        ("evaluation.frozen=true", "plans with and without healing parts are now compared by benchmarks/adapt.py"),
         ("evaluation.control_trials=4", "controls have default settings; benchmarks/redraws.py searches"),
         ("evaluation.template=x", "yourself, and give them to `layerbudget compare`"),
         ("evaluation.template_prompts=8", "yourself, and give them to `layerbudget compare`"),

@@ -7,19 +7,19 @@ import torch
 
 from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing
+from backbone.healing.bridges import Bridge
+from backbone.healing.training_targets import Example
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import StandIns
-from backbone.stand_ins.bridges import Bridge
-from backbone.stand_ins.training_targets import Example
-from pipelines import exit_heads
 from pipelines.config import ConfigError, load_config
-from pipelines.exit_heads import make_heads
-from pipelines.runner import run_all
+from pipelines.evaluation.summary import closing
+from pipelines.run.runner import run_all
+from pipelines.run.workspace import Workspace
+from pipelines.stages import exit_heads
 from pipelines.stages import menu as menus
 from pipelines.stages.adapt import _Making
-from pipelines.summary import closing
-from pipelines.workspace import Workspace
+from pipelines.stages.exit_heads import make_heads
 from runtime.allocator import Allocator
 from runtime.parts import UncertifiedError
 
@@ -89,12 +89,12 @@ def test_too_many_states_are_read_from_fewer_prompts(model, monkeypatch) -> None
     assert record["prompts"] == 32
 
 
-def heads_that_say(model, token: int, plans: list[LayerPlan]) -> StandIns:
+def heads_that_say(model, token: int, plans: list[LayerPlan]) -> Healing:
     """Heads after which every state is one that says the same token."""
     size = model.config.get_text_config().hidden_size
     state = model.get_output_embeddings().weight[token].float().detach()
     head = Bridge((-torch.eye(size),), state / state.norm() * size)
-    return StandIns(model_fingerprint(model), {plan: {len(plan.attention): head} for plan in plans})
+    return Healing(model_fingerprint(model), {plan: {len(plan.attention): head} for plan in plans})
 
 
 def test_a_menu_with_a_head_at_full_depth_runs_at_several_levels(

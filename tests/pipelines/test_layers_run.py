@@ -8,8 +8,8 @@ from tiny_allocator import ByLength, make_allocator
 
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
-from pipelines.layers_run import check_layers_run
-from runtime import deciding
+from pipelines.evaluation.layers_run import check_layers_run
+from runtime import plan_selection as deciding
 from runtime.generation import OtherLayersError
 
 TEXTS = ["abc", "abcd", "bcd", "bcde", "cde", "cdef", "def", "defg", 11 * "a", 11 * "b"]

@@ -18,11 +18,11 @@ from controller.certificate.p_values import CalibrationError
 from oracle.labels.store import LabelStore
 from oracle.prompts import Prompt
 from pipelines.config import load_config
-from pipelines.learning_table import Table
-from pipelines.runner import run_one
+from pipelines.evaluation.learning_table import Table
+from pipelines.run.runner import run_one
+from pipelines.run.workspace import Workspace
 from pipelines.stages import calibrate
 from pipelines.stages.label import label_cells
-from pipelines.workspace import Workspace
 
 MENUS = {
     "gaps": ["0-1", "0-1,5", "0-2,5", "0-3,5", "0-1,3-5", "0-4"],

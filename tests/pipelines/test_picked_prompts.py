@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from backbone.errors import InputError
-from pipelines import runner
 from pipelines.config import load_config
-from pipelines.runner import run_one
-from pipelines.shown_prompts import shown_rows
+from pipelines.evaluation.examples import shown_rows
+from pipelines.evaluation.speed import timed_rows
+from pipelines.run import runner
+from pipelines.run.runner import run_one
+from pipelines.run.workspace import Workspace
 from pipelines.stages import adapt
 from pipelines.stages.menu import _parts
-from pipelines.wall_clock import timed_rows
-from pipelines.workspace import Workspace
 
 
 @pytest.mark.parametrize("method", ["both", "best"])

@@ -3,7 +3,7 @@
 import pytest
 from command import refused
 
-from pipelines.progress import Lines, console, duration
+from pipelines.run.progress import Lines, console, duration
 
 
 def test_dry_run_is_refused_by_naming_check(config_file) -> None:

@@ -14,8 +14,8 @@ from ray_processes import content, finish, label_until_killed, label_while_killi
 from tiny_project import make_project
 
 from backbone.errors import InputError
-from pipelines.config_sections import RaySection
-from pipelines.distributed import LOCAL, workers_at
+from pipelines.config.sections import RaySection
+from pipelines.ray.distributed import LOCAL, workers_at
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed; `make test-ray` brings it")
 LONG = os.environ.get("LAYERBUDGET_FAULTS") == "long"
@@ -65,7 +65,7 @@ def test_stages_on_ray_end_as_in_one_process(config_file, tmp_path) -> None:
             assert done.returncode == 0, done.stderr
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     assert content(one / "labels.db") == content(two / "labels.db")
-    assert (one / "stand_ins.safetensors").read_bytes() == (two / "stand_ins.safetensors").read_bytes()
+    assert (one / "healing.safetensors").read_bytes() == (two / "healing.safetensors").read_bytes()
     assert (one / "features.parquet").read_bytes() == (two / "features.parquet").read_bytes()
 
 

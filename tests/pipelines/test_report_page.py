@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from pipelines import figures
+from pipelines.evaluation import figures
 from pipelines.stages import report
 from pipelines.stages.report import with_labels
 

@@ -26,9 +26,9 @@ from oracle.labels.store import CUT
 from oracle.prompts import load_prompts
 from oracle.splits import splits_of
 from pipelines.config import load_config
-from pipelines.config_sections import DataSection
-from pipelines.run_state import content_hash
-from pipelines.wall_clock import NOISE
+from pipelines.config.sections import DataSection
+from pipelines.evaluation.speed import NOISE
+from pipelines.run.state import content_hash
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ["full", "best_static", "static_mixture", "random", "oracle", "lightgbm", "mlp"]
@@ -232,7 +232,7 @@ def test_ctrl_c_says_that_the_run_goes_on_and_a_second_process_waits_its_turn(co
     assert layerbudget("run", path, "--set", "tuning.trials=2").returncode == 0
 
 
-def test_prompts_that_stand_ins_are_fitted_on_teach_and_judge_nothing(finished) -> None:
+def test_prompts_that_healing_are_fitted_on_teach_and_judge_nothing(finished) -> None:
     _, folder, _ = finished
     prompts = load_prompts("prompts.jsonl")
     parts = splits_of(prompts, DataSection().shares)
@@ -314,28 +314,28 @@ def test_shortened_plans_are_adapted_in_every_way(config_file, method) -> None:
     folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
     record = json.loads((folder / "adapt.json").read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert record["method"] == metrics["stand_ins"]["method"] == method
+    assert record["method"] == metrics["healing"]["method"] == method
     assert ("bridges" in record) == (method in ("bridges", "both"))
     assert (f"training_{method}" in record) == (method in ("adapter", "both"))
     added = sum(record["added_budget"].values())
     assert (added > 0) == (method in ("bridges", "both"))
-    assert (folder / "allocator" / "stand_ins.safetensors").exists() == (method != "none")
+    assert (folder / "allocator" / "healing.safetensors").exists() == (method != "none")
     with sqlite3.connect(folder.parent.parent / "mlruns" / "mlflow.db") as connection:
         keys = {key for (key,) in connection.execute("SELECT DISTINCT key FROM metrics")}
     assert any(key.startswith(f"training_{method}/held_kl/0-") for key in keys) == (method in ("adapter", "both"))
-    budgets = [budget for budget, _ in metrics["stand_ins"]["after"]["static"]]
+    budgets = [budget for budget, _ in metrics["healing"]["after"]["static"]]
     frozen = [plan["budget"] for plan in json.loads((folder / "menu.json").read_text())["plans"]]
     assert sum(budgets) == pytest.approx(sum(frozen) + added)
 
 
-def test_stand_ins_of_another_run_are_taken(config_file) -> None:
-    """A GPU may train what a CPU labels with: the second run trains nothing, and has the same stand-ins."""
+def test_healing_of_another_run_are_taken(config_file) -> None:
+    """A GPU may train what a CPU labels with: the second run trains nothing, and has the same healing parts."""
     path = config_file(adapt={"method": "both", **ADAPTED})
     for stage in ("menu", "adapt"):
         assert layerbudget(stage, path).returncode == 0
     first = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
     given = config_file(
-        "second.yaml", name="second", adapt={"method": "given", "given": str(first / "stand_ins.safetensors")}
+        "second.yaml", name="second", adapt={"method": "given", "given": str(first / "healing.safetensors")}
     )
     for stage in ("menu", "adapt"):
         done = layerbudget(stage, given)
@@ -353,7 +353,7 @@ def test_stand_ins_of_another_run_are_taken(config_file) -> None:
     assert "has no bridges for the plan" in said
 
 
-def test_given_stand_ins_must_be_there(config_file) -> None:
+def test_given_healing_must_be_there(config_file) -> None:
     path = config_file(adapt={"method": "given", "given": "nowhere.safetensors"})
     assert "adapt.given: there is no file nowhere.safetensors" in refused("check", path)
 
@@ -398,7 +398,7 @@ def test_the_best_way_to_adapt_is_measured_on_the_tune_split(config_file) -> Non
 def test_too_few_tokens_for_full_bridges_are_said(config_file) -> None:
     path = config_file(adapt={"method": "bridges", "prompts": 8})
     layerbudget("menu", path)
-    with patch("backbone.stand_ins.ridge_regression.TOKENS_PER_INPUT", 50):
+    with patch("backbone.healing.ridge_regression.TOKENS_PER_INPUT", 50):
         done = layerbudget("adapt", path)
     assert "too few for full bridges" in done.stdout
 
@@ -440,7 +440,7 @@ def test_an_answer_that_a_judge_fails_on_counts_as_lost(config_file, prompts_fil
     assert "labels have no score, the first since the judge 'fussy:judge' failed on prompt" in output
     metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
     assert metrics["full"]["quality"] == 0.5
-    assert min(quality for _, quality in metrics["stand_ins"]["after"]["static"]) < 0.4
+    assert min(quality for _, quality in metrics["healing"]["after"]["static"]) < 0.4
     certificate = metrics["certificate"]
     prompts = load_prompts(str(prompts_file))
     failing = {prompt.id for prompt in prompts[::20]}

@@ -13,7 +13,7 @@ import yaml
 from command import layerbudget, refused, snapshot
 
 from oracle.judges import JudgeError, check_judge
-from pipelines.run_state import content_hash
+from pipelines.run.state import content_hash
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ USER_FILES = {
     "labels.db": "mine",
     "allocator/model.safetensors": "weights",
     "report.html": "mine",
-    ".stand_ins.unfinished": "mine",
+    ".healing.unfinished": "mine",
     "notes.txt": "mine",
 }
 
@@ -159,7 +159,7 @@ def test_a_finished_run_writes_nothing(project, monkeypatch) -> None:
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
     monkeypatch.setattr("tempfile.mkstemp", forbidden)
-    monkeypatch.setattr("pipelines.runner.FileLock", forbidden)
+    monkeypatch.setattr("pipelines.run.runner.FileLock", forbidden)
     done = layerbudget("run", project / "tiny.yaml", "--set", 'try_prompts=["abc"]')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == 9
@@ -248,7 +248,7 @@ def test_reading_labels_takes_no_language_model(project, monkeypatch) -> None:
     def forbidden(*arguments: object, **options: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("pipelines.workspace.load_backbone", forbidden)
+    monkeypatch.setattr("pipelines.run.workspace.load_backbone", forbidden)
     for stage in ("tune", "train", "calibrate"):
         done = layerbudget(stage, project / "tiny.yaml")
         assert done.returncode == 0, done.stdout + done.stderr

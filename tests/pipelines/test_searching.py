@@ -14,9 +14,9 @@ from redraws import searched, settings_for
 from backbone.errors import InputError
 from controller.base import LearningError
 from controller.learning import Settings
-from pipelines.learning_sections import TuningSection
-from pipelines.settings_regret import Work, default_settings, settings_of, settled
-from pipelines.settings_search import Search, finished, open_study, search
+from pipelines.config.learning_sections import TuningSection
+from pipelines.stages.settings_regret import Work, default_settings, settings_of, settled
+from pipelines.stages.settings_search import Search, finished, open_study, search
 
 
 def some_work(**tuning) -> Work:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipelines.shown_prompts import shown_rows
+from pipelines.evaluation.examples import shown_rows
 
 TASKS = ["a", "a", "b", "a", "b", "c"]
 

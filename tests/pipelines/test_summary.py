@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.config import ConfigError
-from pipelines.first_screen import headline, layers_tile, lead, numbers, quality_tile
-from pipelines.summary import closing, contributions, load_metrics, sentence, tail
+from pipelines.evaluation.first_screen import headline, layers_tile, lead, numbers, quality_tile
+from pipelines.evaluation.summary import closing, contributions, load_metrics, sentence, tail
 
 RATIO = {"value": 1.08, "low": 1.06, "high": 1.1, "rounds": 9, "exceeds_noise": True}
 NOISE = {"value": 1.01, "low": 0.95, "high": 1.09, "rounds": 9, "exceeds_noise": False}

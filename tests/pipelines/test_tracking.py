@@ -6,7 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipelines.tracking import _experiment
+from pipelines.run.tracking import _experiment
 
 
 @pytest.fixture

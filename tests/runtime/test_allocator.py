@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from tiny import padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import GREEDY, PLANS, SETS, alone, make_allocator, with_stand_ins
+from tiny_allocator import GREEDY, PLANS, SETS, alone, make_allocator, with_healing
 
-from backbone.stand_ins.attaching import attach, attached_digest, detach
+from backbone.healing.attaching import attach, attached_digest, detach
 from controller.features import prompt_features
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
@@ -150,10 +150,10 @@ def test_texts_come_with_their_plans(model, allocator) -> None:
         assert single == text
 
 
-def test_rows_run_their_plans_with_the_allocators_stand_ins() -> None:
+def test_rows_run_their_plans_with_the_allocators_healing() -> None:
     model, batch = tiny_model("llama"), padded_batch()
     stock = model.generate(**batch, **GREEDY)
-    allocator = with_stand_ins(model)
+    allocator = with_healing(model)
     plans = allocator.allocate(model, **batch)
     assert len(set(plans)) > 1
     output = allocator.generate(model, **batch, **GREEDY)
@@ -163,38 +163,38 @@ def test_rows_run_their_plans_with_the_allocators_stand_ins() -> None:
     assert output[:, batch["input_ids"].shape[1] :].tolist() != alone(model, plans, batch, **GREEDY)
 
 
-def test_stand_ins_do_not_change_what_the_probe_sees() -> None:
+def test_healing_do_not_change_what_the_probe_sees() -> None:
     model, batch = tiny_model("llama"), padded_batch()
     before = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2, SETS)["states"]
-    with_stand_ins(model).prepare(model)
+    with_healing(model).prepare(model)
     after = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2, SETS)["states"]
     assert np.array_equal(after, before)
 
 
-def test_stand_ins_are_saved_with_the_allocator(tmp_path) -> None:
+def test_healing_are_saved_with_the_allocator(tmp_path) -> None:
     model, batch = tiny_model("llama"), padded_batch()
-    allocator = with_stand_ins(model)
+    allocator = with_healing(model)
     expected = allocator.generate(model, **batch, **GREEDY)
     detach(model)
     allocator.save_pretrained(tmp_path / "allocator")
     loaded = Allocator.from_pretrained(tmp_path / "allocator")
-    assert loaded.stand_ins.digest == allocator.stand_ins.digest
+    assert loaded.healing.digest == allocator.healing.digest
     assert torch.equal(loaded.generate(model, **batch, **GREEDY), expected)
-    assert attached_digest(model, PLANS[0]) == allocator.stand_ins.digest
-    (tmp_path / "allocator" / "stand_ins.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ArtefactError, match=r"stand_ins\.safetensors does not match its SHA-256"):
+    assert attached_digest(model, PLANS[0]) == allocator.healing.digest
+    (tmp_path / "allocator" / "healing.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtefactError, match=r"healing\.safetensors does not match its SHA-256"):
         Allocator.from_pretrained(tmp_path / "allocator")
 
 
-def test_a_model_with_the_stand_ins_of_others_is_refused() -> None:
+def test_a_model_with_the_healing_of_others_is_refused() -> None:
     model, batch = tiny_model("llama"), padded_batch()
-    allocator, other = with_stand_ins(model), with_stand_ins(model, scale=0.1)
+    allocator, other = with_healing(model), with_healing(model, scale=0.1)
     allocator.prepare(model)
-    with pytest.raises(WrongModelError, match=r"stand-ins .* attached, this allocator comes with"):
+    with pytest.raises(WrongModelError, match=r"healing parts .* attached, this allocator comes with"):
         other.generate(model, **batch, **GREEDY)
     with pytest.raises(WrongModelError, match="comes with none"):
         make_allocator(model).generate(model, **batch, **GREEDY)
     detach(model)
     other.generate(model, **batch, **GREEDY)
-    attach(model, allocator.stand_ins)
+    attach(model, allocator.healing)
     allocator.generate(model, **batch, **GREEDY)

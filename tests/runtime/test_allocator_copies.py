@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tiny import padded_batch
-from tiny_allocator import PLANS, ByLength, make_allocator, with_stand_ins
+from tiny_allocator import PLANS, ByLength, make_allocator, with_healing
 
+from backbone.healing.attaching import Healing, detach
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import StandIns, detach
 from controller.base import CONTROLLERS
 from controller.certificate.drift import FEWEST, DriftAlarm
 
@@ -22,7 +22,7 @@ COPIES = {"copy.deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pic
 def test_a_copy_allocates_the_same_plans(model, name, copied) -> None:
     batch = padded_batch()
     allocator = make_allocator(model, controller=CONTROLLERS[name](), name=name)
-    allocator = replace(allocator, stand_ins=StandIns(allocator.fingerprint), drift=DriftAlarm(np.ones((50, 2))))
+    allocator = replace(allocator, healing=Healing(allocator.fingerprint), drift=DriftAlarm(np.ones((50, 2))))
     plans = allocator.allocate(model, **batch)
     again = copied(allocator)
     assert again.allocate(model, **batch) == plans
@@ -30,21 +30,21 @@ def test_a_copy_allocates_the_same_plans(model, name, copied) -> None:
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_copy_has_the_stand_ins(model, copied) -> None:
-    allocator = with_stand_ins(model)
+def test_a_copy_has_the_healing(model, copied) -> None:
+    allocator = with_healing(model)
     try:
         allocator.prepare(model)
         copied(allocator).prepare(model)
     finally:
         detach(model)
-    assert copied(allocator).stand_ins.digest == allocator.stand_ins.digest
+    assert copied(allocator).healing.digest == allocator.healing.digest
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_of_an_alarm_has_seen_the_same_and_goes_on_by_itself(copied) -> None:
     alarm = DriftAlarm(np.abs(np.random.default_rng(0).normal(size=(50, 2))))
     alarm.observe(np.full((FEWEST, 3), 9.0), np.ones(FEWEST), [bytes([number]) for number in range(FEWEST)])
-    assert alarm.rung
+    assert alarm.triggered
     before, again = alarm.state, copied(alarm)
     assert again.state == before
     again.observe(np.full((1, 3), 9.0), np.ones(1), [bytes([3])])
@@ -62,8 +62,8 @@ def test_one_line_says_what_an_allocator_is(model) -> None:
     assert "no certified price: all run the full model" in repr(make_allocator(model, price=None))
 
 
-def test_plans_and_stand_ins_print_in_one_line(model) -> None:
+def test_plans_and_healing_print_in_one_line(model) -> None:
     assert repr(PLANS[0]) == "LayerPlan.parse('0-2,5', 6)"
     assert eval(repr(PLANS[0])) == LayerPlan.skipping(6, {3, 4})
-    stand_ins = with_stand_ins(model).stand_ins
-    assert repr(stand_ins) == f"StandIns(for {stand_ins.fingerprint}: bridges for 2 plans, 1 changed weights)"
+    healing = with_healing(model).healing
+    assert repr(healing) == f"Healing(for {healing.fingerprint}: bridges for 2 plans, 1 changed weights)"

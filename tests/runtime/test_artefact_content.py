@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import padded_batch, tiny_model
-from tiny_allocator import GREEDY, make_allocator, resigned, with_stand_ins
+from tiny_allocator import GREEDY, make_allocator, resigned, with_healing
 
-from backbone.stand_ins.attaching import StandInsError
+from backbone.healing.attaching import HealingError
 from controller.models.logistic import LogisticController
 from runtime.allocator import Allocator
 from runtime.saving.allocator_files import ArtefactError
@@ -139,31 +139,31 @@ def of_bridges(part: str, tensor: torch.Tensor):
         (lambda t: {name.replace("|bias", "|bies"): tensor for name, tensor in t.items()}, "has parts of shapes"),
         (lambda t: {name: tensor * float("nan") for name, tensor in t.items()}, "not finite"),
         (lambda t: {name: tensor.long() for name, tensor in t.items()}, "no fractions"),
-        (lambda t: {**t, "what|x|0": torch.zeros(1)}, "is no name of a tensor of stand-ins"),
-        (lambda t: {**t, "change": torch.zeros(1)}, "is no name of a tensor of stand-ins"),
+        (lambda t: {**t, "what|x|0": torch.zeros(1)}, "is no name of a tensor of healing parts"),
+        (lambda t: {**t, "change": torch.zeros(1)}, "is no name of a tensor of healing parts"),
         (lambda t: {**t, f"bridge|{HUGE}|0-{HUGE}|4|bias": torch.zeros(1)}, "should be a number of layers"),
         (lambda t: {name.replace("|3|", "|5|"): tensor for name, tensor in t.items()}, "has no gap"),
         (lambda t: {name: tensor for name, tensor in t.items() if name[-2:] != "|1"}, "two matrices"),
         (lambda t: {**t, "change|a.b|0": torch.zeros(2, 3), "change|a.b|1": torch.zeros(2, 3)}, "two matrices"),
     ],
 )
-def test_tensors_that_are_no_stand_ins_are_refused(tmp_path, change, message) -> None:
-    allocator = with_stand_ins(tiny_model("llama"))
-    check_refused(allocator, tmp_path, lambda folder: edited_tensors(folder, "stand_ins.safetensors", change), message)
+def test_tensors_that_are_no_healing_are_refused(tmp_path, change, message) -> None:
+    allocator = with_healing(tiny_model("llama"))
+    check_refused(allocator, tmp_path, lambda folder: edited_tensors(folder, "healing.safetensors", change), message)
 
 
-def test_stand_ins_for_states_of_another_size_are_refused_by_the_model(tmp_path) -> None:
+def test_healing_for_states_of_another_size_are_refused_by_the_model(tmp_path) -> None:
     model = tiny_model("llama")
-    with_stand_ins(model).save_pretrained(tmp_path)
+    with_healing(model).save_pretrained(tmp_path)
     small = {"bias": torch.zeros(16), "factor_0": torch.zeros(16, 16)}
 
     def change(tensors):
         return {name: small.get(name.rpartition("|")[2], tensor) for name, tensor in tensors.items()}
 
-    edited_tensors(tmp_path, "stand_ins.safetensors", change)
+    edited_tensors(tmp_path, "healing.safetensors", change)
     resigned(tmp_path)
     loaded = Allocator.from_pretrained(tmp_path)
-    with pytest.raises(StandInsError, match="for states of 16 numbers, those of this model have 32"):
+    with pytest.raises(HealingError, match="for states of 16 numbers, those of this model have 32"):
         loaded.generate(model, **padded_batch(), **GREEDY)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from command import snapshot
-from tiny_allocator import make_allocator, resigned, with_stand_ins
+from tiny_allocator import make_allocator, resigned, with_healing
 
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
@@ -31,7 +31,7 @@ def plain(model) -> Allocator:
 @pytest.fixture(scope="module")
 def other(model) -> Allocator:
     """Differs in a file that the plain one lacks, and in the manifest."""
-    return replace(with_stand_ins(model), decoding=Decoding(9))
+    return replace(with_healing(model), decoding=Decoding(9))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_other_files_in_the_folder_stay(plain, other, tmp_path) -> None:
     plain.save_pretrained(tmp_path)
     after = snapshot(tmp_path)
     assert {name: after[name] for name in before} == before
-    assert "stand_ins.safetensors" not in after, "ours, which the new one lacks, goes"
+    assert "healing.safetensors" not in after, "ours, which the new one lacks, goes"
     assert not [name for name in after if name.startswith(".")]
     assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(plain)
 
@@ -110,7 +110,7 @@ def test_a_manifest_without_an_end_is_not_read(plain, tmp_path) -> None:
 
 def test_files_that_the_manifest_does_not_list_are_not_read(model, tmp_path) -> None:
     trees = make_allocator(model, controller=LightGBMController(n_trees=5), name="lightgbm")
-    for name in ("controller.7.txt", "controller.json", "stand_ins.safetensors", "drift.safetensors"):
+    for name in ("controller.7.txt", "controller.json", "healing.safetensors", "drift.safetensors"):
         (tmp_path / name).write_text("mine")
     trees.save_pretrained(tmp_path)
     assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(trees)
@@ -121,7 +121,7 @@ def test_a_kill_before_old_files_are_removed_leaves_the_new(plain, other, tmp_pa
     original = Path.unlink
 
     def dying(self: Path, missing_ok: bool = False) -> None:
-        if self.name.startswith("stand_ins."):
+        if self.name.startswith("healing."):
             raise KeyboardInterrupt
         original(self, missing_ok)
 
@@ -131,7 +131,19 @@ def test_a_kill_before_old_files_are_removed_leaves_the_new(plain, other, tmp_pa
     monkeypatch.undo()
     assert content_digest(Allocator.from_pretrained(tmp_path)) == content_digest(plain)
     plain.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("stand_ins.safetensors"))
+    assert not list(tmp_path.glob("healing.safetensors"))
+
+
+def test_the_old_name_of_the_healing_still_loads(other, tmp_path) -> None:
+    certificate = replace(other.certificate, assumes=("stand_ins.safetensors",))
+    replace(other, certificate=replace(certificate, assumes=("healing.safetensors",))).save_pretrained(tmp_path)
+    certificate.save(tmp_path / "certificate.json")
+    (tmp_path / "healing.safetensors").rename(tmp_path / "stand_ins.safetensors")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["files"]["stand_ins.safetensors"] = manifest["files"].pop("healing.safetensors")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    resigned(tmp_path)
+    assert Allocator.from_pretrained(tmp_path).healing.digest == other.healing.digest
 
 
 def test_the_home_folder_is_expanded(plain, tmp_path, monkeypatch) -> None:

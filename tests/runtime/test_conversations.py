@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from tiny import N_LAYERS, padded_batch, tiny_model
-from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_stand_ins
+from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_healing
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DummyLayer
 
 from backbone.execution.apply_plan import apply_plan
+from backbone.healing.attaching import detach
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import detach
 from runtime.call_arguments import UnsupportedGenerationError
 
 DICT = {"return_dict_in_generate": True}
@@ -100,11 +100,11 @@ def test_a_cache_whose_plan_is_not_known_is_refused(model, allocator) -> None:
         allocator.generate(model, input_ids=next_turn(ids), cache=cache, **GREEDY)
 
 
-def test_a_cache_filled_with_other_stand_ins_is_refused() -> None:
+def test_a_cache_filled_with_other_healing_is_refused() -> None:
     model = tiny_model("llama")
-    allocator = with_stand_ins(model)
+    allocator = with_healing(model)
     output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT)
     assert output.layer_plans == [PLANS[0]]
     detach(model)
-    with pytest.raises(UnsupportedGenerationError, match=r"was filled under plan .* stand-ins, .* go on with none"):
+    with pytest.raises(UnsupportedGenerationError, match=r"was filled under plan .* healing parts, .* go on with none"):
         make_allocator(model).generate(model, input_ids=next_turn(output.sequences), cache=output.cache, **GREEDY)

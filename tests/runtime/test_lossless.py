@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model
-from tiny_allocator import PLANS, ByLength, make_allocator, with_stand_ins
+from tiny_allocator import PLANS, ByLength, make_allocator, with_healing
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation import LogitsProcessor
 
 from backbone.execution.apply_plan import apply_plan
+from backbone.healing.attaching import detach
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import detach
 from backbone.testing import patches
 from runtime import lossless
 from runtime.call_arguments import UnsupportedGenerationError
@@ -66,8 +66,8 @@ def test_a_plan_that_agrees_saves_full_passes(cheap_drafts) -> None:
     assert output.full_passes < 14
 
 
-def test_stand_ins_draft_but_do_not_answer(model, cheap_drafts) -> None:
-    allocator = replace(with_stand_ins(model), controller=make_allocator(model, controller=ByLength()).controller)
+def test_healing_draft_but_do_not_answer(model, cheap_drafts) -> None:
+    allocator = replace(with_healing(model), controller=make_allocator(model, controller=ByLength()).controller)
     try:
         output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
     finally:

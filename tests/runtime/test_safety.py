@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import N_LAYERS, VOCABULARY, padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_stand_ins
+from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_healing
 
 from backbone.execution.apply_plan import NestedPlanError, apply_plan
 from backbone.execution.prompt_prefix import run_prefix
@@ -20,9 +20,9 @@ from backbone.testing import patches
 from controller.certificate.drift import FEWEST, RECOVERY, DriftAlarm, drift_scores
 from controller.features import extract
 from runtime import deciding, offline
-from runtime.deciding import FullPlanWarning
 from runtime.generation import OtherLayersError, check_layers
 from runtime.parts import WrongModelError
+from runtime.plan_selection import FullPlanWarning
 
 FULL = LayerPlan.full(N_LAYERS)
 DICT = {"return_dict_in_generate": True}
@@ -185,10 +185,10 @@ def test_a_wrong_model_is_still_an_error(model) -> None:
         make_allocator(model, controller=Broken()).generate(tiny_model("llama", seed=3), **padded_batch(), **GREEDY)
 
 
-def test_stand_ins_of_the_probe_layers_are_refused() -> None:
+def test_healing_of_the_probe_layers_are_refused() -> None:
     model = tiny_model("llama")
-    allocator = with_stand_ins(model, changed="model.layers.1.mlp.down_proj.weight")
-    with pytest.raises(WrongModelError, match=r"stand-ins change layer 1, .* first 2 layers"):
+    allocator = with_healing(model, changed="model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(WrongModelError, match=r"healing parts change layer 1, .* first 2 layers"):
         allocator.generate(model, **padded_batch(), **GREEDY)
 
 
@@ -252,7 +252,7 @@ def test_threads_on_one_model_get_what_they_get_alone() -> None:
 def test_stock_generate_in_other_threads_stays_stock(family) -> None:
     """Bridges, changed weights, probes and replayed prompts come and go in one thread; the others never see them."""
     model, batch = tiny_model(family), padded_batch()
-    allocator = make_allocator(model) if family == "falcon" else with_stand_ins(model)
+    allocator = make_allocator(model) if family == "falcon" else with_healing(model)
     expected = model.generate(**batch, **GREEDY)
     allocated = allocator.generate(model, **batch, **GREEDY)
     stop, found, errors = threading.Event(), [], []
@@ -283,7 +283,7 @@ def test_the_decision_waits_for_the_device_once(model, monkeypatch) -> None:
     batch = padded_batch()
     with apply_plan(model, FULL):
         pass
-    decider = allocator.decider()
+    selector = allocator.selector()
     for name in ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "numpy"):
         original = getattr(torch.Tensor, name)
 
@@ -295,7 +295,7 @@ def test_the_decision_waits_for_the_device_once(model, monkeypatch) -> None:
     run_prefix(model, **batch, depth=2, keep_cache=True)
     of_the_library = len(waits)  # building masks looks at the padding
     waits.clear()
-    decider.decide(model, **batch, keep_cache=True)
+    selector.decide(model, **batch, keep_cache=True)
     own = waits[of_the_library:]
     assert own.count("cpu") == 1
     assert set(own) <= {"cpu", "numpy"}
@@ -308,7 +308,7 @@ def with_alarm(model, seed=0):
     scores = []
     for _ in range(50):
         ids = torch.randint(3, VOCABULARY, (4, 8), generator=draw)
-        decision = allocator.decider().decide(model, ids, None, keep_cache=False)
+        decision = allocator.selector().decide(model, ids, None, keep_cache=False)
         scores.append(drift_scores(decision.projected, np.array(allocator.menu.budgets)[decision.chosen]))
     return replace(allocator, drift=DriftAlarm(np.concatenate(scores)))
 
@@ -326,10 +326,10 @@ def test_while_the_alarm_rings_every_prompt_runs_the_full_plan(model, caplog) ->
     for start in range(0, 240, 4):
         output = allocator.generate(model, input_ids=odd[start : start + 4], **DICT, **once)
         assert output.drift == allocator.drift.state
-        if allocator.drift.rung:
+        if allocator.drift.triggered:
             break
         assert output.layer_plans != [FULL] * 4
-    assert output.drift.rung
+    assert output.drift.triggered
     assert output.layer_plans == [FULL] * 4
     assert allocator.allocate(model, odd[:4]) == [FULL] * 4
     assert "allocator.drift.reset()" in caplog.text
@@ -338,15 +338,15 @@ def test_while_the_alarm_rings_every_prompt_runs_the_full_plan(model, caplog) ->
     assert allocator.allocate(model, odd[:4]) != [FULL] * 4
 
 
-def test_the_alarm_falls_silent_when_prompts_are_as_before(model, caplog) -> None:
+def test_the_alarm_clears_when_prompts_are_as_before(model, caplog) -> None:
     allocator, once = with_alarm(model), {**GREEDY, "max_new_tokens": 1}
     allocator.drift.observe(np.full((FEWEST, 3), 9.0), np.ones(FEWEST))
-    assert allocator.drift.rung
+    assert allocator.drift.triggered
     draw = torch.Generator().manual_seed(1)
     for _ in range(RECOVERY // 20 + 2):
         usual = torch.randint(3, VOCABULARY, (20, 8), generator=draw)
         allocator.generate(model, input_ids=usual, **once)
-    assert not allocator.drift.rung
+    assert not allocator.drift.triggered
     assert "silent again" in caplog.text
     assert allocator.allocate(model, usual) != [FULL] * 20
 
@@ -359,7 +359,7 @@ def test_a_prompt_counts_once_and_only_when_it_is_served(model) -> None:
         output = allocator.generate(model, **batch, **DICT, **{**GREEDY, "max_new_tokens": 1})
         assert output.layer_plans == plans
     assert output.drift.seen == 4
-    assert not output.drift.rung
+    assert not output.drift.triggered
     unpadded = {name: tensor[3:, 7:] for name, tensor in batch.items()}
     allocator.generate(model, **unpadded, **GREEDY)
     assert allocator.drift.state.seen == 4, "the same prompt without its padding"

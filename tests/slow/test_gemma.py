@@ -6,10 +6,10 @@ import torch
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing, attach, detach
+from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
-from backbone.stand_ins.attaching import StandIns, attach, detach
-from backbone.stand_ins.fit_bridges import bridges_of, fit_bridges
 from oracle.decoding import Decoding
 from oracle.labels.generate_answers import answer_batch
 from oracle.prompts import load_prompts
@@ -51,7 +51,7 @@ def test_a_bridge_brings_an_early_exit_back_and_the_full_model_stays_bit_equal(g
     with torch.no_grad():
         stock = model(**inputs).logits
     frozen = distance()
-    attach(model, StandIns(model_fingerprint(model), bridges_of(fit_bridges(model, sequences, [plan]))))
+    attach(model, Healing(model_fingerprint(model), bridges_of(fit_bridges(model, sequences, [plan]))))
     try:
         assert distance() < 0.5 * frozen
         with apply_plan(model, full), torch.no_grad():

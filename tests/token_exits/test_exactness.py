@@ -10,8 +10,8 @@ from exits_reference import ByDirection, Reference
 from tiny import N_LAYERS, padded_batch, tiny_model
 
 from backbone.execution.delete_layers import delete_layers
+from backbone.healing.bridges import Bridge
 from backbone.plan import LayerPlan
-from backbone.stand_ins.bridges import Bridge
 from token_exits.gates.base import Constant, Gate
 from token_exits.gates.of_states import Saturation
 from token_exits.gates.of_the_head import Patience

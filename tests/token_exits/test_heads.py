@@ -6,7 +6,7 @@ from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model
 
 from backbone.execution.live_changes import captured
 from backbone.families import decoder_layers, final_norm
-from backbone.stand_ins.training_targets import Example
+from backbone.healing.training_targets import Example
 from token_exits.gates.of_states import Saturation
 from token_exits.gates.oracle import Oracle
 from token_exits.heads import ExitHeads, TokenExitsError, fit_exit_bridges, shortlist_of

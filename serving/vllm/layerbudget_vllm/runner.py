@@ -15,13 +15,16 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from layerbudget import StandIns, StandInsError
+from layerbudget import Healing, HealingError
 from layerbudget_vllm.admission import is_registered
 from layerbudget_vllm.requests import LayerPlanError, plan_of
 from layerbudget_vllm.row_subsets import AttentionContext, Bridges, Requests, SubsetPass, subset_layers
 
 ALLOCATOR = "layerbudget_allocator"
 """Of `additional_config`: the folder of a saved allocator, whose bridges the shortened plans run with."""
+
+HEALING_FILES = ("healing.safetensors", "stand_ins.safetensors")
+"""The bridges' file in such a folder; the second is its name in older ones."""
 
 
 class PlannedPasses:
@@ -131,27 +134,27 @@ def bridges_of(config: Any, like: torch.Tensor) -> Bridges:
     """The bridges of the allocator that an engine was started with, on the device and in the dtype of a tensor.
 
     Raises:
-        StandInsError: a file that holds none or those of another model, or stand-ins with an adapter.
+        HealingError: a file that holds none or those of another model, or healing parts with an adapter.
     """
     given = config.additional_config
     folder = given.get(ALLOCATOR) if isinstance(given, dict) else None
     if folder is None:
         return {}
     if not Path(str(folder)).is_dir():
-        raise StandInsError(f"{ALLOCATOR} should be the folder of a saved allocator, and {folder!r} is none")
-    file = Path(folder) / "stand_ins.safetensors"
-    if not file.exists():
+        raise HealingError(f"{ALLOCATOR} should be the folder of a saved allocator, and {folder!r} is none")
+    file = next((Path(folder) / name for name in HEALING_FILES if (Path(folder) / name).exists()), None)
+    if file is None:
         return {}
-    stand_ins = StandIns.load(file)
-    if stand_ins.adapter is not None:
-        raise StandInsError(
+    healing = Healing.load(file)
+    if healing.adapter is not None:
+        raise HealingError(
             f"{file} has an adapter, which changes weights for shortened plans; in vLLM plans run with bridges alone"
         )
     text = config.model_config.hf_text_config
     shape = f"{text.num_hidden_layers}x{text.hidden_size}"
-    if f"-{shape}-" not in stand_ins.fingerprint:
-        raise StandInsError(f"{file} was made for {stand_ins.fingerprint}, the model served has the shape {shape}")
+    if f"-{shape}-" not in healing.fingerprint:
+        raise HealingError(f"{file} was made for {healing.fingerprint}, the model served has the shape {shape}")
     return {
         plan: {first: bridge.to(like.device, like.dtype) for first, bridge in of_plan.items()}
-        for plan, of_plan in stand_ins.bridges.items()
+        for plan, of_plan in healing.bridges.items()
     }

@@ -12,15 +12,15 @@ from engines import closing_engine, greedy
 from layerbudget_vllm.runner import ALLOCATOR, bridges_of
 from transformers import AutoModelForCausalLM
 
-from backbone.stand_ins.adapters import Adapter
-from backbone.stand_ins.bridges import Bridge
-from layerbudget import LayerPlan, StandIns, StandInsError
+from backbone.healing.adapters import Adapter
+from backbone.healing.bridges import Bridge
+from layerbudget import Healing, HealingError, LayerPlan
 
 PROMPT = list(range(3, 33))
 TEXTS = ("0-4", "0-2,6-7")
 
 
-def save_stand_ins(folder: Path, width: int, *, with_adapter: bool = False) -> StandIns:
+def save_healing(folder: Path, width: int, *, with_adapter: bool = False) -> Healing:
     draw = torch.Generator().manual_seed(0)
     bridges = {}
     for text in TEXTS:
@@ -28,9 +28,9 @@ def save_stand_ins(folder: Path, width: int, *, with_adapter: bool = False) -> S
         bridge = Bridge((torch.randn(width, width, generator=draw) * 0.1,), torch.randn(width, generator=draw))
         bridges[plan] = {plan.gaps[0].start: bridge}
     adapter = Adapter({"weight": (torch.ones(2, 1), torch.ones(1, 2))}) if with_adapter else None
-    made = StandIns(f"tiny-{N_LAYERS}x{width}-0123456789ab", bridges, adapter)
+    made = Healing(f"tiny-{N_LAYERS}x{width}-0123456789ab", bridges, adapter)
     folder.mkdir(exist_ok=True)
-    made.save(folder / "stand_ins.safetensors")
+    made.save(folder / "healing.safetensors")
     return made
 
 
@@ -38,7 +38,7 @@ def save_stand_ins(folder: Path, width: int, *, with_adapter: bool = False) -> S
 def test_plans_run_with_the_allocators_bridges(family: str, tmp_path: Path) -> None:
     folder = saved_model(family, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    made = save_stand_ins(tmp_path / "allocator", model.config.hidden_size)
+    made = save_healing(tmp_path / "allocator", model.config.hidden_size)
     with closing_engine(folder, additional_config={ALLOCATOR: str(tmp_path / "allocator")}) as llm:
         found = greedy(llm, [PROMPT] * 3, [*TEXTS, None])
         assert greedy(llm, [PROMPT], [TEXTS[1]]) == [found[1]]
@@ -46,7 +46,7 @@ def test_plans_run_with_the_allocators_bridges(family: str, tmp_path: Path) -> N
         assert _by_transformers(folder, LayerPlan.parse(text, N_LAYERS), made) == answer
 
 
-def _by_transformers(folder: Path, plan: LayerPlan, made: StandIns) -> list[int]:
+def _by_transformers(folder: Path, plan: LayerPlan, made: Healing) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     for index in plan.skipped_layers:
         bridge = made.bridges.get(plan, {}).get(index, lambda states: states)
@@ -66,21 +66,21 @@ def config(folder: Path, width: int = 64) -> SimpleNamespace:
 
 
 def test_an_allocator_with_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
-    save_stand_ins(tmp_path, 64, with_adapter=True)
-    with pytest.raises(StandInsError, match="has an adapter"):
+    save_healing(tmp_path, 64, with_adapter=True)
+    with pytest.raises(HealingError, match="has an adapter"):
         bridges_of(config(tmp_path), torch.zeros(1))
 
 
-def test_stand_ins_of_another_shape_are_refused(tmp_path: Path) -> None:
-    save_stand_ins(tmp_path, 64)
-    with pytest.raises(StandInsError, match="the model served has the shape 8x96"):
+def test_healing_of_another_shape_are_refused(tmp_path: Path) -> None:
+    save_healing(tmp_path, 64)
+    with pytest.raises(HealingError, match="the model served has the shape 8x96"):
         bridges_of(config(tmp_path, 96), torch.zeros(1))
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StandInsError, match="folder of a saved allocator"):
+    with pytest.raises(HealingError, match="folder of a saved allocator"):
         bridges_of(config(tmp_path / "none"), torch.zeros(1))
 
 
-def test_an_allocator_without_stand_ins_has_no_bridges(tmp_path: Path) -> None:
+def test_an_allocator_without_healing_has_no_bridges(tmp_path: Path) -> None:
     assert bridges_of(config(tmp_path), torch.zeros(1)) == {}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from command import layerbudget, refused
 from tiny import padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import PLANS, make_allocator, with_stand_ins
+from tiny_allocator import PLANS, make_allocator, with_healing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.stand_ins.attaching import attach, detach
+from backbone.healing.attaching import attach, detach
 from serving.router.export import ExportError, export_plan
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -40,9 +40,9 @@ def test_the_checkpoint_says_what_the_model_says_under_the_plan(folder) -> None:
 
 def test_an_adapter_is_merged(folder) -> None:
     model = tiny_model("llama")
-    allocator = with_stand_ins(model)
-    allocator = replace(allocator, stand_ins=replace(allocator.stand_ins, bridges={}))
-    attach(model, allocator.stand_ins)
+    allocator = with_healing(model)
+    allocator = replace(allocator, healing=replace(allocator.healing, bridges={}))
+    attach(model, allocator.healing)
     with apply_plan(model, PLANS[0]):
         expected = tokens(model)
     detach(model)
@@ -57,7 +57,7 @@ def test_an_adapter_is_merged(folder) -> None:
 def test_bridges_are_refused_by_name(folder) -> None:
     model = tiny_model("llama")
     with pytest.raises(ExportError, match="has bridges"):
-        export_plan(model, tiny_tokenizer(), str(PLANS[0]), folder / "short", with_stand_ins(model))
+        export_plan(model, tiny_tokenizer(), str(PLANS[0]), folder / "short", with_healing(model))
     assert not (folder / "short").exists()
 
 

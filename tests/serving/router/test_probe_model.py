@@ -2,7 +2,7 @@
 
 import pytest
 from tiny import N_LAYERS, padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import ByLength, make_allocator, with_stand_ins
+from tiny_allocator import ByLength, make_allocator, with_healing
 
 from backbone.families import decoder_layers
 from runtime.parts import WrongModelError
@@ -29,4 +29,4 @@ def test_another_model_is_refused(tmp_path) -> None:
     tiny_model("llama", layer_scale=0.5).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(WrongModelError):
-        load_probe(with_stand_ins(tiny_model("llama")), str(tmp_path), "cpu")
+        load_probe(with_healing(tiny_model("llama")), str(tmp_path), "cpu")

@@ -1,0 +1,266 @@
+"""Train an adapter, and the bridges with it, by self-distillation: the full model teaches its shortened self.
+
+At every step some plans run over prompts with the full model's answers and are moved towards its next-token
+distributions there (KL divergence; Hinton et al. 2015, arXiv 1503.02531). Which plans: the cheapest, the largest
+shortened one and some drawn at random (the sandwich rule, Yu and Huang 2019, arXiv 1903.05134, section 3.2). References
+can be mixed in as targets of their own (Sorted Fine-Tuning, Valipour et al. 2023, arXiv 2309.08968).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from backbone.healing.attaching import Healing
+from backbone.healing.bridges import Bridges
+from backbone.healing.settings import DistillSettings
+from backbone.healing.trained_parts import Trainable, adapted_layers
+from backbone.healing.training_checkpoint import Checkpoint
+from backbone.healing.training_targets import DistillationLoss, Example, contiguous_head
+from backbone.left_padding import by_tokens
+from backbone.plan import LayerPlan
+
+REHEARSED = 4
+"""Steps that are tried before training to see how long one takes; at least 2."""
+CHECKPOINT = "checkpoint.safetensors"
+"""Where training stands, in the folder it is given."""
+
+
+@dataclass(slots=True)
+class History:
+    """What happened: one entry a look, in order.
+
+    Attributes:
+        steps, losses: training steps done, and the mean training loss since the look before (None at the first), each
+            plan's as a share of its held loss before training.
+        held: mean KL in nats on held examples, by plan.
+        seconds: from the beginning to the end of each look, in all processes that trained.
+        tokens: tokens that passed, each plan counted.
+        planned: steps, if nothing ends training before.
+        ended: why training ended.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    held: list[dict[str, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    planned: int = 0
+    ended: str = ""
+
+
+def distil(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    plans: Sequence[LayerPlan],
+    bridges: Bridges,
+    probe_depth: int,
+    settings: DistillSettings,
+    folder: Path,
+    fingerprint: str,
+    looked: Callable[[History], None] = lambda history: None,
+) -> tuple[Healing, History]:
+    """Train on examples for shortened plans, going on from the checkpoint in `folder` if there is one.
+
+    A run that was killed and goes on ends with the same result as one that was not; with `settings.minutes` once its
+    first look is over, which fixes the number of steps. The model is left as it was. Too little memory makes batches
+    smaller, with the same gradients up to rounding.
+
+    Returns:
+        The healing with the lowest loss on held examples, and the history. A loss that is not finite ends training.
+
+    Raises:
+        AdapterError: a model that LoRA cannot be trained on.
+    """
+    layers = adapted_layers(plans, probe_depth, settings.where)
+    grads = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in grads:
+        parameter.requires_grad_(False)
+    trainable = Trainable(model, plans, bridges, layers, settings.where, settings.rank, settings.seed)
+    try:
+        with contiguous_head(model):
+            history = _Run(model, trainable, examples, settings, Checkpoint(folder / CHECKPOINT), looked).go()
+        adapter, trained = trainable.result()
+    finally:
+        trainable.close()
+        for parameter in grads:
+            parameter.requires_grad_(True)
+    return Healing(fingerprint, trained, adapter), history
+
+
+class _Run:
+    """One training run. Everything random at a step follows from the seed and the step's number."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trainable: Trainable,
+        examples: Sequence[Example],
+        settings: DistillSettings,
+        checkpoint: Checkpoint,
+        looked: Callable[[History], None],
+    ) -> None:
+        self._model, self._trainable, self._settings = model, trainable, settings
+        self._checkpoint, self._looked = checkpoint, looked
+        n_held = max(1, round(settings.held * len(examples)))
+        mixed = [examples[i] for i in np.random.default_rng(settings.seed).permutation(len(examples))]
+        self._held = self._batches(mixed[:n_held])
+        self._batches_of = self._batches(mixed[n_held:])
+        self._steps = max(1, math.ceil(settings.epochs * len(self._batches_of)))
+        """Planned; with `settings.minutes` counted anew before the first one."""
+        rates = {True: settings.bridge_learning_rate, False: settings.learning_rate}
+        groups = [
+            {"params": [p for n, p in trainable.parameters.items() if trainable.is_bridge(n) == bridge], "lr": rate}
+            for bridge, rate in rates.items()
+        ]
+        self._optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self._distillation_loss = DistillationLoss(model, trainable, settings.vocabulary, settings.seed)
+        self._parts = 1
+        self._before: dict[str, float] = {}
+        self._ordered = sorted(trainable.plans, key=lambda plan: (plan.layers, str(plan)))
+
+    def go(self) -> History:
+        history, best, losses = History(), math.inf, list[float]()
+        bad, first, looked_at, start = 0, 0, -1, time.perf_counter()
+        if (resumed := self._checkpoint.load(self._trainable.parameters, self._optimizer)) is not None:
+            history, best, bad, first = History(**resumed["history"]), resumed["best"], resumed["bad"], resumed["step"]
+            looked_at, self._before, self._steps = first, history.held[0], history.planned
+            start -= history.seconds[-1]
+        for step in count(first):  # until the look at the last planned step, or an earlier one, ends it
+            if step != looked_at and (step % self._settings.evaluate_every == 0 or step == self._steps):
+                looking = time.perf_counter()
+                held = self._look()
+                if not self._before:
+                    self._before = held
+                    if self._settings.minutes is not None:
+                        self._steps = self._steps_in(self._settings.minutes * 60, time.perf_counter() - looking)
+                mean = sum(self._relative(plan, loss) for plan, loss in held.items()) / len(held)
+                better = mean < best
+                best, bad = (mean, 0) if better else (best, bad + 1)
+                history.steps.append(step)
+                history.losses.append(sum(losses) / len(losses) if losses else None)
+                history.held.append(held)
+                history.seconds.append(time.perf_counter() - start)
+                history.planned = self._steps
+                losses.clear()
+                history.ended = self._ended(step, mean, bad)
+                state = {"history": _plain(history), "best": best, "bad": bad, "step": step}
+                self._checkpoint.save(self._trainable.parameters, self._optimizer, state, better=better)
+                self._looked(history)
+            if history.ended:
+                break
+            loss, tokens = self._step(step)
+            losses.append(loss)
+            history.tokens += tokens
+            if not math.isfinite(loss):
+                history.ended = f"stopped at step {step}: the loss is {loss}, and the best state before it is kept"
+                break
+        self._checkpoint.load_best(self._trainable.parameters)
+        return history
+
+    def _steps_in(self, seconds: float, look: float) -> int:
+        """How many steps there is time for, looks included: the dearest of a few whose gradients are thrown away, since
+        the first one warms up, batches differ, and a training that ends early is better than one that does not end."""
+        took = []
+        for step in range(REHEARSED):
+            start = time.perf_counter()
+            self._gradients(self._batch(step), self._chosen(step), step)
+            took.append(time.perf_counter() - start)
+        each = sorted(took)[-2] + look / self._settings.evaluate_every
+        return max(1, int((seconds - 2 * look - sum(took)) / each))
+
+    def _relative(self, plan: str, loss: Any) -> Any:
+        """A plan's loss as a share of its held loss before training, so that no good plan is given up for poor ones."""
+        return loss / max(self._before[plan], 1e-3)
+
+    def _ended(self, step: int, mean: float, bad: int) -> str:
+        if not math.isfinite(mean):
+            return f"stopped at step {step}: the held loss is {mean}, and the best state before it is kept"
+        if bad >= self._settings.patience:
+            return f"stopped at step {step}: the held loss was best {bad} looks ago"
+        return "all steps done" if step == self._steps else ""
+
+    def _batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        return by_tokens(examples, [len(example.tokens) for example in examples], self._settings.batch_tokens)
+
+    def _step(self, step: int) -> tuple[float, int]:
+        """One step of the optimiser; the mean loss of its plans, and the tokens that passed."""
+        batch, plans = self._batch(step), self._chosen(step)
+        self._set_rates(step)
+        loss = self._gradients(batch, plans, step)
+        if math.isfinite(loss):
+            nn.utils.clip_grad_norm_(list(self._trainable.parameters.values()), 1.0)
+            self._optimizer.step()
+        return loss, len(plans) * sum(len(example.tokens) for example in batch)
+
+    def _batch(self, step: int) -> list[Example]:
+        epoch, index = divmod(step, len(self._batches_of))
+        order = np.random.default_rng([self._settings.seed, 1, epoch]).permutation(len(self._batches_of))
+        return self._batches_of[order[index]]
+
+    def _gradients(self, batch: Sequence[Example], plans: Sequence[LayerPlan], step: int) -> float:
+        """Leaves the step's gradients on the parameters; its loss."""
+        while True:
+            self._optimizer.zero_grad(set_to_none=True)
+            try:
+                return sum(self._backward(part, plans, step, batch) for part in _split(batch, self._parts))
+            except (torch.OutOfMemoryError, MemoryError):
+                if self._parts >= len(batch):
+                    raise
+                self._parts *= 2
+
+    def _chosen(self, step: int) -> list[LayerPlan]:
+        """The sandwich: cheapest, largest, and others drawn without putting back; of two plans the cheapest and any
+        other, of one any, so that none is left out of the training."""
+        count = self._settings.plans_per_step
+        fixed = list(dict.fromkeys([self._ordered[0], self._ordered[-1]]))[: count - 1]
+        others = [plan for plan in self._ordered if plan not in fixed]
+        drawn = np.random.default_rng([self._settings.seed, 2, step]).permutation(len(others))[: count - len(fixed)]
+        return fixed + [others[i] for i in drawn]
+
+    def _set_rates(self, step: int) -> None:
+        """Linear warm-up over a twentieth of the steps, then half a cosine down to a twentieth of the peak."""
+        warm = max(1, self._steps // 20)
+        share = min(1.0, (step + 1) / warm) * (0.525 + 0.475 * math.cos(math.pi * step / self._steps))
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * share
+
+    def _backward(
+        self, part: Sequence[Example], plans: Sequence[LayerPlan], step: int, whole: Sequence[Example]
+    ) -> float:
+        losses = self._distillation_loss.losses(part, plans, step)
+        relative = [self._relative(str(plan), loss) for plan, loss in losses.items()]
+        loss = torch.stack(relative).sum() / (len(plans) * sum(example.answer for example in whole))
+        if torch.isfinite(loss):
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _look(self) -> dict[str, float]:
+        """Mean loss of every plan on the held examples."""
+        sums = {str(plan): 0.0 for plan in self._ordered}
+        for number, batch in enumerate(self._held):
+            for plan, loss in self._distillation_loss.losses(batch, self._ordered, -1 - number).items():
+                sums[str(plan)] += float(loss)
+        answers = sum(example.answer for batch in self._held for example in batch)
+        return {plan: total / answers for plan, total in sums.items()}
+
+
+def _split(batch: Sequence[Example], parts: int) -> Iterator[Sequence[Example]]:
+    size = math.ceil(len(batch) / parts)
+    return (batch[start : start + size] for start in range(0, len(batch), size))
+
+
+def _plain(history: History) -> dict[str, Any]:
+    return {name: getattr(history, name) for name in History.__slots__}

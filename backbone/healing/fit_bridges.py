@@ -1,0 +1,190 @@
+"""Fit the bridges of many plans at once, on the states that the model, or the shortened model, really produces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from backbone.execution.live_changes import captured
+from backbone.execution.plan_patches import patched
+from backbone.families import decoder_layers, decoder_of
+from backbone.healing.attaching import Attached
+from backbone.healing.bridges import Bridge
+from backbone.healing.ridge_regression import Fit, Moments, fit_bridge
+from backbone.healing.settings import Form
+from backbone.left_padding import by_tokens, in_halves, padded_inputs
+from backbone.plan import LayerPlan
+
+Fits = dict[LayerPlan, dict[int, Fit]]
+"""For each plan its fitted bridges, by the first layer of the gap."""
+
+HELD = 8
+"""Every so many-th sequence is held out, to choose the ridge strength by."""
+
+Gap = tuple[LayerPlan, range]
+Batch = Sequence[tuple[int, Sequence[int]]]
+"""Sequences with their numbers."""
+Sums = list[tuple[Moments, Moments]]
+"""Over the fitted and over the held tokens, for each of the different states before and after gaps."""
+Over = Callable[["BatchSums", Sequence[Batch]], Iterable[tuple[int, Sums]]]
+"""Number of each batch, in any order, and its sums."""
+Passed = tuple[dict[int, torch.Tensor], dict[Gap, torch.Tensor], torch.Tensor, torch.Tensor]
+"""Of one batch: the full model's states by depth, the states before each gap, which places hold tokens [B, S], and
+which rows are held out [B, 1]."""
+
+
+@torch.no_grad()
+def fit_bridges(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    plans: Sequence[LayerPlan],
+    *,
+    form: Form = "full",
+    rank: int = 64,
+    in_order: bool = False,
+    batch_tokens: int = 4096,
+    advance: Callable[[int], None] = lambda done: None,
+    over: Over | None = None,
+) -> Fits:
+    """A bridge for every gap of every plan.
+
+    Args:
+        sequences: token ids of prompts with their answers.
+        plans: shortened plans; gaps are runs of layers that are skipped as a whole.
+        form, rank: see `fit_bridge`.
+        in_order: fit a plan's second and later gaps on the states that it produces with its bridges so far, in as many
+            passes over the sequences as the plan has gaps; otherwise all on the full model's states, in one.
+        batch_tokens: tokens that run together.
+        advance: called with the number of sequences that were run.
+        over: makes the sums over all batches, for example in many processes; default: in this one.
+    """
+    fits: Fits = {plan: {} for plan in plans}
+    batches = by_tokens(list(enumerate(sequences)), [len(tokens) for tokens in sequences], batch_tokens)
+    for number in range(bridging_rounds(plans, in_order)):
+        wanted = [(plan, gap) for plan in plans for gap in (plan.gaps[number : number + 1] if in_order else plan.gaps)]
+        summing = BatchSums(wanted, bridges_of(fits) if number else None)
+        sums = _sums(model, batches, summing, over, advance)
+        known: dict[int, Fit] = {}
+        for (plan, gap), (fitted, held) in sums.items():
+            if id(fitted) not in known:
+                known[id(fitted)] = fit_bridge(fitted, held, form, rank)
+            fits[plan][gap.start] = known[id(fitted)]
+    return fits
+
+
+def bridges_of(fits: Fits) -> dict[LayerPlan, dict[int, Bridge]]:
+    """The maps alone."""
+    return {plan: {first: fit.bridge for first, fit in of_plan.items()} for plan, of_plan in fits.items()}
+
+
+def bridging_rounds(plans: Sequence[LayerPlan], in_order: bool) -> int:
+    """How often `fit_bridges` runs all sequences: under the full plan, and under plans with earlier gaps."""
+    return max(len(plan.gaps) for plan in plans) if in_order else 1
+
+
+def _sums(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    summing: BatchSums,
+    over: Over | None,
+    advance: Callable[[int], None],
+) -> dict[Gap, tuple[Moments, Moments]]:
+    """For each gap the sums over fitted and over held tokens; one object for gaps whose states are the same."""
+    total = summing.nothing(model)
+    if over is None:
+        for batch in batches:
+            summing.add(model, batch, total)
+            advance(len(batch))
+    else:
+        for number, sums in _in_order(over(summing, batches)):
+            for own, others in zip(total, sums, strict=True):
+                for moments, more in zip(own, others, strict=True):
+                    moments.merge(more)
+            advance(len(batches[number]))
+    return {gap: total[place] for gap, place in summing.places().items()}
+
+
+def _in_order(made: Iterable[tuple[int, Sums]]) -> Iterator[tuple[int, Sums]]:
+    """By number: sums that are added in another order round otherwise."""
+    early: dict[int, Sums] = {}
+    wanted = 0
+    for number, sums in made:
+        early[number] = sums
+        while wanted in early:
+            yield wanted, early.pop(wanted)
+            wanted += 1
+
+
+@dataclass(frozen=True)
+class BatchSums:
+    """Makes the sums over one batch.
+
+    Attributes:
+        wanted: the gaps.
+        bridges: of the plans' earlier gaps, on whose states the sums are made; None for those of the full model.
+    """
+
+    wanted: Sequence[Gap]
+    bridges: dict[LayerPlan, dict[int, Bridge]] | None
+
+    def places(self) -> dict[Gap, int]:
+        """Which of the sums is each gap's: one for gaps whose states are the same."""
+        found: dict[Any, int] = {}
+        return {
+            (plan, gap): found.setdefault(gap if self.bridges is None else (plan, gap), len(found))
+            for plan, gap in self.wanted
+        }
+
+    def nothing(self, model: PreTrainedModel) -> Sums:
+        """Sums over no tokens."""
+        size, device = model.config.get_text_config().hidden_size, model.device
+        return [(Moments(size, device), Moments(size, device)) for _ in set(self.places().values())]
+
+    @torch.no_grad()
+    def add(self, model: PreTrainedModel, batch: Batch, sums: Sums) -> None:
+        """Count the tokens of a batch."""
+        gaps = {place: gap for gap, place in reversed(self.places().items())}
+        for full, before, mask, held in in_halves(batch, lambda part: [self._passed(model, part)]):
+            for place, (plan, gap) in gaps.items():
+                for moments, rows in zip(sums[place], (mask & ~held, mask & held), strict=True):
+                    states = before[plan, gap][rows], full[gap.stop][rows]
+                    moments.add(states[0].to(model.device), states[1].to(model.device))
+
+    def _passed(self, model: PreTrainedModel, batch: Batch) -> Passed:
+        inputs = padded_inputs(model, [tokens for _, tokens in batch])
+        full = _states(model, inputs, {layer for _, gap in self.wanted for layer in (gap.start, gap.stop)})
+        before = {(plan, gap): full[gap.start] for plan, gap in self.wanted}
+        if self.bridges is not None:
+            before = _shortened(model, inputs, self.wanted, self.bridges)
+        held = torch.tensor([index % HELD == 0 for index, _ in batch], device=model.device)[:, None]
+        return full, before, inputs["attention_mask"].bool(), held
+
+
+def _shortened(
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    wanted: Sequence[Gap],
+    bridges: dict[LayerPlan, dict[int, Bridge]],
+) -> dict[Gap, torch.Tensor]:
+    """The state before each gap as the shortened model with its bridges so far produces it."""
+    return {(plan, gap): _states(model, inputs, {gap.start}, plan, bridges[plan])[gap.start] for plan, gap in wanted}
+
+
+def _states(
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    depths: set[int],
+    plan: LayerPlan | None = None,
+    bridges: dict[int, Bridge] | None = None,
+) -> dict[int, torch.Tensor]:
+    """States [B, S, D] before the layers `depths`; before layer L means after the last."""
+    attached = Attached("", {plan: bridges}) if plan is not None and bridges is not None else None
+    running = nullcontext() if plan is None else patched(model, plan, attached=attached)
+    with running, captured(decoder_layers(model), depths) as states:
+        decoder_of(model)(**inputs, use_cache=False)
+    return states

@@ -1,0 +1,113 @@
+"""The sections of a configuration about what is learned, certified and measured: every key with its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from controller.base import CONTROLLERS
+from controller.certificate.certificate import MOST_LEVELS, alpha_of
+from controller.certificate.risks import MOST_KEPT, Risk
+from controller.feature_sets import check_sets
+from pipelines.config.sections import Section, Text
+
+Level = Annotated[float, Field(gt=0, lt=MOST_KEPT)]
+
+
+class GivenSettings(Section):
+    """What is to be known to fit one controller; see `controller.learning.Settings`."""
+
+    sets: list[str] = Field(min_length=1)
+    components: int = Field(ge=1)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class TuningSection(Section):
+    controllers: list[Annotated[Text, AfterValidator(CONTROLLERS.checked)]] = Field(["lightgbm", "mlp"], min_length=1)
+    search_from: int = Field(500, ge=0)
+    """Prompts to train and to tune from which on settings are searched. With fewer the defaults are taken: a search
+    among so few finds noise (docs/controllers.md)."""
+    trials: int = Field(20, ge=1)
+    """Finished trials of each controller, for the least regret; the first one tries the defaults, and those that fall
+    behind after some folds are given up. What is found must beat the defaults by more than a standard error."""
+    feature_sets: list[list[str]] = Field(
+        [["length", "path", "states"], ["length", "tokens", "path", "states"], ["length", "path", "states", "windows"]],
+        min_length=1,
+    )
+    """Combinations of sets of features to choose from."""
+    components: list[Annotated[int, Field(ge=1)]] = Field([12, 24, 48, 96], min_length=1)
+    """Numbers of principal components of the wide sets to choose from."""
+    folds: int = Field(4, ge=2, le=50)
+    """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
+    workers: int = Field(1, ge=1)
+    """Processes that try settings at the same time."""
+    given: dict[str, GivenSettings] = Field(default_factory=dict)
+    """Settings of controllers for which nothing is searched, as in a run's tuning.json."""
+    storage: Text | None = None
+    """Any URL that Optuna takes; default: tuning.db in the run folder."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> TuningSection:
+        for sets in [*self.feature_sets, *(given.sets for given in self.given.values())]:
+            check_sets(sets)
+        if not all(self.feature_sets):
+            raise ValueError(f"feature_sets must not hold an empty set, got {self.feature_sets}")
+        if len(set(self.controllers)) < len(self.controllers):
+            raise ValueError(f"controllers names one twice, got {self.controllers}")
+        if unknown := set(self.given) - set(self.controllers):
+            raise ValueError(f"given holds settings of {min(unknown)!r}, which is not among tuning.controllers")
+        return self
+
+
+class CalibrationSection(Section):
+    risk: Risk = "mean_score"
+    """What is bounded: how far the mean score falls below the full model's, `mean_score`, where answers that win make
+    up for answers that lose; the mean of the score that answers lose, `score_lost`; or the share of answers that are no
+    longer sufficient (`label.tolerance`), `insufficient`."""
+    keep: Annotated[list[Level], BeforeValidator(lambda given: given if isinstance(given, list) else [given])] = Field(
+        [0.9], min_length=1, max_length=MOST_LEVELS
+    )
+    """The bound, or several. For `mean_score` the share of the full model's mean score that answers keep at least,
+    which may be 1 or more where heads or bridges win; else 1 less the largest mean loss. Several values share `delta`.
+    Each is certified and saved, all policies are compared at each, and the allocator runs at the first."""
+    delta: float = Field(0.1, gt=0, lt=1)
+    """Probability that the bound fails."""
+    per_task: bool = False
+    """Bound the loss of every task instead of their mean."""
+    outliers: float = Field(0.05, ge=0, lt=1)
+    """Share of prompts like the calibration prompts that a test may take for unlike all known ones and send to the full
+    plan, before calibration; 0 for no such test."""
+    false_alarms: float = Field(0.01, gt=0, lt=1)
+    """Probability that the drift alarm ever rings although the prompts are like the calibration prompts."""
+
+    @model_validator(mode="after")
+    def _check_keep(self) -> CalibrationSection:
+        if self.risk != "mean_score" and max(self.keep) >= 1:
+            raise ValueError(
+                f"keep must be below 1 for the risk {self.risk!r}, whose losses are never won, got {self.keep}"
+            )
+        if len(set(self.keep)) < len(self.keep):
+            raise ValueError(f"keep names a value twice, got {self.keep}")
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """The mean loss of the first value of `keep`."""
+        return alpha_of(self.keep[0])
+
+    @property
+    def delta_of_one(self) -> float:
+        """The share of `delta` that each value of `keep` has."""
+        return self.delta / len(self.keep)
+
+
+class EvaluationSection(Section):
+    speed_prompts: int = Field(8, ge=1)
+    """Test prompts that speeds are measured on, as one batch and one at a time."""
+    speed_tokens: int = Field(16, ge=2)
+    """New tokens of each."""
+    speed_rounds: int = Field(20, ge=1)
+    """Times, at most, that everything is measured, in turn, after a warm-up; fewer once the figures are exact."""
+    speed_seconds: float = Field(60.0, gt=0)
+    """No round begins after this time, as long as there are five."""

@@ -1,0 +1,112 @@
+"""Some unseen prompts answered with all layers and with those that the allocator chooses, timed one at a time.
+
+They stand for the run where it ends and in its report, so a rule picks them that does not flatter.
+
+Shapes: `N` test prompts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backbone.plan import LayerPlan
+from oracle.chat import padded_prompts
+from oracle.judges import KL
+from oracle.prompts import Prompt
+from pipelines.evaluation.learning_table import Table
+from pipelines.run.progress import progress
+from pipelines.run.workspace import Workspace
+from runtime.allocator import Allocator
+from runtime.paired_timing import median_seconds
+from runtime.texts import decoding_options, new_texts
+
+SHOWN, ROUNDS = 6, 5
+"""Prompts that are shown, and times that each answer is timed after a warm-up."""
+
+RULE = "the first test prompt of each kind, one of whose answers is worse than the full model's, if there is any"
+
+
+def shown_rows(tasks: Sequence[str], is_worse: NDArray[np.bool_], count: int = SHOWN) -> list[int]:
+    """Rows of the prompts to show: the first of each kind, then the second of each, until there are `count`.
+
+    Args:
+        tasks: kind of each prompt [N].
+        is_worse: where the allocator's answer scores below the full model's [N]. If there are such prompts and none is
+            picked, the next of them takes the last place.
+    """
+    seen: Counter[str] = Counter()
+    turns = []
+    for row, task in enumerate(tasks):
+        turns.append((seen[task], row))
+        seen[task] += 1
+    order = [row for _, row in sorted(turns)]
+    picked, left = order[:count], order[count:]
+    worse = [row for row in left if is_worse[row]]
+    if worse and not is_worse[picked].any():
+        picked[-1] = worse[0]
+    return picked
+
+
+def shown(workspace: Workspace, allocator: Allocator, test: Table, chosen: NDArray[np.intp]) -> list[dict[str, Any]]:
+    """Each picked prompt with its reference, both answers with their scores, layers and milliseconds.
+
+    The answers are generated anew, as `generate()` gives them, so that what is shown is what was timed.
+
+    Args:
+        workspace: of the run.
+        allocator: the finished one.
+        test: the test prompts, in the source's order.
+        chosen: the plan of each test prompt [N], by which prompts are picked.
+    """
+    timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
+    rows = np.arange(len(test.prompts))
+    picked = shown_rows(test.tasks.tolist(), test.scores[rows, chosen] < test.scores[:, -1])
+    with progress("answers to show", len(picked) * 2 * (ROUNDS + 2)) as advance:
+        return [_answered(workspace, timed, test.prompts[row], advance) for row in picked]
+
+
+def _answered(
+    workspace: Workspace, allocator: Allocator, prompt: Prompt, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    model, tokenizer = workspace.adapted
+    inputs = dict(padded_prompts(tokenizer, [prompt.prompt]).to(model.device))
+    options = decoding_options(tokenizer, workspace.decoding)
+    stock: Any = model.generate
+    full = partial(stock, **inputs, **options)
+    allocated: Any = partial(allocator.generate, model, **inputs, **options)
+    output = allocated(return_dict_in_generate=True)
+    plan: LayerPlan = output["layer_plans"][0]
+
+    def text(sequences: torch.Tensor) -> str:
+        return new_texts(tokenizer, sequences, inputs["input_ids"].shape[1], workspace.decoding)[0]
+
+    full_answer, answer = text(full()), text(output.sequences)
+    advance(2)
+    seconds = median_seconds({"full": full, "allocated": allocated}, ROUNDS, lambda: advance(1))
+    return {
+        "id": prompt.id,
+        "task": prompt.task,
+        "prompt": prompt.shown,
+        "reference": prompt.shown_references,
+        "full_answer": full_answer,
+        "answer": answer,
+        "full_score": _score(prompt, full_answer, full_answer),
+        "score": _score(prompt, answer, full_answer),
+        "plan": str(plan),
+        "layers": plan.layers,
+        "full_ms": 1000 * seconds["full"],
+        "ms": 1000 * seconds["allocated"],
+    }
+
+
+def _score(prompt: Prompt, answer: str, full_answer: str) -> float:
+    """By the prompt's judge; one that reads no answers is stood in for by agreement with the full model's answer."""
+    return prompt.score_or_zero(answer, full_answer, "agreement" if prompt.judge == KL else None)
