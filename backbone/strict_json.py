@@ -6,12 +6,10 @@ import json
 import math
 from typing import Any, NoReturn
 
+from backbone.errors import NotJSONError
+
 LONGEST_NAME = 200
 """Characters of a name in a file that may come from anybody."""
-
-
-class NotJSONError(ValueError):
-    """A text that is not JSON; the message says why in a few words."""
 
 
 def parse(text: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from backbone.execution.probing import probe_states
+from backbone.execution.prompt_prefix import probe_states
 from backbone.families import final_norm
 from controller.feature_sets import NAMES, FeatureError
 

@@ -54,7 +54,10 @@ class FittedPredictor:
 
     def predict(self, features: Features) -> Floats:
         """What is expected to be kept [N, K], from raw features; NaN under every shortened plan for outliers."""
-        kept = self.controller.predict(self.projection(features), self.full)
+        return self.without_outliers(self.controller.predict(self.projection(features), self.full), features)
+
+    def without_outliers(self, kept: Floats, features: Features) -> Floats:
+        """The same [N, K] with NaN under every shortened plan for outliers, so that they run the full plan."""
         if self.outliers is not None:
             kept[self.outliers.are_outliers(features), :-1] = np.nan
         return kept

@@ -133,7 +133,7 @@ def print_answers(
     raw: bool = False,
 ) -> None:
     """Answers with the layers that they ran, one after the other."""
-    from runtime.texts import generate_texts
+    from runtime.offline import generate_texts
 
     full, texts = allocator.menu.n_layers, [allocator.rendered(tokenizer, prompt, raw=raw) for prompt in prompts]
     answers = generate_texts(allocator.generate, model, tokenizer, texts, allocator.decoding)

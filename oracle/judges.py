@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from backbone.errors import InputError
-from backbone.registry import Registry, RegistryError
+from backbone.registry import Registry
 from oracle.text_normalisation import folded, last_number, may_become_plain, plain, words
 
 Judge = Callable[[str, str, str], float]
@@ -131,7 +131,7 @@ def _judge(name: str) -> Judge:
         raise JudgeError(f"unknown judge {name!r}{hint or '.'} Known: {', '.join([*JUDGES, KL])}, or module:function")
     try:
         found: Judge = getattr(importlib.import_module(module), function) if colon else JUDGES[name]
-    except RegistryError as error:
+    except InputError as error:
         raise JudgeError(str(error)) from None
     except (Exception, SystemExit) as error:  # the user's own code, which may do anything
         raise JudgeError(f"cannot import the judge {name!r}: {type(error).__name__}: {error}") from None

@@ -1,8 +1,7 @@
 """Which prompts of a large set run together: batches by plan and length, by what their passes cost.
 
-A batch of one plan saves the weights of the layers that it leaves out, where a mixed one reads those of its deepest
-row; prompts of like length save padding. So full batches of one plan come first, and what is left of each plan runs
-alone or with others, as is faster.
+A batch of one plan reads only the weights of its layers, a mixed one those of its deepest row; prompts of like length
+save padding. So full batches of one plan come first, and the rest runs alone or with others, as is faster.
 
 Shapes: `N` prompts, `L` layers.
 """

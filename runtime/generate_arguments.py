@@ -12,90 +12,23 @@ from typing import Any
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from backbone.errors import InputError
+from backbone.errors import UnsupportedGenerationError
 
-LIKE_STOCK = frozenset(
-    [
-        "max_length",
-        "max_new_tokens",
-        "min_length",
-        "min_new_tokens",
-        "early_stopping",
-        "max_time",
-        "stop_strings",
-        "do_sample",
-        "num_beams",
-        "use_cache",
-        "cache_implementation",
-        "cache_config",
-        "max_cache_len",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "repetition_penalty",
-        "encoder_repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "renormalize_logits",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "sequence_bias",
-        "guidance_scale",
-        "watermarking_config",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "output_logits",
-        "return_dict_in_generate",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "encoder_no_repeat_ngram_size",
-        "decoder_start_token_id",
-        "is_assistant",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "max_matching_ngram_size",
-        "assistant_lookbehind",
-        "target_lookbehind",
-        "assistant_ensemble_weight",
-        "speculation_type",
-        "compile_config",
-        "disable_compile",
-        "continuous_batching_config",
-        "low_memory",
-        "diversity_penalty",
-        "prefill_chunk_size",
-        "inputs",
-        "generation_config",
-        "logits_processor",
-        "stopping_criteria",
-        "prefix_allowed_tokens_fn",
-        "streamer",
-        "negative_prompt_ids",
-        "negative_prompt_attention_mask",
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "cache",
-        "past_key_values",
-        "tokenizer",
-        "assistant_tokenizer",
-        "trust_remote_code",
-    ]
-)
+_LIKE_STOCK = """
+max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample num_beams use_cache
+cache_implementation cache_config max_cache_len temperature top_k top_p min_p top_h typical_p epsilon_cutoff
+eta_cutoff repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids
+renormalize_logits forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+suppress_tokens begin_suppress_tokens sequence_bias guidance_scale watermarking_config num_return_sequences
+output_attentions output_hidden_states output_scores output_logits return_dict_in_generate pad_token_id bos_token_id
+eos_token_id encoder_no_repeat_ngram_size decoder_start_token_id is_assistant num_assistant_tokens
+num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind
+target_lookbehind assistant_ensemble_weight speculation_type compile_config disable_compile continuous_batching_config
+low_memory diversity_penalty prefill_chunk_size inputs generation_config logits_processor stopping_criteria
+prefix_allowed_tokens_fn streamer negative_prompt_ids negative_prompt_attention_mask input_ids attention_mask
+position_ids cache past_key_values tokenizer assistant_tokenizer trust_remote_code
+"""
+LIKE_STOCK = frozenset(_LIKE_STOCK.split())
 """Taken; the exceptions of the lossless mode are in `REFUSED_BY_LOSSLESS`."""
 
 OTHER_LOOPS: dict[str, GenerationMode] = {
@@ -154,10 +87,6 @@ REFUSED_BY_LOSSLESS: Refusals = {
 _FIELDS = vars(GenerationConfig()).keys()  # type: ignore[no-untyped-call]
 UNDECIDED = sorted(_FIELDS - LIKE_STOCK - OTHER_LOOPS.keys() - REFUSED.keys())
 """Fields that only a newer transformers has, beside what says where a configuration came from."""
-
-
-class UnsupportedGenerationError(InputError):
-    """A way of generating that cannot be combined with an allocator; the message names it."""
 
 
 def refuse(arguments: Mapping[str, Any], refusals: Refusals, what: str) -> None:

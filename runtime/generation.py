@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from backbone.errors import InputError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, replaying
 from backbone.plan import LayerPlan, PlanMenu
-from runtime.device_clock import FirstToken, Moment
 from runtime.plan_selection import PlanSelector
 from runtime.request import Request
 
@@ -21,6 +21,37 @@ MOST_OTHER_LAYERS = 0.05
 """Share of the decoder by which prompts may run more or fewer layers than was certified: rounding changes few plans."""
 
 Output = torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
+
+
+class Moment:
+    """When all work given to a device so far is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._seconds = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    def ms_since(self, earlier: Moment) -> float:
+        """Milliseconds from an earlier moment to this one; on a GPU this waits until the moment has come."""
+        if self._event is None or earlier._event is None:
+            return (self._seconds - earlier._seconds) * 1000
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event))
+
+
+class FirstToken(LogitsProcessor):
+    """Stands last among a loop's logits processors: notes when the first token's scores are there, changes nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.moment: Moment | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.moment is None:
+            self.moment = Moment(self._device)
+        return scores
 
 
 def plans_of(request: Request, menu: PlanMenu, selector: PlanSelector) -> tuple[list[LayerPlan], Prefix | None]:
@@ -58,10 +89,6 @@ def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, 
     return output, clock.moment.ms_since(start) if clock.moment else 0.0
 
 
-class OtherLayersError(InputError):
-    """`generate` ran other layers than those that were certified."""
-
-
 def check_layers(certified: Iterable[LayerPlan], ran: Iterable[LayerPlan]) -> None:
     """Compare the plans [N] that a certificate rests on with those that `generate` ran for the same prompts.
 
@@ -70,13 +97,13 @@ def check_layers(certified: Iterable[LayerPlan], ran: Iterable[LayerPlan]) -> No
         ran: the `layer_plans` of the output of `allocator.generate`, or the plans of the texts of `generate_many`.
 
     Raises:
-        OtherLayersError: the plans differ, on average over prompts, by more than `MOST_OTHER_LAYERS` of the layers.
+        InputError: the plans differ, on average over prompts, by more than `MOST_OTHER_LAYERS` of the layers.
     """
     pairs = list(zip(certified, ran, strict=True))
     differing = sum(len(one.attention ^ other.attention) + len(one.mlp ^ other.mlp) for one, other in pairs) / 2
     if differing > MOST_OTHER_LAYERS * sum(one.n_layers for one, _ in pairs):
         expected, found = (sum(plan.layers for plan in plans) / len(pairs) for plans in zip(*pairs, strict=True))
-        raise OtherLayersError(
+        raise InputError(
             f"generate ran {found:.2f} of {pairs[0][0].n_layers} layers on average, where {expected:.2f} were "
             f"certified ({differing / len(pairs):.2f} differ a prompt); a FullPlanWarning says why"
         )

@@ -1,4 +1,4 @@
-"""Large sets of prompts: all are allocated first, then generated in batches, as many as can be of one plan."""
+"""Prompts in, texts out. Large sets are allocated first, then generated in batches, as many as can be of one plan."""
 
 from __future__ import annotations
 
@@ -11,31 +11,74 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
 from backbone.families import check_is_model
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
-from oracle.chat import ChatError, Turns, tokens_of
-from runtime.call_arguments import UnsupportedGenerationError, asked_for
+from oracle.chat import ChatError, padded_prompts, tokens_of
+from oracle.decoding import Decoding, cut_at_stop
+from oracle.labels.generate_answers import stop_token_ids
 from runtime.composing import Composer
 from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
 from runtime.plan_selection import Decision, PlanSelector, prompt_key
+from runtime.request import asked_for
 from runtime.step_costs import known_step_costs
-from runtime.texts import AllocatedText, decoding_options, new_texts
 
 PROBE_TOKENS = 2048
 """Prompt tokens, with padding, that are probed together: enough to fill a device, few enough to be of like length."""
 
 KEPT_BYTES = 2 * 2**30
-"""Main memory for what the first layers made of prompts that wait to be answered; prompts for which it does not suffice
-run these layers again."""
+"""Main memory for the prefixes of prompts that wait; prompts beyond it run their first layers again."""
 
 _SEVERAL_TOKENS_AT_ONCE = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 _ONE_ANSWER_A_PROMPT = (
     *("num_return_sequences", "cache", "past_key_values", "return_dict_in_generate", "streamer"),
     *("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatedText:
+    """A generated text, and the plan that it was generated with."""
+
+    text: str
+    plan: LayerPlan
+
+
+def generate_texts(
+    generate: Callable[..., Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    decoding: Decoding,
+) -> list[AllocatedText]:
+    """Continue each of `prompts` [B], rendered, as one batch, by `allocator.generate`."""
+    inputs = padded_prompts(tokenizer, prompts).to(model.device)
+    output = generate(
+        model,
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        return_dict_in_generate=True,
+        **decoding_options(tokenizer, decoding),
+    )
+    assert not isinstance(output, torch.Tensor)
+    texts = new_texts(tokenizer, output.sequences, inputs["input_ids"].shape[1], decoding)
+    return [AllocatedText(text, plan) for text, plan in zip(texts, output["layer_plans"], strict=True)]
+
+
+def decoding_options(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
+    """The arguments of `generate()` for the decoding that an allocator was made with."""
+    return decoding.arguments(tokenizer, list(stop_token_ids(tokenizer, decoding)))
+
+
+def new_texts(
+    tokenizer: PreTrainedTokenizerBase, sequences: torch.Tensor, prompt_width: int, decoding: Decoding
+) -> list[str]:
+    """The texts that follow the prompts in sequences [B, S], cut at the stop string."""
+    texts = tokenizer.batch_decode(sequences[:, prompt_width:], skip_special_tokens=True)
+    return [cut_at_stop(text, decoding.stop) for text in texts]
 
 
 def finished_texts(
@@ -87,7 +130,8 @@ def finished_texts(
     batches = Composer(known_step_costs(model), plans, [len(ids) for ids in tokens], n_new)
     for part in batches.composed(batch_size):
         yield in_halves(part, run)
-        kept.drop(part)
+        for index in part:
+            kept.rows.pop(index, None)
 
 
 @dataclass(slots=True)
@@ -112,10 +156,6 @@ class _Kept:
         repeated = torch.arange(len(part), device=model.device).repeat_interleave(copies)
         return replaying(model, joined(rows, model.device), repeated if copies > 1 else None, release=True)
 
-    def drop(self, part: Sequence[int]) -> None:
-        for index in part:
-            self.rows.pop(index, None)
-
 
 def generate_many(
     allocator: AllocatorParts,
@@ -132,20 +172,16 @@ def generate_many(
     check_is_model(model)
     check_is_tokenizer(tokenizer)
     texts: dict[int, AllocatedText] = {}
-    given = [_rendered(allocator, tokenizer, number, prompt, raw) for number, prompt in enumerate(listed(prompts))]
+    given = []
+    for number, prompt in enumerate(listed(prompts)):
+        try:
+            given.append(allocator.rendered(tokenizer, prompt, raw=raw))
+        except ChatError as error:
+            raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
     for batch in finished_texts(allocator, model, tokenizer, given, batch_size=batch_size, **options):
         texts.update(batch)
         advance(len(batch))
     return [texts[index] for index in range(len(given))]
-
-
-def _rendered(
-    allocator: AllocatorParts, tokenizer: PreTrainedTokenizerBase, number: int, prompt: str | Turns, raw: bool
-) -> str:
-    try:
-        return allocator.rendered(tokenizer, prompt, raw=raw)
-    except ChatError as error:
-        raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
 
 
 def _settings(

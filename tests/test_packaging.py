@@ -106,8 +106,8 @@ def test_what_users_catch_is_public() -> None:
 
     errors = {name for name in layerbudget.__all__ if name.endswith("Error")}
     assert all(issubclass(getattr(layerbudget, name), layerbudget.InputError) for name in errors)
-    raised = {"LoadError", "PlanError", "CacheMismatchError", "WrongModelError", "UnsupportedGenerationError"}
-    assert raised | {"InputError", "UnsupportedModelError", "InexactPlanError", "ArtefactError"} <= errors
+    raised = {"LoadError", "PlanError", "WrongModelError", "UnsupportedGenerationError"}
+    assert raised | {"InputError", "UnsupportedModelError", "ArtefactError"} <= errors
 
 
 NOT_IN_CORE = (

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbone.execution.live_changes import replaced
-from backbone.execution.plan_patches import Forward
+from backbone.execution.live_changes import Forward, replaced
 from backbone.families import decoder_layers, decoder_of
 from backbone.plan import LayerPlan
 from token_exits.filling import Filling

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from backbone.execution.live_changes import captured, replaced
-from backbone.execution.plan_patches import Forward
-from backbone.families import UnsupportedModelError, decoder_layers, decoder_of
+from backbone.errors import UnsupportedModelError
+from backbone.execution.live_changes import Forward, captured, replaced
+from backbone.families import decoder_layers, decoder_of
 
 FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}

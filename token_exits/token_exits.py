@@ -12,15 +12,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
-from runtime.call_arguments import (
-    UnsupportedGenerationError,
-    generate_by,
-    given_to_loop,
-)
-from runtime.request import Request
+from runtime.request import Request, generate_by, loop_arguments
 from token_exits.driver import exiting
 from token_exits.filling import Filling, check_shared
 from token_exits.heads import TokenExitsError
@@ -35,8 +31,8 @@ class TokenExits:
     """Generates with tokens that leave the layers early.
 
     Use `exits.generate(model, **inputs, ...)`, or pass it to the model: `model.generate(**inputs,
-    custom_generate=exits, ...)`. Both take and return what stock `generate()` does, greedy or sampling. Prompts run in
-    full.
+    custom_generate=exits, ...)`. Both take and return what stock `generate()` does, greedy or sampling. A streamer
+    works with the first alone, since transformers hands none on. Prompts run in full.
 
     Attributes:
         settings: gate, threshold, candidate layers, heads, strategy.
@@ -86,12 +82,12 @@ class TokenExits:
         **model_kwargs: Any,
     ) -> Output:
         """The decoding loop that `generate(custom_generate=exits)` calls after preparing its inputs."""
-        with given_to_loop(model, logits_processor, stopping_criteria, streamer) as loop:
-            _check_mode(generation_config)
-            request = Request(model, input_ids, generation_config, model_kwargs, loop)
-            plan = LayerPlan.full(len(decoder_layers(model))) if plan is None else plan
-            self._check(request, plan)
-            return self._decode(request, plan)
+        loop = loop_arguments(logits_processor, stopping_criteria, streamer)
+        _check_mode(generation_config)
+        request = Request(model, input_ids, generation_config, model_kwargs, loop)
+        plan = LayerPlan.full(len(decoder_layers(model))) if plan is None else plan
+        self._check(request, plan)
+        return self._decode(request, plan)
 
     def _decode(self, request: Request, plan: LayerPlan) -> Output:
         model = request.model

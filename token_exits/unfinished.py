@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from backbone.execution.plan_patches import Forward
+from backbone.execution.live_changes import Forward
 from token_exits.keys_values import KeysValues
 from token_exits.row_cache import SomeTokens, add_empty_slot
 from token_exits.token_pass import TokenPass, of_rows

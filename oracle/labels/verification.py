@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.device_memory import room
 from backbone.execution.shared_passes import SharedPasses, sharing_order
-from backbone.left_padding import in_halves
+from backbone.left_padding import in_halves, memory_budget
 from backbone.plan import LayerPlan
 from oracle.labels.teacher_forcing import ForcedAnswers
 
@@ -67,7 +66,7 @@ def follow(
 def fitting(model: PreTrainedModel, rows: Sequence[Forced]) -> Iterator[Sequence[Forced]]:
     """The rows in parts whose logits fit into LOGITS_BYTES, or into a sixteenth of a GPU's free memory."""
     of_row = max(len(answer) for _, answer in rows) * model.config.get_text_config().vocab_size * 4
-    size = max(1, room(model.device, LOGITS_BYTES, 1 / 16) // of_row)
+    size = max(1, memory_budget(model.device, LOGITS_BYTES, 1 / 16) // of_row)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 

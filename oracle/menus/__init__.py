@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from backbone.plan import LayerPlan, PlanError, PlanMenu, SublayerBytes
+from backbone.errors import PlanError
+from backbone.plan import LayerPlan, PlanMenu, SublayerBytes
 from backbone.registry import Registry
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> 
 
     Raises:
         PlanError: the task asks for plans that the model cannot have.
-        RegistryError: no such method.
+        InputError: no such method.
     """
     from backbone.families import sublayer_bytes  # torch, which names alone do not need
 

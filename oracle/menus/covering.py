@@ -16,13 +16,14 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.device_memory import room
+from backbone.errors import PlanError
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
 from backbone.healing.attaching import Healing, attach, detach
 from backbone.healing.bridges import Bridge
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
-from backbone.plan import LayerPlan, PlanError, PlanMenu
+from backbone.left_padding import memory_budget
+from backbone.plan import LayerPlan, PlanMenu
 from oracle.judges import KL
 from oracle.labels.reader import judged
 from oracle.menus import MENUS
@@ -174,7 +175,7 @@ class _Pool:
         ordered = sorted(gaps, key=lambda gap: (gap.start, gap.stop))
         sequences, n_layers = self._labels.sequences(), self._task.n_layers
         size = self._task.model.config.get_text_config().hidden_size + 1
-        together = max(1, room(self._task.model.device, SUMS_BYTES, 0.25) // (4 * 8 * size * size))
+        together = max(1, memory_budget(self._task.model.device, SUMS_BYTES, 0.25) // (4 * 8 * size * size))
         for start in range(0, len(ordered), together):
             plans = {gap: LayerPlan.skipping(n_layers, gap) for gap in ordered[start : start + together]}
             fitted = bridges_of(fit_bridges(self._task.model, sequences, list(plans.values())))

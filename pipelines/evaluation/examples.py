@@ -25,8 +25,8 @@ from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
 from runtime.allocator import Allocator
+from runtime.offline import decoding_options, new_texts
 from runtime.paired_timing import median_seconds
-from runtime.texts import decoding_options, new_texts
 
 SHOWN, ROUNDS = 6, 5
 """Prompts that are shown, and times that each answer is timed after a warm-up."""

@@ -11,7 +11,7 @@ from backbone.plan import LayerPlan
 from oracle.spread import spread
 from runtime.allocator import Allocator
 from runtime.generation import check_layers
-from runtime.texts import generate_texts
+from runtime.offline import generate_texts
 
 COMPARED = 16
 """Prompts that are compared, at most."""
@@ -33,7 +33,7 @@ def check_layers_run(
         certified: plan of each prompt. Those of shortened plans are compared.
 
     Raises:
-        OtherLayersError: see `runtime.generation.check_layers`.
+        InputError: see `runtime.generation.check_layers`.
     """
     timed, one = replace(allocator, drift=None), replace(allocator.decoding, max_new_tokens=1)
     shortened = [(text, plan) for text, plan in zip(texts, certified, strict=True) if not plan.is_full]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.delete_layers import delete_layers
-from backbone.execution.probing import probe_states
+from backbone.execution.prompt_prefix import probe_states
 from backbone.plan import LayerPlan
 from controller.features import Features, extract, rows_of
 from oracle.chat import padded_prompts

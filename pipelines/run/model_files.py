@@ -8,9 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from backbone.errors import reason_of
-from backbone.model_source import LoadError, local_file, local_settings, look_at
-from backbone.supported import check_supported
+from backbone.errors import LoadError, reason_of
+from backbone.model_source import check_supported, local_file, local_settings, look_at
 from oracle.chat import ChatTemplate, template_text
 from oracle.context_lengths import check_room
 
@@ -27,7 +26,7 @@ class ModelFiles:
 
     Raises:
         LoadError: there cannot be a model, or one of quantised weights.
-        UnsupportedModelError: see `backbone.supported.check_supported`.
+        UnsupportedModelError: see `backbone.model_source.check_supported`.
     """
 
     def __init__(self, source: str) -> None:

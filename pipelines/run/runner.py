@@ -91,7 +91,7 @@ def run_search(config: Config, searcher: str, evaluations: int, split: Split, co
     """The least sufficient plans of some prompts of a split, as a table, a figure and a few lines.
 
     Raises:
-        RegistryError: an unknown searcher.
+        InputError: an unknown searcher.
         ConfigError: the run has no menu yet, or somebody's own file lies where the results go.
         SearchError: a menu that the searcher cannot search.
     """

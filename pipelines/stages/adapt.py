@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from backbone.errors import ArtefactError
 from backbone.files import UNFINISHED, replacing, write_atomically
 from backbone.healing.attaching import Healing, attach, detach
 from backbone.healing.bridges import Bridges
 from backbone.healing.distillation import CHECKPOINT, History, distil
 from backbone.healing.fit_bridges import Fits, Over, bridges_of, bridging_rounds, fit_bridges
-from backbone.healing.tensors import HealingError
 from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
 from oracle.answered_prompts import answered_examples, reference_examples
@@ -152,13 +152,13 @@ class _Making:
         """Those of a file, which must be this model's and know the menu's gaps."""
         found = Healing.load(Path(str(self._settings.given)))
         if found.fingerprint != fingerprint:
-            raise HealingError(
+            raise ArtefactError(
                 f"adapt.given, {self._settings.given}, holds healing of {found.fingerprint}, and this run's model is "
                 f"{fingerprint}"
             )
         without = [plan for plan in self._plans if (plan.gaps or plan.healed) and plan not in found.bridges]
         if found.bridges and without:
-            raise HealingError(
+            raise ArtefactError(
                 f"adapt.given, {self._settings.given}, has no bridges for the plan {without[0]}; it has them for "
                 f"{', '.join(map(str, found.bridges))}: name these in menu.given"
             )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Container
-from dataclasses import replace
+from collections.abc import Callable, Container
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import count, takewhile
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from backbone.errors import InputError, reason_of
+from backbone.errors import ArtefactError, InputError, reason_of
 from backbone.healing.attaching import Healing
 from backbone.plan import PlanMenu
 from backbone.strict_json import parse
@@ -30,16 +29,12 @@ from runtime.parts import AllocatorParts, OperatingPoint
 from runtime.saving.allocator_checks import (
     ACCEPTANCE,
     CERTIFICATE,
-    CHAT,
-    DRIFT,
     FORMAT_VERSION,
-    HEALING,
     LARGEST_PART,
     MENU,
     OLD_HEALING,
-    OUTLIERS,
+    OPTIONAL,
     PROJECTION,
-    ArtefactError,
     chat_hash,
     check_assumed,
     check_entries,
@@ -49,6 +44,12 @@ from runtime.saving.allocator_checks import (
 from runtime.saving.file_bundle import CARD, Manifest, digest_of, file_hash, read_bundle, save_bundle
 
 Parts = TypeVar("Parts", bound=AllocatorParts)
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "healing": Healing.load,
+    "drift": DriftAlarm.load,
+    "outliers": OutlierTest.load,
+    "chat": ChatFormat.load,
+}
 
 
 def save_allocator(allocator: AllocatorParts, folder: Path) -> None:
@@ -125,22 +126,17 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
     allocator.projection.save(folder / PROJECTION)
     allocator.certificate.save(folder / CERTIFICATE)
     allocator.controller.save(folder)
-    if allocator.healing is not None:
-        allocator.healing.save(folder / HEALING)
-    if allocator.drift is not None:
-        allocator.drift.save(folder / DRIFT)
+    for name, file in OPTIONAL.items():
+        if (part := getattr(allocator, name)) is not None:
+            part.save(folder / file)
     for number, point in enumerate(allocator.others, 1):
         certificate, drift = files_of_other(number)
         point.certificate.save(folder / certificate)
         if point.drift is not None:
             point.drift.save(folder / drift)
-    if allocator.outliers is not None:
-        allocator.outliers.save(folder / OUTLIERS)
     if allocator.acceptance is not None:
         rates = dict(zip(map(str, allocator.menu.plans), allocator.acceptance, strict=True))
         (folder / ACCEPTANCE).write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
-    if allocator.chat is not None:
-        allocator.chat.save(folder / CHAT)
     (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
 
 
@@ -148,13 +144,14 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
     """The allocator whose files lie in `place`, under the name `folder`."""
     check_entries(folder, manifest)
     name, files = manifest["controller"], manifest["files"]
-    healing = OLD_HEALING if OLD_HEALING in files else HEALING
+    optional = {**OPTIONAL, "healing": OLD_HEALING} if OLD_HEALING in files else OPTIONAL
     try:
-        for file in files.keys() - {healing}:
+        for file in files.keys() - {optional["healing"]}:
             if (size := (place / file).stat().st_size) > LARGEST_PART:
                 raise ArtefactError(f"{file} has {size} bytes; such a file has at most {LARGEST_PART}")
+        menu = PlanMenu.load(place / MENU)
         allocator = kind(
-            menu=PlanMenu.load(place / MENU),
+            menu=menu,
             controller=CONTROLLERS[name].load(place),
             controller_name=name,
             projection=Projection.load(place / PROJECTION),
@@ -162,14 +159,10 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             decoding=Decoding.from_dict(manifest["decoding"]),
             fingerprint=manifest["model"]["fingerprint"],
             model_source=manifest["model"]["source"],
-            healing=Healing.load(place / healing) if healing in files else None,
-            drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
-            outliers=OutlierTest.load(place / OUTLIERS) if OUTLIERS in files else None,
-            chat=ChatFormat.load(place / CHAT) if CHAT in files else None,
             others=_others(place, files),
+            acceptance=_acceptance(place / ACCEPTANCE, menu) if ACCEPTANCE in files else None,
+            **{part: LOADERS[part](place / file) for part, file in optional.items() if file in files},
         )
-        if ACCEPTANCE in files:
-            allocator = replace(allocator, acceptance=_acceptance(place / ACCEPTANCE, allocator.menu))
         check_together(allocator)
         if (found := chat_hash(allocator)) != (said := manifest["chat_template"]):
             raise ArtefactError(f"its chat template is {found}, manifest.json says {said!r:.80}")

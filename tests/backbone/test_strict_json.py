@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from backbone.strict_json import NotJSONError, parse
+from backbone.errors import NotJSONError
+from backbone.strict_json import parse
 
 
 @pytest.mark.parametrize(

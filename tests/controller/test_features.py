@@ -3,7 +3,7 @@ import pytest
 import torch
 from tiny import padded_batch
 
-from backbone.execution.probing import probe_states
+from backbone.execution.prompt_prefix import probe_states
 from controller.base import LearningError
 from controller.feature_sets import FeatureError, check_sets
 from controller.features import SETS, extract, prompt_features

@@ -11,8 +11,9 @@ import yaml
 from command import layerbudget
 from tiny import tiny_model, tiny_tokenizer
 
+from backbone.errors import PlanError
 from backbone.healing.attaching import attached_digest
-from backbone.plan import LayerPlan, PlanError, PlanMenu
+from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
 from oracle.labels.store import LabelStore

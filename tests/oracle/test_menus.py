@@ -2,7 +2,8 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from backbone.plan import LayerPlan, PlanError
+from backbone.errors import PlanError
+from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
 from oracle.menus import MENUS, build_menu
 from oracle.menus.base import MenuTask

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.fingerprint import model_fingerprint
 from backbone.healing.attaching import Healing
@@ -21,7 +22,6 @@ from pipelines.stages import menu as menus
 from pipelines.stages.adapt import _Making
 from pipelines.stages.exit_heads import make_heads
 from runtime.allocator import Allocator
-from runtime.parts import UncertifiedError
 
 MENU = {"method": "exits", "probe_depth": 2}
 
@@ -155,7 +155,7 @@ def check_levels(folder, metrics) -> None:
         assert chosen.certificate.keep == keep
         assert chosen.keeps == certified
         assert chosen.drift is not None
-    with pytest.raises(UncertifiedError, match=r"keep=0.5 is not certified; certified are: .*1.3"):
+    with pytest.raises(PlanError, match=r"keep=0.5 is not certified; certified are: .*1.3"):
         Allocator.from_pretrained(folder, keep=0.5)
 
 

@@ -6,11 +6,11 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import ByLength, make_allocator
 
+from backbone.errors import InputError
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
 from pipelines.evaluation.layers_run import check_layers_run
 from runtime import plan_selection as deciding
-from runtime.generation import OtherLayersError
 
 TEXTS = ["abc", "abcd", "bcd", "bcde", "cde", "cdef", "def", "defg", 11 * "a", 11 * "b"]
 
@@ -35,6 +35,6 @@ def test_generate_runs_the_layers_that_were_certified(flipped, fails, sentence) 
         if sentence is None:
             check_layers_run(allocator, model, tokenizer, TEXTS, certified)
             return
-        with pytest.raises(OtherLayersError) as error:
+        with pytest.raises(InputError) as error:
             check_layers_run(allocator, model, tokenizer, TEXTS, certified)
     assert sentence in str(error.value)

@@ -15,12 +15,13 @@ import pytest
 from command import snapshot
 from tiny_allocator import make_allocator, resigned, with_healing
 
+from backbone.errors import ArtefactError
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 from runtime.saving import file_bundle
-from runtime.saving.allocator_files import ArtefactError, content_digest
-from runtime.saving.file_bundle import BundleError, digest_of
+from runtime.saving.allocator_files import content_digest
+from runtime.saving.file_bundle import digest_of
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_other_files_in_the_folder_stay(plain, other, tmp_path) -> None:
 def test_somebody_elses_file_with_a_name_that_is_needed_is_not_replaced(plain, tmp_path, name) -> None:
     (tmp_path / name).write_text('{"files": {}, "digest": "mine"}')
     before = snapshot(tmp_path)
-    with pytest.raises(BundleError, match=rf"its {name} was not saved by layerbudget"):
+    with pytest.raises(ArtefactError, match=rf"its {name} was not saved by layerbudget"):
         plain.save_pretrained(tmp_path)
     assert snapshot(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -70,9 +71,9 @@ def test_a_repository_root_and_a_file_are_refused(plain, tmp_path, monkeypatch) 
         (tmp_path / "repository" / name).write_text("mine")
     before = snapshot(tmp_path)
     monkeypatch.chdir(tmp_path / "repository")
-    with pytest.raises(BundleError, match=r"its README.md was not saved"):
+    with pytest.raises(ArtefactError, match=r"its README.md was not saved"):
         plain.save_pretrained(".")
-    with pytest.raises(BundleError, match="it is a file"):
+    with pytest.raises(ArtefactError, match="it is a file"):
         plain.save_pretrained("README.md")
     assert snapshot(tmp_path) == before
 
@@ -85,7 +86,7 @@ def test_a_manifest_of_somebody_else_moves_and_deletes_nothing_outside(plain, tm
     (tmp_path / "mine.txt").write_text("mine")
     manifest = {"files": {"../mine.txt": "0" * 64, "../allocator/mine.txt": "0" * 64}}
     (folder / place / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
-    with suppress(BundleError):
+    with suppress(ArtefactError):
         plain.save_pretrained(folder)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -94,7 +95,7 @@ def test_a_card_that_was_edited_is_not_replaced(plain, other, tmp_path) -> None:
     plain.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("my own words")
     before = snapshot(tmp_path)
-    with pytest.raises(BundleError, match=r"its README\.md was not saved by layerbudget, or has been changed since"):
+    with pytest.raises(ArtefactError, match=r"its README\.md was not saved by layerbudget, or has been changed since"):
         other.save_pretrained(tmp_path)
     assert snapshot(tmp_path) == before
 

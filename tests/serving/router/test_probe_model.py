@@ -4,8 +4,8 @@ import pytest
 from tiny import N_LAYERS, padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import ByLength, make_allocator, with_healing
 
+from backbone.errors import WrongModelError
 from backbone.families import decoder_layers
-from runtime.parts import WrongModelError
 from serving.router.choosing import Chooser
 from serving.router.probe_model import load_probe
 

@@ -12,8 +12,9 @@ from routed import PROMPTS, ask, counted, routed, router_parts
 from tiny import tiny_model
 from tiny_allocator import ByLength, make_allocator
 
+from backbone.errors import PlanError
 from backbone.families import sublayer_bytes
-from backbone.plan import LayerPlan, PlanError, PlanMenu
+from backbone.plan import LayerPlan, PlanMenu
 from serving.router.upstreams import UpstreamError, Upstreams
 
 DEAD = "http://127.0.0.1:9"

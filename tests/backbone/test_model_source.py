@@ -8,9 +8,10 @@ import pytest
 from tiny import OPTIONS, UNDECLARED, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from backbone.errors import UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan
+from backbone.model_source import check_supported
 from backbone.plan import LayerPlan
-from backbone.supported import UnsupportedModelError, check_supported
 
 COMMON = {
     "vocab_size": 97,
@@ -100,7 +101,7 @@ def test_configuration_of_unknown_code_has_to_be_loaded() -> None:
 
 def test_declared_families_need_no_torch() -> None:
     code = (
-        "import sys; from backbone.supported import check_supported; "
+        "import sys; from backbone.model_source import check_supported; "
         "check_supported({'model_type': 'llama', 'num_hidden_layers': 4}); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

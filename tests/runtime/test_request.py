@@ -1,4 +1,4 @@
-"""Arguments as stock `generate()` takes them, through both doors; what cannot be meant is refused in one sentence."""
+"""Arguments as stock `generate()` takes them; what cannot be meant is refused in one sentence."""
 
 import pytest
 import torch
@@ -7,17 +7,16 @@ from tiny_allocator import GREEDY, PLANS, ByLength, Recorder, alone, make_alloca
 from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 from transformers.generation import LogitsProcessor
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.plan import LayerPlan
-from runtime.call_arguments import UnsupportedGenerationError
 
 S = 11
 CHOSEN = [LayerPlan.full(N_LAYERS), PLANS[1], PLANS[0], PLANS[0]]
-DOORS = {
+WAYS = {
     "allocator": lambda allocator, model, **arguments: allocator.generate(model, **arguments),
     "model": lambda allocator, model, **arguments: model.generate(**arguments, custom_generate=allocator),
 }
-through_both_doors = pytest.mark.parametrize("generate", DOORS.values(), ids=DOORS)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +55,9 @@ def test_stop_strings_of_a_configuration_end_their_rows(allocator) -> None:
     assert without.shape[1] == S + 6
 
 
-@through_both_doors
-def test_a_streamer_gets_every_token(model, allocator, generate) -> None:
+def test_a_streamer_gets_every_token(model, allocator) -> None:
     recorder, batch = Recorder(), padded_batch()
-    output = generate(allocator, model, **batch, **GREEDY, streamer=recorder)
+    output = allocator.generate(model, **batch, **GREEDY, streamer=recorder)
     assert recorder.put_[0] == batch["input_ids"].tolist()
     assert recorder.put_[1:] == output[:, S:].T.tolist()
     assert recorder.ends == 1
@@ -70,7 +68,6 @@ class Broken(LogitsProcessor):
         raise ZeroDivisionError("a broken processor")
 
 
-@through_both_doors
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -81,10 +78,10 @@ class Broken(LogitsProcessor):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_a_streamer_is_ended_once_by_an_error(model, allocator, options, error, generate) -> None:
+def test_a_streamer_is_ended_once_by_an_error(model, allocator, options, error) -> None:
     recorder = Recorder()
     with pytest.raises(error):
-        generate(allocator, model, **padded_batch(), **{**GREEDY, **options}, streamer=recorder)
+        allocator.generate(model, **padded_batch(), **{**GREEDY, **options}, streamer=recorder)
     assert recorder.ends == 1
 
 
@@ -110,7 +107,7 @@ def test_padding_on_the_right_is_refused(model, allocator) -> None:
     sentence = r"row 1 ends in padding, .*padding_side = 'left'"
     with pytest.raises(UnsupportedGenerationError, match=sentence):
         allocator.allocate(model, **flipped)
-    for generate in DOORS.values():
+    for generate in WAYS.values():
         with pytest.raises(UnsupportedGenerationError, match=sentence):
             generate(allocator, model, **flipped, **GREEDY)
         with pytest.raises(UnsupportedGenerationError, match=sentence):

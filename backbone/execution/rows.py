@@ -1,4 +1,4 @@
-"""The rows of a pass, sets of them, and how a tensor that holds some is cut to fewer and joined again.
+"""The rows of a pass, sets of them, and how a tensor of rows is cut and joined.
 
 Shapes: `B` prompts, each in `c` neighbouring rows, `R = B * c` rows.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from backbone.errors import InputError
+from backbone.errors import PlanError
 
 Prompts = tuple[int, ...]
 """Some of the B prompts, ascending."""
@@ -20,10 +20,6 @@ STATES = ("hidden_states", "residual")
 
 Places = slice | torch.Tensor
 """Rows of a tensor: a slice where they are neighbours, which is cut out without a copy."""
-
-
-class RowPlansError(InputError):
-    """A pass over rows that the given plans do not fit."""
 
 
 class RowSets:
@@ -41,14 +37,10 @@ class RowSets:
         self._cuts: dict[tuple[object, ...], tuple[object, Any]] = {}
 
     def begin(self, n_rows: int) -> None:
-        """A pass over R rows begins.
-
-        Raises:
-            RowPlansError: R is no multiple of B.
-        """
+        """A pass over R rows begins. Raises PlanError if R is no multiple of B."""
         copies, rest = divmod(n_rows, len(self._every))
         if rest or not copies:
-            raise RowPlansError(
+            raise PlanError(
                 f"this pass has {n_rows} rows, but plans were given for {len(self._every)} prompts; give a plan for "
                 "each row, or for each prompt whose rows (beams, samples) are neighbours"
             )
@@ -61,7 +53,7 @@ class RowSets:
         return len(self.current) * self._copies
 
     def both(self, wanted: Prompts) -> Prompts:
-        """The current prompts that are among `wanted`; the current ones themselves, not a copy, if all are."""
+        """The current prompts among `wanted`; the current ones themselves, not a copy, if all are."""
         key = (self.current, wanted)
         if key not in self._shared:
             kept = tuple(prompt for prompt in self.current if prompt in wanted)
@@ -93,7 +85,7 @@ class RowSets:
     ) -> tuple[list[Any], dict[str, Any]]:
         """A module's arguments with each tensor that holds the current rows cut to some of them.
 
-        All but the states come to every layer of a pass, such as masks and position embeddings, and are cut once.
+        Masks, position embeddings and the like come to every layer of a pass, and are cut once.
         """
         shared = [value for name, value in kwargs.items() if name not in STATES]
         key = (inside, self.current, *kwargs, *map(id, args[2:]), *map(id, shared))
@@ -111,9 +103,6 @@ class RowSets:
         n_rows = self.n_rows
         if not isinstance(value, torch.Tensor) or value.dim() < 2 or len(value) not in (n_rows, n_rows * self._heads):
             return value
-        return self._taken(value, inside, n_rows)
-
-    def _taken(self, value: torch.Tensor, inside: Prompts, n_rows: int) -> torch.Tensor:
         places = self.places(inside, value.device)
         if len(value) == n_rows:
             return taken(value, places)
