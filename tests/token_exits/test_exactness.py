@@ -12,12 +12,9 @@ from tiny import N_LAYERS, padded_batch, tiny_model
 from backbone.execution.delete_layers import delete_layers
 from backbone.healing.bridges import Bridge
 from backbone.plan import LayerPlan
-from token_exits.gates.base import Constant, Gate
-from token_exits.gates.of_states import Saturation
-from token_exits.gates.of_the_head import Patience
-from token_exits.gates.oracle import Oracle
+from token_exits.gates import Constant, Gate, Oracle, Patience, Saturation
 from token_exits.heads import ExitHeads
-from token_exits.keys_values import FAMILIES
+from token_exits.kv_projection import FAMILIES
 from token_exits.settings import NEVER, STRATEGIES, ExitSettings, Strategy
 from token_exits.token_exits import TokenExits
 

@@ -14,7 +14,7 @@ from backbone.errors import InputError
 from backbone.families import UnsupportedModelError
 from backbone.plan import LayerPlan
 from runtime.call_arguments import UnsupportedGenerationError
-from token_exits.gates.base import Constant
+from token_exits.gates import Constant
 from token_exits.heads import ExitHeads, TokenExitsError
 from token_exits.settings import NEVER, ExitSettings
 from token_exits.token_exits import TokenExits

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from exit_observation import mean_depth
 from tiny import tiny_model
 
-from token_exits.gates.base import Constant
-from token_exits.gates.oracle import Oracle
+from token_exits.gates import Constant, Oracle
 from token_exits.heads import ExitHeads, TokenExitsError
 from token_exits.settings import NEVER, ExitSettings
-from token_exits.thresholds import exits_at, kept, mean_depth, threshold_for
+from token_exits.thresholds import agreement, exits_at, threshold_for
 
 CONFIDENCE = torch.tensor([[0.9, 0.2, 0.5, 0.1], [0.3, 0.8, 0.6, 0.2]])
 AGREES = torch.tensor([[True, False, False, False], [True, True, False, True]])
@@ -16,14 +16,14 @@ AGREES = torch.tensor([[True, False, False, False], [True, True, False, True]])
 
 def test_tokens_leave_at_the_first_layer_that_is_sure() -> None:
     assert exits_at(CONFIDENCE, 0.5).tolist() == [0, 1, 0, 2]
-    assert kept(CONFIDENCE, AGREES, 0.5) == 0.75
+    assert agreement(CONFIDENCE, AGREES, 0.5) == 0.75
     assert mean_depth(CONFIDENCE, [2, 4], 6, 0.5) == (2 + 4 + 2 + 6) / 4
 
 
 @pytest.mark.parametrize(("wanted", "threshold"), [(1.0, 0.8), (0.75, 0.3), (0.5, 0.2), (0.0, 0.1)])
 def test_threshold_keeps_the_wanted_agreement(wanted: float, threshold: float) -> None:
     found = threshold_for(CONFIDENCE, AGREES, wanted)
-    assert kept(CONFIDENCE, AGREES, found) >= wanted
+    assert agreement(CONFIDENCE, AGREES, found) >= wanted
     assert torch.equal(exits_at(CONFIDENCE, found), exits_at(CONFIDENCE, threshold))
 
 
