@@ -20,7 +20,7 @@ from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
-from controller.certificate.risks import kept_by_full
+from controller.certificate.risks import full_quality
 from controller.projection import Projection
 from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
@@ -203,7 +203,7 @@ class AllocatorParts:
 
     def selector(self, limit_ms: float | None = None) -> PlanSelector:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        price, full = self.certificate.price, kept_by_full(self.certificate.risk)
+        price, full = self.certificate.price, full_quality(self.certificate.risk)
         return PlanSelector(
             self.menu, self.controller, self.projection, price, full, self.outliers, self.drift, limit_ms
         )

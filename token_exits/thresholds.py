@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from controller.certificate.calibration import last_valid, price_p_values
-from controller.certificate.groups import Names
-from controller.certificate.risks import Risk
+from controller.certificate.risks import Names, Risk
 from token_exits.settings import NEVER
 
 STEPS = 256

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from controller.report.frontier_card import Estimate, frontier_card
+from controller.report.headroom import Estimate, frontier_card
 from controller.report.report_card import report_card
 
 BUDGETS = np.array([0.4, 0.7, 1.0])
@@ -24,7 +24,7 @@ def test_a_card_says_what_the_oracle_saves_and_how_sure_that_is() -> None:
     assert card.captured_headroom.low < report.captured_headroom < card.captured_headroom.high
 
 
-def test_what_is_not_defined_is_none() -> None:
+def test_undefined_figures_are_none() -> None:
     scores = np.ones((20, 3))
     card = frontier_card(np.zeros(20, dtype=int), scores, scores == 1, BUDGETS)
     assert card.captured_headroom == Estimate(None, None, None)

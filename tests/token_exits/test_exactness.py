@@ -90,7 +90,7 @@ def test_never_sure_is_stock(family: str, strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_waiting_tokens_do_not_pile_up(strategy: Strategy) -> None:
+def test_deferred_tokens_are_bounded(strategy: Strategy) -> None:
     run = compared("llama", strategy, Constant(1.0), 0.5)
     longest = max(len(streak) for streak in "".join("x" if layers < N_LAYERS else " " for layers in run[0]).split())
     assert longest == (8 if strategy == "recompute" else NEW_TOKENS - 1)

@@ -80,7 +80,7 @@ def seen(states: torch.Tensor, before: torch.Tensor | None = None, **fields: obj
     return Candidate(2, states, before, torch.arange(len(states)), len(states), GivenLogits(), **fields)  # type: ignore[arg-type]
 
 
-def test_of_the_head_by_hand() -> None:
+def test_logit_gates_match_hand_computed_values() -> None:
     candidate = seen(torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log())
     torch.testing.assert_close(TopProbability().confidence(candidate), torch.tensor([0.5, 1 / 3]))
     torch.testing.assert_close(Margin().confidence(candidate), torch.tensor([0.25, 0.0]), atol=1e-6, rtol=0)

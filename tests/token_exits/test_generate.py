@@ -159,7 +159,7 @@ def test_projections_that_are_not_the_model_s_are_refused() -> None:
         ("llama", {"strategy": "recompute"}, {"plan": LayerPlan.skipping(6, {1})}, "takes no plan"),
     ],
 )
-def test_strategies_that_cannot_be_used(family: str, options: Any, arguments: Any, words: str) -> None:
+def test_unusable_strategies_are_refused(family: str, options: Any, arguments: Any, words: str) -> None:
     model = tiny_model(family)
     with pytest.raises(TokenExitsError, match=words):
         exits_of(model, **options).generate(model, **padded_batch(), **GREEDY, **arguments)

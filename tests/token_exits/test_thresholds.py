@@ -59,6 +59,6 @@ def test_decaying_thresholds_come_down_along_the_answer() -> None:
         ({"gate": Oracle(), "strategy": "recompute"}, "nothing to recompute"),
     ],
 )
-def test_settings_that_cannot_be(options: dict[str, object], words: str) -> None:
+def test_impossible_settings_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(TokenExitsError, match=words):
         settings(**options)

@@ -6,8 +6,7 @@ from tiny_allocator import ByLength, make_allocator, with_healing
 
 from backbone.families import decoder_layers
 from runtime.parts import WrongModelError
-from serving.router.choosing import Chooser
-from serving.router.probe_model import load_probe
+from serving.router.selector import RequestSelector, load_probe
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
@@ -20,7 +19,7 @@ def test_the_first_layers_decide_as_the_whole_model(family, tmp_path) -> None:
     prompts = [row[kept.bool()].tolist() for row, kept in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     probe, tokenizer = load_probe(allocator, str(tmp_path), "cpu")
     assert len(decoder_layers(probe)) == allocator.menu.probe_depth < N_LAYERS
-    choices = Chooser(allocator, probe, tokenizer).choose([[prompt] for prompt in prompts])
+    choices = RequestSelector(allocator, probe, tokenizer).choose([[prompt] for prompt in prompts])
     assert [choice.plan for choice in choices] == allocator.allocate(model, **batch)
     assert {choice.because for choice in choices} == {"chosen"}
 

@@ -14,7 +14,7 @@ from tiny_allocator import ByLength, make_allocator
 
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanError, PlanMenu
-from serving.router.upstreams import UpstreamError, Upstreams
+from serving.router.engines import UpstreamError, Upstreams
 
 DEAD = "http://127.0.0.1:9"
 
@@ -24,7 +24,7 @@ def parts():
     return router_parts()
 
 
-def test_each_request_goes_on_with_the_plan_that_the_allocator_chooses(parts) -> None:
+def test_requests_go_on_with_the_plan_of_the_allocator(parts) -> None:
     engine, plans = FakeEngine(), parts[3]
     assert len(set(plans)) == 3
     with routed(engine) as client:
@@ -57,7 +57,7 @@ def test_a_request_of_full_depth_goes_on_as_it_came(parts) -> None:
     assert engine.bodies == [{"model": "tiny", "prompt": prompt, "temperature": 0.5}]
 
 
-def test_several_prompts_in_one_request_run_one_plan_or_the_full_one(parts) -> None:
+def test_prompts_of_one_request_share_a_plan_or_run_in_full(parts) -> None:
     short = PROMPTS[parts[3].index(parts[0].menu.plans[0])]
     with routed(FakeEngine()) as client:
         assert ask(client, [short, short]).headers["x-layer-plan"] == str(parts[0].menu.plans[0])
