@@ -1,4 +1,4 @@
-"""The contract of controllers, and the one place where predictions become a choice of plans.
+"""The contract of controllers, and the choice of plans from predictions.
 
 To add a controller: a class that keeps this contract, a line that registers it (in `CONTROLLERS`, or in the entry
 points of your own package), and a test class that inherits `controller.testing.ControllerConformance`.
@@ -29,7 +29,7 @@ WIDE = ("embedding", "states", "windows")
 
 
 class LearningError(InputError):
-    """Features or prompts that nothing can be learned from, or a damaged file; the message says why."""
+    """Features or prompts that teach nothing, or a damaged file."""
 
 
 def check_sets(sets: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ class Trial(Protocol):
 
 
 class Controller(ABC):
-    """Predicts the quality of each plan for each prompt, on a scale from 0 to 1.
+    """Predicts the quality of each plan for each prompt, from 0 to 1.
 
     The scale is that of `controller.certificate.risks.plan_quality`. Where only losses count quality is 1 - loss, and
     1 for the full plan. Where a plan may win it is (1 + score - full model's score) / 2, and 1/2 for the full plan.
@@ -113,19 +113,20 @@ class Controller(ABC):
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:
-        """Constructor arguments to try, drawn from the trial, each under its own name; none where nothing is tuned."""
+        """Constructor arguments to try, drawn from the trial; none where nothing is tuned."""
         return {}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Default of each constructor argument; those that are tuned lie in the range of `suggest`."""
+        """Defaults of constructor arguments, within the ranges of `suggest`."""
         arguments = inspect.signature(cls.__init__).parameters.values()
         return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
 def plan_losses(quality: NDArray[Any]) -> NDArray[np.float64]:
-    """Loss of each plan against the full one [N, K], 1 - quality / full plan's quality; below 0 where it wins.
+    """Loss of each plan against the full one [N, K], below 0 where it wins.
 
+    Defined as 1 - quality / full plan's quality.
     With a full plan of 1/2 that is the full model's score - the plan's.
     """
     shares = np.asarray(quality, dtype=np.float64)
@@ -137,7 +138,7 @@ CAUTION = 1e-3
 
 
 def choose(quality: Floats, budgets: NDArray[Any], price: float | None) -> NDArray[np.intp]:
-    """Choose the plan of least budget + price x expected loss, for each row of predicted quality [N, K].
+    """Choose the plan of least budget + price x expected loss for each row.
 
     That is the Lagrangian of "the least mean budget whose mean loss is at most alpha" (the multiple-choice knapsack of
     Glavas et al. 2024, arXiv 2410.20022, section 4, with predictions for scores). Of equally costly plans the cheaper
@@ -146,7 +147,7 @@ def choose(quality: Floats, budgets: NDArray[Any], price: float | None) -> NDArr
     sequence of tests (`controller.certificate.calibration`) does not fail at its first step.
 
     Args:
-        quality: predicted; a row with a value that is not finite gets the full plan.
+        quality: predicted [N, K]; a row with a value that is not finite gets the full plan.
         budgets: of each plan [K].
         price: of a loss of 1, in decoders; inf accepts no expected loss at all; None is the full plan for all.
     """
@@ -156,7 +157,7 @@ def choose(quality: Floats, budgets: NDArray[Any], price: float | None) -> NDArr
 
 
 def choose_each(quality: Floats, budgets: NDArray[Any], prices: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The choices of `choose` at each of T prices [T, N], in memory for T x N x K numbers."""
+    """The choices of `choose` at each of T prices [T, N]; needs memory for T x N x K numbers."""
     each = prices[:, None, None]
     expected = plan_losses(quality) + np.where(quality[:, -1:] < 1, CAUTION * each, 0.0)  # only where plans can win
     with np.errstate(invalid="ignore"):

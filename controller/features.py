@@ -1,4 +1,4 @@
-"""Features of prompts from the states of the probe layers, the same for training and serving.
+"""Features of prompts from the states of the probe layers.
 
 Shapes: `B` or `N` prompts, `S` tokens, `D` hidden size, `P` probe layers. Prompts are padded on the left.
 """
@@ -65,8 +65,9 @@ def length(probed: Probed) -> torch.Tensor:
 
 
 def tokens(probed: Probed) -> torch.Tensor:
-    """Token ids [B, 4]: share of different ones, share that repeat their neighbour, mean and spread of the logarithm.
+    """Statistics of token ids [B, 4].
 
+    Share of different ids, share that repeat their neighbour, mean and spread of the logarithm of the id.
     In most vocabularies small ids are common tokens.
     """
     ids, mask = probed.input_ids.to(probed.mask.device), probed.mask
@@ -92,14 +93,14 @@ def states(probed: Probed) -> torch.Tensor:
 
 
 def windows(probed: Probed) -> torch.Tensor:
-    """Mean state of the last `WINDOW` tokens after the probe layers, and after half of them [B, 2 * D]."""
+    """Mean state of the last `WINDOW` tokens, after all and half of the probe layers [B, 2 * D]."""
     weights = probed.mask[:, -WINDOW:, None]
     found = [probed.states[-1], probed.states[len(probed.states) // 2]]
     return torch.cat([state[:, -WINDOW:].sum(1) / weights.sum(1) for state in found], dim=-1)
 
 
 def path(probed: Probed) -> torch.Tensor:
-    """Norms and cosines of states along the probe layers [B, 4 * P + 2].
+    """Norms and cosines of states along probe layers [B, 4 * P + 2].
 
     For each layer: log norm of the last state, mean log norm, and the cosine to the state before it, of the last token
     and on average. At the end: spread of the norms, and cosine of last and mean state.
@@ -117,7 +118,7 @@ def path(probed: Probed) -> torch.Tensor:
 
 
 def lens(probed: Probed) -> torch.Tensor:
-    """Entropy in nats and highest probability of the next token by the logit lens [B, 2].
+    """Entropy in nats and top probability by the logit lens [B, 2].
 
     Final norm and head on an early state (Belrose et al. 2023, arXiv 2303.08112, section 2). With a large vocabulary
     the head costs as much as several layers.
@@ -164,7 +165,7 @@ def extract(
 def prompt_features(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_depth: int, sets: Sequence[str]
 ) -> Features:
-    """Sets of features of prompts [B, S] (left-padded), from one pass through the first `probe_depth` layers."""
+    """Sets of features of left-padded prompts [B, S], from one pass through the probe layers."""
     states = probe_states(model, input_ids, attention_mask, probe_depth)
     return extract(model, states, input_ids, attention_mask, sets)
 

@@ -67,7 +67,7 @@ def learn(
     budgets: NDArray[np.float64],
     projection: Projection | None = None,
 ) -> FittedPredictor:
-    """Fit on N prompts with the quality of each plan [N, K]; `projection`, if it was fitted on them before."""
+    """Fit on N prompts with quality [N, K], with a new projection unless one is given."""
     if projection is None:
         projection = Projection.fit(features, settings.sets, settings.components)
     controller = CONTROLLERS[settings.name](**settings.parameters)
@@ -76,7 +76,7 @@ def learn(
 
 
 def folds(n: int, n_folds: int, seed: int = 0) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Pairs of rows to fit on and rows held out; each row is held out once."""
+    """Pairs of rows to fit on and rows held out, each row once."""
     order = np.random.default_rng(seed).permutation(n)
     for held in np.array_split(order, n_folds):
         yield np.setdiff1d(order, held), held

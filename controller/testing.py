@@ -1,4 +1,4 @@
-"""The conformance suite of controllers: a test class that inherits it proves that its controller keeps the contract.
+"""The conformance suite of controllers, to be inherited by a test class.
 
     class TestMine(ControllerConformance):
         def make(self):

@@ -1,4 +1,4 @@
-"""The `layerbudget` command: its commands, one file an idea, and how each of them may end."""
+"""The `layerbudget` command line, and the exit status of its commands."""
 
 from __future__ import annotations
 
@@ -102,6 +102,6 @@ def _refuse(sentence: str) -> NoReturn:
 
 
 def _stop_quietly() -> NoReturn:
-    """Whoever read our output has gone, for example `head`; what is still to be flushed goes nowhere."""
+    """Discard the rest of the output, whose reader has gone, for example `head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)

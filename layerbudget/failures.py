@@ -20,7 +20,7 @@ _WRITTEN = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)|errno: (\d+)")
 
 
 def visible(text: str) -> str:
-    """A line of text from somebody else for a terminal: control characters as their escapes, such as `\\x1b`."""
+    """Foreign text for a terminal, control characters escaped, such as `\\x1b`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -1,4 +1,4 @@
-"""`layerbudget inspect`: the content of a saved allocator and the report card of its run, in words."""
+"""`layerbudget inspect`: a saved allocator and the report card of its run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _described(allocator: Allocator) -> Iterator[str]:
 
 
 def print_report_card(path: Path) -> None:
-    """Print the test figures in `metrics.json`, of the run that an allocator lies in; nothing if it is gone.
+    """Print the test figures in `metrics.json` of an allocator's run, if it is there.
 
     Raises:
         InputError: a damaged file.

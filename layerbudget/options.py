@@ -66,7 +66,7 @@ Ray = Annotated[
 
 
 def with_ray_address(arguments: Sequence[str]) -> list[str]:
-    """The arguments of the command line with `--ray` alone, before another option or at the end, as `--ray=local`.
+    """The arguments with a bare `--ray` as `--ray=local`.
 
     Typer has no options whose value may be left out.
     """

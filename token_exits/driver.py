@@ -1,4 +1,4 @@
-"""Rows leave the layers token by token, inside the model's own code and decoding loop.
+"""The driver of token exits, inside the model's own code and decoding loop.
 
 The prompt, the first pass of a loop, runs in full. In every later pass the gate sees the newest token of each active
 row at the candidate layers.
@@ -28,7 +28,9 @@ from token_exits.token_step import TokenStep
 
 @contextmanager
 def token_exits(model: PreTrainedModel, settings: ExitSettings, plan: LayerPlan, steps: int) -> Iterator[Driver]:
-    """Let tokens leave in one decoding loop of `model`, within this block and thread, inside `apply_plan`.
+    """Let tokens leave in one decoding loop, within this block and thread.
+
+    To be used inside `apply_plan`.
 
     Args:
         model: its `generate()` runs the loop.
@@ -134,7 +136,7 @@ class Driver:
         return Candidate(depth, own, own_before, token.active, token.n_rows, heads, token.memory, own_last)
 
     def _decide_afterwards(self, token: TokenStep, output: torch.Tensor, cache: Any) -> None:
-        """For a gate that looks ahead: all layers have run; replace what later layers stored of rows that leave."""
+        """For a gate that looks ahead: replace what layers stored of rows that leave."""
         assert isinstance(self._kv, PropagatedKV), "`ExitSettings` refuses such gates with `recompute`"
         last = self._settings.heads.predictions(output[:, 0])
         for depth, states, before in self._observed:

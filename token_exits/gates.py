@@ -132,7 +132,7 @@ class Entropy(Gate):
 
 
 class Patience(Gate):
-    """Logit gate: n / (n + 1) after n repetitions of the prediction at successive candidate layers."""
+    """Logit gate: n / (n + 1) after n repetitions of the prediction."""
 
     name = "patience"
 
@@ -149,7 +149,7 @@ class Patience(Gate):
 
 
 class Saturation(Gate):
-    """State gate: cosine of the state and the one before the last layer, at least 0."""
+    """State gate: cosine to the state before the last layer, at least 0."""
 
     name = "saturation"
 

@@ -61,7 +61,7 @@ class ExitHeads:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Raises TokenExitsError unless states after the last layer give the model's own logits, over two tokens."""
+        """Raises TokenExitsError unless final states give the model's own logits."""
         layers, kind = decoder_layers(self.model), self.model.config.model_type
         ids = torch.arange(1, 3, device=self.model.device)[None]
         with captured(layers, [len(layers)]) as states:
@@ -82,7 +82,7 @@ class ExitHeads:
             )
 
     def output(self, depth: int, states: torch.Tensor) -> torch.Tensor:
-        """Input [.., D] of the final norm for tokens that leave before layer `depth` with states [.., D]."""
+        """Input [.., D] of the final norm for states [.., D] before layer `depth`."""
         bridge = self.bridges.get(depth)
         return states if bridge is None else bridge(states)
 
@@ -104,7 +104,7 @@ class ExitHeads:
 
 
 def shortlist_of(texts: Iterable[Sequence[int]], size: int) -> torch.Tensor:
-    """The `size` commonest tokens of some texts, such as the model's answers, commonest first; or all there are."""
+    """The `size` commonest tokens of some texts, commonest first; or all there are."""
     counts = Counter(token for ids in texts for token in ids)
     return torch.tensor([token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]])
 

@@ -1,4 +1,4 @@
-"""KV projection: keys and values of a state without running the layer: norm, two projections, rotation.
+"""KV projection: keys and values of a state without running the layer.
 
 Works for the families listed here. Before its first use a model is compared with its own cache.
 

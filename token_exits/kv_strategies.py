@@ -1,4 +1,4 @@
-"""KV strategies: what a layer keeps in the cache for tokens that left before it.
+"""KV strategies: keys and values of tokens that left before a layer.
 
 Every layer of the cache holds every row, so masks, lengths and windows stay the library's own.
 
@@ -27,7 +27,7 @@ MOST_DEFERRED = 8
 
 
 class KVStrategy:
-    """Runs layers for the active rows, and fills the cache for the others, in one decoding loop."""
+    """Runs layers for the active rows, and fills the cache for the others."""
 
     def begin(self, step: TokenStep, cache: Cache) -> None:
         """A decode step begins."""
@@ -53,7 +53,7 @@ class KVStrategy:
 
 
 class PropagatedKV(KVStrategy):
-    """`propagate` and `share`: keys and values of exited rows are projected, or copied from an earlier layer."""
+    """`propagate` and `share`: KV propagation by projection or by copy."""
 
     def __init__(self, model: PreTrainedModel, plan: LayerPlan, *, shares: bool) -> None:
         self._layers, self._shares = list(decoder_layers(model)), shares
@@ -65,7 +65,7 @@ class PropagatedKV(KVStrategy):
             last[kinds[index]] = index
 
     def first_shared(self) -> int:
-        """The first layer from which on every layer has one of its kind before it."""
+        """The first layer from which on each has one of its kind before it."""
         return max(index for index, source in self._source.items() if source is None) + 1
 
     def keys_values(self, rows: torch.Tensor, index: int, states: torch.Tensor, kwargs: dict[str, Any]) -> KeysValues:
@@ -101,7 +101,7 @@ class PropagatedKV(KVStrategy):
 
 
 class _RowCache:
-    """The cache as one layer sees it for the active rows [r]; the newest token of the others is filled in.
+    """The cache of one layer for the active rows [r], the others filled in.
 
     Args:
         active: places [r] of the rows that run.
@@ -113,7 +113,7 @@ class _RowCache:
         self._cache, self._active, self._exited, self._filled = cache, active, exited, filled
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> KeysValues:
-        """Store keys and values [r, H, 1, d] with the others'; returns those of the active rows [r, H, T, d]."""
+        """Store [r, H, 1, d] with the others'; returns all of the active rows [r, H, T, d]."""
         merged = [self._merged(own, other) for own, other in zip((keys, values), self._filled, strict=True)]
         stored = self._cache.update(*merged, layer, *args, **kwargs)
         return stored[0].index_select(0, self._active), stored[1].index_select(0, self._active)
@@ -139,8 +139,9 @@ class _Token:
 
 
 class DeferredKV(KVStrategy):
-    """`recompute`: deferred KV computation; a later token of the row takes deferred tokens through the layers.
+    """`recompute`: deferred KV computation.
 
+    A later token of the row takes deferred tokens through the layers.
     Keys and values are then those of the full model. Source: EE-LLM, Chen et al. 2023 (arXiv 2312.04916, section 3.3).
     """
 
@@ -194,7 +195,7 @@ class DeferredKV(KVStrategy):
         return states.index_copy(0, rows, output[:, -1:])
 
     def _aligned(self, step: TokenStep, states: torch.Tensor) -> list[list[_Token]]:
-        """The s tokens of each active row; shorter rows begin with copies of the newest, which change nothing."""
+        """The s tokens of each active row, padded at the front with harmless copies of the newest."""
         rows = step.active.tolist()
         most, lines = max(len(self._resumed[row]) for row in rows), []
         for row in rows:
@@ -218,7 +219,7 @@ class DeferredKV(KVStrategy):
 
 
 class _SlotCache:
-    """The cache as one layer sees it for some rows, with their newest token and deferred ones; others get a gap.
+    """The cache of one layer for rows with deferred tokens; others get a gap.
 
     Args:
         rows: places [r] of the rows that run.
@@ -229,7 +230,7 @@ class _SlotCache:
         self._cache, self._rows, self._slots = cache, rows, slots
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> KeysValues:
-        """Store tokens [r, H, s, d] at their slots; returns everything of these rows [r, H, T, d]."""
+        """Store [r, H, s, d] at the slots; returns all of these rows [r, H, T, d]."""
         _add_empty_slot(self._cache, layer)
         stored: Any = self._cache.layers[layer]
         for whole, own in ((stored.keys, keys), (stored.values, values)):
@@ -238,13 +239,13 @@ class _SlotCache:
 
 
 def _add_empty_slot(cache: Cache, layer: int) -> None:
-    """Append one token of zeros to a layer of a cache, which must hold something."""
+    """Append one token of zeros to a layer of a cache that is not empty."""
     stored: Any = cache.layers[layer]
     cache.update(torch.zeros_like(stored.keys[:, :, :1]), torch.zeros_like(stored.values[:, :, :1]), layer)
 
 
 def _mask_of(newest: torch.Tensor | None, slots: torch.Tensor, length: int) -> torch.Tensor:
-    """Attention mask [r, 1, s, T] of tokens at `slots` [r, s]: the newest token's [r, 1, 1, T], made causal."""
+    """Causal mask [r, 1, s, T] of tokens at `slots` [r, s], from the newest token's."""
     is_before = torch.arange(length, device=slots.device) <= slots[:, None, :, None]
     if newest is None:
         return is_before

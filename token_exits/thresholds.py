@@ -1,4 +1,4 @@
-"""Thresholds of gates: the lowest that keeps a wanted agreement with the full model, and a certified one.
+"""Thresholds of gates, empirical or certified.
 
 `threshold_for` is empirical, token by token, as in Valade 2024 (arXiv 2407.21082). `valid_step` tests such thresholds
 on whole answers.
@@ -21,21 +21,21 @@ STEPS = 256
 
 
 def exits_at(confidence: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Candidate layer where each token leaves [T], as a place in [0, C], C for none, from confidences [C, T]."""
+    """Place of the candidate layer where each token leaves [T], C for none."""
     leaves = confidence >= threshold
     first: torch.Tensor = leaves.float().argmax(dim=0)
     return torch.where(leaves.any(dim=0), first, len(confidence))
 
 
 def agreement(confidence: torch.Tensor, agrees: torch.Tensor, threshold: float) -> float:
-    """Share of the tokens followed by the full model's next token; those that do not leave are."""
+    """Share of the tokens with the full model's next token."""
     places = exits_at(confidence, threshold)
     whole = torch.cat([agrees, torch.ones_like(agrees[:1])])
     return float(whole.gather(0, places[None]).float().mean())
 
 
 def threshold_for(confidence: torch.Tensor, agrees: torch.Tensor, wanted: float) -> float:
-    """The lowest threshold at which, and at all higher ones tried, the agreement is at least `wanted`.
+    """The lowest threshold from which on the agreement is at least `wanted`.
 
     Args:
         confidence, agrees: of held-out tokens at each candidate layer [C, T].
@@ -62,7 +62,7 @@ def valid_step(
     groups: Names | None = None,
     shortens: NDArray[np.bool_] | None = None,
 ) -> int | None:
-    """Place of the lowest threshold whose mean loss is at most `alpha` with probability 1 - `delta`.
+    """Place of the lowest threshold with a certified mean loss of at most `alpha`.
 
     Learn-then-Test along thresholds that were set on other prompts (CALM, Schuster et al. 2022, arXiv 2207.07061,
     section 4): the first that fails ends the test, so `delta` covers the choice among them.

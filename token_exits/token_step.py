@@ -52,14 +52,14 @@ class TokenStep:
         return not len(self.active)
 
     def exit(self, depth: int, leaves: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Active rows leave before layer `depth` where `leaves` [r] says so; `outputs` [r, D] of all active rows."""
+        """Let active rows leave before layer `depth` where `leaves` [r]; `outputs` [r, D] are of all."""
         rows = self.active[leaves]
         self.exits.append((depth, rows, outputs[leaves]))
         self.exited = torch.cat([self.exited, rows]).sort().values
         self.active = self.active[~leaves]
 
     def with_exits(self, states: torch.Tensor) -> torch.Tensor:
-        """States [R, 1, D] after the last layer, with the outputs of rows that left in their places."""
+        """Final states [R, 1, D] with the outputs of rows that left."""
         for _, rows, outputs in self.exits:
             states = states.index_copy(0, rows, outputs[:, None].to(states.dtype))
         return states
@@ -73,7 +73,7 @@ class TokenStep:
 
 
 def cut_to_rows(value: Any, rows: torch.Tensor, n_rows: int) -> Any:
-    """A layer's argument with its tensors of R rows cut to some of them; one row for all stays."""
+    """Cut a layer's argument of R rows to some of them."""
     if isinstance(value, (tuple, list)):
         return type(value)(cut_to_rows(item, rows, n_rows) for item in value)
     if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == n_rows and n_rows > 1:

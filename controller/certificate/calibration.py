@@ -1,4 +1,4 @@
-"""A certified price: Learn-then-Test on the calibrate split, over the prices of one unit of expected loss.
+"""Certified prices: Learn-then-Test on the calibrate split.
 
 Source: Angelopoulos et al. 2021, Learn then Test (arXiv 2110.01052), section 2; fixed-sequence testing as in CALM
 (Schuster et al. 2022, arXiv 2207.07061, section 4). The test is MAPIE's.
@@ -68,13 +68,13 @@ class PricePath:
 
 
 def choices(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.intp]:
-    """The plan that each price chooses for each prompt [T, n], from predicted quality [n, K]."""
+    """Plans that each price chooses for n prompts [T, n], from predicted quality [n, K]."""
     parts = np.array_split(PRICES, 1 + PRICES.size * predicted.size // CHUNK)
     return np.concatenate([choose_each(predicted, budgets, prices) for prices in parts])
 
 
 def on_path(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.bool_]:
-    """Whether any price chooses a plan for a prompt, or the plan is the full one [n, K]: the labels a test needs.
+    """Labels that a test needs [n, K]: plans that some price chooses, and the full plan.
 
     It depends on predicted quality [n, K] and budgets [K] alone, so a test on these labels is the test on all.
     """
@@ -85,7 +85,7 @@ def on_path(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.bool_
 
 
 def first_price(path: PricePath, alpha: float, full: Floats) -> int:
-    """Place of the price where the sequence of tests begins, from prompts that are not tested.
+    """Place of the first price to test, from prompts that are not tested.
 
     The highest price runs the full model, which meets every bound below its own score. For other bounds the sequence
     begins at the largest mean margin in standard deviations.
@@ -142,11 +142,11 @@ def price_p_values(
     full: Floats | None = None,
     groups: Names | None = None,
 ) -> Floats:
-    """P-values [T] of "the mean loss exceeds alpha", or with `tasks` of "in some task it does", from losses [T, n].
+    """P-values [T] of "the mean loss exceeds alpha", from losses [T, n].
 
-    The second is the largest of the tasks' p-values, an intersection-union test (Berger 1982, Technometrics 24(4),
-    theorem 1). One price for all tasks needs no correction, but must suit the hardest task. A price per task (Mondrian)
-    would have to hold at delta / tasks.
+    With `tasks` they are of "in some task it does": the largest of the tasks' p-values, an intersection-union test
+    (Berger 1982, Technometrics 24(4), theorem 1). One price for all tasks needs no correction, but must suit the
+    hardest task. A price per task (Mondrian) would have to hold at delta / tasks.
     """
     if tasks is not None and len(tasks) != losses.shape[1]:
         raise CalibrationError(f"{len(tasks)} task names were given for {losses.shape[1]} prompts; give one a prompt")
@@ -161,7 +161,7 @@ def price_p_values(
 
 
 def last_valid(values: Floats, delta: float) -> int | None:
-    """The last place before the first p-value [T] that exceeds delta, or None where the first does."""
+    """Place before the first p-value [T] above delta; None where that is the first."""
     from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
 
     valid = control_fwer(values, delta, FWERFixedSequenceTesting(n_starts=1))
@@ -179,7 +179,7 @@ def cheapest_valid_plan(
     full: Floats | None = None,
     groups: Names | None = None,
 ) -> int:
-    """The cheapest plan that, run by all prompts, loses at most `alpha` on average with probability 1 - `delta`.
+    """The cheapest plan whose mean loss is at most `alpha` with probability 1 - `delta`.
 
     Plans are tested in the order of `expected` until the first that fails (a fixed sequence), so delta covers the
     choice among them. The largest plan is not always the safest: a gap can lose more than an exit before it.
@@ -266,7 +266,7 @@ def certify(
 
 
 def _fewest_prompts(alpha: float, delta: float, risk: Risk, tasks: Names | None, full: Floats) -> int | None:
-    """`fewest_prompts` of the task that needs the most, at its full model's mean score; None where none suffices."""
+    """`fewest_prompts` of the task that needs the most; None where no number suffices."""
     names = np.zeros(len(full)) if tasks is None else np.asarray(tasks)
     means = {float(full[names == name].mean()) for name in np.unique(names)}
     try:
@@ -278,7 +278,7 @@ def _fewest_prompts(alpha: float, delta: float, risk: Risk, tasks: Names | None,
 def _prompts_needed(
     losses: Floats, alpha: float, delta: float, risk: Risk, tasks: Names | None, full: Floats
 ) -> int | None:
-    """About how many prompts with losses like these [n] would do: the test with each of them several times."""
+    """Number of prompts with losses like these [n] that would suffice, by repeating each."""
     for times in (2, 3, 4, 6, 8, 12, 16, 24, 32):
         names = None if tasks is None else np.tile(np.asarray(tasks), times)
         values = price_p_values(np.tile(losses, times)[None], alpha, delta, risk, names, np.tile(full, times))

@@ -1,4 +1,4 @@
-"""The certificate of a price: a file, the promise in words, and what it does not cover."""
+"""The certificate of a price: a file, a sentence, and its exclusions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def alpha_of(keep: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """With probability at least 1 - `delta`, the mean loss on prompts like these is at most 1 - `keep`.
+    """A bound on the mean loss of prompts like the calibration prompts.
+
+    The mean loss is at most 1 - `keep` with probability at least 1 - `delta`.
 
     Attributes:
         risk: which loss; see `controller.certificate.risks.Risk`.
@@ -112,8 +114,9 @@ class Certificate:
         )
 
     def too_small(self) -> dict[str, int]:
-        """Tasks with too few prompts for the bound, and their number; "all tasks" for an overall bound.
+        """Tasks with too few prompts for the bound, and their numbers of prompts.
 
+        The task of an overall bound is "all tasks".
         Empty where `keep` is 1 or more, since wins may be of any size."""
         if self.keep >= 1:
             return {}
@@ -174,7 +177,7 @@ class Certificate:
         return f"{self.groups or self.n} {what} do not suffice for {claim}, with this controller{more}"
 
     def _seen(self, risk: float) -> str:
-        """An observed risk in words: the share of the full model's score, of prompts, or a loss."""
+        """An observed risk in words."""
         if self.risk == "mean_score":
             return _percent(1 - risk)
         return _percent(risk) if self.risk == "insufficient" else f"{risk:.3g}"
@@ -208,7 +211,7 @@ def exclusions(found: Certificate) -> tuple[str, ...]:
 
 
 def _check(data: dict[str, Any]) -> None:
-    """Raises ValueError for the first entry of a file that is none of a certificate."""
+    """Raises ValueError for an entry that no certificate has."""
     if (found := set(data)) != (known := {field.name for field in fields(Certificate)}):
         raise ValueError(f"missing: {sorted(known - found)}, unknown: {sorted(found - known)}")
     signed, lowest, most = data["risk"] == "mean_score", 0.0, MOST_KEPT if data["risk"] == "mean_score" else 1.0

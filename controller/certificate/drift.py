@@ -62,7 +62,7 @@ class DriftState:
 
 
 def drift_scores(features: NDArray[np.floating], budgets: NDArray[np.floating]) -> Floats:
-    """Scores [N, 2] of prompts: the mean square of projected features [N, F], and the chosen budget [N].
+    """Scores [N, 2] of prompts: mean square of projected features, and budget.
 
     The projection whitened the features on the training prompts, so the first is the squared Mahalanobis distance from
     their centre, divided by F. Nothing is fitted on the calibration prompts, which must stay exchangeable with the
@@ -121,7 +121,7 @@ class DriftAlarm:
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, also in another process, starts with this one's state. Made under the lock."""
+        """State of a copy, which goes on by itself; made under the lock."""
         with self._lock:
             return copy.deepcopy({name: value for name, value in self.__dict__.items() if name != "_lock"})
 
@@ -144,7 +144,7 @@ class DriftAlarm:
     def observe(
         self, features: NDArray[np.floating], budgets: NDArray[np.floating], keys: Sequence[bytes] | None = None
     ) -> bool:
-        """Count N served prompts, in order of arrival; returns whether the alarm is active then.
+        """Count N served prompts, in order of arrival; returns `triggered`.
 
         Args:
             features: projected features [N, F], as the controller gets them.
@@ -187,7 +187,7 @@ class DriftAlarm:
             self._triggered = False
 
     def _p_values(self, cells: Ints) -> Floats:
-        """Smoothed p-values [C]: the rank of each score among all so far, ties broken at random; exactly uniform."""
+        """Smoothed p-values [C], exactly uniform: ranks among all scores, ties broken at random."""
         channels = np.arange(len(cells))
         self._counts[channels, cells] += 1
         larger = np.array([self._counts[channel, cells[channel] + 1 :].sum() for channel in channels])
@@ -261,7 +261,7 @@ class _TestMartingale:
 
 
 def _cells(scores: Floats) -> Ints:
-    """Scores [N, C] as cells of a histogram: the bits of a non-negative 16-bit float order as the floats do."""
+    """Cells of a histogram for scores [N, C]: their bits as 16-bit floats, which order like floats."""
     # abs, for -0.0 has other bits than 0.0
     halves = np.nan_to_num(np.abs(scores), nan=LARGEST_SCORE, posinf=LARGEST_SCORE)
     return np.minimum(halves, LARGEST_SCORE).astype(np.float16).view(np.uint16).astype(np.int64) >> DROPPED_BITS

@@ -1,4 +1,4 @@
-"""P-values of "the mean loss exceeds alpha", valid for any number of prompts, and the fewest prompts for a bound.
+"""P-values of "the mean loss exceeds alpha", valid for any number of prompts.
 
 Shapes: `T` candidate prices, `n` calibration prompts, independent draws from one population.
 """
@@ -25,10 +25,11 @@ MOST_COUNTED, MOST_TESTED = 10_000_000, 30_000
 
 
 def p_values(losses: Floats, alpha: float, delta: float, risk: Risk, full: Floats | None = None) -> Floats:
-    """P-values [T] of "the mean loss exceeds alpha"; for `mean_score` of "alpha times the full model's mean score".
+    """P-values [T] of "the mean loss exceeds alpha".
 
-    The latter is "the mean of keep x full model's score - score is above 0", where keep is 1 - alpha. The terms lie in
-    [-1, max(1, keep)] and are scaled to [0, 1], and 0 with them. The full model's mean needs no bound of its own.
+    For `mean_score` alpha is a share of the full model's mean score. The hypothesis is "the mean of keep x full model's
+    score - score is above 0", where keep is 1 - alpha. The terms lie in [-1, max(1, keep)] and are scaled to [0, 1],
+    and 0 with them. The full model's mean needs no bound of its own.
 
     Args:
         losses: of n prompts at each of T prices; 0 or 1 for `insufficient`, in [0, 1] for `score_lost`, in [-1, 1] for
@@ -65,7 +66,7 @@ def binomial_p_values(losses: Floats, alpha: float) -> Floats:
 
 
 def martingale_p_values(losses: Floats, alpha: float, delta: float) -> Floats:
-    """1 / the largest wealth of a test martingale, for losses [T, n] in [0, 1].
+    """1 / largest wealth of a test martingale, for losses [T, n] in [0, 1].
 
     The martingale starts with wealth 1 and bets at every prompt that its loss is below alpha. If the mean loss exceeds
     alpha every bet is unfavourable, so by Ville's inequality the wealth ever reaches 1 / p with probability at most p,
@@ -97,7 +98,7 @@ def martingale_p_values(losses: Floats, alpha: float, delta: float) -> Floats:
 
 
 def _variances(losses: Floats) -> Floats:
-    """Variance estimate before each loss [T, n], starting from 1/4, the largest that losses can have."""
+    """Variance estimates before each loss [T, n], starting from the largest, 1/4."""
     count = np.arange(2, losses.shape[1] + 2)
     means = (0.5 + np.cumsum(losses, axis=1)) / count
     after = (0.25 + np.cumsum((losses - means) ** 2, axis=1)) / count
@@ -108,7 +109,7 @@ def _variances(losses: Floats) -> Floats:
 def fewest_prompts(
     alpha: float, delta: float, risk: Risk = "insufficient", observed_risk: float = 0.0, full_score: float = 1.0
 ) -> int:
-    """Number of calibration prompts that certify `alpha` at `delta` with a mean loss of `observed_risk`.
+    """Fewest calibration prompts that certify `alpha` at `delta`, given `observed_risk`.
 
     Except for `insufficient` this is the best case, every prompt losing the same; losses that vary take more.
 

@@ -1,4 +1,4 @@
-"""Risks: the losses that can be bounded, the quality of plans, and means over groups of prompts.
+"""Risks: losses that can be bounded, quality of plans, group means.
 
 Shapes: `N` or `n` prompts, `K` plans, cheapest first, the last full, `T` candidate prices.
 """
@@ -27,11 +27,11 @@ MOST_KEPT = 10.0
 
 
 class CalibrationError(InputError):
-    """Losses, numbers or a file that no certificate or alarm can be made of; the message says why."""
+    """Losses, numbers or a file unfit for a certificate or an alarm."""
 
 
 def plan_quality(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> Floats:
-    """Quality of each plan [N, K] on the scale from 0 to 1 that controllers learn; see `controller.base.plan_losses`.
+    """Quality of each plan [N, K], from 0 to 1; the inverse of `controller.base.plan_losses`.
 
     Args:
         risk: the loss that is bounded.
@@ -46,19 +46,19 @@ def plan_quality(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> F
 
 
 def full_quality(risk: Risk) -> float:
-    """The full plan's quality in `plan_quality`: 1/2 where a plan may win against it, else 1."""
+    """The full plan's quality: 1/2 where a plan may win, else 1."""
     return 0.5 if risk == "mean_score" else 1.0
 
 
 def loss_scale(risk: Risk, full: Floats) -> float:
-    """Divisor of a mean loss: for `mean_score` the mean of the full scores [N], or 1 where that is 0; else 1."""
+    """Divisor of a mean loss: the mean full score [N] for `mean_score`, 1 otherwise or for 0."""
     return (float(full.mean()) or 1.0) if risk == "mean_score" else 1.0
 
 
 def group_means(
     losses: Floats, risk: Risk, groups: Names | None, tasks: Names | None = None, full: Floats | None = None
 ) -> tuple[Floats, Risk, Names | None, Floats | None]:
-    """Losses, the risk to test, tasks and full scores, with the mean of each group in place of its prompts.
+    """Replace prompts by group means: losses, the risk to test, tasks, full scores.
 
     Prompts of one group are no independent draws, their means are. Each group counts once, whatever its size; a group
     of several tasks is one group in each. Groups come in the order of their first prompts. Means of counts are no

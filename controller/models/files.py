@@ -1,4 +1,4 @@
-"""Files of controllers, checked when read: a file may be damaged or come from anybody."""
+"""Files of controllers, checked when read, since they may be damaged or foreign."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_metadata(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """The entries that `metadata_of` was given, each of its type in `kinds`; raises LearningError for others."""
+    """Entries written by `metadata_of`, of the types in `kinds`; raises LearningError for others."""
     path = folder / WEIGHTS
     try:
         with safe_open(path, "pt") as file:

@@ -15,10 +15,10 @@ from controller.models.trees import KINDS, Forest
 
 
 class LightGBMController(Controller):
-    """Boosted trees for each plan, or one model of rows (prompt features, plan budget) for all plans.
+    """Boosted trees, one model for each plan or one for all plans.
 
-    Learns quality in [0, 1] by cross-entropy. One model for all plans has a monotone constraint: quality never falls as
-    the budget grows, which reduces noise where the menu is nested.
+    Learns quality in [0, 1] by cross-entropy. One model for all plans has rows (features, plan budget) and a monotone
+    constraint: quality never falls as the budget grows, which reduces noise where the menu is nested.
 
     LightGBM trains the trees; a `Forest` stores and evaluates them. No file reaches LightGBM, and prediction does not
     need the library.
@@ -89,7 +89,7 @@ class LightGBMController(Controller):
             self._forest = self._trained(self._rows(features), [targets], {**self._parameters, **constraints})
 
     def _trained(self, rows: Floats, targets: list[Floats], parameters: dict[str, Any]) -> Forest:
-        """A model for each of the targets [N], which share the sorting of the rows [N, F] into bins."""
+        """A model for each of the targets [N], with the same bins of rows [N, F]."""
         import lightgbm  # of the extra `pipelines`: who predicts needs none
 
         data = lightgbm.Dataset(rows, params=parameters)
@@ -100,7 +100,7 @@ class LightGBMController(Controller):
         return Forest.of_lightgbm([model.model_to_string() for model in models], rows.shape[1])
 
     def _rows(self, features: Floats) -> Floats:
-        """[N, F] -> [N * (K - 1), F + 1]: each prompt with the budget of each shortened plan."""
+        """Rows [N * (K - 1), F + 1]: each prompt with the budget of each shortened plan."""
         shortened = self._budgets[:-1]
         repeated = np.repeat(features, len(shortened), axis=0)
         return np.column_stack([repeated, np.tile(shortened, len(features))])
@@ -119,7 +119,7 @@ class LightGBMController(Controller):
 
     @classmethod
     def load(cls, folder: Path) -> LightGBMController:
-        """Raises LearningError for a file that `save` did not write: see `Forest` for what is checked."""
+        """Raises LearningError for a file that `save` did not write; see `Forest`."""
         about = read_metadata(folder, {"per_plan": bool, "n_features": int})
         weights = {name: tensor.numpy() for name, tensor in read_weights(folder, LAYOUT, TYPES).items()}
         controller = cls(per_plan=about["per_plan"])

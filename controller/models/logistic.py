@@ -15,7 +15,7 @@ from controller.models.files import WEIGHTS, read_weights
 
 
 class LogisticController(Controller):
-    """One linear model for each plan, by L-BFGS on the cross-entropy of the quality, with an L2 penalty.
+    """One linear model for each plan, by L-BFGS on penalised cross-entropy.
 
     Args:
         l2: penalty on the weights, per prompt.

@@ -134,13 +134,13 @@ SCALE = 8.0
 
 
 def _weights(shares: torch.Tensor) -> torch.Tensor:
-    """Weights [K - 1]: Bernoulli variance of the mean quality [N, K - 1] over its variance."""
+    """Weights [K - 1]: Bernoulli variance over variance of the quality [N, K - 1]."""
     mean = shares.mean(0)
     return (mean * (1 - mean) / shares.var(0, correction=0).clamp(min=LEAST_VARIANCE)).clamp(min=1.0)
 
 
 def soft_regret(predicted: torch.Tensor, quality: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
-    """Mean cost of the softly chosen plan over N rows, each at a random price; a scalar.
+    """Mean cost of the softly chosen plan over N rows, at random prices.
 
     Args:
         predicted: quality of the shortened plans [N, K - 1].
@@ -156,7 +156,7 @@ def soft_regret(predicted: torch.Tensor, quality: torch.Tensor, budgets: torch.T
 
 
 class _Network(nn.Module):
-    """[N, F] -> logits [N, K - 1]; an ordinal one has a single output, which the biases turn into K - 1."""
+    """Logits [N, K - 1] of features [N, F]; an ordinal one has one output and K - 1 biases."""
 
     def __init__(self, n_features: int, hidden: int, n_plans: int, ordinal: bool, dropout: float) -> None:
         super().__init__()

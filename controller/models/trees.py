@@ -99,7 +99,7 @@ class Forest:
         return _sigmoid(np.concatenate([np.zeros((0, self.n_models)), *sums]))
 
     def _sums(self, rows: Floats) -> Doubles:
-        """Sums [N, M] for rows [N, F]. The deepest trees come first, so each level runs the leading ones."""
+        """Sums [N, M] for rows [N, F]; the deepest trees come first."""
         flat = np.where(np.abs(rows) > ZERO, rows, 0).astype(np.float64).reshape(-1)
         offsets = (np.arange(len(rows)) * self.n_features)[:, None]
         nodes = np.repeat(self._roots[None], len(rows), axis=0)
@@ -181,6 +181,6 @@ def _tree(entries: Mapping[str, str]) -> dict[str, NDArray[Any]]:
 
 
 def _sigmoid(logits: Doubles) -> Doubles:
-    """By the C library's `exp`, as LightGBM: numpy's differs in the last bit on some processors."""
+    """By the C library's `exp`, as LightGBM: numpy's may differ in the last bit."""
     odds = [math.exp(-logit) for logit in np.clip(logits, -700, 700).reshape(-1).tolist()]
     return 1 / (1 + np.array(odds, dtype=np.float64).reshape(logits.shape))

@@ -1,4 +1,4 @@
-"""Headroom of an oracle, the share of it that policies capture, and gains over rivals, with bootstrap intervals.
+"""Headroom of an oracle, its captured share, and gains over rivals, with intervals.
 
 Shapes: `N` prompts, `K` plans, cheapest first, the last full, `T` prices of a rival, or its plans.
 """
@@ -48,7 +48,7 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float, interval: tuple[float, float]) -> Estimate:
-        """Of numbers that may be NaN, where they are not defined."""
+        """From numbers that are NaN where they are not defined."""
         return cls(*(None if np.isnan(number) else float(number) for number in (value, *interval)))
 
 
@@ -107,7 +107,7 @@ def frontier_card(
         return budget_at(found.oracle, found.full)
 
     def estimate(statistic: Callable[[Choices], float], value: float | None = None) -> Estimate:
-        """Of a statistic of the prompts drawn; `value` where it is better known than by the statistic of everyone."""
+        """Of a statistic of the prompts drawn; `value` where it is known better."""
         interval = bootstrap_interval(statistic, len(everyone), level=LEVEL)
         return Estimate.of(statistic(everyone) if value is None else value, interval)
 
@@ -126,13 +126,13 @@ def frontier_card(
 
 
 def _counts(drawn: Choices, n: int) -> Floats:
-    """How often each of n prompts was drawn."""
+    """Draws of each of n prompts."""
     return np.bincount(drawn, minlength=n).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Captured(Estimate):
-    """The share of the headroom that one policy captures on N prompts, at its own mean score.
+    """The captured share of the headroom at a policy's own mean score.
 
     Attributes:
         beats: share of the redrawn sets of prompts in which it captures more than the best control there; None for the
@@ -145,7 +145,7 @@ class Captured(Estimate):
 def captured_by(
     policies: Mapping[str, Choices], scores: Floats, budgets: Floats, controls: frozenset[str] = frozenset()
 ) -> dict[str, Captured]:
-    """The captured share of each policy, a choice of plan for each prompt [N], on the same redrawn sets of prompts."""
+    """The captured share of each policy, which are choices of plans [N], on the same redraws."""
     steps, everyone = climb(scores, budgets), np.arange(len(scores))
     outcomes = {name: (scores[everyone, chosen], budgets[chosen]) for name, chosen in policies.items()}
 
@@ -172,7 +172,7 @@ def captured_by(
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Budgets and scores of a rival on each prompt at each of its prices [T, N] each."""
+    """Budgets and scores of a rival at each of its prices [T, N]."""
 
     budgets: Floats
     scores: Floats
@@ -193,7 +193,7 @@ class Gain:
 
 
 def gains(budgets: Floats, scores: Floats, full: Floats, rivals: Mapping[str, Curve]) -> dict[str, Gain]:
-    """Gain over each rival, whose prices may be mixed at random, with intervals over the same redrawn prompts.
+    """Gain over each rival, whose prices may be mixed at random.
 
     Args:
         budgets: of the policy for each prompt [N].

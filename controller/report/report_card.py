@@ -92,7 +92,7 @@ def price_curve(predicted: Predicted, scores: Floats, budgets: Floats) -> list[t
 
 
 def price_for_loss(predicted: Predicted, quality: Floats, budgets: Floats, bound: float) -> float | None:
-    """The lowest price down to which the mean loss on these prompts is at most `bound`; or None.
+    """The lowest price with a mean loss of at most `bound` on these prompts, or None.
 
     This is no guarantee for other prompts: see `controller.certificate.calibration`.
     """
@@ -102,7 +102,7 @@ def price_for_loss(predicted: Predicted, quality: Floats, budgets: Floats, bound
 
 
 def _run_within(bound: float, losses: Floats) -> tuple[int, int]:
-    """Start and end of the run of mean losses, highest price first, that are at most `bound`.
+    """Start and end of the run of mean losses of at most `bound`.
 
     The full model loses nothing, so a bound above 0 starts with the first; else with the least loss.
     """
@@ -112,7 +112,7 @@ def _run_within(bound: float, losses: Floats) -> tuple[int, int]:
 
 
 def regret(predicted: Predicted, quality: Floats, budgets: Floats, bounds: Sequence[float]) -> float:
-    """Budget that a controller spends beyond the oracle's at equal mean loss, averaged over some bounds.
+    """Mean budget beyond the oracle's at equal mean loss, over some bounds.
 
     The budget at a bound lies on the line between the last price that keeps within it and the first that does not.
     """
@@ -127,7 +127,7 @@ def regret(predicted: Predicted, quality: Floats, budgets: Floats, bounds: Seque
 
 
 def _spent_at(bound: float, losses: Floats, spent: Floats) -> float:
-    """Budget where the mean loss reaches `bound`, between two points; all of the decoder where none is within."""
+    """Budget where the mean loss reaches `bound`; 1 where no point is within."""
     start, after = _run_within(bound, losses)
     if after == start:
         return 1.0

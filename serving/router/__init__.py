@@ -1,1 +1,1 @@
-"""A router before an engine: selects each request's plan with the allocator's first layers, and passes it on."""
+"""A router that selects each request's plan and passes it on to an engine."""

@@ -1,4 +1,4 @@
-"""Admission of requests: limits on size and time of bodies, and on the places of one sender."""
+"""Admission of requests within limits on bodies and places."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class _Body:
 
 
 class _Bodies:
-    """Reads bodies. When all together are too large, the largest one is refused, never a small new one."""
+    """Reads bodies; when all together are too large, refuses the largest."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -132,7 +132,7 @@ class _Places:
 
     @contextmanager
     def taken(self, sender: Sender, size: int) -> Iterator[None]:
-        """Hold the places of a request of `size` bytes; raises RefusedError where too few are free."""
+        """Hold places for `size` bytes; raises RefusedError where too few are free."""
         places = min(1 + size // PLACE_BYTES, self._share)
         if self._taken.total() + places > self._most or self._taken[sender] + places > self._share:
             message = f"all {self._most} places, or this sender's {self._share}, are taken; try again"

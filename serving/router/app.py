@@ -88,7 +88,7 @@ class _Router:
             return await self._engines.passed_back(answer, url, {})
 
     async def health(self) -> Response:
-        """Status 200 if every engine says it is well, else 503 with the ones that do not."""
+        """Status 200 if every engine is well, else 503."""
         if self._checking is None or self._checking.done():  # many who ask cost no more than one
             self._checking = asyncio.create_task(self._well())
         well = await asyncio.shield(self._checking)

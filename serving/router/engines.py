@@ -1,4 +1,4 @@
-"""Engines behind the router: which one runs a plan, how it is asked, how its answer is passed back."""
+"""Engines behind the router: routing of plans, requests, answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class UpstreamError(InputError):
-    """An address that is none, a pool for a plan that is not on the menu, or an engine that runs no plans."""
+    """A wrong address, a pool for no plan, or an engine that runs no plans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Upstreams:
         return plan.is_full or not self.pools or str(plan) in self.pools
 
     def route(self, plan: LayerPlan) -> tuple[str, str | None]:
-        """Engine URL for a plan, and the plan for `vllm_xargs`, None where the engine needs none."""
+        """Engine URL for a plan, and the plan for `vllm_xargs` where needed."""
         if plan.is_full:
             return self.engine, None
         return (self.pools[str(plan)], None) if self.pools else (self.engine, str(plan))
@@ -75,7 +75,9 @@ class Upstreams:
         return [self.engine, *dict.fromkeys(self.pools.values())]
 
     def check(self) -> bool:
-        """Ask the engine for a plan that cannot be; returns whether it answered. An engine that runs plans refuses it.
+        """Check that the engine runs plans; returns whether it answered.
+
+        An engine that runs plans refuses one that cannot be.
 
         Raises:
             UpstreamError: it does not refuse, and would answer every request in full.
@@ -98,7 +100,7 @@ class Upstreams:
 
 
 class UpstreamCheck:
-    """Asks an engine that did not answer at the start repeatedly whether it runs plans.
+    """Asks repeatedly whether an engine runs plans, if it did not answer at first.
 
     Attributes:
         is_done: it does. Until then every request runs the full plan.
@@ -159,7 +161,7 @@ class Engines:
     async def ask(
         self, url: str, path: str, headers: dict[str, str], content: bytes | None = None, silence_s: float | None = None
     ) -> httpx2.Response:
-        """An engine's answer, whose body is still to be read. POST where there is content.
+        """Ask an engine; the body of its answer is still to be read. POST with content.
 
         Raises:
             RefusedError: the engine cannot be reached, is silent, or answers what is no answer.
@@ -182,7 +184,7 @@ class Engines:
         raise RefusedError(502, f"the engine at {url} answered with status {answer.status_code}")
 
     async def passed_back(self, answer: httpx2.Response, url: str, headers: dict[str, str]) -> Response:
-        """The answer for the client: events and long answers as they come, short ones whole.
+        """The answer for the client: events and long answers streamed, others whole.
 
         Raises:
             RefusedError: the engine breaks off in a short answer.
@@ -209,7 +211,7 @@ class Engines:
         return Response(held, answer.status_code, headers)
 
     async def _rest(self, chunks: AsyncIterator[bytes], url: str, held: bytes) -> AsyncIterator[bytes]:
-        """What is held and what follows; if the engine breaks off, an event that says so."""
+        """The held bytes and the rest; an error event if the engine breaks off."""
         try:
             while True:
                 if held:
@@ -224,7 +226,7 @@ class Engines:
 
 
 class _Passing(StreamingResponse):
-    """A stream whose source is closed in any case, so that the engine stops when the client has left."""
+    """A stream that closes its source in any case, so that the engine stops."""
 
     def __init__(self, answer: httpx2.Response, chunks: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         super().__init__(chunks, answer.status_code, headers)

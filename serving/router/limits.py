@@ -1,4 +1,4 @@
-"""Limits of the router for one request, one sender and all of them; `docs/serving.md` has the table."""
+"""Limits of the router; `docs/serving.md` has the table."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Limits:
 
     @property
     def unfinished_bytes(self) -> int:
-        """Of all bodies that are not whole."""
+        """Limit of all bodies that are not whole."""
         return self.in_flight * PLACE_BYTES + self.body_bytes
 
 
 class ShutdownTimer:
-    """Ends all that waits, once the time for requests in flight after SIGTERM is over."""
+    """Ends all that waits at the end of the time after SIGTERM."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Timeout] = set()

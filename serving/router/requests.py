@@ -1,4 +1,4 @@
-"""Requests of the OpenAI routes: the body for the engine, and the prompt's tokens for the allocator.
+"""Requests of the OpenAI routes: body for the engine, tokens for the allocator.
 
 A body is refused unless the engine can be sent exactly what the allocator read.
 """
@@ -52,7 +52,7 @@ class RequestBody:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """Parse a request's JSON object. Raises RefusedError for anything that cannot be passed on unchanged."""
+    """Parse a JSON object; raises RefusedError for one that cannot be passed on unchanged."""
     try:
         body = json.loads(content.decode(), parse_constant=_refuse_number)
     except UnicodeDecodeError:
@@ -124,7 +124,7 @@ class UnreadablePromptError(InputError):
 
 
 class LongPromptError(InputError):
-    """A request with more tokens than are decided about at a time: it runs the full plan."""
+    """A request with too many tokens for a decision: it runs the full plan."""
 
 
 @dataclass(frozen=True, slots=True)

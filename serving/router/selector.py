@@ -1,4 +1,4 @@
-"""Plan selection for requests: waiting ones are decided together; failures and late decisions run in full."""
+"""Plan selection for requests, in batches; failures and late decisions run in full."""
 
 from __future__ import annotations
 
@@ -186,9 +186,9 @@ def _padded_tokens(group: Sequence[_Waiting]) -> int:
 def load_probe(
     allocator: AllocatorParts, source: str | None = None, device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the first `probe_depth` layers of the allocator's model, with embeddings and head, and its tokenizer.
+    """Load the probe layers of the allocator's model, and its tokenizer.
 
-    The whole model is read once, since its fingerprint is made from all weights.
+    Embeddings and head are kept. The whole model is read once, since its fingerprint is made from all weights.
 
     Args:
         allocator: made for the model.

@@ -38,7 +38,7 @@ def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int
 
 
 def allow_connections(limits: Limits) -> None:
-    """Raise the process's limit on open files as far as the other limits need and the system allows."""
+    """Raise the limit on open files as far as needed and allowed."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -80,7 +80,7 @@ class _Clients:
         self._silent: dict[_Connection, asyncio.TimerHandle] = {}
 
     def add(self, connection: _Connection, seconds: float) -> None:
-        """Cut the connection after the time; where there are too many, the earliest one at once."""
+        """Cut the connection after the time; the earliest at once where there are too many."""
         self.remove(connection)
         self._silent[connection] = connection.loop.call_later(seconds, connection.transport.abort)
         if len(self._silent) > MOST_UNFINISHED:
@@ -94,7 +94,7 @@ class _Clients:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's protocol with limits on the time to send a request's head and to read an answer."""
+    """uvicorn's protocol with time limits for request heads and answers."""
 
     def __init__(self, *arguments: Any, clients: _Clients, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -147,7 +147,7 @@ class _Connection(H11Protocol):
             self._unread.cancel()
 
     def shutdown(self) -> None:
-        """Called at the end of the server: the request in flight, or on its way, is the last one."""
+        """End after the request that is in flight or on its way."""
         if self._is_answering:
             self._close_after_answer()
         else:
@@ -158,7 +158,7 @@ class _Connection(H11Protocol):
         self.cycle.scope["headers"] = [*self.cycle.scope["headers"], CLOSE_HEADER]  # so that the answer says so too
 
     def send_400_response(self, msg: str) -> None:
-        """End the connection of a client that does not speak HTTP, with an answer where none has begun."""
+        """End a connection that is not HTTP, with an answer where none has begun."""
         begun = self._is_answering and self.cycle.response_started
         if self._is_answering:
             self.cycle.disconnected = True
