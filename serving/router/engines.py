@@ -136,7 +136,7 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-_PASSED_BACK = (b"content-type", b"content-encoding")
+_PASSED_BACK = ("content-type", "content-encoding")
 
 
 class Engines:
@@ -189,10 +189,10 @@ class Engines:
         Raises:
             RefusedError: the engine breaks off in a short answer.
         """
-        kept = {name.lower().decode(): value.decode("latin-1") for name, value in answer.headers.raw}
-        headers = {name.decode(): kept[name.decode()] for name in _PASSED_BACK if name.decode() in kept} | headers
+        given = {name.lower().decode(): value.decode("latin-1") for name, value in answer.headers.raw}
+        headers = {name: given[name] for name in _PASSED_BACK if name in given} | headers
         chunks = answer.aiter_raw()
-        if kept.get("content-type", "").startswith("text/event-stream"):
+        if given.get("content-type", "").startswith("text/event-stream"):
             return _Passing(answer, self._rest(chunks, url, b""), headers)
         held = b""
         try:
