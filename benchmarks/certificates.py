@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from controller.base import choose
-from controller.certificate.risks import Risk, quality_kept
+from controller.certificate.risks import Risk, plan_quality
 from controller.features import Features
 from controller.learning import Settings, learn
 from oracle.prompts import Prompt
@@ -192,7 +192,7 @@ def learnable() -> Callable[[Random, int], Draw]:
         return {"states": found}, np.stack([full * (random.random(n) < chance), full], axis=1), 0.8 * (1 - chance)
 
     features, scores, _ = states(np.random.default_rng(2), 300)
-    kept = quality_kept("mean_score", scores, scores >= scores[:, -1:])
+    kept = plan_quality("mean_score", scores, scores >= scores[:, -1:])
     learned = learn(Settings("logistic", ("states",), 4), features, kept, BUDGETS)
 
     def draw(random: Random, n: int) -> Draw:

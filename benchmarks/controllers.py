@@ -30,7 +30,7 @@ from controller.base import Floats
 from controller.certificate.calibration import PricePath, valid_price
 from controller.certificate.risks import RISKS, Risk
 from controller.learning import Settings, learn
-from controller.report.headroom_card import captured_by
+from controller.report.headroom import captured_by
 from controller.report.report_card import regret
 from oracle.chat import padded_prompts
 from pipelines.config import Config, load_config

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from redrawn_splits import redrawn
 
 from backbone.plan import LayerPlan
-from controller.base import choose, lost
+from controller.base import choose, plan_losses
 from controller.certificate.calibration import PRICES
-from controller.certificate.risks import quality_kept, unit_of
+from controller.certificate.risks import loss_scale, plan_quality
 from controller.learning import FittedPredictor
 from oracle.chat import padded_prompts
 from oracle.frontier.bootstrap import bootstrap_interval
@@ -126,7 +126,7 @@ class Comparison:
         """Price and threshold take their steps together, both set on other splits: for each step the lowest price at
         which the controller expects at most its loss, on average over the split `tune`."""
         tune = self._workspace.table("tune")
-        expected, rows = lost(self._predicted(tune)) / tune.unit, np.arange(len(tune.prompts))
+        expected, rows = plan_losses(self._predicted(tune)) / tune.unit, np.arange(len(tune.prompts))
         means = [float(expected[rows, self._chosen(tune, float(price))].mean()) for price in PRICES]
         fine = [[float(p) for p, mean in zip(PRICES, means, strict=True) if mean <= 1 - share] for share in AGREEMENTS]
         prices = [min(some, default=float(PRICES[0])) for some in fine]
@@ -138,7 +138,9 @@ class Comparison:
         config, exits = self._workspace.config, [self._exits(gate, heads, threshold) for threshold in steps]
         seen = [self._answered(each, self.calibrate, step, plans) for step, each in enumerate(exits)]
         scores, layers = np.stack([each[0] for each in seen] + [full], axis=1), np.stack([each[1] for each in seen])
-        losses = lost(quality_kept(config.calibration.risk, scores, sufficient_plans(scores, config.label.tolerance))).T
+        losses = plan_losses(
+            plan_quality(config.calibration.risk, scores, sufficient_plans(scores, config.label.tolerance))
+        ).T
         terms: dict[str, Any] = {"risk": config.calibration.risk, "shortens": (layers < n_layers).any(axis=1)}
 
         def valid(alpha: float, delta: float) -> int | None:
@@ -164,7 +166,7 @@ class Comparison:
         risk, full, row = self._workspace.config.calibration.risk, self.calibrate.full, -1 if step is None else step
         budgets = run / self.material.n_layers
         violations = redrawn(losses, budgets, alpha, DELTA, len(full) // 2, 500, risk=risk, full=full)
-        loss = float(losses[row].mean()) / unit_of(risk, full)
+        loss = float(losses[row].mean()) / loss_scale(risk, full)
         return {"step": step, "layers": float(run[row].mean()), "loss": loss, "redrawn": asdict(violations)}
 
     def _answered(

@@ -36,10 +36,9 @@ from pipelines.config import load_config
 from pipelines.evaluation.paired_ratios import paired_ratio, paired_seconds
 from pipelines.run.workspace import Workspace
 from runtime.paired_timing import machine
-from token_exits.gates.base import Candidate, Constant
-from token_exits.gates.of_states import Saturation
+from token_exits.gates import Candidate, Constant, Saturation
 from token_exits.heads import ExitHeads
-from token_exits.keys_values import project
+from token_exits.kv_projection import project
 from token_exits.settings import NEVER, STRATEGIES, ExitSettings
 from token_exits.token_exits import TokenExits
 

@@ -113,7 +113,9 @@ def earlier_runs() -> str:
     return _table(table.COLUMNS, rows)
 
 
-BLOCKS: Mapping[str, Callable[[], str]] = {one.__name__: one for one in (gain, policies, fresh_runs, explained, earlier_runs)}
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    one.__name__: one for one in (gain, policies, fresh_runs, explained, earlier_runs)
+}
 
 
 def _demo() -> dict[str, Any]:

@@ -48,11 +48,10 @@ def serve(
     """
     from layerbudget import Allocator
     from serving.router.app import make_app
-    from serving.router.choosing import Chooser
+    from serving.router.engines import Upstreams
     from serving.router.limits import Limits
-    from serving.router.probe_model import load_probe
+    from serving.router.selector import RequestSelector, load_probe
     from serving.router.server import allow_connections, make_server
-    from serving.router.upstreams import Upstreams
 
     limits = Limits(
         in_flight=max_in_flight,
@@ -69,7 +68,7 @@ def serve(
         typer.echo(f"the engine at {upstreams.engine} does not answer yet; until then all run the full plan", err=True)
     network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
     allow_connections(limits)
-    app = make_app(Chooser(loaded, network, tokenizer, limits), upstreams, is_checked=is_checked)
+    app = make_app(RequestSelector(loaded, network, tokenizer, limits), upstreams, is_checked=is_checked)
     safe_place()
     with left_to_a_server():
         make_server(app, limits, host, port).run()

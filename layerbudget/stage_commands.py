@@ -76,7 +76,7 @@ def _answer_try_prompts(config: Config) -> None:
 
 
 def _close(config: Config) -> None:
-    """What came of the run, as its own files say, also where everything was done before."""
+    """Print the result of the run from its files."""
     from pipelines.evaluation.summary import closing, load_metrics
 
     typer.echo(closing(load_metrics(config), str(config.folder / "report.html")))

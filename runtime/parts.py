@@ -20,7 +20,7 @@ from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
-from controller.certificate.risks import kept_by_full
+from controller.certificate.risks import full_quality
 from controller.learning import FittedPredictor
 from controller.projection import Projection
 from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
@@ -192,7 +192,7 @@ class AllocatorParts:
 
     def selector(self, limit_ms: float | None = None) -> PlanSelector:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        full = kept_by_full(self.certificate.risk)
+        full = full_quality(self.certificate.risk)
         predictor = FittedPredictor(self.projection, self.controller, full, self.outliers)
         return PlanSelector(self.menu, predictor, self.certificate.price, self.drift, limit_ms)
 

@@ -1,4 +1,4 @@
-"""Controllers as files: what is read is checked, since a file may be damaged or come from anybody."""
+"""Files of controllers, checked when read, since they may be damaged or foreign."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _ABOUT = "controller"
 def read_weights(
     folder: Path, layout: Layout, types: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `controller.safetensors`.
+    """Read and check the tensors of `controller.safetensors`.
 
     Args:
-        folder: in which the file lies.
+        folder: of the file.
         layout: its tensors.
         types: of those that are not float32.
 
     Raises:
-        LearningError: other tensors than those of the layout, other shapes or types, or numbers that are not finite.
+        LearningError: other tensors, shapes or types, or numbers that are not finite.
     """
     path = folder / WEIGHTS
     try:
@@ -60,15 +60,7 @@ def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_metadata(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """What `metadata_of` was given.
-
-    Args:
-        folder: in which the file lies.
-        kinds: the type of each entry.
-
-    Raises:
-        LearningError: a damaged file, or one with other entries.
-    """
+    """Entries written by `metadata_of`, of the types in `kinds`; raises LearningError for others."""
     path = folder / WEIGHTS
     try:
         with safe_open(path, "pt") as file:

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from controller.base import CONTROLLERS
+from controller.base import CONTROLLERS, check_sets
 from controller.certificate.certificate import MOST_LEVELS, alpha_of
 from controller.certificate.risks import MOST_KEPT, Risk
-from controller.feature_sets import check_sets
 from pipelines.config.sections import Section, Text
 
 Level = Annotated[float, Field(gt=0, lt=MOST_KEPT)]

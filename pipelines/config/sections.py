@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from backbone.healing.settings import DistillSettings, Form, Where
-from controller.feature_sets import check_sets
+from controller.base import check_sets
 from oracle.decoding import Decoding, checked_options
 from oracle.intake import COLUMNS
 from oracle.menus import LOSSES, MENUS

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import lost
-from controller.certificate.risks import Risk, quality_kept, unit_of
+from controller.base import plan_losses
+from controller.certificate.risks import Risk, loss_scale, plan_quality
 from controller.features import Features, rows_of
 from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.reader import judged
@@ -25,7 +25,7 @@ class Table:
         features: each set of raw features [N, F].
         scores: under each plan [N, K].
         sufficient: whether each plan is sufficient [N, K].
-        kept: what each plan keeps [N, K], see `controller.certificate.risks.quality_kept`.
+        kept: what each plan keeps [N, K], see `controller.certificate.risks.plan_quality`.
         budgets: of each plan [K].
         risk: which loss the certificate bounds.
         labelled: which scores are known [N, K]; others are 0, and so are what is made of them. Only the split
@@ -68,7 +68,7 @@ class Table:
             features=rows_of(features, rows),
             scores=known,
             sufficient=sufficient,
-            kept=quality_kept(risk, known, sufficient),
+            kept=plan_quality(risk, known, sufficient),
             budgets=budgets,
             risk=risk,
             labelled=None if labelled is None else labelled[rows],
@@ -90,7 +90,7 @@ class Table:
     @property
     def losses(self) -> NDArray[np.float64]:
         """Of each plan on each prompt [N, K]."""
-        return lost(self.kept)
+        return plan_losses(self.kept)
 
     @property
     def full(self) -> NDArray[np.float64]:
@@ -100,7 +100,7 @@ class Table:
     @property
     def unit(self) -> float:
         """What a mean of `losses` is divided by to be held against a bound."""
-        return unit_of(self.risk, self.full)
+        return loss_scale(self.risk, self.full)
 
     @property
     def tasks(self) -> NDArray[np.str_]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from controller.base import Floats, choose
 from controller.certificate.certificate import alpha_of
-from controller.report.headroom_card import captured_by
+from controller.report.headroom import captured_by
 from controller.report.report_card import price_for_loss
 from pipelines.evaluation.learning_table import Table
 

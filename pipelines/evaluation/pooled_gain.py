@@ -19,7 +19,7 @@ from controller.certificate.calibration import PRICES, PricePath, first_price
 from controller.certificate.certificate import alpha_of
 from controller.features import Features
 from controller.learning import CrossFit, Settings
-from controller.report.gain import Curve, gains
+from controller.report.headroom import Curve, gains
 from controller.report.report_card import price_for_loss
 from pipelines.evaluation.learning_table import Table
 from pipelines.evaluation.policies import Choices

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from backbone.errors import InputError, reason_of
 from backbone.plan import LayerPlan
-from controller.base import CONTROLLERS
-from controller.certificate.fewest_prompts import fewest_prompts
-from controller.feature_sets import WIDE
+from controller.base import CONTROLLERS, WIDE
+from controller.certificate.p_values import fewest_prompts
 from oracle.judges import KL, JudgeError, score
 from oracle.menus import MENUS, check_depths, checked_menu
 from oracle.prompts import SPLITS, Prompt, Split

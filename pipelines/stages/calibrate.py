@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backbone.files import write_atomically
-from controller.base import Floats, choose
+from controller.base import WIDE, Floats, choose
 from controller.certificate.calibration import PricePath, certify, first_price, on_path, valid_price
 from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
-from controller.feature_sets import WIDE
 from controller.learning import FittedPredictor
 from oracle.decoding import Decoding
 from oracle.labels.token_agreement import acceptance_rates

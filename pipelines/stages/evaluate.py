@@ -17,7 +17,7 @@ from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
 from controller.certificate.certificate import alpha_of
 from controller.certificate.outliers import OutlierTest
-from controller.report.frontier_card import LEVEL, frontier_card
+from controller.report.headroom import LEVEL, frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import least_sufficient, static_points, upper_hull

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from backbone.files import write_atomically
 from controller.certificate.certificate import alpha_of
-from controller.certificate.fewest_prompts import fewest_prompts
-from controller.certificate.p_values import CalibrationError
+from controller.certificate.p_values import fewest_prompts
+from controller.certificate.risks import CalibrationError
 from controller.learning import FittedPredictor
 from controller.report.report_card import price_curve
 from oracle.frontier.frontier import Point, least_sufficient, oracle_hull, static_points, upper_hull

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from controller.base import CONTROLLERS
 from controller.certificate.outliers import OutlierTest
-from controller.certificate.risks import kept_by_full
+from controller.certificate.risks import full_quality
 from controller.learning import FittedPredictor, Settings, learn
 from controller.projection import Projection
 from pipelines.config import Config
@@ -53,7 +53,7 @@ def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
 
 def load_trained(workspace: Workspace, outliers: OutlierTest | None = None) -> dict[str, FittedPredictor]:
     """What this stage saved, each with a test that leaves outliers to the full plan."""
-    full = kept_by_full(workspace.config.calibration.risk)
+    full = full_quality(workspace.config.calibration.risk)
     folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
     return {
         name: FittedPredictor(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), full, outliers)

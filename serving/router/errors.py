@@ -39,7 +39,7 @@ class ClientLeftError(Exception):
 
 
 def of_engine(error: Exception, url: str) -> RefusedError:
-    """For an engine that does not answer or breaks off."""
+    """The error for an engine that does not answer or breaks off."""
     reason = str(error) or type(error).__name__
     if isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout):
         return RefusedError(504, f"the engine at {url} was silent for too long ({reason})")

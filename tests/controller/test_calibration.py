@@ -13,9 +13,8 @@ from controller.certificate.calibration import (
     price_p_values,
     valid_price,
 )
-from controller.certificate.fewest_prompts import fewest_prompts
-from controller.certificate.groups import of_groups
-from controller.certificate.p_values import CalibrationError, p_values
+from controller.certificate.p_values import fewest_prompts, p_values
+from controller.certificate.risks import CalibrationError, group_means
 
 ALPHA, DELTA = 0.1, 0.1
 
@@ -74,7 +73,7 @@ def gambled(full: np.ndarray, moved: np.ndarray, won: np.ndarray):
     return path_of(losses)
 
 
-def test_mean_scores_fall_below_the_bound_at_most_delta_of_the_time() -> None:
+def test_mean_scores_break_the_bound_at_most_delta() -> None:
     random, n, alpha = np.random.default_rng(0), 300, 0.06
 
     def price() -> float | None:
@@ -87,7 +86,7 @@ def test_mean_scores_fall_below_the_bound_at_most_delta_of_the_time() -> None:
     assert 0 < broken <= binom.ppf(0.999, 150, DELTA)
 
 
-def test_the_mean_score_of_every_task_is_that_of_its_own_full_model() -> None:
+def test_task_losses_are_shares_of_the_task_full_score() -> None:
     """Both tasks lose .02 of a score on average; of a mean score of .9 that is within 5%, of .2 it is not."""
     tasks = np.array(["able", "unable"] * 1000)
     full = np.where(tasks == "able", 0.9, 0.2)
@@ -98,7 +97,7 @@ def test_the_mean_score_of_every_task_is_that_of_its_own_full_model() -> None:
     assert (overall.price, each.price) == (PRICES[-1], None)
 
 
-def test_what_cannot_be_certified_says_how_many_prompts_it_would_take() -> None:
+def test_certify_says_how_many_prompts_it_would_take() -> None:
     random = np.random.default_rng(0)
     full = (random.random(300) < 0.6).astype(float)
     change = random.permutation(np.repeat([-1.0, 1.0, 0.0], [30, 30, 240])) * 0.5
@@ -131,7 +130,7 @@ def test_the_price_nears_the_true_one_with_many_prompts() -> None:
     assert 0.095 < share_of(by_score) / 5 <= 0.1
 
 
-def test_prices_start_safe_and_the_test_stops_at_the_first_failure() -> None:
+def test_valid_price_stops_at_the_first_failure() -> None:
     assert (np.diff(PRICES) < 0).all()
     hump = path_of(lambda price: np.full(100, float(0.3 < share_of(price) < 0.4)))
     price = valid_price(hump, ALPHA, DELTA)
@@ -165,7 +164,7 @@ def test_a_task_is_tested_as_if_it_were_alone() -> None:
 
 
 @pytest.mark.parametrize("risk", ["insufficient", "score_lost"])
-def test_too_few_prompts_certify_nothing_and_are_told_how_many_it_takes(risk) -> None:
+def test_certify_names_the_fewest_prompts(risk) -> None:
     needed = fewest_prompts(ALPHA, DELTA, risk)
 
     def certificate(n, **options):
@@ -279,15 +278,15 @@ def test_copies_of_a_group_add_no_confidence(risk, per_task) -> None:
 def test_groups_are_means_in_the_order_of_their_first_prompts() -> None:
     losses, full = np.array([[1.0, 0.0, 0.5, 0.0]]), np.array([1.0, 0.0, 0.5, 1.0])
     names = ["b", "a", "b", "b"]
-    means, risk, tasks, scores = of_groups(losses, "insufficient", names, None, full)
+    means, risk, tasks, scores = group_means(losses, "insufficient", names, None, full)
     np.testing.assert_array_equal(means, [[0.5, 0.0]])
     np.testing.assert_allclose(scores, [2.5 / 3, 0.0])
     assert (risk, tasks) == ("score_lost", None)
-    means, _, tasks, _ = of_groups(losses, "mean_score", names, ["x", "x", "y", "x"], full)
+    means, _, tasks, _ = group_means(losses, "mean_score", names, ["x", "x", "y", "x"], full)
     np.testing.assert_array_equal(means, [[0.5, 0.0, 0.5]])
     assert tasks.tolist() == ["x", "x", "y"]
     with pytest.raises(CalibrationError, match="2 groups were given for 4 prompts"):
-        of_groups(losses, "mean_score", ["a", "b"])
+        group_means(losses, "mean_score", ["a", "b"])
 
 
 def answered(random, n: int, kept: float) -> tuple[np.ndarray, np.ndarray]:
@@ -330,7 +329,7 @@ def test_a_level_is_certified_falsely_at_most_delta_of_the_time(keep) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.969, 0.999, 1.049])
-def test_any_of_several_levels_is_false_at_most_delta_of_the_time(kept) -> None:
+def test_any_of_several_levels_is_false_at_most_delta(kept) -> None:
     random = np.random.default_rng(1)
     wrong = 0
     for _ in range(RUNS):
@@ -345,7 +344,7 @@ def test_a_level_that_is_kept_well_is_certified(keep) -> None:
     assert np.mean([certified_levels(random, 300, keep + 0.15, (keep,))[0] for _ in range(40)]) > 0.8
 
 
-def test_a_gain_is_looked_for_where_others_had_the_largest_margin() -> None:
+def test_first_price_has_the_largest_margin() -> None:
     """From the dearest price, which runs the full model, no gain can be certified."""
     full, scores = answered(np.random.default_rng(3), 400, 1.3)
     path = along(full, scores)

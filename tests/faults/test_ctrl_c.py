@@ -35,7 +35,7 @@ MOMENTS = [
     ("search", None, Press("oracle.labels.store:LabelStore.add", place="callback")),
     ("generate", None, Press("runtime.offline:_allocated", place="destructor")),
     ("compare", None, Press("runtime.side_by_side:_compared", call=2)),
-    ("inspect", None, Press("layerbudget.inspecting:_described", place="callback")),
+    ("inspect", None, Press("layerbudget.inspection:_described", place="callback")),
     ("export", None, Press("serving.router.export:export_plan", place="destructor")),
 ]
 """A command, the stage whose results are gone, and when it is pressed."""

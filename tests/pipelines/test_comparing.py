@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from controller.certificate.risks import quality_kept
+from controller.certificate.risks import plan_quality
 from controller.learning import Settings
 from oracle.prompts import Prompt
 from pipelines.config import load_config
@@ -31,9 +31,9 @@ def table(n: int, seed: int) -> Table:
 def test_the_loss_is_what_the_certificate_bounds() -> None:
     scores = np.array([[0.2, 0.9, 0.6], [0.6, 0.5, 0.6]])
     sufficient = scores >= scores[:, -1:]
-    np.testing.assert_allclose(quality_kept("score_lost", scores, sufficient), [[0.6, 1, 1], [1, 0.9, 1]])
-    np.testing.assert_allclose(quality_kept("mean_score", scores, sufficient), [[0.3, 0.65, 0.5], [0.5, 0.45, 0.5]])
-    np.testing.assert_array_equal(quality_kept("insufficient", scores, sufficient), [[0, 1, 1], [1, 0, 1]])
+    np.testing.assert_allclose(plan_quality("score_lost", scores, sufficient), [[0.6, 1, 1], [1, 0.9, 1]])
+    np.testing.assert_allclose(plan_quality("mean_score", scores, sufficient), [[0.3, 0.65, 0.5], [0.5, 0.45, 0.5]])
+    np.testing.assert_array_equal(plan_quality("insufficient", scores, sufficient), [[0, 1, 1], [1, 0, 1]])
 
 
 def test_controls_see_what_they_are_named_after() -> None:

@@ -14,7 +14,7 @@ import yaml
 from tiny_run import tiny_settings, write_prompts
 
 from controller.certificate.calibration import PricePath, on_path
-from controller.certificate.p_values import CalibrationError
+from controller.certificate.risks import CalibrationError
 from oracle.labels.store import LabelStore
 from oracle.prompts import Prompt
 from pipelines.config import load_config

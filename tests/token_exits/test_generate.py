@@ -12,7 +12,7 @@ from transformers.generation import MaxTimeCriteria, RepetitionPenaltyLogitsProc
 
 from backbone.errors import InputError, UnsupportedGenerationError, UnsupportedModelError
 from backbone.plan import LayerPlan
-from token_exits.gates.base import Constant
+from token_exits.gates import Constant
 from token_exits.heads import ExitHeads, TokenExitsError
 from token_exits.settings import NEVER, ExitSettings
 from token_exits.token_exits import TokenExits
@@ -153,7 +153,7 @@ def test_projections_that_are_not_the_model_s_are_refused() -> None:
         ("llama", {"strategy": "recompute"}, {"plan": LayerPlan.skipping(6, {1})}, "takes no plan"),
     ],
 )
-def test_strategies_that_cannot_be_used(family: str, options: Any, arguments: Any, words: str) -> None:
+def test_unusable_strategies_are_refused(family: str, options: Any, arguments: Any, words: str) -> None:
     model = tiny_model(family)
     with pytest.raises(TokenExitsError, match=words):
         exits_of(model, **options).generate(model, **padded_batch(), **GREEDY, **arguments)

@@ -1,4 +1,4 @@
-"""Admission: bodies within a size and a time, and a share of the places, so that no sender stops the others."""
+"""Admission of requests within limits on bodies and places."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.router.errors import CLIENT_LEFT, ClientLeftError, RefusedError
-from serving.router.limits import MOST_UNFINISHED, PLACE_BYTES, Limits
+from serving.router.limits import MOST_UNFINISHED, PLACE_BYTES, Limits, ShutdownTimer
 from serving.router.metrics import Metrics
-from serving.router.stopping import Stopping
 
 ALWAYS_ANSWERED = ("/health", "/metrics")
 
@@ -27,14 +26,9 @@ def sender_of(scope: Scope) -> Sender:
 
 
 class Admission:
-    """ASGI middleware: reads the body, and takes a place only then, until the answer ends.
+    """ASGI middleware: reads the whole body, then takes places until the answer ends."""
 
-    Args:
-        limits: of bodies and places.
-        stopping: ends the reading of bodies.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, limits: Limits, stopping: Stopping) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, limits: Limits, stopping: ShutdownTimer) -> None:
         self._app, self._metrics, self._stopping = app, metrics, stopping
         self._bodies, self._places = _Bodies(limits), _Places(limits.in_flight, metrics)
 
@@ -44,7 +38,7 @@ class Admission:
             return
         status = CLIENT_LEFT
 
-        async def noting(message: Message) -> None:
+        async def recorded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -57,13 +51,13 @@ class Admission:
             size = len(body)
             del body
 
-            async def replaying() -> Message:
+            async def replayed() -> Message:
                 return whole.pop() if whole else await receive()
 
             with self._places.taken(sender_of(scope), size):
-                await self._app(scope, replaying, noting)
+                await self._app(scope, replayed, recorded)
         except RefusedError as refusal:
-            await refusal.response(scope, receive, noting)
+            await refusal.response(scope, receive, recorded)
         except ClientLeftError:
             pass
         finally:
@@ -71,7 +65,7 @@ class Admission:
 
 
 @dataclass(eq=False, slots=True)
-class _Unfinished:
+class _Body:
     """A body that is being read."""
 
     deadline: asyncio.Timeout
@@ -84,16 +78,16 @@ class _Unfinished:
 
 
 class _Bodies:
-    """Reads bodies. When all together are too large, the largest gives way, never a small one that has just begun."""
+    """Reads bodies; when all together are too large, refuses the largest."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._unfinished: list[_Unfinished] = []
+        self._unfinished: list[_Body] = []
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body. Raises RefusedError, or ClientLeftError."""
+        """Read a whole body; raises RefusedError or ClientLeftError."""
         self._check_size(int(dict(scope["headers"]).get(b"content-length", 0)))
-        body = _Unfinished(asyncio.timeout(self._limits.client_s))
+        body = _Body(asyncio.timeout(self._limits.client_s))
         self._unfinished.append(body)
         try:
             async with body.deadline:
@@ -106,7 +100,7 @@ class _Bodies:
         finally:
             self._unfinished.remove(body)
 
-    async def _whole(self, body: _Unfinished, receive: Receive) -> bytes:
+    async def _whole(self, body: _Body, receive: Receive) -> bytes:
         while True:
             self._make_room()
             message = await receive()
@@ -130,7 +124,7 @@ class _Bodies:
 
 
 class _Places:
-    """The places of requests; one sender gets half of them at most."""
+    """The places of requests, at most half of them for one sender."""
 
     def __init__(self, most: int, metrics: Metrics) -> None:
         self._most, self._share, self._metrics = most, (most + 1) // 2, metrics
@@ -138,7 +132,7 @@ class _Places:
 
     @contextmanager
     def taken(self, sender: Sender, size: int) -> Iterator[None]:
-        """Raises RefusedError where there are not enough."""
+        """Hold places for `size` bytes; raises RefusedError where too few are free."""
         places = min(1 + size // PLACE_BYTES, self._share)
         if self._taken.total() + places > self._most or self._taken[sender] + places > self._share:
             message = f"all {self._most} places, or this sender's {self._share}, are taken; try again"

@@ -9,13 +9,11 @@ import pytest
 from fake_engine import FakeEngine
 from routed import ask, connected, counted, in_flight, logged_tracebacks, post, routed, router_parts, said, wait_for
 
-from serving.router import load, server
-from serving.router.choosing import MOST_TOGETHER, MOST_TOKENS_TOGETHER, Chooser
+from serving.router import admission, server
 from serving.router.errors import RefusedError
 from serving.router.limits import PLACE_BYTES, Limits
-from serving.router.prompts import CHARACTERS_A_TOKEN, least_tokens
-from serving.router.requests import RequestBody, parsed
-from serving.router.turns import Turns
+from serving.router.requests import CHARACTERS_A_TOKEN, RequestBody, least_tokens, parsed
+from serving.router.selector import MOST_TOGETHER, MOST_TOKENS_TOGETHER, FairQueue, RequestSelector
 
 HALF = post(b'{"prompt": "ab"}')[:-3]
 
@@ -49,7 +47,7 @@ def test_the_largest_unfinished_body_gives_way() -> None:
     chunk = b"a" * (PLACE_BYTES // 2)
 
     async def scenario() -> list[object]:
-        bodies = load._Bodies(limits)
+        bodies = admission._Bodies(limits)
         senders = [asyncio.Queue() for _ in range(5)]
         reading = [asyncio.create_task(bodies.read({"headers": []}, queue.get)) for queue in senders]
         for chunks, queue in zip((2, 3, 2, 1), senders, strict=False):  # the fifth sends nothing yet
@@ -121,11 +119,11 @@ def test_a_text_that_is_certainly_too_long_is_not_tokenized() -> None:
     assert least_tokens([5] * 11, 10) == least_tokens([[5]] * 11, 10) == 11
 
 
-def test_requests_decided_together_are_bounded_and_long_ones_alone() -> None:
+def test_decision_batches_are_bounded_and_long_ones_alone() -> None:
     allocator, model, tokenizer, _ = router_parts()
 
     async def groups(sent: list[tuple[str, int]]) -> list[list[int]]:
-        chooser = Chooser(allocator, model, tokenizer)
+        chooser = RequestSelector(allocator, model, tokenizer)
         waiting = [asyncio.create_task(chooser.plan_for([[5] * length], sender)) for sender, length in sent]
         await asyncio.sleep(0)
         lengths = []
@@ -147,7 +145,7 @@ def test_requests_decided_together_are_bounded_and_long_ones_alone() -> None:
 
 
 def test_each_sender_has_its_turn() -> None:
-    turns: Turns[str] = Turns()
+    turns: FairQueue[str] = FairQueue()
     for item in ("a1", "a2", "a3", "b1", "c1", "c2"):
         turns.put(item[0], item)
     taken = []

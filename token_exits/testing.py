@@ -1,4 +1,4 @@
-"""What every gate must keep to: inherit `GateConformance`, override `make`, and pytest finds the tests."""
+"""The conformance suite of gates: inherit `GateConformance`, override `make`, and pytest finds the tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from token_exits.gates.base import Candidate, Gate
+from token_exits.gates import Candidate, Gate
 from token_exits.heads import ExitHeads
 
 
@@ -24,13 +24,13 @@ class GateConformance:
         """Exit heads of a small model with at least five layers."""
         raise NotImplementedError
 
-    def test_confidence_is_a_number_from_0_to_1_for_each_row(self) -> None:
+    def test_confidence_is_a_share_for_each_row(self) -> None:
         gate = self.make(heads := self.heads())
         for candidate in self._candidates(heads):
-            found = gate.confidence(candidate)
-            assert found.shape == (self.N_ROWS,)
-            assert found.dtype == torch.float32
-            assert ((found >= 0) & (found <= 1)).all()
+            confidence = gate.confidence(candidate)
+            assert confidence.shape == (self.N_ROWS,)
+            assert confidence.dtype == torch.float32
+            assert ((confidence >= 0) & (confidence <= 1)).all()
 
     def test_rows_do_not_depend_on_one_another(self) -> None:
         gate, rows = self.make(heads := self.heads()), torch.tensor([1, 4])
@@ -46,16 +46,14 @@ class GateConformance:
         picked.memory = second.memory
         torch.testing.assert_close(gate.confidence(picked), whole[1][rows], atol=1e-5, rtol=1e-4)
 
-    def test_nothing_of_a_token_is_kept_in_the_gate(self) -> None:
+    def test_the_gate_keeps_nothing_of_a_token(self) -> None:
         gate = self.make(heads := self.heads())
-        before = copy.deepcopy(vars(gate))
-        first = [gate.confidence(candidate) for candidate in self._candidates(heads)]
-        again = [gate.confidence(candidate) for candidate in self._candidates(heads)]
-        assert repr(vars(gate)) == repr(before)
-        for one, other in zip(first, again, strict=True):
-            assert torch.equal(one, other)
+        before = repr(copy.deepcopy(vars(gate)))
+        first, again = ([gate.confidence(one) for one in self._candidates(heads)] for _ in range(2))
+        assert repr(vars(gate)) == before
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
-    def test_states_that_are_no_numbers_do_not_leave(self) -> None:
+    def test_nan_states_do_not_leave(self) -> None:
         gate = self.make(heads := self.heads())
         for candidate in self._candidates(heads, value=torch.nan):
             assert gate.looks_ahead or not (gate.confidence(candidate) > 0).any()
@@ -64,26 +62,15 @@ class GateConformance:
         self, heads: ExitHeads, rows: torch.Tensor | None = None, value: float | None = None
     ) -> tuple[Candidate, Candidate]:
         """The same tokens at both candidate layers, of all rows or of some."""
-        size = heads.model.config.hidden_size
         picked = torch.arange(self.N_ROWS) if rows is None else rows
-        generator = torch.Generator().manual_seed(0)
-        states = torch.randn(3, self.N_ROWS, size, generator=generator)
+        states = torch.randn(3, self.N_ROWS, heads.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
         if value is not None:
             states.fill_(value)
         memory: dict[str, torch.Tensor] = {}
-        last = heads.predictions(states[2])[picked]
+        states = states[:, picked]
+        last, before = heads.predictions(states[2]), states[0] * 0.5 + 0.1
         first, second = (
-            Candidate(
-                depth,
-                states[order][picked],
-                states[max(order - 1, 0)][picked] * 0.5 + 0.1,
-                picked,
-                self.N_ROWS,
-                heads,
-                order,
-                memory,
-                last,
-            )
-            for order, depth in enumerate(self.DEPTHS)
+            Candidate(depth, own, before, picked, self.N_ROWS, heads, memory, last)
+            for depth, own in zip(self.DEPTHS, states, strict=False)
         )
         return first, second

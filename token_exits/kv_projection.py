@@ -1,7 +1,6 @@
-"""Keys and values that a layer would keep for a state, without running the layer: its norm, two projections, rotation.
+"""KV projection: keys and values of a state without running the layer.
 
-Only families whose attention makes them in this way are known here, and before the first use each is compared with what
-the model's own layers put into a cache.
+Works for the families listed here. Before its first use a model is compared with its own cache.
 
 Shapes: `R` rows, `S` tokens, `D` hidden size, `H` key-value heads, `d` head size.
 """
@@ -30,7 +29,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def project(layer: Any, states: torch.Tensor, position_embeddings: KeysValues) -> KeysValues:
-    """What `layer` keeps in a cache for states [R, S, D].
+    """Keys and values that `layer` would cache for states [R, S, D].
 
     Args:
         position_embeddings: cosines and sines [R or 1, S, d], as the model hands them to the layer.
@@ -40,16 +39,9 @@ def project(layer: Any, states: torch.Tensor, position_embeddings: KeysValues) -
     keys, values = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
-    return _rotated(attention, keys.transpose(1, 2), position_embeddings), values.transpose(1, 2)
-
-
-def _rotated(attention: nn.Module, keys: torch.Tensor, position_embeddings: KeysValues) -> torch.Tensor:
-    """Keys turned by the function of the family's own module. It turns queries in the same call: here those of no head
-    at all, which cost nothing."""
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    cosines, sines = position_embeddings
-    rotated: torch.Tensor = rotate(keys[:, :0], keys, cosines, sines)[1]
-    return rotated
+    # The family's own function rotates queries too: here those of no head, which cost nothing.
+    rotate, keys = sys.modules[type(attention).__module__].apply_rotary_pos_emb, keys.transpose(1, 2)
+    return rotate(keys[:, :0], keys, *position_embeddings)[1], values.transpose(1, 2)
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
@@ -62,17 +54,16 @@ def check_projections(model: PreTrainedModel) -> None:
         return
     if (kind := model.config.model_type) not in FAMILIES:
         raise UnsupportedModelError(
-            f"token exits cannot make the keys and values of {kind} for layers that were left out; known are "
-            f"{', '.join(FAMILIES)}"
+            f"token exits cannot project the keys and values of {kind}; known are {', '.join(FAMILIES)}"
         )
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise UnsupportedModelError(
-            f"token exits cut attention masks into rows, which {model.config._attn_implementation} does not take; load "
-            "the model with attn_implementation='sdpa'"
+            f"token exits need an attention that takes masks by row, got {model.config._attn_implementation}; load the "
+            "model with attn_implementation='sdpa'"
         )
     if (difference := _difference(model)) > (limit := TOLERANCE.get(model.dtype, HALF_TOLERANCE)):
         raise UnsupportedModelError(
-            f"{kind}: projected keys and values differ by {difference:.1%} from those that its layers keep (at most "
+            f"{kind}: projected keys and values differ by {difference:.1%} from those that its layers cache (at most "
             f"{limit:.1%} is rounding), so tokens cannot leave its layers"
         )
     _checked.add(model)
@@ -85,20 +76,20 @@ def _difference(model: PreTrainedModel) -> float:
     cache = DynamicCache(config=model.config)
     embeddings: dict[int, KeysValues] = {}
 
-    def noting(index: int, forward: Forward) -> Forward:
+    def recorded(index: int, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             embeddings[index] = kwargs["position_embeddings"]
             return forward(*args, **kwargs)
 
         return run
 
-    noted = [(layer, "forward", noting(index, layer.forward)) for index, layer in enumerate(layers)]
-    with replaced(noted), captured(layers, range(len(layers))) as states:
+    changes = [(layer, "forward", recorded(index, layer.forward)) for index, layer in enumerate(layers)]
+    with replaced(changes), captured(layers, range(len(layers))) as states:
         decoder(input_ids=ids, cache=cache, use_cache=True)
-    found = 0.0
+    largest = 0.0
     for index, layer in enumerate(layers):
-        kept: Any = cache.layers[index]
-        whole = torch.cat((kept.keys, kept.values), -1).float()
-        made = torch.cat(project(layer, states[index], embeddings[index]), -1).float()
-        found = max(found, float((made - whole).norm() / whole.norm()))
-    return found
+        cached: Any = cache.layers[index]
+        expected = torch.cat((cached.keys, cached.values), -1).float()
+        projected = torch.cat(project(layer, states[index], embeddings[index]), -1).float()
+        largest = max(largest, float((projected - expected).norm() / expected.norm()))
+    return largest
