@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow.parquet as parquet
 
 from pipelines.config import load_config
-from pipelines.run.workspace import IN_FULL, Workspace
+from pipelines.run.prompts import IN_FULL
+from pipelines.run.workspace import Workspace
 
 VOLATILE = {"seconds", "date", "decision_ms", "created", "save_id"}
 """Keys of results whose values are times."""

@@ -126,7 +126,7 @@ def test_wrong_settings_are_named(setting, message) -> None:
         ("a: " + "[" * 50_000, "nested too deeply"),
         ("a: " + "9" * 5000, "is not YAML"),
         ("a: 2001-99-99\n", "month must be in 1..12"),
-        ('a: "\\ud800"\n', "half a character"),
+        ('a: "\\ud800"\n', "unpaired surrogate"),
         ("a: \udcff\n", "the byte 0xff is not UTF-8"),
     ],
 )

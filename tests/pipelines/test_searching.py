@@ -15,8 +15,16 @@ from backbone.errors import InputError
 from controller.base import LearningError
 from controller.learning import Settings
 from pipelines.config.learning_sections import TuningSection
-from pipelines.stages.settings_regret import Work, default_settings, settings_of, settled
-from pipelines.stages.settings_search import Search, finished, open_study, search
+from pipelines.stages.settings_search import (
+    Search,
+    Work,
+    default_settings,
+    finished,
+    open_study,
+    search,
+    settings_of,
+    settled,
+)
 
 
 def some_work(**tuning) -> Work:

@@ -248,7 +248,7 @@ def test_reading_labels_takes_no_language_model(project, monkeypatch) -> None:
     def forbidden(*arguments: object, **options: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("pipelines.run.workspace.load_backbone", forbidden)
+    monkeypatch.setattr("pipelines.run.model.load_backbone", forbidden)
     for stage in ("tune", "train", "calibrate"):
         done = layerbudget(stage, project / "tiny.yaml")
         assert done.returncode == 0, done.stdout + done.stderr
