@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -45,7 +44,6 @@ def title_of(name: str) -> str:
     return POLICIES.get(name, ("", name))[1]
 
 
-FEW_TO_MANY = LinearSegmentedColormap.from_list("layers", ["#c3d3ee", "#3066be", "#16294d"])
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -63,7 +61,7 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 WIDE, HALF = 10.0, 4.8
-"""Widths in inches of a figure that fills the page and of one of two side by side: so texts have one size in both."""
+"""Widths in inches of a figure that fills the page, and of one that fills half of it: texts have one size in both."""
 
 
 @matplotlib.rc_context(STYLE)
@@ -110,30 +108,6 @@ def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int, col
 
 
 @matplotlib.rc_context(STYLE)
-def layers_of_prompts(layers: Mapping[str, Sequence[float]], n_layers: int) -> str:
-    """One square a test prompt, a row a task, coloured by the layers it ran."""
-    tasks = sorted(layers, key=lambda task: float(np.mean(layers[task])))
-    figure, axes = _drawing(HALF, 0.9 + 0.3 * len(tasks))
-    lowest = min(min(values) for values in layers.values())
-    for row, task in enumerate(tasks):
-        values = sorted(layers[task])
-        squares = axes.scatter(
-            range(len(values)),
-            [row] * len(values),
-            c=values,
-            marker="s",
-            s=30,
-            cmap=FEW_TO_MANY,
-            vmin=lowest,
-            vmax=n_layers,
-        )
-    axes.set(yticks=range(len(tasks)), yticklabels=tasks, xticks=[])
-    axes.grid(visible=False)
-    figure.colorbar(squares, ax=axes, label="layers run", shrink=0.9)
-    return _svg(figure, "prompts")
-
-
-@matplotlib.rc_context(STYLE)
 def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float64]]]) -> str:
     """Predicted share of quality that a shortened plan keeps, against what it kept."""
     figure, axes = _drawing(HALF, 4.4)
@@ -152,24 +126,6 @@ def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.
     axes.set(xlabel="predicted: share kept", ylabel="observed share", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(fontsize=9, loc="upper left", markerscale=0.7)
     return _svg(figure, "reliability")
-
-
-@matplotlib.rc_context(STYLE)
-def importance(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """For each controller, the share of the variance of the regret that each of its settings explains.
-
-    Raises:
-        ValueError: no search of any controller says so.
-    """
-    rows = [(name, key, share) for name, found in shares.items() for key, share in list(found.items())[:8]]
-    if not rows:
-        raise ValueError("too few settings were tried to tell how much each matters")
-    figure, axes = _drawing(HALF, 0.9 + 0.26 * len(rows))
-    places = np.arange(len(rows))[::-1]
-    axes.barh(places, [share for _, _, share in rows], color=[colour_of(name) for name, _, _ in rows], height=0.7)
-    axes.set(xlabel="share of the variance of the regret", yticks=places, yticklabels=[key for _, key, _ in rows])
-    axes.grid(axis="y", visible=False)
-    return _svg(figure, "importance")
 
 
 @matplotlib.rc_context(STYLE)

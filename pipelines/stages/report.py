@@ -38,7 +38,7 @@ def run(workspace: Workspace) -> Path:
     chosen = np.array(workspace.read("choices.json")["chosen"][metrics["best"]])
     tasks = _task_rows(workspace.menu(), table, chosen)
     policies, left_out = [*YARDSTICKS, *tuning["controllers"]], Omissions()
-    drawn = _figures(workspace, table, metrics, chosen, tasks, policies, left_out)
+    drawn = _figures(workspace, table, metrics, tasks, policies, left_out)
     environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html.j2").render(
         config=config,
@@ -71,7 +71,6 @@ def _figures(
     workspace: Workspace,
     table: Table,
     metrics: dict[str, Any],
-    chosen: NDArray[np.intp],
     tasks: list[dict[str, Any]],
     policies: Sequence[str],
     left_out: Omissions,
@@ -80,9 +79,6 @@ def _figures(
     menu, statics = workspace.menu(), static_points(table.scores, table.budgets)
     outliers = Allocator.from_pretrained(workspace.path("allocator")).outliers
     trained, decided = load_trained(workspace), load_trained(workspace, outliers)
-    used: dict[str, list[float]] = defaultdict(list)
-    for prompt, index in zip(table.prompts, chosen, strict=True):
-        used[prompt.task].append(menu.plans[index].layers)
     corrected = corrected_path(corrected_climb(table.scores, table.budgets), table.scores, table.budgets)
     draw: dict[str, Callable[[], str]] = {
         "quality": lambda: figures.quality_against_budget(
@@ -103,12 +99,8 @@ def _figures(
             menu.n_layers,
             figures.colour_of(metrics["best"]),
         ),
-        "prompts": lambda: figures.layers_of_prompts(used, menu.n_layers),
         "reliability": lambda: figures.reliability(
             {name: (learned.predict(table.features), table.kept) for name, learned in trained.items()}
-        ),
-        "importance": lambda: figures.importance(
-            {name: found["importance"] for name, found in workspace.read("tuning.json")["controllers"].items()}
         ),
     }
     drawn = {}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
-
-import optuna
 
 from backbone.files import write_atomically
 from controller.learning import Settings
@@ -50,7 +47,7 @@ def run(workspace: Workspace) -> Path:
 
 
 def _searched(wanted: Search, work: Work) -> dict[str, Any]:
-    """The settings that won, their regret on fresh folds, what they cost, and how much each setting mattered."""
+    """The settings that won, their regret on fresh folds, and how many trials they took."""
     with progress(f"trials of {wanted.controller}", work.tuning.trials) as advance:
         study = search(wanted, work, advance)
     try:
@@ -58,31 +55,12 @@ def _searched(wanted: Search, work: Work) -> dict[str, Any]:
     except ValueError as error:
         raise wanted.damaged(error) from None
     settings, regret = settled(work, settings_of(wanted.controller, best, work.tuning))
-    return {
-        "settings": settings.to_dict(),
-        "regret": regret,
-        "trials": len(finished(study)),
-        "importance": _importance(study),
-    }
+    return {"settings": settings.to_dict(), "regret": regret, "trials": len(finished(study))}
 
 
 def _unsearched(work: Work, settings: Settings) -> dict[str, Any]:
     regret = float(work.regrets(settings).mean())
-    return {"settings": settings.to_dict(), "regret": regret, "trials": 0, "importance": {}}
-
-
-def _importance(study: optuna.Study) -> dict[str, float]:
-    """Share of the variance of the regret that each setting explains; empty for too few trials.
-
-    Source: PED-ANOVA, Watanabe et al. 2023 (arXiv 2304.10255).
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that low regret is meant, and that few trials say little
-            found = optuna.importance.get_param_importances(study)
-    except (RuntimeError, ValueError):  # fewer than two trials, or all of equal regret
-        return {}
-    return {name: round(float(value), 4) for name, value in found.items()}
+    return {"settings": settings.to_dict(), "regret": regret, "trials": 0}
 
 
 def _save_winner(config: Config, settings: dict[str, Any]) -> None:

@@ -255,8 +255,7 @@ def test_no_heading_skips_a_level() -> None:
 def test_figures_share_one_style() -> None:
     drawn = [
         figures.layers_by_task({"a": (1.0, 2.0), "b": (2.0, 3.0)}, 4, "#123456"),
-        figures.layers_of_prompts({"a": [1.0, 2.0], "b": [4.0]}, 4),
-        figures.importance({"mlp": {"epochs": 0.7, "hidden": 0.3}}),
+        figures.least_budgets([0.5, 0.7, 1.0]),
     ]
     for svg in drawn:
         assert figures.MUTED in svg, "ticks"
