@@ -57,7 +57,7 @@ def check_layers_run(
     check_layers([plan for _, plan in compared], ran)
 
 
-def shown_rows(tasks: Sequence[str], is_worse: NDArray[np.bool_], count: int = SHOWN) -> list[int]:
+def example_rows(tasks: Sequence[str], is_worse: NDArray[np.bool_], count: int = SHOWN) -> list[int]:
     """Rows of the prompts to show: the first of each kind, then the second of each, until there are `count`.
 
     Args:
@@ -78,7 +78,9 @@ def shown_rows(tasks: Sequence[str], is_worse: NDArray[np.bool_], count: int = S
     return picked
 
 
-def shown(workspace: Workspace, allocator: Allocator, test: Table, chosen: NDArray[np.intp]) -> list[dict[str, Any]]:
+def answered_both_ways(
+    workspace: Workspace, allocator: Allocator, test: Table, chosen: NDArray[np.intp]
+) -> list[dict[str, Any]]:
     """Each picked prompt with its reference, both answers with their scores, layers and milliseconds.
 
     The answers are generated anew, as `generate()` gives them, so that what is shown is what was timed. Prompts are
@@ -86,7 +88,7 @@ def shown(workspace: Workspace, allocator: Allocator, test: Table, chosen: NDArr
     """
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
     rows = np.arange(len(test.prompts))
-    picked = shown_rows(test.tasks.tolist(), test.scores[rows, chosen] < test.scores[:, -1])
+    picked = example_rows(test.tasks.tolist(), test.scores[rows, chosen] < test.scores[:, -1])
     with progress("answers to show", len(picked) * 2 * (ROUNDS + 2)) as advance:
         return [_answered(workspace, timed, test.prompts[row], advance) for row in picked]
 

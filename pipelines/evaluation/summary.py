@@ -118,15 +118,21 @@ def tiles(metrics: Metrics) -> dict[str, tuple[str, str]]:
 
 def sentence(metrics: Metrics) -> str:
     """Layers, quality, certificate and speed, in one sentence."""
-    best, kept, share = _best(metrics), metrics["intervals"]["kept"], "no share that could be measured"
-    if kept["low"] is not None:
-        share = f"{percent(best['quality_ratio'], 1)} ({_between(kept, 100, 0)}%)"
-    layers = f"{best['layers']:.1f} of {metrics['model']['layers']} layers a prompt"
+    best = _best(metrics)
+    layers = f"{best['layers']:.1f} of {metrics['model']['layers']} layers a prompt ({percent(best['budget'])}"
     return (
-        f"{layers} ({percent(best['budget'])} of the decoder) keep {share} of the full model's mean score on "
+        f"{layers} of the decoder) keep {quality(metrics)} of the full model's mean score on "
         f"{metrics['prompts']['test']} unseen prompts; {_certificate(metrics['certificate'])}; on this machine "
         f"{speeds(metrics)}."
     )
+
+
+def quality(metrics: Metrics) -> str:
+    """What is kept of the full model's mean score, with its interval over prompts."""
+    kept = metrics["intervals"]["kept"]
+    if kept["low"] is None:
+        return "no share that could be measured"
+    return f"{percent(_best(metrics)['quality_ratio'], 1)} ({_between(kept, 100, 0)}%)"
 
 
 def judges(metrics: Metrics) -> str:
@@ -173,8 +179,8 @@ def speeds(metrics: Metrics) -> str:
     if exceeds_limit(metrics):
         return "the measured speed exceeds what the layers left out allow, so that it is noise"
     return (
-        f"it is {_times(single)} as fast as stock generate() one prompt at a time, where the layers left out allow "
-        f"{_times(speed['limit'])} at most, and {_times(batch)} as fast in a batch of {speed['prompts']}"
+        f"it is {times(single)} as fast as stock generate() one prompt at a time, where the layers left out allow "
+        f"{times(speed['limit'])} at most, and {times(batch)} as fast in a batch of {speed['prompts']}"
     )
 
 
@@ -248,7 +254,7 @@ def _plain(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def _times(ratio: Metrics) -> str:
+def times(ratio: Metrics) -> str:
     """A ratio with its interval, or the interval alone where the figure does not exceed the noise."""
     interval = _between(ratio, 1, 2)
     return f"{ratio['value']:.2f} times ({interval})" if ratio["exceeds_noise"] else f"{interval} times"

@@ -50,8 +50,7 @@ def splits_of(prompts: Sequence[Prompt], config: Config) -> dict[Split, list[Pro
 
 def labelled_of(parts: dict[Split, list[Prompt]], config: Config) -> dict[Split, list[Prompt]]:
     """What `label.limit` leaves of each split; nothing of `adapt`."""
-    labelled = {split: own for split, own in parts.items() if split != "adapt"}
-    return {"adapt": [], **splits.limited_splits(labelled, config.label.limit)}
+    return {"adapt": [], **splits.limited_splits({split: parts[split] for split in SPLITS[1:]}, config.label.limit)}
 
 
 class RunPrompts:

@@ -206,8 +206,9 @@ class RunState:
         return found == entry.files
 
     def _result(self, stage: Stage) -> dict[str, str] | None:
-        entry = self._record.stages.get(stage.name)
-        return entry and {name: known for name, known in entry.files.items() if name not in stage.notes}
+        if (entry := self._record.stages.get(stage.name)) is None:
+            return None
+        return {name: known for name, known in entry.files.items() if name not in stage.notes}
 
     def record(self, stage: Stage, seconds: float) -> None:
         """Note that the stage is done, with what it left. Raises ConfigError where something of it is missing."""
@@ -224,10 +225,8 @@ class RunState:
 
     def _hash(self, name: str) -> str | None:
         if name not in self._hashes:
-            of_labels = name == "labels.db"
-            self._hashes[name] = (
-                self._workspace.labels_digest() if of_labels else content_hash(self._workspace.path(name))
-            )
+            path, labels = self._workspace.path(name), name == "labels.db"
+            self._hashes[name] = self._workspace.labels_digest() if labels else content_hash(path)
         return self._hashes[name]
 
     def _write(self) -> None:

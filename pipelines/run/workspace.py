@@ -148,4 +148,6 @@ class Workspace:
 
 def by_plan(prompts: Sequence[Prompt], plans: Sequence[LayerPlan], cells: Mask) -> Mapping[LayerPlan, Sequence[Prompt]]:
     """The prompts that are to be labelled under each plan, from a mask [N, K]."""
-    return {plan: [prompts[row] for row in np.flatnonzero(own)] for plan, own in zip(plans, cells.T, strict=True)}
+    return {
+        plan: [prompts[row] for row in np.flatnonzero(own).tolist()] for plan, own in zip(plans, cells.T, strict=True)
+    }

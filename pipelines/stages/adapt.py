@@ -49,7 +49,7 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
     """Writes `healing.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
     check_own(workspace.path("adapt"), lambda file: file.name == CHECKPOINT or file.name.endswith(UNFINISHED))
     model, _ = workspace.model.plain()
-    made = _Making(workspace, workers)
+    made = _HealingMaker(workspace, workers)
     candidates = {method: made.healing(method) for method in made.methods}
     curves = made.compared(candidates) if len(candidates) > 1 else {}
     chosen = max(curves, key=lambda method: curves[method]["area"]) if curves else made.methods[0]
@@ -69,7 +69,7 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
     return workspace.path("healing.safetensors")
 
 
-class _Making:
+class _HealingMaker:
     """Makes healing parts by each method; what methods share is made once.
 
     Attributes:

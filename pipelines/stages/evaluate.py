@@ -22,7 +22,7 @@ from oracle.frontier.knapsack import cheapest_choices
 from oracle.judges import KL
 from pipelines.config import Config
 from pipelines.evaluation.controls import comparison, outcome
-from pipelines.evaluation.examples import check_layers_run, shown
+from pipelines.evaluation.examples import answered_both_ways, check_layers_run
 from pipelines.evaluation.learning_table import Table
 from pipelines.evaluation.speed import feature_ms, prompt_ms, speeds
 from pipelines.evaluation.summary import contributions
@@ -57,7 +57,7 @@ def run(workspace: Workspace) -> Path:
     certified = [menu.plans[plan] for plan in chosen[best]]
     check_layers_run(allocator, *workspace.adapted, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
-    examples = shown(workspace, allocator, test, chosen[best])
+    examples = answered_both_ways(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, fit, chosen[best], keep)
     compared_at_losses, routed = comparison(workspace, best, expected, fit, test, allocator, left_out)
     if routed is not None:
@@ -227,7 +227,7 @@ def _card(chosen: Choices, test: Table, layers: list[float]) -> ReportCard:
 
 def _tokens_per_s(card: ReportCard, speed: dict[str, Any]) -> float:
     """New tokens a second if every prompt ran in a full batch of its plan, from the times measured in this run."""
-    return speed["new_tokens"] * speed["prompts"] / float(np.dot(card.plan_shares, speed["plan_seconds"]))
+    return float(speed["new_tokens"] * speed["prompts"] / np.dot(card.plan_shares, speed["plan_seconds"]))
 
 
 def _labelling(workspace: Workspace) -> dict[str, float]:

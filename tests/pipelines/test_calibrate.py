@@ -106,7 +106,7 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("trained", ["gaps"], indirect=True)
-def test_a_stop_while_prompts_to_calibrate_are_labelled_loses_nothing(trained, tmp_path) -> None:
+def test_a_stop_while_labelling_to_calibrate_loses_nothing(trained, tmp_path) -> None:
     whole, stopped, shared = (copied(trained, tmp_path / name, "mlp") for name in ("whole", "stopped", "shared"))
     expected, add, added = certificate_of(whole), LabelStore.add, []
 

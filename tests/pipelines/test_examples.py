@@ -12,7 +12,7 @@ from backbone.errors import InputError
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
 from pipelines.config import load_config
-from pipelines.evaluation.examples import check_layers_run, shown_rows
+from pipelines.evaluation.examples import check_layers_run, example_rows
 from pipelines.evaluation.speed import timed_rows
 from pipelines.run import runner
 from pipelines.run.runner import run_one
@@ -88,7 +88,10 @@ PICKED = {
     ),
     "search": (_searched, min),
     "timed": (lambda names, wanted: timed_rows(np.arange(len(names)) % 3, wanted), min),
-    "shown": (lambda names, wanted: shown_rows([name[-1] for name in names], np.arange(len(names)) == 3, wanted), min),
+    "shown": (
+        lambda names, wanted: example_rows([name[-1] for name in names], np.arange(len(names)) == 3, wanted),
+        min,
+    ),
 }
 
 
@@ -108,15 +111,15 @@ def _worse(*rows: int) -> np.ndarray:
     return np.isin(np.arange(len(TASKS)), rows)
 
 
-def test_the_first_of_each_kind_comes_first_then_the_second_of_each() -> None:
-    assert shown_rows(TASKS, _worse(), 3) == [0, 2, 5]
-    assert shown_rows(TASKS, _worse(), 5) == [0, 2, 5, 1, 4]
-    assert shown_rows(TASKS, _worse(), 9) == [0, 2, 5, 1, 4, 3]
+def test_examples_are_the_first_of_each_kind_then_the_second() -> None:
+    assert example_rows(TASKS, _worse(), 3) == [0, 2, 5]
+    assert example_rows(TASKS, _worse(), 5) == [0, 2, 5, 1, 4]
+    assert example_rows(TASKS, _worse(), 9) == [0, 2, 5, 1, 4, 3]
 
 
-def test_a_worse_answer_takes_the_last_place_unless_one_is_shown_already() -> None:
-    assert shown_rows(TASKS, _worse(3, 4), 3) == [0, 2, 4]
-    assert shown_rows(TASKS, _worse(2, 4), 3) == [0, 2, 5]
+def test_examples_show_one_worse_answer_if_there_is_any() -> None:
+    assert example_rows(TASKS, _worse(3, 4), 3) == [0, 2, 4]
+    assert example_rows(TASKS, _worse(2, 4), 3) == [0, 2, 5]
 
 
 TEXTS = ["abc", "abcd", "bcd", "bcde", "cde", "cdef", "def", "defg", 11 * "a", 11 * "b"]

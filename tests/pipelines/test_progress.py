@@ -63,7 +63,7 @@ def note(run: str) -> str:
     return Path(mlflow.artifacts.download_artifacts(run_id=run, artifact_path="note.txt")).read_text()
 
 
-def test_artifacts_are_found_after_the_project_was_moved_and_copied(config, tmp_path) -> None:
+def test_artifacts_are_found_after_a_move_and_a_copy(config, tmp_path) -> None:
     first = logged(config, tmp_path / "project", "first")
     shutil.copytree(tmp_path / "project", tmp_path / "copy")
     (tmp_path / "project").rename(tmp_path / "moved")
@@ -74,7 +74,7 @@ def test_artifacts_are_found_after_the_project_was_moved_and_copied(config, tmp_
     assert not (tmp_path / "project").exists()
 
 
-def test_an_experiment_whose_artifacts_are_kept_elsewhere_stays_there(config, tmp_path) -> None:
+def test_artifacts_kept_elsewhere_stay_there(config, tmp_path) -> None:
     (tmp_path / "project" / "mlruns").mkdir(parents=True)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/project/mlruns/mlflow.db")
     mlflow.create_experiment("mine", artifact_location=(tmp_path / "elsewhere").as_uri())

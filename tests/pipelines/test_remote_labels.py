@@ -102,7 +102,7 @@ def test_what_came_back_before_a_stop_is_kept(alone, other) -> None:
     assert content(other.folder / "labels.db") == content(alone.folder / "labels.db")
 
 
-def test_a_plan_that_is_added_is_compared_with_the_answers_that_are_there(alone, tmp_path) -> None:
+def test_an_added_plan_is_compared_with_the_answers_there(alone, tmp_path) -> None:
     workspace = Workspace(alone)
     before = content(alone.folder / "labels.db")
     with sqlite3.connect(alone.folder / "labels.db") as store:
@@ -150,7 +150,7 @@ def some_prompts(n: int) -> list[Prompt]:
     return [Prompt(f"p{i}", "t", "x" * (1 + i * 7 % 50), "", "exact") for i in range(n)]
 
 
-def test_blocks_hold_every_prompt_once_longest_first_and_equal_work() -> None:
+def test_blocks_hold_each_prompt_once_and_equal_work() -> None:
     prompts = some_prompts(100)
     made = blocks(prompts, 2, Decoding(4))
     assert [len(blocks(some_prompts(n), 2, Decoding(4))) for n in (3, 16, 100, 400)] == [1, 4, 8, 400 // (2 * BATCHES)]

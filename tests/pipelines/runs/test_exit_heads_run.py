@@ -18,7 +18,7 @@ from pipelines.run.runner import run_all
 from pipelines.run.workspace import Workspace
 from pipelines.stages import exit_heads
 from pipelines.stages import menu as menus
-from pipelines.stages.adapt import _Making
+from pipelines.stages.adapt import _HealingMaker
 from pipelines.stages.exit_heads import make_heads
 from runtime.allocator import Allocator
 from runtime.parts import UncertifiedError
@@ -65,7 +65,7 @@ def test_auto_takes_heads_for_exits_with_short_answers(config_file, menu, tokens
     path = config_file(menu=menu, adapt={"method": "auto"}, decoding={"max_new_tokens": tokens})
     workspace = Workspace(load_config(path))
     menus.run(workspace)
-    assert _Making(workspace, None).methods == expected
+    assert _HealingMaker(workspace, None).methods == expected
 
 
 def test_targets_are_compared_at_a_few_depths(model) -> None:

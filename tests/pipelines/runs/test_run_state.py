@@ -121,7 +121,7 @@ def test_a_file_in_the_place_of_the_folder_is_left_alone(project) -> None:
     assert layerbudget("menu", project / "tiny.yaml", "--set", "name=other").returncode == 0, "an empty folder is used"
 
 
-def test_two_projects_with_equal_names_do_not_take_each_others_runs(project, tmp_path) -> None:
+def test_projects_of_one_name_do_not_share_a_run(project, tmp_path) -> None:
     """Their files have the same name, and they keep their runs in the same place."""
     (tmp_path / "second").mkdir()
     shutil.copy(project / "tiny.yaml", tmp_path / "second" / "tiny.yaml")
