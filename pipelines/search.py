@@ -50,7 +50,7 @@ class LeastPlan:
 
 
 def find_least_plans(workspace: Workspace, name: str, evaluations: int, prompts: Sequence[Prompt]) -> list[LeastPlan]:
-    """Search for each of N prompts; what is labelled stays in the run's store, so a stopped search goes on.
+    """Search for each of N prompts; labels stay in the run's store, so that a search is resumable.
 
     Args:
         workspace: of a run that has its menu.

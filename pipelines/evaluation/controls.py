@@ -68,7 +68,7 @@ def comparison(
 
     Returns:
         This, and the plans of the test prompts by the name of the task alone, with the allocator's outlier test and
-        bound; None where names teach nothing.
+        bound; None where nothing can be learned from names.
     """
     config, shown = workspace.config, with_task(test, fit.tasks)
     controls = _controls(tuned_settings(workspace)[best], fit, config.tuning, left_out)

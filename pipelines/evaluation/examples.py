@@ -1,6 +1,6 @@
 """Test prompts answered with all layers and with those that the allocator chooses: shown, timed, and checked.
 
-Some stand for the run where it ends and in its report, so a rule picks them that does not flatter.
+Some are printed at the end of a run and in its report; a rule picks them that does not flatter.
 
 Shapes: `N` test prompts.
 """
@@ -83,7 +83,7 @@ def answered_both_ways(
 ) -> list[dict[str, Any]]:
     """Each picked prompt with its reference, both answers with their scores, layers and milliseconds.
 
-    The answers are generated anew, as `generate()` gives them, so that what is shown is what was timed. Prompts are
+    The answers are generated again, as `generate()` gives them, so that what is shown is what was timed. Prompts are
     picked by the plans that were chosen for them [N].
     """
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests

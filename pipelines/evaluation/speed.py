@@ -1,6 +1,6 @@
-"""How many times faster? Test prompts timed in turn: under every plan, and with the allocator against stock.
+"""Speed-ups of test prompts: under every plan, and with the allocator against stock `generate()`.
 
-A ratio comes from paired rounds, with an interval that says what noise allows.
+A ratio comes from paired rounds, in each of which everything is timed once, with an interval for its median.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def paired_seconds(
     seconds: float,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[Name, list[float]]:
-    """Times of each piece of work, all in turn in each round, after a round of warm-up.
+    """Times of each piece of work, each once a round, after a round of warm-up.
 
     Args:
         work: what is timed, by name.

@@ -131,7 +131,7 @@ class RunModel:
             found.save(self._path)
 
     def plain(self) -> Loaded:
-        """The model as it came, and its tokenizer."""
+        """The model without healing, and its tokenizer."""
         detach(self._loaded[0])
         self._attached = None
         return self._loaded

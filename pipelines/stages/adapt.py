@@ -251,7 +251,7 @@ class _HealingMaker:
 def parts(workspace: Workspace, compares: bool) -> tuple[list[Prompt], list[Prompt]]:
     """The split `adapt` in prompts to fit on and prompts to compare methods on; none of the latter without a choice.
 
-    Neither teach controllers: what was fitted or picked on a prompt loses less there than elsewhere.
+    No controller learns from them: what was fitted or picked on a prompt loses less there than elsewhere.
     """
     prompts = workspace.prompts.splits["adapt"]
     if not compares:

@@ -1,4 +1,4 @@
-"""Stage 8: all policies on the test split, on one driver, and what they cost on this machine's clock."""
+"""Stage 8: all policies on the test split, on one driver, and their wall-clock time on this machine."""
 
 from __future__ import annotations
 

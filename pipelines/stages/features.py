@@ -51,7 +51,7 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
 
 
 def _features_of(workspace: Workspace, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> Features:
-    """The sets `features.sets` of some prompts, in their order, read from the model as it came."""
+    """The sets `features.sets` of some prompts, in their order, read from the model without healing."""
     loaded, config = workspace.model.plain(), workspace.config
     found: list[Features] = []
     for rows in _batches(prompts, config.features.batch_size):

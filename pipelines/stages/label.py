@@ -45,7 +45,7 @@ def _labeller(workspace: Workspace, workers: Workers | None) -> Labeller | Remot
 
 
 def fill(labeller: Labeller | RemoteLabeller, wanted: Mapping[LayerPlan, Sequence[Prompt]], title: str) -> None:
-    """Make the labels that are not there, and name what judges failed on; a stopped call goes on where it was.
+    """Make the labels that are not there, and name what judges failed on. Resumable.
 
     Args:
         labeller: makes them.

@@ -150,7 +150,7 @@ class Search:
 
 
 def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.Study:
-    """The study of a search, as far as it came.
+    """The study of a search, with the trials that it has.
 
     Raises:
         ConfigError: the storage cannot be used.
@@ -192,7 +192,7 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna.Study:
     """Try settings until the study has `tuning.trials` finished trials; one already there is not tried again.
 
-    A search by one worker that was killed goes on as if it had not been: the trial it was at is tried again, and what
+    A search by one worker that was killed resumes with the same result: the unfinished trial is tried again, and what
     is drawn for a trial depends on the finished ones alone.
     """
     study = open_study(wanted, work.tuning)

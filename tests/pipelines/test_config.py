@@ -16,10 +16,6 @@ def test_every_shipped_config_loads_and_says_its_command(path) -> None:
     assert any(f"layerbudget run configs/{path.name}" in line for line in first_lines)
 
 
-def test_there_are_configs() -> None:
-    assert CONFIGS
-
-
 def test_settings_go_over_the_file_over_the_defaults() -> None:
     config = load_config(
         ROOT / "configs/demo.yaml", ["data.limit=64", "name=mixed", "decoding.stop=[]", "label.tolerance=0.1"]
