@@ -116,18 +116,18 @@ def all_before(stage: Stage) -> list[Stage]:
     return [candidate for candidate in STAGES if candidate.name in names]
 
 
-class _Done(BaseModel):
+class _Done(BaseModel, strict=True):
     key: str
     files: dict[str, str]
     seconds: float
 
 
-class _Record(BaseModel):
+class _Record(BaseModel, strict=True):
     """What `run.json` holds."""
 
     config: str
     model: str
-    stages: dict[str, _Done] = {}
+    stages: dict[str, _Done]
 
 
 def read_record(config: Config) -> _Record:
@@ -136,7 +136,7 @@ def read_record(config: Config) -> _Record:
     Raises:
         ConfigError: the folder is another run's, or holds somebody's files but no run.
     """
-    path, fresh = config.folder / "run.json", _Record(config=_owner(config), model=config.model.source)
+    path, fresh = config.folder / "run.json", _Record(config=_owner(config), model=config.model.source, stages={})
     if not path.exists():
         _check_unused(config)
         return fresh
