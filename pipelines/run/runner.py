@@ -153,7 +153,7 @@ def _own_folder(workspace: Workspace, name: str = LOCK) -> Iterator[RunState]:
 def _run_stage(workspace: Workspace, stage: Stage, state: RunState, **options: Any) -> Path:
     console.print(f"[bold]{stage.name}[/]: {stage.title}")
     start = time.perf_counter()
-    path: Path = import_module(f"pipelines.stages.{stage.name}").run(workspace, **options)
+    path: Path = import_module(f"..stages.{stage.name}", __package__).run(workspace, **options)
     state.record(stage, time.perf_counter() - start)
     safe_place()
     console.print(f"  {escape(str(path))}  [dim]{time.perf_counter() - start:.0f} s[/]")
