@@ -23,7 +23,7 @@ from typing import Any
 import gate
 import redraws
 
-from pipelines.config import Config, load_config
+from pipelines.config import load_config
 from runtime.paired_timing import machine
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--runs", type=int, default=3, help="fresh runs, each with splits of its own")
     options.add_argument("--draws", type=int, default=40, help="redraws of the middle run's splits; 0 for none")
+    options.add_argument("--workers", type=int, default=1, help="processes that share the redraws")
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         runs = [_run(seed, cache) for seed in range(arguments.runs)]
@@ -64,18 +65,11 @@ def main() -> None:
         "metrics": {name: metrics[name] for name in KEPT if name in metrics},
     }
     if arguments.draws:
-        result["redrawn"] = redraws.redrawn(_with_default_settings(folder), arguments.draws)
+        config = load_config(folder / "config.yaml").model_copy(update={"runs": folder.parent})
+        result["redrawn"] = redraws.redrawn(redraws.with_default_settings(config), arguments.draws, arguments.workers)
     path = ROOT / "benchmarks" / "results" / "demo.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(path.name, redraws.results_table(result["redrawn"]) if arguments.draws else "", sep="\n\n")
-
-
-def _with_default_settings(folder: Path) -> Config:
-    """The configuration of a run, whose redraws try the default settings of each controller alone: a search a draw
-    would take hours."""
-    config = load_config(folder / "config.yaml")  # with the run's own seed of the splits
-    tuning = config.tuning.model_copy(update={"trials": 1})
-    return config.model_copy(update={"runs": folder.parent, "tuning": tuning})
 
 
 def _folder(seed: int) -> Path:

@@ -10,13 +10,19 @@ the same rule for settings and the same outlier test. Reported is the mean over 
 of them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, and menu and
 bridges are the run's, so the mean is known less well than their number suggests. `broken` is the share of the draws
 in which the mean loss of the whole population exceeds any bound that was certified. What the run left out of the labels
-of its prompts to calibrate is generated first. Writes benchmarks/results/redraws-NAME.json.
+of its prompts to calibrate is generated first. Finished draws are kept in the run's folder, so that a stopped command
+goes on. Writes benchmarks/results/redraws-NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +65,67 @@ def main() -> None:
     options.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of a finished run")
     options.add_argument("--name", default="demo", help="name in the result's file")
     options.add_argument("--draws", type=int, default=40)
+    options.add_argument("--workers", type=int, default=1, help="processes that share the draws")
+    options.add_argument("--default-settings", action="store_true", help="no search of settings in each draw")
     arguments = options.parse_args()
     config = load_config(arguments.run / "config.yaml")
     config = config.model_copy(update={"runs": arguments.run.parent, "name": arguments.run.name})
+    if arguments.default_settings:
+        config = with_default_settings(config)
     model = {"model": config.model.source, "data": config.data.path, "run": arguments.run.name}
     path = RESULTS / f"redraws-{arguments.name}.json"
-    workload.write(path, argparse.Namespace(**vars(arguments) | model), redrawn(config, arguments.draws))
+    workload.write(
+        path, argparse.Namespace(**vars(arguments) | model), redrawn(config, arguments.draws, arguments.workers)
+    )
 
 
-def redrawn(config: Config, draws: int) -> dict[str, Any]:
+def with_default_settings(config: Config) -> Config:
+    """Redraws try the default settings of each controller alone: a search in each draw would take hours."""
+    return config.model_copy(update={"tuning": config.tuning.model_copy(update={"trials": 1})})
+
+
+def redrawn(config: Config, draws: int, workers: int = 1) -> dict[str, Any]:
     """Mean and range over the draws of every figure of every policy, beside the sizes of the splits."""
     workspace = Workspace(config)
-    table = workload.table_in_full(workspace)
-    sizes = {name: len(some) for name, some in workspace.prompts.labelled_splits.items()}
-    with progress("draws", draws) as advance:
-        found = []
-        for draw in range(draws):
-            found.append(_figures(workspace, table, Draw.of(len(table.prompts), sizes, draw)))
+    workload.table_in_full(workspace)
+    finished = workspace.path(f"redraws-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:8]}.jsonl")
+    finished.touch()
+    found = dict(json.loads(line) for line in finished.read_text().splitlines())
+    missing = [draw for draw in range(draws) if draw not in found]
+    with (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        progress("draws", len(missing)) as advance,
+        finished.open("a") as file,
+    ):
+        for draw, figures in zip(missing, pool.map(_figures, [config] * len(missing), missing), strict=True):
+            found[draw] = figures
+            print(json.dumps([draw, figures]), file=file, flush=True)
             advance(1)
-    policies = {name: {key: [draw[name][key] for draw in found] for key in found[0][name]} for name in found[0]}
-    summary = {name: {key: _summary(values) for key, values in some.items()} for name, some in policies.items()}
-    return {"draws": draws, "level": LEVEL, "prompts": sizes, "policies": summary}
+    names = {name: found[0][name].keys() for name in found[0]}
+    return {
+        "draws": draws,
+        "level": LEVEL,
+        "prompts": {name: len(some) for name, some in workspace.prompts.labelled_splits.items()},
+        "policies": {
+            name: {key: _summary([found[draw][name][key] for draw in range(draws)]) for key in keys}
+            for name, keys in names.items()
+        },
+    }
 
 
-def _figures(workspace: Workspace, table: Table, draw: Draw) -> dict[str, dict[str, Any]]:
+@cache
+def _material(config: str) -> tuple[Workspace, Table]:
+    """What all draws of a process share."""
+    workspace = Workspace(Config.model_validate_json(config))
+    return workspace, workload.table_in_full(workspace)
+
+
+def _figures(config: Config, number: int) -> dict[str, dict[str, Any]]:
     """Of one draw, on its test prompts: the allocator, the control, the best static plan, and the oracle."""
-    config, test = workspace.config, table.rows(draw.test)
+    workspace, table = _material(config.model_dump_json())
+    sizes = {name: len(some) for name, some in workspace.prompts.labelled_splits.items()}
+    draw = Draw.of(len(table.prompts), sizes, number)
+    test = table.rows(draw.test)
     fit = table.rows(draw.fit)
     named = replace(table, features=with_task(table, fit.tasks))
     learned, starts = _best(config, fit, config.tuning.feature_sets)
