@@ -119,9 +119,10 @@ def tiles(metrics: Metrics) -> dict[str, tuple[str, str]]:
 def sentence(metrics: Metrics) -> str:
     """Layers, quality, certificate and speed, in one sentence."""
     best = _best(metrics)
-    layers = f"{best['layers']:.1f} of {metrics['model']['layers']} layers a prompt ({percent(best['budget'])}"
+    layers = f"{best['layers']:.1f} of {metrics['model']['layers']} layers a prompt"
+    share = f"{percent(best['budget'])} of the decoder"
     return (
-        f"{layers} of the decoder) keep {quality(metrics)} of the full model's mean score on "
+        f"{layers} ({share}) keep {quality(metrics)} of the full model's mean score on "
         f"{metrics['prompts']['test']} unseen prompts; {_certificate(metrics['certificate'])}; on this machine "
         f"{speeds(metrics)}."
     )
