@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from prices import price_of
 from scipy.stats import binomtest
 
 from controller.base import choose
@@ -31,7 +32,6 @@ from oracle.prompts import Prompt
 from pipelines.config.learning_sections import CalibrationSection
 from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
-from pipelines.stages.calibrate import price_of
 from runtime.paired_timing import machine
 
 Floats = NDArray[np.float64]

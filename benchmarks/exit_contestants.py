@@ -85,7 +85,7 @@ class Comparison:
         self._plans = list(self._workspace.menu().plans)
         self.allocator = Allocator.from_pretrained(self._workspace.path("allocator"))
         only_full = np.arange(len(self._plans)) == len(self._plans) - 1
-        cells = np.tile(only_full, (len(self._workspace.labelled_splits["calibrate"]), 1))
+        cells = np.tile(only_full, (len(self._workspace.prompts.labelled_splits["calibrate"]), 1))
         calibrate = self._workspace.table("calibrate", wanted=cells)
         self.calibrate, self.test = (
             table.rows(np.arange(min(prompts, len(table.prompts))))
@@ -187,7 +187,7 @@ class Comparison:
     def _batch(self, exits: TokenExits, prompts: Sequence[Prompt], plan: LayerPlan | None) -> Floats:
         """Scores and layers a token [2, rows] of a batch of prompts."""
         model, tokenizer = self._workspace.adapted
-        decoding = self._workspace.decoding.of(model, tokenizer)
+        decoding = self._workspace.model.decoding.of(model, tokenizer)
         stops, inputs = stop_token_ids(tokenizer, decoding), padded_prompts(tokenizer, [p.prompt for p in prompts])
         options = {**decoding.arguments(tokenizer, list(stops)), "plan": plan, "return_dict_in_generate": True}
         output: Any = exits.generate(model, **inputs.to(model.device), **options)

@@ -89,7 +89,7 @@ def mean_area(confidence: torch.Tensor, agrees: torch.Tensor) -> float:
 
 def words(material: Material) -> dict[str, Any]:
     """The oracle's mean exit layer, with bridges, where the next token begins a word and where it goes on with one."""
-    _, tokenizer = material.workspace.backbone
+    tokenizer = material.workspace.model.tokenizer
     observed, depths = material.held_out, torch.tensor([*material.depths, material.n_layers])
     layers = depths[exits_at(confidences(Oracle(), material.bridged, observed, material.depths), 0.5)].float()
     groups: dict[str, list[float]] = defaultdict(list)

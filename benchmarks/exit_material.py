@@ -58,7 +58,9 @@ class Material:
         self.model, self._tokenizer = self.workspace.adapted
         self.n_layers = self.workspace.frozen_menu().n_layers
         self.depths = tuple(default_depths(self.n_layers))
-        examples = self._answered(self.workspace.splits["adapt"][: self.workspace.config.adapt.prompts])
+        settings = self.workspace.config.adapt
+        prompts = self.workspace.prompts.splits["adapt"][: settings.most_prompts(settings.method)]
+        examples = self._answered(prompts)
         self.for_heads = [example for place, example in enumerate(examples) if place % CLASSIFIED]
         self.for_classifier = examples[::CLASSIFIED]
         """No head has been fitted on these, so that they show how often heads are right."""
@@ -83,7 +85,7 @@ class Material:
     @cached_property
     def held_out(self) -> ObservedTokens:
         """Answer tokens of the splits `train` and `tune`, at most `TOKENS`."""
-        prompts = self.workspace.labelled_of("train", "tune")[: TOKENS // 2]  # most answers have two or more
+        prompts = self.workspace.prompts.labelled("train", "tune")[: TOKENS // 2]  # most answers have two or more
         observed = observe(self.model, self._answered(prompts), self.depths)
         generator = torch.Generator().manual_seed(0)
         picked = torch.randperm(len(observed.following), generator=generator)[:TOKENS].sort().values
@@ -126,4 +128,4 @@ class Material:
 
     def _answered(self, prompts: Sequence[Prompt]) -> list[Example]:
         full = LayerPlan.full(self.n_layers)
-        return answered_examples(self.workspace.labeller, self._tokenizer, prompts, full)
+        return answered_examples(self.workspace.labeller(*self.workspace.adapted), self._tokenizer, prompts, full)

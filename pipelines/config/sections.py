@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -119,8 +120,9 @@ class AdaptSection(Section):
     given: Text | None = None
     """Healing parts that another run of this model and menu made, for example on a GPU: its `healing.safetensors`. What
     they were fitted and trained on should lie in the split `adapt`, so keep that run's prompts and `data.shares`."""
-    prompts: int = Field(400, ge=8)
-    """Prompts of the split `adapt`, with the full model's answers, to fit and train on."""
+    prompts: int | None = Field(None, ge=8)
+    """Prompts of the split `adapt`, with the full model's answers, to fit and train on. By default all for heads, which
+    gain from every prompt, and 400 for the other methods."""
     form: Form = "full"
     rank: int = Field(64, ge=1)
     """Of bridges that are `low_rank`."""
@@ -159,6 +161,10 @@ class AdaptSection(Section):
                 "take the method 'both', which then trains the bridges alone"
             )
         return self
+
+    def most_prompts(self, method: AdaptMethod) -> int:
+        """How many prompts a method fits and trains on, at most."""
+        return self.prompts or (sys.maxsize if method == "heads" else 400)
 
     def settings(self) -> DistillSettings:
         return DistillSettings(

@@ -18,10 +18,9 @@ from oracle.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What there is to learn from: N prompts of one split.
+    """N prompts to learn from, or to measure on.
 
     Attributes:
-        prompts: the N prompts.
         features: each set of raw features [N, F].
         scores: under each plan [N, K].
         sufficient: whether each plan is sufficient [N, K].
@@ -56,10 +55,7 @@ class Table:
     ) -> Table:
         """Prompts with their scores [N, K], NaN where a judge failed (see `oracle.labels.reader.judged`).
 
-        Args:
-            prompts, features, budgets, risk, labelled: see the attributes.
-            scores: under each plan; the full plan's are known.
-            tolerance: how much lower than the full model's the score of a sufficient answer may be.
+        `tolerance` is how much lower than the full model's the score of a sufficient answer may be.
         """
         rows, known = judged(scores)
         sufficient = sufficient_plans(known, tolerance)
@@ -104,12 +100,12 @@ class Table:
 
     @property
     def tasks(self) -> NDArray[np.str_]:
-        """Task of each prompt [N]."""
+        """[N]."""
         return np.array([prompt.task for prompt in self.prompts])
 
     @property
     def groups(self) -> NDArray[np.intp]:
-        """Group of each prompt [N]; see `groups_of`."""
+        """[N], see `groups_of`."""
         return groups_of(self.prompts)
 
 

@@ -30,11 +30,8 @@ LOGGED = "logged.json"
 def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str], folder: Path) -> None:
     """Log one run to `tracking.uri`, and say so in the file `LOGGED`; one process at a time uses a database.
 
-    Args:
-        config: of the run.
-        metrics: nested; numbers become metrics named by their path.
-        figures: name -> SVG text.
-        folder: the run folder, of which the allocator, the configuration, the metrics and the report are kept.
+    Numbers among the nested metrics are named by their path. Of the run folder the allocator, the configuration, the
+    metrics and the report are kept.
 
     Raises:
         ConfigError: the tracking store cannot be used.
@@ -44,8 +41,8 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
     try:
         check_answers("tracking.uri", uri)
         with _store_usable(uri), nullcontext() if database is None else lock_of(database):
-            if database is not None:
-                _prepare(database)
+            if database is not None and not _is_current(database):
+                _migrate(database)
             run = _log(config, metrics, figures, folder)
     except ConfigError as error:
         raise ConfigError(f"{error}; the run's results are in {folder}, the next `layerbudget run` logs it") from error
@@ -59,8 +56,7 @@ def _log(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str],
     mlflow.set_tracking_uri(config.tracking.uri)
     with mlflow.start_run(experiment_id=_experiment(config), run_name=config.name) as run:
         mlflow.log_params(dict(_flat(config.model_dump(mode="json"))))
-        numbers = {key: float(value) for key, value in _flat(metrics) if isinstance(value, int | float)}
-        mlflow.log_metrics(numbers)
+        mlflow.log_metrics({key: float(value) for key, value in _flat(metrics) if isinstance(value, int | float)})
         for key, value, step in _training(json.loads((folder / "adapt.json").read_text())):
             mlflow.log_metric(key, value, step=step)
         for name, text in figures.items():
@@ -71,12 +67,28 @@ def _log(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str],
     return str(run.info.run_id)
 
 
-def check_answers(key: str, uri: str) -> None:
-    """Whether the server that a setting names, if any, answers within `ANSWER_SECONDS`. Libraries try for minutes.
+def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """Name, value and step of what an adapter's training went through: its loss, and the held one of every plan."""
+    for name, history in record.items():
+        if not name.startswith("training_"):
+            continue
+        for step, loss, held in zip(history["steps"], history["losses"], history["held"], strict=True):
+            if step:
+                yield f"{name}/loss", loss, step
+            for plan, value in held.items():
+                yield f"{name}/held_kl/{plan.replace(',', ' ')}", value, step
 
-    Raises:
-        ConfigError: it does not.
-    """
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_answers(key: str, uri: str) -> None:
+    """Raises ConfigError where a setting names a server that does not answer; libraries try for minutes."""
     try:
         place = urlsplit(uri)
         port = place.port or PORTS.get(place.scheme.partition("+")[0])
@@ -110,10 +122,9 @@ def check_store(uri: str) -> None:
 
             MlflowClient(tracking_uri=uri)
     elif database.exists():
-        with _store_usable(uri):
+        with _store_usable(uri), tempfile.TemporaryDirectory() as folder:
             if not _is_current(database):
-                with tempfile.TemporaryDirectory() as folder:
-                    _copy_migrated(database, Path(folder) / database.name)
+                _copy_migrated(database, Path(folder) / database.name)
 
 
 @contextmanager
@@ -134,17 +145,9 @@ def _store_usable(uri: str) -> Iterator[None]:
         raise ConfigError(f"cannot log to tracking.uri {uri!r}: {reason_of(error):.200}{remedy}") from error
 
 
-def _prepare(database: Path) -> None:
-    """Make a database, or bring it to the schema of this MLflow: in a copy, which takes its place when it is whole.
-
-    MLflow's own migrations leave a database that nothing opens when they are interrupted.
-    """
-    if _is_current(database):
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    remove_strays(database.parent)
-    with replacing(database) as copy:
-        _copy_migrated(database, copy)
+def _embedded_database(uri: str) -> Path | None:
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
 
 
 def _is_current(database: Path) -> bool:
@@ -166,6 +169,17 @@ def _newest_schema() -> set[str]:
     text = "\n".join(script.read_text(encoding="utf-8") for script in scripts)
     made, followed = (set(re.findall(rf'^{name} = "(\w+)"', text, re.M)) for name in ("revision", "down_revision"))
     return made - followed
+
+
+def _migrate(database: Path) -> None:
+    """Make a database, or bring it to the schema of this MLflow: in a copy, which takes its place when it is whole.
+
+    MLflow's own migrations leave a database that nothing opens when they are interrupted.
+    """
+    database.parent.mkdir(parents=True, exist_ok=True)
+    remove_strays(database.parent)
+    with replacing(database) as copy:
+        _copy_migrated(database, copy)
 
 
 def _copy_migrated(database: Path, copy: Path) -> None:
@@ -201,47 +215,19 @@ def _experiment(config: Config) -> str:
     return str(found.experiment_id)
 
 
-def _embedded_database(uri: str) -> Path | None:
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
-    return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
-
-
 def _follow_move(database: Path, experiment: str, old: str, new: str) -> None:
-    """After the project was moved or copied, artifacts are where they lie now: MLflow keeps absolute places, and has no
-    call that changes them, so the database is told. An experiment whose artifacts somebody keeps elsewhere stays as it
-    is: its runs have no folders beside the database."""
-    folder = database.parent / "artifacts"
+    """Tell the database where artifacts lie after the project was moved: MLflow keeps absolute paths.
+
+    An experiment whose artifacts somebody keeps elsewhere stays as it is: its runs have no folders beside the database.
+    """
+    folder, length = database.parent / "artifacts", len(old) + 1
     with closing(sqlite3.connect(database)) as connection, connection:
-        runs = [
-            run for (run,) in connection.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (experiment,))
-        ]
-        if not any((folder / run).is_dir() for run in runs):
+        runs = connection.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (experiment,)).fetchall()
+        if not any((folder / run).is_dir() for (run,) in runs):
             return
         connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (new, experiment))
         connection.execute(
             "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
             "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
-            (new, len(old) + 1, experiment, len(old) + 1, f"{old}/"),
+            (new, length, experiment, length, f"{old}/"),
         )
-
-
-def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """Name, value and step of what an adapter's training went through: its loss, and the held one of every plan."""
-    for name, history in record.items():
-        if not name.startswith("training_"):
-            continue
-        for step, loss, held in zip(history["steps"], history["losses"], history["held"], strict=True):
-            if step:
-                yield f"{name}/loss", loss, step
-            for plan, value in held.items():
-                yield f"{name}/held_kl/{plan.replace(',', ' ')}", value, step
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat += _flat(value, f"{prefix}{key}.")
-        else:
-            flat.append((f"{prefix}{key}", value))
-    return flat

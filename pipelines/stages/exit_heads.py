@@ -35,10 +35,10 @@ def make_heads(
     plans: Sequence[LayerPlan],
     targets: Targets,
 ) -> tuple[dict[LayerPlan, HeadFit], dict[str, Any]]:
-    """A head for each plan, and how they were fitted.
+    """A head for each plan, and how they were fitted; the model runs in full, once over each example.
 
     Args:
-        model: runs in full, once over each example.
+        model: that the heads are for.
         examples: prompts with their references, or with the model's own answers where they have none.
         tasks: of the examples.
         plans: early exits.

@@ -25,7 +25,7 @@ from backbone.interrupts import INTERRUPTED, LINE
 ALLOCATOR = ("--allocator", "runs/tiny/allocator")
 MOMENTS = [
     ("check", None, Press("pipelines.run.check:try_judge", place="destructor")),
-    ("run", "menu", Press("pipelines.run.workspace:load_backbone", place="callback")),
+    ("run", "menu", Press("pipelines.run.model:load_backbone", place="callback")),
     ("run", "label", Press("oracle.labels.store:LabelStore.add", call=2, place="destructor")),
     ("run", "tune", Press("pipelines.stages.settings_search:_objective")),
     ("tune", "tune", Press("pipelines.stages.settings_search:Work.judge", times=2)),

@@ -10,10 +10,17 @@ from controller.certificate.risks import plan_quality
 from controller.learning import Settings
 from oracle.prompts import Prompt
 from pipelines.config import load_config
-from pipelines.evaluation.controls import _controls, control_features, control_settings, with_task
+from pipelines.evaluation.controls import (
+    _controls,
+    control_features,
+    control_settings,
+    knows_the_prompt,
+    pooled_gain,
+    with_task,
+)
 from pipelines.evaluation.learning_table import Table
-from pipelines.evaluation.omissions import Omissions
-from pipelines.evaluation.pooled_gain import knows_the_prompt, out_of_fold, pooled_gain
+from pipelines.run.progress import Omissions
+from pipelines.stages.train import out_of_fold
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +83,7 @@ def test_a_control_that_nothing_can_be_learned_from_is_left_out(capsys) -> None:
     some.features["embedding"] = np.full((60, 2), np.nan, dtype=np.float32)
     one = replace(some, prompts=[replace(prompt, task="only") for prompt in some.prompts])
     config = load_config(ROOT / "configs/demo.yaml")
-    found = _controls(Settings("logistic", ("states",), 6), one, config, left_out)
+    found = _controls(Settings("logistic", ("states",), 6), one, config.tuning, left_out)
     assert found.keys() == {"shuffled"}
     assert left_out.keys() == {f"the control {name!r}" for name in ("task", "embedding")}
     assert left_out["the control 'task'"] == "all 60 prompts have the same features (task), so nothing tells them apart"

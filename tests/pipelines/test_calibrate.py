@@ -1,24 +1,32 @@
-"""The split `calibrate` is labelled where prices choose: the same certificate, fewer labels, nothing lost by a stop."""
+"""The split `calibrate`: labelled where prices choose, and a bound that is broken as seldom as promised."""
 
+import importlib
 import json
 import pickle
 import shutil
 import sqlite3
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import yaml
+from prices import price_of
+from scipy.stats import binom
 from tiny_run import tiny_settings, write_prompts
 
-from controller.certificate.calibration import PricePath, on_path
+from controller.certificate.calibration import PricePath, on_path, valid_price
 from controller.certificate.risks import CalibrationError
+from oracle.labels.reader import judged
 from oracle.labels.store import LabelStore
 from oracle.prompts import Prompt
 from pipelines.config import load_config
-from pipelines.evaluation.learning_table import Table
+from pipelines.config.learning_sections import CalibrationSection
+from pipelines.evaluation.learning_table import Table, groups_of
 from pipelines.run.runner import run_one
 from pipelines.run.workspace import Workspace
 from pipelines.stages import calibrate
@@ -63,13 +71,12 @@ def copied(trained: Path, folder: Path, best: str) -> Workspace:
 
 
 def certificate_of(workspace: Workspace, **options) -> dict:
-    with patch.object(Workspace, "of", lambda config: workspace):
-        calibrate.run(workspace.config, **options)
+    calibrate.run(workspace, **options)
     return json.loads(workspace.path("calibration.json").read_text())
 
 
 def labels_to_calibrate(workspace: Workspace) -> list[tuple]:
-    hashes = {prompt.hash for prompt in workspace.labelled_of("calibrate")}
+    hashes = {prompt.hash for prompt in workspace.prompts.labelled("calibrate")}
     with sqlite3.connect(workspace.path("labels.db")) as store:
         return sorted(row for row in store.execute(f"SELECT {STORED} FROM labels") if row[1] in hashes)
 
@@ -78,7 +85,7 @@ def labels_to_calibrate(workspace: Workspace) -> list[tuple]:
 def test_labels_on_the_path_make_the_certificate_of_all_labels(trained, best, tmp_path) -> None:
     part, full = (copied(trained, tmp_path / name, best) for name in ("part", "full"))
     assert labels_to_calibrate(part) == []
-    cells = np.ones((len(full.labelled_of("calibrate")), len(full.menu())), dtype=np.bool_)
+    cells = np.ones((len(full.prompts.labelled("calibrate")), len(full.menu())), dtype=np.bool_)
     label_cells(full, "calibrate", cells, None)
     assert len(labels_to_calibrate(full)) == cells.sum()
     found, expected = certificate_of(part), certificate_of(full)
@@ -99,7 +106,7 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("trained", ["gaps"], indirect=True)
-def test_a_stop_while_prompts_to_calibrate_are_labelled_loses_nothing(trained, tmp_path) -> None:
+def test_a_stop_while_labelling_to_calibrate_loses_nothing(trained, tmp_path) -> None:
     whole, stopped, shared = (copied(trained, tmp_path / name, "mlp") for name in ("whole", "stopped", "shared"))
     expected, add, added = certificate_of(whole), LabelStore.add, []
 
@@ -117,7 +124,7 @@ def test_a_stop_while_prompts_to_calibrate_are_labelled_loses_nothing(trained, t
     assert labels_to_calibrate(stopped) == labels_to_calibrate(whole)
     assert certificate_of(shared, workers=Elsewhere()) == expected
     assert labels_to_calibrate(shared) == labels_to_calibrate(whole)
-    with patch.object(Workspace, "labeller", property(lambda self: pytest.fail("the model was loaded"))):
+    with patch.object(Workspace, "adapted", property(lambda self: pytest.fail("the model was loaded"))):
         assert certificate_of(whole) == expected
 
 
@@ -163,3 +170,100 @@ def test_a_table_keeps_which_scores_are_known() -> None:
     np.testing.assert_array_equal(table.labelled, [[True, True], [False, True]])
     np.testing.assert_array_equal(table.rows(np.array([1])).labelled, [[False, True]])
     assert replace(table, labelled=None).rows(np.array([1])).labelled is None
+
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+certificates = importlib.import_module("certificates")
+
+DELTA = certificates.DELTA
+FAILED = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("scores", "rows", "known"),
+    [
+        ([[0.5, 1.0], [0.2, 0.4]], [0, 1], [[0.5, 1.0], [0.2, 0.4]]),
+        ([[FAILED, 1.0], [0.2, 0.4]], [0, 1], [[0.0, 1.0], [0.2, 0.4]]),
+        ([[0.5, FAILED], [0.2, 0.4]], [1], [[0.2, 0.4]]),
+        ([[FAILED, FAILED]], [], np.zeros((0, 2))),
+    ],
+)
+def test_an_answer_that_no_judge_reads_scores_zero(scores, rows, known) -> None:
+    found = judged(np.array(scores))
+    np.testing.assert_array_equal(found[0], rows)
+    np.testing.assert_array_equal(found[1], known)
+    prompts = [Prompt(str(row), "a", str(row), "", "exact") for row in range(len(scores))]
+    features = {"length": np.zeros((len(scores), 1), np.float32)}
+    table = Table.of(prompts, np.array(scores), features, np.array([0.5, 1.0]), "mean_score")
+    assert [prompt.id for prompt in table.prompts] == [str(row) for row in rows]
+    assert table.left_out == len(scores) - len(rows)
+    np.testing.assert_array_equal(table.scores, known)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ([("a", None), ("b", None), ("c", None)], 3),
+        ([("a", None), ("b", None), ("a", None)], 2),
+        ([("a", "x"), ("b", "x"), ("c", "y")], 2),
+        ([("a", "x"), ("a", "y"), ("b", "y"), ("c", None)], 2),
+        ([("a", "x"), ("b", "y"), ("b", "x")], 1),
+        ([("a", ""), ("b", "")], 2),
+    ],
+)
+def test_prompts_of_one_group_or_of_one_text_go_together(prompts, expected) -> None:
+    found = groups_of([SimpleNamespace(prompt=text, group=group) for text, group in prompts])
+    assert len(set(found.tolist())) == expected
+
+
+rare = certificates.rare_loss
+CASES = [
+    certificates.Case(
+        "judge fails", partial(rare, rate=0.2, score=FAILED), (0.03,), n=150, wrong=certificates.without_failures
+    ),
+    certificates.Case(
+        "groups of eight", partial(rare, rate=0.4, copies=8), (0.2,), "score_lost", 240, wrong=certificates.each_apart
+    ),
+    certificates.Case(
+        "best of six controllers",
+        partial(rare, rate=0.2, controllers=6),
+        (0.1,),
+        "score_lost",
+        60,
+        wrong=lambda table: table,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_bound_is_broken_as_seldom_as_promised(case) -> None:
+    """And the wrong way to calibrate the same draws breaks it more often."""
+    repetitions = 20 if case.name == "judge fails" else 60
+    row, most = certificates.measured(case, repetitions), binom.ppf(0.99, repetitions, DELTA) / repetitions
+    assert row["certified"] > 0.7, "the bound is useless if it is never reached"
+    assert row["broken"] <= most < row["broken_wrong_way"]
+
+
+def test_prices_that_are_shown_together_share_delta() -> None:
+    case = certificates.cases()[0]
+    table = case.draw(np.random.default_rng(0), 300).table(case.risk)
+    predicted, settings = table.features["0"], CalibrationSection(keep=0.95, delta=0.1)
+    path = PricePath.of(predicted, table.losses, table.budgets)
+    alone, together, looser = (
+        price_of(predicted, table, settings, **terms) for terms in ({}, {"together": 4}, {"keep": 0.92, "together": 4})
+    )
+    assert together == valid_price(path, 0.05, 0.025, risk="mean_score", full=table.full)
+    assert alone is not None
+    assert together is not None
+    assert looser is not None
+    assert looser < alone < together
+
+
+def test_the_simulations_are_written_as_a_table(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(certificates, "RESULTS", tmp_path)
+    monkeypatch.setattr(certificates, "POPULATION", 2000)
+    monkeypatch.setattr(sys, "argv", ["certificates.py", "--repetitions", "2"])
+    certificates.main()
+    rows = json.loads((tmp_path / "certificates.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == [case.name for case in certificates.cases()]
+    assert "| judge fails on 20% |" in capsys.readouterr().out

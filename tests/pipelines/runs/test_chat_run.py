@@ -12,8 +12,7 @@ from backbone.loading import load_backbone
 from oracle.chat import ChatTemplate, tokens_of
 from pipelines.config import load_config
 from pipelines.run.runner import run_all
-from pipelines.run.stage_list import BY_NAME
-from pipelines.run.state import RunState
+from pipelines.run.state import BY_NAME, RunState
 from pipelines.run.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.saving.allocator_checks import optional_parts
@@ -55,8 +54,8 @@ def test_a_run_renders_every_prompt_once_and_says_with_what(settings, chat_model
     run_all(config)
     model, tokenizer = load_backbone(str(chat_model), device="cpu")
     template = ChatTemplate.of_tokenizer(tokenizer)
-    workspace = Workspace.of(config)
-    assert {prompt.template for prompt in workspace.prompts} == {template.hash}
+    workspace = Workspace(config)
+    assert {prompt.template for prompt in workspace.prompts.rendered} == {template.hash}
     allocator = Allocator.from_pretrained(config.folder / "allocator")
     assert allocator.chat is not None
     assert (allocator.chat.hash, allocator.chat.template(tokenizer)) == (template.hash, template)
@@ -64,8 +63,8 @@ def test_a_run_renders_every_prompt_once_and_says_with_what(settings, chat_model
     assert allocator.certificate.chat_template == template.hash
     assert {"drift.safetensors", "chat.json"} <= {*allocator.certificate.assumes} == {*optional_parts(allocator)}
     assert f"another chat template than {template.hash}, or none" in allocator.certificate.does_not_cover[0]
-    labels = workspace.labels.labels(workspace.menu().plans[-1], workspace.labelled)
-    for prompt in workspace.labelled[:4]:
+    labels = workspace.labels.labels(workspace.menu().plans[-1], workspace.prompts.labelled())
+    for prompt in workspace.prompts.labelled()[:4]:
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
         inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         output = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
@@ -93,8 +92,7 @@ def test_raw_prompts_alone_leave_an_allocator_without_a_template(settings, promp
 
 
 def keys(config) -> list[str]:
-    Workspace.forget()
-    return [RunState(config).key(BY_NAME[name]) for name in ("menu", "label")]
+    return [RunState(Workspace(config)).key(BY_NAME[name]) for name in ("menu", "label")]
 
 
 def test_another_template_makes_stages_undone(settings, tmp_path, chat_model, monkeypatch) -> None:
@@ -107,8 +105,7 @@ def test_another_template_makes_stages_undone(settings, tmp_path, chat_model, mo
     path.write_text(WITH_SYSTEM + " ")
     changed = keys(load_config(file, [f"data.chat_template={path}"]))
     assert len({*own, *other, *changed}) == 6
-    Workspace.forget()
-    rendered = Workspace.of(load_config(file, [f"data.chat_template={path}"])).prompts
+    rendered = Workspace(load_config(file, [f"data.chat_template={path}"])).prompts.rendered
     assert rendered[0].prompt == f"<system>be kind;<user>abc;<assistant>de;<user>{rendered[0].shown[-20:]};<assistant> "
 
 

@@ -1,14 +1,19 @@
-"""What a run says of itself, from its metrics alone: no sentence that these contradict."""
+"""What a run says of itself, from its metrics alone, and the page that says so."""
 
 import json
+import re
 from copy import deepcopy
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipelines.config import ConfigError
-from pipelines.evaluation.first_screen import headline, layers_tile, lead, numbers, quality_tile
-from pipelines.evaluation.summary import closing, contributions, load_metrics, sentence, tail
+from pipelines.evaluation import figures
+from pipelines.evaluation.summary import closing, contributions, headline, load_metrics, sentence, tail, tiles
+from pipelines.stages import report
+from pipelines.stages.report import with_labels
 
 RATIO = {"value": 1.08, "low": 1.06, "high": 1.1, "rounds": 9, "exceeds_noise": True}
 NOISE = {"value": 1.01, "low": 0.95, "high": 1.09, "rounds": 9, "exceeds_noise": False}
@@ -117,7 +122,7 @@ def test_too_few_rounds_give_no_speed() -> None:
 
 def test_the_end_shows_both_answers_and_which_is_worse() -> None:
     text = closing(METRICS, "runs/demo/report.html")
-    assert "Two unseen prompts" in text
+    assert "2 unseen prompts" in text
     assert "capital: Italy -> Rome / France ->" in text
     worse = [line for line in text.splitlines() if line.endswith("worse")]
     assert len(worse) == 1
@@ -132,8 +137,8 @@ def test_a_long_prompt_shows_its_end() -> None:
 
 def _screen(metrics: dict) -> str:
     """All that the first screen and the end of a run say."""
-    said = [headline(metrics), lead(metrics), layers_tile(metrics), quality_tile(metrics), *numbers(metrics).values()]
-    return " ".join([*said, *closing(metrics, "report.html").split()])
+    said = [text for tile in tiles(metrics).values() for text in tile]
+    return " ".join([headline(metrics), *said, *closing(metrics, "report.html").split()])
 
 
 def _against(**found: dict) -> dict:
@@ -143,7 +148,7 @@ def _against(**found: dict) -> dict:
 
 
 ONE_TASK = {**METRICS["comparison"]["pooled"], "against": {"static_mixture": GAIN, "shuffled": GAIN}}
-SAVINGS = ("24% less to compute in the layers, 98%", "fewer where that costs little")
+SAVINGS = ("24% less to compute in the layers, 98%",)
 FULL = {
     **METRICS["mlp"],
     "layers": 18.0,
@@ -180,13 +185,13 @@ TABLE: dict[str, tuple[dict, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "no certificate": (
         {"certificate": {**METRICS["certificate"], "price": None}, "mlp": FULL},
-        ("Nothing could be saved with certainty", "All layers run for every prompt", "so it still does"),
-        (*SAVINGS, "less to compute", "answers come", "fewer"),
+        ("Nothing could be saved with certainty", "All layers run for every prompt"),
+        (*SAVINGS, "less to compute"),
     ),
     "nothing shortened": (
         {"mlp": FULL},
-        ("Every prompt still runs all layers", "leaves nothing out"),
-        (*SAVINGS, "less to compute", "answers come", "fewer"),
+        ("Every prompt still runs all layers", "nothing gets faster"),
+        (*SAVINGS, "less to compute"),
     ),
     "agreement": (
         {"judges": {"agreement": 148}},
@@ -222,14 +227,37 @@ def test_no_sentence_is_contradicted_by_the_metrics(case: str) -> None:
     assert not [words for words in unsaid if words in text], text
 
 
-def test_gains_stand_with_their_intervals() -> None:
-    text = closing(_with(**_against(task=NO_GAIN)), "report.html")
-    assert "On 758 prompts to train, tune and test, out of fold at a mean loss of 3%, against:" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("  the name of the task alone")]
-    assert line.endswith("+0.0% (-1.0 to 1.0) of the decoder saved, +0.0% (-2.0 to 1.0) of the score gained")
-
-
 def test_metrics_of_an_earlier_version_are_refused_in_a_sentence(tmp_path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({name: METRICS[name] for name in METRICS if name != "examples"}))
     with pytest.raises(ConfigError, match=r"earlier version and lacks 'examples'.*layerbudget evaluate CONFIG"):
         load_metrics(SimpleNamespace(folder=tmp_path))
+
+
+FOLDER = Path(report.__file__).parent
+TEMPLATE = (FOLDER / "report.html.j2").read_text()
+
+
+def test_every_cell_bears_the_heading_of_its_column() -> None:
+    head, row = "<tr><th>kind</th><th class='n'>of <b>full</b></th></tr>", "<tr><td>a</td><td class='n'>1</td></tr>"
+    labelled = with_labels(f"<p><td></p><table>{head}{row}</table>")
+    assert '<td data-label="kind">a</td>' in labelled
+    assert "<td data-label=\"of full\" class='n'>1</td>" in labelled
+    assert labelled.startswith("<p><td></p>"), "what is in no table stays"
+
+
+def test_no_heading_skips_a_level() -> None:
+    levels = [int(level) for level in re.findall(r"<h([1-6])", TEMPLATE)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(level <= before + 1 for before, level in pairwise(levels))
+
+
+def test_figures_share_one_style() -> None:
+    drawn = [
+        figures.layers_by_task({"a": (1.0, 2.0), "b": (2.0, 3.0)}, 4, "#123456"),
+        figures.least_budgets([0.5, 0.7, 1.0]),
+    ]
+    for svg in drawn:
+        assert figures.MUTED in svg, "ticks"
+        assert "11px" in svg, "texts"
+        assert not re.match(r"<svg[^>]* (width|height)=", svg), "scales with the page"

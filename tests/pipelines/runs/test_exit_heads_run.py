@@ -19,7 +19,7 @@ from pipelines.run.runner import run_all
 from pipelines.run.workspace import Workspace
 from pipelines.stages import exit_heads
 from pipelines.stages import menu as menus
-from pipelines.stages.adapt import _Making
+from pipelines.stages.adapt import _HealingMaker
 from pipelines.stages.exit_heads import make_heads
 from runtime.allocator import Allocator
 
@@ -63,9 +63,9 @@ def test_heads_of_other_plans_are_refused(model) -> None:
 def test_auto_takes_heads_for_exits_with_short_answers(config_file, menu, tokens, expected) -> None:
     """The tiny model's answers have as many tokens as they may have."""
     path = config_file(menu=menu, adapt={"method": "auto"}, decoding={"max_new_tokens": tokens})
-    workspace = Workspace.of(load_config(path))
-    menus.run(workspace.config)
-    assert _Making(workspace, None).methods == expected
+    workspace = Workspace(load_config(path))
+    menus.run(workspace)
+    assert _HealingMaker(workspace, None).methods == expected
 
 
 def test_targets_are_compared_at_a_few_depths(model) -> None:
@@ -122,7 +122,7 @@ def test_a_menu_with_a_head_at_full_depth_runs_at_several_levels(
     assert [str(plan) for plan in allocator.menu.plans] == [*given, "0-5"]
     assert allocator.menu.budgets[2:] == (1.0, 1.0)
     check_levels(config.folder / "allocator", metrics)
-    check_rows(Workspace.of(config), allocator)
+    check_rows(Workspace(config), allocator)
 
 
 def test_a_head_at_full_depth_is_fitted_like_others(model) -> None:
@@ -162,7 +162,7 @@ def check_levels(folder, metrics) -> None:
 def check_rows(workspace, allocator) -> None:
     """Mixed rows answer as alone, and as the labels say; the head alone is refused where none is attached."""
     model, tokenizer = workspace.adapted
-    prompts = workspace.labelled[:4]
+    prompts = workspace.prompts.labelled()[:4]
     labels = workspace.labels.read(prompts, allocator.menu)
     batch = allocator.inputs(tokenizer, [prompt.prompt for prompt in prompts])
     size = batch["input_ids"].shape[1]
