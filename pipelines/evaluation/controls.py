@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from controller.report.gain import Curve, gains
-from controller.report.headroom_card import captured_by
 from numpy.typing import NDArray
 
 from controller.base import Floats, choose
@@ -19,6 +17,7 @@ from controller.certificate.calibration import PRICES
 from controller.certificate.certificate import alpha_of
 from controller.features import Features, rows_of
 from controller.learning import FittedPredictor, Settings, learn
+from controller.report.headroom import Curve, captured_by, gains
 from controller.report.report_card import price_for_loss
 from pipelines.config.learning_sections import TuningSection
 from pipelines.evaluation.learning_table import Table
