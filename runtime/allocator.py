@@ -175,11 +175,9 @@ class Allocator(AllocatorParts):
         advance: Callable[[int], None] = lambda done: None,
         **options: Any,
     ) -> list[AllocatedText]:
-        """Continue many prompts [N], each under its own plan, as fast as possible: all are allocated first, then
-        generated in batches, as many of one plan as can be.
+        """Continue many prompts [N], each under its own plan: all are allocated first, then generated in batches.
 
         Args:
-            tokenizer: of the model.
             prompts: texts or conversations, or a single one, which are put into the allocator's chat template: see
                 `rendered`.
             raw: the texts are what the model is to continue, without the template.

@@ -42,7 +42,7 @@ class Moment:
 
 
 class FirstToken(LogitsProcessor):
-    """Stands last among a loop's logits processors: notes when the first token's scores are there, changes nothing."""
+    """The last of a loop's logits processors: notes when the first token's scores are there, changes nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,10 +67,8 @@ def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, 
     """Decode with the model's own loop, which sees all rows in their order.
 
     Args:
-        request: the prepared call.
         plans: of the B prompts.
-        prefix: what the first layers made of the prompts, from which their plans go on; None to run them again. Its
-            memory is given back.
+        prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
         start: when the call began.
 
     Returns:

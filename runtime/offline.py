@@ -92,13 +92,8 @@ def finished_texts(
 ) -> Iterator[list[tuple[int, AllocatedText]]]:
     """Continue rendered prompts [N], each under its own plan, in batches as `Composer` makes them.
 
-    Batches go on from what the first layers made of their prompts when these were allocated, as far as `KEPT_BYTES`
-    suffice. A batch for which the device's memory does not suffice is run half by half.
-
-    Args:
-        model, tokenizer: what answers.
-        batch_size: prompts generated together, at most.
-        options: arguments of `generate()`, in place of those that the allocator was calibrated with.
+    Batches go on from the kept prefixes of their prompts. A batch that does not fit into the device's memory is run
+    half by half. `options` are arguments of `generate()`, in place of those of the allocator.
 
     Yields:
         For each batch its places in `prompts` with their texts.

@@ -274,7 +274,7 @@ class _Executor:
             options = (compile_config or model._default_compile_config()).to_dict()
             key = (plans[0], digest, repr(sorted(options.items())))
             if key not in graphs:
-                graphs[key] = torch.compile(model.__call__, **options, isolate_recompiles=True)
+                graphs[key] = torch.compile(model.__call__, **options, isolate_recompiles=True)  # type: ignore[call-overload]
             return graphs[key]  # type: ignore[no-any-return]
 
         return get_compiled_call

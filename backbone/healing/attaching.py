@@ -113,15 +113,15 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[Bridges, Adapter
         owners[tuple(owner)][part] = tensor
     bridges: dict[LayerPlan, dict[int, Bridge]] = defaultdict(dict)
     changes = {}
-    for owner, named in owners.items():
-        match owner:
+    for key, named in owners.items():
+        match key:
             case ("bridge", n_layers, text, first):
                 plan = LayerPlan.parse(text, int(n_layers))
                 bridges[plan][int(first)] = _checked_bridge(plan, int(first), named)
             case ("change", parameter):
                 changes[parameter] = _checked_change(parameter, named)
             case _:
-                raise ValueError(f"{'|'.join([*owner, *named])!r:.80} is no name of a tensor of healing parts")
+                raise ValueError(f"{'|'.join([*key, *named])!r:.80} is no name of a tensor of healing parts")
     return dict(bridges), Adapter(changes) if changes else None
 
 
