@@ -67,6 +67,7 @@ def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, 
     """Decode with the model's own loop, which sees all rows in their order.
 
     Args:
+        request: the prepared call.
         plans: of the B prompts.
         prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
         start: when the call began.
