@@ -55,8 +55,7 @@ class FirstToken(LogitsProcessor):
 
 
 def plans_of(request: Request, menu: PlanMenu, selector: PlanSelector) -> tuple[list[LayerPlan], Prefix | None]:
-    """The plans of the prompts [B], and what the first layers made of them, None where that is not kept. A cache that
-    was passed in goes on under its own plans."""
+    """The plans of the prompts [B], those of a given cache if it is filled, and the kept prefix, if any."""
     if (plans := request.plans_of_cache()) is not None:
         return plans, None
     decision = selector.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)

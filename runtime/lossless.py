@@ -205,8 +205,7 @@ class Drafter(CandidateGenerator):
 
     @torch.no_grad()
     def _draft(self, input_ids: Any, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The draft ends before the first token that stops the text, so that the loop, which asks the criteria after a
-        whole round, never goes past one."""
+        """A draft [1, S + n] and its scores, ended before the first token that stops the text."""
         cache, ids = _view(self._request.kwargs["cache"], plan), input_ids
         scores: list[torch.Tensor] = []
         self.last = plan

@@ -244,8 +244,7 @@ class Composer:
         return sorted(ordered, key=lambda batch: self._depth_and_length(batch[0]))
 
     def ms(self, batch: Sequence[int]) -> float:
-        """What a batch takes: one pass over its padded prompts and one for each further token, each layer over the rows
-        that run it."""
+        """Milliseconds of a batch: a pass over its padded prompts and one for each further token."""
         plans = [self.plans[place] for place in batch]
         runs = [[(i in plan.attention) + (i in plan.mlp) for i in range(plan.n_layers)] for plan in plans]
         rows, longest = np.sum(runs, axis=0) / 2, max(self.lengths[place] for place in batch)

@@ -116,8 +116,7 @@ class AllocatorParts:
         return replace(self, certificate=replace(self.certificate, assumes=parts), others=tuple(others))
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no healing of
-        others."""
+        """Raises WrongModelError for a model with other weights, or with healing parts of another allocator."""
         check_is_model(model)
         if (found := model_fingerprint(model)) != self.fingerprint:
             raise WrongModelError(

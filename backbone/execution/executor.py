@@ -179,8 +179,7 @@ class _Executor:
         return run
 
     def _crossing(self, forward: Forward, bridges: Sequence[tuple[Prompts, Bridge]], behind: bool = False) -> Forward:
-        """A layer's forward, after which rows at the beginning of a gap have crossed its bridge; `behind` the layer
-        for exit heads of the full depth."""
+        """A layer's forward and then its bridges; `behind` the layer for exit heads."""
         n_prompts = len(self._plans)
 
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

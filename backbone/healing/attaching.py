@@ -212,8 +212,7 @@ def attach(model: PreTrainedModel, healing: Healing) -> None:
 
 
 def _swap(module: nn.Module, weight: nn.Parameter, change: LowRank) -> Swap:
-    """The module's own code over another weight: a twin that shares everything else with it. The module itself stays as
-    it is, since other threads may be running it."""
+    """The module's own code on a shallow copy with another weight; other threads may be running the module."""
     twin = copy.copy(module)
     twin.__dict__["_parameters"] = {**module._parameters, "weight": weight}
     return Swap(module, partial(type(module).forward, twin), change)
