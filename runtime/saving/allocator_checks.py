@@ -70,7 +70,7 @@ def check_entries(folder: Path, manifest: Manifest) -> None:
         name = " of ".join(reversed(path))
         if not isinstance(value, kind):
             raise ArtefactError(f"{folder} is damaged: {name} in manifest.json should be a {kind.__name__}")
-        if kind is str and len(value) > longest:
+        if isinstance(value, str) and len(value) > longest:
             raise ArtefactError(
                 f"{folder} is damaged: {name} in manifest.json has {len(value)} characters, at most {longest} are read"
             )
