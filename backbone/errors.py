@@ -1,4 +1,4 @@
-"""All exceptions of backbone and runtime.
+"""All exceptions for bad input to backbone and runtime.
 
 Each message is one sentence: what was wrong, the value, what would be right.
 """
@@ -30,10 +30,6 @@ class ArtefactError(InputError):
 
 class UnsupportedGenerationError(InputError):
     """A way of generating that cannot be combined with an allocator; the message names it."""
-
-
-class NotJSONError(ValueError):
-    """A text that is not JSON; the message says why in a few words."""
 
 
 def reason_of(error: BaseException) -> str:

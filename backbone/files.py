@@ -48,14 +48,17 @@ def write_atomically(path: Path, text: str) -> None:
 def making_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder beside a missing one, whose name it takes at the end.
 
-    A kill at any moment leaves no `folder`, and what it leaves is removed by the next attempt. One process at a time
-    may do so: see `lock_of`.
+    An error or a kill leaves no `folder`; what a kill leaves beside is removed by the next attempt. One process at a
+    time may do so: see `lock_of`.
     """
     unfinished = folder.with_name(f"{folder.name}{UNFINISHED}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    yield unfinished
-    unfinished.rename(folder)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def remove_strays(folder: Path) -> None:

@@ -67,8 +67,7 @@ class Registry(Mapping[str, T]):
         return name
 
     def check_there(self, name: str) -> None:
-        """Raises InputError unless the name is known and another package's object can be imported; our own objects may
-        need torch, and are only looked for."""
+        """Raises InputError unless the name is known and its object there; our own are looked for, not imported."""
         if self.checked(name) not in self._ours:
             _ = self[name]
         elif find_spec(self._ours[name].module) is None:

@@ -6,10 +6,12 @@ import json
 import math
 from typing import Any, NoReturn
 
-from backbone.errors import NotJSONError
-
 LONGEST_NAME = 200
 """Characters of a name in a file that may come from anybody."""
+
+
+class NotJSONError(ValueError):
+    """A text that is not JSON; the message says why in a few words."""
 
 
 def parse(text: str) -> Any:
@@ -26,7 +28,7 @@ def parse(text: str) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise NotJSONError(f"{error.msg} at {line}column {error.colno}") from None
     except UnicodeEncodeError as error:
-        raise NotJSONError(f"it holds half a character, {error.object[error.start]!r}") from None
+        raise NotJSONError(f"it contains an unpaired surrogate, {error.object[error.start]!r}") from None
     except RecursionError:
         raise NotJSONError("its values are nested too deeply") from None
     except NotJSONError:

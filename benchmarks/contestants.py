@@ -19,7 +19,7 @@ from oracle.decoding import cut_at_stop
 from oracle.labels.generate_answers import stop_token_ids
 from oracle.prompts import Prompt
 from runtime.allocator import Allocator
-from runtime.composing import Composer
+from runtime.offline import Composer
 from runtime.step_costs import known_step_costs
 
 NEAR_TIE = 2

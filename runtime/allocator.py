@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.errors import ArtefactError
+from backbone.errors import ArtefactError, UnsupportedGenerationError
 from backbone.families import check_is_model, decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
+from oracle.chat import ChatError
 from runtime.generation import Moment, Output, decode, plans_of
 from runtime.lossless import check_lossless, draft_plans, generate_losslessly
-from runtime.offline import AllocatedText, generate_many
-from runtime.parts import AllocatorParts, Prompts
+from runtime.offline import AllocatedText, finished_texts
+from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
 from runtime.request import (
     Request,
     check_known,
@@ -175,11 +176,10 @@ class Allocator(AllocatorParts):
         advance: Callable[[int], None] = lambda done: None,
         **options: Any,
     ) -> list[AllocatedText]:
-        """Continue many prompts [N], each under its own plan, as fast as possible: all are allocated first, then
-        generated in batches, as many of one plan as can be.
+        """Continue many prompts [N], each under its own plan: all are allocated first, then generated in batches.
 
         Args:
-            tokenizer: of the model.
+            model, tokenizer: what answers.
             prompts: texts or conversations, or a single one, which are put into the allocator's chat template: see
                 `rendered`.
             raw: the texts are what the model is to continue, without the template.
@@ -195,9 +195,18 @@ class Allocator(AllocatorParts):
                 cannot be rendered.
             WrongModelError: another model than the one this allocator was made for.
         """
-        return generate_many(
-            self, model, tokenizer, prompts, raw=raw, batch_size=batch_size, advance=advance, **options
-        )
+        check_is_model(model)
+        check_is_tokenizer(tokenizer)
+        given, texts = [], dict[int, AllocatedText]()
+        for number, prompt in enumerate(listed(prompts)):
+            try:
+                given.append(self.rendered(tokenizer, prompt, raw=raw))
+            except ChatError as error:
+                raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
+        for batch in finished_texts(self, model, tokenizer, given, batch_size=batch_size, **options):
+            texts.update(batch)
+            advance(len(batch))
+        return [texts[index] for index in range(len(given))]
 
     def __call__(
         self,

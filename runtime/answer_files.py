@@ -124,6 +124,7 @@ def answering(
     """The prompts of a file with the lines that an earlier run has left in `<out>.partial`, for this process alone.
 
     Args:
+        allocator, model, tokenizer, prompts, out, overwrite: see `answer_file`.
         what: is done with the prompts; with the allocator and the dtype it names all that lines depend on.
         entries: what a line holds beside its prompt.
 

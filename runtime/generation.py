@@ -42,7 +42,7 @@ class Moment:
 
 
 class FirstToken(LogitsProcessor):
-    """Stands last among a loop's logits processors: notes when the first token's scores are there, changes nothing."""
+    """The last of a loop's logits processors: notes when the first token's scores are there, changes nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -55,8 +55,7 @@ class FirstToken(LogitsProcessor):
 
 
 def plans_of(request: Request, menu: PlanMenu, selector: PlanSelector) -> tuple[list[LayerPlan], Prefix | None]:
-    """The plans of the prompts [B], and what the first layers made of them, None where that is not kept. A cache that
-    was passed in goes on under its own plans."""
+    """The plans of the prompts [B], those of a given cache if it is filled, and the kept prefix, if any."""
     if (plans := request.plans_of_cache()) is not None:
         return plans, None
     decision = selector.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
@@ -69,8 +68,7 @@ def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, 
     Args:
         request: the prepared call.
         plans: of the B prompts.
-        prefix: what the first layers made of the prompts, from which their plans go on; None to run them again. Its
-            memory is given back.
+        prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
         start: when the call began.
 
     Returns:

@@ -80,8 +80,7 @@ def draft_plans(allocator: AllocatorParts) -> list[DraftPlan]:
 
 
 def best_draft(costs: StepCosts, plans: Sequence[DraftPlan]) -> tuple[DraftPlan | None, int]:
-    """Which plan is to draft how many tokens for the most tokens a millisecond; None and 0 if decoding without drafts
-    is as fast.
+    """The plan and the number of tokens to draft for the most tokens a millisecond; None and 0 if drafts do not pay.
 
     A round of k drafts takes k steps of the plan and a full pass over k + 1 tokens, and gives on average
     (1 - rate^(k + 1)) / (1 - rate) tokens (Leviathan et al. 2023, equation 1).
@@ -119,12 +118,7 @@ def check_lossless(request: Request) -> None:
 def generate_losslessly(
     request: Request, plans: Sequence[DraftPlan], start: Moment
 ) -> tuple[Output, float, list[LayerPlan]]:
-    """Decode one prompt with the full model, drafting under one of some plans.
-
-    Args:
-        request: the prepared call.
-        plans: that may draft.
-        start: when the call began.
+    """Decode one prompt with the full model, drafting under one of some plans, from the moment `start`.
 
     Returns:
         The output, the milliseconds from `start` to the first token, and the plan that drafted, the full one if none
@@ -211,8 +205,7 @@ class Drafter(CandidateGenerator):
 
     @torch.no_grad()
     def _draft(self, input_ids: Any, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The draft ends before the first token that stops the text, so that the loop, which asks the criteria after a
-        whole round, never goes past one."""
+        """A draft [1, S + n] and its scores, ended before the first token that stops the text."""
         cache, ids = _view(self._request.kwargs["cache"], plan), input_ids
         scores: list[torch.Tensor] = []
         self.last = plan

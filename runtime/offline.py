@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
-from backbone.families import check_is_model
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
-from oracle.chat import ChatError, padded_prompts, tokens_of
+from oracle.chat import padded_prompts, tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.labels.generate_answers import stop_token_ids
-from runtime.composing import Composer
-from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
+from runtime.parts import AllocatorParts
 from runtime.plan_selection import Decision, PlanSelector, prompt_key
 from runtime.request import asked_for
-from runtime.step_costs import known_step_costs
+from runtime.step_costs import StepCosts, known_step_costs
 
 PROBE_TOKENS = 2048
 """Prompt tokens, with padding, that are probed together: enough to fill a device, few enough to be of like length."""
@@ -92,13 +92,8 @@ def finished_texts(
 ) -> Iterator[list[tuple[int, AllocatedText]]]:
     """Continue rendered prompts [N], each under its own plan, in batches as `Composer` makes them.
 
-    Batches go on from what the first layers made of their prompts when these were allocated, as far as `KEPT_BYTES`
-    suffice. A batch for which the device's memory does not suffice is run half by half.
-
-    Args:
-        model, tokenizer: what answers.
-        batch_size: prompts generated together, at most.
-        options: arguments of `generate()`, in place of those that the allocator was calibrated with.
+    Batches go on from the kept prefixes of their prompts. A batch that does not fit into the device's memory is run
+    half by half. `options` are arguments of `generate()`, in place of those of the allocator.
 
     Yields:
         For each batch its places in `prompts` with their texts.
@@ -157,33 +152,6 @@ class _Kept:
         return replaying(model, joined(rows, model.device), repeated if copies > 1 else None, release=True)
 
 
-def generate_many(
-    allocator: AllocatorParts,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
-    *,
-    raw: bool,
-    batch_size: int,
-    advance: Callable[[int], None],
-    **options: Any,
-) -> list[AllocatedText]:
-    """See `Allocator.generate_many`."""
-    check_is_model(model)
-    check_is_tokenizer(tokenizer)
-    texts: dict[int, AllocatedText] = {}
-    given = []
-    for number, prompt in enumerate(listed(prompts)):
-        try:
-            given.append(allocator.rendered(tokenizer, prompt, raw=raw))
-        except ChatError as error:
-            raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
-    for batch in finished_texts(allocator, model, tokenizer, given, batch_size=batch_size, **options):
-        texts.update(batch)
-        advance(len(batch))
-    return [texts[index] for index in range(len(given))]
-
-
 def _settings(
     allocator: AllocatorParts, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -225,3 +193,82 @@ def _allocated(
         ((part, partial(decide, part)) for part in parts), [prompt_key(ids) for ids in tokens]
     )
     return [allocator.menu.plans[index] for index in chosen]
+
+
+Batch = list[int]
+"""Places of prompts that run together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composer:
+    """Composes batches of N prompts by plan and length, by what their passes cost.
+
+    A batch of one plan reads only the weights of its layers, a mixed one those of its deepest row; prompts of like
+    length save padding. So full batches of one plan come first, and the rest runs alone or with others, as is faster.
+
+    Attributes:
+        costs: of the model's passes; estimated ones serve, since only their ratios count.
+        plans: of the prompts.
+        lengths: tokens of the prompts.
+        new_tokens: that each prompt is answered with, at most.
+    """
+
+    costs: StepCosts
+    plans: Sequence[LayerPlan]
+    lengths: Sequence[int]
+    new_tokens: int
+
+    def composed(self, batch_size: int) -> list[Batch]:
+        """All prompts in batches of at most `batch_size`: of three ways the one that takes the least time.
+
+        The deepest plans and the longest prompts come first, so that too little memory shows at once. Within a batch
+        rows lie by depth, so that those that run a layer are neighbours.
+        """
+        by_plan: dict[LayerPlan, Batch] = {}
+        for place in self._deepest_first(range(len(self.plans))):
+            by_plan.setdefault(self.plans[place], []).append(place)
+        full: list[Batch] = []
+        left: list[Batch] = []
+        for places in by_plan.values():
+            parts = _parts(places, batch_size)
+            (full if len(parts[-1]) == batch_size else left).append(parts.pop())
+            full += parts
+        by_length = sorted(range(len(self.plans)), key=lambda place: -self.lengths[place])
+        ways = (
+            full + self._merged(left, batch_size),
+            full + _parts([place for places in left for place in places], batch_size),
+            _parts(by_length, batch_size),
+        )
+        best = min(ways, key=lambda way: sum(map(self.ms, way)))
+        ordered = [self._deepest_first(batch) for batch in best]
+        return sorted(ordered, key=lambda batch: self._depth_and_length(batch[0]))
+
+    def ms(self, batch: Sequence[int]) -> float:
+        """Milliseconds of a batch: a pass over its padded prompts and one for each further token."""
+        plans = [self.plans[place] for place in batch]
+        runs = [[(i in plan.attention) + (i in plan.mlp) for i in range(plan.n_layers)] for plan in plans]
+        rows, longest = np.sum(runs, axis=0) / 2, max(self.lengths[place] for place in batch)
+        steps = (self.new_tokens - 1) * self.costs.mixed_ms(len(batch), rows)
+        return self.costs.mixed_ms(len(batch) * longest, rows * longest) + steps
+
+    def _merged(self, batches: Iterable[Batch], batch_size: int) -> list[Batch]:
+        """Batches, of which pairs are put together as long as that saves time, the pair that saves most first."""
+        found = {tuple(batch): self.ms(batch) for batch in batches}
+        while True:
+            pairs = [(a, b, (*a, *b)) for a, b in combinations(found, 2) if len(a) + len(b) <= batch_size]
+            saved = {pair: found[pair[0]] + found[pair[1]] - self.ms(pair[2]) for pair in pairs}
+            best = max(saved, key=lambda pair: saved[pair], default=None)
+            if best is None or saved[best] <= 0:
+                return [list(batch) for batch in found]
+            first, second, both = best
+            found[both] = found.pop(first) + found.pop(second) - saved[best]
+
+    def _deepest_first(self, places: Iterable[int]) -> Batch:
+        return sorted(places, key=self._depth_and_length)
+
+    def _depth_and_length(self, place: int) -> tuple[float, str, int]:
+        return -self.plans[place].layers, str(self.plans[place]), -self.lengths[place]
+
+
+def _parts(places: Batch, size: int) -> list[Batch]:
+    return [places[start : start + size] for start in range(0, len(places), size)]

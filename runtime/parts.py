@@ -116,8 +116,7 @@ class AllocatorParts:
         return replace(self, certificate=replace(self.certificate, assumes=parts), others=tuple(others))
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no healing of
-        others."""
+        """Raises WrongModelError for a model with other weights, or with healing parts of another allocator."""
         check_is_model(model)
         if (found := model_fingerprint(model)) != self.fingerprint:
             raise WrongModelError(
@@ -158,11 +157,10 @@ class AllocatorParts:
         *,
         raw: bool = False,
     ) -> str:
-        """A prompt's text as those were that this allocator was made with; `inputs` tokenizes it.
+        """A prompt's text, rendered as the prompts of the certificate were; `inputs` tokenizes it.
 
         Args:
-            tokenizer: of the model; its chat template must be the one that this allocator was made with, unless that
-                was given as a file.
+            tokenizer: of the model, with this allocator's chat template, unless that was given as a file.
             prompt: what the user says, or a conversation whose last turn is the user's: `[{"role": "user", "content":
                 "..."}]`, or that turn alone. A text that was rendered before stays what it is.
             raw: the text is what the model is to continue, without the template.

@@ -93,10 +93,10 @@ class PlanSelector:
         """The plans of prompts [B, S]. Waits for the device once, when the features are there.
 
         Args:
-            model: the model.
-            input_ids, attention_mask: the prompts [B, S]; None for a mask of ones.
-            inputs: further arguments of the decoder, such as `position_ids`.
+            model, input_ids: the model, and the prompts' tokens.
+            attention_mask: [B, S]; None for a mask of ones.
             keep_cache: keep what the first layers made, for the passes that go on from it.
+            inputs: further arguments of the decoder, such as `position_ids`.
 
         Raises:
             InputError: a model that cannot be probed at all. Whatever else goes wrong sends prompts to the full plan.

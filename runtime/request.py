@@ -147,8 +147,7 @@ class Request:
 
 
 def prefix_inputs(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Those of the arguments that the decoder is given for the prompts beside tokens and mask, such as
-    `position_ids` [B, S]."""
+    """The arguments that the decoder takes beside tokens and mask, such as `position_ids` [B, S]."""
     accepted = _accepted(model)
     return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor) and name in accepted}
 
@@ -168,8 +167,7 @@ def check_known(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
 
 
 def inferred_mask(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """The mask [B, S] of prompts that come without one, by `generate()`'s own rule: pad tokens are no tokens, unless
-    the token that pads also ends texts."""
+    """The mask [B, S] of prompts without one, by `generate()`'s rule for pad tokens."""
     config = copy.deepcopy(model.generation_config)
     model._prepare_special_tokens(config, device=input_ids.device)  # type: ignore[operator]
     mask: torch.Tensor = model._prepare_attention_mask_for_generation(input_ids, config, {})  # type: ignore[operator]
@@ -177,8 +175,7 @@ def inferred_mask(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
 
 
 def check_left_padded(attention_mask: torch.Tensor | None) -> None:
-    """Raises UnsupportedGenerationError if a row of a mask [B, S] ends in padding. Padding inside a row, such as that
-    behind an earlier answer of a conversation, is no matter."""
+    """Raises UnsupportedGenerationError if a row of a mask [B, S] ends in padding; padding inside a row is allowed."""
     if attention_mask is None or attention_mask.dim() != 2 or not attention_mask.shape[1]:
         return
     ends = (attention_mask[:, -1] == 0).nonzero()
@@ -234,8 +231,7 @@ def asked_for(model: PreTrainedModel, arguments: Mapping[str, Any], name: str) -
 
 
 def _with_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `generate()` with `stop_strings`, also those of a generation configuration, and `tokenizer` made
-    into a stopping criterion.
+    """The arguments with `stop_strings`, from wherever they come, and `tokenizer` made into a stopping criterion.
 
     transformers 5.24 drops the tokenizer on its way to a `custom_generate`, and then misses it.
 

@@ -32,16 +32,8 @@ def compare_file(
 ) -> list[Line]:
     """A line with both answers for each row of a file of prompts, in the same order; with `out` they are written there.
 
-    Prompts run one at a time. A comparison that was stopped goes on from `<out>.partial`.
-
-    Args:
-        allocator, model, tokenizer: what answers.
-        prompts: the file of prompts.
-        out, overwrite, begin, advance: see `runtime.answer_files.answer_file`.
-
-    Raises:
-        PromptError, InputError: see `runtime.answer_files.answer_file`.
-        WrongModelError: another model than the one this allocator was made for.
+    Prompts run one at a time. A comparison that was stopped goes on from `<out>.partial`. Arguments and errors are as
+    in `runtime.answer_files.answer_file`.
     """
     with answering(allocator, model, tokenizer, prompts, out, "compare", overwrite, ENTRIES) as run:
         todo = run.todo

@@ -95,8 +95,7 @@ def estimated_step_costs(model: PreTrainedModel) -> StepCosts:
 
 @torch.no_grad()
 def measure_step_costs(model: PreTrainedModel, advance: Callable[[], None] = lambda: None) -> StepCosts:
-    """Time passes of the full model and of its first half in turn, at several numbers of tokens, without healing, and
-    passes over several tokens of one row as checks of drafts are: behind a text, in a cache from which they are cut.
+    """Time passes of the full model and of its first half in turn, and passes that check drafts in a filled cache.
 
     Takes as long as some 160 decoding steps and a few prompts.
     """

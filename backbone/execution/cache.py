@@ -33,7 +33,7 @@ class SkippedLayer(DummyLayer):
         )
 
 
-class _SomeRows(CacheLayerMixin):
+class _SomeRows(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Makes a layer of a cache hold some rows: calls by the places of rows in the batch act on those held."""
 
     rows: tuple[int, ...]
@@ -48,7 +48,7 @@ class _SomeRows(CacheLayerMixin):
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(self._places()[beam_idx.cpu()[list(self.rows)]])
+        super().reorder_cache(self._places()[beam_idx.cpu()[list(self.rows)]])  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         places = self._places()[torch.arange(self.n_rows)[indices.cpu()]]
@@ -76,15 +76,12 @@ def hold_rows(cache: Cache, wanted: Sequence[Rows], n_rows: int, plan: str) -> N
     """Make each of the L layers of a fresh cache hold some rows; a cache filled like this before passes unchanged.
 
     Without it a skipped first layer is silently wrong: mask sizes and sequence lengths are read from the first layer
-    of its kind, which would stay empty.
+    of its kind, which would stay empty. Raises PlanError if the cache was filled under other plans.
 
     Args:
         wanted: the rows of each layer.
         n_rows: of the batch.
         plan: the name of the plan that fills the cache, for messages.
-
-    Raises:
-        PlanError: the cache was filled under other plans.
     """
     if cache.layer_class_to_replicate is not None:
         cache.layers.extend(cache.layer_class_to_replicate() for _ in range(len(wanted) - len(cache.layers)))
@@ -110,7 +107,7 @@ def _holding(layer: Any, rows: tuple[int, ...], n_rows: int) -> Any:
     if not isinstance(layer, CacheLayerMixin):
         raise PlanError(f"the {type(layer).__name__} of this cache cannot hold some rows of a batch; use a new cache")
     kind = _of_some_rows(type(layer))
-    found = kind.__new__(kind)
+    found: Any = object.__new__(kind)
     found.__dict__.update(layer.__dict__, rows=rows, n_rows=n_rows)
     return found
 

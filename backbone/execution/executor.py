@@ -179,8 +179,7 @@ class _Executor:
         return run
 
     def _crossing(self, forward: Forward, bridges: Sequence[tuple[Prompts, Bridge]], behind: bool = False) -> Forward:
-        """A layer's forward, after which rows at the beginning of a gap have crossed its bridge; `behind` the layer
-        for exit heads of the full depth."""
+        """A layer's forward and then its bridges; `behind` the layer for exit heads."""
         n_prompts = len(self._plans)
 
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -274,7 +273,7 @@ class _Executor:
             options = (compile_config or model._default_compile_config()).to_dict()
             key = (plans[0], digest, repr(sorted(options.items())))
             if key not in graphs:
-                graphs[key] = torch.compile(model.__call__, **options, isolate_recompiles=True)
+                graphs[key] = torch.compile(model.__call__, **options, isolate_recompiles=True)  # type: ignore[call-overload]
             return graphs[key]  # type: ignore[no-any-return]
 
         return get_compiled_call

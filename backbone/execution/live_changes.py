@@ -23,8 +23,7 @@ _owners: dict[int, int] = {}
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_mine(module_id: int) -> bool:
-    """Whether the calling thread is the one that has replaced a module's methods. In a compiled graph the answer is
-    that of the thread that compiled it, which is right: a plan's graphs are handed to its own thread alone."""
+    """Whether this thread has replaced the module's methods; in a compiled graph, the thread that compiled."""
     return _owners.get(module_id) == threading.get_ident()
 
 
@@ -67,8 +66,7 @@ def _put_back(place: dict[Any, Any], key: Any, previous: Any) -> None:
 
 @contextmanager
 def captured(layers: nn.ModuleList, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Yields a dictionary that the passes of this block and thread fill with the states [B, S, D] before the layers
-    `depths`; before layer L means after the last."""
+    """Yields the states [B, S, D] before some layers, as this block's passes fill them; L means after the last."""
     states: dict[int, torch.Tensor] = {}
     with replaced(_keeping(layers, depths, states)):
         yield states

@@ -22,10 +22,10 @@ def output_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     and its logits is done: norms, scales, caps. Gradients flow.
     """
     layers, returns_tuple = decoder_layers(model), family_of(model).returns_tuple
+    given = states[:, None].to(model.dtype)
     skip, give = pass_on, lambda *args, **kwargs: given
     if returns_tuple:
         skip, give = with_none(skip), with_none(give)
-    given = states[:, None].to(model.dtype)
     forwards = [(layer, "forward", skip) for layer in list(layers)[:-1]] + [(layers[-1], "forward", give)]
     ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
     with replaced(forwards):

@@ -23,8 +23,7 @@ HALF_TOLERANCE = 0.1
 PROMPT_TOKENS, STEPS, PADDING = 6, 2, 3
 
 ATTEMPTS = 3
-"""Times that the stock model and the full plan are compared bit by bit. Once in some dozens of runs, a library's first
-passes in a process differ in rounding on a CPU; a plan that changes something differs every time."""
+"""Times that the stock model and the full plan are compared: a process's first passes sometimes round differently."""
 
 
 @torch.no_grad()
@@ -73,8 +72,7 @@ def _full_plan_is_equal(model: PreTrainedModel, inputs: dict[str, torch.Tensor])
 
 
 def wider_dtypes(dtype: torch.dtype) -> str:
-    """The end of a sentence about states that are not finite: what to do where the numbers may be too large for a
-    dtype; nothing where no dtype holds larger ones."""
+    """The end of a sentence about states that are not finite: a wider dtype to load the model in, if there is one."""
     is_widest = torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max
     return "" if is_widest else "; load the model in bfloat16 or float32, which hold larger numbers"
 

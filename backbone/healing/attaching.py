@@ -113,15 +113,15 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[Bridges, Adapter
         owners[tuple(owner)][part] = tensor
     bridges: dict[LayerPlan, dict[int, Bridge]] = defaultdict(dict)
     changes = {}
-    for owner, named in owners.items():
-        match owner:
+    for key, named in owners.items():
+        match key:
             case ("bridge", n_layers, text, first):
                 plan = LayerPlan.parse(text, int(n_layers))
                 bridges[plan][int(first)] = _checked_bridge(plan, int(first), named)
             case ("change", parameter):
                 changes[parameter] = _checked_change(parameter, named)
             case _:
-                raise ValueError(f"{'|'.join([*owner, *named])!r:.80} is no name of a tensor of healing parts")
+                raise ValueError(f"{'|'.join([*key, *named])!r:.80} is no name of a tensor of healing parts")
     return dict(bridges), Adapter(changes) if changes else None
 
 
@@ -212,8 +212,7 @@ def attach(model: PreTrainedModel, healing: Healing) -> None:
 
 
 def _swap(module: nn.Module, weight: nn.Parameter, change: LowRank) -> Swap:
-    """The module's own code over another weight: a twin that shares everything else with it. The module itself stays as
-    it is, since other threads may be running it."""
+    """The module's own code on a shallow copy with another weight; other threads may be running the module."""
     twin = copy.copy(module)
     twin.__dict__["_parameters"] = {**module._parameters, "weight": weight}
     return Swap(module, partial(type(module).forward, twin), change)

@@ -163,8 +163,7 @@ class _Run:
         return history
 
     def _steps_in(self, seconds: float, look: float) -> int:
-        """How many steps there is time for, looks included: the dearest of a few whose gradients are thrown away, since
-        the first one warms up, batches differ, and a training that ends early is better than one that does not end."""
+        """How many steps there is time for, looks included, by the slowest of a few after the warm-up."""
         took = []
         for step in range(TRIAL_STEPS):
             start = time.perf_counter()
@@ -214,8 +213,7 @@ class _Run:
                 self._parts *= 2
 
     def _chosen(self, step: int) -> list[LayerPlan]:
-        """The sandwich: cheapest, largest, and others drawn without putting back; of two plans the cheapest and any
-        other, of one any, so that none is left out of the training."""
+        """The sandwich rule: the cheapest and the largest plan, and others drawn at random, none left out for ever."""
         count = self._settings.plans_per_step
         fixed = list(dict.fromkeys([self._ordered[0], self._ordered[-1]]))[: count - 1]
         others = [plan for plan in self._ordered if plan not in fixed]

@@ -159,8 +159,9 @@ class BatchSums:
         inputs = padded_inputs(model, [tokens for _, tokens in batch])
         full = _states(model, inputs, {layer for _, gap in self.wanted for layer in (gap.start, gap.stop)})
         before = {(plan, gap): full[gap.start] for plan, gap in self.wanted}
-        for plan, gap in self.wanted if self.bridges is not None else ():
-            before[plan, gap] = _states(model, inputs, {gap.start}, plan, self.bridges[plan])[gap.start]
+        if self.bridges is not None:
+            for plan, gap in self.wanted:
+                before[plan, gap] = _states(model, inputs, {gap.start}, plan, self.bridges[plan])[gap.start]
         held = torch.tensor([index % HELD == 0 for index, _ in batch], device=model.device)[:, None]
         return full, before, inputs["attention_mask"].bool(), held
 

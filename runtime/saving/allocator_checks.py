@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,11 +64,13 @@ def check_entries(folder: Path, manifest: Manifest) -> None:
             "`layerbudget run`"
         )
     for path, (kind, longest) in ENTRIES.items():
-        value = reduce(lambda data, key: data.get(key), path, manifest)
+        value: Any = manifest
+        for key in path:
+            value = value.get(key)
         name = " of ".join(reversed(path))
         if not isinstance(value, kind):
             raise ArtefactError(f"{folder} is damaged: {name} in manifest.json should be a {kind.__name__}")
-        if kind is str and len(value) > longest:
+        if isinstance(value, str) and len(value) > longest:
             raise ArtefactError(
                 f"{folder} is damaged: {name} in manifest.json has {len(value)} characters, at most {longest} are read"
             )

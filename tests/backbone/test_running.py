@@ -11,11 +11,12 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 from backbone.errors import PlanError, UnsupportedModelError
-from backbone.execution.apply_plan import apply_plan
+from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.cache import remembered_plans
 from backbone.execution.prompt_prefix import probe_states
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
+from backbone.testing import patches
 
 PLANS = {
     "middle": LayerPlan.skipping(N_LAYERS, {2, 4}),
@@ -45,6 +46,21 @@ def test_skipped_layers_are_not_computed_and_keep_no_cache(model) -> None:
     assert calls == [1, 2, 4, 5]
     assert [i for i, layer in enumerate(cache.layers) if layer.keys is not None] == [1, 2, 4, 5]
     assert cache.get_seq_length() == 11
+
+
+@pytest.mark.parametrize(
+    ("plan", "changed"),
+    [
+        (LayerPlan.full(N_LAYERS), {"model"}),
+        (LayerPlan.skipping(N_LAYERS, {2}), {"model", "model.layers.2"}),
+        (LayerPlan.skipping(N_LAYERS, attention={1}), {"model", "model.layers.1.self_attn"}),
+    ],
+    ids=str,
+)
+def test_a_uniform_plan_changes_only_what_it_skips(model, plan, changed) -> None:
+    for block in (apply_plan(model, plan), apply_plans(model, [plan] * 4)):
+        with block:
+            assert {name for name, kind in patches(model) if kind == "forward"} == changed
 
 
 def test_nested_plans_are_refused(model) -> None:

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from backbone.errors import NotJSONError
-from backbone.strict_json import parse
+from backbone.strict_json import NotJSONError, parse
 
 
 @pytest.mark.parametrize(

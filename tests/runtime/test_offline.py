@@ -18,7 +18,7 @@ from oracle.decoding import Decoding
 from oracle.prompts import PromptError
 from runtime import offline
 from runtime.answer_files import answer_file
-from runtime.composing import Composer
+from runtime.offline import Composer
 from runtime.step_costs import StepCosts
 
 FULL = LayerPlan.full(N_LAYERS)

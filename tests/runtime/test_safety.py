@@ -188,7 +188,7 @@ def test_a_wrong_model_is_still_an_error(model) -> None:
 def test_healing_of_the_probe_layers_are_refused() -> None:
     model = tiny_model("llama")
     allocator = with_healing(model, changed="model.layers.1.mlp.down_proj.weight")
-    with pytest.raises(WrongModelError, match=r"healing parts change layer 1, .* first 2 layers"):
+    with pytest.raises(WrongModelError, match=r"healing changes layer 1, .* first 2 layers"):
         allocator.generate(model, **padded_batch(), **GREEDY)
 
 
