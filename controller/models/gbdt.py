@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 from controller.base import Controller, Floats, LearningError, Trial
-from controller.models.files import WEIGHTS, Layout, metadata_of, read_metadata, read_weights
+from controller.models.files import WEIGHTS, Layout, fitted, metadata_of, read_metadata, read_weights
 from controller.models.trees import KINDS, Forest
 
 
@@ -106,16 +106,13 @@ class LightGBMController(Controller):
         return np.column_stack([repeated, np.tile(shortened, len(features))])
 
     def _predict(self, features: Floats) -> Floats:
-        if self._forest is None:
-            raise RuntimeError("this controller was not fitted")
-        quality = self._forest(features if self._per_plan else self._rows(features))
+        quality = fitted(self._forest)(features if self._per_plan else self._rows(features))
         return np.column_stack([quality.reshape(len(features), -1), np.ones(len(features))])
 
     def save(self, folder: Path) -> None:
-        if self._forest is None:
-            raise RuntimeError("this controller was not fitted")
-        about = {"per_plan": self._per_plan, "n_features": self._forest.n_features}
-        save_file({"budgets": self._budgets, **self._forest.arrays}, folder / WEIGHTS, metadata_of(about))
+        forest = fitted(self._forest)
+        about = {"per_plan": self._per_plan, "n_features": forest.n_features}
+        save_file({"budgets": self._budgets, **forest.arrays}, folder / WEIGHTS, metadata_of(about))
 
     @classmethod
     def load(cls, folder: Path) -> LightGBMController:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from controller.base import Controller, Floats, Trial
-from controller.models.files import WEIGHTS, read_weights
+from controller.models.files import WEIGHTS, fitted, read_weights
 
 
 class LogisticController(Controller):
@@ -26,7 +26,7 @@ class LogisticController(Controller):
 
     def __init__(self, l2: float = 0.03) -> None:
         self._l2 = l2
-        self._weights: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] | None = None
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:
@@ -50,15 +50,11 @@ class LogisticController(Controller):
 
     @torch.inference_mode()
     def _predict(self, features: Floats) -> Floats:
-        if not self._weights:
-            raise RuntimeError("this controller was not fitted")
-        quality: Floats = functional.linear(torch.from_numpy(features), **self._weights).sigmoid().numpy()
+        quality: Floats = functional.linear(torch.from_numpy(features), **fitted(self._weights)).sigmoid().numpy()
         return np.column_stack([quality, np.ones(len(quality))])
 
     def save(self, folder: Path) -> None:
-        if not self._weights:
-            raise RuntimeError("this controller was not fitted")
-        save_file(self._weights, folder / WEIGHTS)
+        save_file(fitted(self._weights), folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> LogisticController:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from controller.base import Controller, Floats, LearningError, Trial
-from controller.models.files import WEIGHTS, Layout, read_weights
+from controller.models.files import WEIGHTS, Layout, fitted, read_weights
 
 
 class MLPController(Controller):
@@ -95,15 +95,11 @@ class MLPController(Controller):
 
     @torch.inference_mode()
     def _predict(self, features: Floats) -> Floats:
-        if self._network is None:
-            raise RuntimeError("this controller was not fitted")
-        quality: Floats = self._network(torch.from_numpy(features)).sigmoid().numpy()
+        quality: Floats = fitted(self._network)(torch.from_numpy(features)).sigmoid().numpy()
         return np.column_stack([quality, np.ones(len(quality))])
 
     def save(self, folder: Path) -> None:
-        if self._network is None:
-            raise RuntimeError("this controller was not fitted")
-        save_file(self._network.state_dict(), folder / WEIGHTS)
+        save_file(fitted(self._network).state_dict(), folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> MLPController:

@@ -22,7 +22,7 @@ from serving.router.engines import Engines, UpstreamCheck, Upstreams
 from serving.router.errors import CLIENT_LEFT, RefusedError
 from serving.router.limits import PLACE_BYTES, ShutdownTimer
 from serving.router.metrics import Metrics
-from serving.router.requests import RequestBody, own_headers, parsed
+from serving.router.requests import RequestBody, forwarded_headers, parsed
 from serving.router.selector import Choice, Prompts, RequestSelector
 
 PLAN_HEADER = "x-layer-plan"
@@ -79,13 +79,13 @@ class _Router:
             await self._engines.close()
 
     async def models(self, request: Request) -> Response:
-        return await _unless_gone(request, self._models(request))
+        return await _cancelled_on_disconnect(request, self._models(request))
 
     async def _models(self, request: Request) -> Response:
         async with self.stopping.limited():
             url = self._upstreams.engine
-            answer = await self._engines.ask(url, "/v1/models", own_headers(request.headers))
-            return await self._engines.passed_back(answer, url, {})
+            answer = await self._engines.ask(url, "/v1/models", forwarded_headers(request.headers))
+            return await self._engines.relay(answer, url, {})
 
     async def health(self) -> Response:
         """Status 200 if every engine is well, else 503."""
@@ -114,26 +114,26 @@ class _Router:
     async def answer(self, request: Request) -> Response:
         """Select a plan, ask the engine, pass its answer back."""
         content = [chunk async for chunk in request.stream()]
-        return await _unless_gone(request, self._passed_on(request, content))
+        return await _cancelled_on_disconnect(request, self._forward(request, content))
 
-    async def _passed_on(self, request: Request, content: list[bytes]) -> Response:
+    async def _forward(self, request: Request, content: list[bytes]) -> Response:
         async with self.stopping.limited():
-            start, headers = time.perf_counter(), own_headers(request.headers)
-            choice, url, own_content = await self._routed(request, content)
+            start, headers = time.perf_counter(), forwarded_headers(request.headers)
+            choice, url, own_content = await self._select(request, content)
             self.metrics.chosen(choice, (time.perf_counter() - start) * 1000)
             answer = await self._engines.ask(url, request.scope["path"], headers, own_content)
             self.metrics.first_byte.observe(time.perf_counter() - start)
-            return await self._engines.passed_back(answer, url, {PLAN_HEADER: str(choice.plan)})
+            return await self._engines.relay(answer, url, {PLAN_HEADER: str(choice.plan)})
 
-    async def _routed(self, request: Request, content: list[bytes]) -> tuple[Choice, str, bytes]:
+    async def _select(self, request: Request, content: list[bytes]) -> tuple[Choice, str, bytes]:
         """The choice, the engine's URL, and the body for it."""
         chat = request.scope["path"] == CHAT
         large = sum(map(len, content)) > PLACE_BYTES  # small bodies do not wait for large ones
         reading = asyncio.get_running_loop().run_in_executor(self._readers[large], self._read, content, chat)
         body, prompts = await reading
-        choice = self._run_by(await self._selector.plan_for(prompts, sender_of(request.scope)))
+        choice = self._available(await self._selector.plan_for(prompts, sender_of(request.scope)))
         url, xarg = self._upstreams.route(choice.plan)
-        return choice, url, body.under(xarg)
+        return choice, url, body.with_plan(xarg)
 
     def _read(self, content: list[bytes], chat: bool) -> tuple[RequestBody, Prompts | str]:
         whole = b"".join(content)
@@ -141,7 +141,7 @@ class _Router:
         body = parsed(whole)
         return RequestBody.of(body), self._selector.read(body, chat=chat)
 
-    def _run_by(self, choice: Choice) -> Choice:
+    def _available(self, choice: Choice) -> Choice:
         """The choice, if there is an engine that runs it."""
         if not self._check.is_done:
             return self._selector.full("unchecked")
@@ -154,7 +154,7 @@ async def not_found(request: Request, error: Exception) -> Response:
     return RefusedError(error.status_code, f"{request.scope['method']} of this path: {error.detail}").response
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def _cancelled_on_disconnect(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The result of the work, which is cancelled if the client leaves."""
 
     async def gone() -> None:

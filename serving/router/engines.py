@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from backbone.errors import InputError
 from backbone.plan import LayerPlan, PlanMenu
-from serving.router.errors import RefusedError, encoded_events, of_engine
+from serving.router.errors import RefusedError, engine_error, error_events
 from serving.router.limits import PLACE_BYTES, ShutdownTimer
 from serving.router.requests import KEY, XARGS
 
@@ -136,7 +136,7 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-_PASSED_BACK = ("content-type", "content-encoding")
+_RELAYED_HEADERS = ("content-type", "content-encoding")
 
 
 class Engines:
@@ -177,32 +177,32 @@ class Engines:
         try:
             answer = await self._transport.handle_async_request(request)
         except httpx2.HTTPError as error:
-            raise of_engine(error, url) from None
+            raise engine_error(error, url) from None
         if 200 <= answer.status_code < 300 or 400 <= answer.status_code < 600:
             return answer
         await answer.aclose()
         raise RefusedError(502, f"the engine at {url} answered with status {answer.status_code}")
 
-    async def passed_back(self, answer: httpx2.Response, url: str, headers: dict[str, str]) -> Response:
+    async def relay(self, answer: httpx2.Response, url: str, headers: dict[str, str]) -> Response:
         """The answer for the client: events and long answers streamed, others whole.
 
         Raises:
             RefusedError: the engine breaks off in a short answer.
         """
         given = {name.lower().decode(): value.decode("latin-1") for name, value in answer.headers.raw}
-        headers = {name: given[name] for name in _PASSED_BACK if name in given} | headers
+        headers = {name: given[name] for name in _RELAYED_HEADERS if name in given} | headers
         chunks = answer.aiter_raw()
         if given.get("content-type", "").startswith("text/event-stream"):
-            return _Passing(answer, self._rest(chunks, url, b""), headers)
+            return _ClosingStream(answer, self._stream(chunks, url, b""), headers)
         held = b""
         try:
             async for chunk in chunks:
                 held += chunk
                 if len(held) > PLACE_BYTES:
-                    return _Passing(answer, self._rest(chunks, url, held), headers)
+                    return _ClosingStream(answer, self._stream(chunks, url, held), headers)
         except httpx2.HTTPError as error:
             await answer.aclose()
-            raise of_engine(error, url) from None
+            raise engine_error(error, url) from None
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await answer.aclose()
@@ -210,7 +210,7 @@ class Engines:
         await answer.aclose()
         return Response(held, answer.status_code, headers)
 
-    async def _rest(self, chunks: AsyncIterator[bytes], url: str, held: bytes) -> AsyncIterator[bytes]:
+    async def _stream(self, chunks: AsyncIterator[bytes], url: str, held: bytes) -> AsyncIterator[bytes]:
         """The held bytes and the rest; an error event if the engine breaks off."""
         try:
             while True:
@@ -222,10 +222,10 @@ class Engines:
             return
         except (httpx2.HTTPError, RefusedError) as error:
             self._broken()
-            yield encoded_events(error if isinstance(error, RefusedError) else of_engine(error, url))
+            yield error_events(error if isinstance(error, RefusedError) else engine_error(error, url))
 
 
-class _Passing(StreamingResponse):
+class _ClosingStream(StreamingResponse):
     """A stream that closes its source in any case, so that the engine stops."""
 
     def __init__(self, answer: httpx2.Response, chunks: AsyncIterator[bytes], headers: dict[str, str]) -> None:

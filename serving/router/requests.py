@@ -42,7 +42,7 @@ class RequestBody:
     def of(cls, body: Body) -> RequestBody:
         return cls(encoded({name: value for name, value in body.items() if name != XARGS}), body.get(XARGS))
 
-    def under(self, plan: str | None) -> bytes:
+    def with_plan(self, plan: str | None) -> bytes:
         """The JSON for an engine, with the plan for one that runs plans."""
         xargs = self.xargs if plan is None else {**(self.xargs or {}), KEY: plan}
         if xargs is None:
@@ -82,7 +82,7 @@ def encoded(value: Body) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def own_headers(given: Mapping[str, str]) -> dict[str, str]:
+def forwarded_headers(given: Mapping[str, str]) -> dict[str, str]:
     """Headers that go on to the engine. Raises RefusedError for one that is not ASCII."""
     own = {name: given[name] for name in ("authorization", "x-request-id") if name in given}
     if wrong := [name for name, value in own.items() if not value.isascii()]:

@@ -175,7 +175,7 @@ def test_silent_connections_are_cut_and_newcomers_served(monkeypatch) -> None:
     ],
 )
 def test_a_body_goes_on_with_the_plan_and_all_else(body, plan, sent) -> None:
-    assert json.loads(RequestBody.of(body).under(plan)) == sent
+    assert json.loads(RequestBody.of(body).with_plan(plan)) == sent
 
 
 def test_a_client_does_not_choose_the_plan() -> None:
