@@ -1,34 +1,13 @@
 """The stage `adapt` by every method, through the command line."""
 
-import io
 import json
-import runpy
-import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
-from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
-import pyarrow.parquet as parquet
 import pytest
 import yaml
-from command import layerbudget, refused, snapshot
-from filelock import FileLock
-from own_judges import rescored
-from tiny import tiny_model, tiny_tokenizer
-from tiny_run import tiny_settings, write_prompts
-
-from oracle.labels.store import CUT
-from oracle.prompts import load_prompts
-from oracle.splits import splits_of
-from pipelines.config import load_config
-from pipelines.config.sections import DataSection
-from pipelines.evaluation.speed import NOISE
-from pipelines.run.state import content_hash
+from command import layerbudget, refused
 
 ADAPTED = {"epochs": 4, "batch_tokens": 256, "lora_rank": 4, "prompts": 40}
 

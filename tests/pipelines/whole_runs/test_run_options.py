@@ -1,26 +1,19 @@
 """Runs with other judges, controllers and prompts, in shards, interrupted, and with bad input."""
 
-import io
 import json
-import runpy
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import chdir, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
-import pyarrow.parquet as parquet
 import pytest
 import yaml
-from command import layerbudget, refused, snapshot
+from command import layerbudget, refused
 from filelock import FileLock
 from own_judges import rescored
-from tiny import tiny_model, tiny_tokenizer
-from tiny_run import tiny_settings, write_prompts
+from tiny_run import write_prompts
 
 from oracle.judges import JudgeError, check_judge
 from oracle.labels.store import CUT
@@ -28,9 +21,6 @@ from oracle.prompts import load_prompts
 from oracle.splits import splits_of
 from pipelines.config import load_config
 from pipelines.config.sections import DataSection
-from pipelines.evaluation.speed import NOISE
-from pipelines.run.state import content_hash
-
 
 
 def test_ctrl_c_says_how_to_go_on_and_a_second_process_waits(config_file, tmp_path) -> None:
