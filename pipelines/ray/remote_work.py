@@ -22,7 +22,7 @@ from oracle.chat import tokens_of
 from oracle.decoding import Decoding
 from oracle.labels.blocks import wanted_in_blocks
 from oracle.labels.labeller import Advance, Labeller, Missing
-from oracle.labels.reader import LabelReader, key_of, model_key
+from oracle.labels.reader import LabelReader, key_of
 from oracle.labels.store import Label, LabelStore
 from oracle.prompts import Prompt
 from pipelines.config import ConfigError
@@ -189,11 +189,7 @@ class RemoteLabeller(LabelReader):
 
 def remote_labeller(workspace: Workspace, workers: Workers, healing: Healing | None) -> RemoteLabeller:
     """The labeller of a run whose workers attach these healing parts to the model."""
-    label, facts, decoding = workspace.config.label, workspace.model.facts, workspace.model.decoding
-    task = LabelTask(*given_to_workers(workspace, healing), decoding, label.batch_size, label.shortcut)
+    label, model = workspace.config.label, workspace.model
+    task = LabelTask(*given_to_workers(workspace, healing), model.decoding, label.batch_size, label.shortcut)
     digest = "" if healing is None or healing.is_empty else healing.digest
-
-    def key(plan: LayerPlan) -> str:
-        return model_key(facts.fingerprint, facts.dtype, "" if plan.is_full else digest)
-
-    return RemoteLabeller(workers, task, LabelStore(workspace.path("labels.db")), key)
+    return RemoteLabeller(workers, task, LabelStore(workspace.path("labels.db")), model.facts.label_key(digest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from backbone.files import write_atomically
 from backbone.fingerprint import model_fingerprint
 from backbone.healing.attaching import Healing, attach, detach
 from backbone.loading import load_backbone, load_tokenizer
+from backbone.plan import LayerPlan
 from oracle.chat import NO_TEMPLATE, ChatTemplate, named_tokens
 from oracle.decoding import Decoding, own_settings
+from oracle.labels.reader import model_key
 from pipelines.config import Config, ConfigError
 from pipelines.run.progress import waiting
 
@@ -68,6 +71,10 @@ class ModelFacts(BaseModel):
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, self.model_dump_json(indent=2) + "\n")
+
+    def label_key(self, healing: str) -> Callable[[LayerPlan], str]:
+        """Under which model the labels of a plan are kept, with healing parts of this digest."""
+        return lambda plan: model_key(self.fingerprint, self.dtype, "" if plan.is_full else healing)
 
     @property
     def own_template(self) -> ChatTemplate | None:

@@ -18,7 +18,7 @@ from backbone.healing.attaching import Healing
 from backbone.plan import LayerPlan, PlanMenu
 from controller.features import Features, rows_of
 from oracle.labels.labeller import Labeller
-from oracle.labels.reader import LabelReader, model_key
+from oracle.labels.reader import LabelReader
 from oracle.labels.store import LabelStore, StoreError
 from oracle.prompts import Prompt, Split
 from pipelines.config import Config, ConfigError
@@ -80,12 +80,8 @@ class Workspace:
     @cached_property
     def labels(self) -> LabelReader:
         """The labels of the adapted model that are there, read without it."""
-        facts, healing = self.model.facts, self.read("adapt.json")["digest"]
-
-        def key(plan: LayerPlan) -> str:
-            return model_key(facts.fingerprint, facts.dtype, "" if plan.is_full else healing)
-
-        return LabelReader(LabelStore(self.path("labels.db"), read_only=True), self.model.decoding, key)
+        store, key = LabelStore(self.path("labels.db"), read_only=True), self.model.facts.label_key
+        return LabelReader(store, self.model.decoding, key(self.read("adapt.json")["digest"]))
 
     def labels_digest(self) -> str | None:
         """Of the labels that the stage `label` makes; None while any is missing, or nothing can be read."""
