@@ -60,7 +60,7 @@ def generate(
     if raw and prompt is None:
         raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
     from layerbudget import load_backbone
-    from oracle.context_lengths import check_lengths
+    from oracle.prompts import check_lengths
     from runtime.answer_files import answer_file, check_places
 
     if prompts is not None:

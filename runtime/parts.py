@@ -65,7 +65,7 @@ class AllocatorParts:
         healing: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
             which without a plan stays what it is, bit for bit.
         acceptance: for each plan of the menu the share of its tokens that the full model says too (see
-            `oracle.labels.token_agreement`), by which the lossless mode chooses the plan that drafts; None where no
+            `oracle.labels.reader`), by which the lossless mode chooses the plan that drafts; None where no
             label told.
         drift: watches whether the prompts that are generated from are like those of the certificate. While it rings
             every prompt runs the full plan; see `DriftAlarm`. None to do without, as when the same prompts are timed

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
 from oracle.decoding import Decoding, cut_at_stop
-from oracle.labels.generate_answers import stop_token_ids
+from oracle.labels.generation import stop_token_ids
 
 
 @dataclass(frozen=True, slots=True)

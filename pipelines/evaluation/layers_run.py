@@ -8,7 +8,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
-from oracle.spread import spread
+from oracle.batches import spread
 from runtime.allocator import Allocator
 from runtime.generation import check_layers
 from runtime.texts import generate_texts

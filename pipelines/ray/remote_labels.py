@@ -7,7 +7,7 @@ from pathlib import Path
 
 from backbone.healing.attaching import Healing
 from backbone.plan import LayerPlan, PlanMenu
-from oracle.labels.blocks import wanted_in_blocks
+from oracle.batches import wanted_in_blocks
 from oracle.labels.labeller import Advance, Missing
 from oracle.labels.reader import LabelReader, key_of, model_key
 from oracle.labels.store import LabelStore

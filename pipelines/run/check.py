@@ -154,8 +154,7 @@ class _Checks:
         check_given_settings(self._config.tuning)
         menu, controllers = self._config.menu, ", ".join(self._config.tuning.controllers)
         plans = len(menu.given) + 1 if menu.given else menu.plans
-        counted = "every early exit behind the probe" if menu.method == "exits" else f"at most {plans} plans"
-        return f"methods      menu {menu.method} ({counted}), controllers {controllers}"
+        return f"methods      menu {menu.method} (at most {plans} plans), controllers {controllers}"
 
     def stores(self) -> str:
         """Where trials and the finished run go. A database beside the run is made when it is needed."""

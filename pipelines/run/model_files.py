@@ -12,7 +12,7 @@ from backbone.errors import reason_of
 from backbone.model_source import LoadError, local_file, local_settings, look_at
 from backbone.supported import check_supported
 from oracle.chat import ChatTemplate, template_text
-from oracle.context_lengths import check_room
+from oracle.prompts import check_room
 
 TOGETHER = 256
 """Prompts that are turned into tokens at once."""

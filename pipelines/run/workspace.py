@@ -20,12 +20,11 @@ from backbone.loading import load_backbone, load_tokenizer
 from backbone.plan import LayerPlan, PlanMenu
 from controller.features import Features, rows_of
 from oracle.chat import ChatTemplate, template_text
-from oracle.context_lengths import check_lengths
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import LabelReader, model_key
 from oracle.labels.store import LabelStore, StoreError
-from oracle.prompts import SPLITS, Prompt, Split
+from oracle.prompts import SPLITS, Prompt, Split, check_lengths
 from oracle.splits import limited_splits
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation.learning_table import Table

@@ -93,7 +93,7 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> N
 def _check_counts(output: str, path: Path) -> None:
     """A run begins with what `check` says; the disk has other room by now."""
     counts = layerbudget("check", path).stdout.split("\ndisk")[0]
-    assert "menu greedy_layers (at most 4 plans)" in counts
+    assert "menu greedy (at most 4 plans)" in counts
     assert output.split()[: len(counts.split())] == counts.split()
 
 
@@ -348,8 +348,8 @@ def test_healing_of_another_run_are_taken(config_file) -> None:
     assert not any(name.startswith("training") for name in records[1])
     done = layerbudget("adapt", given, "--set", "menu.plans=3")
     assert done.returncode == 2, "another menu needs its stage first"
-    assert layerbudget("menu", given, "--set", "menu.plans=3", "--set", "menu.method=exiting").returncode == 0
-    said = refused("adapt", given, "--set", "menu.plans=3", "--set", "menu.method=exiting")
+    assert layerbudget("menu", given, "--set", "menu.plans=3", "--set", "menu.method=exits").returncode == 0
+    said = refused("adapt", given, "--set", "menu.plans=3", "--set", "menu.method=exits")
     assert "has no bridges for the plan" in said
 
 
