@@ -34,7 +34,7 @@ from backbone.healing.attaching import detach
 from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
 from oracle.answered_prompts import reference_examples
-from oracle.labels.generate_answers import answer_batch
+from oracle.labels.generation import answer_batch
 from oracle.prompts import Prompt
 from pipelines.config import load_config
 from pipelines.run.workspace import Workspace

@@ -1,7 +1,7 @@
 """What the menu of several shapes is worth beside menus of one shape, each plan with its bridges, on prompts held out.
 
     python benchmarks/bridged_menus.py --work /tmp/menus                 # Gemma 3 270M, embedded prompts
-    python benchmarks/bridged_menus.py --work DIR --model M --data FILE --name NAME --methods covering exiting
+    python benchmarks/bridged_menus.py --work DIR --model M --data FILE --name NAME --methods covering exits
 
 One half of the prompts makes the menus and fits the bridges, the other half measures them. For each menu: what the best
 mixture of its plans runs at a mean score of 98% and 100% of the full model's, and what an oracle runs that picks one of
@@ -33,8 +33,7 @@ from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import LabelStore
 from oracle.menus import MENUS, build_menu
-from oracle.menus.base import MenuTask
-from oracle.menus.task_labels import TaskLabels
+from oracle.menus.base import MenuTask, TaskLabels
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = (1.0, 0.98)
@@ -45,7 +44,7 @@ def main() -> None:
     options = workload.parser(__doc__ or "", prompts=200)
     options.set_defaults(search_prompts=200)
     options.add_argument("--work", type=Path, required=True)
-    options.add_argument("--methods", nargs="+", choices=sorted(MENUS), default=["covering", "exiting", "middle_block"])
+    options.add_argument("--methods", nargs="+", choices=sorted(MENUS), default=["covering", "exits", "gaps"])
     options.add_argument("--plans", type=int, default=8)
     options.add_argument("--probe-depth", type=int, default=4)
     options.add_argument("--cheapest-budget", type=float, default=0.5)

@@ -16,7 +16,7 @@ from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
 from oracle.decoding import cut_at_stop
-from oracle.labels.generate_answers import stop_token_ids
+from oracle.labels.generation import stop_token_ids
 from oracle.prompts import Prompt
 from runtime.allocator import Allocator
 from runtime.offline import Composer

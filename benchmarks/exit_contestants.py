@@ -27,7 +27,7 @@ from controller.learning import FittedPredictor
 from oracle.chat import padded_prompts
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import sufficient_plans
-from oracle.labels.generate_answers import answer_text, stop_token_ids
+from oracle.labels.generation import answer_text, stop_token_ids
 from oracle.labels.reader import key_of
 from oracle.prompts import Prompt
 from pipelines.evaluation.learning_table import Table

@@ -31,7 +31,7 @@ from backbone.families import decoder_layers
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
-from oracle.embedded_prompts import embedded_prompts
+from oracle.prompt_sources import embedded_prompts
 from pipelines.config import load_config
 from pipelines.evaluation.speed import paired_ratio, paired_seconds
 from pipelines.run.workspace import Workspace

@@ -58,7 +58,7 @@ def generate(
         raise typer.BadParameter("--out goes with --prompts FILE, and --overwrite with --out")
     if raw and prompt is None:
         raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
-    from oracle.context_lengths import check_lengths
+    from oracle.prompts import check_lengths
     from runtime.answer_files import answer_file, check_places
 
     if prompts is not None:

@@ -57,7 +57,7 @@ JUDGES: Registry[Judge] = Registry(
 )
 
 KL = "kl"
-"""The one judge that reads no answer but compares distributions (`oracle.labels.divergence`). It needs no reference."""
+"""The one judge that compares distributions, not answers (`oracle.labels.verification`); it needs no reference."""
 
 MEANINGS = dict.fromkeys(("rouge_l", "exact", "number", "contains"), 2)
 """Raised when a judge changes, so that labels scored by an older meaning are not read."""

@@ -20,7 +20,7 @@ from backbone.files import write_atomically
 from oracle.prompts import Prompt
 from oracle.search import SEARCHERS
 from oracle.search.base import SearchSpace
-from oracle.search.on_model import search_prompts
+from oracle.search.driver import search_prompts
 from pipelines.run.progress import progress, say_failures
 from pipelines.run.state import check_own
 from pipelines.run.workspace import Workspace

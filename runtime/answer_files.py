@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.errors import InputError
 from backbone.files import lock_of, write_atomically
 from oracle.chat import ChatError, Question
-from oracle.context_lengths import check_lengths
 from oracle.prompt_sources import expanded
-from oracle.prompts import PromptError, questions_of
+from oracle.prompts import PromptError, check_lengths, questions_of
 from runtime.allocator import Allocator
 from runtime.offline import AllocatedText, finished_texts
 from runtime.saving.allocator_files import content_digest

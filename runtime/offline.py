@@ -20,7 +20,7 @@ from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts, tokens_of
 from oracle.decoding import Decoding, cut_at_stop
-from oracle.labels.generate_answers import stop_token_ids
+from oracle.labels.generation import stop_token_ids
 from runtime.parts import AllocatorParts
 from runtime.plan_selection import Decision, PlanSelector, prompt_key
 from runtime.request import asked_for

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from oracle.frontier.knapsack import cheapest_choices
-from oracle.frontier.multiple_choice import ROUNDING
+from oracle.frontier.knapsack import ROUNDING, cheapest_choices
 from oracle.frontier.upgrades import Climb, Floats, climb, path
 
 Point = tuple[float, float]
@@ -50,12 +49,11 @@ def upper_hull(points: Sequence[Point]) -> list[Point]:
     """
     hull: list[Point] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
-        while hull and (point[0] == hull[-1][0] or _lies_below(hull, point)):
-            if point[0] == hull[-1][0]:
-                break
+        if hull and point[0] == hull[-1][0]:
+            continue
+        while _lies_below(hull, point):
             hull.pop()
-        else:
-            hull.append(point)
+        hull.append(point)
     best = max(range(len(hull)), key=lambda i: hull[i][1])
     return hull[: best + 1]
 

@@ -184,7 +184,7 @@ class LabelSection(Section):
     limit: int | None = Field(None, ge=8)
     """Label this many of the prompts that are not in the split `adapt`, chosen by a hash of the id."""
     shortcut: bool = True
-    """Follow the full model's answer with every plan and generate only what differs, instead of everything."""
+    """Make each answer in the cheapest way and only until its score is decided, instead of generating everything."""
     tolerance: float = Field(0.0, ge=0, lt=1)
     """A plan is sufficient if its score is at least the full plan's less this. With the judge `kl`, under which a
     shortened plan hardly ever scores the full plan's 1, it has to be above 0."""

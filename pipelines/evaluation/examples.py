@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
+from oracle.batches import spread
 from oracle.chat import padded_prompts
 from oracle.judges import KL
 from oracle.prompts import Prompt
-from oracle.spread import spread
 from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace

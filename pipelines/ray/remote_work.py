@@ -18,9 +18,9 @@ from backbone.left_padding import padded_inputs
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from controller.features import Features, extract, rows_of
+from oracle.batches import wanted_in_blocks
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding
-from oracle.labels.blocks import wanted_in_blocks
 from oracle.labels.labeller import Advance, Labeller, Missing
 from oracle.labels.reader import LabelReader, key_of
 from oracle.labels.store import Label, LabelStore

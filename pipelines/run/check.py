@@ -168,9 +168,8 @@ class _Checks:
         for name in tuning.controllers:
             CONTROLLERS.check_there(name)
         check_given_settings(tuning)
-        most = f"at most {len(menu.given) + 1 if menu.given else menu.plans} plans"
-        counted = "every early exit behind the probe" if menu.method == "exits" else most
-        return f"methods      menu {menu.method} ({counted}), controllers {', '.join(tuning.controllers)}"
+        plans = len(menu.given) + 1 if menu.given else menu.plans
+        return f"methods      menu {menu.method} (at most {plans} plans), controllers {', '.join(tuning.controllers)}"
 
     def stores(self) -> str:
         """Where trials and the finished run go. A database beside the run is made when it is needed."""

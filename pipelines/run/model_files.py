@@ -11,7 +11,7 @@ from typing import Any
 from backbone.errors import LoadError, reason_of
 from backbone.model_source import check_supported, local_file, local_settings, look_at
 from oracle.chat import ChatTemplate, template_text
-from oracle.context_lengths import check_room
+from oracle.prompts import check_room
 
 TOGETHER = 256
 """Prompts that are turned into tokens at once."""

@@ -14,10 +14,10 @@ from rich.markup import escape
 
 from backbone.files import remove_strays, write_atomically
 from backbone.interrupts import safe_place
+from oracle.batches import spread
 from oracle.labels.store import LabelStore
 from oracle.prompts import Shard, Split
 from oracle.search import SEARCHERS
-from oracle.spread import spread
 from pipelines.config import Config, ConfigError
 from pipelines.ray.distributed import workers_at
 from pipelines.run.check import check_run

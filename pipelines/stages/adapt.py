@@ -21,6 +21,7 @@ from backbone.healing.fit_bridges import Over, bridges_of, bridging_rounds, fit_
 from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
 from oracle.answered_prompts import answered_examples, reference_examples
+from oracle.batches import spread
 from oracle.chat import padded_prompts
 from oracle.frontier.frontier import static_points, upper_hull
 from oracle.judges import KL
@@ -28,7 +29,6 @@ from oracle.labels.exit_answers import exit_depth
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import judged, score_matrix
 from oracle.prompts import Prompt
-from oracle.spread import spread
 from pipelines.config.sections import AdaptMethod
 from pipelines.evaluation.speed import FEWEST_ROUNDS, generation_under
 from pipelines.ray.distributed import Workers

@@ -17,7 +17,7 @@ from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from controller.learning import FittedPredictor
 from oracle.decoding import Decoding
-from oracle.labels.token_agreement import acceptance_rates
+from oracle.labels.reader import acceptance_rates
 from pipelines.config import Config
 from pipelines.config.learning_sections import CalibrationSection
 from pipelines.evaluation.learning_table import Table

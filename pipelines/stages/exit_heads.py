@@ -14,8 +14,8 @@ from backbone.healing.exit_heads import HeadFit, HeadFitter, HeadSettings
 from backbone.healing.exit_places import places_bytes, read_places
 from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
+from oracle.batches import spread
 from oracle.labels.exit_answers import exit_depth
-from oracle.spread import spread
 from pipelines.config import ConfigError
 from pipelines.config.sections import Targets
 from pipelines.run.progress import console, progress

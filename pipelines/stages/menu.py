@@ -8,13 +8,10 @@ from pathlib import Path
 
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
-from oracle.context_lengths import check_lengths
-from oracle.menus import build_menu
-from oracle.menus.base import MenuTask
-from oracle.menus.search_steps import search_steps
-from oracle.menus.task_labels import TaskLabels
+from oracle.batches import spread
+from oracle.menus import build_menu, search_steps
+from oracle.menus.base import MenuTask, TaskLabels
 from oracle.prompts import Prompt
-from oracle.spread import spread
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
 

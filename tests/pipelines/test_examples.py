@@ -28,7 +28,7 @@ from runtime.generation import OtherLayersError
 def test_adapt_fits_on_every_prompt_once(config_file, method, wanted) -> None:
     config = load_config(
         config_file(
-            menu={"method": "exiting", "probe_depth": 2, "plans": 3},
+            menu={"method": "exits", "probe_depth": 2, "plans": 3},
             adapt={"method": method, "prompts": wanted, "references": False},
         )
     )

@@ -11,7 +11,7 @@ from tiny import N_LAYERS
 
 from backbone.plan import LayerPlan
 
-MENU = {"method": "exiting", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4}
+MENU = {"method": "exits", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4}
 
 
 @pytest.fixture

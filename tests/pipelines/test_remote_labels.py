@@ -16,8 +16,8 @@ from command import layerbudget, refused
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from layerbudget import cli
 from layerbudget.options import LOCAL, with_ray_address
+from oracle.batches import BATCHES, blocks
 from oracle.decoding import Decoding
-from oracle.labels.blocks import BATCHES, blocks
 from oracle.prompts import Prompt
 from pipelines.config import ConfigError, load_config
 from pipelines.ray import distributed

@@ -55,7 +55,7 @@ def module_config(model_folder):
             "model": {"source": str(model_folder), "device": "cpu"},
             "data": {"path": str(folder / "prompts.jsonl")},
             "decoding": {"max_new_tokens": 3},
-            "menu": {"method": "exiting", "probe_depth": 2, "plans": 3, "cheapest_budget": 0.4},
+            "menu": {"method": "exits", "probe_depth": 2, "plans": 3, "cheapest_budget": 0.4},
             "tuning": {"trials": 1, "components": [4], "folds": 2, "controllers": ["lightgbm"]},
             "calibration": {"keep": 0.7, "delta": 0.2},
             "evaluation": {"speed_prompts": 2, "speed_tokens": 2, "speed_rounds": 1},

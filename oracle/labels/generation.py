@@ -1,9 +1,9 @@
-"""Generate the answers to a batch of prompts under one plan, with the model's stock `generate()`."""
+"""Answers to a batch of prompts under one plan or several, by the model's stock `generate()`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -41,25 +41,12 @@ def answer_batch(
 ) -> list[Answer]:
     """The answers to `prompts` [B], generated as one left-padded batch under `plan`."""
     prompt_ids = [tokens_of(tokenizer, text) for text in prompts]
-    generated = continue_batch(model, tokenizer, prompt_ids, plan, decoding, decoding.max_new_tokens)
+    batch = SharedBatch(model, tokenizer, prompt_ids, [plan], decoding)
+    generated = batch.continued(plan, dict.fromkeys(range(len(prompts)), never), decoding.max_new_tokens)
     return [
         Answer(answer_text(tokenizer, ids, decoding), ids, len(prompt))
         for prompt, ids in zip(prompt_ids, generated, strict=True)
     ]
-
-
-def continue_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    token_ids: Sequence[list[int]],
-    plan: LayerPlan,
-    decoding: Decoding,
-    max_new_tokens: int,
-    enough: Sequence[Enough] | None = None,
-) -> list[list[int]]:
-    """The tokens that follow each of B sequences; see `SharedBatch.continued`."""
-    batch = SharedBatch(model, tokenizer, token_ids, [plan], decoding)
-    return batch.continued(plan, dict(enumerate(enough or [_never] * len(token_ids))), max_new_tokens)
 
 
 class SharedBatch:
@@ -91,18 +78,14 @@ class SharedBatch:
         inputs = tokenizer.pad({"input_ids": list(token_ids)}, return_tensors="pt", padding_side="left")
         self._ids, self._mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
         self.depth = unchanged_depth(model, plans) if len(plans) > 1 else 0
-        self._prefix = self._begun()
-
-    def _begun(self) -> Prefix | None:
-        if not self.depth:
-            return None
-        positions = position_inputs(decoder_of(self._model), self._mask)
-        try:
-            prefix = run_prefix(self._model, self._ids, self._mask, self.depth, keep_cache=True, **positions)
-        except torch.OutOfMemoryError:
-            self.depth = 0
-            return None
-        return replace(prefix, states=prefix.states[-1:])
+        self._prefix: Prefix | None = None
+        if self.depth:
+            positions = position_inputs(decoder_of(model), self._mask)
+            try:
+                prefix = run_prefix(model, self._ids, self._mask, self.depth, keep_cache=True, **positions)
+                self._prefix = replace(prefix, states=prefix.states[-1:])
+            except torch.OutOfMemoryError:
+                self.depth = 0
 
     def continued(self, plan: LayerPlan, enough: Mapping[int, Enough], max_new_tokens: int) -> list[list[int]]:
         """What follows some of the sequences, up to and with the first token that stops or after which there are
@@ -116,24 +99,22 @@ class SharedBatch:
         return in_halves(list(enough.items()), lambda part: self._generate(plan, dict(part), max_new_tokens))
 
     def _generate(self, plan: LayerPlan, enough: Mapping[int, Enough], max_new_tokens: int) -> list[list[int]]:
-        rows = torch.tensor(list(enough), device=self._model.device)
-        width = self._ids.shape[1]
+        rows, width = torch.tensor(list(enough), device=self._model.device), self._ids.shape[1]
         ends = _RowEnds(list(enough.values()), width)
-        with apply_plan(self._model, plan), self._replaying(rows):
+        replayed = nullcontext() if self._prefix is None else replaying(self._model, self._prefix, rows)
+        with apply_plan(self._model, plan), replayed:
             output = self._model.generate(  # type: ignore[operator]
                 input_ids=self._ids[rows],
                 attention_mask=self._mask[rows],
-                stopping_criteria=StoppingCriteriaList([] if set(enough.values()) == {_never} else [ends]),
+                stopping_criteria=StoppingCriteriaList([] if set(enough.values()) == {never} else [ends]),
                 **{**self._options, "max_new_tokens": max_new_tokens},
             )
         new = output[:, width:].tolist()
         return [_until(ids[:length], self._stops) for ids, length in zip(new, ends.lengths, strict=True)]
 
-    def _replaying(self, rows: torch.Tensor) -> AbstractContextManager[None]:
-        return nullcontext() if self._prefix is None else replaying(self._model, self._prefix, rows)
 
-
-def _never(ids: list[int]) -> bool:
+def never(ids: list[int]) -> bool:
+    """Generate to the answer's end."""
     return False
 
 
