@@ -11,7 +11,7 @@ from backbone.plan import LayerPlan
 from oracle.batches import spread
 from oracle.menus import build_menu, search_steps
 from oracle.menus.base import MenuTask, TaskLabels
-from oracle.prompts import Prompt
+from oracle.prompts import Prompt, check_lengths
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
 

@@ -54,8 +54,8 @@ def test_healing_of_another_run_are_taken(config_file) -> None:
     assert not any(name.startswith("training") for name in records[1])
     done = layerbudget("adapt", given, "--set", "menu.plans=3")
     assert done.returncode == 2, "another menu needs its stage first"
-    assert layerbudget("menu", given, "--set", "menu.plans=3", "--set", "menu.method=exiting").returncode == 0
-    said = refused("adapt", given, "--set", "menu.plans=3", "--set", "menu.method=exiting")
+    assert layerbudget("menu", given, "--set", "menu.plans=3", "--set", "menu.method=exits").returncode == 0
+    said = refused("adapt", given, "--set", "menu.plans=3", "--set", "menu.method=exits")
     assert "has no bridges for the plan" in said
 
 

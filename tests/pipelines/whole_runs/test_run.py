@@ -84,7 +84,7 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> N
 def _check_counts(output: str, path: Path) -> None:
     """A run begins with what `check` says; the disk has other room by now."""
     counts = layerbudget("check", path).stdout.split("\ndisk")[0]
-    assert "menu greedy_layers (at most 4 plans)" in counts
+    assert "menu greedy (at most 4 plans)" in counts
     assert output.split()[: len(counts.split())] == counts.split()
 
 
