@@ -160,7 +160,7 @@ def _keep_resolved(config: Config) -> None:
 def _run_stage(config: Config, stage: Stage, state: RunState, **options: Any) -> Path:
     console.print(f"[bold]{stage.name}[/]: {stage.title}")
     start = time.perf_counter()
-    run: Callable[..., Path] = import_module(f".stages.{stage.name}", __package__).run
+    run: Callable[..., Path] = import_module(f"..stages.{stage.name}", __package__).run
     path = run(config, **options)
     state.record(stage, time.perf_counter() - start)
     safe_place()
