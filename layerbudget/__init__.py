@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from oracle.menus.base import MenuTask as MenuTask
     from oracle.search.base import Searcher as Searcher
     from oracle.search.testing import SearcherConformance as SearcherConformance
+    from pipelines.training import train as train
     from runtime.allocator import Allocator as Allocator
     from runtime.call_arguments import UnsupportedGenerationError as UnsupportedGenerationError
     from runtime.generation import OtherLayersError as OtherLayersError
@@ -72,6 +73,7 @@ _NAMES = {
     "oracle.menus.base": ("MenuTask",),
     "oracle.search.base": ("Searcher",),
     "oracle.search.testing": ("SearcherConformance",),
+    "pipelines.training": ("train",),
     "runtime.allocator": ("Allocator",),
     "runtime.call_arguments": ("UnsupportedGenerationError",),
     "runtime.plan_selection": ("FullPlanWarning",),

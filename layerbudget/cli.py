@@ -19,6 +19,7 @@ from layerbudget.inspecting import inspect
 from layerbudget.options import with_ray_address
 from layerbudget.serving_commands import export, serve
 from layerbudget.stage_commands import STAGES, check, merge, run, search, stage_command
+from layerbudget.verdict_commands import init, try_prompts
 
 app = typer.Typer(
     help="Learn how many decoder layers each prompt needs, and run only those.",
@@ -48,6 +49,8 @@ def options(
     """What comes before the command."""
 
 
+app.command()(init)
+app.command("try")(try_prompts)
 app.command()(run)
 app.command()(check)
 app.command()(generate)

@@ -108,10 +108,19 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} should hold keys and values, got {type(data).__name__}")
+    return checked_config({**data, "file": str(path.resolve())}, settings)
+
+
+def checked_config(data: dict[str, Any], settings: Sequence[str] = ()) -> Config:
+    """The configuration of these keys and values, with settings over it as `load_config` takes them.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
     for setting in settings:
         _put(data, setting)
     try:
-        return Config.model_validate({**data, "file": str(path.resolve())})
+        return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
 

@@ -200,7 +200,18 @@ class _Checks:
         """Renders every prompt and turns it into tokens, as far as the model's files are here."""
         _ = self._texts
         total, longest, new = sum(self._lengths), max(self._lengths), self._config.decoding.max_new_tokens
-        return f"tokens       {total:,} of all prompts, {longest} of the longest prompt, {new} new ones"
+        return f"tokens       {total:,} of all prompts, {longest} of the longest prompt, {new} new ones{self._endless}"
+
+    @property
+    def _endless(self) -> str:
+        """A warning where nothing but `max_new_tokens` may end an answer that is judged as a whole."""
+        config, judges = self._config, {prompt.judge for prompt in self._prompts}
+        if config.decoding.stop or "exact" not in judges or self._model.template(config.data.chat_template):
+            return ""
+        return (
+            "; there is neither a chat template nor decoding.stop, and an answer that runs on is not 'exact': "
+            'set decoding.stop, such as ["\\n"]'
+        )
 
     @cached_property
     def _of_split(self) -> dict[Split, list[Prompt]]:

@@ -29,6 +29,7 @@ from oracle.prompts import SPLITS, Prompt, Split
 from oracle.splits import limited_splits
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation.learning_table import Table
+from pipelines.run.given_model import given_model
 from pipelines.run.model_record import ModelFacts
 from pipelines.run.progress import waiting
 from pipelines.run.prompts import prompts_of, splits_of
@@ -139,8 +140,9 @@ class Workspace:
     @cached_property
     def backbone(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = self.config.model
-        with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
-            loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
+        if (loaded := given_model(model.source)) is None:
+            with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
+                loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
         self._check_same_model(ModelFacts.of(*loaded))
         named = [(prompt.id, prompt.prompt) for prompt in self.prompts]
         check_lengths(*loaded, named, self.config.decoding.max_new_tokens)
@@ -149,7 +151,7 @@ class Workspace:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's, without loading the model."""
-        if "backbone" in self.__dict__:
+        if "backbone" in self.__dict__ or given_model(self.config.model.source):
             return self.backbone[1]
         return load_tokenizer(self.config.model.source)
 

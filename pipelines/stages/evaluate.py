@@ -109,6 +109,7 @@ def run(config: Config) -> Path:
             "source": config.model.source,
             "fingerprint": workspace.fingerprint,
             "layers": workspace.menu().n_layers,
+            "plans": [str(plan) for plan in workspace.menu().plans],
         },
         "machine": machine(),
     }

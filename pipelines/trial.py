@@ -1,0 +1,145 @@
+"""A run in a given time: as many prompts as fit, the same stages, one verdict at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.errors import InputError
+from backbone.families import decoder_layers
+from backbone.files import write_atomically
+from backbone.loading import load_backbone
+from backbone.plan import LayerPlan
+from oracle.chat import ChatTemplate
+from oracle.labels.generate_answers import answer_batch
+from oracle.prompts import Prompt
+from oracle.spread import spread
+from pipelines.config import Config, load_config
+from pipelines.evaluation.paired_ratios import FEWEST_ROUNDS
+from pipelines.evaluation.summary import load_metrics
+from pipelines.proposal import FEWEST, least_prompts
+from pipelines.run.given_model import given_model, giving
+from pipelines.run.progress import duration, say
+from pipelines.run.prompts import prompts_of
+from pipelines.run.runner import run_all
+from pipelines.verdict import Verdict, verdict
+from runtime.paired_timing import seconds_of
+
+TIMED = 8
+"""Prompts whose answers are timed."""
+FIXED_S = 90.0
+"""What a trial takes beside prompts and timings: controllers, controls, reports."""
+PASSES = {True: 2.0, False: 7.0}
+"""How many times as long as its full answer a prompt takes in all stages: with exits alone, and with other plans."""
+TIMINGS = 0.15
+"""Share of the time for timings."""
+SAFE = 0.85
+"""Share of the time that is planned for."""
+LOWER = (0.9, 0.8, 0.6)
+"""Bounds that fewer prompts can show, for a trial that cannot show what is wanted."""
+MOST_TIMED = 8
+"""Prompts that speeds are measured on, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds that the full model takes for a prompt and its answer, alone and as one of a batch."""
+
+    single: float
+    batched: float
+
+
+def measured_pace(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], config: Config
+) -> Pace:
+    """Times some rendered prompts, after one for warm-up."""
+    decoding = config.decoding.settings().of(model, tokenizer)
+    plan = LayerPlan.full(len(decoder_layers(model)))
+
+    def seconds(texts: Sequence[str]) -> float:
+        return seconds_of(lambda: answer_batch(model, tokenizer, texts, plan, decoding))
+
+    seconds(prompts[:1])
+    return Pace(seconds(prompts[:1]), seconds(prompts) / len(prompts))
+
+
+def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> list[str]:
+    """What a trial of so many minutes changes in a configuration, as `--set` takes it.
+
+    Args:
+        config: of the full run.
+        pace: of this machine.
+        minutes: for all stages.
+        prompts: all that there are.
+
+    Raises:
+        InputError: too few prompts fit.
+    """
+    seconds, are_exits = 60 * minutes * SAFE, config.menu.method == "given"
+    plans = (len(config.menu.given) + 1) if are_exits else config.menu.plans
+    each = pace.batched * PASSES[are_exits]
+    fitting = int(max(0.0, seconds * (1 - TIMINGS) - FIXED_S) / each)
+    limit = min(prompts, fitting)
+    if limit < FEWEST:
+        needed = (FEWEST * each + FIXED_S) / (60 * SAFE * (1 - TIMINGS))
+        raise InputError(
+            f"{max(0, fitting)} prompts fit into {minutes:g} minutes on this machine, at {pace.batched:.2g} s for an "
+            f"answer, and a trial needs {FEWEST}: give --minutes {needed + 1:.0f}, or a faster machine"
+        )
+    calibrate = int(limit * config.data.shares["calibrate"])
+    wanted = config.calibration.keep[0]
+    lower = [keep for keep in (wanted, *LOWER) if keep <= wanted]
+    shown = [keep for keep in lower if least_prompts(keep, config.calibration.delta / 3) <= calibrate][:2]
+    levels = list(dict.fromkeys([*shown, wanted]))  # the first has to be in reach
+    round_s = pace.single * (0.6 * plans + 4)
+    timed = max(2, min(MOST_TIMED, int(seconds * TIMINGS / ((FEWEST_ROUNDS + 1) * round_s))))
+    changed = [
+        f"data.limit={max(limit, FEWEST)}",
+        f"adapt.prompts={max(8, min(config.adapt.prompts, int(limit * config.data.shares['adapt'])))}",
+        f"calibration.keep={levels}",
+        f"tuning.trials={max(2, min(config.tuning.trials, int(minutes // 3)))}",
+        f"evaluation.speed_prompts={timed}",
+        f"evaluation.speed_seconds={max(5, round(seconds * TIMINGS))}",
+        "evaluation.speed_rounds=20",
+    ]
+    if not are_exits:  # a search among plans, or a trained adapter, takes longer than a trial
+        changed += ["menu.method=middle_block", "adapt.method=bridges", "adapt.minutes=null"]
+    return changed
+
+
+def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
+    """Run all stages on as many prompts as fit into the time; writes `verdict.json` into the run's folder.
+
+    Args:
+        path: the configuration of the full run, which goes on from what the trial leaves.
+        settings: `key=value` over the file's.
+        minutes: for all stages.
+
+    Raises:
+        InputError: whatever a run refuses; too few prompts fit.
+    """
+    begun = time.monotonic()
+    config = load_config(path, settings)
+    source, prompts = config.model.source, prompts_of(config)
+    loaded = given_model(source) or load_backbone(source, dtype=config.model.dtype, device=config.model.device)
+    pace = measured_pace(*loaded, _rendered(spread(prompts, TIMED), loaded[1], config), config)
+    left = minutes - (time.monotonic() - begun) / 60
+    changed = settings_for(config, pace, left, len(prompts))
+    say(f"{pace.batched:.2g} s a prompt on this machine; for {minutes:g} minutes: {', '.join(changed)}")
+    with giving(source, *loaded):
+        trial = load_config(path, [*settings, *changed])
+        run_all(trial)
+    found = verdict(load_metrics(trial), len(prompts))
+    write_atomically(trial.folder / "verdict.json", json.dumps(asdict(found), indent=2) + "\n")
+    say(f"{duration(time.monotonic() - begun)} in all")
+    return found
+
+
+def _rendered(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[str]:
+    template = None if config.data.chat_template == "never" else ChatTemplate.of_tokenizer(tokenizer)
+    return [prompt.rendered(template).prompt for prompt in prompts]
