@@ -78,7 +78,7 @@ def try_prompts(
         _check_same(path, model, prompts)
         typer.echo(f"{path} is there and is taken as it stands")
     else:
-        path, proposal = _proposed(model, prompts, out, _named(column))
+        path, proposal = _proposed(model, prompts, out, _named(column), device)
         _say(proposal)
         _check(path, proposal)
         _write(path, proposal.yaml(f"layerbudget run {path}"), overwrite=False)
@@ -110,11 +110,13 @@ def _default_name(prompts: str) -> str:
     return f"{run_name(prompts)}.yaml"
 
 
-def _proposed(model: str, prompts: str, out: Path | None, columns: Mapping[str, str]) -> tuple[Path, Proposal]:
+def _proposed(
+    model: str, prompts: str, out: Path | None, columns: Mapping[str, str], device: str | None = None
+) -> tuple[Path, Proposal]:
     from pipelines.proposal import AskedModel, propose, run_name
 
     path = out or Path(_default_name(prompts))
-    return path, propose(AskedModel(model), prompts, columns=columns, name=run_name(str(path)))
+    return path, propose(AskedModel(model, device or "auto"), prompts, columns=columns, name=run_name(str(path)))
 
 
 def _say(proposal: Proposal) -> None:

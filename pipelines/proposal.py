@@ -55,7 +55,7 @@ SHARES = {
 }
 """Splits where exit heads are fitted, which need many prompts, and where bridges are."""
 SYNONYMS = {
-    "prompt": ("question", "text", "input", "instruction", "query", "problem", "sentence"),
+    "prompt": ("question", "text", "instruction", "input", "query", "problem", "sentence"),
     "messages": ("conversation", "conversations", "chat"),
     "reference": ("answer", "answers", "label", "target", "output", "response", "completion", "expected", "solution"),
     "id": ("question_id", "prompt_id", "qid", "uuid", "idx"),

@@ -19,7 +19,7 @@ from oracle.chat import ChatTemplate
 from oracle.labels.generate_answers import answer_batch
 from oracle.prompts import Prompt
 from oracle.spread import spread
-from pipelines.config import Config, load_config
+from pipelines.config import Config, load_config, yaml_text
 from pipelines.evaluation.paired_ratios import FEWEST_ROUNDS
 from pipelines.evaluation.summary import load_metrics
 from pipelines.proposal import FEWEST, least_prompts
@@ -34,7 +34,7 @@ TIMED = 8
 """Prompts whose answers are timed."""
 FIXED_S = 90.0
 """What a trial takes beside prompts and timings: controllers, controls, reports."""
-PASSES = {True: 2.0, False: 7.0}
+PASSES = {True: 1.5, False: 7.0}
 """How many times as long as its full answer a prompt takes in all stages: with exits alone, and with other plans."""
 TIMINGS = 0.15
 """Share of the time for timings."""
@@ -99,7 +99,7 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
     round_s = pace.single * (0.6 * plans + 4)
     timed = max(2, min(MOST_TIMED, int(seconds * TIMINGS / ((FEWEST_ROUNDS + 1) * round_s))))
     changed = [
-        f"data.limit={max(limit, FEWEST)}",
+        f"data.limit={limit}",
         f"adapt.prompts={max(8, min(config.adapt.prompts, int(limit * config.data.shares['adapt'])))}",
         f"calibration.keep={levels}",
         f"tuning.trials={max(2, min(config.tuning.trials, int(minutes // 3)))}",
@@ -125,6 +125,7 @@ def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
     """
     begun = time.monotonic()
     config = load_config(path, settings)
+    _check_no_full_run(config)
     source, prompts = config.model.source, prompts_of(config)
     loaded = given_model(source) or load_backbone(source, dtype=config.model.dtype, device=config.model.device)
     pace = measured_pace(*loaded, _rendered(spread(prompts, TIMED), loaded[1], config), config)
@@ -138,6 +139,16 @@ def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
     write_atomically(trial.folder / "verdict.json", json.dumps(asdict(found), indent=2) + "\n")
     say(f"{duration(time.monotonic() - begun)} in all")
     return found
+
+
+def _check_no_full_run(config: Config) -> None:
+    """Raises InputError for a folder whose results come from all prompts, which a trial would replace."""
+    resolved = config.folder / "config.yaml"
+    if resolved.is_file() and yaml_text.parse(resolved.read_bytes())["data"]["limit"] is None:
+        raise InputError(
+            f"{config.folder} holds a run with all prompts, whose results a trial would replace: name another file "
+            "with --out"
+        )
 
 
 def _rendered(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[str]:

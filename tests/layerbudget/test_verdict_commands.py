@@ -164,8 +164,9 @@ def test_try_ends_in_a_verdict_and_run_goes_on(project, model_folder) -> None:
     trial, full = (yaml.safe_load(Path(name).read_text()) for name in ("runs/p/config.yaml", "p.yaml"))
     assert "limit" not in full["data"]
     assert trial["data"]["limit"] == 120
+    assert "prompts fit into" in refused("try", model_folder, "p.csv", "--minutes", "1")
     assert layerbudget("menu", "p.yaml").returncode == 0, "the folder is the full run's"
-    assert "too few" in refused("try", model_folder, "p.csv", "--minutes", "1")
+    assert "holds a run with all prompts" in refused("try", model_folder, "p.csv", "--minutes", "3")
     assert "p.yaml is there for the prompts p.csv, not q.csv" in refused(
         "try", model_folder, "q.csv", "--out", "p.yaml"
     )
