@@ -17,6 +17,7 @@ PROMPTS = [
     for number in range(120)
 ]
 SETTINGS = ("evaluation.speed_rounds=1", "evaluation.speed_prompts=2", "calibration.delta=0.3")
+"""MLflow keeps the database of a URI open, so that each folder needs a URI of its own."""
 
 
 def shares_letters(answer: str, reference: str, full_answer: str) -> float:
@@ -34,7 +35,8 @@ def project(tmp_path, monkeypatch, give_store):
 def test_train_makes_an_allocator_and_goes_on(project, capsys) -> None:
     model, tokenizer = tiny_model("llama", layer_scale=0.5).train(), tiny_tokenizer()
     tokenizer.padding_side = "right"
-    options = {"judge": shares_letters, "keep": 0.7, "folder": "runs/mine", "settings": SETTINGS}
+    options = {"judge": shares_letters, "keep": 0.7, "folder": "runs/mine"}
+    options["settings"] = [*SETTINGS, f"tracking.uri=sqlite:///{project}/mlruns/mlflow.db"]
     allocator = train(model, tokenizer, PROMPTS, **options)
     assert allocator.certificate.keep == 0.7
     assert model.training
