@@ -113,7 +113,8 @@ def _default_name(prompts: str) -> str:
 def _proposed(
     model: str, prompts: str, out: Path | None, columns: Mapping[str, str], device: str | None = None
 ) -> tuple[Path, Proposal]:
-    from pipelines.proposal import AskedModel, propose, run_name
+    from pipelines.proposal import propose, run_name
+    from pipelines.proposal_inputs import AskedModel
 
     path = out or Path(_default_name(prompts))
     return path, propose(AskedModel(model, device or "auto"), prompts, columns=columns, name=run_name(str(path)))

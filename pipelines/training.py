@@ -16,7 +16,8 @@ from backbone.families import family_of
 from backbone.files import write_atomically
 from backbone.healing.attaching import detach
 from pipelines.config import checked_config
-from pipelines.proposal import AskedModel, propose
+from pipelines.proposal import propose
+from pipelines.proposal_inputs import AskedModel
 from pipelines.run.given_model import giving
 from pipelines.run.runner import run_all
 from pipelines.run.state import RunState

@@ -36,6 +36,8 @@ FIXED_S = 90.0
 """What a trial takes beside prompts and timings: controllers, controls, reports."""
 PASSES = {True: 1.5, False: 7.0}
 """How many times as long as its full answer a prompt takes in all stages: with exits alone, and with other plans."""
+HEAD_FIT = 16
+"""Answers in whose time one exit head is fitted, whatever the number of prompts."""
 TIMINGS = 0.15
 """Share of the time for timings."""
 SAFE = 0.85
@@ -82,13 +84,14 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
     """
     seconds, are_exits = 60 * minutes * SAFE, config.menu.method == "given"
     plans = (len(config.menu.given) + 1) if are_exits else config.menu.plans
+    fixed = FIXED_S + pace.batched * HEAD_FIT * len(config.menu.given)
     each = pace.batched * PASSES[are_exits]
-    fitting = int(max(0.0, seconds * (1 - TIMINGS) - FIXED_S) / each)
+    fitting = int(max(0.0, seconds * (1 - TIMINGS) - fixed) / each)
     limit = min(prompts, fitting)
     if limit < FEWEST:
-        needed = (FEWEST * each + FIXED_S) / (60 * SAFE * (1 - TIMINGS))
+        needed = (FEWEST * each + fixed) / (60 * SAFE * (1 - TIMINGS))
         raise InputError(
-            f"{max(0, fitting)} prompts fit into {minutes:g} minutes on this machine, at {pace.batched:.2g} s for an "
+            f"{fitting} prompts fit into {minutes:g} minutes on this machine, at {pace.batched:.2g} s for an "
             f"answer, and a trial needs {FEWEST}: give --minutes {needed + 1:.0f}, or a faster machine"
         )
     calibrate = int(limit * config.data.shares["calibrate"])
