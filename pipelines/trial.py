@@ -82,29 +82,21 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
     Raises:
         InputError: too few prompts fit.
     """
-    seconds, are_exits = 60 * minutes * SAFE, config.menu.method == "given"
-    plans = (len(config.menu.given) + 1) if are_exits else config.menu.plans
-    fixed = FIXED_S + pace.batched * HEAD_FIT * len(config.menu.given)
+    seconds, are_exits, timed = 60 * minutes * SAFE, config.menu.method == "given", _timed(config, pace, minutes)
+    heads = len(config.menu.given) if config.adapt.method == "heads" else 0
+    fixed = FIXED_S + pace.batched * HEAD_FIT * heads + max(seconds * TIMINGS, timed * _timing_s(config, pace))
     each = pace.batched * PASSES[are_exits]
-    fitting = int(max(0.0, seconds * (1 - TIMINGS) - fixed) / each)
-    limit = min(prompts, fitting)
+    limit = min(prompts, fitting := int(max(0.0, seconds - fixed) / each))
     if limit < FEWEST:
-        needed = (FEWEST * each + fixed) / (60 * SAFE * (1 - TIMINGS))
+        needed = (FEWEST * each + fixed) / (60 * SAFE)
         raise InputError(
-            f"{fitting} prompts fit into {minutes:g} minutes on this machine, at {pace.batched:.2g} s for an "
-            f"answer, and a trial needs {FEWEST}: give --minutes {needed + 1:.0f}, or a faster machine"
+            f"{fitting} prompts fit into {minutes:.3g} minutes on this machine, at {pace.batched:.2g} s for an answer, "
+            f"and a trial needs {FEWEST}: give --minutes {needed + 1:.0f}, or a faster machine"
         )
-    calibrate = int(limit * config.data.shares["calibrate"])
-    wanted = config.calibration.keep[0]
-    lower = [keep for keep in (wanted, *LOWER) if keep <= wanted]
-    shown = [keep for keep in lower if least_prompts(keep, config.calibration.delta / 3) <= calibrate][:2]
-    levels = list(dict.fromkeys([*shown, wanted]))  # the first has to be in reach
-    round_s = pace.single * (0.6 * plans + 4)
-    timed = max(2, min(MOST_TIMED, int(seconds * TIMINGS / ((FEWEST_ROUNDS + 1) * round_s))))
     changed = [
         f"data.limit={limit}",
         f"adapt.prompts={max(8, min(config.adapt.prompts, int(limit * config.data.shares['adapt'])))}",
-        f"calibration.keep={levels}",
+        f"calibration.keep={_levels(config, int(limit * config.data.shares['calibrate']))}",
         f"tuning.trials={max(2, min(config.tuning.trials, int(minutes // 3)))}",
         f"evaluation.speed_prompts={timed}",
         f"evaluation.speed_seconds={max(5, round(seconds * TIMINGS))}",
@@ -113,6 +105,25 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
     if not are_exits:  # a search among plans, or a trained adapter, takes longer than a trial
         changed += ["menu.method=middle_block", "adapt.method=bridges", "adapt.minutes=null"]
     return changed
+
+
+def _timed(config: Config, pace: Pace, minutes: float) -> int:
+    """Prompts whose fewest rounds fit into the time for timings; two at least."""
+    return max(2, min(MOST_TIMED, int(60 * minutes * SAFE * TIMINGS / _timing_s(config, pace))))
+
+
+def _timing_s(config: Config, pace: Pace) -> float:
+    """Seconds that the fewest rounds of timings take for a prompt, in a batch under each plan and four times alone."""
+    plans = len(config.menu.given) + 1 if config.menu.given else config.menu.plans
+    return (FEWEST_ROUNDS + 1) * pace.single * (0.6 * plans + 4)
+
+
+def _levels(config: Config, calibrate: int) -> list[float]:
+    """The wanted bound and lower ones, of which the first has to be in reach of so many calibration prompts."""
+    wanted = config.calibration.keep[0]
+    lower = dict.fromkeys(keep for keep in (wanted, *LOWER) if keep <= wanted)
+    shown = [keep for keep in lower if least_prompts(keep, config.calibration.delta / 3) <= calibrate]
+    return list(dict.fromkeys([*shown[:2], wanted]))
 
 
 def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:

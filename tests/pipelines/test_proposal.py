@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from backbone.errors import InputError
 from pipelines.config import checked_config
 from pipelines.proposal import Decision, ProposalError, propose
+from pipelines.trial import Pace, settings_for
 
 
 class Model:
@@ -122,3 +124,37 @@ def test_values_are_read_back(value) -> None:
     text = Decision("data.path", value, "why").text
     assert "\n" not in text
     assert yaml.safe_load(f"key: {text}  # why") == {"key": value}
+
+
+PACES = {
+    "fast": (
+        Pace(0.6, 0.4),
+        10,
+        3000,
+        {"data.limit=529", "calibration.keep=[0.9, 0.8, 0.97]", "evaluation.speed_prompts=3"},
+    ),
+    "all": (
+        Pace(0.01, 0.01),
+        10,
+        900,
+        {"data.limit=900", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=8"},
+    ),
+    "slow": (Pace(2.0, 1.2), 10, 3000, {"data.limit=97", "calibration.keep=[0.8, 0.6, 0.97]", "tuning.trials=3"}),
+}
+
+
+@pytest.mark.parametrize("name", PACES)
+def test_trial_takes_as_many_prompts_as_fit(name, proposed) -> None:
+    config = checked_config(proposed({"prompt": "tell {}", "reference": "a", "n": 3000}, Model()).values)
+    pace, minutes, prompts, wanted = PACES[name]
+    found = settings_for(config, pace, minutes, prompts)
+    assert wanted <= {*found}, found
+    assert not any(setting.startswith("menu") for setting in found)
+    with pytest.raises(InputError, match=r"prompts fit into 1 minutes .* give --minutes \d+"):
+        settings_for(config, pace, 1, prompts)
+
+
+def test_trial_of_long_answers_searches_no_plans(proposed) -> None:
+    config = checked_config(proposed({"prompt": "tell {}", "reference": LONG, "n": 3000}, Model()).values)
+    found = settings_for(config, Pace(0.6, 0.4), 30, 3000)
+    assert {"menu.method=middle_block", "adapt.method=bridges"} <= {*found}
