@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from math import inf
 from typing import Any
 
 from controller.certificate.certificate import alpha_of
 from controller.certificate.fewest_prompts import fewest_prompts
+from controller.certificate.p_values import CalibrationError
 from pipelines.evaluation.summary import NOTHING_LEFT_OUT, exceeds_limit, percent, quality, times
 
 WORTH = 1.1
@@ -49,57 +50,48 @@ def verdict(metrics: Mapping[str, Any], prompts: int) -> Verdict:
     return Verdict(True, "worth_it", _worth_it(found))
 
 
-@dataclass(frozen=True)
 class _Findings:
-    """Figures that several reasons look at."""
+    """Figures that several reasons look at.
 
-    metrics: Mapping[str, Any]
-    prompts: int
+    Attributes:
+        certificate: of the highest level that was asked for.
+        is_certified: whether the allocator runs at any certified level.
+        in_reach: whether it does, and a full run would likely certify the highest level.
+        size, full_size: independent calibration prompts, of this run and of one with all prompts.
+        best, static: the allocator's figures and those of the best single plan.
+        single, batch: how many times as fast the allocator is.
+        static_speed: how many times as fast the best single plan is in a batch.
+    """
 
-    @property
-    def best(self) -> Mapping[str, Any]:
-        return self.metrics[self.metrics["best"]]  # type: ignore[no-any-return]
-
-    @property
-    def static(self) -> Mapping[str, Any]:
-        """The best single plan."""
-        return self.metrics["best_static"]  # type: ignore[no-any-return]
-
-    @property
-    def certificate(self) -> Mapping[str, Any]:
-        return self.metrics["certificate"]  # type: ignore[no-any-return]
-
-    @property
-    def is_certified(self) -> bool:
-        return self.certificate["price"] is not None
-
-    @property
-    def size(self) -> int:
-        """Independent calibration prompts."""
-        return int(self.certificate["groups"] or self.certificate["n"])
-
-    @property
-    def full_size(self) -> int:
-        """The same of a run with all prompts."""
-        return int(self.size * max(1.0, self.prompts / sum(self.metrics["prompts"].values())))
-
-    @property
-    def left_out(self) -> str:
-        return percent(1 - self.best["budget"])
-
-    @cached_property
-    def static_speed(self) -> Mapping[str, Any]:
-        """How many times as fast the best single plan is in a batch."""
+    def __init__(self, metrics: Mapping[str, Any], prompts: int) -> None:
+        self.metrics, self.prompts = metrics, prompts
+        self.certificate: Mapping[str, Any] = max(metrics["certificates"], key=lambda each: each["keep"])
+        self.size = int(self.certificate["groups"] or self.certificate["n"])
+        self.full_size = int(self.size * max(1.0, prompts / sum(metrics["prompts"].values())))
+        self.is_certified = metrics["certificate"]["price"] is not None
+        self.in_reach = self.is_certified and self.may_certify(self.certificate)
+        self.best, self.static = metrics[metrics["best"]], metrics["best_static"]
+        self.single, self.batch = (metrics["speed"]["intervals"][how] for how in ("single", "batch"))
         place = self.static["plan_shares"].index(max(self.static["plan_shares"]))
-        return self.metrics["speed"]["plan_intervals"][place]  # type: ignore[no-any-return]
+        self.static_plan, self.static_speed = (
+            metrics["model"]["plans"][place],
+            metrics["speed"]["plan_intervals"][place],
+        )
+        self.left_out = percent(1 - self.best["budget"])
 
     @property
-    def static_plan(self) -> str:
-        shares = self.static["plan_shares"]
-        return str(self.metrics["model"]["plans"][shares.index(max(shares))])
+    def pays(self) -> bool:
+        return _pays(self.single) or _pays(self.batch)
 
-    def speed(self, how: str) -> Mapping[str, Any]:
-        return self.metrics["speed"]["intervals"][how]  # type: ignore[no-any-return]
+    @property
+    def speeds(self) -> str:
+        rows = self.metrics["speed"]["prompts"]
+        return f"{times(self.single)} as fast one prompt at a time and {times(self.batch)} in a batch of {rows}"
+
+    def may_certify(self, certificate: Mapping[str, Any]) -> bool:
+        """Whether a full run would likely certify a level that this run may have failed to."""
+        is_possible = bool(certificate["prompts_needed"]) and _needed(certificate) <= self.full_size
+        return certificate["price"] is not None or is_possible
 
 
 def _pays(ratio: Mapping[str, Any]) -> bool:
@@ -109,61 +101,68 @@ def _pays(ratio: Mapping[str, Any]) -> bool:
 def _least(certificate: Mapping[str, Any], full_score: float) -> float:
     """Calibration prompts that a bound takes whatever is lost, where the full model scores so much."""
     if certificate["keep"] >= 1 or not full_score:
-        return 0.0 if full_score else float("inf")
+        return 0.0 if full_score else inf
     delta = certificate["delta"] / max(1, len(certificate["levels"]))
     score = full_score if certificate["risk"] == "mean_score" else 1.0
     try:
         return fewest_prompts(alpha_of(certificate["keep"]), delta, certificate["risk"], full_score=score)
-    except ValueError:
-        return float("inf")
+    except CalibrationError:
+        return inf
 
 
-def _single_plan(found: _Findings) -> Sequence[str]:
-    static, speed = found.static, found.static_speed
-    if static["budget"] >= NOTHING_LEFT_OUT or not _pays(speed):
-        return ()
-    as_good = static["quality_ratio"] >= min(found.certificate["keep"], found.best["quality_ratio"])
-    as_fast = static["budget"] <= found.best["budget"] or speed["value"] >= SAME * found.speed("batch")["value"]
-    if found.is_certified and not (as_good and as_fast):
-        return ()
-    method = found.metrics["healing"]["method"]
-    use = f"`layerbudget export OUT --allocator RUN/allocator --plan {found.static_plan}` writes it as a checkpoint."
-    if method in IN_PARTS:
-        use = (
-            f"The plan has healing parts ({method}), which no ordinary checkpoint holds: run it with "
-            f"`attach(model, allocator.healing)` and `apply_plan(model, plan)`, or make the run with "
-            "adapt.method=adapter or none, whose plans `layerbudget export` writes."
-        )
-    return (
-        f"the plan {found.static_plan} for all prompts does as well. It is {times(speed)} as fast in a batch and keeps "
-        f"{percent(static['quality_ratio'], 1)} of the full model's mean score.",
-        use,
-    )
+def _needed(certificate: Mapping[str, Any]) -> float:
+    """Calibration prompts that a bound takes, at the spread of what is lost where that is known."""
+    return max(_least(certificate, certificate["full_score"]), certificate["prompts_needed"] or 0)
 
 
 def _scores_too_low(found: _Findings) -> Sequence[str]:
     certificate = found.certificate
-    if found.is_certified or not _least(certificate, certificate["full_score"]) > found.full_size:
-        return ()
-    if _least(certificate, 1.0) > found.full_size:
+    least = _least(certificate, certificate["full_score"])
+    if found.in_reach or not least > found.full_size >= _least(certificate, 1.0):
         return ()
     return (
         f"the model scores too low for the bound. Its mean score is {certificate['full_score']:.3g}, and to keep "
-        f"{percent(certificate['keep'])} of so little takes {_count(_least(certificate, certificate['full_score']))} "
-        f"calibration prompts; all {found.prompts} prompts give {found.full_size}.",
+        f"{percent(certificate['keep'])} of so little takes {_count(least)} calibration prompts; all {found.prompts} "
+        f"prompts give {found.full_size}.",
         "Look at the model's answers first: the chat template, decoding.stop and the judge may be wrong for them.",
     )
 
 
+def _single_plan(found: _Findings) -> Sequence[str]:
+    static, speed, bound = found.static, found.static_speed, found.certificate["keep"]
+    as_good = static["quality_ratio"] >= (min(bound, found.best["quality_ratio"]) if found.in_reach else bound)
+    as_fast = static["budget"] <= found.best["budget"] or speed["value"] >= SAME * found.batch["value"]
+    is_rival = as_good and (as_fast or not found.in_reach)
+    if static["budget"] >= NOTHING_LEFT_OUT or not (_pays(speed) and is_rival):
+        return ()
+    said = (
+        f"the plan {found.static_plan} for all prompts does as well. It is {times(speed)} as fast in a batch and keeps"
+    )
+    return f"{said} {percent(static['quality_ratio'], 1)} of the full model's mean score.", _use(found)
+
+
+def _use(found: _Findings) -> str:
+    """How the best single plan is used without an allocator."""
+    method = found.metrics["healing"]["method"]
+    if method not in IN_PARTS:
+        return (
+            f"`layerbudget export OUT --allocator RUN/allocator --plan {found.static_plan}` writes a checkpoint of it."
+        )
+    return (
+        f"The plan has healing parts ({method}), which no ordinary checkpoint holds: run it with "
+        "`attach(model, allocator.healing)` and `apply_plan(model, plan)`, or make the run with adapt.method=adapter "
+        "or none, whose plans `layerbudget export` writes."
+    )
+
+
 def _too_few_prompts(found: _Findings) -> Sequence[str]:
-    certificate = found.certificate
-    needed = max(_least(certificate, certificate["full_score"]), certificate["prompts_needed"] or 0)
-    if found.is_certified or needed <= found.size:
+    needed = _needed(found.certificate)
+    if found.in_reach or needed <= found.size:
         return ()
     there = f"A full run has {found.full_size} of them"
     return (
-        f"there are too few prompts yet. To certify {percent(certificate['keep'])} of the full model's score takes "
-        f"some {_count(needed)} calibration prompts, and this run had {found.size}.",
+        f"there are too few prompts yet. To certify {percent(found.certificate['keep'])} of the full model's score "
+        f"takes some {_count(needed)} calibration prompts, and this run had {found.size}.",
         f"{there}, which would likely do: go on with `layerbudget run`, or give more minutes."
         if needed <= found.full_size
         else f"{there}, too few as well: add prompts, or lower calibration.keep.",
@@ -171,16 +170,18 @@ def _too_few_prompts(found: _Findings) -> Sequence[str]:
 
 
 def _plans_lose_too_much(found: _Findings) -> Sequence[str]:
-    if found.is_certified and (found.best["budget"] <= 1 / WORTH or any(_pays(found.speed(how)) for how in HOW)):
+    if found.in_reach and (found.best["budget"] <= 1 / WORTH or found.pays):
         return ()
-    lost = f"the shortened plans lose too much. At the bound {percent(found.certificate['keep'])} the allocator can"
-    better = "More prompts for the split adapt, other plans (menu) or other healing parts (adapt.method) may help."
-    return f"{lost} leave out {found.left_out} of the decoder.", better
+    return (
+        f"the shortened plans lose too much. The bound of {percent(found.certificate['keep'])} "
+        + (f"leaves out {found.left_out} of the decoder." if found.in_reach else "is out of reach."),
+        "More prompts for the split adapt, other plans (menu) or other healing parts (adapt.method) may help.",
+    )
 
 
 def _layers_do_not_matter(found: _Findings) -> Sequence[str]:
     speed, limit = found.metrics["speed"], found.metrics["speed"]["limit"]
-    if any(_pays(found.speed(how)) for how in HOW) or limit["value"] >= WORTH:
+    if found.pays or limit["value"] >= WORTH:
         return ()
     return (
         f"the layers matter too little for the time. The allocator leaves out {found.left_out} of the decoder, which "
@@ -191,12 +192,12 @@ def _layers_do_not_matter(found: _Findings) -> Sequence[str]:
 
 
 def _no_measured_gain(found: _Findings) -> Sequence[str]:
-    if any(_pays(found.speed(how)) for how in HOW) and not exceeds_limit(found.metrics):
+    if found.pays and not exceeds_limit(found.metrics):
         return ()
-    if found.speed("single")["low"] is None:
+    if found.single["low"] is None:
         return "too few timed rounds tell no gain from noise; raise evaluation.speed_rounds to 5 or more.", ""
     return (
-        f"no gain shows on this machine: {_speeds(found)}, where the layers left out allow "
+        f"no gain shows on this machine: {found.speeds}, where the layers left out allow "
         f"{times(found.metrics['speed']['limit'])} at most.",
         f"A decision takes {found.metrics['overhead_ms']:.0f} ms a prompt, which longer prompts earn back; other work "
         "on the machine hides small gains.",
@@ -212,31 +213,16 @@ REASONS = {
     "no_measured_gain": _no_measured_gain,
 }
 """Name -> its sentences, none where it does not apply; the first that applies is the verdict's."""
-HOW = ("single", "batch")
 
 
 def _worth_it(found: _Findings) -> list[str]:
-    levels = [each for each in found.metrics["certificates"] if _in_reach(each, found)]
-    highest = max(each["keep"] for each in levels)
+    highest = max(each["keep"] for each in found.metrics["certificates"] if found.may_certify(each))
     return [
-        f"Worth it: {_speeds(found)}, keeping {quality(found.metrics)} of the full model's mean score with "
+        f"Worth it: {found.speeds}, keeping {quality(found.metrics)} of the full model's mean score with "
         f"{percent(found.best['budget'])} of the decoder on {found.metrics['prompts']['test']} unseen prompts.",
-        found.certificate["sentence"],
+        found.metrics["certificate"]["sentence"],
         f"A full run, with some {found.full_size} prompts to calibrate on, would likely certify {percent(highest)}.",
     ]
-
-
-def _in_reach(certificate: Mapping[str, Any], found: _Findings) -> bool:
-    """Whether a full run would likely certify a level that this run may have failed to."""
-    if certificate["price"] is not None:
-        return True
-    needed = max(certificate["prompts_needed"] or 0, _least(certificate, certificate["full_score"]))
-    return bool(certificate["prompts_needed"]) and needed <= found.full_size
-
-
-def _speeds(found: _Findings) -> str:
-    single, batch = (times(found.speed(how)) for how in HOW)
-    return f"{single} as fast one prompt at a time and {batch} in a batch of {found.metrics['speed']['prompts']}"
 
 
 def _count(number: float) -> str:
