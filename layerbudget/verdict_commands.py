@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,9 +54,8 @@ def init(
     for line in _check(path, proposal):
         typer.echo(line)
     _write(path, proposal.yaml(f"layerbudget run {path}"), overwrite=overwrite)
-    typer.echo(
-        f"`layerbudget try {model} {prompts}` tells in ten minutes; `layerbudget run {path}` makes the allocator."
-    )
+    tried = shlex.join(["layerbudget", "try", model, prompts, "--out", str(path)])
+    typer.echo(f"`{tried}` says whether it is worth it; `layerbudget run {path}` makes the allocator.")
 
 
 def try_prompts(
