@@ -186,7 +186,9 @@ def gguf_file(path: Path) -> Path:
 def check_folder(path: Path) -> None:
     """Raises LoadError for a folder that is missing or holds no configuration of a model."""
     if not (path / "config.json").is_file():
-        raise LoadError(f"no model in the folder {path}: there is no config.json")
+        raise LoadError(
+            f"no model in the folder {path}: there is no config.json; name the one that save_pretrained wrote"
+        )
 
 
 def _of_folder(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from oracle.menus.base import MenuTask as MenuTask
     from oracle.search.base import Searcher as Searcher
     from oracle.search.testing import SearcherConformance as SearcherConformance
+    from pipelines.training import train as train
     from runtime.allocator import Allocator as Allocator
     from runtime.generation import check_layers as check_layers
     from runtime.plan_selection import FullPlanWarning as FullPlanWarning
@@ -63,6 +64,7 @@ _NAMES = {
     "oracle.menus.base": ("MenuTask",),
     "oracle.search.base": ("Searcher",),
     "oracle.search.testing": ("SearcherConformance",),
+    "pipelines.training": ("train",),
     "runtime.allocator": ("Allocator",),
     "runtime.plan_selection": ("FullPlanWarning",),
     "runtime.generation": ("check_layers",),

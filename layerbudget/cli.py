@@ -18,6 +18,7 @@ from layerbudget.inspection import inspect
 from layerbudget.options import with_ray_address
 from layerbudget.serving_commands import export, serve
 from layerbudget.stage_commands import STAGES, check, merge, run, search, stage_command
+from layerbudget.verdict_commands import init, try_prompts
 
 app = typer.Typer(
     help="Learn how many decoder layers each prompt needs, and run only those.",
@@ -47,6 +48,8 @@ def options(
     """What comes before the command."""
 
 
+app.command()(init)
+app.command("try")(try_prompts)
 app.command()(run)
 app.command()(check)
 app.command()(generate)

@@ -81,7 +81,10 @@ def _check_columns(source: Source, columns: Mapping[str, str]) -> None:
     if not columns.keys() & {*ASKED} and not {*ASKED} & {*known}:
         wanted[""] = "column 'prompt' or 'messages'"
     if missing := [said for column, said in wanted.items() if column not in known]:
-        raise PromptError(f"{source.where} has no {missing[0]}; it has {', '.join(known)}: set data.columns")
+        raise PromptError(
+            f"{source.where} has no {missing[0]}; it has {', '.join(known)}: set data.columns, "
+            "or give `layerbudget init` --column FIELD=NAME"
+        )
 
 
 def _sentence(where: str, problems: list[str]) -> str:

@@ -82,7 +82,7 @@ def check_references(judge: str, references: Sequence[str]) -> None:
     if judge in (KL, "agreement") or not getattr(_judge(judge), "needs_reference", True):
         return
     if not references:
-        raise JudgeError(f"the reference is missing, and the judge {judge!r} needs one")
+        raise JudgeError(f"the reference is missing, and the judge {judge!r} needs one; add it, or take 'agreement'")
     for reference in references if judge in _USABLE else ():
         needed, is_usable = _USABLE[judge]
         if not is_usable(reference):

@@ -82,7 +82,7 @@ def test_the_wheel_generates_beside_packages_of_the_same_names(wheel, tmp_path) 
         "output = allocator.generate(model, **inputs, max_new_tokens=3)\n"
         "print(tuple(output.shape), Allocator.__module__)\n"
     )
-    command = ["run", "--help"], ["inspect", "allocator"]
+    command = ["run", "--help"], ["inspect", "allocator"], ["init", "--example", "demo"]
     environment = {**os.environ, "PYTHONPATH": str(wheel)}
     options: Any = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "script.py"], **options)

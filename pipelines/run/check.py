@@ -194,7 +194,18 @@ class _Checks:
         if not self._model.has_tokenizer:
             raise _UnknownError
         lengths = self._model.checked_lengths(texts, new)
-        return f"tokens       {sum(lengths):,} of all prompts, {max(lengths)} of the longest prompt, {new} new ones"
+        return f"tokens       {sum(lengths):,} of all prompts, {max(lengths)} of the longest prompt, {new} new ones{self._endless}"
+
+    @property
+    def _endless(self) -> str:
+        """A warning where nothing but `max_new_tokens` may end an answer that is judged as a whole."""
+        config, judges = self._config, {prompt.judge for prompt in self._prompts}
+        if config.decoding.stop or "exact" not in judges or self._model.template(config.data.chat_template):
+            return ""
+        return (
+            "; there is neither a chat template nor decoding.stop, and an answer that runs on is not 'exact': "
+            'set decoding.stop, such as ["\\n"]'
+        )
 
     def splits(self) -> str:
         sizes = {split: len(prompts) for split, prompts in self._of_split.items()}

@@ -20,6 +20,7 @@ from oracle.chat import NO_TEMPLATE, ChatTemplate, named_tokens
 from oracle.decoding import Decoding, own_settings
 from oracle.labels.reader import model_key
 from pipelines.config import Config, ConfigError
+from pipelines.run.given_model import given_model
 from pipelines.run.progress import waiting
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -118,8 +119,9 @@ class RunModel:
     @cached_property
     def _loaded(self) -> Loaded:
         model = self._config.model
-        with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
-            loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
+        if (loaded := given_model(model.source)) is None:
+            with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
+                loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
         self._keep_facts(ModelFacts.of(*loaded))
         return loaded
 
@@ -153,7 +155,8 @@ class RunModel:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's, without loading the model."""
-        return self._loaded[1] if "_loaded" in self.__dict__ else load_tokenizer(self._config.model.source)
+        source = self._config.model.source
+        return self._loaded[1] if "_loaded" in self.__dict__ or given_model(source) else load_tokenizer(source)
 
     @property
     def decoding(self) -> Decoding:

@@ -12,6 +12,7 @@ from backbone.errors import LoadError, reason_of
 from backbone.model_source import check_supported, local_file, local_settings, look_at
 from oracle.chat import ChatTemplate, template_text
 from oracle.prompts import check_room
+from pipelines.run.given_model import given_model
 
 TOGETHER = 256
 """Prompts that are turned into tokens at once."""
@@ -30,7 +31,8 @@ class ModelFiles:
     """
 
     def __init__(self, source: str) -> None:
-        self.source, self.config = source, look_at(source) or {}
+        loaded = given_model(source)
+        self.source, self.config = source, loaded[0].config.to_dict() if loaded else look_at(source) or {}
         if self.config:
             check_supported(self.config)
         if self.config.get("quantization_config"):

@@ -106,6 +106,7 @@ def run(workspace: Workspace) -> Path:
             "source": config.model.source,
             "fingerprint": workspace.model.facts.fingerprint,
             "layers": menu.n_layers,
+            "plans": [str(plan) for plan in menu.plans],
         },
         "machine": machine(),
     }
