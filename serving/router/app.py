@@ -45,7 +45,7 @@ def make_app(chooser: Chooser, upstreams: Upstreams, *, is_checked: bool = True)
     router = _Router(chooser, upstreams, is_checked)
     app = FastAPI(lifespan=router.running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.stopping = router.stopping
-    app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(HTTPException, not_found)
     app.add_middleware(Admission, metrics=router.metrics, limits=chooser.limits, stopping=router.stopping)
     for path in ("/v1/completions", CHAT):
         app.add_api_route(path, router.answer, methods=["POST"])
@@ -150,7 +150,8 @@ class _Router:
         return choice if self._upstreams.runs(choice.plan) else self._chooser.full("no_pool")
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
+async def not_found(request: Request, error: Exception) -> Response:
+    """The answer for a path or method that there is not."""
     assert isinstance(error, HTTPException)
     return RefusedError(error.status_code, f"{request.scope['method']} of this path: {error.detail}").response
 

@@ -29,10 +29,11 @@ class Metrics:
         self.in_flight = Gauge("layerbudget_in_flight", "Requests that are being answered", registry=own)
         self._drift = Gauge("layerbudget_drift", "1 while the drift alarm is active and all run in full", registry=own)
 
-    def chosen(self, choice: Choice, milliseconds: float) -> None:
+    def chosen(self, choice: Choice, milliseconds: float | None = None) -> None:
         self._plans.labels(str(choice.plan), choice.because).inc()
         self._layers.observe(choice.plan.layers)
-        self._decision.observe(milliseconds)
+        if milliseconds is not None:
+            self._decision.observe(milliseconds)
 
     def answered(self, status: int) -> None:
         self._answers.labels(str(status)).inc()
