@@ -59,8 +59,8 @@ def gain() -> str:
     )
     return (
         f"Over {len(runs)} fresh runs, each with other splits, layerbudget runs {budget} of the decoder and\n"
-        f"scores {quality} of what the full model scores. It answers {batch} times as many requests a second in batches of 8,\n"
-        f"{single} times as many one at a time."
+        f"scores {quality} of what the full model scores. It answers {batch} times as many requests a second in\n"
+        f"batches of 8, {single} times as many one at a time."
     )
 
 

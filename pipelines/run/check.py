@@ -194,7 +194,8 @@ class _Checks:
         if not self._model.has_tokenizer:
             raise _UnknownError
         lengths = self._model.checked_lengths(texts, new)
-        return f"tokens       {sum(lengths):,} of all prompts, {max(lengths)} of the longest prompt, {new} new ones{self._endless}"
+        counts = f"{sum(lengths):,} of all prompts, {max(lengths)} of the longest prompt, {new} new ones"
+        return f"tokens       {counts}{self._endless}"
 
     @property
     def _endless(self) -> str:
