@@ -10,11 +10,11 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from controller.certificate.fewest_prompts import fewest_prompts
-from oracle.spread import spread
+from controller.certificate.p_values import fewest_prompts
+from oracle.batches import spread
 
-from backbone.errors import InputError
-from backbone.plan import LayerPlan, PlanError
+from backbone.errors import InputError, PlanError
+from backbone.plan import LayerPlan
 from controller.certificate.certificate import alpha_of
 from oracle.chat import Question, rendered
 from oracle.intake import COLUMNS

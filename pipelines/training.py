@@ -74,7 +74,6 @@ def train(
             allocator.check_model(model)
             return allocator
     finally:
-        Workspace.forget()
         detach(model)
         model.train(was_training)
 
@@ -108,9 +107,10 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def _write(folder: Path, lines: str, base: dict[str, Any]) -> None:
     """The prompts, in a folder that is found to be this run's first."""
-    RunState(config := checked_config(dict(base)))
+    workspace = Workspace(config := checked_config(dict(base)))
+    state = RunState(workspace)
     config.folder.mkdir(parents=True, exist_ok=True)
-    RunState(config).begin()
+    state.begin()
     path = folder / PROMPTS
     if not path.is_file() or path.read_text(encoding="utf-8") != lines:
         write_atomically(path, lines)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from oracle.labels.generate_answers import answer_batch
-from oracle.spread import spread
+from oracle.labels.generation import answer_batch
+from oracle.batches import spread
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
@@ -19,8 +19,9 @@ from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from oracle.chat import ChatTemplate
 from oracle.prompts import Prompt
-from pipelines.config import Config, load_config, yaml_text
-from pipelines.evaluation.paired_ratios import FEWEST_ROUNDS
+from pipelines.config import Config, load_config
+from pipelines.config.parsing import parse_yaml
+from pipelines.evaluation.speed import FEWEST_ROUNDS
 from pipelines.evaluation.summary import load_metrics
 from pipelines.proposal import FEWEST, least_prompts
 from pipelines.run.given_model import given_model, giving
@@ -95,7 +96,7 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
         )
     changed = [
         f"data.limit={limit}",
-        f"adapt.prompts={max(8, min(config.adapt.prompts, int(limit * config.data.shares['adapt'])))}",
+        f"adapt.prompts={max(8, min(config.adapt.prompts or limit, int(limit * config.data.shares['adapt'])))}",
         f"calibration.keep={_levels(config, int(limit * config.data.shares['calibrate']))}",
         f"tuning.trials={max(2, min(config.tuning.trials, int(minutes // 3)))}",
         f"evaluation.speed_prompts={timed}",
@@ -103,7 +104,7 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
         "evaluation.speed_rounds=20",
     ]
     if not are_exits:  # a search among plans, or a trained adapter, takes longer than a trial
-        changed += ["menu.method=middle_block", "adapt.method=bridges", "adapt.minutes=null"]
+        changed += ["menu.method=gaps", "adapt.method=bridges", "adapt.minutes=null"]
     return changed
 
 
@@ -158,7 +159,7 @@ def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
 def _check_no_full_run(config: Config) -> None:
     """Raises InputError for a folder whose results come from all prompts, which a trial would replace."""
     resolved = config.folder / "config.yaml"
-    if resolved.is_file() and yaml_text.parse(resolved.read_bytes())["data"]["limit"] is None:
+    if resolved.is_file() and parse_yaml(resolved.read_bytes())["data"]["limit"] is None:
         raise InputError(
             f"{config.folder} holds a run with all prompts, whose results a trial would replace: name another file "
             "with --out"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from controller.certificate.fewest_prompts import fewest_prompts
 
 from controller.certificate.certificate import alpha_of
-from controller.certificate.p_values import CalibrationError
+from controller.certificate.p_values import fewest_prompts
+from controller.certificate.risks import CalibrationError
 from pipelines.evaluation.summary import NOTHING_LEFT_OUT, exceeds_limit, percent, quality, times
 
 WORTH = 1.1

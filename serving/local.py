@@ -106,7 +106,8 @@ class LocalEngine:
 
     def _next_group(self) -> list[_Waiting]:
         """The first request, and later ones like it as far as one batch holds them."""
-        first, group, size = self._waiting[0], [], 0
+        first, size = self._waiting[0], 0
+        group: list[_Waiting] = []
         for asked in self._waiting:
             if (asked.raw, asked.options) == (first.raw, first.options) and (
                 not group or size + len(asked.prompts) <= self._batch_size
