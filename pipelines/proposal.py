@@ -10,12 +10,12 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from controller.certificate.p_values import fewest_prompts
-from oracle.batches import spread
 
 from backbone.errors import InputError, PlanError
 from backbone.plan import LayerPlan
 from controller.certificate.certificate import alpha_of
+from controller.certificate.p_values import fewest_prompts
+from oracle.batches import spread
 from oracle.chat import Question, rendered
 from oracle.intake import COLUMNS
 from pipelines.config import LONGEST_NAME

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from oracle.labels.generation import answer_batch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.families import decoder_layers
@@ -16,6 +15,7 @@ from oracle.chat import ChatTemplate, Rendered, tokens_of
 from oracle.decoding import Decoding
 from oracle.intake import ASKED, prompts_from, read_source
 from oracle.judges import KL
+from oracle.labels.generation import answer_batch
 from oracle.prompt_sources import EMBEDDED, Row, Source, embedded_prompts
 from oracle.text_normalisation import last_number
 from pipelines.run.given_model import given_model

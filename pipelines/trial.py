@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from oracle.labels.generation import answer_batch
-from oracle.batches import spread
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
@@ -17,7 +15,9 @@ from backbone.families import decoder_layers
 from backbone.files import write_atomically
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
+from oracle.batches import spread
 from oracle.chat import ChatTemplate
+from oracle.labels.generation import answer_batch
 from oracle.prompts import Prompt
 from pipelines.config import Config, load_config
 from pipelines.config.parsing import parse_yaml

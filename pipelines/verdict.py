@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-
 from controller.certificate.certificate import alpha_of
 from controller.certificate.p_values import fewest_prompts
 from controller.certificate.risks import CalibrationError
