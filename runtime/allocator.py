@@ -65,7 +65,7 @@ class Allocator(AllocatorParts):
         """Load a saved allocator from a folder or a hub repository.
 
         Args:
-            source: a folder, or a repository's name.
+            source: a folder, a repository's name, or `package:NAME` for an installed package that brings an allocator.
             revision: branch, tag or commit of the repository.
             token: for a private repository; True takes the one that `hf auth login` stored.
             cache_dir: where downloads are kept; default: the hub's own cache.

