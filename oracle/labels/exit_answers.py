@@ -153,7 +153,11 @@ class _Pass:
             attached = attached_to(self._model, plan)
             if attached is not None and (head := attached.bridges.get(plan, {}).get(self._depths[plan])):
                 state = head(state)
-            tokens = [t for part in state.split(AT_ONCE) for t in output_logits(self._model, part).argmax(-1).tolist()]
+            tokens = [
+                one
+                for part in torch.split(state, AT_ONCE)
+                for one in output_logits(self._model, part).argmax(-1).tolist()
+            ]
             for (number, so_far), token in zip(own, tokens, strict=True):
                 later[number, (*so_far, token)].append(plan)
         return later
