@@ -154,7 +154,9 @@ class _Pass:
             if attached is not None and (head := attached.bridges.get(plan, {}).get(self._depths[plan])):
                 state = head(state)
             tokens = [
-                t for part in torch.split(state, AT_ONCE) for t in output_logits(self._model, part).argmax(-1).tolist()
+                one
+                for part in torch.split(state, AT_ONCE)
+                for one in output_logits(self._model, part).argmax(-1).tolist()
             ]
             for (number, so_far), token in zip(own, tokens, strict=True):
                 later[number, (*so_far, token)].append(plan)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
     "menus",
     {
-        "given": "oracle.menus.fixed:given",
-        "exits": "oracle.menus.fixed:exits",
-        "gaps": "oracle.menus.fixed:gaps",
-        "evenly": "oracle.menus.fixed:evenly",
-        "greedy": "oracle.menus.greedy:greedy",
+        "given": "oracle.menus.methods:given",
+        "exits": "oracle.menus.methods:exits",
+        "gaps": "oracle.menus.methods:gaps",
+        "evenly": "oracle.menus.methods:evenly",
+        "greedy": "oracle.menus.methods:greedy",
         "covering": "oracle.menus.covering:covering",
     },
 )

@@ -7,7 +7,7 @@ from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
 from oracle.menus import MENUS, build_menu, search_steps
 from oracle.menus.base import MenuTask
-from oracle.menus.greedy import answered_batches, mean_divergences
+from oracle.menus.methods import answered_batches, mean_divergences
 
 
 def task_of(model, **changes) -> MenuTask:

@@ -1,4 +1,4 @@
-"""Removes, layer by layer, what changes the full model's next-token distributions least."""
+"""Methods that propose plans: from the number of layers alone, as the user wrote them down, or by greedy removal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from oracle.labels.verification import Row, diverge
 from oracle.menus.base import Advance, MenuTask
 from oracle.search.searchers import one_layer_less
 
+GAP_LENGTHS = 8
+"""Lengths of gaps that are tried, at most."""
+
 MAX_TOKENS = 4
 """Tokens of each answer that count, so that one long answer does not outweigh many short ones."""
 
@@ -22,8 +25,37 @@ BATCH = 4
 """Prompts of like length that run together, so that little is padded."""
 
 
+def given(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """The plans that the user wrote down."""
+    return [LayerPlan.parse(text, task.n_layers) for text in task.given]
+
+
+def exits(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """Early exits, evenly spread from the cheapest budget to the last layer."""
+    return [LayerPlan.exiting(task.n_layers, count) for count in task.counts]
+
+
+def evenly(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """Evenly spread skips, the last layer kept (Unified Layer Skipping, Liu et al. 2024, arXiv 2404.06954, sec. 3)."""
+    counts = spread(range(max(task.probe_depth + 1, task.fewest_layers), task.n_layers), task.n_plans - 1)
+    return [LayerPlan.evenly(task.n_layers, count, probe_depth=task.probe_depth) for count in counts]
+
+
+def gaps(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """One gap of neighbouring layers, of lengths and at places evenly spread from the probe layers to the last."""
+    longest = task.n_layers - task.fewest_layers
+    lengths = spread(range(1, longest + 1), max(1, min(GAP_LENGTHS, task.n_plans - 1)))
+    places = max(1, (task.n_plans - 1) // len(lengths))
+    return [
+        LayerPlan.skipping(task.n_layers, range(first, first + length))
+        for length in lengths
+        for first in spread(range(task.probe_depth, task.n_layers - length + 1), places)
+    ]
+
+
 def greedy(task: MenuTask, advance: Advance) -> list[LayerPlan]:
-    """The plans on the way down from the full one, each less the layer whose loss diverges least."""
+    """The plans on the way down from the full one, each less the layer whose loss changes the full model's next-token
+    distributions least."""
     sizes, removable, batches = (
         sublayer_bytes(task.model),
         range(task.probe_depth, task.n_layers),
@@ -41,7 +73,7 @@ def greedy(task: MenuTask, advance: Advance) -> list[LayerPlan]:
 def answered_batches(task: MenuTask) -> list[list[Row]]:
     """The task's prompts with the beginnings of the full model's answers, in batches."""
     ordered = sorted(task.prompts, key=lambda text: len(tokens_of(task.tokenizer, text)))
-    full, batches = LayerPlan.full(task.n_layers), []
+    full, batches = LayerPlan.full(task.n_layers), list[list[Row]]()
     for start in range(0, len(ordered), BATCH):
         texts = ordered[start : start + BATCH]
         answers = answer_batch(task.model, task.tokenizer, texts, full, task.decoding)
