@@ -48,7 +48,7 @@ def check_layers_run(
     """Generate a token for some of the rendered prompts whose certified plan is shortened, and compare plans.
 
     Raises:
-        OtherLayersError: see `runtime.generation.check_layers`.
+        InputError: see `runtime.generation.check_layers`.
     """
     timed, one = replace(allocator, drift=None), replace(allocator.decoding, max_new_tokens=1)
     shortened = [(text, plan) for text, plan in zip(texts, certified, strict=True) if not plan.is_full]

@@ -20,7 +20,6 @@ from pipelines.run.workspace import Workspace
 from pipelines.stages import adapt
 from pipelines.stages.menu import _parts
 from runtime import plan_selection as deciding
-from runtime.generation import OtherLayersError
 
 
 @pytest.mark.parametrize("method", ["both", "best"])
@@ -145,6 +144,6 @@ def test_generate_runs_the_layers_that_were_certified(flipped, fails, sentence) 
         if sentence is None:
             check_layers_run(allocator, model, tokenizer, TEXTS, certified)
             return
-        with pytest.raises(OtherLayersError) as error:
+        with pytest.raises(InputError) as error:
             check_layers_run(allocator, model, tokenizer, TEXTS, certified)
     assert sentence in str(error.value)
