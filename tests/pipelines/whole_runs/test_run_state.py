@@ -5,7 +5,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -262,22 +261,21 @@ def test_a_run_follows_the_models_generation_config_and_says_so(project) -> None
     assert decoding.endswith("repetition_penalty=1.5")
 
 
-def judge_with(project: Path, folder: Path, monkeypatch, failure: str) -> None:
-    """A judge that fails like this on every thirtieth prompt."""
-    (folder / "odd_judge.py").write_text(
+def judge_with(project: Path, folder: Path, monkeypatch, module: str, failure: str) -> None:
+    """A judge in a module of its own, which fails like this on every thirtieth prompt."""
+    (folder / f"{module}.py").write_text(
         f"import sys\n\ndef judge(answer, reference, full):\n    if reference == 'stop':\n        {failure}\n"
         "    return float(answer == full)\n"
     )
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "odd_judge", raising=False)
     rows = [json.loads(line) for line in (project / "prompts.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):
-        row |= {"judge": "odd_judge:judge", "reference": "stop" if number % 30 == 0 else "x"}
+        row |= {"judge": f"{module}:judge", "reference": "stop" if number % 30 == 0 else "x"}
     (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_judge_that_exits_has_failed_on_that_prompt(project, tmp_path, monkeypatch) -> None:
-    judge_with(project, tmp_path, monkeypatch, "sys.exit(0)")
+    judge_with(project, tmp_path, monkeypatch, "exiting_judge", "sys.exit(0)")
     done = layerbudget("run", project / "tiny.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     output = " ".join(done.stdout.split())
@@ -288,7 +286,7 @@ def test_a_judge_that_exits_has_failed_on_that_prompt(project, tmp_path, monkeyp
 
 def test_a_judge_may_say_anything_in_brackets(project, tmp_path, monkeypatch) -> None:
     """What looks like the terminal's markup is none, in a message and in a folder's name."""
-    judge_with(project, tmp_path, monkeypatch, "raise ValueError('no [/] and no [/red]')")
+    judge_with(project, tmp_path, monkeypatch, "bracket_judge", "raise ValueError('no [/] and no [/red]')")
     folder = project / "runs [" / "red]"
     for stage in ("menu", "adapt", "label"):
         done = layerbudget(stage, project / "tiny.yaml", "--set", f"runs='{folder}'")
