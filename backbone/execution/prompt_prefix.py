@@ -122,7 +122,7 @@ def probe_states(
 def replaying(
     model: PreTrainedModel, prefix: Prefix, rows: torch.Tensor | None = None, *, release: bool = False
 ) -> Iterator[None]:
-    """Within this block, inside `apply_plan`, the first layers give the kept states, keys and values of the prompt.
+    """Within this block, inside `apply_plan`, the first layers of `model` give what was kept of the prompt.
 
     The prompt may come in one pass or in several (chunks); after its last token the layers compute again. Until then a
     compiled decoding step is put off, since a graph that was traced now would hold the kept states for ever.
