@@ -114,8 +114,8 @@ class _RowCache:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> KeysValues:
         """Store [r, H, 1, d] with the others'; returns all of the active rows [r, H, T, d]."""
-        merged = [self._merged(own, other) for own, other in zip((keys, values), self._filled, strict=True)]
-        stored = self._cache.update(*merged, layer, *args, **kwargs)
+        all_keys, all_values = self._merged(keys, self._filled[0]), self._merged(values, self._filled[1])
+        stored = self._cache.update(all_keys, all_values, layer, *args, **kwargs)
         return stored[0].index_select(0, self._active), stored[1].index_select(0, self._active)
 
     def _merged(self, own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -264,4 +264,5 @@ def _cells(scores: Floats) -> Ints:
     """Cells of a histogram for scores [N, C]: their bits as 16-bit floats, which order like floats."""
     # abs, for -0.0 has other bits than 0.0
     halves = np.nan_to_num(np.abs(scores), nan=LARGEST_SCORE, posinf=LARGEST_SCORE)
-    return np.minimum(halves, LARGEST_SCORE).astype(np.float16).view(np.uint16).astype(np.int64) >> DROPPED_BITS
+    bits = np.minimum(halves, LARGEST_SCORE).astype(np.float16).view(np.uint16)
+    return np.asarray(bits.astype(np.int64) >> DROPPED_BITS)
