@@ -62,7 +62,7 @@ def test_the_menu_without_nodes_is_the_substituted_one() -> None:
 def test_the_solver_stops_at_nodes_never_at_a_clock(monkeypatch) -> None:
     options = []
     real = p_median.milp
-    monkeypatch.setattr(p_median, "milp", lambda *a, **k: options.append(k["options"]) or real(*a, **k))
+    monkeypatch.setattr(p_median, "milp", lambda *a, **k: options.append({**k["options"]}) or real(*a, **k))
     best_plans(*drawn(0), 4, [0.0])
     assert options == [{"node_limit": p_median.NODES, "mip_rel_gap": p_median.GAP}]
 
