@@ -13,8 +13,8 @@ import pytest
 import yaml
 from command import layerbudget, refused, snapshot
 
-from pipelines import check, tracking
 from pipelines.config import load_config
+from pipelines.run import check, tracking
 
 
 @pytest.fixture
