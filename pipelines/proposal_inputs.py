@@ -118,8 +118,8 @@ class AskedPrompts:
 
     @property
     def have_lines(self) -> bool:
-        """Whether any reference has several lines."""
-        return any("\n" in text.strip() for text in self.references)
+        """Whether more than one reference in twenty has several lines."""
+        return sum("\n" in text.strip() for text in self.references) > len(self.references) / 20
 
     @property
     def are_numbers(self) -> bool:

@@ -33,8 +33,10 @@ from runtime.paired_timing import seconds_of
 
 TIMED = 8
 """Prompts whose answers are timed."""
-FIXED_S = 90.0
+FIXED_S = 60.0
 """What a trial takes beside prompts and timings: controllers, controls, reports."""
+EXAMPLES = 60
+"""Answers, one at a time, in whose time the report's examples are made."""
 PASSES = {True: 1.5, False: 7.0}
 """How many times as long as its full answer a prompt takes in all stages: with exits alone, and with other plans."""
 HEAD_FIT = 16
@@ -85,7 +87,8 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
     """
     seconds, are_exits, timed = 60 * minutes * SAFE, config.menu.method == "given", _timed(config, pace, minutes)
     heads = len(config.menu.given) if config.adapt.method == "heads" else 0
-    fixed = FIXED_S + pace.batched * HEAD_FIT * heads + max(seconds * TIMINGS, timed * _timing_s(config, pace))
+    fixed = FIXED_S + pace.single * EXAMPLES + pace.batched * HEAD_FIT * heads
+    fixed += max(seconds * TIMINGS, timed * _timing_s(config, pace))
     each = pace.batched * PASSES[are_exits]
     limit = min(prompts, fitting := int(max(0.0, seconds - fixed) / each))
     if limit < FEWEST:

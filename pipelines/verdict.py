@@ -84,6 +84,11 @@ class _Findings:
         return _pays(self.single) or _pays(self.batch)
 
     @property
+    def shortens(self) -> bool:
+        """Whether enough is left out; with few calibration prompts a price is careful."""
+        return self.in_reach and (self.best["budget"] <= 1 / WORTH or self.pays)
+
+    @property
     def speeds(self) -> str:
         rows = self.metrics["speed"]["prompts"]
         return f"{times(self.single)} as fast one prompt at a time and {times(self.batch)} in a batch of {rows}"
@@ -157,7 +162,7 @@ def _use(found: _Findings) -> str:
 
 def _too_few_prompts(found: _Findings) -> Sequence[str]:
     needed = _needed(found.certificate)
-    if found.in_reach or needed <= found.size:
+    if found.shortens or needed <= found.size:
         return ()
     there = f"A full run has {found.full_size} of them"
     return (
@@ -170,7 +175,7 @@ def _too_few_prompts(found: _Findings) -> Sequence[str]:
 
 
 def _plans_lose_too_much(found: _Findings) -> Sequence[str]:
-    if found.in_reach and (found.best["budget"] <= 1 / WORTH or found.pays):
+    if found.shortens:
         return ()
     return (
         f"the shortened plans lose too much. The bound of {percent(found.certificate['keep'])} "

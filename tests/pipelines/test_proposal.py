@@ -131,7 +131,7 @@ PACES = {
         Pace(0.6, 0.4),
         10,
         3000,
-        {"data.limit=529", "calibration.keep=[0.9, 0.8, 0.97]", "evaluation.speed_prompts=3"},
+        {"data.limit=519", "calibration.keep=[0.9, 0.8, 0.97]", "evaluation.speed_prompts=3"},
     ),
     "all": (
         Pace(0.01, 0.01),
@@ -139,7 +139,7 @@ PACES = {
         900,
         {"data.limit=900", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=8"},
     ),
-    "slow": (Pace(2.0, 1.2), 10, 3000, {"data.limit=97", "calibration.keep=[0.8, 0.6, 0.97]", "tuning.trials=3"}),
+    "slow": (Pace(2.0, 1.2), 13, 3000, {"calibration.keep=[0.8, 0.6, 0.97]", "tuning.trials=4"}),
 }
 
 

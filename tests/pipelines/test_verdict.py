@@ -135,3 +135,5 @@ def test_a_lower_level_counts_where_the_wanted_one_is_in_reach(needed, prompts, 
     metrics["certificates"] = [metrics["certificate"], wanted]
     metrics["best_static"] = card(0.5, 0.7, 1)
     assert verdict(metrics, prompts).reason == reason
+    metrics |= {"mlp": card(0.97, 0.99, 2), "speed": {**metrics["speed"], **SLOW["speed"]}}
+    assert verdict(metrics, prompts).reason == (reason if needed is None else "too_few_prompts"), "a careful price"
