@@ -109,7 +109,7 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
         else:
             assert (short.answer, short.answer_ids) == (plain.answer, plain.answer_ids)
     k = len(menu)
-    assert sum(a.answer == b.answer for a, b in zip(rows[True][k - 2 :: k], rows[True][k - 1 :: k], strict=True)) > 0
+    assert any(a.answer == b.answer for a, b in zip(rows[False][k - 2 :: k], rows[False][k - 1 :: k], strict=True))
     if judge != "rouge_l":
         assert sum(label.forward_tokens for label in rows[True]) < sum(label.forward_tokens for label in rows[False])
 
