@@ -28,7 +28,7 @@ from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.frontier import Frontiers, budget_at
-from oracle.frontier.upgrades import climb
+from oracle.frontier.sweep import sweep
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import LabelStore
@@ -113,7 +113,7 @@ def no_more(own: tuple[PlanMenu, Any], other: tuple[PlanMenu, Any]) -> dict[str,
 
 def redrawn(menu: PlanMenu, scores: NDArray[np.float64], draws: Sequence[NDArray[np.float64]]) -> list[Frontiers]:
     budgets = np.array(menu.budgets)
-    steps = climb(scores, budgets)
+    steps = sweep(scores, budgets)
     return [Frontiers.of(scores, budgets, steps, counts) for counts in draws]
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from oracle.frontier.frontier import budget_at
 from oracle.frontier.knapsack import cheapest_choices
-from oracle.frontier.upgrades import climb, path
+from oracle.frontier.sweep import path, sweep
 from runtime.paired_timing import machine
 
 Floats = NDArray[np.float64]
@@ -58,7 +58,7 @@ def draw(kind: str, n: int, k: int, seed: int = 0) -> tuple[Floats, Floats]:
 
 def measure(kind: str, scores: Floats, budgets: Floats, rounds: int) -> dict[str, Any]:
     """The problem's median time, its objective, and how far that can be from the best possible."""
-    points, full = path(climb(scores, budgets), scores, budgets), float(scores[:, -1].mean())
+    points, full = path(sweep(scores, budgets), scores, budgets), float(scores[:, -1].mean())
     cheapest, seconds = timed(lambda: cheapest_choices(scores, budgets, full), rounds)
     budget, least = float(budgets[cheapest].mean()), budget_at(points, full)
     found = {"scores": kind, "problem": "least mean budget", "seconds": round(seconds, 2)}

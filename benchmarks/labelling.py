@@ -3,7 +3,7 @@
     python benchmarks/labelling.py                                  # Gemma 3 270M, 128 embedded prompts, 12 plans
     python benchmarks/labelling.py --data MIXED.jsonl --name mixed  # other prompts
 
-All parts run in turn in one process, on the same prompts and the same menu. Also kills a labelling run 100 times and
+All parts run alternately in a process, on the same prompts and the same menu. Also kills a labelling run 100 times and
 opens a store of a million labels. Writes benchmarks/results/labelling-NAME.json.
 """
 

@@ -248,10 +248,10 @@ def check_lengths(
             ) from None
         if not (count := len(tokens_of(tokenizer, text))):
             raise PromptError(f"the prompt {name!r:.80} has no tokens: there is nothing to continue")
-        check_room(name, count, new_tokens, limit)
+        check_context(name, count, new_tokens, limit)
 
 
-def check_room(name: str, count: int, new_tokens: int, limit: int | None) -> None:
+def check_context(name: str, count: int, new_tokens: int, limit: int | None) -> None:
     """Raises PromptError where a prompt of `count` tokens and its answer are more than the model takes."""
     if limit is not None and count + new_tokens > limit:
         raise PromptError(

@@ -45,7 +45,7 @@ def train(
     """Make an allocator for a loaded model. Called again it goes on, or does again what other arguments change.
 
     Args:
-        model: of a supported family. It is left without healing parts, as it came.
+        model: of a supported family. It is left without healing parts, as it was given.
         tokenizer: its own.
         prompts: at least 64 rows with `prompt` or `messages`, and `reference` where the judge needs one; perhaps `id`,
             `task`, `group` and `judge`. A list of dicts or a `datasets.Dataset`.

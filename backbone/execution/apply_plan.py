@@ -93,7 +93,7 @@ def apply_plan(
     Raises:
         PlanError: the plan is for another number of layers, or the full depth with a head that is not attached; this
             thread already runs this model with a plan; (from the model's forward) a cache filled under another plan.
-        UnsupportedModelError: see `family_of`; sub-layers of an undeclared family; a model compiled by hand; the
+        UnsupportedModelError: see `family_of`; sub-layers of an undeclared family; a model compiled by the user; the
             self-test failed.
         InputError: (from `generate()`) continuous batching.
     """

@@ -68,7 +68,7 @@ def _check_can_run(model: PreTrainedModel, plan: LayerPlan) -> None:
     for module in (model, decoder_of(model), *layers):  # a graph compiled before may go on as if there were no plan
         if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
             raise UnsupportedModelError(
-                f"this model's {type(module).__name__} was compiled by hand, and no plan can change a compiled graph; "
+                f"this model's {type(module).__name__} was compiled by the user, and no plan changes a compiled graph; "
                 "leave it uncompiled: generate() compiles each plan by itself when it uses a static cache"
             )
 

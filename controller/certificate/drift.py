@@ -178,7 +178,7 @@ class DriftAlarm:
 
     def _count(self, cells: Ints) -> None:
         """One prompt, [C]."""
-        self._martingale.bet(self._p_values(cells))
+        self._martingale.update(self._p_values(cells))
         self._seen, self._tested = self._seen + 1, self._tested + 1
         if self._tested >= FEWEST and self._martingale.wealth >= 1 / self.false_alarm_rate:
             self._alarms, self._triggered = self._alarms + 1, True
@@ -251,7 +251,7 @@ class _TestMartingale:
     def wealth(self) -> float:
         return float(self._wealth.sum(axis=1).mean() + 1 / (self._time + 1))
 
-    def bet(self, p_values: Floats) -> None:
+    def update(self, p_values: Floats) -> None:
         """Bet on p-values [C]."""
         self._time += 1
         own = self._wealth.sum(axis=1, keepdims=True)

@@ -21,8 +21,8 @@ from oracle.frontier.frontier import (
     surely_sufficient,
     upper_hull,
 )
-from oracle.frontier.split_half import corrected_climb, corrected_path
-from oracle.frontier.upgrades import climb
+from oracle.frontier.split_half import corrected_path, corrected_sweep
+from oracle.frontier.sweep import sweep
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -88,7 +88,7 @@ def frontier_card(
     chosen: Choices, scores: Floats, sufficient: Bools, budgets: Floats, loss: float = 0.05
 ) -> FrontierCard:
     """The card of prompts for which a policy runs plan `chosen[i]` [N]; `loss`: see `FrontierCard`."""
-    steps, corrected_steps = climb(scores, budgets), corrected_climb(scores, budgets)
+    steps, corrected_steps = sweep(scores, budgets), corrected_sweep(scores, budgets)
     everyone = np.arange(len(scores))
     own = budgets[least_sufficient(surely_sufficient(sufficient))]
     quality, budget = scores[everyone, chosen], budgets[chosen]
@@ -146,7 +146,7 @@ def captured_by(
     policies: Mapping[str, Choices], scores: Floats, budgets: Floats, controls: frozenset[str] = frozenset()
 ) -> dict[str, Captured]:
     """The captured share of each policy, which are choices of plans [N], on the same redraws."""
-    steps, everyone = climb(scores, budgets), np.arange(len(scores))
+    steps, everyone = sweep(scores, budgets), np.arange(len(scores))
     outcomes = {name: (scores[everyone, chosen], budgets[chosen]) for name, chosen in policies.items()}
 
     def captured(drawn: Choices) -> dict[str, float]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from controller.base import choose, plan_losses
 from controller.certificate.calibration import PRICES, choices
 from oracle.frontier.frontier import captured_headroom
-from oracle.frontier.upgrades import climb, path
+from oracle.frontier.sweep import path, sweep
 
 Floats = NDArray[np.float64]
 Predicted = NDArray[np.float32]
@@ -119,7 +119,7 @@ def regret(predicted: Predicted, quality: Floats, budgets: Floats, bounds: Seque
     retained = 1.0 - plan_losses(quality)  # 1 for the full plan
     curve = np.array([(1.0, 1.0), *price_curve(predicted, retained, budgets)])
     spent, losses = np.minimum.accumulate(curve[:, 0]), 1 - curve[:, 1]
-    oracle = path(climb(retained, budgets), retained, budgets)
+    oracle = path(sweep(retained, budgets), retained, budgets)
     excess = [
         _spent_at(bound, losses, spent) - float(np.interp(1 - bound, oracle[:, 1], oracle[:, 0])) for bound in bounds
     ]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oracle.frontier.knapsack import ROUNDING, cheapest_choices
-from oracle.frontier.upgrades import Climb, Floats, climb, path
+from oracle.frontier.sweep import Floats, Sweep, path, sweep
 
 Point = tuple[float, float]
 """(mean budget, mean score)."""
@@ -85,7 +85,7 @@ def oracle_hull(scores: Floats, budgets: Floats) -> list[Point]:
     The hull of the multiple-choice knapsack of Glavas et al. 2024 (arXiv 2410.20022, section 4), mixtures allowed.
     Picked with the scores in hand, so it flatters.
     """
-    return _points(*path(climb(scores, budgets), scores, budgets).T)
+    return _points(*path(sweep(scores, budgets), scores, budgets).T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,10 @@ class Frontiers:
     full: float
 
     @classmethod
-    def of(cls, scores: Floats, budgets: Floats, steps: Climb | None = None, counts: Floats | None = None) -> Frontiers:
-        """Of these prompts, each counted `counts[i]` times [N], once if None. `steps`: their climb, if it is known."""
+    def of(cls, scores: Floats, budgets: Floats, steps: Sweep | None = None, counts: Floats | None = None) -> Frontiers:
+        """Of these prompts, each counted `counts[i]` times [N], once if None. `steps`: their sweep, if it is known."""
         qualities = np.average(scores, axis=0, weights=counts)
-        known = climb(scores, budgets) if steps is None else steps
+        known = sweep(scores, budgets) if steps is None else steps
         hull = upper_hull(_points(budgets, qualities))
         return cls(hull, path(known, scores, budgets, counts), float(qualities[-1]))
 

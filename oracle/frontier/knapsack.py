@@ -1,6 +1,6 @@
 """The cheapest choice of one plan a prompt for a mean score, to optimality: a multiple-choice knapsack.
 
-The problem of Glavas et al. 2024 (arXiv 2410.20022, section 4). Its relaxation, the climb, gives a first choice and the
+The problem of Glavas et al. 2024 (arXiv 2410.20022, section 4). Its relaxation, the sweep, gives a first choice and the
 price of score in budget. At that price the problem falls apart into one a prompt, which bounds it. Nearly all plans are
 so far from their prompt's best that no better choice can hold them. HiGHS decides about the others, the core. Source:
 Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, sections 11.2 (bounds), 11.3 (reduction) and 11.7 (core).
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backbone.errors import InputError
-from oracle.frontier.upgrades import Choices, Floats, climb, path
+from oracle.frontier.sweep import Choices, Floats, path, sweep
 
 TOLERANCE = 1e-6
 """How far the mean budget may stay from the least possible."""
@@ -44,7 +44,7 @@ def cheapest_choices(scores: Floats, budgets: Floats, mean_score: float) -> Choi
         raise KnapsackError(
             f"no choice of plans has a mean score of {mean_score:.6g} or more; ask for {most:.6g} or less"
         )
-    steps = climb(scores, budgets)
+    steps = sweep(scores, budgets)
     points = path(steps, scores, budgets)
     taken = int(np.searchsorted(points[:, 1], mean_score - ROUNDING))
     if taken == 0:  # the cheapest plan will do for all

@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack, identity, kron, vstack
 
 from oracle.frontier.frontier import budget_at
-from oracle.frontier.upgrades import climb, path
+from oracle.frontier.sweep import path, sweep
 
 Floats = NDArray[np.float64]
 
@@ -48,7 +48,7 @@ def best_plans(scores: Floats, budgets: Floats, count: int, losses: Sequence[flo
 def oracle_budget(scores: Floats, budgets: Floats, plans: Sequence[int], losses: Sequence[float]) -> float:
     """What an oracle spends with some of the plans, averaged over the targets; mixtures are allowed."""
     own, full = scores[:, plans], float(scores[:, -1].mean())
-    points = path(climb(own, budgets[plans]), own, budgets[plans])
+    points = path(sweep(own, budgets[plans]), own, budgets[plans])
     return float(np.mean([budget_at(points, (1 - loss) * full) for loss in losses]))
 
 

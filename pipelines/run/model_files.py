@@ -11,7 +11,7 @@ from typing import Any
 from backbone.errors import LoadError, reason_of
 from backbone.model_source import check_supported, local_file, local_settings, look_at
 from oracle.chat import ChatTemplate, template_text
-from oracle.prompts import check_room
+from oracle.prompts import check_context
 from pipelines.run.given_model import given_model
 
 TOGETHER = 256
@@ -108,7 +108,7 @@ class ModelFiles:
                     f"the prompt {name!r:.80} holds token {max(ids)}, and the model's embedding has {rows:,} rows "
                     "(vocab_size): placeholders, such as those of images, cannot be read as text"
                 )
-            check_room(name, len(ids), new_tokens, limit)
+            check_context(name, len(ids), new_tokens, limit)
             lengths.append(len(ids))
         return lengths
 

@@ -17,7 +17,7 @@ from backbone.files import write_atomically
 from backbone.plan import PlanMenu
 from controller.report.report_card import price_curve
 from oracle.frontier.frontier import least_sufficient, oracle_hull, static_points, upper_hull
-from oracle.frontier.split_half import corrected_climb, corrected_path
+from oracle.frontier.split_half import corrected_path, corrected_sweep
 from pipelines.evaluation import figures, summary
 from pipelines.evaluation.examples import RULE
 from pipelines.evaluation.learning_table import Table
@@ -79,7 +79,7 @@ def _figures(
     menu, statics = workspace.menu(), static_points(table.scores, table.budgets)
     outliers = Allocator.from_pretrained(workspace.path("allocator")).outliers
     trained, decided = load_trained(workspace), load_trained(workspace, outliers)
-    corrected = corrected_path(corrected_climb(table.scores, table.budgets), table.scores, table.budgets)
+    corrected = corrected_path(corrected_sweep(table.scores, table.budgets), table.scores, table.budgets)
     draw: dict[str, Callable[[], str]] = {
         "quality": lambda: figures.quality_against_budget(
             statics,

@@ -39,7 +39,7 @@ ATTRIBUTES: dict[str, str] = {
     "transformers.models.llama.modeling_llama:apply_rotary_pos_emb": "token exits turn the keys of layers left out",
     "transformers.pytorch_utils:Conv1D": "the linear layer of GPT-2, whose weight lies the other way round",
     "transformers.utils.chat_template_utils:render_jinja_template": "renders chat templates without a tokenizer",
-    "torch.nn:Module._compiled_call_impl": "a model that was compiled by hand is refused by it",
+    "torch.nn:Module._compiled_call_impl": "a model that was compiled by the user is refused by it",
     "torch.compiler:assume_constant_result": "a graph is traced for one thread",
 }
 """`module:name` -> what for."""

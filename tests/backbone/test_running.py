@@ -186,14 +186,14 @@ def test_a_model_compiled_by_hand_is_refused() -> None:
     model = tiny_model("llama")
     decoder_layers(model)[3].compile(backend="eager")
     with (
-        pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer was compiled by hand"),
+        pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer was compiled by the user"),
         apply_plan(model, PLANS["middle"]),
     ):
         pass
     model = tiny_model("llama")
     model.forward = torch.compile(model.forward, backend="eager")
     with (
-        pytest.raises(UnsupportedModelError, match="LlamaForCausalLM was compiled by hand"),
+        pytest.raises(UnsupportedModelError, match="LlamaForCausalLM was compiled by the user"),
         apply_plan(model, PLANS["middle"]),
     ):
         pass

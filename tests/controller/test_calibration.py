@@ -62,7 +62,7 @@ def test_lost_scores_exceed_alpha_at_most_delta_of_the_time() -> None:
     assert broken <= binom.ppf(0.999, 300, DELTA)
 
 
-def gambled(full: np.ndarray, moved: np.ndarray, won: np.ndarray):
+def wins_and_losses(full: np.ndarray, moved: np.ndarray, won: np.ndarray):
     """At a share s of the prices, s of the answers change; a changed one is right with a probability of 1/2, as the
     full model's are of .6: the true risk is s (.6 - .5) / .6, in shares of the full model's mean score."""
 
@@ -77,7 +77,7 @@ def test_mean_scores_break_the_bound_at_most_delta() -> None:
 
     def price() -> float | None:
         full, won = (random.random(n) < 0.6).astype(float), (random.random(n) < 0.5).astype(float)
-        return valid_price(gambled(full, random.random(n), won), alpha, DELTA, risk="mean_score", full=full)
+        return valid_price(wins_and_losses(full, random.random(n), won), alpha, DELTA, risk="mean_score", full=full)
 
     prices = [found for found in (price() for _ in range(150)) if found is not None]
     broken = sum(share_of(found) / 6 > alpha for found in prices)

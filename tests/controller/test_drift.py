@@ -28,7 +28,7 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
 def test_p_values_are_independent_and_uniform_also_with_ties() -> None:
     random, found = np.random.default_rng(0), []
     watched = alarm(random, n=50)
-    watched._martingale.bet = found.append  # type: ignore[method-assign]
+    watched._martingale.update = found.append  # type: ignore[method-assign]
     watched.observe(*prompts(random, 3000))
     for channel in np.array(found).T:
         assert kstest(channel, "uniform").pvalue > 0.01

@@ -86,7 +86,7 @@ def test_bets_with_a_deadline_beat_constant_bets() -> None:
 
 
 def test_martingale_stops_near_delta() -> None:
-    """With nothing lost, p-values end just below delta: a level of delta / 4 takes a game of its own."""
+    """Where no answer loses, p-values end just below delta: a level of delta / 4 takes a test of its own."""
     losses = np.zeros((1, 400))
     assert DELTA / 4 < martingale_p_values(losses, ALPHA, DELTA)[0] <= DELTA
     assert martingale_p_values(losses, ALPHA, DELTA / 4)[0] <= DELTA / 4

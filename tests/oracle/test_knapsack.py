@@ -8,7 +8,7 @@ import pytest
 from backbone.errors import InputError
 from oracle.frontier import knapsack
 from oracle.frontier.knapsack import ROUNDING, TOLERANCE, KnapsackError, cheapest_choices
-from oracle.frontier.upgrades import climb, path
+from oracle.frontier.sweep import path, sweep
 
 BUDGETS = np.array([0.3, 0.45, 0.45, 0.8, 1.0])
 KINDS = ("continuous", "binary", "levels", "constant", "full is worst")
@@ -91,7 +91,7 @@ def test_many_prompts_are_solved_to_the_relaxations_bound() -> None:
     """With 2,000 prompts of continuous scores no mean budget lies between the bound and the optimum."""
     budgets = np.linspace(0.3, 1.0, 15)
     scores = np.random.default_rng(0).random((2000, 15)) * budgets
-    relaxed = path(climb(scores, budgets), scores, budgets)
+    relaxed = path(sweep(scores, budgets), scores, budgets)
     wanted = float(np.interp(0.5, *relaxed.T))
     cheapest, reached = measured(cheapest_choices(scores, budgets, wanted), scores, budgets)
     assert reached >= wanted - ROUNDING

@@ -41,7 +41,7 @@ def test_train_makes_an_allocator_and_goes_on(project, capsys) -> None:
     assert allocator.certificate.keep == 0.7
     assert model.training
     assert attached_digest(model, allocator.menu.plans[0]) == ""
-    assert tokenizer.padding_side == "right", "what was given is left as it came"
+    assert tokenizer.padding_side == "right", "the caller's tokenizer is unchanged"
     assert (project / "runs/mine/report.html").is_file()
     with torch.no_grad():
         output = allocator.generate(model.eval(), **padded_batch(), max_new_tokens=3)

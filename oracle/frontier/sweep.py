@@ -1,7 +1,7 @@
-"""Every prompt's climb from its cheapest plan to its best, in the order that an oracle with little budget would take.
+"""Every prompt's sweep from its cheapest plan to its best, in the order that an oracle with little budget would take.
 
 This is the multiple-choice knapsack where mixtures of plans are allowed, its relaxation to a linear programme: each
-prompt climbs the concave hull of its own (budget, score) points, and the steps of all prompts are taken in order of
+prompt goes up the concave hull of its own (budget, score) points, and the steps of all prompts are taken in order of
 score gained per budget spent. Source: Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, section 11.2.
 
 Shapes: `N` prompts, `K` plans, cheapest first, the last full. `scores` is [N, K], `budgets` [K]. `S` steps.
@@ -19,7 +19,7 @@ Choices = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
-class Climb:
+class Sweep:
     """The steps of N prompts, most score per budget first; a prompt's own steps keep their order.
 
     Attributes:
@@ -41,8 +41,8 @@ class Climb:
         return chosen
 
 
-def climb(scores: Floats, budgets: Floats) -> Climb:
-    """The climb that these scores suggest. It ends at the cheapest plan with the prompt's best score.
+def sweep(scores: Floats, budgets: Floats) -> Sweep:
+    """The sweep that these scores suggest. It ends at the cheapest plan with the prompt's best score.
 
     All prompts take their next step at once: the steepest way up from where they are, the longest of equally steep.
     """
@@ -59,7 +59,7 @@ def climb(scores: Floats, budgets: Floats) -> Climb:
         rows, at, last = rows[up], to[up], slope[up]
     prompt, source, target, slope = (np.concatenate(parts) for parts in zip(*rounds, strict=True))
     order = np.argsort(-slope, kind="stable")
-    return Climb(start, prompt[order], source[order], target[order])
+    return Sweep(start, prompt[order], source[order], target[order])
 
 
 def _slopes(scores: Floats, budgets: Floats, at: Choices) -> Floats:
@@ -70,11 +70,11 @@ def _slopes(scores: Floats, budgets: Floats, at: Choices) -> Floats:
     return slopes
 
 
-def path(steps: Climb, scores: Floats, budgets: Floats, counts: Floats | None = None) -> Floats:
+def path(steps: Sweep, scores: Floats, budgets: Floats, counts: Floats | None = None) -> Floats:
     """[S + 1, 2]: mean budget and mean score of all prompts before the first step and after each.
 
     Args:
-        steps: the climb; it may have been made from other scores of the same prompts.
+        steps: the sweep; it may have been made from other scores of the same prompts.
         scores: what the plans are worth [N, K].
         budgets: what they cost [K].
         counts: how often each prompt counts [N]; None for once.
