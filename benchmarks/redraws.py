@@ -97,7 +97,8 @@ def redrawn(config: Config, draws: int, workers: int = 1) -> dict[str, Any]:
         progress("draws", len(missing)) as advance,
         finished.open("a") as file,
     ):
-        for draw, figures in zip(missing, pool.map(_figures, [config] * len(missing), missing), strict=True):
+        spread = map if workers == 1 else pool.map
+        for draw, figures in zip(missing, spread(_figures, [config] * len(missing), missing), strict=True):
             found[draw] = figures
             print(json.dumps([draw, figures]), file=file, flush=True)
             advance(1)

