@@ -24,8 +24,8 @@ from controller.report.report_card import price_curve
 from oracle.frontier.frontier import Point, least_sufficient, oracle_hull, static_points, upper_hull
 from oracle.frontier.split_half import corrected_climb, corrected_path
 from oracle.labels.store import Label
-from pipelines import figures, first_screen, summary
 from pipelines.config import Config
+from pipelines.evaluation import figures, first_screen, summary
 from pipelines.evaluation.examples import RULE
 from pipelines.evaluation.learning_table import Table
 from pipelines.evaluation.omissions import Omissions
