@@ -78,8 +78,11 @@ def _answer_try_prompts(config: Config) -> None:
 def _close(config: Config) -> None:
     """What came of the run, as its own files say, also where everything was done before."""
     from pipelines.evaluation.summary import closing, load_metrics
+    from pipelines.run.run_record import look_at
 
     typer.echo(closing(load_metrics(config), str(config.folder / "report.html")))
+    for line in look_at(config):
+        typer.echo(line)
 
 
 def stage_command(name: str) -> Callable[..., None]:

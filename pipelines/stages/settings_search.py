@@ -60,7 +60,7 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
             reason = reason_of(error)
             raise ConfigError(f"cannot use tuning.storage {wanted.url!r}: {reason}") from error
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=wanted.study,
             storage=storage,
             sampler=sampler(seed),
@@ -68,10 +68,15 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
             direction="minimize",
             load_if_exists=True,
         )
+        if study.metric_names is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(["regret"])  # what a dashboard writes beside the values
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"tuning.storage {wanted.url!r} is damaged ({error}): delete it, and the search begins again"
         ) from None
+    return study
 
 
 def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna.Study:
