@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from oracle.search.testing import SearcherConformance as SearcherConformance
     from runtime.allocator import Allocator as Allocator
     from runtime.call_arguments import UnsupportedGenerationError as UnsupportedGenerationError
+    from runtime.certified_decoding import UncertifiedDecodingWarning as UncertifiedDecodingWarning
     from runtime.generation import OtherLayersError as OtherLayersError
     from runtime.generation import check_layers as check_layers
+    from runtime.output import AllocatedOutput as AllocatedOutput
     from runtime.parts import WrongModelError as WrongModelError
     from runtime.plan_selection import FullPlanWarning as FullPlanWarning
     from runtime.saving.allocator_checks import ArtefactError as ArtefactError
@@ -74,8 +76,10 @@ _NAMES = {
     "oracle.search.testing": ("SearcherConformance",),
     "runtime.allocator": ("Allocator",),
     "runtime.call_arguments": ("UnsupportedGenerationError",),
+    "runtime.certified_decoding": ("UncertifiedDecodingWarning",),
     "runtime.plan_selection": ("FullPlanWarning",),
     "runtime.generation": ("OtherLayersError", "check_layers"),
+    "runtime.output": ("AllocatedOutput",),
     "runtime.parts": ("WrongModelError",),
     "runtime.saving.allocator_checks": ("ArtefactError",),
     "runtime.saving.file_bundle": ("BundleError",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,7 @@ def generate(
     from layerbudget import load_backbone
     from oracle.context_lengths import check_lengths
     from runtime.answer_files import answer_file, check_places
+    from runtime.output import summary_line
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
@@ -75,8 +77,9 @@ def generate(
         print_answers(loaded, network, tokenizer, [prompt], raw=raw)
     else:
         assert prompts is not None
+        begun = time.perf_counter()
         with answers_bar() as (begin, advance):
-            answer_file(
+            plans = answer_file(
                 loaded,
                 network,
                 tokenizer,
@@ -87,6 +90,8 @@ def generate(
                 begin=begin,
                 advance=advance,
             )
+        if plans:  # beside the answers, which may go to the standard output
+            typer.echo(summary_line(plans, loaded.menu, network, time.perf_counter() - begun), err=True)
 
 
 def loaded_allocator(

@@ -43,8 +43,9 @@ def compare(
     """
     if out is None and overwrite:
         raise typer.BadParameter("--overwrite goes with --out")
-    from layerbudget import load_backbone
+    from layerbudget import LayerPlan, load_backbone
     from runtime.answer_files import check_places
+    from runtime.output import share_of_decoder
     from runtime.side_by_side import compare_file, summary
 
     check_places(prompts, out, overwrite=overwrite)
@@ -58,7 +59,8 @@ def compare(
         )
     if out is None:
         _print_table(lines)
-    typer.echo(summary(lines, loaded.menu.n_layers))
+    plans = [LayerPlan.parse(line["plan"], loaded.menu.n_layers) for line in lines]
+    typer.echo(summary(lines, loaded.menu.n_layers, share_of_decoder(plans, loaded.menu, network)))
 
 
 def _asked(line: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from backbone.files import lock_of, replacing
+from backbone.plan import LayerPlan
 from oracle.chat import ChatError, Question
 from oracle.context_lengths import check_lengths
 from oracle.prompt_sources import expanded
@@ -78,7 +79,7 @@ def answer_file(
     overwrite: bool = False,
     begin: Callable[[int, int], None] = lambda done, total: None,
     advance: Callable[[int], None] = lambda done: None,
-) -> None:
+) -> list[LayerPlan]:
     """Write, for each row of a file of prompts, a line with id, prompt, answer, layers and plan, in the same order.
 
     Until all are there, answers lie in the order in which they came in `<out>.partial`, from which the next run goes
@@ -91,6 +92,9 @@ def answer_file(
         overwrite: `out` may be replaced, and answers that were begun with other settings be dropped.
         begin: called once, with the number of prompts that were answered before and of all.
         advance: called with the number of prompts answered now.
+
+    Returns:
+        The plan of each row.
 
     Raises:
         PromptError: see `oracle.prompts.questions_of`; or a prompt is too long for the model.
@@ -115,6 +119,7 @@ def answer_file(
         write_lines(out, [answers[key] for key in keys])
         if partial:
             partial.path.unlink(missing_ok=True)
+    return [LayerPlan.parse(answers[key]["plan"], allocator.menu.n_layers) for key in keys]
 
 
 def rendered_texts(

@@ -67,7 +67,7 @@ def check_layers(certified: Iterable[LayerPlan], ran: Iterable[LayerPlan]) -> No
 
     Args:
         certified: for each prompt the plan that the certified policy chose.
-        ran: the `layer_plans` of the output of `allocator.generate`, or the plans of the texts of `generate_many`.
+        ran: the `plans` of the output of `allocator.generate`, or the plans of the texts of `generate_many`.
 
     Raises:
         OtherLayersError: the plans differ, on average over prompts, by more than `MOST_OTHER_LAYERS` of the layers.

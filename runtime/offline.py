@@ -18,6 +18,7 @@ from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import ChatError, Turns, tokens_of
 from runtime.call_arguments import UnsupportedGenerationError, asked_for
+from runtime.certified_decoding import warn_of_other_decoding
 from runtime.composing import Composer
 from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
 from runtime.plan_selection import Decision, PlanSelector, prompt_key
@@ -71,6 +72,8 @@ def finished_texts(
         raise UnsupportedGenerationError(f"prompt {empty[0]} is empty: there is nothing to continue")
     settings = _settings(allocator, model, tokenizer, options)
     _check(model, batch_size, settings)
+    names = ("do_sample", "num_beams", "max_new_tokens", "stop_strings")
+    warn_of_other_decoding(allocator, {name: asked_for(model, settings, name) for name in names})
 
     def run(part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
         inputs = padded_inputs(model, [tokens[index] for index in part])

@@ -41,7 +41,7 @@ def generate_texts(
     )
     assert not isinstance(output, torch.Tensor)
     texts = new_texts(tokenizer, output.sequences, inputs["input_ids"].shape[1], decoding)
-    return [AllocatedText(text, plan) for text, plan in zip(texts, output["layer_plans"], strict=True)]
+    return [AllocatedText(text, plan) for text, plan in zip(texts, output["plans"], strict=True)]
 
 
 def decoding_options(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
