@@ -17,6 +17,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 MOVED = ("backbone", "controller", "oracle", "pipelines", "runtime", "serving", "token_exits")
+EXAMPLES = "layerbudget.configs"
+"""Where `layerbudget init --example` finds the configurations, which stand in `configs/` in the project."""
 OURS = re.compile(rf"({'|'.join(MOVED)})((?:\.\w+)*)(:\w+)?")
 
 
@@ -57,12 +59,13 @@ class Wheel(bdist_wheel):
     def run(self) -> None:
         packages = [name for name in self.distribution.packages if name.partition(".")[0] in MOVED]
         new = {f"layerbudget.{name}": name for name in packages}
+        new[EXAMPLES] = "configs"
         self.distribution.packages = ["layerbudget", *new]
         self.distribution.package_dir = {name: old.replace(".", "/") for name, old in new.items()}
         self.distribution.package_data = {
             f"layerbudget.{name}" if name in packages else name: files
             for name, files in self.distribution.package_data.items()
-        }
+        } | {EXAMPLES: ["*.yaml"]}
         super().run()
 
 

@@ -9,21 +9,24 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from backbone.errors import reason_of
+from backbone.errors import LoadError, reason_of
 from backbone.families import decoder_layers, family_of
-from backbone.model_source import LoadError
 
 SHOWN = 3
 """Names that a message quotes."""
 
 ARCHITECTURE = "general.architecture"
-EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-GGUF_KEYS = ("block_count", "embedding_length", "attention.head_count")
-"""Without these transformers takes the numbers of the family's first model, and the shapes of tensors need not tell."""
+GGUF_KEYS = (
+    ("block_count",),
+    ("embedding_length",),
+    ("attention.head_count",),
+    ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
+)
+"""Without one of each of these transformers takes the numbers of the family's first model."""
 
 
 def check_complete(source: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
-    """Whether every weight of a model came from its checkpoint, and nothing of its layers was left over.
+    """Check that a checkpoint filled every weight of a model, and that nothing of its layers was left over.
 
     Args:
         source: the model's name, for messages.
@@ -50,14 +53,9 @@ def check_complete(source: str, model: PreTrainedModel, found: Mapping[str, Any]
 
 
 def read_gguf(name: str, read: Callable[[str], Any]) -> Any:
-    """A `gguf.GGUFReader` of a file whose metadata say what transformers would otherwise guess.
+    """`read`, which is `gguf.GGUFReader`, of a file whose metadata say what transformers would otherwise guess.
 
-    Args:
-        name: the file's path.
-        read: `gguf.GGUFReader`.
-
-    Raises:
-        LoadError: the file is truncated or damaged, or lacks keys.
+    Raises LoadError if the file is truncated or damaged, or lacks keys.
     """
     try:
         reader = read(name)
@@ -65,7 +63,7 @@ def read_gguf(name: str, read: Callable[[str], Any]) -> Any:
         size = Path(name).stat().st_size
         raise LoadError(f"{name!r}, {size:,} bytes, is truncated or damaged: {reason_of(error)}") from error
     kind = "?" if (field := reader.fields.get(ARCHITECTURE)) is None else field.contents()
-    wanted = [(ARCHITECTURE,), *((f"{kind}.{key}",) for key in GGUF_KEYS), tuple(f"{kind}.{key}" for key in EPSILONS)]
+    wanted = [(ARCHITECTURE,), *(tuple(f"{kind}.{key}" for key in keys) for keys in GGUF_KEYS)]
     if missing := [names[0] for names in wanted if reader.fields.keys().isdisjoint(names)]:
         raise LoadError(f"{name!r} lacks {_some(missing)}, which transformers would replace by a guess")
     return reader

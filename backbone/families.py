@@ -1,4 +1,4 @@
-"""Where a model keeps its layers and their sub-layers, and whether these are still the ones that it was made with."""
+"""Where a model keeps its layers and their sub-layers, and whether they are as its configuration says."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from backbone.errors import UnsupportedModelError
 from backbone.execution.live_changes import replaced
+from backbone.model_source import FAMILIES, Family, check_supported
 from backbone.plan import SublayerBytes
-from backbone.supported import FAMILIES as FAMILIES
-from backbone.supported import Family as Family
-from backbone.supported import UnsupportedModelError as UnsupportedModelError
-from backbone.supported import check_supported
 
 
 def family_of(model: PreTrainedModel) -> Family:
     """The family of a causal language model; an undeclared one is probed, and then only whole layers can be skipped.
-
-    Whether the plans of a probed model are exact, `backbone.execution.self_test` says before the first one is applied.
 
     Raises:
         UnsupportedModelError: see `check_supported`; a model that is wrapped or has no list of layers.
@@ -71,10 +67,10 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 
 
 def check_intact(model: PreTrainedModel) -> None:
-    """Whether the layers of a model are those that its configuration tells of, each once and in order.
+    """Check that the layers of a model are those that its configuration tells of, each once and in order.
 
-    The library runs as many layers as the configuration says, makes caches from it, and has every layer write into the
-    place of a cache that it was made for; a plan counts the layers in the list.
+    The library runs as many layers as the configuration says, and has every layer write into the place of a cache that
+    it was made for; a plan counts the layers in the list.
 
     Raises:
         UnsupportedModelError: layers were deleted, added, swapped or shared, or the configuration was edited.

@@ -1,9 +1,10 @@
-"""Files that are there as a whole or not at all."""
+"""Files and folders that are there as a whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,7 +41,24 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by new text (UTF-8); see `replacing`."""
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def making_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside a missing one, whose name it takes at the end.
+
+    An error or a kill leaves no `folder`; what a kill leaves beside is removed by the next attempt. One process at a
+    time may do so: see `lock_of`.
+    """
+    unfinished = folder.with_name(f"{folder.name}{UNFINISHED}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def remove_strays(folder: Path) -> None:

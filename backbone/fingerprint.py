@@ -18,8 +18,7 @@ Key = Sequence[tuple[str, int, torch.dtype, torch.Size, tuple[int, ...]]]
 """Name, place in memory, dtype, shape and strides of every parameter."""
 
 _views: WeakKeyDictionary[PreTrainedModel, tuple[Key, list[torch.Tensor]]] = WeakKeyDictionary()
-"""The values to look at, as views into the weights, so that a change in place shows; made anew where weights moved.
-They keep weights that a model has given up alive until its fingerprint is asked for again."""
+"""The values to look at, as views into the weights, so that a change in place shows; made anew where weights moved."""
 
 
 @torch.no_grad()
@@ -27,9 +26,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """A name for a model's weights as they are now, such as `gemma3_text-18x640-0123456789ab`.
 
     Made from the shape and 64 values of every parameter, rounded to bfloat16: a checkpoint has one name whatever its
-    source and device, and whether it was stored or loaded in float32 or in bfloat16. (float16 rounds otherwise: a
-    float16 copy of float32 weights has another name, as it has other weights.) Takes some milliseconds the first time,
-    and one or two afterwards.
+    source and device, in float32 or bfloat16. A float16 copy has another. Takes some milliseconds the first time, and
+    one or two afterwards.
     """
     parameters = sorted(model.named_parameters())
     key = [(name, p.data_ptr(), p.dtype, p.shape, p.stride()) for name, p in parameters]

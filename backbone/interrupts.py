@@ -1,9 +1,8 @@
 """Ctrl-C on the command line: the first one stops at the next safe place, the second one at once.
 
-Python's own handler raises KeyboardInterrupt wherever the interpreter is: in a destructor, where it is dropped, or in a
-library that logs it with a traceback. The handler here raises nothing. Work asks at its safe places, between batches,
-trials and stages. Where none is reached within `PATIENCE_S` the process ends all the same: every file and database of a
-run survives that at any moment.
+Python's own handler raises KeyboardInterrupt anywhere, also where a library drops or logs it. The handler here raises
+nothing. Work asks at its safe places, between batches, trials and stages. Where none is reached within `PATIENCE_S` the
+process ends all the same: every file and database of a run survives that at any moment.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
-PATIENCE_S = 5.0
-"""Seconds from the first Ctrl-C to the end of a process that reaches no safe place."""
+INTERRUPTED, PATIENCE_S = 130, 5.0
+"""Exit status after Ctrl-C; seconds from the first one to the end of a process that reaches no safe place."""
 LINE = b"stopped; the same command goes on from here\n"
 
 _unsaid = threading.Lock()

@@ -1,10 +1,10 @@
-"""Token sequences as left-padded batches of like length, in parts where memory does not suffice; their position ids."""
+"""Token sequences as left-padded batches of like length that fit into memory."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -57,10 +57,13 @@ def last_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], counts:
         inputs: see `padded_inputs`.
         counts: A of each row.
     """
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": max(counts)} if keeps else {}
-    logits = model(**inputs, use_cache=False, **options).logits
+    logits = model(**inputs, use_cache=False, **head_options(model, max(counts))).logits
     return [row[-count:] for row, count in zip(logits, counts, strict=True)]
+
+
+def head_options(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """The argument that has the head run for the last `count` tokens alone, where the model takes it."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def in_halves(rows: Sequence[Row], run: Callable[[Sequence[Row]], list[Result]]) -> list[Result]:
@@ -72,3 +75,11 @@ def in_halves(rows: Sequence[Row], run: Callable[[Sequence[Row]], list[Result]])
             raise
     middle = len(rows) // 2
     return [*in_halves(rows[:middle], run), *in_halves(rows[middle:], run)]
+
+
+def memory_budget(device: torch.device, least: int, share: float) -> int:
+    """Bytes that a step may plan with: `least`, or on a CUDA device a share of its free memory if that is more.
+
+    CPU-sized batches leave a GPU launch-bound.
+    """
+    return max(least, int(torch.cuda.mem_get_info(device)[0] * share)) if device.type == "cuda" else least

@@ -6,12 +6,10 @@ import functools
 import hashlib
 import importlib
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -25,14 +23,13 @@ from transformers import (
 )
 
 from backbone.complete_weights import check_complete, check_gguf_used, read_gguf
-from backbone.errors import InputError, reason_of
+from backbone.errors import InputError, LoadError, reason_of
 from backbone.families import family_of
-from backbone.files import cache_folder, lock_of
-from backbone.model_source import PACKAGE_PREFIX, LoadError, check_folder, check_package, gguf_file
+from backbone.files import cache_folder, lock_of, making_folder
+from backbone.model_source import PACKAGE_PREFIX, check_folder, check_package, folder_of, gguf_file, is_weights_file
 
 CONVERSION = "-2"
-"""Part of the names of converted folders; another one after a change that makes earlier conversions wrong. Those
-without one may hold random weights where the file lacked a tensor."""
+"""Part of the names of converted folders; another one after a change that makes earlier conversions wrong."""
 
 
 def load_backbone(
@@ -65,7 +62,7 @@ def load_backbone(
     if device_map is not None and device != "auto":
         raise LoadError(f"device {device!r} and device_map {device_map!r:.80} were both given; leave one of them out")
     place = checked_device(device)
-    if revision is not None and _is_local(source):
+    if revision is not None and (is_weights_file(source) or folder_of(source)):
         raise LoadError(
             f"revision {revision!r} was asked for, but {source!r} is not on the hub, where revisions are; leave it out"
         )
@@ -73,11 +70,9 @@ def load_backbone(
     hub = {"revision": revision, "token": token}
     options = {"attn_implementation": attn_implementation, "device_map": device_map}
     hub, options = ({name: value for name, value in given.items() if value is not None} for given in (hub, options))
-    with _naming(source):
-        config = AutoConfig.from_pretrained(folder, **hub)
-    _check_not_quantised(source, config)
     options["dtype"] = _checked_dtype(dtype, place)
     with _naming(source):
+        _check_not_quantised(source, AutoConfig.from_pretrained(folder, **hub))
         model = _complete(source, folder, **hub, **options)
     tokenizer = _tokenizer(folder, source, **hub)
     check_vocabulary(source, model, tokenizer)
@@ -137,8 +132,7 @@ def _naming(source: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = reason_of(error)
-        raise LoadError(f"cannot load the model {source!r}: {reason}") from error
+        raise LoadError(f"cannot load the model {source!r}: {reason_of(error)}") from error
 
 
 def _check_not_quantised(source: str, config: PreTrainedConfig) -> None:
@@ -182,21 +176,16 @@ def _computes_in_bfloat16(place: torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _is_local(source: str) -> bool:
-    """Whether a model is a package, a file or a folder, and not a hub repository."""
-    return source.startswith((PACKAGE_PREFIX, ".", "/", "~")) or source.endswith(".gguf") or Path(source).is_dir()
-
-
 def _resolve(source: str) -> str:
     """A folder or hub id that `from_pretrained` takes."""
     if source.startswith(PACKAGE_PREFIX):
         return str(_converted(_package_gguf(source.removeprefix(PACKAGE_PREFIX))))
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        return str(_converted(gguf_file(path)))
-    if source.startswith((".", "/", "~")):
-        check_folder(path)
-    return str(path) if path.is_dir() else source
+    if source.endswith(".gguf"):
+        return str(_converted(gguf_file(Path(source).expanduser())))
+    if (folder := folder_of(source)) is None:
+        return source
+    check_folder(folder)
+    return str(folder)
 
 
 def _package_gguf(name: str) -> Path:
@@ -217,37 +206,44 @@ def _package_gguf(name: str) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder with the weights of a GGUF file, dequantised; made once, keyed by the file's SHA-256.
-
-    A lock lets one of several processes convert while the others wait, and a rename publishes the whole folder at
-    once, so that a process killed half-way leaves nothing that looks finished.
-    """
+    """The folder with the weights of a GGUF file, dequantised; made once, keyed by the file's SHA-256."""
     with gguf.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()
     target = cache_folder() / f"{key}{CONVERSION}"
     with lock_of(target):
         if not target.exists():
-            unfinished = target.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            _convert(gguf.absolute(), unfinished)
-            unfinished.rename(target)
+            with making_folder(target) as unfinished:
+                _convert(gguf.absolute(), unfinished)
     return target
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """transformers reads the header for the configuration, for the weights and for the tokenizer, which takes tens of
-    seconds each time where the vocabulary has 262,144 strings; so the first reader is given out again."""
     try:
         import gguf as library
     except ImportError as error:
         raise LoadError(f"reading {gguf.name} needs `pip install layerbudget[gguf]`: {error}") from error
-    name, read = str(gguf), functools.cache(library.GGUFReader)
-    options = {"quantization_config": GgufConfig(gguf_file=gguf.name, dequantize=True), "dtype": torch.bfloat16}
-    with _naming(name), patch.object(library, "GGUFReader", read):
+    name, where = str(gguf), {"gguf_file": gguf.name}
+    options = {"quantization_config": GgufConfig(**where, dequantize=True), "dtype": torch.bfloat16}
+    with _naming(name), _one_reader(library) as read:
         reader = read_gguf(name, read)
-        model = _complete(name, str(gguf.parent), gguf_file=gguf.name, **options)
+        model = _complete(name, str(gguf.parent), **where, **options)
         check_gguf_used(name, reader, model)
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
         check_vocabulary(name, model, tokenizer)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _one_reader(library: Any) -> Iterator[Callable[[str], Any]]:
+    """Within this block `library.GGUFReader` gives the first reader of a file out again.
+
+    transformers makes one each for configuration, weights and tokenizer. With a vocabulary of 262,144 strings each
+    takes tens of seconds.
+    """
+    kind = library.GGUFReader
+    library.GGUFReader = functools.cache(kind)
+    try:
+        yield library.GGUFReader
+    finally:
+        library.GGUFReader = kind

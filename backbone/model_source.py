@@ -1,20 +1,116 @@
-"""What a model's source holds, as far as it is on this machine; nothing of it is loaded, and torch is not either."""
+"""What is known of a model before it is loaded: its family, its configuration, its files. Needs no torch."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backbone.errors import InputError
+from backbone.errors import LoadError, UnsupportedModelError
+
+if TYPE_CHECKING:  # torch, which `layerbudget check` does without for declared families
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How to reach the layers of one `model_type`.
+
+    Attributes:
+        decoder: path from the causal language model to the module that runs the layers.
+        layers: name of the list of layers in that module.
+        attention: name of the attention block in a layer, which returns `(hidden, weights)`; None where unknown,
+            and then only whole layers can be skipped.
+        mlp: names of the modules of a layer that make up its MLP, in the order in which they run.
+        returns_tuple: a layer returns `(hidden, weights)` instead of `hidden`.
+        adds_residual: attention and MLP are called with `(hidden, residual)` and return their output plus the residual.
+    """
+
+    decoder: str
+    layers: str
+    attention: str | None
+    mlp: tuple[str, ...] = ()
+    returns_tuple: bool = False
+    adds_residual: bool = False
+
+
+_LLAMA_LIKE = Family("model", "layers", "self_attn", ("mlp",))
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        (
+            *("llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gemma2", "gemma3_text", "olmo2", "stablelm"),
+            *("granite", "cohere2", "smollm3", "mixtral", "qwen3_moe"),
+        ),
+        _LLAMA_LIKE,
+    ),
+    "opt": Family("model.decoder", "layers", "self_attn", ("fc1", "fc2")),
+    "gpt2": Family("transformer", "h", "attn", ("mlp",)),
+    "gpt_neox": Family("gpt_neox", "layers", "attention", ("mlp",)),
+    "falcon": Family("transformer", "h", "self_attention", ("mlp",), returns_tuple=True),
+    "bloom": Family("transformer", "h", "self_attention", ("mlp",), returns_tuple=True, adds_residual=True),
+}
+
+
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers, as `config.layer_types` calls them, of declared families."""
+
+
+def check_supported(config: PreTrainedConfig | Mapping[str, Any]) -> None:
+    """Check by a configuration, or by the content of `config.json`, whether a model can skip layers.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder, multimodal and KV-sharing models; hybrids and other models whose layers
+            keep a recurrent state instead of keys and values.
+    """
+    given = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
+    kind = given("model_type")
+    if given("is_encoder_decoder"):
+        raise UnsupportedModelError(
+            f"{kind} is an encoder-decoder model; layerbudget runs decoder-only language models"
+        )
+    if any(given(part) is not None for part in ("vision_config", "audio_config")):
+        raise UnsupportedModelError(f"{kind} is multimodal; load its language model alone, for example gemma3_text")
+    if given("num_kv_shared_layers"):
+        raise UnsupportedModelError(
+            f"{kind} shares keys and values between layers, so a layer cannot be skipped exactly"
+        )
+    if kind in FAMILIES and ATTENTION.issuperset(given("layer_types") or ()):
+        return
+    if state := _state_beside_keys(config):
+        raise UnsupportedModelError(
+            f"{kind} is not made of attention layers alone: {state}; layerbudget cannot skip layers of such models yet"
+        )
+
+
+def _state_beside_keys(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:
+    """What layers keep beside keys and values, as a clause; None for nothing, or where a model has to be loaded."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, DynamicCache
+    from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+    try:
+        if isinstance(config, Mapping):
+            config = AutoConfig.for_model(**config)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        text = config.get_text_config(decoder=True)
+        layers = DynamicCache(config=text).layers
+    except Exception:  # a model with code or kinds of layers of its own is known once it is loaded
+        return None
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None and getattr(model_class, "_is_stateful", False):
+        return "they keep a recurrent state"
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, DynamicLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
+            kind = f" ({kinds[index]})" if kinds else ""
+            return f"layer {index}{kind} keeps no keys and values but a {type(layer).__name__}"
+    return None
+
 
 PACKAGE_PREFIX = "package:"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-
-
-class LoadError(InputError):
-    """A model that cannot be loaded as asked; the message says what was wrong."""
 
 
 def look_at(source: str) -> dict[str, Any] | None:
@@ -32,18 +128,28 @@ def look_at(source: str) -> dict[str, Any] | None:
     if source.endswith(".gguf"):
         gguf_file(Path(source).expanduser())
         return None
-    if Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")):
-        return _of_folder(Path(source).expanduser())
-    return _of_hub(source)
+    return _of_hub(source) if (folder := folder_of(source)) is None else _of_folder(folder)
+
+
+def is_weights_file(source: str) -> bool:
+    """Whether a model's source names a package with weights, or a GGUF file."""
+    return source.startswith(PACKAGE_PREFIX) or source.endswith(".gguf")
+
+
+def folder_of(source: str) -> Path | None:
+    """The folder that a model's source names, which may be missing; None for another kind of source."""
+    if is_weights_file(source):
+        return None
+    path = Path(source).expanduser()
+    return path if path.is_dir() or source.startswith((".", "/", "~")) else None
 
 
 def local_file(source: str, name: str) -> Path | None:
     """A file of a model's folder, or of its repository in the hub's cache; None where there is none."""
-    if source.startswith(PACKAGE_PREFIX) or source.endswith(".gguf"):
+    if is_weights_file(source):
         return None
-    if Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")):
-        path = Path(source).expanduser() / name
-        return path if path.is_file() else None
+    if (folder := folder_of(source)) is not None:
+        return path if (path := folder / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(source, name)
@@ -80,7 +186,9 @@ def gguf_file(path: Path) -> Path:
 def check_folder(path: Path) -> None:
     """Raises LoadError for a folder that is missing or holds no configuration of a model."""
     if not (path / "config.json").is_file():
-        raise LoadError(f"no model in the folder {path}: there is no config.json")
+        raise LoadError(
+            f"no model in the folder {path}: there is no config.json; name the one that save_pretrained wrote"
+        )
 
 
 def _of_folder(path: Path) -> dict[str, Any]:

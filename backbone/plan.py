@@ -6,7 +6,6 @@ Shapes and words: `L` layers; a sub-layer is the attention block or the MLP bloc
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from backbone.errors import InputError
+from backbone.errors import PlanError
 from backbone.strict_json import parse
 
 SublayerBytes = Sequence[tuple[int, int]]
@@ -22,10 +21,6 @@ SublayerBytes = Sequence[tuple[int, int]]
 
 MOST_LAYERS, MOST_PLANS = 10_000, 256
 """More than any model or menu has: a damaged file is not to fill the memory."""
-
-
-class PlanError(InputError):
-    """A plan or a menu that cannot be: the message says which layer and what would be right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +52,7 @@ class LayerPlan:
         if not self.attention | self.mlp:
             raise PlanError("a plan must run at least one sub-layer, and this one runs none")
         if self.healed and self.layers < self.n_layers:
-            raise PlanError(
-                f"the mark h stands behind all layers, as in 0-{self.n_layers - 1}h; shortened plans have their heads "
-                "without it"
-            )
+            raise PlanError(f"the mark h stands behind all layers, as in 0-{self.n_layers - 1}h, got {self}")
 
     @classmethod
     def full(cls, n_layers: int) -> LayerPlan:
@@ -69,12 +61,7 @@ class LayerPlan:
 
     @classmethod
     def skipping(
-        cls,
-        n_layers: int,
-        layers: Iterable[int] = (),
-        *,
-        attention: Iterable[int] = (),
-        mlp: Iterable[int] = (),
+        cls, n_layers: int, layers: Iterable[int] = (), *, attention: Iterable[int] = (), mlp: Iterable[int] = ()
     ) -> LayerPlan:
         """Everything runs but the given whole `layers`, and the given `attention` and `mlp` sub-layers."""
         whole = set(layers)
@@ -157,15 +144,10 @@ class LayerPlan:
 
     @property
     def gaps(self) -> tuple[range, ...]:
-        """Runs of neighbouring layers of which nothing runs."""
-        skipped = sorted(self.skipped_layers)
-        runs = [
-            [layer for _, layer in run] for _, run in groupby(enumerate(skipped), key=lambda item: item[1] - item[0])
-        ]
-        return tuple(range(run[0], run[-1] + 1) for run in runs)
+        """Neighbouring layers of which nothing runs."""
+        return tuple(range(run[0], run[-1] + 1) for run in _runs(dict.fromkeys(self.skipped_layers, "")))
 
     def without(self, *, attention: Iterable[int] = (), mlp: Iterable[int] = ()) -> LayerPlan:
-        """This plan less the given sub-layers."""
         return LayerPlan(self.n_layers, self.attention - set(attention), self.mlp - set(mlp))
 
     def from_layer(self, first: int) -> LayerPlan:
@@ -199,12 +181,14 @@ class LayerPlan:
 
     def __str__(self) -> str:
         kinds = {i: ("" if i in self.mlp else "a") if i in self.attention else "m" for i in self.attention | self.mlp}
-        parts = []
-        for _, run in groupby(enumerate(sorted(kinds)), key=lambda item: (item[1] - item[0], kinds[item[1]])):
-            layers = [layer for _, layer in run]
-            span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
-            parts.append(span + kinds[layers[0]])
-        return ",".join(parts) + ("h" if self.healed else "")
+        spans = [(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}") + kinds[run[0]] for run in _runs(kinds)]
+        return ",".join(spans) + ("h" if self.healed else "")
+
+
+def _runs(kinds: Mapping[int, str]) -> list[list[int]]:
+    """Runs of neighbouring layers of one kind."""
+    grouped = groupby(enumerate(sorted(kinds)), key=lambda item: (item[1] - item[0], kinds[item[1]]))
+    return [[layer for _, layer in run] for _, run in grouped]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,22 +211,20 @@ class PlanMenu:
     def __post_init__(self) -> None:
         for name in ("plans", "budgets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.plans) != len(self.budgets) or len(set(self.plans)) != len(self.plans):
+        plans, budgets = self.plans, self.budgets
+        if len(plans) != len(budgets) or len(set(plans)) != len(plans):
             raise PlanError(f"a menu needs one budget for each of its plans, all different, got {self.budgets}")
-        if not self.plans or not self.plans[-1].is_full:
+        if not plans or not plans[-1].is_full:
             raise PlanError("the last plan of a menu must be the full model")
-        if wrong := [budget for budget in self.budgets if not (math.isfinite(budget) and 0 < budget <= 1)]:
-            raise PlanError(f"a budget is a share of the decoder, above 0 and at most 1, got {wrong[0]}")
-        if list(self.budgets) != sorted(self.budgets):
-            raise PlanError(f"the plans of a menu go from cheapest to full, got budgets {self.budgets}")
+        if wrong := [budget for budget in budgets if not 0 < budget <= 1]:
+            raise PlanError(f"a budget is a share above 0 and at most 1, got {wrong[0]}")
+        if list(budgets) != sorted(budgets):
+            raise PlanError(f"the plans of a menu go from cheapest to full, got budgets {budgets}")
         if not 1 <= self.probe_depth <= self.n_layers:
             raise PlanError(f"probe_depth must be from 1 to {self.n_layers}, got {self.probe_depth}")
-        self._check_probe_layers()
-
-    def _check_probe_layers(self) -> None:
-        if self.probe_depth == self.n_layers and any(plan.healed for plan in self.plans):
+        if self.probe_depth == self.n_layers and any(plan.healed for plan in plans):
             raise PlanError(f"probe_depth must be below {self.n_layers}, where plans go on to an exit head")
-        for plan in self.plans:
+        for plan in plans:
             missing = (plan.skipped_attention | plan.skipped_mlp) & set(range(self.probe_depth))
             if missing:
                 raise PlanError(
@@ -291,7 +273,7 @@ class PlanMenu:
         for entry in entries:
             if not isinstance(entry, dict) or entry.keys() != {"runs", "budget"}:
                 raise PlanError(f"each plan of a menu holds runs and budget, got {entry!r:.80}")
-            if type(entry["budget"]) not in (int, float) or not 0 < entry["budget"] <= 1:
+            if type(entry["budget"]) not in (int, float):
                 raise PlanError(f"a budget is a share above 0 and at most 1, got {entry['budget']!r:.80}")
         if type(data["probe_depth"]) is not int:
             raise PlanError(f"probe_depth is a number of layers, got {data['probe_depth']!r:.80}")

@@ -1,4 +1,4 @@
-"""Names in configurations and files, and what they name: our own entries, and those that installed packages add."""
+"""Registries of named objects: our own entries, and those that installed packages add."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ from backbone.errors import InputError
 T = TypeVar("T")
 
 
-class RegistryError(InputError):
-    """A name that is not known, or whose object cannot be imported; the message says which are known."""
-
-
 class Registry(Mapping[str, T]):
     """Name -> object. Names are known without importing anything; an object is imported when first asked for.
 
-    A package of somebody's own adds a name with one line of its pyproject.toml, under
+    Another package adds a name with one line of its pyproject.toml, under
     `[project.entry-points."layerbudget.controllers"]`, such as `knn = "my_package:KNNController"`.
 
     Args:
@@ -40,7 +36,7 @@ class Registry(Mapping[str, T]):
         entries = dict(self._ours)
         for entry in entry_points(group=self.group):
             if entry.name in entries and entries[entry.name].value != entry.value:
-                raise RegistryError(
+                raise InputError(
                     f"{entry.value} and {entries[entry.name].value} are both registered as {entry.name!r} under "
                     f"{self.group}; rename one, or uninstall its package"
                 )
@@ -57,32 +53,31 @@ class Registry(Mapping[str, T]):
         return name in self._entries
 
     def __getitem__(self, name: str) -> T:
-        """Raises RegistryError for an unknown name, or an object that cannot be imported."""
+        """Raises InputError for an unknown name, or an object that cannot be imported."""
         if name not in self._loaded:
             self._loaded[name] = self._import(self._entries[self.checked(name)])
         return self._loaded[name]
 
     def checked(self, name: str) -> str:
-        """The name; raises RegistryError unless it is known. Imports nothing."""
+        """The name; raises InputError unless it is known. Imports nothing."""
         if name not in self:
             nearest = get_close_matches(name, self, n=1)
             hint = f"; did you mean {nearest[0]!r}? Known are" if nearest else ", known are"
-            raise RegistryError(f"{name!r:.80} is not among the {self._kind}{hint} {', '.join(self)}")
+            raise InputError(f"{name!r:.80} is not among the {self._kind}{hint} {', '.join(self)}")
         return name
 
     def check_there(self, name: str) -> None:
-        """Raises RegistryError unless the name is known and its object can be imported, if it is somebody else's; ours
-        may need torch, and are only looked for."""
+        """Raises InputError unless the name is known and its object there; our own are looked for, not imported."""
         if self.checked(name) not in self._ours:
             _ = self[name]
         elif find_spec(self._ours[name].module) is None:
-            raise RegistryError(f"{self._ours[name].value}, which is {name!r} of the {self._kind}, is not there")
+            raise InputError(f"{self._ours[name].value}, which is {name!r} of the {self._kind}, is not there")
 
     def _import(self, entry: EntryPoint) -> T:
         try:
             found: T = getattr(import_module(entry.module), entry.attr)
         except (Exception, SystemExit) as error:  # somebody's own code, which may do anything
-            raise RegistryError(
+            raise InputError(
                 f"cannot import {entry.value}, registered as {entry.name!r} under {self.group}: "
                 f"{type(error).__name__}: {error}"
             ) from None

@@ -28,7 +28,7 @@ def parse(text: str) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise NotJSONError(f"{error.msg} at {line}column {error.colno}") from None
     except UnicodeEncodeError as error:
-        raise NotJSONError(f"it holds half a character, {error.object[error.start]!r}") from None
+        raise NotJSONError(f"it contains an unpaired surrogate, {error.object[error.start]!r}") from None
     except RecursionError:
         raise NotJSONError("its values are nested too deeply") from None
     except NotJSONError:

@@ -115,8 +115,7 @@ class FamilyConformance:
         return [[names[(start + i) % len(names)] for i in range(4)] for start in range(0, len(names), 3)]
 
     def test_rows_with_different_plans_equal_each_alone(self) -> None:
-        """Every mixture x cache x greedy and beams: the tokens of each row are those that it has alone. Sampling draws
-        for the whole batch, so its tokens are compared with the uncached mixture's."""
+        """Each row has the tokens it has alone; sampled ones, drawn for the whole batch, are the uncached mixture's."""
         wrong, plans, batch = [], self.plans(), self.batches()["four"]
         rows = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for row in range(4)]
         alone: dict[tuple[int, str, str], list[int]] = {}

@@ -58,7 +58,7 @@ def main() -> None:
     options = workload.parser(__doc__ or "", prompts=0)
     options.add_argument("--train", type=int, default=350, help="prompts to fit and train on, evenly of all tasks")
     options.add_argument("--test", type=int, default=105)
-    options.add_argument("--menus", nargs="+", choices=sorted(MENUS), default=["exiting", "evenly", "bridged_layers"])
+    options.add_argument("--menus", nargs="+", choices=sorted(MENUS), default=["exits", "evenly", "greedy"])
     options.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "bridges", "adapter", "both"])
     options.add_argument("--leave-out", nargs="*", default=[], help="tasks")
     options.add_argument("--leave-out-methods", nargs="*", choices=METHODS, default=["bridges"])

@@ -34,7 +34,7 @@ from backbone.healing.attaching import detach
 from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
 from oracle.answered_prompts import reference_examples
-from oracle.labels.generate_answers import answer_batch
+from oracle.labels.generation import answer_batch
 from oracle.prompts import Prompt
 from pipelines.config import load_config
 from pipelines.run.workspace import Workspace
@@ -52,7 +52,7 @@ def main() -> None:
     options.add_argument("--name", default="demo", help="name in the result's file")
     arguments = options.parse_args()
     config = load_config(arguments.run / "config.yaml")
-    workspace = Workspace.of(config.model_copy(update={"runs": arguments.run.parent, "name": arguments.run.name}))
+    workspace = Workspace(config.model_copy(update={"runs": arguments.run.parent, "name": arguments.run.name}))
     metrics = json.loads((arguments.run / "metrics.json").read_text())
     named = {"full": "stock", metrics["best"]: "allocator"}
     if "task" in metrics:
@@ -82,16 +82,16 @@ def probes(workspace: Workspace) -> dict[str, Any]:
         asked = [prompt for prompt, is_own in zip(test.prompts, unseen, strict=True) if is_own]
         scores[unseen] = [prompt.score(answer, "") for prompt, answer in zip(asked, said, strict=True)]
         tasks[task] = {"score": float(scores[unseen].mean()), "stock": float(test.full[unseen].mean())}
-    depth = workspace.menu().probe_depth / workspace.facts.n_layers
+    depth = workspace.menu().probe_depth / workspace.menu().n_layers
     closed = np.isin(test.tasks, list(tasks))
     return {"score": float(scores.mean()), "budget": float(np.where(closed, depth, 1.0).mean()), "tasks": tasks}
 
 
 def lora(workspace: Workspace) -> dict[str, Any]:
     """Score of the full model with a LoRA trained for as long as the stage `adapt` took."""
-    model, tokenizer = workspace.backbone
+    model, tokenizer = workspace.model.plain()
     detach(model)
-    examples = reference_examples(tokenizer, workspace.splits["adapt"], workspace.decoding)
+    examples = reference_examples(tokenizer, workspace.prompts.splits["adapt"], workspace.model.decoding)
     stages = json.loads(workspace.path("run.json").read_text())["stages"]
     tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=ALL_LINEAR))
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LEARNING_RATE)
@@ -111,11 +111,11 @@ def lora(workspace: Workspace) -> dict[str, Any]:
 
 
 def _score(workspace: Workspace, prompts: Sequence[Prompt]) -> float:
-    model, tokenizer = workspace.backbone
-    plan, found = LayerPlan.full(workspace.facts.n_layers), []
+    model, tokenizer = workspace.model.plain()
+    plan, found = LayerPlan.full(workspace.menu().n_layers), []
     for start in range(0, len(prompts), 32):
         part = prompts[start : start + 32]
-        answers = answer_batch(model, tokenizer, [prompt.prompt for prompt in part], plan, workspace.decoding)
+        answers = answer_batch(model, tokenizer, [prompt.prompt for prompt in part], plan, workspace.model.decoding)
         found += [prompt.score(answer.text, "") for prompt, answer in zip(part, answers, strict=True)]
     return float(np.mean(found))
 

@@ -1,7 +1,7 @@
 """What the menu of several shapes is worth beside menus of one shape, each plan with its bridges, on prompts held out.
 
     python benchmarks/bridged_menus.py --work /tmp/menus                 # Gemma 3 270M, embedded prompts
-    python benchmarks/bridged_menus.py --work DIR --model M --data FILE --name NAME --methods covering exiting
+    python benchmarks/bridged_menus.py --work DIR --model M --data FILE --name NAME --methods covering exits
 
 One half of the prompts makes the menus and fits the bridges, the other half measures them. For each menu: what the best
 mixture of its plans runs at a mean score of 98% and 100% of the full model's, and what an oracle runs that picks one of
@@ -28,13 +28,12 @@ from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.frontier import Frontiers, budget_at
-from oracle.frontier.upgrades import climb
+from oracle.frontier.sweep import sweep
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import LabelStore
 from oracle.menus import MENUS, build_menu
-from oracle.menus.base import MenuTask
-from oracle.menus.task_labels import TaskLabels
+from oracle.menus.base import MenuTask, TaskLabels
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = (1.0, 0.98)
@@ -45,7 +44,7 @@ def main() -> None:
     options = workload.parser(__doc__ or "", prompts=200)
     options.set_defaults(search_prompts=200)
     options.add_argument("--work", type=Path, required=True)
-    options.add_argument("--methods", nargs="+", choices=sorted(MENUS), default=["covering", "exiting", "middle_block"])
+    options.add_argument("--methods", nargs="+", choices=sorted(MENUS), default=["covering", "exits", "gaps"])
     options.add_argument("--plans", type=int, default=8)
     options.add_argument("--probe-depth", type=int, default=4)
     options.add_argument("--cheapest-budget", type=float, default=0.5)
@@ -114,7 +113,7 @@ def no_more(own: tuple[PlanMenu, Any], other: tuple[PlanMenu, Any]) -> dict[str,
 
 def redrawn(menu: PlanMenu, scores: NDArray[np.float64], draws: Sequence[NDArray[np.float64]]) -> list[Frontiers]:
     budgets = np.array(menu.budgets)
-    steps = climb(scores, budgets)
+    steps = sweep(scores, budgets)
     return [Frontiers.of(scores, budgets, steps, counts) for counts in draws]
 
 

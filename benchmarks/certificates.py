@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from prices import price_of
 from scipy.stats import binomtest
 
 from controller.base import choose
-from controller.certificate.risks import Risk, quality_kept
+from controller.certificate.risks import Risk, plan_quality
 from controller.features import Features
 from controller.learning import Settings, learn
 from oracle.prompts import Prompt
 from pipelines.config.learning_sections import CalibrationSection
 from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
-from pipelines.stages.calibrate import price_of
 from runtime.paired_timing import machine
 
 Floats = NDArray[np.float64]
@@ -192,7 +192,7 @@ def learnable() -> Callable[[Random, int], Draw]:
         return {"states": found}, np.stack([full * (random.random(n) < chance), full], axis=1), 0.8 * (1 - chance)
 
     features, scores, _ = states(np.random.default_rng(2), 300)
-    kept = quality_kept("mean_score", scores, scores >= scores[:, -1:])
+    kept = plan_quality("mean_score", scores, scores >= scores[:, -1:])
     learned = learn(Settings("logistic", ("states",), 4), features, kept, BUDGETS)
 
     def draw(random: Random, n: int) -> Draw:

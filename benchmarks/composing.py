@@ -28,7 +28,7 @@ from mixed import chosen_plans, demo_plans
 
 from backbone.plan import LayerPlan
 from oracle.prompts import load_prompts
-from runtime.composing import Batch, Composer
+from runtime.offline import Batch, Composer
 from runtime.step_costs import StepCosts
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,10 +16,10 @@ from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
 from oracle.decoding import cut_at_stop
-from oracle.labels.generate_answers import stop_token_ids
+from oracle.labels.generation import stop_token_ids
 from oracle.prompts import Prompt
 from runtime.allocator import Allocator
-from runtime.composing import Composer
+from runtime.offline import Composer
 from runtime.step_costs import known_step_costs
 
 NEAR_TIE = 2
@@ -134,12 +134,12 @@ class Contest:
                     **self.batch([place]), **self._exact, return_dict_in_generate=True, output_logits=True
                 )
             tokens = alone.sequences[0, -len(rows[place]) :].tolist()
-            parted = [step for step, pair in enumerate(zip(tokens, rows[place], strict=True)) if pair[0] != pair[1]]
-            differing += len(parted)
-            ties += bool(parted) and self._nearly_tied(
-                alone.logits[parted[0]][0], tokens[parted[0]], rows[place][parted[0]]
+            others = [step for step, pair in enumerate(zip(tokens, rows[place], strict=True)) if pair[0] != pair[1]]
+            differing += len(others)
+            ties += bool(others) and self._nearly_tied(
+                alone.logits[others[0]][0], tokens[others[0]], rows[place][others[0]]
             )
-        return {"rows": len(rows), "tokens": differing, "rows_parted_at_a_near_tie": ties}
+        return {"rows": len(rows), "tokens": differing, "rows_others_at_a_near_tie": ties}
 
     def _nearly_tied(self, logits: torch.Tensor, one: int, other: int) -> bool:
         """Whether two tokens score within a few units in the last place of the model's number format."""

@@ -30,20 +30,17 @@ from controller.base import Floats
 from controller.certificate.calibration import PricePath, valid_price
 from controller.certificate.risks import RISKS, Risk
 from controller.learning import Settings, learn
-from controller.report.headroom_card import captured_by
+from controller.report.headroom import captured_by
 from controller.report.report_card import regret
 from oracle.chat import padded_prompts
 from pipelines.config import Config, load_config
 from pipelines.config.learning_sections import TuningSection
-from pipelines.evaluation.controls import CONTROLS, control_features, control_settings
+from pipelines.evaluation.controls import CONTROLS, control_features, control_settings, priced_on_halves
 from pipelines.evaluation.learning_table import Table
-from pipelines.evaluation.paired_ratios import generation_under
-from pipelines.evaluation.pooled_gain import out_of_fold, priced_on_halves
-from pipelines.evaluation.speed import feature_ms
+from pipelines.evaluation.speed import feature_ms, generation_under
 from pipelines.run.workspace import Workspace
-from pipelines.stages.settings_regret import Work
-from pipelines.stages.settings_search import Search, search
-from pipelines.stages.train import tuned_settings
+from pipelines.stages.settings_search import Search, Work, search
+from pipelines.stages.train import out_of_fold, tuned_settings
 from runtime.allocator import Allocator
 from runtime.paired_timing import median_seconds
 
@@ -63,7 +60,7 @@ def main() -> None:
     arguments = options.parse_args()
     config = load_config(arguments.run / "config.yaml")
     config = config.model_copy(update={"runs": arguments.run.parent, "name": arguments.run.name})
-    workspace = Workspace.of(config)
+    workspace = Workspace(config)
     table = workload.table_in_full(workspace)
     settings = tuned_settings(workspace)
     predicted = predictions(config, table, settings)
@@ -123,7 +120,7 @@ def certificates(
     """How often a certificate of a risk is broken over random splits of the prompts, at each bound; controllers learn
     for that risk, with the settings that were found for the run's."""
     calibration = config.calibration.model_copy(update={"risk": risk})
-    table = workload.table_in_full(Workspace.of(config.model_copy(update={"calibration": calibration})))
+    table = workload.table_in_full(Workspace(config.model_copy(update={"calibration": calibration})))
 
     def violations(kept: Floats, alpha: float) -> dict[str, Any]:
         sizes = (len(table.prompts) // 2, arguments.splits)
@@ -181,7 +178,7 @@ def milliseconds(
         )  # type: ignore[misc]
     finally:
         torch.set_num_threads(threads)
-    model, tokenizer = workspace.backbone
+    model, tokenizer = workspace.model.plain()
     text = sorted((prompt.prompt for prompt in table.prompts), key=len)[len(table.prompts) // 2]
     inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     full = LayerPlan.full(workspace.menu().n_layers)

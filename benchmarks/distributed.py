@@ -135,21 +135,21 @@ def label_timed(run: Path, way: str, shard: str, settings: Sequence[str]) -> dic
     from oracle.prompts import Shard
     from pipelines.config import load_config
     from pipelines.ray.distributed import LOCAL, workers_at
-    from pipelines.ray.remote_labels import distant_labeller
+    from pipelines.ray.remote_work import remote_labeller
     from pipelines.run.workspace import Workspace
 
     config = load_config(run / "config.yaml", [f"runs={run.parent}", "ray.max_workers=2", *settings])
-    workspace = Workspace.of(config.model_copy(update={"file": ""}))
-    menu, prompts = workspace.menu(), Shard.parse(shard).select(workspace.labelled)
+    workspace = Workspace(config.model_copy(update={"file": ""}))
+    menu, prompts = workspace.menu(), Shard.parse(shard).select(workspace.prompts.labelled())
     if way == "alone":
-        labeller = workspace.labeller
+        labeller = workspace.labeller(*workspace.adapted)
         first = time.time()
         labeller.label(prompts, menu)
         return {"first": first, "last": time.time(), "pieces": [[first, time.time()]]}
     with workers_at(LOCAL, config.ray) as workers:
         assert workers is not None
         timed = TimedWorkers(workers, [])
-        distant_labeller(workspace, timed, workspace.healing).label(prompts, menu)
+        remote_labeller(workspace, timed, workspace.healing).label(prompts, menu)
         last = time.time()
     return {"first": min(start for start, _ in timed.spans), "last": last, "pieces": sorted(timed.spans)}
 

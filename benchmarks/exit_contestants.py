@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from redrawn_splits import redrawn
 
 from backbone.plan import LayerPlan
-from controller.base import choose, lost
+from controller.base import choose, plan_losses
 from controller.certificate.calibration import PRICES
-from controller.certificate.risks import quality_kept, unit_of
+from controller.certificate.risks import loss_scale, plan_quality
 from controller.learning import FittedPredictor
 from oracle.chat import padded_prompts
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import sufficient_plans
-from oracle.labels.generate_answers import answer_text, stop_token_ids
+from oracle.labels.generation import answer_text, stop_token_ids
 from oracle.labels.reader import key_of
 from oracle.prompts import Prompt
 from pipelines.evaluation.learning_table import Table
@@ -85,7 +85,7 @@ class Comparison:
         self._plans = list(self._workspace.menu().plans)
         self.allocator = Allocator.from_pretrained(self._workspace.path("allocator"))
         only_full = np.arange(len(self._plans)) == len(self._plans) - 1
-        cells = np.tile(only_full, (len(self._workspace.labelled_splits["calibrate"]), 1))
+        cells = np.tile(only_full, (len(self._workspace.prompts.labelled_splits["calibrate"]), 1))
         calibrate = self._workspace.table("calibrate", wanted=cells)
         self.calibrate, self.test = (
             table.rows(np.arange(min(prompts, len(table.prompts))))
@@ -126,7 +126,7 @@ class Comparison:
         """Price and threshold take their steps together, both set on other splits: for each step the lowest price at
         which the controller expects at most its loss, on average over the split `tune`."""
         tune = self._workspace.table("tune")
-        expected, rows = lost(self._predicted(tune)) / tune.unit, np.arange(len(tune.prompts))
+        expected, rows = plan_losses(self._predicted(tune)) / tune.unit, np.arange(len(tune.prompts))
         means = [float(expected[rows, self._chosen(tune, float(price))].mean()) for price in PRICES]
         fine = [[float(p) for p, mean in zip(PRICES, means, strict=True) if mean <= 1 - share] for share in AGREEMENTS]
         prices = [min(some, default=float(PRICES[0])) for some in fine]
@@ -138,7 +138,9 @@ class Comparison:
         config, exits = self._workspace.config, [self._exits(gate, heads, threshold) for threshold in steps]
         seen = [self._answered(each, self.calibrate, step, plans) for step, each in enumerate(exits)]
         scores, layers = np.stack([each[0] for each in seen] + [full], axis=1), np.stack([each[1] for each in seen])
-        losses = lost(quality_kept(config.calibration.risk, scores, sufficient_plans(scores, config.label.tolerance))).T
+        losses = plan_losses(
+            plan_quality(config.calibration.risk, scores, sufficient_plans(scores, config.label.tolerance))
+        ).T
         terms: dict[str, Any] = {"risk": config.calibration.risk, "shortens": (layers < n_layers).any(axis=1)}
 
         def valid(alpha: float, delta: float) -> int | None:
@@ -164,7 +166,7 @@ class Comparison:
         risk, full, row = self._workspace.config.calibration.risk, self.calibrate.full, -1 if step is None else step
         budgets = run / self.material.n_layers
         violations = redrawn(losses, budgets, alpha, DELTA, len(full) // 2, 500, risk=risk, full=full)
-        loss = float(losses[row].mean()) / unit_of(risk, full)
+        loss = float(losses[row].mean()) / loss_scale(risk, full)
         return {"step": step, "layers": float(run[row].mean()), "loss": loss, "redrawn": asdict(violations)}
 
     def _answered(
@@ -185,7 +187,7 @@ class Comparison:
     def _batch(self, exits: TokenExits, prompts: Sequence[Prompt], plan: LayerPlan | None) -> Floats:
         """Scores and layers a token [2, rows] of a batch of prompts."""
         model, tokenizer = self._workspace.adapted
-        decoding = self._workspace.decoding.of(model, tokenizer)
+        decoding = self._workspace.model.decoding.of(model, tokenizer)
         stops, inputs = stop_token_ids(tokenizer, decoding), padded_prompts(tokenizer, [p.prompt for p in prompts])
         options = {**decoding.arguments(tokenizer, list(stops)), "plan": plan, "return_dict_in_generate": True}
         output: Any = exits.generate(model, **inputs.to(model.device), **options)

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from exit_material import Material
+from exit_observation import confidences, mean_depth, observe, train_bridges
 
 from backbone.execution.live_changes import replaced
 from backbone.families import decoder_layers, decoder_of
 from backbone.left_padding import padded_inputs
-from token_exits.gates.oracle import Oracle
+from token_exits.gates import Oracle
 from token_exits.heads import ExitHeads
-from token_exits.observing import confidences, observe
-from token_exits.thresholds import exits_at, kept, mean_depth, threshold_for
-from token_exits.training import train_bridges
+from token_exits.thresholds import agreement, exits_at, threshold_for
 
 WANTED = 0.95
 TRAINED_STEPS = 150
@@ -60,7 +59,7 @@ def _of_heads(material: Material, heads: ExitHeads) -> dict[str, Any]:
         found["gates"][name] = {
             "area": mean_area(confidence, agrees),
             "layers": mean_depth(confidence[:, ~half], depths, n_layers, threshold),
-            "kept": kept(confidence[:, ~half], agrees[:, ~half], threshold),
+            "kept": agreement(confidence[:, ~half], agrees[:, ~half], threshold),
         }
     return found
 
@@ -90,7 +89,7 @@ def mean_area(confidence: torch.Tensor, agrees: torch.Tensor) -> float:
 
 def words(material: Material) -> dict[str, Any]:
     """The oracle's mean exit layer, with bridges, where the next token begins a word and where it goes on with one."""
-    _, tokenizer = material.workspace.backbone
+    tokenizer = material.workspace.model.tokenizer
     observed, depths = material.held_out, torch.tensor([*material.depths, material.n_layers])
     layers = depths[exits_at(confidences(Oracle(), material.bridged, observed, material.depths), 0.5)].float()
     groups: dict[str, list[float]] = defaultdict(list)

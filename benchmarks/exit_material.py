@@ -10,19 +10,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
+from exit_observation import ObservedTokens, agreements, confidences, mean_depth, observe, train_bridges
 
 from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
 from oracle.answered_prompts import answered_examples
 from oracle.prompts import Prompt
 from pipelines.run.workspace import Workspace
-from token_exits.gates.base import Gate
-from token_exits.gates.of_states import Saturation, fit_classifier
-from token_exits.gates.of_the_head import Entropy, Margin, Patience, TopProbability
+from token_exits.gates import Entropy, Gate, Margin, Patience, Saturation, TopProbability, fit_classifier
 from token_exits.heads import ExitHeads, fit_exit_bridges, shortlist_of
-from token_exits.observing import Observed, agreements, confidences, observe
-from token_exits.thresholds import mean_depth, threshold_for
-from token_exits.training import train_bridges
+from token_exits.thresholds import threshold_for
 
 GATES: dict[str, type[Gate]] = {gate.name: gate for gate in (TopProbability, Margin, Entropy, Saturation, Patience)}
 """By name, but for the classifier, which has to be fitted."""
@@ -61,7 +58,9 @@ class Material:
         self.model, self._tokenizer = self.workspace.adapted
         self.n_layers = self.workspace.frozen_menu().n_layers
         self.depths = tuple(default_depths(self.n_layers))
-        examples = self._answered(self.workspace.splits["adapt"][: self.workspace.config.adapt.prompts])
+        settings = self.workspace.config.adapt
+        prompts = self.workspace.prompts.splits["adapt"][: settings.most_prompts(settings.method)]
+        examples = self._answered(prompts)
         self.for_heads = [example for place, example in enumerate(examples) if place % CLASSIFIED]
         self.for_classifier = examples[::CLASSIFIED]
         """No head has been fitted on these, so that they show how often heads are right."""
@@ -84,9 +83,9 @@ class Material:
         return heads
 
     @cached_property
-    def held_out(self) -> Observed:
+    def held_out(self) -> ObservedTokens:
         """Answer tokens of the splits `train` and `tune`, at most `TOKENS`."""
-        prompts = self.workspace.labelled_of("train", "tune")[: TOKENS // 2]  # most answers have two or more
+        prompts = self.workspace.prompts.labelled("train", "tune")[: TOKENS // 2]  # most answers have two or more
         observed = observe(self.model, self._answered(prompts), self.depths)
         generator = torch.Generator().manual_seed(0)
         picked = torch.randperm(len(observed.following), generator=generator)[:TOKENS].sort().values
@@ -129,4 +128,4 @@ class Material:
 
     def _answered(self, prompts: Sequence[Prompt]) -> list[Example]:
         full = LayerPlan.full(self.n_layers)
-        return answered_examples(self.workspace.labeller, self._tokenizer, prompts, full)
+        return answered_examples(self.workspace.labeller(*self.workspace.adapted), self._tokenizer, prompts, full)

@@ -13,9 +13,9 @@ from exit_material import Material
 from backbone.execution.apply_plan import apply_plans
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
-from pipelines.evaluation.paired_ratios import paired_ratio, paired_seconds
+from pipelines.evaluation.speed import paired_ratio, paired_seconds
 from runtime.paired_timing import median_seconds
-from token_exits.gates.base import Candidate
+from token_exits.gates import Candidate
 from token_exits.heads import ExitHeads
 
 if TYPE_CHECKING:

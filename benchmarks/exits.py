@@ -31,15 +31,14 @@ from backbone.families import decoder_layers
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
-from oracle.embedded_prompts import embedded_prompts
+from oracle.prompt_sources import embedded_prompts
 from pipelines.config import load_config
-from pipelines.evaluation.paired_ratios import paired_ratio, paired_seconds
+from pipelines.evaluation.speed import paired_ratio, paired_seconds
 from pipelines.run.workspace import Workspace
 from runtime.paired_timing import machine
-from token_exits.gates.base import Candidate, Constant
-from token_exits.gates.of_states import Saturation
+from token_exits.gates import Candidate, Constant, Saturation
 from token_exits.heads import ExitHeads
-from token_exits.keys_values import project
+from token_exits.kv_projection import project
 from token_exits.settings import NEVER, STRATEGIES, ExitSettings
 from token_exits.token_exits import TokenExits
 
@@ -72,7 +71,7 @@ def main() -> None:
 
 def _material(given: argparse.Namespace) -> Material:
     config = load_config(given.run / "config.yaml", [f"runs={given.run.parent}", f"name={given.run.name}"])
-    return Material(Workspace.of(config), given.gates, given.training_steps)
+    return Material(Workspace(config), given.gates, given.training_steps)
 
 
 def findings_of(given: argparse.Namespace) -> dict[str, Any]:

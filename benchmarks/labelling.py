@@ -3,7 +3,7 @@
     python benchmarks/labelling.py                                  # Gemma 3 270M, 128 embedded prompts, 12 plans
     python benchmarks/labelling.py --data MIXED.jsonl --name mixed  # other prompts
 
-All parts run in turn in one process, on the same prompts and the same menu. Also kills a labelling run 100 times and
+All parts run alternately in a process, on the same prompts and the same menu. Also kills a labelling run 100 times and
 opens a store of a million labels. Writes benchmarks/results/labelling-NAME.json.
 """
 
@@ -42,8 +42,8 @@ from oracle.menus import MENUS, build_menu
 from oracle.menus.base import MenuTask
 from oracle.prompts import Prompt
 from oracle.search.base import SearchSpace
-from oracle.search.bisection import BisectionSearch
-from oracle.search.on_model import search_prompts
+from oracle.search.driver import search_prompts
+from oracle.search.searchers import BisectionSearch
 
 RESULTS = Path(__file__).parent / "results"
 KILLS = 100
@@ -51,7 +51,7 @@ KILLS = 100
 
 def main() -> None:
     options = workload.parser(__doc__ or "", prompts=128)
-    options.add_argument("--menus", nargs="+", choices=sorted(MENUS), default=["exiting", "greedy_layers"])
+    options.add_argument("--menus", nargs="+", choices=sorted(MENUS), default=["exits", "greedy"])
     options.add_argument("--plans", type=int, default=12)
     options.add_argument("--alone", type=int, default=8, help="prompts that are searched one at a time")
     options.add_argument("--judges", nargs="+", choices=["agreement", "reference"], default=["agreement", "reference"])

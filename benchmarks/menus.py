@@ -2,7 +2,7 @@
 
     python benchmarks/menus.py                                   # Gemma 3 270M, embedded prompts
     python benchmarks/menus.py --data MIXED.jsonl --name mixed   # other prompts
-    python benchmarks/menus.py --model FOLDER --name qwen --methods evenly greedy_layers --cheapest-budget 0.88
+    python benchmarks/menus.py --model FOLDER --name qwen --methods evenly greedy --cheapest-budget 0.88
 
 For each method: mean score of its plans against their budget, as static plans. For the oracle that picks one of all
 these plans for each prompt: the budget at equal mean score, and, for a score that can be halved (the share of the full
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.families import sublayer_bytes
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
+from oracle.chat import tokens_of
 from oracle.frontier.frontier import (
     budget_at,
     equal_mean_budget,
@@ -41,7 +42,7 @@ from oracle.frontier.split_half import split_half
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import LabelStore
-from oracle.labels.verification import follow
+from oracle.labels.verification import verify
 from oracle.menus import MENUS
 from oracle.menus.base import MenuTask
 from oracle.prompts import Prompt
@@ -93,7 +94,8 @@ def oracle_of(
     budgets = np.array(menu.budgets)
     labels = labeller.read(prompts, menu)
     scores, answers = score_matrix(labels), [row[-1].answer_ids for row in labels]
-    rows = follow(model, tokenizer, [prompt.prompt for prompt in prompts], answers, menu.plans)
+    known = [(tokens_of(tokenizer, prompt.prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = verify(model, known, menu.plans)
     matches = [[row[plan].matches for plan in menu.plans] for row in rows if len(row[menu.plans[-1]].matches) > 1]
     even, odd = (np.array([[np.mean(m[half::2]) for m in row] for row in matches]) for half in (0, 1))
     whole = np.array([[np.mean(m) for m in row] for row in matches])

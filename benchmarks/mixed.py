@@ -15,7 +15,7 @@ Cases, each but `run` with at least one full row (with one row alone: three quar
 Stock and cases take turns at every single step, in reversed order in every second round, so that a ratio compares
 neighbours in time; medians of these ratios count: the time of a step to that of a stock step, below 1 is faster.
 `law` is what `StepCosts.mixed_ms` says of the same rows, from passes measured in the same process. Plans are entered
-before the clock starts, as in `generate()`, which enters them once. Caches are filled with copies of one token's keys
+before timing starts, as in `generate()`, which enters them once. Caches are filled with copies of one token's keys
 and values: what a step costs does not depend on them. Mixed steps run uncompiled; `--compiled` adds the stock model
 with a compiled step where the cache is static.
 

@@ -21,7 +21,7 @@ from oracle.labels.reader import judged, score_matrix
 from pipelines.config import Config, load_config
 from pipelines.run.prompts import prompts_of
 from pipelines.run.workspace import Workspace
-from pipelines.stages.labelling import fill
+from pipelines.stages.label import fill
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,13 +40,14 @@ def main() -> None:
 
 def rescored(config: Config, count: int) -> dict[str, Any]:
     """Scores of every static plan, and of the plans that the run's policies chose; see `choices.json`."""
-    workspace = Workspace.of(config)
+    workspace = Workspace(config)
     own = config.model_copy(update={"data": config.data.model_copy(update={"force_judge": None})})
-    as_judged = {prompt.id: prompt for prompt in workspace.rendered(prompts_of(own))}
+    as_judged = {prompt.id: prompt for prompt in workspace.prompts.render(prompts_of(own))}
     choices = json.loads(workspace.path("choices.json").read_text())
     prompts, menu = [as_judged[name] for name in choices["ids"][:count]], workspace.menu()
-    fill(workspace.labeller, dict.fromkeys(menu.plans, prompts), "labels by own judges")
-    rows, scores = judged(score_matrix(workspace.labeller.read(prompts, menu)))
+    labeller = workspace.labeller(*workspace.adapted)
+    fill(labeller, dict.fromkeys(menu.plans, prompts), "labels by own judges")
+    rows, scores = judged(score_matrix(labeller.read(prompts, menu)))
     budgets, places = np.array(menu.budgets), np.arange(len(rows))
     if not (full := float(scores.sum(axis=0)[-1]) / max(1, len(rows))):
         raise SystemExit(f"the full model scores nothing on the first {count} test prompts by their own judges")

@@ -1,6 +1,6 @@
 """Draw README's picture: score against speed, from a committed result.
 
-    python benchmarks/picture.py        # benchmarks/results/demo.json -> docs/gain.svg
+python benchmarks/picture.py        # benchmarks/results/demo.json -> docs/gain.svg
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ def gain() -> str:
         )
     )
     return (
-        f"Over {len(runs)} fresh runs, each with other splits, layerbudget runs {budget} of the decoder and scores {quality} of\n"
-        f"what the full model scores. It answers {batch} times as many requests a second in batches of 8, {single} times\n"
-        "as many one at a time."
+        f"Over {len(runs)} fresh runs, each with other splits, layerbudget runs {budget} of the decoder and\n"
+        f"scores {quality} of what the full model scores. It answers {batch} times as many requests a second in\n"
+        f"batches of 8, {single} times as many one at a time."
     )
 
 
@@ -113,7 +113,9 @@ def earlier_runs() -> str:
     return _table(table.COLUMNS, rows)
 
 
-BLOCKS: Mapping[str, Callable[[], str]] = {one.__name__: one for one in (gain, policies, fresh_runs, explained, earlier_runs)}
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    one.__name__: one for one in (gain, policies, fresh_runs, explained, earlier_runs)
+}
 
 
 def _demo() -> dict[str, Any]:

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.certificate.calibration import choices, last_valid, price_p_values
-from controller.certificate.p_values import CalibrationError
-from controller.certificate.risks import Risk, unit_of
+from controller.certificate.risks import CalibrationError, Risk, loss_scale
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -147,8 +146,8 @@ def redrawn(
         seen, test = np.split(draws.integers(0, n_prompts, n_prompts), [n_calibrate])
         index = last_valid(price_p_values(at_steps[:-1, seen], alpha, delta, risk, full=scores[seen]), delta)
         row = len(at_steps) - 1 if index is None or (run[index, seen] == run[-1, seen]).all() else index
-        of_all = at_steps[row].mean() / unit_of(risk, scores)
-        of_test = at_steps[row, test].mean() / unit_of(risk, scores[test])
+        of_all = at_steps[row].mean() / loss_scale(risk, scores)
+        of_test = at_steps[row, test].mean() / loss_scale(risk, scores[test])
         means.append((row < len(at_steps) - 1, of_all, of_test, run[row, test].mean()))
     certified, of_pool, of_test, budget = np.array(means).T
     return Violations(

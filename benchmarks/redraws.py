@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import optuna
 import workload
+from prices import price_of
 from redrawn_splits import Draw, Rows
 
 from controller.base import choose
@@ -39,13 +40,19 @@ from oracle.frontier.knapsack import cheapest_choices
 from pipelines.config import Config, load_config
 from pipelines.evaluation.controls import with_task
 from pipelines.evaluation.learning_table import Table
-from pipelines.evaluation.pooled_gain import first_tested
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
-from pipelines.stages.calibrate import outlier_test, price_of
+from pipelines.stages.calibrate import first_tested, outlier_test
 from pipelines.stages.evaluate import best_static
-from pipelines.stages.settings_regret import Work, default_settings, first_trial, regret_bounds, settings_of, settled
-from pipelines.stages.settings_search import sampler
+from pipelines.stages.settings_search import (
+    Work,
+    default_settings,
+    first_trial,
+    sampler,
+    settings_of,
+    settled,
+)
+from pipelines.stages.train import out_of_fold
 
 RESULTS = Path(__file__).parent / "results"
 LEVEL = 0.9
@@ -79,7 +86,7 @@ def with_default_settings(config: Config) -> Config:
 
 def redrawn(config: Config, draws: int, workers: int = 1) -> dict[str, Any]:
     """Mean and range over the draws of every figure of every policy, beside the sizes of the splits."""
-    workspace = Workspace.of(config)
+    workspace = Workspace(config)
     workload.table_in_full(workspace)
     finished = workspace.path(f"redraws-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:8]}.jsonl")
     finished.touch()
@@ -98,7 +105,7 @@ def redrawn(config: Config, draws: int, workers: int = 1) -> dict[str, Any]:
     return {
         "draws": draws,
         "level": LEVEL,
-        "prompts": {name: len(some) for name, some in workspace.labelled_splits.items()},
+        "prompts": {name: len(some) for name, some in workspace.prompts.labelled_splits.items()},
         "policies": {
             name: {key: _summary([found[draw][name][key] for draw in range(draws)]) for key in keys}
             for name, keys in names.items()
@@ -109,14 +116,14 @@ def redrawn(config: Config, draws: int, workers: int = 1) -> dict[str, Any]:
 @cache
 def _material(config: str) -> tuple[Workspace, Table]:
     """What all draws of a process share."""
-    workspace = Workspace.of(Config.model_validate_json(config))
+    workspace = Workspace(Config.model_validate_json(config))
     return workspace, workload.table_in_full(workspace)
 
 
 def _figures(config: Config, number: int) -> dict[str, dict[str, Any]]:
     """Of one draw, on its test prompts: the allocator, the control, the best static plan, and the oracle."""
     workspace, table = _material(config.model_dump_json())
-    sizes = {name: len(some) for name, some in workspace.labelled_splits.items()}
+    sizes = {name: len(some) for name, some in workspace.prompts.labelled_splits.items()}
     draw = Draw.of(len(table.prompts), sizes, number)
     test = table.rows(draw.test)
     fit = table.rows(draw.fit)
@@ -138,9 +145,9 @@ def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[FittedPred
     """What the controller of least regret learned, with the settings that the stage `tune` would take, and for each
     value of `calibration.keep` the place of the price that is tested first."""
     tuning = config.tuning.model_copy(update={"feature_sets": sets, "given": {}})
-    work = Work(fit.features, fit.kept, fit.budgets, regret_bounds(config, fit), tuning)
+    work = Work.of(fit, config.calibration.alpha, tuning)
     best = min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
-    starts = first_tested(best, fit.features, fit, config.calibration.keep)
+    starts = first_tested(out_of_fold(best, fit.features, fit), fit, config.calibration.keep)
     return learn(best, fit.features, fit.kept, fit.budgets), starts
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prices import price_of
 
 from controller.base import choose
 from controller.certificate.calibration import on_path
@@ -23,7 +24,6 @@ from controller.learning import Settings, learn
 from oracle.prompts import Prompt
 from pipelines.config.learning_sections import CalibrationSection
 from pipelines.evaluation.learning_table import Table
-from pipelines.stages.calibrate import price_of
 from runtime.paired_timing import machine
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,4 +1,4 @@
-"""Contestants on the same prompts, timed in turn: what each answered, and what it took.
+"""Contestants on the same prompts, timed alternately: what each answered, and what it took.
 
 Shapes: `N` prompts, `T` new tokens.
 """
@@ -67,7 +67,7 @@ class Measured:
 def in_turn(
     contestants: Mapping[str, Callable[[], Answers]], model: PreTrainedModel, rounds: int, may_fail: Collection[str]
 ) -> dict[str, Any]:
-    """Every contestant `rounds` times, all in turn in each round, in reversed order in every second one.
+    """Every contestant `rounds` times, all in each round, in reversed order in every second one.
 
     Args:
         rounds: after the warm-up; 0 to time the warm-up itself, where a round takes minutes.

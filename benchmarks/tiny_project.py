@@ -30,7 +30,7 @@ def make_project(folder: Path, prompts: int, batch_size: int, max_new_tokens: in
         "model": {"source": str(folder / "model"), "device": "cpu"},
         "data": {"path": str(folder / "prompts.jsonl")},
         "decoding": {"max_new_tokens": max_new_tokens},
-        "menu": {"method": "exiting", "probe_depth": 2, "plans": plans, "cheapest_budget": 0.4},
+        "menu": {"method": "exits", "probe_depth": 2, "plans": plans, "cheapest_budget": 0.4},
         "adapt": {"method": "none"},
         "label": {"batch_size": batch_size},
         "ray": {"max_workers": 2},

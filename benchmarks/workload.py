@@ -46,7 +46,7 @@ def split(arguments: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
 
 def table_in_full(workspace: Workspace) -> Table:
     """A run's labelled prompts under every plan; what the run left out of the split `calibrate` is labelled first."""
-    cells = np.ones((len(workspace.labelled_splits["calibrate"]), len(workspace.menu())), dtype=np.bool_)
+    cells = np.ones((len(workspace.prompts.labelled_splits["calibrate"]), len(workspace.menu())), dtype=np.bool_)
     label_cells(workspace, "calibrate", cells, None)
     return workspace.table(*SPLITS)
 

@@ -1,1 +1,1 @@
-"""Learn to predict, from the first layers of a prompt, which plans are sufficient for it."""
+"""Controllers: predict from the first layers which plans suffice for a prompt."""

@@ -1,4 +1,4 @@
-"""Features of a prompt, from the states that its first layers give anyway; one extractor for training and for serving.
+"""Features of prompts from the states of the probe layers.
 
 Shapes: `B` or `N` prompts, `S` tokens, `D` hidden size, `P` probe layers. Prompts are padded on the left.
 """
@@ -13,24 +13,24 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from backbone.execution.probing import probe_states
+from backbone.execution.prompt_prefix import probe_states
 from backbone.families import final_norm
-from controller.feature_sets import NAMES, FeatureError
+from controller.base import FEATURE_SETS, LearningError
 
 Floats = NDArray[np.float32]
 Features = dict[str, Floats]
 """Set of features -> its values [N, F]."""
 
 WINDOW = 16
-"""Last tokens of a prompt that the set `windows` looks at."""
+"""Last tokens of a prompt in the set `windows`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """What the probe layers saw of B prompts.
+    """States of B prompts in the probe layers.
 
     Attributes:
-        model: the model.
+        model: for the set `lens`.
         states: P + 1 states float32 [B, S, D]: the embeddings, then after each probe layer; padding is zero.
         input_ids: [B, S].
         mask: float32 [B, S], 1 for tokens.
@@ -65,8 +65,11 @@ def length(probed: Probed) -> torch.Tensor:
 
 
 def tokens(probed: Probed) -> torch.Tensor:
-    """What the token ids say by themselves [B, 4]: share of different ones, share that repeat their neighbour, mean and
-    spread of the logarithm of the id (in most vocabularies small ids are common tokens)."""
+    """Statistics of token ids [B, 4].
+
+    Share of different ids, share that repeat their neighbour, mean and spread of the logarithm of the id.
+    In most vocabularies small ids are common tokens.
+    """
     ids, mask = probed.input_ids.to(probed.mask.device), probed.mask
     marked = torch.where(mask.bool(), ids, -1).sort(-1).values
     different = (((marked[:, 1:] != marked[:, :-1]) & (marked[:, 1:] >= 0)).sum(-1) + (marked[:, 0] >= 0)).float()
@@ -79,7 +82,7 @@ def tokens(probed: Probed) -> torch.Tensor:
 
 
 def embedding(probed: Probed) -> torch.Tensor:
-    """Mean token embedding [B, D]: what can be known without running a layer."""
+    """Mean token embedding [B, D]."""
     return probed.mean(probed.states[0])
 
 
@@ -90,17 +93,17 @@ def states(probed: Probed) -> torch.Tensor:
 
 
 def windows(probed: Probed) -> torch.Tensor:
-    """Mean state of the last `WINDOW` tokens after the probe layers, and after half of them [B, 2 * D]."""
+    """Mean state of the last `WINDOW` tokens, after all and half of the probe layers [B, 2 * D]."""
     weights = probed.mask[:, -WINDOW:, None]
     found = [probed.states[-1], probed.states[len(probed.states) // 2]]
     return torch.cat([state[:, -WINDOW:].sum(1) / weights.sum(1) for state in found], dim=-1)
 
 
 def path(probed: Probed) -> torch.Tensor:
-    """How the states move through the probe layers [B, 4 * P + 2].
+    """Norms and cosines of states along probe layers [B, 4 * P + 2].
 
-    For each layer the logarithm of the norm of the last state and of the mean norm, and the cosine to the state before
-    it, of the last token and on average; at the end the spread of the norms and the cosine of last and mean state.
+    For each layer: log norm of the last state, mean log norm, and the cosine to the state before it, of the last token
+    and on average. At the end: spread of the norms, and cosine of last and mean state.
     """
     columns = []
     for before, after in zip(probed.states, probed.states[1:], strict=False):
@@ -115,20 +118,20 @@ def path(probed: Probed) -> torch.Tensor:
 
 
 def lens(probed: Probed) -> torch.Tensor:
-    """Entropy in nats and highest probability of the next token, read from the last state of the probe layers [B, 2].
+    """Entropy in nats and top probability by the logit lens [B, 2].
 
-    The logit lens (Belrose et al. 2023, arXiv 2303.08112, section 2): final norm and head on an early state. Runs the
-    head once for every prompt, which for a large vocabulary costs as much as several layers.
+    Final norm and head on an early state (Belrose et al. 2023, arXiv 2303.08112, section 2). With a large vocabulary
+    the head costs as much as several layers.
     """
     norm, head = final_norm(probed.model), probed.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if norm is None:
-        raise FeatureError(f"the features 'lens' need a final norm, and {type(probed.model).__name__} has none")
+        raise LearningError(f"the features 'lens' need a final norm, and {type(probed.model).__name__} has none")
     logs = head(norm(probed.states[-1][:, -1].to(probed.model.dtype))).float().log_softmax(-1)
     return torch.stack([-(logs.exp() * logs).sum(-1), logs.amax(-1).exp()], dim=-1)
 
 
 SETS: dict[str, Callable[[Probed], torch.Tensor]] = dict(
-    zip(NAMES, (length, tokens, embedding, states, windows, path, lens), strict=True)
+    zip(FEATURE_SETS, (length, tokens, embedding, states, windows, path, lens), strict=True)
 )
 
 
@@ -140,7 +143,7 @@ def extract(
     attention_mask: torch.Tensor,
     sets: Sequence[str],
 ) -> Features:
-    """Some sets of features of prompts [B, S], in one transfer from the device.
+    """Compute sets of features of prompts [B, S], in one transfer from the device.
 
     Args:
         model: the model, for the set `lens`.
@@ -162,7 +165,7 @@ def extract(
 def prompt_features(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_depth: int, sets: Sequence[str]
 ) -> Features:
-    """Some sets of features of prompts [B, S] (left-padded), from one pass through the first `probe_depth` layers."""
+    """Sets of features of left-padded prompts [B, S], from one pass through the probe layers."""
     states = probe_states(model, input_ids, attention_mask, probe_depth)
     return extract(model, states, input_ids, attention_mask, sets)
 

@@ -1,4 +1,4 @@
-"""Fit a controller with its projection, and judge settings by predictions for prompts it was not fitted on.
+"""Fitting of controllers with their projection, and cross-fitted predictions.
 
 Shapes: `N` prompts, `K` plans, cheapest first, the last full.
 """
@@ -20,13 +20,13 @@ from controller.projection import Projection
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All that has to be known to fit a controller again.
+    """The settings of a fit.
 
     Attributes:
         name: of the controller, in `CONTROLLERS`.
         sets: the sets of features that it sees.
         components: principal components of the wide ones.
-        parameters: arguments of the controller; what is not given is default.
+        parameters: arguments of the controller; the others are default.
     """
 
     name: str
@@ -49,71 +49,74 @@ class FittedPredictor:
     projection: Projection
     controller: Controller
     full: float = 1.0
-    """What the full plan keeps."""
+    """The full plan's quality, see `Controller.predict`."""
     outliers: OutlierTest | None = None
 
     def predict(self, features: Features) -> Floats:
-        """What is expected to be kept [N, K], from raw features; NaN under every shortened plan for outliers."""
-        kept = self.controller.predict(self.projection(features), self.full)
+        """Expected quality [N, K] from raw features; NaN under every shortened plan for outliers."""
+        return self.without_outliers(self.controller.predict(self.projection(features), self.full), features)
+
+    def without_outliers(self, quality: Floats, features: Features) -> Floats:
+        """The same [N, K] with NaN under every shortened plan for outliers, so that they run the full plan."""
         if self.outliers is not None:
-            kept[self.outliers.are_outliers(features), :-1] = np.nan
-        return kept
+            quality[self.outliers.are_outliers(features), :-1] = np.nan
+        return quality
 
 
 def learn(
     settings: Settings,
     features: Features,
-    kept: NDArray[np.float64],
+    quality: NDArray[np.float64],
     budgets: NDArray[np.float64],
     projection: Projection | None = None,
 ) -> FittedPredictor:
-    """Fit on N prompts with what each plan keeps of them [N, K]; `projection`, if it was fitted on them before."""
+    """Fit on N prompts with quality [N, K], with a new projection unless one is given."""
     if projection is None:
         projection = Projection.fit(features, settings.sets, settings.components)
     controller = CONTROLLERS[settings.name](**settings.parameters)
-    controller.fit(projection(features), kept.astype(np.float32), budgets.astype(np.float32))
-    return FittedPredictor(projection, controller, float(kept[0, -1]))
+    controller.fit(projection(features), quality.astype(np.float32), budgets.astype(np.float32))
+    return FittedPredictor(projection, controller, float(quality[0, -1]))
 
 
 def folds(n: int, n_folds: int, seed: int = 0) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """(rows to fit on, rows held out), each row held out once; the same for every call with the same seed."""
+    """Pairs of rows to fit on and rows held out, each row once."""
     order = np.random.default_rng(seed).permutation(n)
     for held in np.array_split(order, n_folds):
         yield np.setdiff1d(order, held), held
 
 
 class CrossFit:
-    """Predictions for N prompts, each by a controller that did not see it; projections are fitted once for a set.
+    """Predictions for N prompts, each by a controller that did not see it.
 
     Args:
         features: of the prompts.
-        kept: share of quality that each plan keeps [N, K].
+        quality: of each plan [N, K].
         budgets: of the plans [K].
         n_folds: parts of the prompts that are held out in turn.
-        most_components: most components that settings will ask for.
-        seed: another seed deals the prompts to other folds.
+        most_components: of any settings.
+        seed: of the folds.
     """
 
     def __init__(
         self,
         features: Features,
-        kept: NDArray[np.float64],
+        quality: NDArray[np.float64],
         budgets: NDArray[np.float64],
         n_folds: int,
         most_components: int,
         seed: int = 0,
     ) -> None:
-        self._features, self._kept, self._budgets = features, kept, budgets
-        self._folds, self._most = list(folds(len(kept), n_folds, seed)), most_components
+        self._features, self._quality, self._budgets = features, quality, budgets
+        self._folds, self._most = list(folds(len(quality), n_folds, seed)), most_components
         self._projections: dict[tuple[tuple[str, ...], int], Projection] = {}
 
     def predict(self, settings: Settings) -> Iterator[tuple[Floats, NDArray[np.intp]]]:
         """After each fold: predictions [N, K], and the rows that have one by now."""
-        predicted = np.zeros(self._kept.shape, dtype=np.float32)
+        predicted = np.zeros(self._quality.shape, dtype=np.float32)
         for fold, (fitted, held) in enumerate(self._folds):
             features = rows_of(self._features, fitted)
             projection = self._projection(settings.sets, fold, features).first(settings.components)
-            learned = learn(settings, features, self._kept[fitted], self._budgets, projection)
+            learned = learn(settings, features, self._quality[fitted], self._budgets, projection)
             predicted[held] = learned.predict(rows_of(self._features, held))
             yield predicted, np.concatenate([held for _, held in self._folds[: fold + 1]])
 

@@ -1,4 +1,4 @@
-"""From features to what controllers see: standardised, wide sets reduced to their principal components."""
+"""Projection of features for controllers: standardised, wide sets reduced to principal components."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from controller.base import LearningError
-from controller.feature_sets import WIDE, check_sets
+from controller.base import WIDE, LearningError, check_sets
 from controller.features import Features, Floats
 
 LEAST_VARIANCE = 1e-4
 ARRAYS = ("mean", "scale", "components")
-"""What is saved of a projection beside the names of its sets."""
+"""The saved arrays of a projection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """Fitted on training prompts, saved with the allocator.
+    """A projection fitted on training prompts, saved with the allocator.
 
     Attributes:
         sets: the sets of features that it reads, in order.
         mean: of each raw feature [F].
         scale: standard deviation of each raw feature, 1 where it is constant.
         wide: number of leading raw features that the components reduce; the others stay.
-        components: [C, wide], each divided by the standard deviation of the training prompts along it, or by that of
-            `LEAST_VARIANCE` of the first one's variance where it is larger: what hardly varies is mostly rounding.
+        components: [C, wide], each divided by the standard deviation of the training prompts along it. Variances
+            count as at least `LEAST_VARIANCE` of the first one: less is mostly rounding.
     """
 
     sets: tuple[str, ...]
@@ -41,7 +40,7 @@ class Projection:
 
     @classmethod
     def fit(cls, features: Features, sets: Sequence[str], n_components: int) -> Projection:
-        """Fit on N training prompts; keeps at most N - 1 components, and none without wide sets.
+        """Fit on N training prompts, with at most N - 1 components, none without wide sets.
 
         Raises:
             LearningError: features that are not finite, or the same for all prompts.
@@ -64,7 +63,7 @@ class Projection:
         return cls(ordered, mean, scale, wide, np.ascontiguousarray(components))
 
     def __call__(self, features: Features) -> Floats:
-        """N prompts' features, which may hold more sets -> [N, C + narrow]."""
+        """Projected features [N, C + narrow] of N prompts."""
         standardised = (_joined(features, self.sets) - self.mean) / self.scale
         states, narrow = standardised[:, : self.wide], standardised[:, self.wide :]
         return np.concatenate([states @ self.components.T, narrow], axis=1) if self.wide else narrow
@@ -75,9 +74,8 @@ class Projection:
 
     @property
     def arrays(self) -> dict[str, Floats]:
-        """What is saved beside the names of the sets."""
-        arrays = {"mean": self.mean, "scale": self.scale, "components": self.components}
-        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        """`ARRAYS`, to be saved."""
+        return {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
 
     def save(self, path: Path) -> None:
         # One entry of metadata: the library writes several in an order that changes from process to process.
@@ -85,7 +83,7 @@ class Projection:
 
     @property
     def n_features(self) -> int:
-        """How many features it makes."""
+        """Number of projected features."""
         return len(self.components) * bool(self.wide) + len(self.mean) - self.wide
 
     @classmethod
@@ -102,8 +100,8 @@ class Projection:
 
     @classmethod
     def of_arrays(cls, path: Path, sets: tuple[str, ...], arrays: dict[str, Floats]) -> Projection:
-        """From what `arrays` gave, read from a file; raises LearningError where it cannot be."""
-        mean, scale, components = arrays["mean"], arrays["scale"], arrays["components"]
+        """From `arrays`, read from a file; raises LearningError where they do not fit."""
+        mean, scale, components = (arrays[name] for name in ARRAYS)
         fits = mean.ndim == 1 and scale.shape == mean.shape and components.ndim == 2
         if not fits or components.shape[1] > len(mean) or any(a.dtype != np.float32 for a in (mean, scale, components)):
             raise LearningError(
@@ -111,9 +109,7 @@ class Projection:
                 "do not fit, or are not float32"
             )
         if not all(np.isfinite(array).all() for array in (mean, scale, components)) or not (scale > 0).all():
-            raise LearningError(
-                f"{path} holds no projection: some of its numbers are not finite, or a scale not above 0"
-            )
+            raise LearningError(f"{path} holds no projection: a number is not finite, or a scale not above 0")
         return cls(sets, mean, scale, components.shape[1], components)
 
 

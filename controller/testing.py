@@ -1,4 +1,4 @@
-"""The conformance suite of controllers: a test class that inherits it proves that its controller keeps the contract.
+"""The conformance suite of controllers, to be inherited by a test class.
 
     class TestMine(ControllerConformance):
         def make(self):
@@ -27,16 +27,16 @@ class ControllerConformance:
         raise NotImplementedError
 
     def data(self, n: int = 120, seed: int = 0) -> tuple[Floats, Floats]:
-        """Features [n, 6] and what is kept [n, 3]: the first feature decides how much of its quality a plan keeps."""
+        """Features [n, 6] and quality [n, 3]: the first feature decides the quality of a plan."""
         random = np.random.default_rng(seed)
         features = random.normal(size=(n, 6)).astype(np.float32)
-        kept = np.clip(features[:, :1] * 2 + np.array([-0.5, 1.5, 99.0]), 0, 1)
-        return features, kept.astype(np.float32)
+        quality = np.clip(features[:, :1] * 2 + np.array([-0.5, 1.5, 99.0]), 0, 1)
+        return features, quality.astype(np.float32)
 
     def fitted(self) -> tuple[Controller, Floats]:
-        features, kept = self.data()
+        features, quality = self.data()
         controller = self.make()
-        controller.fit(features, kept, self.budgets)
+        controller.fit(features, quality, self.budgets)
         return controller, features
 
     def test_predictions_have_the_right_shape_and_range(self) -> None:
@@ -48,9 +48,9 @@ class ControllerConformance:
         assert (predicted <= 1).all()
         assert (predicted[:, -1] == 1).all()
 
-    def test_a_plan_may_keep_more_than_the_full_one(self) -> None:
-        features, kept = self.data()
-        signed = np.column_stack([kept[:, :-1], np.full(len(kept), 0.5, dtype=np.float32)])
+    def test_a_plan_may_have_more_quality_than_the_full_one(self) -> None:
+        features, quality = self.data()
+        signed = np.column_stack([quality[:, :-1], np.full(len(quality), 0.5, dtype=np.float32)])
         controller = self.make()
         controller.fit(features, signed, self.budgets)
         predicted = controller.predict(features, full=0.5)
@@ -93,7 +93,7 @@ class ControllerConformance:
                 with pytest.raises(LearningError, match=r"holds no|damaged"):
                     type(controller).load(folder)
 
-    def test_a_row_that_is_not_finite_gets_the_full_plan_and_disturbs_no_other(self) -> None:
+    def test_rows_that_are_not_finite_get_the_full_plan(self) -> None:
         controller, features = self.fitted()
         broken = features.copy()
         broken[3, 1], broken[7, 0] = np.nan, np.inf
@@ -102,16 +102,16 @@ class ControllerConformance:
         assert (choose(predicted, self.budgets, 0.01)[[3, 7]] == len(self.budgets) - 1).all()
 
     def test_features_that_are_not_finite_are_not_learned_from(self) -> None:
-        features, kept = self.data()
+        features, quality = self.data()
         features[5, 2] = np.nan
         with pytest.raises(LearningError, match="1 of 120 prompts have features that are not finite"):
-            self.make().fit(features, kept, self.budgets)
+            self.make().fit(features, quality, self.budgets)
 
     def test_inputs_are_left_alone(self) -> None:
-        features, kept = self.data()
-        before = features.copy(), kept.copy()
+        features, quality = self.data()
+        before = features.copy(), quality.copy()
         controller = self.make()
-        controller.fit(features, kept, self.budgets)
+        controller.fit(features, quality, self.budgets)
         controller.predict(features)
         np.testing.assert_array_equal(features, before[0])
-        np.testing.assert_array_equal(kept, before[1])
+        np.testing.assert_array_equal(quality, before[1])

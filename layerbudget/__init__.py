@@ -12,25 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from backbone.errors import ArtefactError as ArtefactError
     from backbone.errors import InputError as InputError
-    from backbone.execution.apply_plan import NestedPlanError as NestedPlanError
+    from backbone.errors import LoadError as LoadError
+    from backbone.errors import PlanError as PlanError
+    from backbone.errors import UnsupportedGenerationError as UnsupportedGenerationError
+    from backbone.errors import UnsupportedModelError as UnsupportedModelError
+    from backbone.errors import WrongModelError as WrongModelError
     from backbone.execution.apply_plan import apply_plan as apply_plan
     from backbone.execution.apply_plan import apply_plans as apply_plans
-    from backbone.execution.cache import CacheMismatchError as CacheMismatchError
-    from backbone.execution.row_patches import RowPlansError as RowPlansError
-    from backbone.execution.self_test import InexactPlanError as InexactPlanError
-    from backbone.families import UnsupportedModelError as UnsupportedModelError
-    from backbone.healing.adapters import AdapterError as AdapterError
     from backbone.healing.attaching import Healing as Healing
     from backbone.healing.attaching import attach as attach
     from backbone.healing.attaching import detach as detach
-    from backbone.healing.tensors import HealingError as HealingError
     from backbone.loading import load_backbone as load_backbone
-    from backbone.model_source import LoadError as LoadError
     from backbone.plan import LayerPlan as LayerPlan
-    from backbone.plan import PlanError as PlanError
     from backbone.plan import PlanMenu as PlanMenu
-    from backbone.registry import RegistryError as RegistryError
     from backbone.testing import FamilyConformance as FamilyConformance
     from controller.base import Controller as Controller
     from controller.base import LearningError as LearningError
@@ -39,34 +35,30 @@ if TYPE_CHECKING:
     from oracle.menus.base import MenuTask as MenuTask
     from oracle.search.base import Searcher as Searcher
     from oracle.search.testing import SearcherConformance as SearcherConformance
+    from pipelines.training import train as train
     from runtime.allocator import Allocator as Allocator
-    from runtime.call_arguments import UnsupportedGenerationError as UnsupportedGenerationError
-    from runtime.certified_decoding import UncertifiedDecodingWarning as UncertifiedDecodingWarning
-    from runtime.generation import OtherLayersError as OtherLayersError
+    from runtime.generate_arguments import UncertifiedDecodingWarning as UncertifiedDecodingWarning
+    from runtime.generation import AllocatedOutput as AllocatedOutput
     from runtime.generation import check_layers as check_layers
-    from runtime.output import AllocatedOutput as AllocatedOutput
-    from runtime.parts import WrongModelError as WrongModelError
     from runtime.plan_selection import FullPlanWarning as FullPlanWarning
-    from runtime.saving.allocator_checks import ArtefactError as ArtefactError
-    from runtime.saving.file_bundle import BundleError as BundleError
 
     __version__: str
 
 PACKAGES = ("backbone", "oracle", "controller", "runtime", "token_exits", "pipelines", "serving")
 _NAMES = {
-    "backbone.errors": ("InputError",),
-    "backbone.execution.apply_plan": ("NestedPlanError", "apply_plan", "apply_plans"),
-    "backbone.execution.cache": ("CacheMismatchError",),
-    "backbone.execution.row_patches": ("RowPlansError",),
-    "backbone.execution.self_test": ("InexactPlanError",),
-    "backbone.families": ("UnsupportedModelError",),
+    "backbone.errors": (
+        "ArtefactError",
+        "InputError",
+        "LoadError",
+        "PlanError",
+        "UnsupportedGenerationError",
+        "UnsupportedModelError",
+        "WrongModelError",
+    ),
+    "backbone.execution.apply_plan": ("apply_plan", "apply_plans"),
     "backbone.loading": ("load_backbone",),
-    "backbone.model_source": ("LoadError",),
-    "backbone.plan": ("LayerPlan", "PlanError", "PlanMenu"),
-    "backbone.registry": ("RegistryError",),
-    "backbone.healing.adapters": ("AdapterError",),
+    "backbone.plan": ("LayerPlan", "PlanMenu"),
     "backbone.healing.attaching": ("Healing", "attach", "detach"),
-    "backbone.healing.tensors": ("HealingError",),
     "backbone.testing": ("FamilyConformance",),
     "controller.base": ("Controller", "LearningError"),
     "controller.testing": ("ControllerConformance",),
@@ -74,15 +66,11 @@ _NAMES = {
     "oracle.menus.base": ("MenuTask",),
     "oracle.search.base": ("Searcher",),
     "oracle.search.testing": ("SearcherConformance",),
+    "pipelines.training": ("train",),
     "runtime.allocator": ("Allocator",),
-    "runtime.call_arguments": ("UnsupportedGenerationError",),
-    "runtime.certified_decoding": ("UncertifiedDecodingWarning",),
     "runtime.plan_selection": ("FullPlanWarning",),
-    "runtime.generation": ("OtherLayersError", "check_layers"),
-    "runtime.output": ("AllocatedOutput",),
-    "runtime.parts": ("WrongModelError",),
-    "runtime.saving.allocator_checks": ("ArtefactError",),
-    "runtime.saving.file_bundle": ("BundleError",),
+    "runtime.generate_arguments": ("UncertifiedDecodingWarning",),
+    "runtime.generation": ("AllocatedOutput", "check_layers"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOMES)

@@ -1,13 +1,13 @@
-"""`layerbudget generate`: answers with the layers that a saved allocator chooses."""
+"""`layerbudget generate` and `layerbudget compare`: answers with the layers that a saved allocator chooses."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,8 +19,10 @@ from layerbudget.options import (
     Keep,
     MaxNewTokens,
     ModelSource,
+    OptionalPromptFile,
     OutFile,
     Overwrite,
+    PromptFile,
     Stop,
 )
 
@@ -33,10 +35,7 @@ if TYPE_CHECKING:
 def generate(
     allocator: AllocatorSource,
     prompt: Annotated[str | None, typer.Argument(help="The prompt to continue.")] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", readable=False, help="JSONL, CSV, TSV or JSON with prompt or messages."),
-    ] = None,
+    prompts: OptionalPromptFile = None,
     out: OutFile = None,
     model: ModelSource = None,
     raw: Annotated[
@@ -60,17 +59,14 @@ def generate(
         raise typer.BadParameter("--out goes with --prompts FILE, and --overwrite with --out")
     if raw and prompt is None:
         raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
-    from layerbudget import load_backbone
-    from oracle.context_lengths import check_lengths
+    from oracle.prompts import check_lengths
     from runtime.answer_files import answer_file, check_places
-    from runtime.output import summary_line
+    from runtime.generation import summary_line
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
     loaded = loaded_allocator(allocator, max_new_tokens, stop, chat_template, keep)
-    network, tokenizer = load_backbone(
-        loaded.model_source if model is None else model, device="auto" if device is None else device
-    )
+    network, tokenizer = loaded_model(loaded, model, device)
     if prompt is not None:
         text = loaded.rendered(tokenizer, prompt, raw=raw)
         check_lengths(network, tokenizer, [("on the command line", text)], loaded.decoding.max_new_tokens)
@@ -94,6 +90,42 @@ def generate(
             typer.echo(summary_line(plans, loaded.menu, network, time.perf_counter() - begun), err=True)
 
 
+def compare(
+    allocator: AllocatorSource,
+    prompts: PromptFile,
+    out: OutFile = None,
+    model: ModelSource = None,
+    max_new_tokens: MaxNewTokens = None,
+    stop: Stop = None,
+    chat_template: ChatTemplateFile = None,
+    keep: Keep = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
+) -> None:
+    """Answer each prompt twice, with the full model and with the layers that the allocator chooses, one at a time.
+
+    Shows both answers, the layers and the times; with --out they go into a file, a line each.
+    """
+    if out is None and overwrite:
+        raise typer.BadParameter("--overwrite goes with --out")
+    from layerbudget import LayerPlan
+    from runtime.answer_files import check_places
+    from runtime.generation import share_of_decoder
+    from runtime.side_by_side import compare_file, summary
+
+    check_places(prompts, out, overwrite=overwrite)
+    loaded = loaded_allocator(allocator, max_new_tokens, stop, chat_template, keep)
+    network, tokenizer = loaded_model(loaded, model, device)
+    with answers_bar() as (begin, advance):
+        lines = compare_file(
+            loaded, network, tokenizer, prompts, out, overwrite=overwrite, begin=begin, advance=advance
+        )
+    if out is None:
+        _print_table(lines)
+    plans = [LayerPlan.parse(line["plan"], loaded.menu.n_layers) for line in lines]
+    typer.echo(summary(lines, loaded.menu.n_layers, share_of_decoder(plans, loaded.menu, network)))
+
+
 def loaded_allocator(
     source: str,
     max_new_tokens: int | None,
@@ -113,9 +145,19 @@ def loaded_allocator(
     return replace(loaded, decoding=replace(loaded.decoding, max_new_tokens=new_tokens, stop=ends))
 
 
+def loaded_model(
+    allocator: Allocator, source: str | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the command names, or else the allocator's, and its tokenizer."""
+    from layerbudget import load_backbone
+
+    named = allocator.model_source if source is None else source
+    return load_backbone(named, device="auto" if device is None else device)
+
+
 @contextmanager
 def answers_bar() -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
-    """A bar on the standard error: what tells it the answers there before and of all, and what moves it on."""
+    """A bar on the standard error, as two functions: `begin(done, total)` and `advance(done)`."""
     with typer.progressbar(length=1, label="Answers", file=sys.stderr) as bar:
 
         def begin(done: int, total: int) -> None:
@@ -138,9 +180,34 @@ def print_answers(
     raw: bool = False,
 ) -> None:
     """Answers with the layers that they ran, one after the other."""
-    from runtime.texts import generate_texts
+    from runtime.offline import generate_texts
 
     full, texts = allocator.menu.n_layers, [allocator.rendered(tokenizer, prompt, raw=raw) for prompt in prompts]
     answers = generate_texts(allocator.generate, model, tokenizer, texts, allocator.decoding)
     for prompt, answer in zip(prompts, answers, strict=True):
         typer.echo(f"\n{prompt}\n  {answer.text}\n  [{answer.plan.layers:g} of {full} layers: {answer.plan}]")
+
+
+def _asked(line: dict[str, Any]) -> str:
+    """The prompt, or the last turn of a conversation."""
+    return str(line["prompt"] if "prompt" in line else line["messages"][-1]["content"])
+
+
+def _print_table(lines: Sequence[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_lines=True, expand=True)
+    for heading, share in {"prompt": 3, "full model": 4, "allocator": 4}.items():
+        table.add_column(heading, ratio=share, overflow="fold")
+    for line in lines:
+        same = line["full"] == line["allocated"]
+        figures = f"{line['layers']:g} layers, {line['allocated_ms']:.0f} ms{', the same' if same else ''}"
+        table.add_row(
+            Text(_asked(line)),
+            Text(f"{line['full']}\n[{line['full_ms']:.0f} ms]"),
+            Text(f"{line['allocated']}\n[{figures}]", style="" if same else "yellow"),
+        )
+    Console().print(table)

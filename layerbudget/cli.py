@@ -1,4 +1,4 @@
-"""The `layerbudget` command: its commands, one file an idea, and how each of them may end."""
+"""The `layerbudget` command line, and the exit status of its commands."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import typer
 import layerbudget
 from backbone.errors import InputError
 from backbone.interrupts import INTERRUPTED, say_stopped, stoppable
-from layerbudget.answer_commands import generate
+from layerbudget.answer_commands import compare, generate
 from layerbudget.certify_command import certify
-from layerbudget.comparing import compare
 from layerbudget.failures import sentence_of, visible
-from layerbudget.inspecting import inspect
+from layerbudget.inspection import inspect
 from layerbudget.options import with_ray_address
 from layerbudget.serving_commands import export, serve
 from layerbudget.stage_commands import STAGES, check, merge, run, search, stage_command
+from layerbudget.verdict_commands import init, try_prompts
 
 app = typer.Typer(
     help="Learn how many decoder layers each prompt needs, and run only those.",
@@ -49,6 +49,8 @@ def options(
     """What comes before the command."""
 
 
+app.command()(init)
+app.command("try")(try_prompts)
 app.command()(run)
 app.command()(check)
 app.command()(generate)
@@ -66,7 +68,7 @@ for _name, _text in STAGES.items():
 def main() -> None:
     """Entry point: what is the input's fault or the machine's becomes one sentence and status 2; Ctrl-C becomes status
     130. Any other exception is a fault of ours and shows where it happened."""
-    _write_what_is_not_encoded_as_its_number()
+    _escape_unencodable_output()
     try:
         with stoppable():
             try:
@@ -92,7 +94,7 @@ def main() -> None:
         _refuse(sentence)
 
 
-def _write_what_is_not_encoded_as_its_number() -> None:
+def _escape_unencodable_output() -> None:
     """A prompt or an answer may hold what the terminal's encoding does not have."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -105,6 +107,6 @@ def _refuse(sentence: str) -> NoReturn:
 
 
 def _stop_quietly() -> NoReturn:
-    """Whoever read our output has gone, for example `head`; what is still to be flushed goes nowhere."""
+    """Discard the rest of the output, whose reader has gone, for example `head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)

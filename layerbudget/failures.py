@@ -1,4 +1,4 @@
-"""What the machine refuses, such as space on a disk: one sentence, wherever in the code it was met."""
+"""Failures of the machine, such as a full disk, as one sentence."""
 
 from __future__ import annotations
 
@@ -8,42 +8,24 @@ import re
 import sqlite3
 from collections.abc import Iterator
 
-MACHINE = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EIO,
-        errno.EISDIR,
-        errno.ENOTDIR,
-        errno.EEXIST,
-        errno.ENOTEMPTY,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.EBUSY,
-    }
-)
-"""Errors of files that no code can mend. A file that is not there is not among them: that is ours to check."""
+_NUMBERS = "NOSPC DQUOT FBIG ROFS ACCES PERM IO ISDIR NOTDIR EXIST NOTEMPTY LOOP NAMETOOLONG MFILE NFILE BUSY"
+MACHINE = frozenset(getattr(errno, f"E{name}") for name in _NUMBERS.split())
+"""Errors of files that no code can mend. A missing file is not among them: the code checks for it."""
 
 DATABASE = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM}
 )
 _WRITTEN = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)|errno: (\d+)")
-"""How libraries that are not written in Python tell the number of an error of the system."""
+"""Error numbers in the messages of libraries that are not written in Python."""
 
 
 def visible(text: str) -> str:
-    """A line of text from somebody else for a terminal: control characters as their escapes, such as `\\x1b`."""
+    """Foreign text for a terminal, control characters escaped, such as `\\x1b`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What the machine refused, where that is what `error` comes from; None for any other error."""
+    """A sentence for an error that comes from a failure of the machine; None for any other error."""
     for cause in _chain(error):
         if reason := _reason(cause):
             return f"{reason}; once that is put right, the same command goes on from here"

@@ -48,6 +48,11 @@ Stop = Annotated[
         "--stop", metavar="STRING", help="Answers end before it; may be given again. Default: as in training."
     ),
 ]
+_PROMPT_FILE = typer.Option(
+    "--prompts", metavar="FILE", readable=False, help="JSONL, CSV, TSV or JSON with prompt or messages."
+)
+PromptFile = Annotated[Path, _PROMPT_FILE]
+OptionalPromptFile = Annotated[Path | None, _PROMPT_FILE]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file that --out names.")]
 Ray = Annotated[
     str | None,
@@ -61,7 +66,7 @@ Ray = Annotated[
 
 
 def with_ray_address(arguments: Sequence[str]) -> list[str]:
-    """The arguments of the command line with `--ray` alone, before another option or at the end, as `--ray=local`.
+    """The arguments with a bare `--ray` as `--ray=local`.
 
     Typer has no options whose value may be left out.
     """

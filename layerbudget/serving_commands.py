@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,10 @@ from layerbudget.options import AllocatorSource, ChatTemplateFile, Device, Keep,
 
 def serve(
     allocator: AllocatorSource,
-    upstream: Annotated[str, typer.Option(metavar="URL", help="The engine that serves the full model.")],
+    upstream: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The engine that serves the full model; without, this process does."),
+    ] = None,
     pool: Annotated[
         list[str] | None,
         typer.Option(metavar="PLAN=URL", help="An engine that serves the model of one plan; may be given again."),
@@ -42,17 +46,18 @@ def serve(
     ] = 30.0,
     device: Device = None,
 ) -> None:
-    """Answer the OpenAI routes: choose each request's layers, pass it on to an engine, pass the answer back.
+    """Answer the OpenAI routes: by itself on this machine, or before an engine that serves many users.
 
-    The engine is a vLLM with layerbudget-vllm, or there is a pool for each plan (`layerbudget export`).
+    With --upstream each request's layers are chosen here and run there: the engine is a vLLM with layerbudget-vllm, or
+    there is a pool for each plan (`layerbudget export`).
     """
-    from layerbudget import Allocator
+    from layerbudget import Allocator, load_backbone
+    from serving.local import LocalEngine, make_local_app
     from serving.router.app import make_app
-    from serving.router.choosing import Chooser
+    from serving.router.engines import Upstreams
     from serving.router.limits import Limits
-    from serving.router.probe_model import load_probe
+    from serving.router.selector import RequestSelector, load_probe
     from serving.router.server import allow_connections, make_server
-    from serving.router.upstreams import Upstreams
 
     limits = Limits(
         in_flight=max_in_flight,
@@ -64,13 +69,23 @@ def serve(
         stop_s=stop_limit_s,
     )
     loaded = Allocator.from_pretrained(allocator, chat_template=chat_template, keep=keep)
-    upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
-    if not (is_checked := upstreams.check()):
-        typer.echo(f"the engine at {upstreams.engine} does not answer yet; until then all run the full plan", err=True)
-    network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
+    if upstream is None and pool:
+        raise typer.BadParameter("--pool needs --upstream, the engine that serves the full model")
+    if upstream is None:
+        network, tokenizer = load_backbone(model or loaded.model_source, device="cpu" if device is None else device)
+        loaded.prepare(network)
+        app = make_local_app(LocalEngine(loaded, network, tokenizer), limits)
+    else:
+        upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
+        if not (is_checked := upstreams.check()):
+            text = f"the engine at {upstreams.engine} does not answer yet; until then all run the full plan"
+            typer.echo(text, err=True)
+        network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
+        app = make_app(RequestSelector(loaded, network, tokenizer, limits), upstreams, is_checked=is_checked)
     allow_connections(limits)
-    app = make_app(Chooser(loaded, network, tokenizer, limits), upstreams, is_checked=is_checked)
     safe_place()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    typer.echo(f"listening on http://{host}:{port}/v1", err=True)
     with left_to_a_server():
         make_server(app, limits, host, port).run()
 

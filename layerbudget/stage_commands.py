@@ -14,6 +14,7 @@ from layerbudget.options import ConfigFile, Device, Ray, Settings
 
 if TYPE_CHECKING:
     from pipelines.config import Config
+    from pipelines.run.workspace import Workspace
 
 STAGES = {
     "menu": "Find the plans that prompts choose from.",
@@ -44,8 +45,7 @@ def run(
     from pipelines.run.runner import run_all
 
     loaded = config_of(config, settings, device)
-    run_all(loaded)
-    _answer_try_prompts(loaded)
+    _answer_try_prompts(run_all(loaded))
     _close(loaded)
 
 
@@ -64,19 +64,19 @@ def config_of(path: Path, settings: list[str] | None, device: str | None) -> Con
     return load_config(path, [*(settings or []), *([] if device is None else [f"model.device={device!r}"])])
 
 
-def _answer_try_prompts(config: Config) -> None:
-    from pipelines.run.workspace import Workspace
+def _answer_try_prompts(workspace: Workspace) -> None:
     from runtime.allocator import Allocator
 
+    config = workspace.config
     if config.try_prompts:
         allocator = Allocator.from_pretrained(config.folder / "allocator")
         if allocator.chat is not None and (wanted := config.data.chat_template) not in ("auto", "never"):
             allocator = allocator.with_chat_template(wanted)
-        print_answers(allocator, *Workspace.of(config).adapted, config.try_prompts)
+        print_answers(allocator, *workspace.adapted, config.try_prompts)
 
 
 def _close(config: Config) -> None:
-    """What came of the run, as its own files say, also where everything was done before."""
+    """Print the result of the run from its files."""
     from pipelines.evaluation.summary import closing, load_metrics
     from pipelines.run.run_record import look_at
 

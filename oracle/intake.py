@@ -11,7 +11,17 @@ from typing import Any, TypeVar
 
 from backbone import strict_json
 from backbone.errors import InputError
-from oracle.prompt_sources import PromptError, Row, Source, expanded, is_file_name, read_dataset, read_file
+from oracle.prompt_sources import (
+    EMBEDDED,
+    PromptError,
+    Row,
+    Source,
+    embedded_prompts,
+    expanded,
+    is_file_name,
+    read_dataset,
+    read_file,
+)
 
 COLUMNS = ("id", "task", "group", "prompt", "messages", "raw", "reference", "judge")
 """The fields of a row; `data.columns` may name other columns for them."""
@@ -24,6 +34,8 @@ T = TypeVar("T")
 
 def read_source(source: str, columns: Mapping[str, str], dataset_split: str) -> Source:
     """The rows of a file or data set as they stand there. Raises PromptError where it cannot be read as a whole."""
+    if source == EMBEDDED:
+        return Source(EMBEDDED, EMBEDDED, [(f"prompt {i}", row) for i, row in enumerate(embedded_prompts(), 1)])
     if not is_file_name(source):
         return read_dataset(str(expanded(source)) if source.startswith("~") else source, dataset_split)
     return read_file(Path(source), [columns.get(name, name) for name in ASKED])
@@ -69,7 +81,10 @@ def _check_columns(source: Source, columns: Mapping[str, str]) -> None:
     if not columns.keys() & {*ASKED} and not {*ASKED} & {*known}:
         wanted[""] = "column 'prompt' or 'messages'"
     if missing := [said for column, said in wanted.items() if column not in known]:
-        raise PromptError(f"{source.where} has no {missing[0]}; it has {', '.join(known)}: set data.columns")
+        raise PromptError(
+            f"{source.where} has no {missing[0]}; it has {', '.join(known)}: set data.columns, "
+            "or give `layerbudget init` --column FIELD=NAME"
+        )
 
 
 def _sentence(where: str, problems: list[str]) -> str:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from backbone.errors import InputError
-from backbone.registry import Registry, RegistryError
+from backbone.registry import Registry
 from oracle.text_normalisation import folded, last_number, may_become_plain, plain, words
 
 Judge = Callable[[str, str, str], float]
@@ -57,7 +57,7 @@ JUDGES: Registry[Judge] = Registry(
 )
 
 KL = "kl"
-"""The one judge that reads no answer but compares distributions (`oracle.labels.divergence`). It needs no reference."""
+"""The one judge that compares distributions, not answers (`oracle.labels.verification`); it needs no reference."""
 
 MEANINGS = dict.fromkeys(("rouge_l", "exact", "number", "contains"), 2)
 """Raised when a judge changes, so that labels scored by an older meaning are not read."""
@@ -82,7 +82,7 @@ def check_references(judge: str, references: Sequence[str]) -> None:
     if judge in (KL, "agreement") or not getattr(_judge(judge), "needs_reference", True):
         return
     if not references:
-        raise JudgeError(f"the reference is missing, and the judge {judge!r} needs one")
+        raise JudgeError(f"the reference is missing, and the judge {judge!r} needs one; add it, or take 'agreement'")
     for reference in references if judge in _USABLE else ():
         needed, is_usable = _USABLE[judge]
         if not is_usable(reference):
@@ -131,7 +131,7 @@ def _judge(name: str) -> Judge:
         raise JudgeError(f"unknown judge {name!r}{hint or '.'} Known: {', '.join([*JUDGES, KL])}, or module:function")
     try:
         found: Judge = getattr(importlib.import_module(module), function) if colon else JUDGES[name]
-    except RegistryError as error:
+    except InputError as error:
         raise JudgeError(str(error)) from None
     except (Exception, SystemExit) as error:  # the user's own code, which may do anything
         raise JudgeError(f"cannot import the judge {name!r}: {type(error).__name__}: {error}") from None

@@ -17,6 +17,10 @@ from typing import Any
 from backbone import strict_json
 from backbone.errors import InputError, reason_of
 
+EMBEDDED, FOLDER = "embedded", Path(__file__).with_name("workload")
+EXAMPLES = (6, 10)
+"""The sizes of the sets of worked examples of an embedded kind of prompts, taken in turn."""
+
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
@@ -193,3 +197,32 @@ def _fields_of_any_length() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
+
+
+def embedded_prompts() -> list[dict[str, str]]:
+    """The project's own prompts: kinds of short questions, each asked after worked examples, as rows.
+
+    A kind is a hand-written table in `workload/KIND.tsv`: a line with the instruction, a line with the names of the two
+    fields, then rows of a text and its answer. The first rows are the worked examples; every other row is a prompt.
+    """
+    return [row for path in sorted(FOLDER.glob("*.tsv")) for row in _prompts(path)]
+
+
+def _prompts(path: Path) -> Iterator[dict[str, str]]:
+    instruction, fields, *rows = path.read_text(encoding="utf-8").splitlines()
+    names = fields.split("\t")
+    shown = [_asked(names, *row.split("\t")) for row in rows]
+    sets = [shown[sum(EXAMPLES[:i]) :][:size] for i, size in enumerate(EXAMPLES)]
+    for number, (asked, answer) in enumerate(shown[sum(EXAMPLES) :]):
+        examples = [f"{question} {right}" for question, right in sets[number % len(sets)]]
+        yield {
+            "id": f"{path.stem}-{number:03d}",
+            "task": path.stem,
+            "prompt": "\n\n".join([instruction, *examples, asked]),
+            "reference": answer,
+            "judge": "exact",
+        }
+
+
+def _asked(names: list[str], text: str, answer: str) -> tuple[str, str]:
+    return f"{names[0]}: {text}\n{names[1]}:", answer

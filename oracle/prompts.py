@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from oracle.chat import ChatError, ChatTemplate, Message, Question, Rendered, rendered
-from oracle.embedded_prompts import embedded_prompts
+from oracle.chat import ChatError, ChatTemplate, Message, Question, Rendered, rendered, tokens_of
 from oracle.intake import ASKED, prompts_from, read_source
 from oracle.judges import JudgeError, check_judge, check_references, score
+from oracle.prompt_sources import EMBEDDED, Row, read_file
 from oracle.prompt_sources import PromptError as PromptError
-from oracle.prompt_sources import Row, Source, read_file
 
-EMBEDDED = "embedded"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Split = Literal["adapt", "train", "tune", "calibrate", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -175,10 +175,7 @@ def load_prompts(
     def make(row: Row) -> Prompt:
         return _prompt({**row, "judge": force_judge or row["judge"] or judge}, checked)
 
-    if source == EMBEDDED:
-        rows = [(f"prompt {i}", row) for i, row in enumerate(embedded_prompts(), 1)]
-        return limited(prompts_from(Source(EMBEDDED, EMBEDDED, [*rows]), {}, make), limit)
-    columns = columns or {}
+    columns = {} if source == EMBEDDED else columns or {}
     return limited(prompts_from(read_source(source, columns, dataset_split), columns, make), limit)
 
 
@@ -231,3 +228,33 @@ def limited(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
 def place_of(purpose: str, name: str) -> float:
     """A name's place in [0, 1), by a hash; another one for each purpose."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:8], "big") / 2**64
+
+
+def check_lengths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[tuple[str, str]], new_tokens: int
+) -> None:
+    """Raises PromptError for the first prompt (id, text) that is no text, or has no tokens, or too many for the model
+    to answer.
+
+    A model whose configuration names no `max_position_embeddings` takes any length.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a byte on the command line that is not UTF-8
+            raise PromptError(
+                f"the prompt {name!r:.80} holds {text[error.start]!r}, which is no character; give it in UTF-8"
+            ) from None
+        if not (count := len(tokens_of(tokenizer, text))):
+            raise PromptError(f"the prompt {name!r:.80} has no tokens: there is nothing to continue")
+        check_context(name, count, new_tokens, limit)
+
+
+def check_context(name: str, count: int, new_tokens: int, limit: int | None) -> None:
+    """Raises PromptError where a prompt of `count` tokens and its answer are more than the model takes."""
+    if limit is not None and count + new_tokens > limit:
+        raise PromptError(
+            f"the prompt {name!r:.80} has {count} tokens, which with {new_tokens} new ones is more than the "
+            f"{limit} (max_position_embeddings) that this model takes; shorten it, or ask for fewer new tokens"
+        )

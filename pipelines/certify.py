@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,30 +10,27 @@ from pathlib import Path
 
 import numpy as np
 from filelock import Timeout
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from backbone.files import lock_of
 from backbone.loading import load_backbone
-from controller.base import Floats, choose
-from controller.certificate.calibration import PRICES, PricePath, certify, on_path
+from controller.certificate.calibration import PRICES, on_path
 from controller.certificate.certificate import Certificate
-from controller.certificate.drift import DriftAlarm, drift_scores
-from controller.certificate.risks import kept_by_full
+from controller.certificate.drift import DriftAlarm
 from controller.features import Features, prompt_features
-from controller.learning import FittedPredictor
 from oracle.chat import padded_prompts, tokens_of
-from oracle.context_lengths import check_lengths
 from oracle.judges import KL
 from oracle.labels.labeller import Labeller
 from oracle.labels.store import LabelStore
-from oracle.prompts import Prompt, load_prompts
+from oracle.prompts import Prompt, check_lengths, load_prompts
 from pipelines.evaluation.learning_table import Table
 from pipelines.later_prompts import OTHERS, check_enough, check_unused, levels_of, note_used
 from pipelines.run.check import try_judge
 from pipelines.run.progress import progress
-from pipelines.stages.labelling import by_plan, fill
+from pipelines.run.workspace import by_plan
+from pipelines.stages.calibrate import certified, drift_alarm, prompts_hash
+from pipelines.stages.label import fill
 from runtime.allocator import Allocator
 from runtime.parts import OperatingPoint
 from runtime.saving.allocator_checks import optional_parts
@@ -43,10 +39,6 @@ SAFER = 2.0
 """Times the old price at which the test of a bound of 1 or more begins. At the old price itself, the lowest that the
 old prompts allowed, half of all tests with as many prompts would fail."""
 LABELS, USED, RUN_CONFIG = "labels.db", "used.json", "config.yaml"
-
-
-class CertifyError(InputError):
-    """Prompts, or a place, that no new certificate can come from."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ def certify_file(
         device: see `load_backbone`.
 
     Raises:
-        CertifyError: prompts that were used before, or too few; no folder to save to; another process is at work there.
+        InputError: prompts that were used before, or too few; no folder to save to; another process is at work there.
         PromptError: see `load_prompts`.
         WrongModelError: another model than the allocator's.
     """
@@ -107,8 +99,8 @@ def certify_file(
         loaded = load_backbone(allocator.model_source if model is None else model, device=device)
         allocator.prepare(loaded[0])
         shown = _rendered(allocator, *loaded, given)
-        if _hash(shown) == allocator.certificate.prompts_hash:
-            raise CertifyError(f"{prompts} holds the prompts of the allocator's own certificate; {OTHERS}")
+        if prompts_hash(shown) == allocator.certificate.prompts_hash:
+            raise InputError(f"{prompts} holds the prompts of the allocator's own certificate; {OTHERS}")
         beside.mkdir(parents=True, exist_ok=True)
         labeller = Labeller(*loaded, allocator.decoding, LabelStore(beside / LABELS), batch_size)
         features = _features(allocator, *loaded, shown, batch_size)
@@ -124,10 +116,10 @@ def certify_file(
 def _place(source: str, out: Path | None) -> Path:
     if out is not None:
         if out.exists() and not out.is_dir():
-            raise CertifyError(f"--out {out} is a file; name a folder")
+            raise InputError(f"--out {out} is a file; name a folder")
         return out.expanduser().absolute()
     if not (folder := Path(source).expanduser()).is_dir():
-        raise CertifyError(f"the allocator {source} is no folder of this machine; name one to save to by --out DIR")
+        raise InputError(f"the allocator {source} is no folder of this machine; name one to save to by --out DIR")
     return folder.absolute()
 
 
@@ -137,7 +129,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise CertifyError(f"another process certifies in {folder}; wait for it") from None
+        raise InputError(f"another process certifies in {folder}; wait for it") from None
     try:
         yield
     finally:
@@ -152,10 +144,6 @@ def _rendered(
     found = [prompt.rendered(template) for prompt in prompts]
     check_lengths(model, tokenizer, [(one.id, one.prompt) for one in found], allocator.decoding.max_new_tokens)
     return found
-
-
-def _hash(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256("".join(prompt.hash for prompt in prompts).encode()).hexdigest()[:16]
 
 
 def _features(
@@ -183,7 +171,7 @@ def _tested(
 ) -> tuple[Table, dict[float, Certificate]]:
     """Label what some price chooses, and certify each level of the old certificate."""
     old, plans, budgets = allocator.certificate, allocator.menu.plans, np.array(allocator.menu.budgets)
-    cells = on_path(_predictor(allocator).predict(features), budgets)
+    cells = on_path(allocator.selector().predictor.predict(features), budgets)
     wanted = by_plan(prompts, plans, cells)
     fill(labeller, wanted, "labels")
     scores = np.zeros(cells.shape)
@@ -191,41 +179,24 @@ def _tested(
         column[own] = labeller.scores(some, plan)
     table = Table.of(prompts, scores, features, budgets, old.risk, old.tolerance, cells)
     if len(table.prompts) < 2:
-        raise CertifyError(f"the judges failed on the full model's answers to all but {len(table.prompts)} prompts")
-    predicted = _predictor(allocator).predict(table.features)
+        raise InputError(f"the judges failed on the full model's answers to all but {len(table.prompts)} prompts")
+    predicted = allocator.selector().predictor.predict(table.features)
     before = _certificates(allocator)
     return table, {
-        keep: _certificate(allocator, table, predicted, keep, before.get(keep), str(labeller.decoding))
+        keep: certified(
+            predicted,
+            table,
+            keep=keep,
+            start=_start(keep, before.get(keep)),
+            levels=levels_of(old),
+            delta=old.delta,
+            risk=old.risk,
+            per_task=bool(old.per_task),
+            tolerance=old.tolerance,
+            decoding=str(labeller.decoding),
+        )
         for keep in levels_of(old)
     }
-
-
-def _predictor(allocator: Allocator) -> FittedPredictor:
-    full = kept_by_full(allocator.certificate.risk)
-    return FittedPredictor(allocator.projection, allocator.controller, full, allocator.outliers)
-
-
-def _certificate(
-    allocator: Allocator, table: Table, predicted: Floats, keep: float, before: Certificate | None, decoding: str
-) -> Certificate:
-    old = allocator.certificate
-    return certify(
-        PricePath.of(predicted, table.losses, table.budgets, table.labelled),
-        keep=keep,
-        start=_start(keep, before),
-        levels=levels_of(old),
-        delta=old.delta,
-        risk=old.risk,
-        full=table.full,
-        tasks=table.tasks,
-        groups=table.groups,
-        per_task=bool(old.per_task),
-        tolerance=old.tolerance,
-        left_out=table.left_out,
-        prompts_hash=_hash(table.prompts),
-        decoding=decoding,
-        chat_template=max(prompt.template for prompt in table.prompts),  # those given as they are have an empty one
-    )
 
 
 def _start(keep: float, before: Certificate | None) -> int:
@@ -263,8 +234,7 @@ def _with_certificates(
 def _alarm(allocator: Allocator, table: Table, found: Certificate, rate: float | None) -> DriftAlarm | None:
     if rate is None:
         return None
-    chosen: NDArray[np.intp] = choose(_predictor(allocator).predict(table.features), table.budgets, found.price)
-    return DriftAlarm(drift_scores(allocator.projection(table.features), table.budgets[chosen]), rate)
+    return drift_alarm(allocator.selector().predictor, found, table, rate)
 
 
 def _save_old(allocator: Allocator, folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from backbone.errors import InputError
 from backbone.files import write_atomically
 from controller.certificate.certificate import Certificate, alpha_of
-from controller.certificate.fewest_prompts import fewest_prompts
+from controller.certificate.p_values import fewest_prompts
 from oracle.prompts import Prompt, PromptError
 from pipelines.config import load_config
 from pipelines.run.progress import say

@@ -17,11 +17,10 @@ import numpy as np
 
 from backbone.families import sublayer_bytes
 from backbone.files import write_atomically
-from backbone.healing.attaching import detach
 from oracle.prompts import Prompt
 from oracle.search import SEARCHERS
 from oracle.search.base import SearchSpace
-from oracle.search.on_model import search_prompts
+from oracle.search.driver import search_prompts
 from pipelines.run.progress import progress, say_failures
 from pipelines.run.state import check_own
 from pipelines.run.workspace import Workspace
@@ -32,7 +31,6 @@ class LeastPlan:
     """One row of the table.
 
     Attributes:
-        id, task: of the prompt.
         full_score: of the full model's answer.
         plan: the least that was found sufficient; the full one where no other is known to be.
         budget: share of the decoder's parameter bytes that it runs.
@@ -52,7 +50,7 @@ class LeastPlan:
 
 
 def find_least_plans(workspace: Workspace, name: str, evaluations: int, prompts: Sequence[Prompt]) -> list[LeastPlan]:
-    """Search for each of N prompts; what is labelled stays in the run's store, so a stopped search goes on.
+    """Search for each of N prompts; labels stay in the run's store, so that a search is resumable.
 
     Args:
         workspace: of a run that has its menu.
@@ -63,38 +61,30 @@ def find_least_plans(workspace: Workspace, name: str, evaluations: int, prompts:
     Raises:
         SearchError: a space that the searcher cannot search.
     """
-    searcher, menu = SEARCHERS[name], workspace.frozen_menu()
-    model, tokenizer = workspace.backbone
-    detach(model)
-    labeller = workspace.labeller_of(model, tokenizer)
-    space = SearchSpace(menu, sublayer_bytes(model))
+    model, tokenizer = workspace.model.plain()
+    labeller = workspace.labeller(model, tokenizer)
+    space, tolerance = SearchSpace(workspace.frozen_menu(), sublayer_bytes(model)), workspace.config.label.tolerance
     with progress("plans tried", evaluations * len(prompts)) as advance:
-        found = search_prompts(
-            searcher, space, labeller, prompts, evaluations, workspace.config.label.tolerance, advance
-        )
+        found = search_prompts(SEARCHERS[name], space, labeller, prompts, evaluations, tolerance, advance)
     say_failures(labeller.failures)
     scores = labeller.scores(prompts, space.full)
     return [
         LeastPlan(
-            prompt.id,
-            prompt.task,
-            score,
-            str(one.plan),
-            space.budget(one.plan),
-            float(one.plan.layers),
-            one.proved,
-            one.evaluations,
+            id=prompt.id,
+            task=prompt.task,
+            full_score=score,
+            plan=str(one.plan),
+            budget=space.budget(one.plan),
+            layers=float(one.plan.layers),
+            proved=one.proved,
+            evaluations=one.evaluations,
         )
         for prompt, score, one in zip(prompts, scores, found, strict=True)
     ]
 
 
 def own_search_folder(workspace: Workspace) -> Path:
-    """Where tables and figures go, looked at before anything is searched.
-
-    Raises:
-        ConfigError: somebody's own file lies there.
-    """
+    """Where tables and figures go. Raises ConfigError where somebody's own file lies there."""
     folder = workspace.path("search")
     check_own(folder, lambda file: file.stem in SEARCHERS and file.suffix in (".csv", ".svg"))
     return folder
@@ -119,15 +109,10 @@ def described(rows: Sequence[LeastPlan]) -> Iterator[str]:
     by_task: dict[str, list[LeastPlan]] = defaultdict(list)
     for row in rows:
         by_task[row.task].append(row)
-    if len(by_task) > 1:
-        yield from (_line(task, of_task) for task, of_task in sorted(by_task.items()))
-    yield _line("all", rows)
-
-
-def _line(name: str, rows: Sequence[LeastPlan]) -> str:
-    full, proved = sum(row.budget == 1 for row in rows), sum(row.proved for row in rows)
-    budget, layers = np.mean([row.budget for row in rows]), np.mean([row.layers for row in rows])
-    return (
-        f"{name:<12} {len(rows):>4} prompts: {budget:.0%} of the decoder, {layers:.1f} layers; "
-        f"{full} in full, {proved} proved"
-    )
+    for name, some in [*(sorted(by_task.items()) if len(by_task) > 1 else ()), ("all", rows)]:
+        budget, layers = np.mean([row.budget for row in some]), np.mean([row.layers for row in some])
+        full, proved = sum(row.budget == 1 for row in some), sum(row.proved for row in some)
+        yield (
+            f"{name:<12} {len(some):>4} prompts: {budget:.0%} of the decoder, {layers:.1f} layers; "
+            f"{full} in full, {proved} proved"
+        )

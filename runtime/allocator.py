@@ -12,30 +12,28 @@ from typing import Any, Literal, overload
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.errors import ArtefactError, UnsupportedGenerationError
 from backbone.families import check_is_model, decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
-from runtime.call_arguments import (
+from oracle.chat import ChatError
+from runtime.generate_arguments import warn_of_other_decoding
+from runtime.generation import AllocatedOutput, Moment, decode, mean_layers, plans_of, share_of_decoder
+from runtime.lossless import check_lossless, draft_plans, generate_losslessly
+from runtime.offline import AllocatedText, finished_texts
+from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
+from runtime.request import (
+    Request,
     check_known,
     check_left_padded,
     generate_by,
-    given_to_loop,
     inferred_mask,
+    loop_arguments,
     prefix_inputs,
 )
-from runtime.certified_decoding import warn_of_other_decoding
-from runtime.device_clock import Moment
-from runtime.generation import decode, plans_of
-from runtime.lossless import check_lossless, draft_plans, generate_losslessly
-from runtime.offline import generate_many
-from runtime.output import AllocatedOutput, mean_layers, share_of_decoder
-from runtime.parts import AllocatorParts, Prompts
-from runtime.request import Request
-from runtime.saving.allocator_checks import ArtefactError
 from runtime.saving.allocator_files import load_allocator, save_allocator, upload_allocator
 from runtime.saving.file_bundle import MANIFEST
 from runtime.step_costs import StepCosts, measured_step_costs
-from runtime.texts import AllocatedText
 
 RUN_FOLDER = "allocator"
 """Where in its own folder a run saves its allocator."""
@@ -46,7 +44,9 @@ class Allocator(AllocatorParts):
     """Chooses a layer plan for each prompt and generates with it.
 
     Use `allocator.generate(model, **inputs, ...)`, or pass it to the model: `model.generate(**inputs,
-    custom_generate=allocator, ...)`. Both take and return what stock `generate()` does.
+    custom_generate=allocator, ...)`. Both take and return what stock `generate()` does. The first alone takes a
+    streamer and stop strings, and refuses `assistant_model` and `synced_gpus`: transformers 5.24 hands none of them
+    on to a `custom_generate`.
 
     The fields are those of `AllocatorParts`.
     """
@@ -63,10 +63,10 @@ class Allocator(AllocatorParts):
         chat_template: str | Path | None = None,
         keep: float | None = None,
     ) -> Allocator:
-        """Load a saved allocator from a folder or from a repository on the hub.
+        """Load a saved allocator from a folder or a hub repository.
 
         Args:
-            source: a folder, or a repository's name.
+            source: a folder, a repository's name, or `package:NAME` for an installed package that brings an allocator.
             revision: branch, tag or commit of the repository.
             token: for a private repository; True takes the one that `hf auth login` stored.
             cache_dir: where downloads are kept; default: the hub's own cache.
@@ -76,7 +76,7 @@ class Allocator(AllocatorParts):
             keep: another certified bound to run at than the one that it was made for, see `at`.
 
         Raises:
-            UncertifiedError: a `keep` that is not certified.
+            PlanError: a `keep` that is not certified.
             ArtefactError: no allocator there, or a damaged one (every file is checked against its SHA-256); the folder
                 of a run, which has it inside; a revision of a local folder; a subfolder that lies outside.
             ChatError: another chat template than the allocator's, or one for an allocator that has none.
@@ -91,10 +91,10 @@ class Allocator(AllocatorParts):
     def save_pretrained(self, folder: str | Path) -> None:
         """Save to a folder, beside what lies there, in the place of an allocator that was saved there before.
 
-        Who loads from the folder meanwhile gets the old one or the new one, and a kill leaves one of the two.
+        A reader, also after a kill, gets the old allocator or the new one.
 
         Raises:
-            BundleError: the folder is a file, or somebody else's file, such as a README.md, has a name that is needed.
+            ArtefactError: the folder is a file, or somebody else's file, such as a README.md, is in the way.
         """
         save_allocator(self, Path(folder))
 
@@ -133,12 +133,10 @@ class Allocator(AllocatorParts):
         return [self.menu.plans[index] for index in decision.chosen]
 
     def measure(self, model: PreTrainedModel) -> StepCosts:
-        """Time this model's passes on its device, so that `lossless` drafts, and `generate_many` composes
-        batches, by milliseconds instead of an estimate.
+        """Time this model's passes on its device, for `lossless` and `generate_many`, which else work by an estimate.
 
-        Once for a model, device and dtype: the numbers are kept (under `$LAYERBUDGET_CACHE`) and found again by later
-        processes, and what is there is not measured again. Takes as long as some 160 decoding steps; `generate` never
-        does it by itself, so that no request pays for it.
+        Once for a model, device and dtype: the numbers are kept under `$LAYERBUDGET_CACHE`. Takes as long as some 160
+        decoding steps; `generate` never does it by itself.
         """
         self.prepare(model)
         return measured_step_costs(model)
@@ -180,9 +178,7 @@ class Allocator(AllocatorParts):
 
         Besides all stock arguments it takes `allocation_limit_ms`, `lossless` and `keep` (see `__call__`). With
         `return_dict_in_generate=True` the output is an `AllocatedOutput`, with the plan of each prompt and the times.
-        `cache=` goes on under the plans that filled the cache.
-        `stop_strings` works here only: transformers 5.24 does not hand its tokenizer on to a `custom_generate`. A
-        streamer is ended also when an error is raised.
+        `cache=` goes on under the plans that filled the cache. A streamer is ended also when an error is raised.
 
         Raises:
             UnsupportedGenerationError: a way of generating that no allocator can work with; the message names it.
@@ -205,11 +201,10 @@ class Allocator(AllocatorParts):
         advance: Callable[[int], None] = lambda done: None,
         **options: Any,
     ) -> list[AllocatedText]:
-        """Continue many prompts [N], each under its own plan, as fast as possible: all are allocated first, then
-        generated in batches, as many of one plan as can be.
+        """Continue many prompts [N], each under its own plan: all are allocated first, then generated in batches.
 
         Args:
-            tokenizer: of the model.
+            model, tokenizer: what answers.
             prompts: texts or conversations, or a single one, which are put into the allocator's chat template: see
                 `rendered`.
             raw: the texts are what the model is to continue, without the template.
@@ -225,9 +220,18 @@ class Allocator(AllocatorParts):
                 cannot be rendered.
             WrongModelError: another model than the one this allocator was made for.
         """
-        return generate_many(
-            self, model, tokenizer, prompts, raw=raw, batch_size=batch_size, advance=advance, **options
-        )
+        check_is_model(model)
+        check_is_tokenizer(tokenizer)
+        given, texts = [], dict[int, AllocatedText]()
+        for number, prompt in enumerate(listed(prompts)):
+            try:
+                given.append(self.rendered(tokenizer, prompt, raw=raw))
+            except ChatError as error:
+                raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
+        for batch in finished_texts(self, model, tokenizer, given, batch_size=batch_size, **options):
+            texts.update(batch)
+            advance(len(batch))
+        return [texts[index] for index in range(len(given))]
 
     def __call__(
         self,
@@ -255,22 +259,22 @@ class Allocator(AllocatorParts):
             own = (model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             return self.at(keep)(*own, allocation_limit_ms, lossless, **model_kwargs)
         start, began = Moment(model.device), time.perf_counter()
-        with given_to_loop(model, logits_processor, stopping_criteria, streamer) as loop:
-            request = Request(model, input_ids, generation_config, model_kwargs, loop)
-            if lossless:
-                check_lossless(request)
-            self.prepare(model)
-            if self.chat is not None and not request.goes_on:
-                self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
-            if lossless:
-                allocation_s = time.perf_counter() - began
-                output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
-            else:
-                warn_of_other_decoding(self, request.decoding)
-                plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms))
-                request.check_plans(plans)
-                allocation_s = time.perf_counter() - began
-                output, first_token_ms = decode(request, plans, prefix, start)
+        loop = loop_arguments(logits_processor, stopping_criteria, streamer)
+        request = Request(model, input_ids, generation_config, model_kwargs, loop)
+        if lossless:
+            check_lossless(request)
+        self.prepare(model)
+        if self.chat is not None and not request.goes_on:
+            self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
+        if lossless:
+            allocation_s = time.perf_counter() - began
+            output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
+        else:
+            warn_of_other_decoding(self, request.decoding)
+            plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms))
+            request.check_plans(plans)
+            allocation_s = time.perf_counter() - began
+            output, first_token_ms = decode(request, plans, prefix, start)
         if isinstance(output, torch.Tensor):
             return output
         return AllocatedOutput(

@@ -1,4 +1,4 @@
-"""Answer a file of prompts; a run that was killed goes on where it stopped, and nobody's file is replaced unasked."""
+"""Answer a file of prompts, resumably, and without replacing another file unasked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,22 @@ from filelock import Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
-from backbone.files import lock_of, replacing
+from backbone.files import lock_of, write_atomically
 from backbone.plan import LayerPlan
 from oracle.chat import ChatError, Question
-from oracle.context_lengths import check_lengths
 from oracle.prompt_sources import expanded
-from oracle.prompts import PromptError, questions_of
+from oracle.prompts import PromptError, check_lengths, questions_of
 from runtime.allocator import Allocator
-from runtime.offline import finished_texts
+from runtime.offline import AllocatedText, finished_texts
 from runtime.saving.allocator_files import content_digest
-from runtime.texts import AllocatedText
 
 Key = tuple[str, Question]
 """Id of a prompt, and what it asks."""
 
-ENTRIES = {"id": str, "answer": str, "layers": float, "plan": str}
+Line = dict[str, Any]
+
+ENTRIES = {"answer": str, "layers": float, "plan": str}
 """What a line of answers holds beside what was asked."""
-
-
-class AnswersError(InputError):
-    """A place where answers cannot be written, or a file of answers that was begun with other settings."""
 
 
 def check_places(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
@@ -42,30 +39,30 @@ def check_places(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
 
     Raises:
         PromptError: see `oracle.prompts.questions_of`.
-        AnswersError: see `check_out`.
+        InputError: see `check_out`.
     """
     questions_of(prompts)
     check_out(prompts, out, overwrite=overwrite)
 
 
 def check_out(prompts: Path, out: Path | None, *, overwrite: bool) -> None:
-    """Raises AnswersError where `out` is something that must not be replaced."""
+    """Raises InputError where `out` is something that must not be replaced."""
     if out is None:
         return
     if out.is_symlink():
-        raise AnswersError(f"--out {out} is a symbolic link; name the file itself")
+        raise InputError(f"--out {out} is a symbolic link; name the file itself")
     prompts = expanded(prompts)
     if _are_same(out, prompts):
-        raise AnswersError(f"--out {out} is the file of prompts itself; name another file")
+        raise InputError(f"--out {out} is the file of prompts itself; name another file")
     if out.exists() and not out.is_file():
-        raise AnswersError(f"--out {out} is no regular file; name a new file, or leave it out for the terminal")
+        raise InputError(f"--out {out} is no regular file; name a new file, or leave it out for the terminal")
     if out.exists() and not overwrite:
-        raise AnswersError(f"--out {out} exists already; name a new file, or add --overwrite to replace it")
+        raise InputError(f"--out {out} exists already; name a new file, or add --overwrite to replace it")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise AnswersError(f"--out {out} cannot be written: {out.parent} is no folder that can be written to")
+        raise InputError(f"--out {out} cannot be written: {out.parent} is no folder that can be written to")
     partial = _partial_of(out)
     if partial.is_symlink() or (partial.exists() and not partial.is_file()) or _are_same(partial, prompts):
-        raise AnswersError(f"{partial}, where answers are kept until all are there, is not layerbudget's; move it away")
+        raise InputError(f"{partial}, where answers are kept until all are there, is not layerbudget's; move it away")
 
 
 def answer_file(
@@ -98,45 +95,157 @@ def answer_file(
 
     Raises:
         PromptError: see `oracle.prompts.questions_of`; or a prompt is too long for the model.
-        AnswersError: see `check_places`; `<out>.partial` is somebody else's, or was begun with another allocator or
+        InputError: see `check_places`; `<out>.partial` is somebody else's, or was begun with another allocator or
             other settings; another process is writing it.
+    """
+    with answering(allocator, model, tokenizer, prompts, out, "", overwrite, ENTRIES) as run:
+        todo = run.todo
+        begin(sum(key in run.lines for key in run.keys), len(run.keys))
+        texts = [run.texts[key] for key in todo]
+        for batch in finished_texts(allocator, model, tokenizer, texts, batch_size=batch_size):
+            run.add({todo[index]: _line(answer) for index, answer in batch})
+            advance(len(batch))
+        check_out(prompts, out, overwrite=overwrite)  # somebody may have put a file there meanwhile
+        run.write(out)
+        return [LayerPlan.parse(line["plan"], allocator.menu.n_layers) for line in run.found()]
+
+
+def _line(answer: AllocatedText) -> Line:
+    return {"answer": answer.text, "layers": answer.plan.layers, "plan": str(answer.plan)}
+
+
+@contextmanager
+def answering(
+    allocator: Allocator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Path,
+    out: Path | None,
+    what: str,
+    overwrite: bool,
+    entries: Mapping[str, type],
+) -> Iterator[Answering]:
+    """The prompts of a file with the lines that an earlier run has left in `<out>.partial`, for this process alone.
+
+    Args:
+        allocator, model, tokenizer, prompts, out, overwrite: see `answer_file`.
+        what: is done with the prompts; with the allocator and the dtype it names all that lines depend on.
+        entries: what a line holds beside its prompt.
+
+    Raises:
+        PromptError, InputError: see `answer_file`.
     """
     check_places(prompts, out, overwrite=overwrite)
     keys = questions_of(prompts)
-    texts = rendered_texts(allocator, model, tokenizer, keys)
-    with partial_file(out, settings_digest(allocator, model), overwrite, ENTRIES) as partial:
-        answers = partial.read() if partial else {}
-        todo = [key for key in dict.fromkeys(keys) if key not in answers]
-        begin(len(keys) - sum(key not in answers for key in keys), len(keys))
-        left = [texts[key] for key in todo]
-        for batch in finished_texts(allocator, model, tokenizer, left, batch_size=batch_size):
-            lines = {todo[index]: _line(todo[index], answer) for index, answer in batch}
-            if partial:
-                partial.append(lines.values())
-            answers |= lines
-            advance(len(lines))
-        check_out(prompts, out, overwrite=overwrite)  # somebody may have put a file there meanwhile
-        write_lines(out, [answers[key] for key in keys])
-        if partial:
-            partial.path.unlink(missing_ok=True)
-    return [LayerPlan.parse(answers[key]["plan"], allocator.menu.n_layers) for key in keys]
+    texts = _rendered_texts(allocator, model, tokenizer, keys)
+    if out is None:
+        yield Answering(keys, texts)
+        return
+    settings = hashlib.sha256(f"{content_digest(allocator)} {model.dtype}".encode()).hexdigest()[:16]
+    try:
+        lock = lock_of(out).acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another process is writing --out {out}; wait for it or name another file") from None
+    with lock:
+        run = Answering(keys, texts, _partial_of(out), f"{what} {settings}".strip(), entries)
+        run.resume(overwrite)
+        yield run
 
 
-def rendered_texts(
+def _rendered_texts(
     allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: Sequence[Key]
 ) -> dict[Key, str]:
     """What the model is given for each prompt. Raises PromptError for one that cannot be rendered, or is too long."""
-    texts = {key: _rendered(allocator, tokenizer, *key) for key in keys}
+    texts = {}
+    for key in keys:
+        try:
+            texts[key] = allocator.rendered(tokenizer, key[1])
+        except ChatError as error:
+            raise PromptError(f"the prompt {key[0]!r:.80}: {error}") from None
     named = [(key[0], text) for key, text in texts.items()]
     check_lengths(model, tokenizer, named, allocator.decoding.max_new_tokens)
     return texts
 
 
-def _rendered(allocator: Allocator, tokenizer: PreTrainedTokenizerBase, name: str, question: Question) -> str:
-    try:
-        return allocator.rendered(tokenizer, question)
-    except ChatError as error:
-        raise PromptError(f"the prompt {name!r:.80}: {error}") from None
+@dataclass
+class Answering:
+    """The lines so far, kept in a partial file behind a first line that names the settings.
+
+    Attributes:
+        keys: the prompts, in order.
+        texts: what the model is given for each.
+        partial: the file; None where lines go to the terminal.
+        lines: of the prompts that are done.
+    """
+
+    keys: Sequence[Key]
+    texts: Mapping[Key, str]
+    partial: Path | None = None
+    settings: str = ""
+    entries: Mapping[str, type] = field(default_factory=dict)
+    lines: dict[Key, Line] = field(default_factory=dict)
+
+    @property
+    def todo(self) -> list[Key]:
+        """The prompts that have no line yet, each once."""
+        return [key for key in dict.fromkeys(self.keys) if key not in self.lines]
+
+    def resume(self, overwrite: bool) -> None:
+        """Read the whole lines that are there. A last one that a kill has torn is cut off."""
+        assert self.partial is not None
+        header = json.dumps({"layerbudget_answers": self.settings}).encode() + b"\n"
+        content = self.partial.read_bytes() if self.partial.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        is_begun = bool(whole) or not header.startswith(content)  # a kill may have torn the first line
+        try:
+            first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]] if is_begun else [{}]
+            begun_with = first["layerbudget_answers"] if is_begun else None
+            found = {(line["id"], Question.of_row(line)): self._checked(line) for line in lines}
+        except (ChatError, ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(
+                f"{self.partial}, where answers are kept until all are there, is not layerbudget's or is damaged; "
+                "move it away"
+            ) from None
+        if begun_with == self.settings:
+            os.truncate(self.partial, len(whole))
+            self.lines = found
+        elif is_begun and not overwrite:
+            raise InputError(
+                f"{self.partial} was begun with another allocator or other settings; finish it with them, or add "
+                "--overwrite to start again"
+            )
+        else:
+            self.partial.write_bytes(header)
+
+    def _checked(self, line: Line) -> Line:
+        kinds = {name: type(value) for name, value in line.items() if name not in ("id", "prompt", "messages", "raw")}
+        if type(line["id"]) is not str or kinds != self.entries:
+            raise ValueError("a line with other entries")
+        return line
+
+    def add(self, found: Mapping[Key, Line]) -> None:
+        """Keep the lines of some prompts, with what was asked in front."""
+        lines = {key: {"id": key[0], **key[1].to_row(), **line} for key, line in found.items()}
+        if self.partial is not None:
+            with self.partial.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines.values()))
+        self.lines |= lines
+
+    def found(self) -> list[Line]:
+        """A line for each prompt, in order."""
+        return [self.lines[key] for key in self.keys]
+
+    def write(self, out: Path | None) -> None:
+        """The whole file at once; None for the standard output."""
+        # The standard output may have an encoding that lacks some characters; JSON can do without them.
+        ascii_only = out is None and (sys.stdout.encoding or "utf-8").lower() != "utf-8"
+        text = "".join(json.dumps(line, ensure_ascii=ascii_only) + "\n" for line in self.found())
+        if out is None:
+            sys.stdout.write(text)
+        else:
+            write_atomically(out, text)
+        if self.partial is not None:
+            self.partial.unlink(missing_ok=True)
 
 
 def _are_same(first: Path, second: Path) -> bool:
@@ -145,111 +254,3 @@ def _are_same(first: Path, second: Path) -> bool:
 
 def _partial_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
-
-
-@contextmanager
-def partial_file(
-    out: Path | None, settings: str, overwrite: bool, entries: Mapping[str, type]
-) -> Iterator[PartialFile | None]:
-    """`<out>.partial`, for this process alone; None where answers go to the terminal.
-
-    Args:
-        settings: names everything that the lines depend on besides their prompts.
-        overwrite: lines that were begun with other settings are dropped.
-        entries: what a line holds.
-
-    Raises:
-        AnswersError: another process is writing there.
-    """
-    if out is None:
-        yield None
-        return
-    lock = lock_of(out)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise AnswersError(f"another process is writing --out {out}; wait for it or name another file") from None
-    try:
-        yield PartialFile(_partial_of(out), settings, overwrite, entries)
-    finally:
-        lock.release()
-
-
-class PartialFile:
-    """Answers so far, a line each, behind a first line that names the settings."""
-
-    def __init__(self, path: Path, settings: str, overwrite: bool, entries: Mapping[str, type]) -> None:
-        self.path, self._settings, self._overwrite, self._entries = path, settings, overwrite, entries
-
-    def read(self) -> dict[Key, dict[str, Any]]:
-        """The whole lines that are there. A last one that a kill has torn is cut off."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole and _header(self._settings).startswith(content):  # nothing yet, or a first line that a kill tore
-            return self._begin()
-        try:
-            first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-            begun_with = first["layerbudget_answers"]
-            found = {(line["id"], Question.of_row(line)): _whole(line, self._entries) for line in lines}
-        except (ChatError, ValueError, KeyError, TypeError, RecursionError):
-            raise AnswersError(
-                f"{self.path}, where answers are kept until all are there, is not layerbudget's or is damaged; "
-                "move it away"
-            ) from None
-        if begun_with != self._settings and not self._overwrite:
-            raise AnswersError(
-                f"{self.path} was begun with another allocator or other settings; finish it with them, or add "
-                "--overwrite to start again"
-            )
-        if begun_with != self._settings:
-            return self._begin()
-        with self.path.open("r+b") as file:
-            file.truncate(len(whole))
-        return found
-
-    def _begin(self) -> dict[Key, dict[str, Any]]:
-        self.path.write_bytes(_header(self._settings))
-        return {}
-
-    def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _header(settings: str) -> bytes:
-    return json.dumps({"layerbudget_answers": settings}).encode() + b"\n"
-
-
-def _whole(line: dict[str, Any], entries: Mapping[str, type]) -> dict[str, Any]:
-    """Raises ValueError for a line with other entries."""
-    rest = {name: type(value) for name, value in line.items() if name not in ("prompt", "messages", "raw")}
-    if rest != entries:
-        raise ValueError("a line with other entries")
-    return line
-
-
-def _line(key: Key, answer: AllocatedText) -> dict[str, Any]:
-    return {
-        "id": key[0],
-        **key[1].to_row(),
-        "answer": answer.text,
-        "layers": answer.plan.layers,
-        "plan": str(answer.plan),
-    }
-
-
-def settings_digest(allocator: Allocator, model: PreTrainedModel) -> str:
-    """A short name for everything that answers depend on besides their prompts."""
-    return hashlib.sha256(f"{content_digest(allocator)} {model.dtype}".encode()).hexdigest()[:16]
-
-
-def write_lines(out: Path | None, lines: Sequence[dict[str, Any]]) -> None:
-    """The whole file at once; None for the standard output."""
-    # The standard output may have an encoding that lacks some characters; JSON can do without them.
-    ascii_only = out is None and (sys.stdout.encoding or "utf-8").lower() != "utf-8"
-    text = "".join(json.dumps(line, ensure_ascii=ascii_only) + "\n" for line in lines)
-    if out is None:
-        sys.stdout.write(text)
-        return
-    with replacing(out) as unfinished:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")

@@ -1,7 +1,7 @@
 """What an allocator knows of the chat template of its prompts, and what it says of prompts without it.
 
-A template is a program: without an end, or with one that fills the memory, if its author wants so. So a saved allocator
-holds the template's hash, never its text, which comes from the tokenizer or from a file of the user's own.
+A template is a program, which may come from anybody. So a saved allocator holds the template's hash, never its text,
+which comes from the tokenizer or from a file of the user's own.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from backbone.errors import InputError
+from backbone.errors import ArtefactError
 from backbone.strict_json import LONGEST_NAME, parse
 from oracle.chat import ChatError, ChatTemplate, Message, template_text, tokens_of
 from oracle.decoding import LARGEST_TOKEN
 
 logger = logging.getLogger(__name__)
 
-HEAD_TOKENS, TAIL_TOKENS = 4, 8
-"""Tokens, at most, that prompts are told by at their beginning and end."""
-MOST_TOKENS = 64
-"""Special tokens that a template may name, at most."""
+HEAD_TOKENS, TAIL_TOKENS, MOST_TOKENS = 4, 8, 64
+"""Tokens, at most, at the beginning and end that prompts are told by; special tokens that a template may name."""
 _HASH = re.compile(r"[0-9a-f]{16}")
 _ASKS_THE_DATE = "strftime_now"
 """In the text of templates that write the day's date near their beginning."""
@@ -39,16 +38,11 @@ _GIVE = "load the tokenizer of the allocator's model, or give the template's fil
 _warned: set[str] = set()
 """Templates that a warning was given about in this process."""
 
-
 _WITHOUT = (
     "prompt %d does not begin with the tokens %s and end with %s, as all do that this allocator was made with, so that "
     "its certificate does not cover it: put it into the chat template, by allocator.rendered(tokenizer, prompt) or by "
     "tokenizer.apply_chat_template(messages, add_generation_prompt=True), and add no special tokens afterwards"
 )
-
-
-class ChatFormatError(InputError):
-    """A file that is no chat format of this version, or a damaged one."""
 
 
 @dataclass(frozen=True)
@@ -128,17 +122,12 @@ class ChatFormat:
         return begins.all(dim=1) & (input_ids[:, width - len(tail) :] == tail).all(dim=1)
 
     def save(self, path: Path) -> None:
-        data = {
-            "hash": self.hash,
-            "special": dict(self.special),
-            "head": list(self.head),
-            "tail": list(self.tail),
-        }
+        data = {"hash": self.hash, "special": dict(self.special), "head": list(self.head), "tail": list(self.tail)}
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> ChatFormat:
-        """Raises ChatFormatError for a file that `save` did not write."""
+        """Raises ArtefactError for a file that `save` did not write."""
         try:
             data = parse(path.read_text(encoding="utf-8"))
             name, special, head, tail = (data.pop(key) for key in ("hash", "special", "head", "tail"))
@@ -150,7 +139,7 @@ class ChatFormat:
             if len(head) > HEAD_TOKENS or len(tail) > TAIL_TOKENS or not all(0 <= id_ < LARGEST_TOKEN for id_ in ids):
                 raise ValueError(f"head and tail should be at most {HEAD_TOKENS} and {TAIL_TOKENS} ids of tokens")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ChatFormatError(f"{path} is not a chat format that this version can read ({error})") from None
+            raise ArtefactError(f"{path} is not a chat format that this version can read ({error})") from None
         return cls(name, special, tuple(head), tuple(tail))
 
 
@@ -169,9 +158,5 @@ def _conversations(template: ChatTemplate) -> list[tuple[Message, ...]]:
 
 def _common(rows: Sequence[Sequence[int]]) -> list[int]:
     """The tokens that all rows begin with."""
-    common = []
-    for column in zip(*rows, strict=False):
-        if len({*column}) > 1:
-            break
-        common.append(column[0])
-    return common
+    columns = takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))
+    return [column[0] for column in columns]

@@ -6,96 +6,34 @@ these tables with the installed transformers and tries every argument (`tests/ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from backbone.errors import InputError
+from backbone.errors import UnsupportedGenerationError
+from controller.base import Controller
+from runtime.parts import AllocatorParts
 
-LIKE_STOCK = frozenset(
-    [
-        "max_length",
-        "max_new_tokens",
-        "min_length",
-        "min_new_tokens",
-        "early_stopping",
-        "max_time",
-        "stop_strings",
-        "do_sample",
-        "num_beams",
-        "use_cache",
-        "cache_implementation",
-        "cache_config",
-        "max_cache_len",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "repetition_penalty",
-        "encoder_repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "renormalize_logits",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "sequence_bias",
-        "guidance_scale",
-        "watermarking_config",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "output_logits",
-        "return_dict_in_generate",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "encoder_no_repeat_ngram_size",
-        "decoder_start_token_id",
-        "is_assistant",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "max_matching_ngram_size",
-        "assistant_lookbehind",
-        "target_lookbehind",
-        "assistant_ensemble_weight",
-        "speculation_type",
-        "compile_config",
-        "disable_compile",
-        "continuous_batching_config",
-        "low_memory",
-        "diversity_penalty",
-        "prefill_chunk_size",
-        "inputs",
-        "generation_config",
-        "logits_processor",
-        "stopping_criteria",
-        "prefix_allowed_tokens_fn",
-        "streamer",
-        "negative_prompt_ids",
-        "negative_prompt_attention_mask",
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "cache",
-        "past_key_values",
-        "tokenizer",
-        "assistant_tokenizer",
-        "trust_remote_code",
-    ]
-)
+_LIKE_STOCK = """
+max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample num_beams use_cache
+cache_implementation cache_config max_cache_len temperature top_k top_p min_p top_h typical_p epsilon_cutoff
+eta_cutoff repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids
+renormalize_logits forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+suppress_tokens begin_suppress_tokens sequence_bias guidance_scale watermarking_config num_return_sequences
+output_attentions output_hidden_states output_scores output_logits return_dict_in_generate pad_token_id bos_token_id
+eos_token_id encoder_no_repeat_ngram_size decoder_start_token_id is_assistant num_assistant_tokens
+num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind
+target_lookbehind assistant_ensemble_weight speculation_type compile_config disable_compile continuous_batching_config
+low_memory diversity_penalty prefill_chunk_size inputs generation_config logits_processor stopping_criteria
+prefix_allowed_tokens_fn streamer negative_prompt_ids negative_prompt_attention_mask input_ids attention_mask
+position_ids cache past_key_values tokenizer assistant_tokenizer trust_remote_code
+"""
+LIKE_STOCK = frozenset(_LIKE_STOCK.split())
 """Taken; the exceptions of the lossless mode are in `REFUSED_BY_LOSSLESS`."""
 
 OTHER_LOOPS: dict[str, GenerationMode] = {
@@ -156,10 +94,6 @@ UNDECIDED = sorted(_FIELDS - LIKE_STOCK - OTHER_LOOPS.keys() - REFUSED.keys())
 """Fields that only a newer transformers has, beside what says where a configuration came from."""
 
 
-class UnsupportedGenerationError(InputError):
-    """A way of generating that cannot be combined with an allocator; the message names it."""
-
-
 def refuse(arguments: Mapping[str, Any], refusals: Refusals, what: str) -> None:
     """Raises UnsupportedGenerationError for the first of some arguments that `what` cannot work with."""
     for name, (is_refused, reason) in refusals.items():
@@ -195,3 +129,50 @@ def refuse_undecided(config: GenerationConfig) -> None:
 def _shown(name: str, value: Any) -> str:
     is_plain = isinstance(value, str | int | float | list | tuple)
     return f"{name}={value!r:.60}" if is_plain else f"{name} ({type(value).__name__})"
+
+
+_warned: WeakSet[Controller] = WeakSet()
+"""Controllers of the allocators that were warned of in this process; copies of an allocator share theirs."""
+_lock = threading.Lock()
+
+
+class UncertifiedDecodingWarning(UserWarning):
+    """A call decodes otherwise than the certificate says; the message says how."""
+
+
+def warn_of_other_decoding(allocator: AllocatorParts, asked: Mapping[str, Any]) -> None:
+    """Warn, once an allocator and process, of longer answers, other stop strings, sampling or beams.
+
+    Without a certified price nothing is promised, and nothing is said.
+
+    Args:
+        allocator: whose certificate it is.
+        asked: what a call asks for: `do_sample`, `num_beams`, `max_new_tokens`, `stop_strings`.
+    """
+    if allocator.certificate.price is None or not (found := list(_differences(allocator, asked))):
+        return
+    with _lock:
+        if allocator.controller in _warned:
+            return
+        _warned.add(allocator.controller)
+    certified = allocator.certificate.decoding or str(allocator.decoding)
+    text = (
+        f"the certificate covers answers by {certified!r}, and this call has {', '.join(found)}: its bound does not "
+        "hold for these answers; later calls of this allocator are not named"
+    )
+    warnings.warn(UncertifiedDecodingWarning(text), stacklevel=2)
+
+
+def _differences(allocator: AllocatorParts, asked: Mapping[str, Any]) -> Iterator[str]:
+    decoding = allocator.decoding
+    if allocator.certificate.decoding not in ("", str(decoding)):
+        yield f"an allocator whose decoding was changed to {str(decoding)!r}"
+    if asked["do_sample"]:
+        yield "do_sample=True"
+    if (asked["num_beams"] or 1) > 1:
+        yield f"num_beams={asked['num_beams']}"
+    if (asked["max_new_tokens"] or 0) > decoding.max_new_tokens:
+        yield f"max_new_tokens={asked['max_new_tokens']}"
+    strings = [asked["stop_strings"]] if isinstance(asked["stop_strings"], str) else asked["stop_strings"] or ()
+    if strings and {*strings} != {*decoding.stop}:
+        yield f"stop_strings={sorted(strings)}"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from backbone.errors import InputError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, replaying
+from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
-from runtime.device_clock import FirstToken, Moment
+from controller.certificate.drift import DriftState
 from runtime.plan_selection import PlanSelector
 from runtime.request import Request
 
@@ -23,9 +27,97 @@ MOST_OTHER_LAYERS = 0.05
 Output = torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
 
+@dataclass
+class AllocatedOutput(GenerateDecoderOnlyOutput):
+    """The output of an allocator with `return_dict_in_generate=True`.
+
+    Fields that were not asked for are None, as in transformers.
+
+    Attributes:
+        sequences, scores, logits, attentions, hidden_states, cache: as stock `generate()` gives them.
+        sequences_scores, beam_indices: the same, with beams.
+        plans: of the B prompts.
+        layers: that ran, on average over the prompts.
+        share_of_decoder: that ran, on average over the prompts: the plans' budgets.
+        allocation_s: seconds until the plans were known.
+        first_token_s: seconds until the first tokens were known.
+        total_s: seconds of the whole call.
+        drift: state of the drift alarm; None without one.
+        draft_tokens, accepted_tokens, acceptance, full_passes: of `lossless=True`, see `runtime.lossless`; `plans`,
+            `layers` and `share_of_decoder` are then those of the plan that drafts.
+    """
+
+    sequences_scores: torch.Tensor | None = None
+    beam_indices: torch.Tensor | None = None
+    plans: list[LayerPlan] = None  # type: ignore[assignment]  # transformers wants defaults of None
+    layers: float = None  # type: ignore[assignment]
+    share_of_decoder: float = None  # type: ignore[assignment]
+    allocation_s: float = None  # type: ignore[assignment]
+    first_token_s: float = None  # type: ignore[assignment]
+    total_s: float = None  # type: ignore[assignment]
+    drift: DriftState | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
+    acceptance: float | None = None
+    full_passes: int | None = None
+
+
+def mean_layers(plans: Iterable[LayerPlan]) -> float:
+    counts = Counter(plans)
+    return sum(plan.layers * count for plan, count in counts.items()) / counts.total()
+
+
+def share_of_decoder(plans: Iterable[LayerPlan], menu: PlanMenu, model: PreTrainedModel) -> float:
+    """Mean budget of plans, by the menu, which counts bridges, or by the model's bytes where a cache brought others."""
+    budgets, counts = dict(zip(menu.plans, menu.budgets, strict=True)), Counter(plans)
+    if others := counts.keys() - budgets.keys():
+        size = sublayer_bytes(model)
+        budgets |= {plan: plan.budget(size) for plan in others}
+    return sum(budgets[plan] * count for plan, count in counts.items()) / counts.total()
+
+
+def summary_line(plans: Iterable[LayerPlan], menu: PlanMenu, model: PreTrainedModel, seconds: float) -> str:
+    """Prompts, layers and seconds of one command."""
+    ran = list(plans)
+    return (
+        f"{len(ran)} prompts: {mean_layers(ran):.2f} of {menu.n_layers} layers on average, "
+        f"{share_of_decoder(ran, menu, model):.1%} of the decoder, {seconds:.1f} s"
+    )
+
+
+class Moment:
+    """When all work given to a device so far is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._seconds = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    def ms_since(self, earlier: Moment) -> float:
+        """Milliseconds from an earlier moment to this one; on a GPU this waits until the moment has come."""
+        if self._event is None or earlier._event is None:
+            return (self._seconds - earlier._seconds) * 1000
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event))
+
+
+class FirstToken(LogitsProcessor):
+    """The last of a loop's logits processors: notes when the first token's scores are there, changes nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.moment: Moment | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.moment is None:
+            self.moment = Moment(self._device)
+        return scores
+
+
 def plans_of(request: Request, menu: PlanMenu, selector: PlanSelector) -> tuple[list[LayerPlan], Prefix | None]:
-    """The plans of the prompts [B], and what the first layers made of them, None where that is not kept. A cache that
-    was passed in goes on under its own plans."""
+    """The plans of the prompts [B], those of a given cache if it is filled, and the kept prefix, if any."""
     if (plans := request.plans_of_cache()) is not None:
         return plans, None
     decision = selector.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
@@ -38,8 +130,7 @@ def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, 
     Args:
         request: the prepared call.
         plans: of the B prompts.
-        prefix: what the first layers made of the prompts, from which their plans go on; None to run them again. Its
-            memory is given back.
+        prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
         start: when the call began.
 
     Returns:
@@ -58,10 +149,6 @@ def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, 
     return output, clock.moment.ms_since(start) if clock.moment else 0.0
 
 
-class OtherLayersError(InputError):
-    """`generate` ran other layers than those that were certified."""
-
-
 def check_layers(certified: Iterable[LayerPlan], ran: Iterable[LayerPlan]) -> None:
     """Compare the plans [N] that a certificate rests on with those that `generate` ran for the same prompts.
 
@@ -70,13 +157,13 @@ def check_layers(certified: Iterable[LayerPlan], ran: Iterable[LayerPlan]) -> No
         ran: the `plans` of the output of `allocator.generate`, or the plans of the texts of `generate_many`.
 
     Raises:
-        OtherLayersError: the plans differ, on average over prompts, by more than `MOST_OTHER_LAYERS` of the layers.
+        InputError: the plans differ, on average over prompts, by more than `MOST_OTHER_LAYERS` of the layers.
     """
     pairs = list(zip(certified, ran, strict=True))
     differing = sum(len(one.attention ^ other.attention) + len(one.mlp ^ other.mlp) for one, other in pairs) / 2
     if differing > MOST_OTHER_LAYERS * sum(one.n_layers for one, _ in pairs):
         expected, found = (sum(plan.layers for plan in plans) / len(pairs) for plans in zip(*pairs, strict=True))
-        raise OtherLayersError(
+        raise InputError(
             f"generate ran {found:.2f} of {pairs[0][0].n_layers} layers on average, where {expected:.2f} were "
             f"certified ({differing / len(pairs):.2f} differ a prompt); a FullPlanWarning says why"
         )

@@ -3,14 +3,12 @@
 Speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) with the model as its own draft. Greedy answers are the
 full model's, up to the rounding of passes over several tokens; sampled ones follow its distribution (section 2.3).
 
-Which plan of the menu drafts, and how many tokens, is chosen for the most tokens a millisecond, by what passes cost and
-by how often its tokens are the full model's: on the labelled prompts, and then in this request. Where no plan pays, the
-full model decodes as ever.
+The plan that drafts, and how many tokens, are chosen for the most tokens a millisecond, by what passes cost and by the
+plan's acceptance: on the labelled prompts, and then in this request. Where no plan pays, the full model decodes alone.
 
-Draft and check share one cache. Before a draft all its layers hold what the full model made of the text so far, so the
-plan attends to better keys and values than its own. What the plan adds is its approximation: it is cut off before the
-check, which writes the full model's instead, and what the check refuses is cut off after it. Sliding windows forget
-only then, as in transformers' assisted decoding, whose loop does all but the drafting.
+Draft and check share one cache. Before a draft its layers hold the full model's keys and values. What the plan adds is
+cut off before the check, which writes the full model's instead. Refused tokens are cut off after it. transformers' loop
+for assisted decoding does all but the drafting.
 
 Shapes: `S` tokens so far, `V` vocabulary; one prompt.
 """
@@ -24,17 +22,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache, DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, DynamicCache, LogitsProcessorList
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
-from runtime.device_clock import FirstToken, Moment
-from runtime.generate_arguments import REFUSED_BY_LOSSLESS, UnsupportedGenerationError, refuse
-from runtime.generation import Output, decode
+from runtime.generate_arguments import REFUSED_BY_LOSSLESS, refuse
+from runtime.generation import FirstToken, Moment, Output, decode
 from runtime.parts import AllocatorParts
 from runtime.request import Request
 from runtime.step_costs import StepCosts, known_step_costs
@@ -70,7 +68,7 @@ class DraftPlan:
 
 
 def draft_plans(allocator: AllocatorParts) -> list[DraftPlan]:
-    """The shortened plans of an allocator's menu, as its labels know them."""
+    """The shortened plans of an allocator's menu with their acceptance on its labels."""
     menu = allocator.menu
     rates = allocator.acceptance or [max(1 - REFUSED * (1 - budget), 0.0) for budget in menu.budgets]
     return [
@@ -81,8 +79,7 @@ def draft_plans(allocator: AllocatorParts) -> list[DraftPlan]:
 
 
 def best_draft(costs: StepCosts, plans: Sequence[DraftPlan]) -> tuple[DraftPlan | None, int]:
-    """Which plan is to draft how many tokens for the most tokens a millisecond; None and 0 if decoding without drafts
-    is as fast.
+    """The plan and the number of tokens to draft for the most tokens a millisecond; None and 0 if drafts do not pay.
 
     A round of k drafts takes k steps of the plan and a full pass over k + 1 tokens, and gives on average
     (1 - rate^(k + 1)) / (1 - rate) tokens (Leviathan et al. 2023, equation 1).
@@ -120,12 +117,7 @@ def check_lossless(request: Request) -> None:
 def generate_losslessly(
     request: Request, plans: Sequence[DraftPlan], start: Moment
 ) -> tuple[Output, float, list[LayerPlan]]:
-    """Decode one prompt with the full model, drafting under one of some plans.
-
-    Args:
-        request: the prepared call.
-        plans: that may draft.
-        start: when the call began.
+    """Decode one prompt with the full model, drafting under one of some plans, from the moment `start`.
 
     Returns:
         The output, the milliseconds from `start` to the first token, and the plan that drafted, the full one if none
@@ -135,28 +127,31 @@ def generate_losslessly(
     full = LayerPlan.full(len(decoder_layers(request.model)))
     drafter = Drafter(request, plans)
     if drafter.pays:
-        output, first_token_ms, passes = _decode_with_drafts(request, drafter, full, start)
+        output, first_token_ms = _decode_with_drafts(request, drafter, start)
     else:
         output, first_token_ms = decode(request, [full], None, start)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        passes = sequences.shape[1] - request.input_ids.shape[1]
+        drafter.rounds = sequences.shape[1] - request.input_ids.shape[1]
     if not isinstance(output, torch.Tensor):
         output["draft_tokens"], output["accepted_tokens"] = drafter.drafted, drafter.accepted
         output["acceptance"] = drafter.accepted / drafter.drafted if drafter.drafted else None
-        output["full_passes"] = passes
+        output["full_passes"] = drafter.rounds
     return output, first_token_ms, [drafter.last or full]
 
 
-def _decode_with_drafts(request: Request, drafter: Drafter, full: LayerPlan, start: Moment) -> tuple[Any, float, int]:
-    """The output, the milliseconds to the first token, and the passes of the full model."""
+def _decode_with_drafts(request: Request, drafter: Drafter, start: Moment) -> tuple[Any, float]:
+    """The output of transformers' loop for assisted decoding, and the milliseconds to the first token.
+
+    The loop runs on a shallow copy of the model, which shares every module, so that the model itself, which other
+    threads may be running, keeps its own source of drafts.
+    """
     clock = FirstToken(request.model.device)
     drafter.processors = LogitsProcessorList([*request.loop["logits_processor"], clock])
-    checking = _Checking(request.model, full, drafter)
     loop = {**request.loop, "logits_processor": drafter.processors, "generation_config": request.config}
-    # A method of the library, given a healing part for the model: so nothing on the model itself has to be changed.
-    decode_assisted: Any = type(request.model)._assisted_decoding  # type: ignore[attr-defined]
-    output = decode_assisted(checking, request.input_ids, **loop, **request.kwargs)
-    return output, clock.moment.ms_since(start) if clock.moment else 0.0, checking.passes
+    model: Any = copy.copy(request.model)
+    model.__dict__["_get_candidate_generator"] = lambda **_: drafter
+    output = model._assisted_decoding(request.input_ids, **loop, **request.kwargs)
+    return output, clock.moment.ms_since(start) if clock.moment else 0.0
 
 
 class Drafter(CandidateGenerator):
@@ -165,6 +160,7 @@ class Drafter(CandidateGenerator):
     Attributes:
         processors: of the request's scores.
         last: the plan that drafted last.
+        rounds: passes of the full model so far, one after each draft.
         drafted: tokens drafted so far.
         accepted: of these, tokens that the full model kept.
     """
@@ -172,11 +168,11 @@ class Drafter(CandidateGenerator):
     def __init__(self, request: Request, plans: Sequence[DraftPlan]) -> None:
         self._request, self._plans, self._costs = request, plans, known_step_costs(request.model)
         self._mask = request.kwargs.get("attention_mask")
-        self._started, self._offered = False, 0
+        self._offered = 0
         self._draft_plan, self._length = best_draft(self._costs, plans)
         self.processors = LogitsProcessorList()
         self.last: LayerPlan | None = None
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.rounds = 0
 
     @property
     def pays(self) -> bool:
@@ -184,7 +180,8 @@ class Drafter(CandidateGenerator):
 
     def get_candidates(self, input_ids: Any, **_: Any) -> tuple[Any, Any]:
         """Text [1, S] with drafted tokens behind it, and, for sampling, the scores [1, n, V] they were drawn from."""
-        first, self._started = not self._started, True
+        first = not self.rounds
+        self.rounds += 1
         if self.pays:
             self._draft_plan, self._length = best_draft(self._costs, self._plans)
         left = int(self._request.config.max_length or 0) - input_ids.shape[1] - 1
@@ -206,8 +203,7 @@ class Drafter(CandidateGenerator):
 
     @torch.no_grad()
     def _draft(self, input_ids: Any, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The draft ends before the first token that stops the text, so that the loop, which asks the criteria after a
-        whole round, never goes past one."""
+        """A draft [1, S + n] and its scores, ended before the first token that stops the text."""
         cache, ids = _view(self._request.kwargs["cache"], plan), input_ids
         scores: list[torch.Tensor] = []
         self.last = plan
@@ -247,26 +243,6 @@ class _UnknownScores:
         )
 
     __getitem__ = __iter__ = __len__ = _refuse
-
-
-class _Checking:
-    """The model as transformers' loop for assisted decoding sees it: each pass is one of the full model, and the
-    candidates come from the drafter."""
-
-    def __init__(self, model: PreTrainedModel, full: LayerPlan, drafter: Drafter) -> None:
-        self._model, self._full, self._drafter = model, full, drafter
-        self.passes = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def _get_candidate_generator(self, **_: Any) -> Drafter:
-        return self._drafter
-
-    def __call__(self, **inputs: Any) -> Any:
-        self.passes += 1
-        with apply_plan(self._model, self._full):
-            return self._model(**inputs)
 
 
 def _view(cache: Cache, plan: LayerPlan) -> Cache:

@@ -1,42 +1,85 @@
-"""Large sets of prompts: all are allocated first, then generated in batches, as many as can be of one plan."""
+"""Prompts in, texts out. Large sets are allocated first, then generated in batches, as many as can be of one plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, joined, replaying
-from backbone.families import check_is_model
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
 from backbone.plan import LayerPlan
-from oracle.chat import ChatError, Turns, tokens_of
-from runtime.call_arguments import UnsupportedGenerationError, asked_for
-from runtime.certified_decoding import warn_of_other_decoding
-from runtime.composing import Composer
-from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
+from oracle.chat import padded_prompts, tokens_of
+from oracle.decoding import Decoding, cut_at_stop
+from oracle.labels.generation import stop_token_ids
+from runtime.generate_arguments import warn_of_other_decoding
+from runtime.parts import AllocatorParts
 from runtime.plan_selection import Decision, PlanSelector, prompt_key
-from runtime.step_costs import known_step_costs
-from runtime.texts import AllocatedText, decoding_options, new_texts
+from runtime.request import asked_for
+from runtime.step_costs import StepCosts, known_step_costs
 
 PROBE_TOKENS = 2048
 """Prompt tokens, with padding, that are probed together: enough to fill a device, few enough to be of like length."""
 
 KEPT_BYTES = 2 * 2**30
-"""Main memory for what the first layers made of prompts that wait to be answered; prompts for which it does not suffice
-run these layers again."""
+"""Main memory for the prefixes of prompts that wait; prompts beyond it run their first layers again."""
 
 _SEVERAL_TOKENS_AT_ONCE = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 _ONE_ANSWER_A_PROMPT = (
     *("num_return_sequences", "cache", "past_key_values", "return_dict_in_generate", "streamer"),
     *("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatedText:
+    """A generated text, and the plan that it was generated with."""
+
+    text: str
+    plan: LayerPlan
+
+
+def generate_texts(
+    generate: Callable[..., Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    decoding: Decoding,
+) -> list[AllocatedText]:
+    """Continue each of `prompts` [B], rendered, as one batch, by `allocator.generate`."""
+    inputs = padded_prompts(tokenizer, prompts).to(model.device)
+    output = generate(
+        model,
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        return_dict_in_generate=True,
+        **decoding_options(tokenizer, decoding),
+    )
+    assert not isinstance(output, torch.Tensor)
+    texts = new_texts(tokenizer, output.sequences, inputs["input_ids"].shape[1], decoding)
+    return [AllocatedText(text, plan) for text, plan in zip(texts, output["plans"], strict=True)]
+
+
+def decoding_options(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
+    """The arguments of `generate()` for the decoding that an allocator was made with."""
+    return decoding.arguments(tokenizer, list(stop_token_ids(tokenizer, decoding)))
+
+
+def new_texts(
+    tokenizer: PreTrainedTokenizerBase, sequences: torch.Tensor, prompt_width: int, decoding: Decoding
+) -> list[str]:
+    """The texts that follow the prompts in sequences [B, S], cut at the stop string."""
+    texts = tokenizer.batch_decode(sequences[:, prompt_width:], skip_special_tokens=True)
+    return [cut_at_stop(text, decoding.stop) for text in texts]
 
 
 def finished_texts(
@@ -50,13 +93,8 @@ def finished_texts(
 ) -> Iterator[list[tuple[int, AllocatedText]]]:
     """Continue rendered prompts [N], each under its own plan, in batches as `Composer` makes them.
 
-    Batches go on from what the first layers made of their prompts when these were allocated, as far as `KEPT_BYTES`
-    suffice. A batch for which the device's memory does not suffice is run half by half.
-
-    Args:
-        model, tokenizer: what answers.
-        batch_size: prompts generated together, at most.
-        options: arguments of `generate()`, in place of those that the allocator was calibrated with.
+    Batches go on from the kept prefixes of their prompts. A batch that does not fit into the device's memory is run
+    half by half. `options` are arguments of `generate()`, in place of those of the allocator.
 
     Yields:
         For each batch its places in `prompts` with their texts.
@@ -90,7 +128,8 @@ def finished_texts(
     batches = Composer(known_step_costs(model), plans, [len(ids) for ids in tokens], n_new)
     for part in batches.composed(batch_size):
         yield in_halves(part, run)
-        kept.drop(part)
+        for index in part:
+            kept.rows.pop(index, None)
 
 
 @dataclass(slots=True)
@@ -114,41 +153,6 @@ class _Kept:
             return nullcontext()
         repeated = torch.arange(len(part), device=model.device).repeat_interleave(copies)
         return replaying(model, joined(rows, model.device), repeated if copies > 1 else None, release=True)
-
-    def drop(self, part: Sequence[int]) -> None:
-        for index in part:
-            self.rows.pop(index, None)
-
-
-def generate_many(
-    allocator: AllocatorParts,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
-    *,
-    raw: bool,
-    batch_size: int,
-    advance: Callable[[int], None],
-    **options: Any,
-) -> list[AllocatedText]:
-    """See `Allocator.generate_many`."""
-    check_is_model(model)
-    check_is_tokenizer(tokenizer)
-    texts: dict[int, AllocatedText] = {}
-    given = [_rendered(allocator, tokenizer, number, prompt, raw) for number, prompt in enumerate(listed(prompts))]
-    for batch in finished_texts(allocator, model, tokenizer, given, batch_size=batch_size, **options):
-        texts.update(batch)
-        advance(len(batch))
-    return [texts[index] for index in range(len(given))]
-
-
-def _rendered(
-    allocator: AllocatorParts, tokenizer: PreTrainedTokenizerBase, number: int, prompt: str | Turns, raw: bool
-) -> str:
-    try:
-        return allocator.rendered(tokenizer, prompt, raw=raw)
-    except ChatError as error:
-        raise UnsupportedGenerationError(f"prompt {number}: {error}") from None
 
 
 def _settings(
@@ -192,3 +196,82 @@ def _allocated(
         ((part, partial(decide, part)) for part in parts), [prompt_key(ids) for ids in tokens]
     )
     return [allocator.menu.plans[index] for index in chosen]
+
+
+Batch = list[int]
+"""Places of prompts that run together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composer:
+    """Composes batches of N prompts by plan and length, by what their passes cost.
+
+    A batch of one plan reads only the weights of its layers, a mixed one those of its deepest row; prompts of like
+    length save padding. So full batches of one plan come first, and the rest runs alone or with others, as is faster.
+
+    Attributes:
+        costs: of the model's passes; estimated ones serve, since only their ratios count.
+        plans: of the prompts.
+        lengths: tokens of the prompts.
+        new_tokens: that each prompt is answered with, at most.
+    """
+
+    costs: StepCosts
+    plans: Sequence[LayerPlan]
+    lengths: Sequence[int]
+    new_tokens: int
+
+    def composed(self, batch_size: int) -> list[Batch]:
+        """All prompts in batches of at most `batch_size`: of three ways the one that takes the least time.
+
+        The deepest plans and the longest prompts come first, so that too little memory shows at once. Within a batch
+        rows lie by depth, so that those that run a layer are neighbours.
+        """
+        by_plan: dict[LayerPlan, Batch] = {}
+        for place in self._deepest_first(range(len(self.plans))):
+            by_plan.setdefault(self.plans[place], []).append(place)
+        full: list[Batch] = []
+        left: list[Batch] = []
+        for places in by_plan.values():
+            parts = _parts(places, batch_size)
+            (full if len(parts[-1]) == batch_size else left).append(parts.pop())
+            full += parts
+        by_length = sorted(range(len(self.plans)), key=lambda place: -self.lengths[place])
+        ways = (
+            full + self._merged(left, batch_size),
+            full + _parts([place for places in left for place in places], batch_size),
+            _parts(by_length, batch_size),
+        )
+        best = min(ways, key=lambda way: sum(map(self.ms, way)))
+        ordered = [self._deepest_first(batch) for batch in best]
+        return sorted(ordered, key=lambda batch: self._depth_and_length(batch[0]))
+
+    def ms(self, batch: Sequence[int]) -> float:
+        """Milliseconds of a batch: a pass over its padded prompts and one for each further token."""
+        plans = [self.plans[place] for place in batch]
+        runs = [[(i in plan.attention) + (i in plan.mlp) for i in range(plan.n_layers)] for plan in plans]
+        rows, longest = np.sum(runs, axis=0) / 2, max(self.lengths[place] for place in batch)
+        steps = (self.new_tokens - 1) * self.costs.mixed_ms(len(batch), rows)
+        return self.costs.mixed_ms(len(batch) * longest, rows * longest) + steps
+
+    def _merged(self, batches: Iterable[Batch], batch_size: int) -> list[Batch]:
+        """Batches, of which pairs are put together as long as that saves time, the pair that saves most first."""
+        found = {tuple(batch): self.ms(batch) for batch in batches}
+        while True:
+            pairs = [(a, b, (*a, *b)) for a, b in combinations(found, 2) if len(a) + len(b) <= batch_size]
+            saved = {pair: found[pair[0]] + found[pair[1]] - self.ms(pair[2]) for pair in pairs}
+            best = max(saved, key=lambda pair: saved[pair], default=None)
+            if best is None or saved[best] <= 0:
+                return [list(batch) for batch in found]
+            first, second, both = best
+            found[both] = found.pop(first) + found.pop(second) - saved[best]
+
+    def _deepest_first(self, places: Iterable[int]) -> Batch:
+        return sorted(places, key=self._depth_and_length)
+
+    def _depth_and_length(self, place: int) -> tuple[float, str, int]:
+        return -self.plans[place].layers, str(self.plans[place]), -self.lengths[place]
+
+
+def _parts(places: Batch, size: int) -> list[Batch]:
+    return [places[start : start + size] for start in range(0, len(places), size)]

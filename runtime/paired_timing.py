@@ -1,4 +1,4 @@
-"""Measure what plans cost on this machine: things compared are timed in turn, in one process, after a warm-up."""
+"""Measure what plans cost on this machine: things compared are timed alternately, in one process, after a warm-up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Name = TypeVar("Name")
 def median_seconds(
     work: Mapping[Name, Callable[[], object]], rounds: int, advance: Callable[[], None]
 ) -> dict[Name, float]:
-    """Median time of each piece of work over `rounds` rounds, all in turn in each; a round before them is warm-up."""
+    """Median time of each piece of work over `rounds` rounds, all in each; a round before them is warm-up."""
     seconds: dict[Name, list[float]] = {name: [] for name in work}
     for round_number in range(rounds + 1):
         for name, run in work.items():

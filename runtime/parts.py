@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from backbone.errors import InputError
+from backbone.errors import InputError, PlanError, WrongModelError
 from backbone.families import check_is_model
 from backbone.fingerprint import model_fingerprint
 from backbone.healing.attaching import Healing, attach, attached_digest, attached_to
@@ -20,7 +20,8 @@ from controller.base import Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
-from controller.certificate.risks import kept_by_full
+from controller.certificate.risks import full_quality
+from controller.learning import FittedPredictor
 from controller.projection import Projection
 from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
@@ -32,14 +33,6 @@ Prompts = str | Mapping[str, str] | Turns | Iterable[str | Turns]
 
 _attaching = threading.Lock()
 _ROUNDED = ", in float16, which rounds weights: load it in bfloat16 or float32 if it is the same model"
-
-
-class WrongModelError(InputError):
-    """An allocator was used with a model that it was not made for."""
-
-
-class UncertifiedError(InputError):
-    """A bound at which an allocator has no certificate."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +55,12 @@ class AllocatorParts:
         decoding: how the answers behind the certificate were generated.
         fingerprint: of the model it was made for.
         model_source: where that model was loaded from.
-        healing: bridges and an adapter for the shortened plans. `allocate` and `generate` attach them to the model,
-            which without a plan stays what it is, bit for bit.
-        acceptance: for each plan of the menu the share of its tokens that the full model says too (see
-            `oracle.labels.token_agreement`), by which the lossless mode chooses the plan that drafts; None where no
-            label told.
-        drift: watches whether the prompts that are generated from are like those of the certificate. While it rings
-            every prompt runs the full plan; see `DriftAlarm`. None to do without, as when the same prompts are timed
-            over and over: `dataclasses.replace(allocator, drift=None)`.
-        outliers: sends prompts unlike all known ones to the full plan, and belongs to what the certificate covers; None
-            where it is off.
+        healing: bridges and an adapter for the shortened plans, which `allocate` and `generate` attach to the model.
+        acceptance: for each plan of the menu the share of its tokens that the full model says too, for the lossless
+            mode; None where no label told.
+        drift: watches whether prompts are like those of the certificate. While it is active every prompt runs the full
+            plan. None to do without: `dataclasses.replace(allocator, drift=None)`.
+        outliers: sends prompts unlike all known ones to the full plan; None where it is off.
         chat: the chat template that its prompts were rendered with; None where they were given as they are.
         others: further certified points, with prices and alarms of their own; see `at`.
     """
@@ -109,7 +98,7 @@ class AllocatorParts:
         """The same at another certified bound: answers keep at least `keep` of the full model's mean score.
 
         Raises:
-            UncertifiedError: a bound that is not certified; the message lists those that are.
+            PlanError: a bound that is not certified; the message lists those that are.
         """
         if keep == self.certificate.keep and self.certificate.price is not None:
             return self
@@ -119,7 +108,7 @@ class AllocatorParts:
                 rest = tuple(one for one in points if one is not point and one.certificate.price is not None)
                 return replace(self, certificate=point.certificate, drift=point.drift, others=rest)
         known = ", ".join(f"{one:g}" for one in self.keeps) or "none"
-        raise UncertifiedError(f"keep={keep!r:.40} is not certified; certified are: {known}")
+        raise PlanError(f"keep={keep!r:.40} is not certified; certified are: {known}")
 
     def assuming(self, parts: tuple[str, ...]) -> Self:
         """The same with certificates that say which of its files they were made with."""
@@ -127,8 +116,7 @@ class AllocatorParts:
         return replace(self, certificate=replace(self.certificate, assumes=parts), others=tuple(others))
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raises WrongModelError unless `model` has the weights that this allocator was made for, and no healing of
-        others."""
+        """Raises WrongModelError for a model with other weights, or with healing parts of another allocator."""
         check_is_model(model)
         if (found := model_fingerprint(model)) != self.fingerprint:
             raise WrongModelError(
@@ -169,11 +157,10 @@ class AllocatorParts:
         *,
         raw: bool = False,
     ) -> str:
-        """A prompt's text as those were that this allocator was made with; `inputs` tokenizes it.
+        """A prompt's text, rendered as the prompts of the certificate were; `inputs` tokenizes it.
 
         Args:
-            tokenizer: of the model; its chat template must be the one that this allocator was made with, unless that
-                was given as a file.
+            tokenizer: of the model, with this allocator's chat template, unless that was given as a file.
             prompt: what the user says, or a conversation whose last turn is the user's: `[{"role": "user", "content":
                 "..."}]`, or that turn alone. A text that was rendered before stays what it is.
             raw: the text is what the model is to continue, without the template.
@@ -203,10 +190,9 @@ class AllocatorParts:
 
     def selector(self, limit_ms: float | None = None) -> PlanSelector:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        price, full = self.certificate.price, kept_by_full(self.certificate.risk)
-        return PlanSelector(
-            self.menu, self.controller, self.projection, price, full, self.outliers, self.drift, limit_ms
-        )
+        full = full_quality(self.certificate.risk)
+        predictor = FittedPredictor(self.projection, self.controller, full, self.outliers)
+        return PlanSelector(self.menu, predictor, self.certificate.price, self.drift, limit_ms)
 
 
 def listed(prompts: Prompts | Question) -> list[str | Turns]:

@@ -1,16 +1,17 @@
-"""The decision at serving time: a plan for each prompt of a batch; if anything fails, the full plan and a warning."""
+"""Plan selection while serving: a plan for each prompt of a batch; if anything fails, the full plan and a warning."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import queue
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,9 +25,8 @@ from backbone.execution.self_test import wider_dtypes
 from backbone.plan import PlanMenu
 from controller.base import Controller, Floats, choose
 from controller.certificate.drift import RECOVERY, DriftAlarm
-from controller.certificate.outliers import OutlierTest
 from controller.features import Features, extract
-from controller.projection import Projection
+from controller.learning import FittedPredictor
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _TRIGGERED = (
 _CLEARED = "the drift alarm has cleared after %d prompts like those of the certificate; plans are chosen as before"
 
 _warned: WeakKeyDictionary[Controller, set[tuple[str, type]]] = WeakKeyDictionary()
-"""By the controller of an allocator, which copies of the allocator share: what was warned of in this process."""
+"""By an allocator's controller: what was warned of in this process."""
 _warnings_lock = threading.Lock()
 
 
@@ -67,8 +67,7 @@ class PlanSelector:
     """Probe, controller, price, outlier test and alarm.
 
     Attributes:
-        full: what the full plan keeps, on the scale of what the controller learned.
-        outliers: prompts that it takes for unlike all known ones get the full plan; None for no such test.
+        predictor: what each plan keeps of a prompt; sends outliers to the full plan.
         price: None sends every prompt to the full plan, without a probe.
         drift: while it is active, every prompt gets the full plan; the probe goes on, so that it can clear.
         is_served: the prompts that are decided about are served, so that the alarm counts them.
@@ -76,11 +75,8 @@ class PlanSelector:
     """
 
     menu: PlanMenu
-    controller: Controller
-    projection: Projection
+    predictor: FittedPredictor
     price: float | None
-    full: float = 1.0
-    outliers: OutlierTest | None = None
     drift: DriftAlarm | None = None
     limit_ms: float | None = None
     is_served: bool = True
@@ -97,10 +93,10 @@ class PlanSelector:
         """The plans of prompts [B, S]. Waits for the device once, when the features are there.
 
         Args:
-            model: the model.
-            input_ids, attention_mask: the prompts [B, S]; None for a mask of ones.
-            inputs: further arguments of the decoder, such as `position_ids`.
+            model, input_ids: the model, and the prompts' tokens.
+            attention_mask: [B, S]; None for a mask of ones.
             keep_cache: keep what the first layers made, for the passes that go on from it.
+            inputs: further arguments of the decoder, such as `position_ids`.
 
         Raises:
             InputError: a model that cannot be probed at all. Whatever else goes wrong sends prompts to the full plan.
@@ -122,41 +118,33 @@ class PlanSelector:
         kept = replace(prefix, states=prefix.states[-1:]) if keep_cache else None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         try:
-            features = extract(model, prefix.states, input_ids, mask, self.projection.sets)
-            projected, chosen = self._in_time(features, start, model.dtype)
+            features = extract(model, prefix.states, input_ids, mask, self.predictor.projection.sets)
+            work = partial(self._plans, features, model.dtype)
+            projected, chosen = work() if self.limit_ms is None else _within(self.limit_ms, start, work)
         except Exception as error:
             self._warn("the controller failed", len(input_ids), error)
             return replace(full, prefix=kept)
         return Decision(self._watched(projected, chosen, keys), kept, projected)
 
-    def _in_time(self, features: Features, start: float, dtype: torch.dtype) -> tuple[Floats, list[int]]:
-        if self.limit_ms is None:
-            return self._plans(features, dtype)
-        left = self.limit_ms / 1000 - (time.perf_counter() - start)
-        return _within(
-            left, f"the decision took longer than {self.limit_ms:g} ms", lambda: self._plans(features, dtype)
-        )
-
     def _plans(self, features: Features, dtype: torch.dtype) -> tuple[Floats, list[int]]:
         """Projected features [B, F] and plans in the menu; rows with a value that is not finite get the full plan."""
-        assert self.price is not None
-        projected = self.projection(features)
+        predictor = self.predictor
+        projected = predictor.projection(features)
         finite = np.isfinite(projected).all(axis=1)
         if broken := int((~finite).sum()):
             self._warn(f"hidden states are not finite in {dtype}", broken, hint=wider_dtypes(dtype))
-        predicted = self.controller.predict(projected, self.full)
-        if silent := int((finite & ~np.isfinite(predicted).all(axis=1)).sum()):
+        kept = predictor.controller.predict(projected, predictor.full)
+        if silent := int((finite & ~np.isfinite(kept).all(axis=1)).sum()):
             self._warn("the controller gave no number", silent)
-        if self.outliers is not None:
-            predicted[self.outliers.are_outliers(features), :-1] = np.nan
-        return projected, choose(predicted, np.array(self.menu.budgets), self.price).tolist()
+        kept = predictor.without_outliers(kept, features)
+        return projected, choose(kept, np.array(self.menu.budgets), self.price).tolist()
 
     def _warn(self, what: str, count: int, error: Exception | None = None, hint: str = "") -> None:
         """Warn of prompts that run the full plan, for each reason once a process and allocator."""
         logger.debug(what, exc_info=error)
         reason = (what, type(error))
         with _warnings_lock:
-            reasons = _warned.setdefault(self.controller, set())
+            reasons = _warned.setdefault(self.predictor.controller, set())
             is_known = reason in reasons
             reasons.add(reason)
         if not is_known:
@@ -180,7 +168,7 @@ class PlanSelector:
     ) -> list[int]:
         """The plans of N prompts that are probed in several parts but have arrived together.
 
-        The alarm sees them as one: parts that were sorted, by length or otherwise, would look like drift.
+        The alarm sees them in order of arrival: sorted parts would look like drift.
 
         Args:
             parts: for each part the places of its prompts, and how the selector it is given decides about them.
@@ -195,16 +183,10 @@ class PlanSelector:
             if decision.projected is not None:
                 projected.update(zip(places, decision.projected, strict=True))
         ordered = [chosen[place] for place in range(len(chosen))]
-        if not projected:
-            return ordered
-        seen = sorted(projected)
-        watched = self._watched(
-            np.stack([projected[place] for place in seen]),
-            [ordered[place] for place in seen],
-            [keys[place] for place in seen],
-        )
-        for place, index in zip(seen, watched, strict=True):
-            ordered[place] = index
+        if seen := sorted(projected):
+            rows, own = np.stack([projected[place] for place in seen]), [ordered[place] for place in seen]
+            for place, index in zip(seen, self._watched(rows, own, [keys[place] for place in seen]), strict=True):
+                ordered[place] = index
         return ordered
 
     def _all_full(self, count: int) -> list[int]:
@@ -223,22 +205,20 @@ def prompt_key(ids: Sequence[int] | NDArray[np.int64]) -> bytes:
     return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
-def _within(seconds: float, message: str, work: Callable[[], T]) -> T:
-    """`work()`, or TimeoutError if that takes longer; the work is then left to itself, in a thread."""
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+def _within(limit_ms: float, start: float, work: Callable[[], T]) -> T:
+    """`work()`, or TimeoutError if that ends later than `limit_ms` after `start`; it then goes on in a thread."""
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.put(work())
+            result.set_result(work())
         except Exception as error:
-            results.put(error)
+            result.set_exception(error)
 
-    if seconds > 0:
+    left = limit_ms / 1000 - (time.perf_counter() - start)
+    if left > 0:
         threading.Thread(target=run, daemon=True).start()
     try:
-        found = results.get(timeout=max(seconds, 0))
-    except queue.Empty:
-        raise TimeoutError(message) from None
-    if isinstance(found, Exception):
-        raise found
-    return found  # type: ignore[no-any-return]
+        return result.result(timeout=max(left, 0))
+    except TimeoutError:
+        raise TimeoutError(f"the decision took longer than {limit_ms:g} ms") from None

@@ -1,31 +1,29 @@
-"""One `generate()` call as its decoding loop is given it, and what can be done with it.
+"""One `generate()` call: its arguments, what is refused of them, and what its decoding loop is given.
 
 Shapes: `B` prompts, each in `copies` neighbouring rows (its beams or samples), `R = B * copies` rows, `S` tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel, StopStringCriteria
+from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DummyLayer
 from transformers.generation.configuration_utils import GenerationMode
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.cache import remembered_plans
-from backbone.families import decoder_layers
+from backbone.families import check_is_model, decoder_layers, decoder_of
 from backbone.healing.attaching import attached_digest
 from backbone.plan import LayerPlan
-from runtime.call_arguments import check_left_padded, prefix_inputs
-from runtime.generate_arguments import (
-    REFUSED,
-    UnsupportedGenerationError,
-    refuse,
-    refuse_other_loops,
-    refuse_undecided,
-)
+from runtime.generate_arguments import REFUSED, refuse, refuse_other_loops, refuse_undecided
 
 _METHODS = {
     GenerationMode.GREEDY_SEARCH: "_sample",
@@ -33,6 +31,7 @@ _METHODS = {
     GenerationMode.BEAM_SEARCH: "_beam_search",
     GenerationMode.BEAM_SAMPLE: "_beam_search",
 }
+_NOT_OF_THE_PREFIX = ("input_ids", "inputs_embeds", "attention_mask", "cache", "use_cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +66,9 @@ class Request:
             check_left_padded(mask[:: self.copies])
 
     @property
-    def mode(self) -> GenerationMode:
-        return self.config.get_generation_mode()
-
-    @property
     def decoding_loop(self) -> Any:
-        return getattr(self.model, _METHODS[self.mode])
+        """The model's own, for the mode that is asked for."""
+        return getattr(self.model, _METHODS[self.config.get_generation_mode()])
 
     @property
     def copies(self) -> int:
@@ -110,15 +106,14 @@ class Request:
 
     def prompts(self) -> dict[str, Any]:
         """What the decoder is given for the prompts themselves: `input_ids` [B, S], `attention_mask`, and so on."""
-        inputs = {
-            name: value[:: self.copies].to(self.model.device)
-            for name, value in prefix_inputs(self.model, self.kwargs).items()
+        given = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.kwargs.get("attention_mask"),
+            **prefix_inputs(self.model, self.kwargs),
         }
-        mask = self.kwargs.get("attention_mask")
         return {
-            "input_ids": self.input_ids[:: self.copies].to(self.model.device),
-            "attention_mask": None if mask is None else mask[:: self.copies].to(self.model.device),
-            **inputs,
+            name: None if value is None else value[:: self.copies].to(self.model.device)
+            for name, value in given.items()
         }
 
     def plans_of_cache(self) -> list[LayerPlan] | None:
@@ -157,3 +152,112 @@ class Request:
                 "output_attentions=True needs all rows in every layer, and these prompts have different plans; leave "
                 "it out, or give one prompt at a time"
             )
+
+
+def prefix_inputs(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The arguments that the decoder takes beside tokens and mask, such as `position_ids` [B, S]."""
+    accepted = _accepted(model)
+    return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor) and name in accepted}
+
+
+def _accepted(model: PreTrainedModel) -> list[str]:
+    return [name for name in inspect.signature(decoder_of(model).forward).parameters if name not in _NOT_OF_THE_PREFIX]
+
+
+def check_known(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+    """Raises UnsupportedGenerationError for an argument of `allocate` that is none of `prefix_inputs`."""
+    known = prefix_inputs(model, arguments)
+    for name, value in arguments.items():
+        if value is not None and name not in known:
+            near = get_close_matches(name, {"input_ids", "attention_mask", *_accepted(model)} - {name}, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "it takes what the prompts are, not how to generate"
+            raise UnsupportedGenerationError(f"allocate takes no argument {name!r}; {hint}")
+
+
+def inferred_mask(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """The mask [B, S] of prompts without one, by `generate()`'s rule for pad tokens."""
+    config = copy.deepcopy(model.generation_config)
+    model._prepare_special_tokens(config, device=input_ids.device)  # type: ignore[operator]
+    mask: torch.Tensor = model._prepare_attention_mask_for_generation(input_ids, config, {})  # type: ignore[operator]
+    return mask
+
+
+def check_left_padded(attention_mask: torch.Tensor | None) -> None:
+    """Raises UnsupportedGenerationError if a row of a mask [B, S] ends in padding; padding inside a row is allowed."""
+    if attention_mask is None or attention_mask.dim() != 2 or not attention_mask.shape[1]:
+        return
+    ends = (attention_mask[:, -1] == 0).nonzero()
+    if len(ends):
+        raise UnsupportedGenerationError(
+            f"row {int(ends[0])} ends in padding, a 0 in its attention_mask; pad prompts on the left, with "
+            "tokenizer.padding_side = 'left'"
+        )
+
+
+def loop_arguments(logits_processor: Any, stopping_criteria: Any, streamer: Any) -> dict[str, Any]:
+    """What a `custom_generate` hands on to the model's own loop; beams take no streamer, not even None."""
+    found = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+    return found if streamer is None else {**found, "streamer": streamer}
+
+
+def generate_by(
+    loop: Callable[..., Any],
+    model: PreTrainedModel,
+    inputs: Any,
+    generation_config: Any,
+    streamer: Any,
+    arguments: Mapping[str, Any],
+) -> Any:
+    """`model.generate()` with a loop as its `custom_generate`; a streamer is ended when an error is raised.
+
+    Args:
+        loop: takes what `generate()` gives to a `custom_generate`.
+        model, inputs, generation_config, streamer, arguments: as those of stock `generate()`.
+
+    Raises:
+        UnsupportedGenerationError: one of `REFUSED`, or stop strings without a tokenizer.
+    """
+    check_is_model(model)
+    given = {"inputs": inputs, "generation_config": generation_config, **arguments}
+    try:
+        refuse({name: asked_for(model, given, name) for name in REFUSED}, REFUSED, "an allocator")
+        stock = _with_stop_strings(model, given)
+        return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator]
+    except BaseException:
+        if streamer is not None:  # whoever reads from it in another thread would wait for ever
+            with suppress(Exception):
+                streamer.end()
+        raise
+
+
+def asked_for(model: PreTrainedModel, arguments: Mapping[str, Any], name: str) -> Any:
+    """The value that `generate()` takes for an argument: given, or from a configuration, the model's own last."""
+    if name in arguments:
+        return arguments[name]
+    own = getattr(arguments.get("generation_config"), name, None)
+    return getattr(getattr(model, "generation_config", None), name, None) if own is None else own
+
+
+def _with_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with `stop_strings`, from wherever they come, and `tokenizer` made into a stopping criterion.
+
+    transformers 5.24 drops the tokenizer on its way to a `custom_generate`, and then misses it.
+
+    Raises:
+        UnsupportedGenerationError: stop strings without a tokenizer.
+    """
+    config, default = arguments.get("generation_config"), getattr(model, "generation_config", None)
+    strings = asked_for(model, arguments, "stop_strings")
+    if not strings:
+        return arguments
+    if arguments.get("tokenizer") is None:
+        raise UnsupportedGenerationError("stop_strings needs the tokenizer as well; pass tokenizer=")
+    rest = {name: value for name, value in arguments.items() if name not in ("stop_strings", "tokenizer")}
+    if getattr(config, "stop_strings", None):
+        rest["generation_config"] = copy.deepcopy(config)
+        rest["generation_config"].stop_strings = None
+    if getattr(default, "stop_strings", None):
+        rest["stop_strings"] = None  # a keyword counts more than the model's own configuration
+    stop = StopStringCriteria(tokenizer=arguments["tokenizer"], stop_strings=strings)
+    rest["stopping_criteria"] = StoppingCriteriaList([*(rest.get("stopping_criteria") or []), stop])
+    return rest

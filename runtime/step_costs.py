@@ -1,7 +1,7 @@
 """What a pass of a model costs: milliseconds as a function of the layers that run and of the tokens in the pass.
 
-A pass is taken to cost `fixed(tokens) + budget * layers(tokens)`: the output head and the overhead of a call, and the
-decoder's layers. What attention adds for long contexts is left out. The numbers decide how much is drafted and which
+The model of a pass is `fixed(tokens) + budget * layers(tokens)`: the output head and the overhead of a call, and the
+decoder's layers, without what attention adds for long contexts. The numbers decide how much is drafted and which
 prompts run together, never about outputs, so an estimate serves until somebody measures.
 
 Shapes: `L` layers, `N` numbers.
@@ -10,7 +10,6 @@ Shapes: `L` layers, `N` numbers.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import re
@@ -27,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers, sublayer_bytes
 from backbone.files import cache_folder, write_atomically
+from backbone.left_padding import head_options
 from backbone.plan import LayerPlan
 from runtime.paired_timing import machine, median_seconds
 
@@ -95,8 +95,7 @@ def estimated_step_costs(model: PreTrainedModel) -> StepCosts:
 
 @torch.no_grad()
 def measure_step_costs(model: PreTrainedModel, advance: Callable[[], None] = lambda: None) -> StepCosts:
-    """Time passes of the full model and of its first half in turn, at several numbers of tokens, without healing, and
-    passes over several tokens of one row as checks of drafts are: behind a text, in a cache from which they are cut.
+    """Time passes of the full model and of its first half in turn, and passes that check drafts in a filled cache.
 
     Takes as long as some 160 decoding steps and a few prompts.
     """
@@ -120,8 +119,7 @@ def measure_step_costs(model: PreTrainedModel, advance: Callable[[], None] = lam
 
 def _passes(model: PreTrainedModel, plan: LayerPlan, shape: tuple[int, int]) -> Callable[[], None]:
     ids = torch.ones(shape, dtype=torch.long, device=model.device)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
+    options = head_options(model, 1)
 
     def run() -> None:
         with apply_plan(model, plan, frozen=True):
@@ -177,20 +175,14 @@ def keep_step_costs(model: PreTrainedModel, costs: StepCosts) -> None:
 
 
 def _key(model: PreTrainedModel) -> str:
-    parts = (_size(model), model.dtype, model.config._attn_implementation, *_device(model.device))
-    return re.sub(r"[^\w.-]+", "-", "_".join(map(str, parts)))
-
-
-def _size(model: PreTrainedModel) -> str:
-    """What a pass takes depends on a model's shape, not on its weights' values."""
+    """What a pass takes depends on the shapes of a model's weights, on its dtype and on the device."""
     sizes = hashlib.sha256(repr([(name, *weight.shape) for name, weight in model.named_parameters()]).encode())
-    return f"{model.config.model_type}-{sizes.hexdigest()[:12]}"
-
-
-def _device(device: torch.device) -> tuple[object, ...]:
-    if device.type == "cuda":
-        return (torch.cuda.get_device_name(device),)
-    return (device.type, machine()["cores"], torch.get_num_threads())
+    device: tuple[object, ...] = (model.device.type, machine()["cores"], torch.get_num_threads())
+    if model.device.type == "cuda":
+        device = (torch.cuda.get_device_name(model.device),)
+    size = f"{model.config.model_type}-{sizes.hexdigest()[:12]}"
+    parts = (size, model.dtype, model.config._attn_implementation, *device)
+    return re.sub(r"[^\w.-]+", "-", "_".join(map(str, parts)))
 
 
 def _path(key: str) -> Path:

@@ -29,7 +29,9 @@ def tracked() -> list[str]:
 
 def is_packaged(name: str) -> bool:
     """Whether a wheel holds this file; the plugin for vLLM is a distribution of its own."""
-    return name.split("/")[0] in PACKAGES and not name.startswith("serving/vllm/")
+    folder = name.split("/")[0]
+    is_example = folder == "configs" and name.endswith(".yaml")
+    return is_example or (folder in PACKAGES and not name.startswith("serving/vllm/"))
 
 
 def unpack_wheel(folder: Path, work: Path) -> None:
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> int:
         folder = Path(scratch) / "project"
         unpack_wheel(folder, Path(scratch))
         for name in tracked():
-            if not is_packaged(name) and name not in SOURCES_ONLY:
+            if (not is_packaged(name) or name.startswith("configs/")) and name not in SOURCES_ONLY:
                 _copy(name, folder)
                 if name.endswith(".py"):
                     (folder / name).write_text(moved((folder / name).read_text()))

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 
 from backbone.execution.live_changes import replaced
 from backbone.families import decoder_layers, decoder_of
-from token_exits.gates.base import Candidate, Gate
-from token_exits.gates.of_states import unit_states
+from token_exits.gates import Candidate, Gate, unit_states
+from token_exits.kv_strategies import MOST_DEFERRED
 from token_exits.settings import ExitSettings
-from token_exits.unfinished import MOST_WAITING
 
 
 class ByDirection(Gate):
@@ -42,7 +41,7 @@ class Reference:
         waiting: list[int] = []  # layers before which tokens wait, for `recompute`
         for step in range(new_tokens):
             newest, n_layers = len(ids) - 1, len(self.layers)
-            may_leave = step > 0 and not (self.settings.strategy == "recompute" and len(waiting) >= MOST_WAITING)
+            may_leave = step > 0 and not (self.settings.strategy == "recompute" and len(waiting) >= MOST_DEFERRED)
             frozen = {} if self.settings.strategy == "recompute" else dict(left)
             depth = (
                 self._decide(ids, frozen, newest, self.settings.threshold_at(step, new_tokens)) if may_leave else None
@@ -62,9 +61,9 @@ class Reference:
         self._run(ids, frozen, lambda index, before: states.__setitem__(index, before[:, newest]))
         last = self._logits(ids, frozen, newest).argmax(-1)
         memory: dict[str, torch.Tensor] = {}
-        for order, depth in enumerate(self.settings.depths):
+        for depth in self.settings.depths:
             candidate = Candidate(
-                depth, states[depth], states[depth - 1], torch.tensor([0]), 1, self.settings.heads, order, memory, last
+                depth, states[depth], states[depth - 1], torch.tensor([0]), 1, self.settings.heads, memory, last
             )
             if float(self.settings.gate.confidence(candidate)) >= threshold:
                 return depth

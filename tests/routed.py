@@ -17,10 +17,10 @@ from tiny import padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import ByLength, make_allocator
 
 from serving.router.app import make_app
-from serving.router.choosing import Chooser
+from serving.router.engines import Upstreams
 from serving.router.limits import Limits
+from serving.router.selector import RequestSelector
 from serving.router.server import make_server
-from serving.router.upstreams import Upstreams
 
 _batch = padded_batch()
 PROMPTS = [row[kept.bool()].tolist() for row, kept in zip(_batch["input_ids"], _batch["attention_mask"], strict=True)]
@@ -43,7 +43,7 @@ def routed(
     own = Limits(**{"decision_ms": 20_000.0, **limits})
     if isinstance(engine, str):
         upstreams = Upstreams(engine, pools or {})
-        app = make_app(Chooser(allocator, model, tokenizer, own), upstreams, is_checked=is_checked)
+        app = make_app(RequestSelector(allocator, model, tokenizer, own), upstreams, is_checked=is_checked)
         with running(make_server(app, own)) as url, httpx2.Client(base_url=url, timeout=30) as client:
             yield client
         return

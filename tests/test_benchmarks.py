@@ -154,10 +154,10 @@ def test_menus_are_compared_as_static_plans(model_folder, prompts_file, tmp_path
     monkeypatch.setattr(menus, "RESULTS", tmp_path)
     options = "--name tiny --prompts 12 --search-prompts 4 --plans 3 --max-new-tokens 3 --cheapest-budget 0.7"
     data = ["--model", str(model_folder), "--data", str(prompts_file)]
-    monkeypatch.setattr(sys, "argv", ["menus.py", *data, *options.split(), "--methods", "exiting", "greedy_layers"])
+    monkeypatch.setattr(sys, "argv", ["menus.py", *data, *options.split(), "--methods", "exits", "greedy"])
     menus.main()
     result = json.loads((tmp_path / "menus-tiny.json").read_text())
-    assert {row["method"] for row in result["plans"]} == {"exiting", "greedy_layers"}
+    assert {row["method"] for row in result["plans"]} == {"exits", "greedy"}
     assert all(row["quality_ratio"] == 1 for row in result["plans"] if row["budget"] == 1)
     assert 0.6 < result["oracle"]["equal_mean_budget"] <= result["oracle"]["own_score_budget"] <= 1
 
@@ -174,7 +174,7 @@ def test_labelling_compares_its_ways(model_folder, prompts_file, tmp_path, monke
     result = json.loads((tmp_path / "labelling-embedded.json").read_text())
     assert result["kills"]["hash_equal"]
     assert result["kills"]["labels"] == result["kills"]["expected"]
-    for menu in ("exiting", "greedy_layers"):
+    for menu in ("exits", "greedy"):
         assert result[menu]["agreement"]["shortcut"]["equal_scores"] == 1
         assert result[menu]["agreement"]["shortcut"]["forward_tokens_to_exhaustive"] < 1
 
@@ -189,7 +189,7 @@ def test_healing_are_compared_on_the_same_prompts(model_folder, tmp_path, monkey
     adapt = script("adapt")
     monkeypatch.setattr(adapt, "RESULTS", tmp_path)
     options = "--name tiny --train 20 --test 10 --plans 3 --probe-depth 2 --max-new-tokens 3 --search-prompts 4"
-    steps = "--decode-steps 4 --leave-out a --epochs 1 --menus exiting --methods none bridges both --stop"
+    steps = "--decode-steps 4 --leave-out a --epochs 1 --menus exits --methods none bridges both --stop"
     data = ["--model", str(model_folder), "--data", str(prompts), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["adapt.py", *data, *options.split(), *steps.split()])
     adapt.main()

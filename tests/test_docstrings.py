@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from built_wheel import PACKAGES, ROOT
 
-from pipelines.run.stage_list import STAGES
+from pipelines.run.state import STAGES
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef, str]]:

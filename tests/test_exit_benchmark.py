@@ -14,7 +14,7 @@ import torch
 
 from pipelines.config import load_config
 from pipelines.run.runner import run_one
-from pipelines.run.stage_list import STAGES
+from pipelines.run.state import STAGES
 from pipelines.run.workspace import Workspace
 
 GATES = ["entropy", "saturation", "classifier"]
@@ -68,7 +68,7 @@ def test_token_exits_are_compared_on_a_finished_run(run, monkeypatch, tmp_path) 
 
 def test_outliers_run_the_full_plan(run) -> None:
     """As the certificate assumes."""
-    material = exit_material.Material(Workspace.of(load_config(run / "config.yaml")), GATES)
+    material = exit_material.Material(Workspace(load_config(run / "config.yaml")), GATES)
     comparison = exit_contestants.Comparison(material, 12)
     allocator = comparison.allocator
     comparison.allocator = replace(allocator, certificate=replace(allocator.certificate, price=1e-3))

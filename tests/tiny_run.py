@@ -28,7 +28,7 @@ def tiny_settings(folder: Path, model: Path, prompts: Path) -> dict[str, Any]:
         "model": {"source": str(model), "device": "cpu"},
         "data": {"path": str(prompts)},
         "decoding": {"max_new_tokens": 3},
-        "menu": {"method": "greedy_layers", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4, "prompts": 6},
+        "menu": {"method": "greedy", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4, "prompts": 6},
         "tuning": {"search_from": 0, "trials": 2, "components": [6], "folds": 2},
         "calibration": {"keep": 0.7, "delta": 0.2},
         "evaluation": {"speed_prompts": 4, "speed_tokens": 3, "speed_rounds": 1},

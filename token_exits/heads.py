@@ -1,7 +1,7 @@
-"""Exit heads: from a state between two layers to the model's own output.
+"""Exit heads: from a state between two layers to the model's output.
 
-A head is a bridge over the layers that are left out, or nothing (Shan et al. 2024, arXiv 2412.01455), and then the
-model's own final norm and output head. For a gate the output head is cut to a shortlist of the vocabulary.
+An exit head is the model's own final norm and output head, with or without a bridge over the skipped layers in front
+(Shan et al. 2024, arXiv 2412.01455). Gates see the output head cut to a shortlist of the vocabulary.
 
 Shapes: `r` rows, `D` hidden size, `V` vocabulary, `K` tokens of the shortlist.
 """
@@ -36,11 +36,11 @@ class ExitHeads:
     """The exit heads of one model.
 
     Args:
-        bridges: by the layer before which tokens leave; where there is none the state itself goes to the final norm.
-        shortlist: the token ids [K] that gates look at; None for all.
+        bridges: by the layer before which tokens leave; without one the state itself goes to the final norm.
+        shortlist: the token ids [K] that gates see; None for all.
 
     Raises:
-        TokenExitsError: final norm and head do not give the model's own logits, since its family does more behind them.
+        TokenExitsError: final norm and head do not give the model's own logits.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class ExitHeads:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Raises TokenExitsError unless states after the last layer give the model's own logits, over two tokens."""
-        layers = decoder_layers(self.model)
+        """Raises TokenExitsError unless final states give the model's own logits."""
+        layers, kind = decoder_layers(self.model), self.model.config.model_type
         ids = torch.arange(1, 3, device=self.model.device)[None]
         with captured(layers, [len(layers)]) as states:
             logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
@@ -71,45 +71,40 @@ class ExitHeads:
             own = self.logits(states[len(layers)][0])
         except RuntimeError as error:
             raise TokenExitsError(
-                f"{self.model.config.model_type}: its head does not take what its final norm gives, so an exit head "
-                f"cannot end this model: {reason_of(error)}"
+                f"{kind}: its head does not take what its final norm gives, so an exit head cannot end this model: "
+                f"{reason_of(error)}"
             ) from error
         difference = float((own - wanted).norm() / wanted.norm())
         if not difference <= (limit := rounding_limit(self.model.dtype, self.model.device)):
             raise TokenExitsError(
-                f"{self.model.config.model_type}: final norm and head differ by {difference:.1%} from the model's own "
-                f"logits (at most {limit:.1%} is rounding), so an exit head cannot end this model"
+                f"{kind}: final norm and head differ by {difference:.1%} from the model's own logits (at most "
+                f"{limit:.1%} is rounding), so an exit head cannot end this model"
             )
 
     def output(self, depth: int, states: torch.Tensor) -> torch.Tensor:
-        """What goes to the final norm [.., D] when tokens leave before layer `depth` with states [.., D]."""
+        """Input [.., D] of the final norm for states [.., D] before layer `depth`."""
         bridge = self.bridges.get(depth)
         return states if bridge is None else bridge(states)
 
     def logits(self, outputs: torch.Tensor) -> torch.Tensor:
         """[r, K] over the shortlist, from outputs [r, D]; float32."""
-        normed = self._norm(outputs)
-        return self._finished(torch.nn.functional.linear(normed, self._weight, self._bias).float())
-
-    def predictions(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The token of the whole vocabulary that the model would choose [r], from outputs [r, D]."""
-        return self._head(self._norm(outputs)).argmax(-1)  # type: ignore[no-any-return]
-
-    def _finished(self, logits: torch.Tensor) -> torch.Tensor:
-        """With what some families do to the logits behind their head."""
+        logits = torch.nn.functional.linear(self._norm(outputs), self._weight, self._bias).float()
         config = self.model.config
         if divisor := getattr(config, "logits_scaling", None):  # Granite
             logits = logits / divisor
         if factor := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * factor
-        if cap := getattr(config, "final_logit_softcapping", None):
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    def predictions(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The likeliest token of the whole vocabulary [r], from outputs [r, D]."""
+        return self._head(self._norm(outputs)).argmax(-1)  # type: ignore[no-any-return]
+
 
 def shortlist_of(texts: Iterable[Sequence[int]], size: int) -> torch.Tensor:
-    """The `size` commonest tokens of some texts, such as the model's own answers, commonest first; fewer where the
-    texts have fewer."""
+    """The `size` commonest tokens of some texts, commonest first; or all there are."""
     counts = Counter(token for ids in texts for token in ids)
     return torch.tensor([token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]])
 
@@ -117,7 +112,7 @@ def shortlist_of(texts: Iterable[Sequence[int]], size: int) -> torch.Tensor:
 def fit_exit_bridges(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], depths: Sequence[int], **options: Any
 ) -> dict[int, Bridge]:
-    """A closed-form bridge from each candidate layer to the model's output, without labels.
+    """Fit a closed-form bridge from each candidate layer to the model's output, without labels.
 
     Args:
         sequences: token ids of prompts with the model's own answers.

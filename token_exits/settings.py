@@ -1,5 +1,4 @@
-"""What a token exit is made of: a gate with its threshold, the layers before which tokens may leave, exit heads, and
-what becomes of the keys and values of the layers left out."""
+"""The settings of token exits: gate, threshold, candidate layers, exit heads, KV strategy."""
 
 from __future__ import annotations
 
@@ -8,21 +7,20 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from backbone.families import decoder_layers
-from token_exits.gates.base import Gate
+from token_exits.gates import Gate
 from token_exits.heads import ExitHeads, TokenExitsError
 
 Strategy = Literal["propagate", "share", "recompute"]
-"""Keys and values of a token in layers that it left out. `propagate`: those of the state with which it left, through
-the layer's own projections (CALM). `share`: those that the token has in the last layer of the same kind that it ran
-(copied, hardly any cost). `recompute`: none, until a later token of the row comes that far and takes it along (EE-LLM,
-Chen et al. 2023, arXiv 2312.04916, section 3.3); then they are the full model's."""
+"""Keys and values of a token in layers that it did not run. `propagate`: projected from the state with which it left
+(CALM). `share`: copied from the last layer of the same kind that it ran. `recompute`: deferred until a later token of
+the row reaches the layer (EE-LLM, Chen et al. 2023, arXiv 2312.04916, section 3.3); then they are the full model's."""
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 NEVER = 2.0
 """A threshold that no confidence reaches."""
 
 DECAY_SHARE = 0.1
-"""How much of a decaying threshold decays; CALM, Schuster et al. 2022 (arXiv 2207.07061, equation 5)."""
+"""Share of a decaying threshold that decays; CALM, Schuster et al. 2022 (arXiv 2207.07061, equation 5)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,16 +29,14 @@ class ExitSettings:
 
     Attributes:
         gate: see `Gate`.
-        heads: what an early state says; made for the model that generates.
-        depths: the candidate layers, ascending: before each of them a token may leave.
-        threshold: the confidence at which it does, at every layer.
+        heads: made for the model that generates.
+        depths: the candidate layers, ascending; a token may leave before each of them.
+        threshold: the confidence at which a token leaves, at every layer.
         strategy: see `Strategy`.
-        decay: with a rate, the threshold begins higher and comes down to 0.9 times its value along the answer, since
-            early tokens decide more; None for one threshold at all positions.
+        decay: rate at which the threshold comes down to 0.9 times its value along the answer; None for none.
 
     Raises:
-        TokenExitsError: layers that the model does not have, an unknown strategy, a threshold or a decay that is not a
-            number from 0.
+        TokenExitsError: layers that the model lacks, an unknown strategy, a negative threshold or decay.
     """
 
     gate: Gate
@@ -51,7 +47,11 @@ class ExitSettings:
     decay: float | None = None
 
     def __post_init__(self) -> None:
-        _check_depths(self.depths, len(decoder_layers(self.heads.model)))
+        depths, n_layers = self.depths, len(decoder_layers(self.heads.model))
+        if not depths or sorted({*depths}) != list(depths):
+            raise TokenExitsError(f"the candidate layers must ascend and be at least one, got {depths}")
+        if not (depths[0] > 0 and depths[-1] < n_layers):
+            raise TokenExitsError(f"tokens can leave before the layers 1 to {n_layers - 1} of this model, got {depths}")
         if self.strategy not in STRATEGIES:
             raise TokenExitsError(f"there is no strategy {self.strategy!r}; known are {', '.join(STRATEGIES)}")
         for name, value in (("threshold", self.threshold), ("decay", self.decay)):
@@ -66,11 +66,3 @@ class ExitSettings:
             return self.threshold
         decayed = (1 - DECAY_SHARE) * self.threshold + DECAY_SHARE * math.exp(-self.decay * step / max(steps, 1))
         return min(max(decayed, 0.0), 1.0)
-
-
-def _check_depths(depths: tuple[int, ...], n_layers: int) -> None:
-    """Raises TokenExitsError for candidate layers that are not in order, or that a model of so many lacks."""
-    if not depths or sorted({*depths}) != list(depths):
-        raise TokenExitsError(f"the candidate layers must ascend and be at least one, got {depths}")
-    if not (depths[0] > 0 and depths[-1] < n_layers):
-        raise TokenExitsError(f"tokens can leave before the layers 1 to {n_layers - 1} of this model, got {depths}")

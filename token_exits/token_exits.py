@@ -1,4 +1,4 @@
-"""Token exits for `generate()`: the same two doors as an allocator, the model's own decoding loop behind them."""
+"""Token exits for `generate()`: `exits.generate(...)` and `custom_generate=exits`, on the model's decoding loop."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
-from runtime.call_arguments import (
-    UnsupportedGenerationError,
-    generate_by,
-    given_to_loop,
-)
-from runtime.request import Request
-from token_exits.driver import exiting
-from token_exits.filling import Filling, check_shared
+from runtime.request import Request, generate_by, loop_arguments
+from token_exits.driver import token_exits
 from token_exits.heads import TokenExitsError
-from token_exits.keys_values import check_projections
+from token_exits.kv_projection import check_projections
+from token_exits.kv_strategies import PropagatedKV
 from token_exits.settings import ExitSettings
 
 Output = torch.Tensor | GenerateDecoderOnlyOutput
@@ -35,8 +31,8 @@ class TokenExits:
     """Generates with tokens that leave the layers early.
 
     Use `exits.generate(model, **inputs, ...)`, or pass it to the model: `model.generate(**inputs,
-    custom_generate=exits, ...)`. Both take and return what stock `generate()` does, greedy or sampling. Prompts run in
-    full.
+    custom_generate=exits, ...)`. Both take and return what stock `generate()` does, greedy or sampling. A streamer
+    works with the first alone, since transformers hands none on. Prompts run in full.
 
     Attributes:
         settings: gate, threshold, candidate layers, heads, strategy.
@@ -54,16 +50,16 @@ class TokenExits:
         plan: LayerPlan | None = None,
         **arguments: Any,
     ) -> Output:
-        """`model.generate(inputs, generation_config, **arguments)`, each new token leaving where the gate is sure.
+        """`model.generate(inputs, generation_config, **arguments)`, each new token leaving where the gate is confident.
 
-        With `return_dict_in_generate=True` the output has `layers_run` [R, new tokens], how many layers each token of
-        each row ran, also behind a row's end. With the strategy `recompute` it has no cache, since that would miss what
-        no later token took along.
+        With `return_dict_in_generate=True` the output has `layers_run` [R, new tokens], the number of layers that each
+        token ran, also after a row's end. With the strategy `recompute` the output has no cache, whose deferred tokens
+        would be missing.
 
         Args:
-            model: whose tokens leave.
+            model: its tokens leave.
             inputs, generation_config, streamer, arguments: as those of stock `generate()`.
-            plan: a plan for all rows, prompt and answer alike, below which tokens leave; None for all layers.
+            plan: for all rows, prompt and answer alike, below which tokens leave; None for all layers.
 
         Raises:
             TokenExitsError: heads of another model, or a plan or text that the strategy cannot be used with.
@@ -86,19 +82,16 @@ class TokenExits:
         **model_kwargs: Any,
     ) -> Output:
         """The decoding loop that `generate(custom_generate=exits)` calls after preparing its inputs."""
-        with given_to_loop(model, logits_processor, stopping_criteria, streamer) as loop:
-            _check_mode(generation_config)
-            request = Request(model, input_ids, generation_config, model_kwargs, loop)
-            plan = LayerPlan.full(len(decoder_layers(model))) if plan is None else plan
-            self._check(request, plan)
-            return self._decode(request, plan)
+        loop = loop_arguments(logits_processor, stopping_criteria, streamer)
+        _check_mode(generation_config)
+        request = Request(model, input_ids, generation_config, model_kwargs, loop)
+        plan = LayerPlan.full(len(decoder_layers(model))) if plan is None else plan
+        self._check(request, plan)
+        return self._decode(request, plan)
 
     def _decode(self, request: Request, plan: LayerPlan) -> Output:
-        model = request.model
-        with (
-            apply_plan(model, plan),
-            exiting(model, self.settings, plan, request.max_new_tokens) as driver,
-        ):
+        model, steps = request.model, request.max_new_tokens
+        with apply_plan(model, plan), token_exits(model, self.settings, plan, steps) as driver:
             output: Output = request.decoding_loop(
                 request.input_ids, generation_config=request.config, **request.loop, **request.kwargs
             )
@@ -120,7 +113,13 @@ class TokenExits:
         check_projections(model)
         _check_cache(request)
         if settings.strategy == "share":
-            check_shared(Filling(model, "share", plan), settings.depths)
+            first = PropagatedKV(model, plan, shares=True).first_shared()
+            if settings.depths[0] < first:
+                raise TokenExitsError(
+                    "the strategy 'share' copies keys and values from a layer of the same kind, and this model's first "
+                    f"of each kind lie before layer {first}: let tokens leave from there on, not before layer "
+                    f"{settings.depths[0]}"
+                )
         if settings.strategy == "recompute":
             _check_recompute(request, plan)
 
@@ -156,7 +155,7 @@ def _check_cache(request: Request) -> None:
 
 def _check_recompute(request: Request, plan: LayerPlan) -> None:
     if not plan.is_full:
-        raise TokenExitsError("the strategy 'recompute' takes no plan, since waiting tokens would miss its bridges")
+        raise TokenExitsError("the strategy 'recompute' takes no plan, since deferred tokens would miss its bridges")
     if getattr(request.cache, "_is_user_defined", False) or request.kwargs["cache"].get_seq_length():
         raise TokenExitsError("the strategy 'recompute' keeps a cache with gaps, so it takes none from outside")
     longest = int(request.config.max_length or 0)

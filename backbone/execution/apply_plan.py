@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from types import TracebackType
 from typing import Any, ParamSpec
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbone.errors import InputError
+from backbone.errors import InputError, PlanError
+from backbone.execution.executor import executing
 from backbone.execution.live_changes import replaced
-from backbone.execution.plan_patches import patched
-from backbone.execution.row_patches import RowPlansError, patched_rows
 from backbone.execution.self_test import check_exactness
 from backbone.families import check_intact, check_is_model
 from backbone.healing.attaching import attached_to, check_head
-from backbone.plan import LayerPlan, PlanError
+from backbone.plan import LayerPlan
 
 P = ParamSpec("P")
 
@@ -37,10 +35,8 @@ class _Block(AbstractContextManager[PreTrainedModel]):
         self._opened = self._open()
         return self._opened.__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        return self._opened.__exit__(kind, error, traceback)
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._opened.__exit__(*error)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         self._is_used = True
@@ -73,23 +69,18 @@ def _block(function: Callable[P, Iterator[PreTrainedModel]]) -> Callable[P, _Blo
     return made
 
 
-class NestedPlanError(InputError):
-    """`apply_plan` inside `apply_plan` on one model and thread."""
-
-
 @_block
 def apply_plan(
     model: PreTrainedModel, plan: LayerPlan, *, first_layer: int = 0, frozen: bool = False
 ) -> Iterator[PreTrainedModel]:
     """Within this block, `model` runs `plan`: `model.generate()` and `model()` with their stock arguments and outputs.
 
-    The model's layers are told to pass their input on; the model's own code runs otherwise unchanged, and on leaving
-    the block, also by an exception, everything is as before. With the full plan the output is bit-equal to the stock
-    model's.
+    The model's own code runs, with skipped modules told to pass their input on. On leaving the block, also by an
+    exception, everything is as before. With the full plan the output is bit-equal to the stock model's.
 
-    The plan holds for the calling thread alone. Other threads may run the same model meanwhile without a plan, and get
-    what they always get; one that applies a plan to it too waits until the first has left its block. A thread that is
-    started inside the block, as for a streamer, has no plan: apply it there.
+    The plan holds for the calling thread alone. Other threads may run the same model meanwhile without a plan; one
+    that applies a plan to it too waits until the first has left its block. A thread that is started inside the block,
+    as for a streamer, has no plan: apply it there.
 
     A model's first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its
     decoding step (static cache), each plan is compiled once, at its first use. A shortened plan runs with the healing
@@ -100,29 +91,23 @@ def apply_plan(
         frozen: leave the attached healing parts out.
 
     Raises:
-        PlanError: the plan is for another number of layers, or the full depth with a head that is not attached.
-        UnsupportedModelError: see `family_of`; sub-layers of an undeclared family; a model compiled by hand.
-        InexactPlanError: the self-test failed.
-        NestedPlanError: this thread already runs this model with a plan.
-        CacheMismatchError: (from the model's forward) a cache that was filled under another plan.
+        PlanError: the plan is for another number of layers, or the full depth with a head that is not attached; this
+            thread already runs this model with a plan; (from the model's forward) a cache filled under another plan.
+        UnsupportedModelError: see `family_of`; sub-layers of an undeclared family; a model compiled by the user; the
+            self-test failed.
         InputError: (from `generate()`) continuous batching.
     """
-    with _tested(model, plan):
-        attached = None if frozen else attached_to(model, plan)
-        if not frozen:
-            check_head(model, plan)
-        with patched(model, plan, first_layer=first_layer, attached=attached):
-            yield model
+    with _applied(model, [plan], first_layer, frozen):
+        yield model
 
 
 @_block
 def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[PreTrainedModel]:
-    """Within this block, each row of a batch runs its own plan, in one pass for all: a layer, or half of one, computes
-    only the rows whose plan runs it, and the cache holds only those.
+    """Within this block each row of a batch runs its own plan, in one pass for all.
 
-    All else is as with `apply_plan`, whose path is taken where all plans are equal. Mixed steps run uncompiled, also
-    with a static cache: every mixture would be a graph of its own. What a row gets does not depend on the others, but
-    for rounding.
+    A layer, or half of one, computes only the rows whose plan runs it, and the cache holds only those. All else is as
+    with `apply_plan`. Mixed steps run uncompiled, also with a static cache. What a row gets does not depend on the
+    others, but for rounding.
 
     Args:
         model: the model.
@@ -130,8 +115,8 @@ def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[
             beams or samples in `generate()`.
 
     Raises:
-        RowPlansError: no plans, or (from the model's forward) a pass with other rows than B * c.
-        PlanError, UnsupportedModelError, InexactPlanError, NestedPlanError, CacheMismatchError: see `apply_plan`.
+        PlanError: no plans, or (from the model's forward) a pass with other rows than B * c; see `apply_plan`.
+        UnsupportedModelError: see `apply_plan`.
     """
     if isinstance(plans, LayerPlan):
         raise PlanError(
@@ -139,34 +124,35 @@ def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[
         )
     plans = list(plans)
     if not plans:
-        raise RowPlansError("apply_plans needs a plan for each prompt of the batch, got none")
-    first = plans[0]
-    if all(plan == first for plan in plans):
-        with apply_plan(model, first):
-            yield model
-        return
-    for plan in plans:
-        check_head(model, plan)
-    shortest = min(plans, key=lambda plan: (plan.is_full, plan.layers))
-    with _tested(model, shortest), patched_rows(model, plans, attached_to(model, shortest)):
+        raise PlanError("apply_plans needs a plan for each prompt of the batch, got none")
+    with _applied(model, plans[:1] if all(plan == plans[0] for plan in plans) else plans):
         yield model
 
 
 @contextmanager
-def _tested(model: PreTrainedModel, plan: LayerPlan) -> Iterator[None]:
-    """The model reserved for a plan, after its self-test."""
+def _applied(
+    model: PreTrainedModel, plans: Sequence[LayerPlan], first_layer: int = 0, frozen: bool = False
+) -> Iterator[None]:
     check_is_model(model)
-    if not isinstance(plan, LayerPlan):
-        raise PlanError(
-            f"a LayerPlan is needed, got {plan!r:.80}; build one with LayerPlan.skipping or read one by parse"
-        )
+    for plan in plans:
+        if not isinstance(plan, LayerPlan):
+            raise PlanError(
+                f"a LayerPlan is needed, got {plan!r:.80}; build one with LayerPlan.skipping or read one by parse"
+            )
     check_intact(model)
-    with _reserved(model, plan) as reservation:
+    shortest = min(plans, key=lambda plan: (plan.is_full, plan.layers))
+    with _reserved(model, shortest) as reservation:
         if not reservation.tested:
             check_exactness(model)
             reservation.tested = True
+        for plan in () if frozen else plans:
+            check_head(model, plan)
         batching = "init_continuous_batching"  # of models that generate
-        with replaced([(model, batching, _refuse_thread)] if hasattr(model, batching) else []):
+        attached = None if frozen else attached_to(model, shortest)
+        with (
+            replaced([(model, batching, _refuse_thread)] if hasattr(model, batching) else []),
+            executing(model, plans, first_layer=first_layer, attached=attached),
+        ):
             yield
 
 
@@ -196,7 +182,7 @@ def _reserved(model: PreTrainedModel, plan: LayerPlan) -> Iterator[_Reservation]
     with _reservations_lock:
         reservation = _reservations.setdefault(model, _Reservation())
     if reservation.thread == threading.get_ident():
-        raise NestedPlanError(
+        raise PlanError(
             f"this model already runs plan {reservation.plan} here; leave that block before applying {plan}"
         )
     with reservation.lock:

@@ -8,8 +8,9 @@ from itertools import chain
 from torch import nn
 from transformers import PreTrainedModel
 
+from backbone.errors import PlanError
 from backbone.families import decoder_layers, decoder_of, family_of
-from backbone.plan import LayerPlan, PlanError
+from backbone.plan import LayerPlan
 
 
 def delete_layers(model: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-Method = Callable[..., Any]
+Forward = Callable[..., Any]
 
 _owners: dict[int, int] = {}
 """By the id of a module, the thread that has replaced methods of it."""
@@ -23,18 +23,17 @@ _owners: dict[int, int] = {}
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_mine(module_id: int) -> bool:
-    """Whether the calling thread is the one that has replaced a module's methods. In a compiled graph the answer is
-    that of the thread that compiled it, which is right: a plan's graphs are handed to its own thread alone."""
+    """Whether this thread has replaced the module's methods; in a compiled graph, the thread that compiled."""
     return _owners.get(module_id) == threading.get_ident()
 
 
 @contextmanager
-def replaced(replacements: Iterable[tuple[nn.Module, str, Method]]) -> Iterator[None]:
+def replaced(replacements: Iterable[tuple[nn.Module, str, Forward]]) -> Iterator[None]:
     """Within this block, and in this thread, these methods (module, name, method) run instead of the modules' own.
 
     Blocks of one thread may be nested; a module must not be changed by two threads at once (`apply_plan` sees to that).
     """
-    undo: list[tuple[nn.Module, str, Method | None, int | None]] = []
+    undo: list[tuple[nn.Module, str, Forward | None, int | None]] = []
     try:
         for module, name, method in replacements:
             undo.append((module, name, module.__dict__.get(name), _owners.get(id(module))))
@@ -43,10 +42,11 @@ def replaced(replacements: Iterable[tuple[nn.Module, str, Method]]) -> Iterator[
         yield
     finally:
         for module, name, previous, owner in reversed(undo):
-            _put_back(module, name, previous, owner)
+            _put_back(module.__dict__, name, previous)
+            _put_back(_owners, id(module), owner)
 
 
-def _for_this_thread(module: nn.Module, original: Method, method: Method) -> Method:
+def _for_this_thread(module: nn.Module, original: Forward, method: Forward) -> Forward:
     module_id = id(module)
 
     @wraps(original)  # the library reads the signatures of forwards
@@ -56,21 +56,17 @@ def _for_this_thread(module: nn.Module, original: Method, method: Method) -> Met
     return dispatched
 
 
-def _put_back(module: nn.Module, name: str, previous: Method | None, owner: int | None) -> None:
+def _put_back(place: dict[Any, Any], key: Any, previous: Any) -> None:
+    """Whatever was there: nothing, or what an outer block or accelerate's device hooks had set."""
     if previous is None:
-        del module.__dict__[name]
-    else:  # a block further out, or something else, such as accelerate's device hooks, had set it on the instance
-        module.__dict__[name] = previous
-    if owner is None:
-        del _owners[id(module)]
+        del place[key]
     else:
-        _owners[id(module)] = owner
+        place[key] = previous
 
 
 @contextmanager
 def captured(layers: nn.ModuleList, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Yields a dictionary that the passes of this block and thread fill with the states [B, S, D] before the layers
-    `depths`; before layer L means after the last."""
+    """Yields the states [B, S, D] before some layers, as this block's passes fill them; L means after the last."""
     states: dict[int, torch.Tensor] = {}
     with replaced(_keeping(layers, depths, states)):
         yield states
@@ -78,25 +74,19 @@ def captured(layers: nn.ModuleList, depths: Collection[int]) -> Iterator[dict[in
 
 def _keeping(
     layers: nn.ModuleList, depths: Collection[int], states: dict[int, torch.Tensor]
-) -> Iterator[tuple[nn.Module, str, Method]]:
-    for depth in sorted({*depths} - {len(layers)}):
-        yield layers[depth], "forward", _keeping_input(layers[depth].forward, states, depth)
-    if len(layers) in depths:
-        yield layers[-1], "forward", _keeping_output(layers[-1].forward, states, len(layers))
+) -> Iterator[tuple[nn.Module, str, Forward]]:
+    for depth in sorted(depths):
+        layer = layers[min(depth, len(layers) - 1)]
+        yield layer, "forward", _noting(layer.forward, states, depth, depth == len(layers))
 
 
-def _keeping_input(forward: Method, states: dict[int, torch.Tensor], depth: int) -> Method:
-    def keep(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        states[depth] = hidden_states
-        return forward(hidden_states, *args, **kwargs)
-
-    return keep
-
-
-def _keeping_output(forward: Method, states: dict[int, torch.Tensor], depth: int) -> Method:
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        states[depth] = output[0] if isinstance(output, tuple) else output
+def _noting(forward: Forward, states: dict[int, torch.Tensor], depth: int, is_after: bool) -> Forward:
+    def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not is_after:
+            states[depth] = hidden_states
+        output = forward(hidden_states, *args, **kwargs)
+        if is_after:
+            states[depth] = output[0] if isinstance(output, tuple) else output
         return output
 
-    return keep
+    return run

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from backbone.execution.executor import pass_on, with_none
 from backbone.execution.live_changes import replaced
-from backbone.execution.plan_patches import pass_on, pass_on_with_none
 from backbone.families import decoder_layers, family_of
 
 
@@ -22,12 +22,10 @@ def output_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     and its logits is done: norms, scales, caps. Gradients flow.
     """
     layers, returns_tuple = decoder_layers(model), family_of(model).returns_tuple
-    skip = pass_on_with_none if returns_tuple else pass_on
     given = states[:, None].to(model.dtype)
-
-    def give(*args: Any, **kwargs: Any) -> Any:
-        return (given, None) if returns_tuple else given
-
+    skip, give = pass_on, lambda *args, **kwargs: given
+    if returns_tuple:
+        skip, give = with_none(skip), with_none(give)
     forwards = [(layer, "forward", skip) for layer in list(layers)[:-1]] + [(layers[-1], "forward", give)]
     ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
     with replaced(forwards):

@@ -5,7 +5,7 @@ Shapes: `B` prompts, `S` tokens, `D` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.live_changes import captured, replaced
+from backbone.execution.live_changes import Forward, captured, replaced
 from backbone.families import decoder_layers, decoder_of, family_of
+from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 
 
@@ -41,11 +42,7 @@ class Prefix:
         return sum(tensor.nbytes for tensor in (*self.states, *(one for pair in self.keys_values for one in pair)))
 
     def by_row(self, lengths: Sequence[int]) -> list[Prefix]:
-        """Each of the B prompts by itself and without its padding, in the computer's main memory.
-
-        Args:
-            lengths: tokens of each prompt.
-        """
+        """Each of the B prompts, of so many tokens, by itself and without its padding, in main memory."""
 
         def rows_of(batch: torch.Tensor) -> list[torch.Tensor]:
             host = batch.cpu()  # as a whole, since a device is waited for at every transfer
@@ -109,12 +106,23 @@ def run_prefix(
     return Prefix(tuple(states[i] for i in depths), tuple((layer.keys, layer.values) for layer in kept))
 
 
+@torch.inference_mode()
+def probe_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, depth: int
+) -> list[torch.Tensor]:
+    """Hidden states [B, S, D] before and after each of the first `depth` layers of left-padded prompts [B, S].
+
+    No later layer and no head is computed. The states of padding are meaningless.
+    """
+    positions = position_inputs(decoder_of(model), attention_mask)
+    return list(run_prefix(model, input_ids, attention_mask, depth, keep_cache=False, **positions).states)
+
+
 @contextmanager
 def replaying(
     model: PreTrainedModel, prefix: Prefix, rows: torch.Tensor | None = None, *, release: bool = False
 ) -> Iterator[None]:
-    """Within this block, inside `apply_plan`, the model's first layers do not compute the prompt: they give the kept
-    states and write the kept keys and values into whatever cache the pass has. The model's own code does the rest.
+    """Within this block, inside `apply_plan`, the first layers of `model` give what was kept of the prompt.
 
     The prompt may come in one pass or in several (chunks); after its last token the layers compute again. Until then a
     compiled decoding step is put off, since a graph that was traced now would hold the kept states for ever.
@@ -142,7 +150,7 @@ class _Replay:
         self._undo = ExitStack()
 
     def start(self) -> None:
-        forwards = [(layer, "forward", self._forward_of(index)) for index, layer in enumerate(self._layers)]
+        forwards = ((layer, "forward", self._forward_of(index)) for index, layer in enumerate(self._layers))
         self._undo.enter_context(replaced(forwards))
 
     def stop(self) -> None:
@@ -151,16 +159,16 @@ class _Replay:
         if self._release:
             self._prefix.release()
 
-    def deferring(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def deferring(self, compiled: Forward) -> Forward:
         """`compiled`, the model's `get_compiled_call`, whose result runs the plain model while the replay goes on."""
 
-        def get_compiled_call(config: Any) -> Callable[..., Any]:
+        def get_compiled_call(config: Any) -> Forward:
             graph = compiled(config)
             return lambda *args, **inputs: (self._model if self._done < self._total else graph)(*args, **inputs)
 
         return get_compiled_call
 
-    def _forward_of(self, index: int) -> Callable[..., Any]:
+    def _forward_of(self, index: int) -> Forward:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             span = slice(self._done, self._done + hidden_states.shape[1])
             assert span.stop <= self._total, f"the prefix has {self._total} tokens, the prompt at least {span.stop}"

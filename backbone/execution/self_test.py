@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from backbone.execution.plan_patches import patched
-from backbone.families import UnsupportedModelError, decoder_layers, decoder_of, family_of
+from backbone.errors import UnsupportedModelError
+from backbone.execution.executor import executing
+from backbone.families import decoder_layers, decoder_of, family_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 
@@ -25,12 +26,7 @@ HALF_TOLERANCE = 0.1
 PROMPT_TOKENS, STEPS, PADDING = 6, 2, 3
 
 ATTEMPTS = 3
-"""Times that the stock model and the full plan are compared bit by bit. Once in some dozens of runs, a library's first
-passes in a process differ in rounding on a CPU; a plan that changes something differs every time."""
-
-
-class InexactPlanError(UnsupportedModelError):
-    """A plan changes more of this model than the layers that it skips."""
+"""Times that the stock model and the full plan are compared: a process's first passes sometimes round differently."""
 
 
 @torch.no_grad()
@@ -41,27 +37,26 @@ def check_exactness(model: PreTrainedModel) -> None:
     these passes too.
 
     Raises:
-        InexactPlanError: states differ by more than rounding, are not finite, or the full plan is not bit-equal to the
-            stock model.
-        UnsupportedModelError: see `family_of`.
+        UnsupportedModelError: states differ by more than rounding, are not finite, or the full plan is not bit-equal
+            to the stock model; see `family_of`.
     """
     logger.info("testing once whether layer plans are exact on %s, by a few passes over short texts", _name(model))
     with _evaluating(model):
         inputs = _inputs(model)
         if not _uncached(model, inputs)[inputs["attention_mask"].bool()].isfinite().all():
-            raise InexactPlanError(
+            raise UnsupportedModelError(
                 f"{_name(model)}: the hidden states of a few tokens are not finite, so nothing that this model says is "
                 f"of use{wider_dtypes(model.dtype)}"
             )
         if not any(_full_plan_is_equal(model, inputs) for _ in range(ATTEMPTS)):
-            raise InexactPlanError(f"{_name(model)}: two passes over the same tokens differ, so no plan is exact")
+            raise UnsupportedModelError(f"{_name(model)}: two passes over the same tokens differ, so no plan is exact")
         for plan in _plans(model):
-            with patched(model, plan):
+            with executing(model, [plan]):
                 uncached = _uncached(model, inputs)[:, -STEPS:]
                 difference = _difference(_cached(model, inputs), uncached)
             limit = rounding_limit(uncached.dtype, uncached.device)
             if not difference <= limit:
-                raise InexactPlanError(
+                raise UnsupportedModelError(
                     f"{_name(model)}: under plan {plan} a step with a cache differs by {difference:.1%} from the same "
                     f"computation without one (at most {limit:.1%} is rounding), so its layers cannot be skipped"
                 )
@@ -76,13 +71,12 @@ def rounding_limit(dtype: torch.dtype, device: torch.device) -> float:
 
 def _full_plan_is_equal(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
     stock = _uncached(model, inputs)
-    with patched(model, LayerPlan.full(len(decoder_layers(model)))):
+    with executing(model, [LayerPlan.full(len(decoder_layers(model)))]):
         return torch.equal(_uncached(model, inputs), stock)
 
 
 def wider_dtypes(dtype: torch.dtype) -> str:
-    """The end of a sentence about states that are not finite: what to do where the numbers may be too large for a
-    dtype; nothing where no dtype holds larger ones."""
+    """The end of a sentence about states that are not finite: a wider dtype to load the model in, if there is one."""
     is_widest = torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max
     return "" if is_widest else "; load the model in bfloat16 or float32, which hold larger numbers"
 

@@ -1,7 +1,4 @@
-"""Share what plans have in common: a pass under one plan goes on from the states of another, up to where they part.
-
-Only for passes without a cache, such as scoring a given text.
-"""
+"""Passes under several plans, without a cache, that compute the layers plans have in common once."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.live_changes import Method, captured, replaced
+from backbone.execution.live_changes import Forward, captured, replaced
 from backbone.families import decoder_layers
 from backbone.healing.attaching import attached_to
 from backbone.plan import LayerPlan
@@ -47,7 +44,7 @@ def unchanged_depth(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> int:
 
 
 def layers_of_shared_passes(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> float:
-    """Layers (halves count half) that one pass under each plan computes, all that they share only once."""
+    """Layers (halves count half) that one pass under each plan computes, shared ones counted once."""
     ordered = sharing_order(model, plans)
     return sum(plan.from_layer(start).layers for plan, start in zip(ordered, _starts(model, ordered), strict=True))
 
@@ -58,10 +55,7 @@ def _starts(model: PreTrainedModel, ordered: Sequence[LayerPlan]) -> list[int]:
 
 
 def sharing_order(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The plans ordered so that each has as much as any earlier one in common with the one just before it.
-
-    The order depends on the plans alone, not on where their bridges lie in memory.
-    """
+    """The plans in an order in which neighbours share the longest prefix; it depends on the plans alone."""
     numbers = {0: 0}  # of bridges, as the plans by their text have them
     keys = {
         plan: [
@@ -94,8 +88,7 @@ class SharedPasses:
 
     @contextmanager
     def next_plan(self) -> Iterator[LayerPlan]:
-        """Within this block one call of the model, without a cache and with the same inputs as always, runs the next
-        plan. The states from which later plans go on are kept."""
+        """Within this block one call of the model, without a cache and with the same inputs, runs the next plan."""
         plan, start = self._plans[self._next], self._starts[self._next]
         later = self._starts[self._next + 1 :]
         self._next += 1
@@ -103,14 +96,14 @@ class SharedPasses:
         with (
             apply_plan(self._model, plan, first_layer=start),
             captured(self._layers, {depth for depth in later if depth > start}) as states,
-            replaced(_going_on(self._layers[start], known[start]) if start else ()),
+            replaced(_given(self._layers[start], known[start]) if start else ()),
         ):
             yield plan
         self.layers_run += plan.from_layer(start).layers
         self._states = {depth: state for depth, state in {**known, **states}.items() if depth in later}
 
 
-def _going_on(layer: nn.Module, state: torch.Tensor) -> Iterator[tuple[nn.Module, str, Method]]:
-    """Has a layer compute, whatever it is given, from a known state."""
+def _given(layer: nn.Module, state: torch.Tensor) -> Iterator[tuple[nn.Module, str, Forward]]:
+    """Makes a layer compute from a known state."""
     forward = layer.forward
     yield layer, "forward", lambda hidden_states, *args, **kwargs: forward(state, *args, **kwargs)

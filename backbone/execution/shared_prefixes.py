@@ -1,7 +1,6 @@
-"""Run what many token sequences begin with once, and go on from copies of its KV cache.
+"""Run the common beginning of many token sequences once, and go on from copies of its KV cache.
 
-Prompts of one kind begin with the same instruction and examples, chats with the same system part. A batch of such
-prompts is left-padded as always; only its first columns come from the cache. A row that is shorter than the longest by
+A batch is left-padded as always; only its first columns come from the cache. A row that is shorter than the longest by
 n tokens computes the last n tokens of the common beginning anew, so that no row is padded in its middle. Positions,
 masks and sliding windows are thus those of the plain batch.
 
@@ -30,10 +29,8 @@ from backbone.plan import LayerPlan
 
 SHORTEST, FEWEST = 32, 3
 """Tokens of a beginning, and sequences that share it, from which on sharing pays."""
-CHARACTERS_PER_TOKEN = 4
-"""Of usual text, roughly."""
-NEIGHBOURS = 4096
-"""Sequences of one group, at most: finding groups takes time in proportion."""
+CHARACTERS_PER_TOKEN, NEIGHBOURS = 4, 4096
+"""Of usual text; sequences of one group, at most, since finding groups takes time in proportion."""
 
 
 def shared_lengths(rows: Sequence[Sequence[Any]], shortest: int = SHORTEST) -> list[int]:

@@ -14,14 +14,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from backbone.errors import InputError
+from backbone.errors import UnsupportedModelError
 
 LowRank = Callable[[torch.Tensor], torch.Tensor]
 """What a change of a matrix adds to its output: inputs [.., in] -> [.., out]."""
-
-
-class AdapterError(InputError):
-    """An adapter that does not fit a model's weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +34,7 @@ class Adapter:
         """By parameter name, copies of the changed weights, in the model's dtype and on its devices.
 
         Raises:
-            AdapterError: a weight that the model lacks, of another shape, quantised, or not in memory.
+            UnsupportedModelError: a weight that the model lacks, of another shape, quantised, or not in memory.
         """
         return {name: self._merged(model, name) for name in self.changes}
 
@@ -56,16 +52,18 @@ class Adapter:
             module = model.get_submodule(owner)
             weight = getattr(module, own_name)
         except AttributeError:
-            raise AdapterError(f"this adapter changes {name}, which the model does not have") from None
+            raise UnsupportedModelError(f"this adapter changes {name}, which the model does not have") from None
         if not isinstance(module, nn.Linear | Conv1D) or own_name != "weight":
-            raise AdapterError(f"this adapter changes {name}, which is not the weight of a linear layer")
+            raise UnsupportedModelError(f"this adapter changes {name}, which is not the weight of a linear layer")
         if not weight.is_floating_point() or weight.is_meta:
             kind = "is not in memory" if weight.is_meta else f"is kept as {weight.dtype} (quantised)"
-            raise AdapterError(f"this adapter changes {name}, which {kind}; load the model unquantised, on one device")
+            raise UnsupportedModelError(
+                f"this adapter changes {name}, which {kind}; load the model unquantised, on one device"
+            )
         up, down = (factor.to(weight.device, torch.float32) for factor in self.changes[name])
         change = (up @ down).T if isinstance(module, Conv1D) else up @ down
         if change.shape != weight.shape:
-            raise AdapterError(
+            raise UnsupportedModelError(
                 f"this adapter changes {name} of shape {tuple(change.shape)}, the model's is {tuple(weight.shape)}"
             )
         return nn.Parameter((weight.float() + change).to(weight.dtype), requires_grad=False)

@@ -1,8 +1,7 @@
-"""Bridges: affine maps that stand in for the layers that a plan leaves out.
+"""Bridges: affine maps that replace the layers that a plan skips.
 
-A bridge takes the state before a gap of a plan to about the state after it. Sources: linear short-cuts between layers,
-Din et al. 2023 (arXiv 2303.09435, section 3); closed-form replacement of a block of layers, ReplaceMe, Shopkhoev et al.
-2025 (arXiv 2505.02819, section 3).
+A bridge maps the state before a gap of a plan to about the state after it (Din et al. 2023, arXiv 2303.09435, section
+3; ReplaceMe, Shopkhoev et al. 2025, arXiv 2505.02819, section 3).
 
 Shapes: `T` tokens, `D` hidden size, `r` rank.
 """
@@ -19,7 +18,7 @@ from backbone.plan import LayerPlan
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bridge:
-    """Stands in for the layers of one gap: state -> state + state @ (product of factors) + bias.
+    """Replaces the layers of one gap: state -> state + state @ (product of factors) + bias.
 
     Attributes:
         factors: one matrix [D, D], or two, [D, r] and [r, D].

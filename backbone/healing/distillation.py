@@ -1,9 +1,9 @@
-"""Train an adapter, and the bridges with it, by self-distillation: the full model teaches its shortened self.
+"""Train an adapter and the bridges by self-distillation: the full model is the teacher, its shortened plans students.
 
-At every step some plans run over prompts with the full model's answers and are moved towards its next-token
-distributions there (KL divergence; Hinton et al. 2015, arXiv 1503.02531). Which plans: the cheapest, the largest
-shortened one and some drawn at random (the sandwich rule, Yu and Huang 2019, arXiv 1903.05134, section 3.2). References
-can be mixed in as targets of their own (Sorted Fine-Tuning, Valipour et al. 2023, arXiv 2309.08968).
+Each step runs some plans over prompts with the full model's answers, and lowers the KL divergence from its next-token
+distributions (Hinton et al. 2015, arXiv 1503.02531). The plans are the cheapest, the largest shortened one and some
+drawn at random (the sandwich rule, Yu and Huang 2019, arXiv 1903.05134, section 3.2). References can be targets too
+(Sorted Fine-Tuning, Valipour et al. 2023, arXiv 2309.08968).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,13 @@ from transformers import PreTrainedModel
 from backbone.healing.attaching import Healing
 from backbone.healing.bridges import Bridges
 from backbone.healing.settings import DistillSettings
-from backbone.healing.trained_parts import Trainable, adapted_layers
-from backbone.healing.training_checkpoint import Checkpoint
+from backbone.healing.trained_parts import Checkpoint, Trainable, adapted_layers
 from backbone.healing.training_targets import DistillationLoss, Example, contiguous_head
 from backbone.left_padding import by_tokens
 from backbone.plan import LayerPlan
 
-REHEARSED = 4
-"""Steps that are tried before training to see how long one takes; at least 2."""
+TRIAL_STEPS = 4
+"""Steps that are timed before training, for a budget in minutes; at least 2."""
 CHECKPOINT = "checkpoint.safetensors"
 """Where training stands, in the folder it is given."""
 
@@ -80,7 +79,7 @@ def distil(
         The healing with the lowest loss on held examples, and the history. A loss that is not finite ends training.
 
     Raises:
-        AdapterError: a model that LoRA cannot be trained on.
+        UnsupportedModelError: a model that LoRA cannot be trained on.
     """
     layers = adapted_layers(plans, probe_depth, settings.where)
     grads = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -131,20 +130,15 @@ class _Run:
         self._ordered = sorted(trainable.plans, key=lambda plan: (plan.layers, str(plan)))
 
     def go(self) -> History:
-        history, best, losses = History(), math.inf, list[float]()
-        bad, first, looked_at, start = 0, 0, -1, time.perf_counter()
+        history, best, bad, first = History(), math.inf, 0, 0
+        looked_at, losses, start = -1, list[float](), time.perf_counter()
         if (resumed := self._checkpoint.load(self._trainable.parameters, self._optimizer)) is not None:
             history, best, bad, first = History(**resumed["history"]), resumed["best"], resumed["bad"], resumed["step"]
             looked_at, self._before, self._steps = first, history.held[0], history.planned
             start -= history.seconds[-1]
         for step in count(first):  # until the look at the last planned step, or an earlier one, ends it
             if step != looked_at and (step % self._settings.evaluate_every == 0 or step == self._steps):
-                looking = time.perf_counter()
                 held = self._look()
-                if not self._before:
-                    self._before = held
-                    if self._settings.minutes is not None:
-                        self._steps = self._steps_in(self._settings.minutes * 60, time.perf_counter() - looking)
                 mean = sum(self._relative(plan, loss) for plan, loss in held.items()) / len(held)
                 better = mean < best
                 best, bad = (mean, 0) if better else (best, bad + 1)
@@ -152,10 +146,9 @@ class _Run:
                 history.losses.append(sum(losses) / len(losses) if losses else None)
                 history.held.append(held)
                 history.seconds.append(time.perf_counter() - start)
-                history.planned = self._steps
+                history.planned, history.ended = self._steps, self._ended(step, mean, bad)
                 losses.clear()
-                history.ended = self._ended(step, mean, bad)
-                state = {"history": _plain(history), "best": best, "bad": bad, "step": step}
+                state = {"history": asdict(history), "best": best, "bad": bad, "step": step}
                 self._checkpoint.save(self._trainable.parameters, self._optimizer, state, better=better)
                 self._looked(history)
             if history.ended:
@@ -170,10 +163,9 @@ class _Run:
         return history
 
     def _steps_in(self, seconds: float, look: float) -> int:
-        """How many steps there is time for, looks included: the dearest of a few whose gradients are thrown away, since
-        the first one warms up, batches differ, and a training that ends early is better than one that does not end."""
+        """How many steps there is time for, looks included, by the slowest of a few after the warm-up."""
         took = []
-        for step in range(REHEARSED):
+        for step in range(TRIAL_STEPS):
             start = time.perf_counter()
             self._gradients(self._batch(step), self._chosen(step), step)
             took.append(time.perf_counter() - start)
@@ -221,8 +213,7 @@ class _Run:
                 self._parts *= 2
 
     def _chosen(self, step: int) -> list[LayerPlan]:
-        """The sandwich: cheapest, largest, and others drawn without putting back; of two plans the cheapest and any
-        other, of one any, so that none is left out of the training."""
+        """The sandwich rule: the cheapest and the largest plan, and others drawn at random, none left out for ever."""
         count = self._settings.plans_per_step
         fixed = list(dict.fromkeys([self._ordered[0], self._ordered[-1]]))[: count - 1]
         others = [plan for plan in self._ordered if plan not in fixed]
@@ -246,9 +237,18 @@ class _Run:
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    @torch.no_grad()
     def _look(self) -> dict[str, float]:
-        """Mean loss of every plan on the held examples."""
+        """Mean loss of every plan on the held examples. The first look also fixes the number of steps."""
+        start = time.perf_counter()
+        held = self._held_losses()
+        if not self._before:
+            self._before = held
+            if self._settings.minutes is not None:
+                self._steps = self._steps_in(self._settings.minutes * 60, time.perf_counter() - start)
+        return held
+
+    @torch.no_grad()
+    def _held_losses(self) -> dict[str, float]:
         sums = {str(plan): 0.0 for plan in self._ordered}
         for number, batch in enumerate(self._held):
             for plan, loss in self._distillation_loss.losses(batch, self._ordered, -1 - number).items():
@@ -260,7 +260,3 @@ class _Run:
 def _split(batch: Sequence[Example], parts: int) -> Iterator[Sequence[Example]]:
     size = math.ceil(len(batch) / parts)
     return (batch[start : start + size] for start in range(0, len(batch), size))
-
-
-def _plain(history: History) -> dict[str, Any]:
-    return {name: getattr(history, name) for name in History.__slots__}

@@ -116,14 +116,14 @@ class HeadFitter:
         for step in range(1, settings.steps + 1):
             with torch.enable_grad():
                 now = {depth: head.now for depth, head in active.items()}
-                losses, _ = self._looked(now, self._drawn(generator), references, generator)
+                losses, _ = self._losses(now, self._drawn(generator), references, generator)
                 losses.sum().backward()  # type: ignore[no-untyped-call]
             for head in active.values():
                 head.step()
             if step % settings.look_every == 0 or step == settings.steps:
-                found = self._held_found({depth: head.now for depth, head in active.items()}, references)
+                found = self._held_out({depth: head.now for depth, head in active.items()}, references)
                 going = {
-                    depth: head for (depth, head), one in zip(active.items(), found, strict=True) if head.goes_on(one)
+                    depth: head for (depth, head), one in zip(active.items(), found, strict=True) if head.improves(one)
                 }
                 advance(len(active) - len(going) if step < settings.steps else len(active))
                 active = going
@@ -141,9 +141,7 @@ class HeadFitter:
         inner, cross, eye = (x * weight).T @ x, (x * weight).T @ y, torch.eye(x.shape[1])
         scale = float(inner.diagonal().mean())
         solved = [torch.linalg.solve(inner + strength * scale * eye, cross) for strength in RIDGES]
-        found = [
-            self._held_found({depth: units.bridge(each, torch.zeros(len(each)))}, references)[0] for each in solved
-        ]
+        found = [self._held_out({depth: units.bridge(each)}, references)[0] for each in solved]
         best = found.index(min(found))
         return _Head(solved[best], units, found[best], self._settings)
 
@@ -156,7 +154,7 @@ class HeadFitter:
             torch.cat([p[torch.randint(len(p), (count,), generator=generator)] for p, count in parts if count])
         )
 
-    def _looked(
+    def _losses(
         self, heads: Mapping[int, Bridge], places: Places, references: float, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss of each head over some places, and its share of wrong tokens; with a generator over more tokens."""
@@ -170,16 +168,16 @@ class HeadFitter:
                 target = _logs(self._model, places.states[self._last])
             states = [head(places.states[depth]) for depth, head in heads.items()]
             logs = _logs(self._model, torch.cat(states)).view(len(heads), *target.shape)
-        told = places.is_target & (references > 0)
+        is_target = places.is_target & (references > 0)
         divergence = (target.exp() * (target - logs)).sum(-1)
         surprise = -logs.gather(-1, index[:, None].expand(len(heads), -1, -1))[..., 0]
         mixed = references * surprise + (1 - references) * divergence
-        wrong = logs.argmax(-1) != torch.where(told, index, target.argmax(-1))
-        return torch.where(told, mixed, divergence).mean(-1), wrong.float().mean(-1)
+        wrong = logs.argmax(-1) != torch.where(is_target, index, target.argmax(-1))
+        return torch.where(is_target, mixed, divergence).mean(-1), wrong.float().mean(-1)
 
     @torch.no_grad()
-    def _held_found(self, heads: Mapping[int, Bridge], references: float) -> list[Found]:
-        losses, wrong = self._looked(heads, self._held, references)
+    def _held_out(self, heads: Mapping[int, Bridge], references: float) -> list[Score]:
+        losses, wrong = self._losses(heads, self._held, references)
         return [*zip(wrong.tolist(), losses.tolist(), strict=True)]
 
     @torch.no_grad()
@@ -209,7 +207,7 @@ class _Units:
         (x_mean, x_size), (y_mean, y_size) = (_moments(each, weight) for each in (x, y))
         return cls(x_mean, x_size, y_mean, y_size, float(x.pow(2).mean(-1).sqrt().mean()))
 
-    def bridge(self, weight: torch.Tensor, bias: torch.Tensor) -> Bridge:
+    def bridge(self, weight: torch.Tensor, bias: torch.Tensor | float = 0.0) -> Bridge:
         """The map of given weight [D, D] and bias [D] in these units, in the model's own, sized like its inputs."""
         whole = weight * (self.size * self.y_size / self.x_size[:, None])
         offset = self.size * (bias * self.y_size + self.y_mean) - self.x_mean @ whole
@@ -222,21 +220,21 @@ def _moments(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
     return mean, size.clamp(min=1e-6 * float(size.max().clamp(min=1e-30)))
 
 
-Found = tuple[float, float]
+Score = tuple[float, float]
 """Of held-out places: the share of wrong tokens, and the loss, which decides between equal shares."""
 
 
 class _Head:
     """A head in training: its weight [D, D] in some units at first, and what was found of that on held-out texts."""
 
-    def __init__(self, weight: torch.Tensor, units: _Units, found: Found, settings: HeadSettings) -> None:
+    def __init__(self, weight: torch.Tensor, units: _Units, found: Score, settings: HeadSettings) -> None:
         self._parts = [weight.clone().requires_grad_(), torch.zeros(len(weight), requires_grad=True)]
         self._units, self._settings = units, settings
         rate, decay = settings.learning_rate, settings.weight_decay
         self._optimizer = torch.optim.AdamW(self._parts, lr=rate, weight_decay=decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.steps)
         self._first, self._least, self._steps, self._since = found, found, 0, 0
-        self.best = units.bridge(weight, torch.zeros(len(weight)))
+        self.best = units.bridge(weight)
 
     @property
     def now(self) -> Bridge:
@@ -248,8 +246,8 @@ class _Head:
         self._optimizer.zero_grad()
         self._steps += 1
 
-    def goes_on(self, found: Found) -> bool:
-        """Whether training pays, by what is found on the held-out texts now."""
+    def improves(self, found: Score) -> bool:
+        """Note the score on the held-out texts; False once it has not improved for `patience` looks."""
         if found < self._least:
             self.best = self._units.bridge(*(part.detach().clone() for part in self._parts))
             self._least, self._since = found, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from backbone.execution.executor import executing
 from backbone.execution.live_changes import captured
-from backbone.execution.plan_patches import patched
 from backbone.families import decoder_layers, decoder_of
 from backbone.healing.attaching import Attached
 from backbone.healing.bridges import Bridge
@@ -160,19 +160,10 @@ class BatchSums:
         full = _states(model, inputs, {layer for _, gap in self.wanted for layer in (gap.start, gap.stop)})
         before = {(plan, gap): full[gap.start] for plan, gap in self.wanted}
         if self.bridges is not None:
-            before = _shortened(model, inputs, self.wanted, self.bridges)
+            for plan, gap in self.wanted:
+                before[plan, gap] = _states(model, inputs, {gap.start}, plan, self.bridges[plan])[gap.start]
         held = torch.tensor([index % HELD == 0 for index, _ in batch], device=model.device)[:, None]
         return full, before, inputs["attention_mask"].bool(), held
-
-
-def _shortened(
-    model: PreTrainedModel,
-    inputs: dict[str, torch.Tensor],
-    wanted: Sequence[Gap],
-    bridges: dict[LayerPlan, dict[int, Bridge]],
-) -> dict[Gap, torch.Tensor]:
-    """The state before each gap as the shortened model with its bridges so far produces it."""
-    return {(plan, gap): _states(model, inputs, {gap.start}, plan, bridges[plan])[gap.start] for plan, gap in wanted}
 
 
 def _states(
@@ -180,11 +171,10 @@ def _states(
     inputs: dict[str, torch.Tensor],
     depths: set[int],
     plan: LayerPlan | None = None,
-    bridges: dict[int, Bridge] | None = None,
+    bridges: Mapping[int, Bridge] | None = None,
 ) -> dict[int, torch.Tensor]:
-    """States [B, S, D] before the layers `depths`; before layer L means after the last."""
-    attached = Attached("", {plan: bridges}) if plan is not None and bridges is not None else None
-    running = nullcontext() if plan is None else patched(model, plan, attached=attached)
+    """States [B, S, D] before the layers `depths`, under the full model or a plan with bridges; L: after the last."""
+    running = nullcontext() if plan is None else executing(model, [plan], attached=Attached("", {plan: bridges or {}}))
     with running, captured(decoder_layers(model), depths) as states:
         decoder_of(model)(**inputs, use_cache=False)
     return states

@@ -1,18 +1,24 @@
-"""What an adapter's training changes: LoRA matrices of some layers, and the menu's bridges."""
+"""What training changes, LoRA matrices of some layers and the menu's bridges, and the checkpoint of its state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from backbone.errors import UnsupportedModelError
 from backbone.families import decoder_layers
-from backbone.healing.adapters import Adapter, AdapterError
+from backbone.files import replacing
+from backbone.healing.adapters import Adapter
 from backbone.healing.attaching import Attached, detach, set_attached
 from backbone.healing.bridges import Bridge, Bridges
 from backbone.healing.settings import Where
@@ -114,7 +120,7 @@ def _matrix_modules(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
     chosen = [module for i in layers for module in decoder_layers(model)[i].modules()]
     targets = [names[id(module)] for module in chosen if isinstance(module, nn.Linear | Conv1D)]
     if not targets or any(not model.get_parameter(f"{name}.weight").is_floating_point() for name in targets):
-        raise AdapterError(
+        raise UnsupportedModelError(
             f"{type(model).__name__} has no floating-point matrices in layers {layers} that LoRA could be trained on "
             "(a quantised model cannot be trained through): load it unquantised, or use adapt.method=bridges"
         )
@@ -151,3 +157,64 @@ def _copied(bridge: Bridge, model: PreTrainedModel) -> Bridge:
 
 def _stored(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.detach().to("cpu", torch.bfloat16).contiguous()
+
+
+_PARAMETER, _BEST, _MOMENT = "parameter/", "best/", "moment/"
+
+
+class Checkpoint:
+    """Parameters, AdamW's moments, the best parameters so far, and a state that JSON can hold, in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._best: dict[str, torch.Tensor] = {}
+
+    def save(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        *,
+        better: bool,
+    ) -> None:
+        """`better`: the parameters as they are now are the best so far."""
+        now = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        if better:
+            self._best = now
+        tensors = {_PARAMETER + name: tensor for name, tensor in now.items()}
+        tensors |= {_BEST + name: tensor.clone() for name, tensor in self._best.items()}
+        for name, parameter in parameters.items():
+            for kind, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{_MOMENT}{kind}/{name}"] = value.detach().cpu().clone()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path) as unfinished:
+            save_file(tensors, unfinished, {"state": json.dumps(state)})
+
+    def load(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Put parameters and optimiser where they stood; the state, or None where there is no checkpoint."""
+        if not self._path.exists():
+            return None
+        with safe_open(self._path, "pt") as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        self._best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
+        _copy(parameters, {n.removeprefix(_PARAMETER): t for n, t in tensors.items() if n.startswith(_PARAMETER)})
+        for name, tensor in tensors.items():
+            if name.startswith(_MOMENT):
+                kind, own = name.removeprefix(_MOMENT).split("/", 1)
+                parameter = parameters[own]
+                value = tensor if kind == "step" else tensor.to(parameter.device)
+                optimizer.state[parameter][kind] = value
+        return state
+
+    def load_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        _copy(parameters, self._best)
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _copy(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])

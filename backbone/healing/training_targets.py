@@ -1,6 +1,6 @@
-"""What training asks of the plans: the full model's distributions along its answers, or the tokens of a reference.
+"""The distillation loss: from the full model's distributions along its answers, or from the tokens of a reference.
 
-Plans that run over one batch share what they have in common, the layers of the probe without gradient.
+Plans that run over one batch share the layers that they have in common, those of the probe without gradient.
 
 Shapes: `A` answer tokens of a batch, `V` vocabulary, `v` sampled vocabulary.
 """
@@ -51,7 +51,7 @@ class DistillationLoss:
         self._model, self._trainable, self._size, self._seed = model, trainable, vocabulary, seed
 
     def losses(self, batch: Sequence[Example], plans: Sequence[LayerPlan], step: int) -> dict[LayerPlan, torch.Tensor]:
-        """For each plan the sum over the answers' tokens of KL(full || plan), or of a reference's surprise, in nats.
+        """For each plan the sum over the answers' tokens of KL(full || plan), or of the cross-entropy, in nats.
 
         Args:
             batch: examples that run together.
@@ -60,34 +60,34 @@ class DistillationLoss:
         """
         inputs = padded_inputs(self._model, [example.tokens[:-1] for example in batch])
         answers = [example.answer for example in batch]
-        said = torch.cat([torch.tensor(example.tokens[-example.answer :]) for example in batch]).to(self._model.device)
+        tokens = torch.cat([torch.tensor(e.tokens[-e.answer :]) for e in batch]).to(self._model.device)
         fixed = torch.cat([torch.full((e.answer,), e.from_reference) for e in batch]).to(self._model.device)
         full = LayerPlan.full(plans[0].n_layers)
         with self._trainable.attached():
             order = sharing_order(self._model, plans)
             shared = SharedPasses(self._model, [full, *order])
             with torch.no_grad(), self._trainable.off(), shared.next_plan():
-                taught = torch.cat(last_logits(self._model, inputs, answers))
-            kept = self._vocabulary(taught, said, step)
-            target = taught[:, kept].float().log_softmax(-1)
-            place = torch.searchsorted(kept, said)
+                teacher = torch.cat(last_logits(self._model, inputs, answers))
+            vocabulary = self._vocabulary(teacher, tokens, step)
+            target = teacher[:, vocabulary].float().log_softmax(-1)
+            place = torch.searchsorted(vocabulary, tokens)
             losses = {}
             for plan in order:
-                with shared.next_plan(), head_on(self._model, kept):
+                with shared.next_plan(), head_on(self._model, vocabulary):
                     own = torch.cat(last_logits(self._model, inputs, answers)).float().log_softmax(-1)
                 divergence = (target.exp() * (target - own)).sum(-1)
                 surprise = -own.gather(-1, place[:, None])[:, 0]
                 losses[plan] = torch.where(fixed, surprise, divergence).sum()
         return losses
 
-    def _vocabulary(self, taught: torch.Tensor, said: torch.Tensor, step: int) -> torch.Tensor:
-        """[v], ascending: the tokens that the loss ranges over: the likely ones, the said ones, and some at random."""
-        size = taught.shape[-1]
+    def _vocabulary(self, teacher: torch.Tensor, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        """[v], ascending: the tokens that the loss ranges over: the likely, those of the answers, and some drawn."""
+        size = teacher.shape[-1]
         if size <= 2 * self._size:
-            return torch.arange(size, device=taught.device)
+            return torch.arange(size, device=teacher.device)
         generator = torch.Generator().manual_seed(hash((self._seed, step)) % 2**31)
-        drawn = torch.randint(size, (self._size,), generator=generator).to(taught.device)
-        return torch.cat([taught.topk(16, dim=-1).indices.flatten(), said, drawn]).unique()  # type: ignore[no-untyped-call, no-any-return]
+        drawn = torch.randint(size, (self._size,), generator=generator).to(teacher.device)
+        return torch.cat([teacher.topk(16, dim=-1).indices.flatten(), tokens, drawn]).unique()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def contiguous_head(model: PreTrainedModel) -> AbstractContextManager[None]:

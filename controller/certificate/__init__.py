@@ -1,1 +1,1 @@
-"""A price with a guarantee, what it promises, and the alarm that watches its assumption."""
+"""A certified price, its certificate, the outlier test, and the drift alarm."""

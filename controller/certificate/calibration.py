@@ -1,9 +1,9 @@
-"""A price with a guarantee: Learn-then-Test on the calibrate split, over the prices of one unit of expected loss.
+"""Certified prices: Learn-then-Test on the calibrate split.
 
 Source: Angelopoulos et al. 2021, Learn then Test (arXiv 2110.01052), section 2; fixed-sequence testing as in CALM
 (Schuster et al. 2022, arXiv 2207.07061, section 4). The test is MAPIE's.
 
-Shapes: `T` prices, `n` calibration prompts.
+Shapes: `T` prices, `n` calibration prompts, `K` plans.
 """
 
 from __future__ import annotations
@@ -16,20 +16,15 @@ from numpy.typing import NDArray
 
 from controller.base import choose_each
 from controller.certificate.certificate import Certificate, alpha_of
-from controller.certificate.fewest_prompts import fewest_prompts
-from controller.certificate.groups import Names, of_groups
-from controller.certificate.p_values import CalibrationError, p_values
-from controller.certificate.risks import Risk, unit_of
-
-Floats = NDArray[np.float64]
+from controller.certificate.p_values import fewest_prompts, p_values
+from controller.certificate.risks import CalibrationError, Floats, Names, Risk, group_means, loss_scale
 
 PRICES: Floats = np.geomspace(1000.0, 0.01, 577)
-"""What an expected loss of 1 may cost, in shares of the decoder, dearest first [T]. Fixed before any data is
-seen, as the test requires; that the risk grows along them is likely, and helps, but the guarantee does not need it. In
-a fixed sequence more steps cost no confidence; with steps of 8% instead of 2% one step could change half of the choices
-where prompts are alike."""
+"""Prices of an expected loss of 1, in shares of the decoder, highest first [T]. Fixed before any data is seen, as the
+test requires. In a fixed sequence more steps cost no confidence; with steps of 8% instead of 2% one step could change
+half of the choices where prompts are alike."""
 
-TOGETHER = 4_000_000
+CHUNK = 4_000_000
 """Numbers in memory at once while plans are chosen at all prices."""
 
 
@@ -56,8 +51,8 @@ class PricePath:
         """The path of n prompts under K plans.
 
         Args:
-            predicted: what a controller expects the plans to keep [n, K].
-            losses: what they lose [n, K].
+            predicted: a controller's quality of the plans [n, K].
+            losses: true losses [n, K].
             budgets: of the plans [K].
             labelled: which losses are known [n, K]; None for all. See `on_path`.
 
@@ -73,16 +68,15 @@ class PricePath:
 
 
 def choices(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.intp]:
-    """[T, n]: the plan that each price chooses for each prompt, from what is expected to be kept [n, K]."""
-    parts = np.array_split(PRICES, 1 + PRICES.size * predicted.size // TOGETHER)
+    """Plans that each price chooses for n prompts [T, n], from predicted quality [n, K]."""
+    parts = np.array_split(PRICES, 1 + PRICES.size * predicted.size // CHUNK)
     return np.concatenate([choose_each(predicted, budgets, prices) for prices in parts])
 
 
 def on_path(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.bool_]:
-    """Whether any price chooses a plan for a prompt, or the plan is the full one [n, K]: the labels of a test.
+    """Labels that a test needs [n, K]: plans that some price chooses, and the full plan.
 
-    It depends on what is expected to be kept [n, K] and on the budgets [K] alone. So a test that reads only these
-    labels is the test that reads all.
+    It depends on predicted quality [n, K] and budgets [K] alone, so a test on these labels is the test on all.
     """
     found = np.zeros(predicted.shape, dtype=np.bool_)
     found[np.arange(len(predicted)), choices(predicted, budgets)] = True
@@ -91,13 +85,13 @@ def on_path(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.bool_
 
 
 def first_price(path: PricePath, alpha: float, full: Floats) -> int:
-    """The place of the price that a sequence of tests begins at, from prompts that are not tested.
+    """Place of the first price to test, from prompts that are not tested.
 
-    The dearest price runs the full model, which keeps every bound but those that ask for its own score or more. For
-    these the sequence begins where the mean margin, in its own standard deviations, is the largest.
+    The highest price runs the full model, which meets every bound below its own score. For other bounds the sequence
+    begins at the largest mean margin in standard deviations.
 
     Args:
-        path: what each price does to n prompts, decided by a controller that did not see them.
+        path: of n prompts, decided by a controller that did not see them.
         alpha: the bound, see `p_values`.
         full: the full model's score of each prompt [n].
     """
@@ -126,14 +120,14 @@ def valid_price(
         path: what each price does to the calibration prompts.
         alpha: bound on the mean loss; with `tasks`, on the mean loss of each task.
         delta: how often the bound may fail, over draws of the prompts: family-wise, over all prices (and tasks).
-        tasks: task of each prompt [n], for a bound that holds in every task; None for the mean over all prompts.
+        tasks: task of each prompt [n], for a bound in every task; None for the mean over all prompts.
         risk: which loss it is.
         full: the full model's score of each prompt [n], for `mean_score`.
-        groups: group of each prompt [n], see `of_groups`; None where prompts are independent draws.
+        groups: group of each prompt [n], see `group_means`; None where prompts are independent draws.
         start: place of the price that is tested first, see `first_price`.
 
     Raises:
-        CalibrationError: a bound or losses that cannot be; as many tasks or groups as there are not prompts.
+        CalibrationError: a bound or losses that cannot be; not one task or group a prompt.
     """
     index = last_valid(price_p_values(path.losses[start:], alpha, delta, risk, tasks, full, groups), delta)
     return None if index is None or not path.shortens[start + index] else float(PRICES[start + index])
@@ -148,28 +142,26 @@ def price_p_values(
     full: Floats | None = None,
     groups: Names | None = None,
 ) -> Floats:
-    """P-values [T] of "the mean loss exceeds alpha", or with `tasks` of "in some task it does", from losses [T, n].
+    """P-values [T] of "the mean loss exceeds alpha", from losses [T, n].
 
-    The second is the largest of the tasks' p-values, an intersection-union test (Berger 1982, Technometrics 24(4),
-    theorem 1). To be wrong it must be wrong about the one task whose mean does exceed alpha, and that happens with
-    probability delta however many tasks there are: so one price for all tasks costs no correction, but must suit the
-    hardest task. A price per task (Mondrian) makes one claim a task, any of which may be the wrong one: each would have
-    to hold at delta / tasks.
+    With `tasks` they are of "in some task it does": the largest of the tasks' p-values, an intersection-union test
+    (Berger 1982, Technometrics 24(4), theorem 1). One price for all tasks needs no correction, but must suit the
+    hardest task. A price per task (Mondrian) would have to hold at delta / tasks.
     """
     if tasks is not None and len(tasks) != losses.shape[1]:
         raise CalibrationError(f"{len(tasks)} task names were given for {losses.shape[1]} prompts; give one a prompt")
-    losses, risk, tasks, full = of_groups(losses, risk, groups, tasks, full)
+    losses, risk, tasks, full = group_means(losses, risk, groups, tasks, full)
     if tasks is None or not len(tasks):
         return p_values(losses, alpha, delta, risk, full)
-    of_tasks = [
+    each = [
         p_values(losses[:, rows], alpha, delta, risk, None if full is None else full[rows])
         for rows in (np.asarray(tasks) == name for name in np.unique(tasks))
     ]
-    return np.asarray(np.max(of_tasks, axis=0))
+    return np.asarray(np.max(each, axis=0))
 
 
 def last_valid(values: Floats, delta: float) -> int | None:
-    """The last price before the first whose p-value [T] exceeds delta, or None where the first does."""
+    """Place before the first p-value [T] above delta; None where that is the first."""
     from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
 
     valid = control_fwer(values, delta, FWERFixedSequenceTesting(n_starts=1))
@@ -187,16 +179,15 @@ def cheapest_valid_plan(
     full: Floats | None = None,
     groups: Names | None = None,
 ) -> int:
-    """The cheapest plan that, run by all prompts, loses at most `alpha` on average with probability 1 - `delta`.
+    """The cheapest plan whose mean loss is at most `alpha` with probability 1 - `delta`.
 
-    Plans are tested in the order of `expected` until the first that fails (a fixed sequence), so that the choice among
-    them is covered: to pick the best of K tests at `delta` each would be wrong up to K times as often. The largest
-    plan is not always the safest: a gap can lose more than an exit before it.
+    Plans are tested in the order of `expected` until the first that fails (a fixed sequence), so delta covers the
+    choice among them. The largest plan is not always the safest: a gap can lose more than an exit before it.
 
     Args:
         losses: of n prompts under K plans [n, K], cheapest first, the last full.
-        risk: what the losses are; see `controller.certificate.risks`.
-        expected: mean loss of each plan [K] on other prompts, by which the order is made.
+        risk: which loss it is.
+        expected: mean loss of each plan [K] on other prompts.
         tasks, full, groups: see `valid_price`.
 
     Returns:
@@ -227,41 +218,41 @@ def certify(
     decoding: str = "",
     chat_template: str = "",
 ) -> Certificate:
-    """Find the price and say what it is worth.
+    """Find the lowest valid price and make its certificate.
 
     Args:
         path, risk, full, groups, start: as in `valid_price`.
         keep: 1 - alpha there.
         delta: how often any of the `levels` may fail.
         tasks: task of each calibration prompt [n].
-        levels: all values of `keep` that are certified on these prompts, which share delta in equal parts (Bonferroni),
-            so that any of them can be chosen afterwards; empty for this one alone.
+        levels: all values of `keep` certified on these prompts. They share delta in equal parts (Bonferroni), so any of
+            them can be chosen afterwards; empty for this one alone.
         per_task: whether the bound is to hold in every task.
-        tolerance: how much lower than the full model's the score of a sufficient answer may be.
-        left_out: prompts that are not among the n, since the judge failed on the full model's answer.
-        prompts_hash: of the calibration prompts.
-        decoding: how the answers were generated, in words.
-        chat_template: hash of the template that the prompts were put into, if any.
+        tolerance, left_out, prompts_hash, decoding, chat_template: see `Certificate`.
     """
-    alpha, delta_of_one = alpha_of(keep), delta / max(len(levels), 1)
-    of_tasks = tasks if per_task else None
-    price = valid_price(path, alpha, delta_of_one, of_tasks, risk=risk, full=full, groups=groups, start=start)
+    alpha, delta_each = alpha_of(keep), delta / max(len(levels), 1)
+    tested_tasks = tasks if per_task else None
+    price = valid_price(path, alpha, delta_each, tested_tasks, risk=risk, full=full, groups=groups, start=start)
     ones = np.ones(len(tasks))
-    losses, tested, names, scores = of_groups(path.losses, risk, groups, of_tasks, ones if full is None else full)
+    losses, tested, names, scores = group_means(path.losses, risk, groups, tested_tasks, ones if full is None else full)
     assert scores is not None
     at_price = np.zeros(len(scores)) if price is None else losses[int(np.flatnonzero(price == PRICES)[0])]
-    rest = losses[start:], path.shortens[start:]
-    needed = None if price is not None else _needed(*rest, alpha, delta_of_one, tested, names, scores)
+    needed = None
+    if price is None and not path.shortens[start:].any():
+        needed = 0
+    elif price is None:
+        first = losses[start + int(path.shortens[start:].argmax())]
+        needed = _prompts_needed(first, alpha, delta_each, tested, names, scores)
     return Certificate(
         risk=risk,
         keep=keep,
         delta=delta,
         n=len(tasks),
         price=price,
-        observed_risk=float(at_price.mean()) / unit_of(risk, scores),
+        observed_risk=float(at_price.mean()) / loss_scale(risk, scores),
         prompts_hash=prompts_hash,
         date=datetime.now(UTC).date().isoformat(),
-        fewest_prompts=_fewest(alpha, delta_of_one, tested, names, scores) if alpha > 0 else None,
+        fewest_prompts=_fewest_prompts(alpha, delta_each, tested, names, scores) if alpha > 0 else None,
         full_score=float(scores.mean()),
         prompts_needed=needed,
         per_task={} if names is None else _per_task(risk, at_price, scores, np.asarray(names)),
@@ -274,9 +265,8 @@ def certify(
     )
 
 
-def _fewest(alpha: float, delta: float, risk: Risk, tasks: Names | None, full: Floats) -> int | None:
-    """See `fewest_prompts`: of the task that needs the most, at the full model's mean score there; None where no number
-    that can be looked at suffices."""
+def _fewest_prompts(alpha: float, delta: float, risk: Risk, tasks: Names | None, full: Floats) -> int | None:
+    """`fewest_prompts` of the task that needs the most; None where no number suffices."""
     names = np.zeros(len(full)) if tasks is None else np.asarray(tasks)
     means = {float(full[names == name].mean()) for name in np.unique(names)}
     try:
@@ -285,23 +275,13 @@ def _fewest(alpha: float, delta: float, risk: Risk, tasks: Names | None, full: F
         return None
 
 
-def _needed(
-    losses: Floats,
-    shortens: NDArray[np.bool_],
-    alpha: float,
-    delta: float,
-    risk: Risk,
-    tasks: Names | None,
-    full: Floats,
+def _prompts_needed(
+    losses: Floats, alpha: float, delta: float, risk: Risk, tasks: Names | None, full: Floats
 ) -> int | None:
-    """About how many prompts like these n would do at the first price that shortens any: the test with each of them
-    several times. 0 where no price shortens any."""
-    if not shortens.any():
-        return 0
-    first = losses[int(shortens.argmax())]
+    """Number of prompts with losses like these [n] that would suffice, by repeating each."""
     for times in (2, 3, 4, 6, 8, 12, 16, 24, 32):
         names = None if tasks is None else np.tile(np.asarray(tasks), times)
-        values = price_p_values(np.tile(first, times)[None], alpha, delta, risk, names, np.tile(full, times))
+        values = price_p_values(np.tile(losses, times)[None], alpha, delta, risk, names, np.tile(full, times))
         if values[0] <= delta:
             return times * len(full)
     return None
@@ -310,6 +290,6 @@ def _needed(
 def _per_task(risk: Risk, losses: Floats, full: Floats, names: NDArray[np.str_]) -> dict[str, dict[str, float]]:
     tasks = {str(name): names == name for name in np.unique(names)}
     return {
-        name: {"n": int(rows.sum()), "observed_risk": float(losses[rows].mean()) / unit_of(risk, full[rows])}
+        name: {"n": int(rows.sum()), "observed_risk": float(losses[rows].mean()) / loss_scale(risk, full[rows])}
         for name, rows in tasks.items()
     }

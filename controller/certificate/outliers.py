@@ -1,10 +1,9 @@
-"""A prompt unlike all that were learned from runs the full model: a conformal outlier test.
+"""Conformal outlier test: a prompt unlike all training prompts runs the full model.
 
-How far a prompt lies from the nearest prompt of the split `train` is compared with how far the prompts of the split
-`tune` lie, which the scorer has not seen. Nothing else about the prompts is used, so that the decision is made before
-calibration and the certificate covers it.
+The score of a prompt is its distance to the nearest prompt of the split `train`. The threshold comes from the scores of
+the split `tune`, before calibration, so the certificate covers the test.
 
-Shapes: `N` prompts, `n` held prompts, `R` references, `F` projected features.
+Shapes: `N` prompts, `n` held-out prompts, `R` references, `F` projected features.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,29 +20,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from backbone.strict_json import parse
-from controller.base import LearningError
-from controller.feature_sets import check_sets
+from controller.base import LearningError, check_sets
 from controller.features import Features, Floats
 from controller.projection import ARRAYS, Projection
 
 COMPONENTS = 12
-"""Principal components in which distances are taken. Chosen by measurement, `docs/controllers.md`: with more of them,
-each scaled to variance 1, what hardly varies counts as much as what tells kinds of prompts apart."""
-
+"""Principal components of the distances, each scaled to variance 1; chosen by measurement, `docs/controllers.md`."""
 LARGEST_DISTANCE, MOST_HELD = 1e9, 10**9
-"""No threshold and no number of held prompts is larger; features have a standard deviation of about 1."""
-
+"""Limits of the threshold and of the number of held-out prompts."""
 MOST_REFERENCES = 4000
-"""More of them take longer to look through than they are worth."""
+"""More references cost more time than they are worth."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutlierTest:
-    """Says of a prompt whether it is unlike all references.
+    """Tells whether a prompt is unlike all references.
 
-    Of prompts that are exchangeable with the held ones (independent draws from one population are) it sends at most a
-    share `rate` to the full plan, on average over draws of the held prompts; about as many where these are many. Of
-    other prompts it sends more, the less they are like the references.
+    Of prompts exchangeable with the held-out ones (independent draws from one population are) at most a share `rate`
+    is taken for outliers, on average over draws of the held-out prompts.
 
     Source: Vovk, Gammerman and Shafer 2005, Algorithmic Learning in a Random World, section 2.2, with the split of
     Papadopoulos et al. 2002 (inductive conformal prediction); distances to neighbours as scores: Laxhammar and Falkman
@@ -52,9 +46,9 @@ class OutlierTest:
     Attributes:
         projection: fitted on the references alone.
         references: projected features [R, F].
-        threshold: scores above it are those of outliers; inf where there are too few held prompts for the rate.
-        rate: share of prompts like the held ones that may be taken for outliers, in (0, 1).
-        held: how many prompts the threshold was made from.
+        threshold: outliers score above it; inf where there are too few held-out prompts for the rate.
+        rate: share of ordinary prompts that may be taken for outliers, in (0, 1).
+        held: number of held-out prompts.
     """
 
     projection: Projection
@@ -67,19 +61,18 @@ class OutlierTest:
     def fit(
         cls, references: Features, held: Features, sets: Sequence[str], rate: float, n_components: int = COMPONENTS
     ) -> OutlierTest:
-        """From some sets of features of prompts that were learned from [R] and of others that are like them [n]."""
+        """Fit on features of training prompts [R] and of others like them [n]."""
         projection = Projection.fit(references, sets, n_components)
         known = projection(references)
         if len(known) > MOST_REFERENCES:
             known = known[np.random.default_rng(0).choice(len(known), MOST_REFERENCES, replace=False)]
         n = len(next(iter(held.values())))
-        unfinished = cls(projection, np.ascontiguousarray(known), math.inf, rate, n)
-        scores, rank = np.sort(unfinished.scores(held)), _rank(rate, n)
-        threshold = min(float(scores[rank - 1]), LARGEST_DISTANCE) if rank <= n else math.inf
-        return cls(projection, unfinished.references, threshold, rate, n)
+        unset = cls(projection, np.ascontiguousarray(known), math.inf, rate, n)
+        scores, rank = np.sort(unset.scores(held)), _rank(rate, n)
+        return replace(unset, threshold=min(float(scores[rank - 1]), LARGEST_DISTANCE)) if rank <= n else unset
 
     def scores(self, features: Features) -> NDArray[np.float64]:
-        """[N]: distance to the nearest reference; inf where a feature is not finite."""
+        """Distance to the nearest reference [N]; inf where a feature is not finite."""
         rows = self.projection(features).astype(np.float64)
         finite = np.asarray(np.isfinite(rows).all(axis=1))
         rows = np.where(finite[:, None], rows, 0.0)
@@ -88,12 +81,12 @@ class OutlierTest:
         return np.where(finite, np.sqrt(np.maximum(squares.min(axis=1), 0.0)), np.inf)
 
     def are_outliers(self, features: Features) -> NDArray[np.bool_]:
-        """[N]: whether each prompt is unlike all references."""
+        """Whether each prompt is unlike all references [N]."""
         return self.scores(features) > self.threshold
 
     @property
     def description(self) -> str:
-        """What it does, in a sentence."""
+        """The test in a sentence."""
         if math.isinf(self.threshold):
             return f"none can be told: {self.held} prompts of the split tune are too few for a share of {self.rate:g}"
         return (
@@ -119,20 +112,23 @@ class OutlierTest:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise LearningError(f"{path} holds no outlier test: {error}") from None
         references, threshold = arrays["references"], arrays["threshold"]
-        fits = references.ndim == 2 and references.shape[1] == projection.n_features and len(references) > 0
-        if not fits or references.dtype != np.float32 or not np.isfinite(references).all():
-            raise LearningError(f"{path} holds no outlier test: its references are not numbers that fit its projection")
-        if type(rate) is not float or not 0 < rate < 1 or type(held) is not int or not 0 <= held <= MOST_HELD:
-            raise LearningError(f"{path} holds no outlier test: {rate!r:.40} of {held!r:.40} prompts is no share")
-        # None can be told, and the threshold is infinite, only where the held prompts are too few.
+        # None can be told, and the threshold is infinite, only where the held-out prompts are too few.
         found = threshold.item() if threshold.shape == (1,) and threshold.dtype == np.float64 else math.nan
-        if not 0 <= found <= LARGEST_DISTANCE and not (found == math.inf and _rank(rate, held) > held):
-            raise LearningError(
-                f"{path} holds no outlier test: its threshold is no distance up to {LARGEST_DISTANCE:g}, got {found:g}"
-            )
+        fits = references.ndim == 2 and references.shape[1] == projection.n_features and len(references) > 0
+        is_share = type(rate) is float and 0 < rate < 1 and type(held) is int and 0 <= held <= MOST_HELD
+        checks = {
+            "its references are not numbers that fit its projection": fits
+            and references.dtype == np.float32
+            and bool(np.isfinite(references).all()),
+            f"{rate!r:.40} of {held!r:.40} prompts is no share": is_share,
+            f"its threshold is no distance up to {LARGEST_DISTANCE:g}, got {found:g}": 0 <= found <= LARGEST_DISTANCE
+            or (found == math.inf and is_share and _rank(rate, held) > held),
+        }
+        if wrong := [reason for reason, right in checks.items() if not right]:
+            raise LearningError(f"{path} holds no outlier test: {wrong[0]}")
         return cls(projection, references, found, rate, held)
 
 
 def _rank(rate: float, held: int) -> int:
-    """Place of the threshold among the sorted scores of the held prompts, from 1."""
+    """Place of the threshold among the sorted held-out scores, from 1."""
     return math.ceil((1 - rate) * (held + 1))

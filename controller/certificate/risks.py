@@ -1,32 +1,40 @@
-"""The quantities that can be bounded, and how much of each a plan keeps.
+"""Risks: losses that can be bounded, quality of plans, group means.
 
-Shapes: `N` prompts, `K` plans, cheapest first, the last full.
+Shapes: `N` or `n` prompts, `K` plans, cheapest first, the last full, `T` candidate prices.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from backbone.errors import InputError
+
 Floats = NDArray[np.float64]
+Names = Sequence[Any] | NDArray[Any]
+"""One name a prompt, of its task or of its group."""
 
 Risk = Literal["mean_score", "score_lost", "insufficient"]
-"""The loss of a prompt. `mean_score`: full model's score - score, in [-1, 1], so that prompts that win make up for
-prompts that lose; its mean is given in shares of the full model's mean score. `score_lost`: max(0, full model's score -
-score), in [0, 1]. `insufficient`: 1 where the plan's answer is no longer sufficient, else 0."""
+"""The loss of a prompt. `mean_score`: full model's score - score, in [-1, 1], so that gains offset losses; its mean is
+given in shares of the full model's mean score. `score_lost`: max(0, full model's score - score), in [0, 1].
+`insufficient`: 1 where the plan's answer is no longer sufficient, else 0."""
 RISKS: tuple[Risk, ...] = get_args(Risk)
 MOST_KEPT = 10.0
 """A bound asks for less than so many times the full model's mean score."""
 
 
-def quality_kept(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> Floats:
-    """[N, K]: what each plan keeps, on the scale from 0 to 1 that controllers learn; `controller.base.lost` gives the
-    loss. Under `mean_score` the full plan keeps 1/2, under the others 1.
+class CalibrationError(InputError):
+    """Losses, numbers or a file unfit for a certificate or an alarm."""
+
+
+def plan_quality(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> Floats:
+    """Quality of each plan [N, K], from 0 to 1; the inverse of `controller.base.plan_losses`.
 
     Args:
-        risk: the quantity that is bounded.
+        risk: the loss that is bounded.
         scores: under each plan [N, K].
         sufficient: whether each plan is sufficient [N, K].
     """
@@ -37,12 +45,53 @@ def quality_kept(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> F
     return 1.0 - np.clip(scores[:, -1:] - scores, 0.0, 1.0)
 
 
-def kept_by_full(risk: Risk) -> float:
-    """What the full plan keeps in `quality_kept`."""
+def full_quality(risk: Risk) -> float:
+    """The full plan's quality: 1/2 where a plan may win, else 1."""
     return 0.5 if risk == "mean_score" else 1.0
 
 
-def unit_of(risk: Risk, full: Floats) -> float:
-    """What a mean loss is divided by: for `mean_score` the full model's mean score over its scores [N], so that the
-    loss is a share of it (and a loss in scores where that is 0); 1 for the others."""
+def loss_scale(risk: Risk, full: Floats) -> float:
+    """Divisor of a mean loss: the mean full score [N] for `mean_score`, 1 otherwise or for 0."""
     return (float(full.mean()) or 1.0) if risk == "mean_score" else 1.0
+
+
+def group_means(
+    losses: Floats, risk: Risk, groups: Names | None, tasks: Names | None = None, full: Floats | None = None
+) -> tuple[Floats, Risk, Names | None, Floats | None]:
+    """Replace prompts by group means: losses, the risk to test, tasks, full scores.
+
+    Prompts of one group are no independent draws, their means are. Each group counts once, whatever its size; a group
+    of several tasks is one group in each. Groups come in the order of their first prompts. Means of counts are no
+    counts, so `insufficient` is tested as `score_lost`.
+
+    Args:
+        losses: of the prompts at each price [T, n].
+        risk: which loss.
+        groups: group of each prompt [n]; None where each prompt is a group of its own.
+        tasks: task of each prompt [n], where each task is tested by itself.
+        full: the full model's scores [n], for `mean_score`.
+
+    Raises:
+        CalibrationError: not one group for each prompt.
+    """
+    if groups is None:
+        return losses, risk, tasks, full
+    keys = np.unique(np.asarray(groups), return_inverse=True)[1]
+    if keys.shape != losses.shape[1:]:
+        raise CalibrationError(f"{len(keys)} groups were given for {losses.shape[1]} prompts; give one for each prompt")
+    if tasks is not None:
+        keys = keys + len(keys) * np.unique(np.asarray(tasks), return_inverse=True)[1]
+    _, first, places, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    if len(sizes) == len(keys):
+        return losses, risk, tasks, full
+    order, starts, by_first = np.argsort(places, kind="stable"), np.cumsum(sizes) - sizes, np.argsort(first)
+
+    def means(values: Floats) -> Floats:
+        return np.asarray((np.add.reduceat(values[..., order], starts, axis=-1) / sizes)[..., by_first])
+
+    return (
+        means(losses),
+        "score_lost" if risk == "insufficient" else risk,
+        None if tasks is None else np.asarray(tasks)[np.sort(first)],
+        None if full is None else means(full),
+    )

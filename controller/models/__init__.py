@@ -1,1 +1,1 @@
-"""The models that predict what each plan keeps: one file each."""
+"""Models that predict the quality of plans, one file each."""

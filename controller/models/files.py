@@ -1,11 +1,11 @@
-"""Controllers as files: what is read is checked, since a file may be damaged or come from anybody."""
+"""Files of controllers, checked when read, since they may be damaged or foreign."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from backbone.strict_json import parse
 from controller.base import LearningError
+
+T = TypeVar("T")
 
 WEIGHTS = "controller.safetensors"
 
@@ -26,15 +28,15 @@ _ABOUT = "controller"
 def read_weights(
     folder: Path, layout: Layout, types: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `controller.safetensors`.
+    """Read and check the tensors of `controller.safetensors`.
 
     Args:
-        folder: in which the file lies.
+        folder: of the file.
         layout: its tensors.
         types: of those that are not float32.
 
     Raises:
-        LearningError: other tensors than those of the layout, other shapes or types, or numbers that are not finite.
+        LearningError: other tensors, shapes or types, or numbers that are not finite.
     """
     path = folder / WEIGHTS
     try:
@@ -54,21 +56,20 @@ def read_weights(
     return tensors
 
 
+def fitted(model: T | None) -> T:
+    """The model of a controller; raises RuntimeError where there is none yet."""
+    if model is None:
+        raise RuntimeError("this controller was not fitted")
+    return model
+
+
 def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
     """Metadata for `controller.safetensors` that `read_metadata` reads."""
     return {_ABOUT: json.dumps(about)}
 
 
 def read_metadata(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """What `metadata_of` was given.
-
-    Args:
-        folder: in which the file lies.
-        kinds: the type of each entry.
-
-    Raises:
-        LearningError: a damaged file, or one with other entries.
-    """
+    """Entries written by `metadata_of`, of the types in `kinds`; raises LearningError for others."""
     path = folder / WEIGHTS
     try:
         with safe_open(path, "pt") as file:

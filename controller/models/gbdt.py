@@ -1,4 +1,4 @@
-"""LightGBM: gradient-boosted trees from features to the share of quality that each plan keeps."""
+"""Gradient-boosted trees (LightGBM) that predict the quality of plans."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import torch
 from safetensors.numpy import save_file
 
 from controller.base import Controller, Floats, LearningError, Trial
-from controller.models.files import WEIGHTS, Layout, metadata_of, read_metadata, read_weights
+from controller.models.files import WEIGHTS, Layout, fitted, metadata_of, read_metadata, read_weights
 from controller.models.trees import KINDS, Forest
 
 
 class LightGBMController(Controller):
-    """Boosted trees for each plan, or one model of rows (prompt features, plan budget) for all plans.
+    """Boosted trees, one model for each plan or one for all plans.
 
-    Learns shares in [0, 1] by cross-entropy. One model for all plans has a monotone constraint: what is kept never
-    falls as the budget grows, which holds noise down where the menu is nested. It sees mostly what tells plans apart,
-    and little of what tells prompts apart under the plans that lose little.
+    Learns quality in [0, 1] by cross-entropy. One model for all plans has rows (features, plan budget) and a monotone
+    constraint: quality never falls as the budget grows, which reduces noise where the menu is nested.
 
-    LightGBM trains the trees; a `Forest` evaluates and keeps them, so that no file reaches LightGBM, and prediction
-    does without the library.
+    LightGBM trains the trees; a `Forest` stores and evaluates them. No file reaches LightGBM, and prediction does not
+    need the library.
 
     Source: Ke et al. 2017, LightGBM, NeurIPS 30.
 
@@ -80,17 +79,17 @@ class LightGBMController(Controller):
             "per_plan": trial.suggest_categorical("per_plan", [False, True]),
         }
 
-    def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
+    def _fit(self, features: Floats, quality: Floats, budgets: Floats) -> None:
         self._budgets = budgets.copy()
         if self._per_plan:
-            self._forest = self._trained(features, list(kept[:, :-1].T), self._parameters)
+            self._forest = self._trained(features, list(quality[:, :-1].T), self._parameters)
         else:
             constraints = {"monotone_constraints": [0] * features.shape[1] + [1]}
-            targets = kept[:, :-1].reshape(-1)
+            targets = quality[:, :-1].reshape(-1)
             self._forest = self._trained(self._rows(features), [targets], {**self._parameters, **constraints})
 
     def _trained(self, rows: Floats, targets: list[Floats], parameters: dict[str, Any]) -> Forest:
-        """A model for each of the targets [N], which share the sorting of the rows [N, F] into bins."""
+        """A model for each of the targets [N], with the same bins of rows [N, F]."""
         import lightgbm  # of the extra `pipelines`: who predicts needs none
 
         data = lightgbm.Dataset(rows, params=parameters)
@@ -101,26 +100,23 @@ class LightGBMController(Controller):
         return Forest.of_lightgbm([model.model_to_string() for model in models], rows.shape[1])
 
     def _rows(self, features: Floats) -> Floats:
-        """[N, F] -> [N * (K - 1), F + 1]: each prompt with the budget of each shortened plan."""
+        """Rows [N * (K - 1), F + 1]: each prompt with the budget of each shortened plan."""
         shortened = self._budgets[:-1]
         repeated = np.repeat(features, len(shortened), axis=0)
         return np.column_stack([repeated, np.tile(shortened, len(features))])
 
     def _predict(self, features: Floats) -> Floats:
-        if self._forest is None:
-            raise RuntimeError("this controller was not fitted")
-        kept = self._forest(features if self._per_plan else self._rows(features))
-        return np.column_stack([kept.reshape(len(features), -1), np.ones(len(features))])
+        quality = fitted(self._forest)(features if self._per_plan else self._rows(features))
+        return np.column_stack([quality.reshape(len(features), -1), np.ones(len(features))])
 
     def save(self, folder: Path) -> None:
-        if self._forest is None:
-            raise RuntimeError("this controller was not fitted")
-        about = {"per_plan": self._per_plan, "n_features": self._forest.n_features}
-        save_file({"budgets": self._budgets, **self._forest.arrays}, folder / WEIGHTS, metadata_of(about))
+        forest = fitted(self._forest)
+        about = {"per_plan": self._per_plan, "n_features": forest.n_features}
+        save_file({"budgets": self._budgets, **forest.arrays}, folder / WEIGHTS, metadata_of(about))
 
     @classmethod
     def load(cls, folder: Path) -> LightGBMController:
-        """Raises LearningError for a file that `save` did not write: see `Forest` for what is checked."""
+        """Raises LearningError for a file that `save` did not write; see `Forest`."""
         about = read_metadata(folder, {"per_plan": bool, "n_features": int})
         weights = {name: tensor.numpy() for name, tensor in read_weights(folder, LAYOUT, TYPES).items()}
         controller = cls(per_plan=about["per_plan"])

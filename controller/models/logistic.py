@@ -1,4 +1,4 @@
-"""Logistic regression: the simplest controller that learns."""
+"""Logistic regression that predicts the quality of plans."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from controller.base import Controller, Floats, Trial
-from controller.models.files import WEIGHTS, read_weights
+from controller.models.files import WEIGHTS, fitted, read_weights
 
 
 class LogisticController(Controller):
-    """One linear model for each plan, by L-BFGS on the cross-entropy of the share kept, with an L2 penalty.
+    """One linear model for each plan, by L-BFGS on penalised cross-entropy.
 
     Args:
         l2: penalty on the weights, per prompt.
@@ -26,14 +26,14 @@ class LogisticController(Controller):
 
     def __init__(self, l2: float = 0.03) -> None:
         self._l2 = l2
-        self._weights: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] | None = None
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:
         return {"l2": trial.suggest_float("l2", 1e-4, 3.0, log=True)}
 
-    def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
-        inputs, targets = torch.from_numpy(features), torch.from_numpy(np.ascontiguousarray(kept[:, :-1]))
+    def _fit(self, features: Floats, quality: Floats, budgets: Floats) -> None:
+        inputs, targets = torch.from_numpy(features), torch.from_numpy(np.ascontiguousarray(quality[:, :-1]))
         weight = torch.zeros(targets.shape[1], inputs.shape[1], requires_grad=True)
         bias = torch.zeros(targets.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=self.STEPS, line_search_fn="strong_wolfe")
@@ -50,15 +50,11 @@ class LogisticController(Controller):
 
     @torch.inference_mode()
     def _predict(self, features: Floats) -> Floats:
-        if not self._weights:
-            raise RuntimeError("this controller was not fitted")
-        kept: Floats = functional.linear(torch.from_numpy(features), **self._weights).sigmoid().numpy()
-        return np.column_stack([kept, np.ones(len(kept))])
+        quality: Floats = functional.linear(torch.from_numpy(features), **fitted(self._weights)).sigmoid().numpy()
+        return np.column_stack([quality, np.ones(len(quality))])
 
     def save(self, folder: Path) -> None:
-        if not self._weights:
-            raise RuntimeError("this controller was not fitted")
-        save_file(self._weights, folder / WEIGHTS)
+        save_file(fitted(self._weights), folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> LogisticController:

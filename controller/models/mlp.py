@@ -1,4 +1,4 @@
-"""A small neural network from features to the share of quality that each plan keeps."""
+"""A small neural network that predicts the quality of plans."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from controller.base import Controller, Floats, LearningError, Trial
-from controller.models.files import WEIGHTS, Layout, read_weights
+from controller.models.files import WEIGHTS, Layout, fitted, read_weights
 
 
 class MLPController(Controller):
     """One hidden layer, trained with AdamW on cross-entropy and on regret.
 
-    The regret is what the decision `controller.base.choose` costs beyond the best plan, at prices drawn anew for every
-    row, with a soft minimum in place of the minimum so that it has a gradient: a wrong "kept" is paid for by the
-    quality it loses, a wrong "lost" by the layers it wastes. Cross-entropy keeps the shares calibrated. It counts for
-    each plan in units of what its shares vary by: where nearly all prompts keep nearly all, small differences are what
-    there is to learn. For shares of 0 and 1 that is the usual cross-entropy.
+    The regret is the cost of the choice of `controller.base.choose` beyond the best plan, at random prices, with a soft
+    minimum so that it has a gradient. Cross-entropy keeps the predictions calibrated. Each plan's is weighted by how
+    little its quality varies: where nearly all prompts keep nearly all, small differences are the signal.
 
     Source: training through the decision, Wilder et al. 2019 (arXiv 1809.05504, section 3); cumulative links,
     McCullagh 1980, Regression Models for Ordinal Data, section 2.
@@ -34,7 +32,7 @@ class MLPController(Controller):
         dropout: on the inputs and the hidden layer while training.
         epochs: passes over the prompts.
         regret: share of the regret in the loss; 0 is cross-entropy alone.
-        ordinal: one score for each prompt and a cut point for each plan, instead of an output for each plan.
+        ordinal: one score for each prompt and a threshold for each plan, instead of an output for each plan.
         seed: of weights, order, dropout and prices.
     """
 
@@ -70,8 +68,8 @@ class MLPController(Controller):
             "ordinal": trial.suggest_categorical("ordinal", [False, True]),
         }
 
-    def _fit(self, features: Floats, kept: Floats, budgets: Floats) -> None:
-        inputs, targets, costs = (torch.from_numpy(array) for array in (features, kept, budgets))
+    def _fit(self, features: Floats, quality: Floats, budgets: Floats) -> None:
+        inputs, targets, costs = (torch.from_numpy(array) for array in (features, quality, budgets))
         weights = _weights(targets[:, :-1])
         size = max(self.BATCH, len(inputs) // self.STEPS)
         with torch.random.fork_rng(devices=[]):
@@ -88,24 +86,20 @@ class MLPController(Controller):
         self._network = network.eval()
 
     def _loss(
-        self, logits: torch.Tensor, kept: torch.Tensor, budgets: torch.Tensor, weights: torch.Tensor
+        self, logits: torch.Tensor, quality: torch.Tensor, budgets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        entropy = nn.functional.binary_cross_entropy_with_logits(logits, kept[:, :-1], weight=weights)
+        entropy = nn.functional.binary_cross_entropy_with_logits(logits, quality[:, :-1], weight=weights)
         if not self._regret:
             return entropy
-        return (1 - self._regret) * entropy + self._regret * soft_regret(logits.sigmoid(), kept, budgets)
+        return (1 - self._regret) * entropy + self._regret * soft_regret(logits.sigmoid(), quality, budgets)
 
     @torch.inference_mode()
     def _predict(self, features: Floats) -> Floats:
-        if self._network is None:
-            raise RuntimeError("this controller was not fitted")
-        kept: Floats = self._network(torch.from_numpy(features)).sigmoid().numpy()
-        return np.column_stack([kept, np.ones(len(kept))])
+        quality: Floats = fitted(self._network)(torch.from_numpy(features)).sigmoid().numpy()
+        return np.column_stack([quality, np.ones(len(quality))])
 
     def save(self, folder: Path) -> None:
-        if self._network is None:
-            raise RuntimeError("this controller was not fitted")
-        save_file(self._network.state_dict(), folder / WEIGHTS)
+        save_file(fitted(self._network).state_dict(), folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> MLPController:
@@ -127,14 +121,6 @@ LAYOUT: Layout = {
 }
 
 LEAST_VARIANCE = 1e-4
-
-
-def _weights(shares: torch.Tensor) -> torch.Tensor:
-    """For the shares [N, K - 1] of each plan: the variance that zeros and ones of their mean would have, by theirs."""
-    mean = shares.mean(0)
-    return (mean * (1 - mean) / shares.var(0, correction=0).clamp(min=LEAST_VARIANCE)).clamp(min=1.0)
-
-
 LOWEST, HIGHEST = 0.2, 30.0
 """Prices between which training draws, in decoders for all of the quality."""
 SOFTNESS = 0.02
@@ -143,24 +129,30 @@ SCALE = 8.0
 """Brings regret to the size of the cross-entropy."""
 
 
-def soft_regret(shares: torch.Tensor, kept: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
-    """Mean over N rows of what the softly chosen plan costs, each at a price of its own; a scalar.
+def _weights(shares: torch.Tensor) -> torch.Tensor:
+    """Weights [K - 1]: Bernoulli variance over variance of the quality [N, K - 1]."""
+    mean = shares.mean(0)
+    return (mean * (1 - mean) / shares.var(0, correction=0).clamp(min=LEAST_VARIANCE)).clamp(min=1.0)
+
+
+def soft_regret(predicted: torch.Tensor, quality: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+    """Mean cost of the softly chosen plan over N rows, at random prices.
 
     Args:
-        shares: predicted shares of the shortened plans [N, K - 1].
-        kept: true shares [N, K].
+        predicted: quality of the shortened plans [N, K - 1].
+        quality: true [N, K].
         budgets: of the plans [K].
     """
-    prices = torch.empty(len(kept), 1).uniform_(math.log(LOWEST), math.log(HIGHEST)).exp()
-    full = kept[:, -1:]
-    expected = budgets + prices * (1 - torch.cat([shares, full], dim=1) / full)
-    true = (budgets + prices * (1 - kept / full)) / (1 + prices)
+    prices = torch.empty(len(quality), 1).uniform_(math.log(LOWEST), math.log(HIGHEST)).exp()
+    full = quality[:, -1:]
+    expected = budgets + prices * (1 - torch.cat([predicted, full], dim=1) / full)
+    true = (budgets + prices * (1 - quality / full)) / (1 + prices)
     weights = torch.softmax(-expected / (SOFTNESS * (1 + prices)), dim=1)
     return SCALE * (weights * true).sum(1).mean()
 
 
 class _Network(nn.Module):
-    """[N, F] -> logits [N, K - 1]; an ordinal one has a single output, which the biases turn into K - 1."""
+    """Logits [N, K - 1] of features [N, F]; an ordinal one has one output and K - 1 biases."""
 
     def __init__(self, n_features: int, hidden: int, n_plans: int, ordinal: bool, dropout: float) -> None:
         super().__init__()
@@ -170,13 +162,13 @@ class _Network(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_plans))
 
     def start_at(self, shares: torch.Tensor) -> None:
-        """Predict these mean shares [K - 1] before anything is learned."""
+        """Predict this mean quality [K - 1] before anything is learned."""
         with torch.no_grad():
             self.bias.copy_(shares.clamp(0.01, 0.99).logit())
 
     def groups(self, weight_decay: float) -> list[dict[str, object]]:
-        weights = [self.inner.weight, self.outer.weight]
-        biases = [self.inner.bias, self.bias]
+        """Parameters for AdamW, biases without decay."""
+        weights, biases = [self.inner.weight, self.outer.weight], [self.inner.bias, self.bias]
         return [{"params": weights, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Boosted trees as plain arrays: read from LightGBM's text, checked, and evaluated with numpy.
+"""Boosted trees as arrays: read from LightGBM's text, checked, and evaluated with numpy.
 
 Shapes: `N` rows, `F` features, `T` trees, `M` models (sums of trees), `n` nodes of all trees.
 """
@@ -32,7 +32,7 @@ KINDS: dict[str, type[np.generic]] = {
 LEAF = -1
 """Stands for the feature, the left and the right child of a leaf."""
 MOST_NODES, MOST_TREES, MOST_DEPTH = 2**22, 10**5, 512
-"""Of all trees together, and of one: what bounds the memory and the time of a prediction."""
+"""Limits of the memory and time of a prediction."""
 LARGEST_VALUE = 1e9
 """Of a leaf, in logits: beyond it sums could overflow."""
 ZERO = np.float32(1e-35)
@@ -44,8 +44,8 @@ CHUNK = 2**17
 class Forest:
     """M sums of binary trees, T in all, over F features.
 
-    The nodes of a tree follow one another, its root first; children come after their parent. At a node a row goes to
-    `left` where its feature is at most the threshold, else to `right`; of a leaf the value counts.
+    The nodes of a tree are contiguous, its root first, children after their parent. A row goes to `left` where its
+    feature is at most the threshold, else to `right`, down to a leaf's value.
 
     Args:
         arrays: `feature`, `threshold`, `left`, `right` and `value` [n]; `roots` [T], the first node of each tree;
@@ -76,7 +76,7 @@ class Forest:
 
     @classmethod
     def of_lightgbm(cls, models: Sequence[str], n_features: int) -> Forest:
-        """From the texts of M trained boosters. Raises LearningError for trees with other than numeric decisions."""
+        """From the texts of M trained boosters; raises LearningError for other than numeric decisions."""
         trees = [[_tree(block) for block in _blocks(text)] for text in models]
         flat = [tree for of_model in trees for tree in of_model]
         roots = np.cumsum([0, *(len(tree["feature"]) for tree in flat)])
@@ -91,7 +91,7 @@ class Forest:
         return len(self._ends)
 
     def __call__(self, rows: Floats) -> Doubles:
-        """[N, F] -> probabilities [N, M]: the sigmoid of each sum, bit for bit as LightGBM gives it."""
+        """Sigmoid of each sum [N, M] for rows [N, F], bit for bit as LightGBM."""
         if rows.ndim != 2 or rows.shape[1] != self.n_features:
             raise LearningError(f"the trees read {self.n_features} features, got rows of shape {rows.shape}")
         size = max(1, CHUNK // len(self._roots))
@@ -99,7 +99,7 @@ class Forest:
         return _sigmoid(np.concatenate([np.zeros((0, self.n_models)), *sums]))
 
     def _sums(self, rows: Floats) -> Doubles:
-        """[N, F] -> [N, M]. The deepest trees come first, so that every level has the leading ones left."""
+        """Sums [N, M] for rows [N, F]; the deepest trees come first."""
         flat = np.where(np.abs(rows) > ZERO, rows, 0).astype(np.float64).reshape(-1)
         offsets = (np.arange(len(rows)) * self.n_features)[:, None]
         nodes = np.repeat(self._roots[None], len(rows), axis=0)
@@ -143,7 +143,7 @@ class Forest:
             )
 
     def _depths(self, is_leaf: NDArray[np.bool_], wide: Mapping[str, Ints]) -> Ints:
-        """[T]: how many decisions the longest way from the root to a leaf takes. Every node must have one parent."""
+        """Depth of each tree [T]; every node must have one parent."""
         tree_of = np.repeat(np.arange(len(wide["roots"])), np.diff([*wide["roots"], len(is_leaf)]))
         depths, level = np.zeros(len(wide["roots"]), dtype=np.int64), wide["roots"]
         for depth in range(MOST_DEPTH + 1):
@@ -181,6 +181,6 @@ def _tree(entries: Mapping[str, str]) -> dict[str, NDArray[Any]]:
 
 
 def _sigmoid(logits: Doubles) -> Doubles:
-    """By the C library's `exp`, as LightGBM takes it: numpy's own differs in the last bit on some processors."""
+    """By the C library's `exp`, as LightGBM: numpy's may differ in the last bit."""
     odds = [math.exp(-logit) for logit in np.clip(logits, -700, 700).reshape(-1).tolist()]
     return 1 / (1 + np.array(odds, dtype=np.float64).reshape(logits.shape))

@@ -1,1 +1,1 @@
-"""How good a policy is, against what could be had."""
+"""Reports on policies: quality and budget, headroom, gain over rivals."""

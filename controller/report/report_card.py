@@ -1,7 +1,7 @@
-"""How good a policy is: quality, budget, loss, and the share of the headroom it captures.
+"""Report cards of policies, price curves, and the regret of controllers.
 
-Shapes: `N` prompts, `K` plans, cheapest first, the last full. `predicted` and `kept` are what plans keep [N, K],
-expected by a controller and true; what is lost follows from them (`controller.base.lost`).
+Shapes: `N` prompts, `K` plans, cheapest first, the last full. `predicted` and `quality` [N, K] are quality of plans,
+expected and true, on the scale of `controller.certificate.risks.plan_quality`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import choose, lost
+from controller.base import choose, plan_losses
 from controller.certificate.calibration import PRICES, choices
 from oracle.frontier.frontier import captured_headroom
-from oracle.frontier.upgrades import climb, path
+from oracle.frontier.sweep import path, sweep
 
 Floats = NDArray[np.float64]
 Predicted = NDArray[np.float32]
@@ -24,18 +24,18 @@ Choices = NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class ReportCard:
-    """One policy on N prompts.
+    """The figures of one policy on N prompts.
 
     Attributes:
         quality: mean score.
         quality_ratio: to the full model's.
         budget: mean share of the decoder that ran.
         layers: mean number of layers that ran.
-        loss: mean loss, of the kind and in the unit that the certificate bounds.
+        loss: mean loss of the certificate's risk, over `scale`.
         captured_headroom: see `oracle.frontier.frontier.captured_headroom`; None where it is not defined.
         plan_shares: share of the prompts that ran each plan [K].
         worse, better: share of the answers that score lower, and higher, than the full model's.
-        score_lost, score_won: what these lose and win in all, a prompt, in shares of the full model's mean score.
+        score_lost, score_won: mean score that these lose and win, in shares of the full model's mean score.
     """
 
     quality: float
@@ -52,40 +52,34 @@ class ReportCard:
 
 
 def report_card(
-    chosen: Choices, scores: Floats, kept: Floats, budgets: Floats, layers: Sequence[float], unit: float = 1.0
+    chosen: Choices, scores: Floats, quality: Floats, budgets: Floats, layers: Sequence[float], scale: float = 1.0
 ) -> ReportCard:
     """The card of a policy that runs plan `chosen[i]` [N] for prompt i.
 
-    Several draws of a random policy can be given as one array [R * N] with `scores` and `kept` repeated R times.
+    Several draws of a random policy can be given as one array [R * N] with `scores` and `quality` repeated R times.
 
     Args:
         budgets, layers: of the plans [K].
-        unit: of the loss, see `controller.certificate.risks.unit_of`.
+        scale: of the loss, see `controller.certificate.risks.loss_scale`.
     """
     rows = np.arange(len(chosen))
-    quality, full_quality = float(scores[rows, chosen].mean()), float(scores[:, -1].mean())
+    score, full_score = float(scores[rows, chosen].mean()), float(scores[:, -1].mean())
     budget = float(budgets[chosen].mean())
-    captured = captured_headroom(quality, budget, scores, budgets)
+    captured = captured_headroom(score, budget, scores, budgets)
     changed = scores[rows, chosen] - scores[:, -1]
     return ReportCard(
-        quality=quality,
-        quality_ratio=quality / full_quality if full_quality else float("nan"),
+        quality=score,
+        quality_ratio=score / full_score if full_score else float("nan"),
         budget=budget,
         layers=float(np.asarray(layers)[chosen].mean()),
-        loss=float(lost(kept)[rows, chosen].mean()) / unit,
+        loss=float(plan_losses(quality)[rows, chosen].mean()) / scale,
         captured_headroom=None if np.isnan(captured) else captured,
         plan_shares=(np.bincount(chosen, minlength=len(budgets)) / len(chosen)).tolist(),
         worse=float((changed < 0).mean()),
         better=float((changed > 0).mean()),
-        score_lost=float(np.maximum(-changed, 0).mean()) / max(full_quality, 1e-12),
-        score_won=float(np.maximum(changed, 0).mean()) / max(full_quality, 1e-12),
+        score_lost=float(np.maximum(-changed, 0).mean()) / max(full_score, 1e-12),
+        score_won=float(np.maximum(changed, 0).mean()) / max(full_score, 1e-12),
     )
-
-
-def losses_at(predicted: Predicted, kept: Floats, budgets: Floats, price: float) -> Floats:
-    """[N]: the loss of each prompt under the plan chosen at `price`."""
-    chosen = choose(predicted, budgets, price)
-    return np.asarray(lost(kept)[np.arange(len(chosen)), chosen])
 
 
 def price_curve(predicted: Predicted, scores: Floats, budgets: Floats) -> list[tuple[float, float]]:
@@ -97,35 +91,35 @@ def price_curve(predicted: Predicted, scores: Floats, budgets: Floats) -> list[t
     return points
 
 
-def price_for_loss(predicted: Predicted, kept: Floats, budgets: Floats, bound: float) -> float | None:
-    """The lowest price down to which the mean loss on these prompts is at most `bound`; or None.
+def price_for_loss(predicted: Predicted, quality: Floats, budgets: Floats, bound: float) -> float | None:
+    """The lowest price with a mean loss of at most `bound` on these prompts, or None.
 
-    What the prompts show, with no guarantee for others: see `controller.certificate.calibration` for that.
+    This is no guarantee for other prompts: see `controller.certificate.calibration`.
     """
-    losses = lost(kept)[np.arange(len(kept)), choices(predicted, budgets)].mean(axis=1)
+    losses = plan_losses(quality)[np.arange(len(quality)), choices(predicted, budgets)].mean(axis=1)
     start, after = _run_within(bound, losses)
     return float(PRICES[after - 1]) if after > start else None
 
 
 def _run_within(bound: float, losses: Floats) -> tuple[int, int]:
-    """The first of the mean losses, dearest first, that are at most `bound`, and the first one behind these.
+    """Start and end of the run of mean losses of at most `bound`.
 
-    The full model loses nothing, so that a bound above 0 begins with the first; else with the least loss.
+    The full model loses nothing, so a bound above 0 starts with the first; else with the least loss.
     """
     start = 0 if bound > 0 else int(losses.argmin())
     beyond = np.flatnonzero(losses[start:] > bound)
     return start, start + int(beyond[0]) if len(beyond) else len(losses)
 
 
-def regret(predicted: Predicted, kept: Floats, budgets: Floats, bounds: Sequence[float]) -> float:
-    """How much more of the decoder a controller spends than the oracle at equal mean loss, averaged over some bounds.
+def regret(predicted: Predicted, quality: Floats, budgets: Floats, bounds: Sequence[float]) -> float:
+    """Mean budget beyond the oracle's at equal mean loss, over some bounds.
 
     The budget at a bound lies on the line between the last price that keeps within it and the first that does not.
     """
-    retained = 1.0 - lost(kept)  # 1 for the full plan
+    retained = 1.0 - plan_losses(quality)  # 1 for the full plan
     curve = np.array([(1.0, 1.0), *price_curve(predicted, retained, budgets)])
     spent, losses = np.minimum.accumulate(curve[:, 0]), 1 - curve[:, 1]
-    oracle = path(climb(retained, budgets), retained, budgets)
+    oracle = path(sweep(retained, budgets), retained, budgets)
     excess = [
         _spent_at(bound, losses, spent) - float(np.interp(1 - bound, oracle[:, 1], oracle[:, 0])) for bound in bounds
     ]
@@ -133,8 +127,7 @@ def regret(predicted: Predicted, kept: Floats, budgets: Floats, bounds: Sequence
 
 
 def _spent_at(bound: float, losses: Floats, spent: Floats) -> float:
-    """Between the last of these points, dearest first, before the first whose loss exceeds `bound`, and that one; all
-    of the decoder where none is within it."""
+    """Budget where the mean loss reaches `bound`; 1 where no point is within."""
     start, after = _run_within(bound, losses)
     if after == start:
         return 1.0

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from oracle.frontier.knapsack import cheapest_choices
-from oracle.frontier.multiple_choice import ROUNDING
-from oracle.frontier.upgrades import Climb, Floats, climb, path
+from oracle.frontier.knapsack import ROUNDING, cheapest_choices
+from oracle.frontier.sweep import Floats, Sweep, path, sweep
 
 Point = tuple[float, float]
 """(mean budget, mean score)."""
@@ -50,12 +49,11 @@ def upper_hull(points: Sequence[Point]) -> list[Point]:
     """
     hull: list[Point] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
-        while hull and (point[0] == hull[-1][0] or _lies_below(hull, point)):
-            if point[0] == hull[-1][0]:
-                break
+        if hull and point[0] == hull[-1][0]:
+            continue
+        while _lies_below(hull, point):
             hull.pop()
-        else:
-            hull.append(point)
+        hull.append(point)
     best = max(range(len(hull)), key=lambda i: hull[i][1])
     return hull[: best + 1]
 
@@ -87,7 +85,7 @@ def oracle_hull(scores: Floats, budgets: Floats) -> list[Point]:
     The hull of the multiple-choice knapsack of Glavas et al. 2024 (arXiv 2410.20022, section 4), mixtures allowed.
     Picked with the scores in hand, so it flatters.
     """
-    return _points(*path(climb(scores, budgets), scores, budgets).T)
+    return _points(*path(sweep(scores, budgets), scores, budgets).T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +103,10 @@ class Frontiers:
     full: float
 
     @classmethod
-    def of(cls, scores: Floats, budgets: Floats, steps: Climb | None = None, counts: Floats | None = None) -> Frontiers:
-        """Of these prompts, each counted `counts[i]` times [N], once if None. `steps`: their climb, if it is known."""
+    def of(cls, scores: Floats, budgets: Floats, steps: Sweep | None = None, counts: Floats | None = None) -> Frontiers:
+        """Of these prompts, each counted `counts[i]` times [N], once if None. `steps`: their sweep, if it is known."""
         qualities = np.average(scores, axis=0, weights=counts)
-        known = climb(scores, budgets) if steps is None else steps
+        known = sweep(scores, budgets) if steps is None else steps
         hull = upper_hull(_points(budgets, qualities))
         return cls(hull, path(known, scores, budgets, counts), float(qualities[-1]))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from oracle.frontier.frontier import Point
-from oracle.frontier.upgrades import Climb, Floats, climb, path
+from oracle.frontier.sweep import Floats, Sweep, path, sweep
 
 FOLDS = 5
 """Parts of the prompts that are foretold in turn."""
@@ -22,12 +22,12 @@ FOLDS = 5
 def split_half(scores_a: Floats, scores_b: Floats, budgets: Floats) -> list[Point]:
     """What an oracle's picks are worth: made by one scoring, measured by the other, both ways, averaged.
 
-    The oracle climbs as in `oracle.frontier.frontier.oracle_hull`; its points are measured as they fall, so the curve
-    need not rise, and no hull is drawn over it, which would pick by luck again. Beyond the end of its climb an oracle
+    The oracle goes up as in `oracle.frontier.frontier.oracle_hull`; its points are measured as they fall, so the curve
+    need not rise, and no hull is drawn over it, which would pick by luck again. Beyond the end of its sweep an oracle
     keeps its picks.
     """
-    one = path(climb(scores_a, budgets), scores_b, budgets).T
-    other = path(climb(scores_b, budgets), scores_a, budgets).T
+    one = path(sweep(scores_a, budgets), scores_b, budgets).T
+    other = path(sweep(scores_b, budgets), scores_a, budgets).T
     spent = np.union1d(one[0], other[0])
     scores = (np.interp(spent, *one) + np.interp(spent, *other)) / 2
     return list(zip(spent.tolist(), scores.tolist(), strict=True))
@@ -51,17 +51,17 @@ def from_other_plans(scores: Floats) -> Floats:
     return foretold
 
 
-def corrected_climb(scores: Floats, budgets: Floats) -> Climb:
-    """The climb of an oracle that knows of each plan what the prompt's scores under the others say.
+def corrected_sweep(scores: Floats, budgets: Floats) -> Sweep:
+    """The sweep of an oracle that knows of each plan what the prompt's scores under the others say.
 
     Its picks owe nothing to the luck of the scores that they are measured by. With scores that are partly luck it comes
     close to `split_half` of two scorings; without any luck it saves less than could be saved
     (tests/oracle/test_honesty.py).
     """
-    return climb(from_other_plans(scores), budgets)
+    return sweep(from_other_plans(scores), budgets)
 
 
-def corrected_path(steps: Climb, scores: Floats, budgets: Floats, counts: Floats | None = None) -> Floats:
-    """[S + 2, 2]: mean budget and mean score along `corrected_climb`, then those of the full plan; see `path`."""
+def corrected_path(steps: Sweep, scores: Floats, budgets: Floats, counts: Floats | None = None) -> Floats:
+    """[S + 2, 2]: mean budget and mean score along `corrected_sweep`, then those of the full plan; see `path`."""
     full = np.average(scores[:, -1], weights=counts)
     return np.concatenate([path(steps, scores, budgets, counts), [[budgets[-1], full]]])

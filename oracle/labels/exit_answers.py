@@ -1,8 +1,8 @@
 """Greedy answers of all early exits of a model, from one pass over each prompt.
 
 The layers below an exit do not know of the plan, so one pass of the full model holds the state from which each exit
-predicts the next token. Exits that have said the same so far go on as one row; where they part, the row is doubled. A
-prompt of many tokens with an answer of few thus costs little more than one pass for all plans.
+predicts the next token. Exits that have said the same so far go on as one row; where they diverge, the row is doubled.
+A prompt of many tokens with an answer of few thus costs little more than one pass for all plans.
 
 Shapes: `R` rows, each one prompt with what some exits have said so far; `D` hidden size.
 """
@@ -26,7 +26,7 @@ from backbone.healing.attaching import attached_to
 from backbone.left_padding import in_halves, position_inputs
 from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
-from oracle.labels.generate_answers import stop_token_ids
+from oracle.labels.generation import stop_token_ids
 
 Enough = Callable[[int, list[int], Sequence[LayerPlan]], bool]
 """(number of a prompt, tokens that some plans have said so far, these plans) -> whether that is all that is needed."""
@@ -122,7 +122,7 @@ class _Pass:
             parents = {row: place for place, row in enumerate(rows)}
             rows = {row: plans for row, plans in later.items() if not self._is_over(row, plans, enough)}
             if not rows:
-                break
+                return found
             chosen = torch.tensor([parents[number, so_far[:-1]] for number, so_far in rows], device=ids.device)
             cache.reorder_cache(chosen)  # type: ignore[arg-type]
             mask = torch.cat([mask[chosen], mask.new_ones(len(rows), 1)], dim=1)
@@ -154,10 +154,11 @@ class _Pass:
             if attached is not None and (head := attached.bridges.get(plan, {}).get(self._depths[plan])):
                 state = head(state)
             tokens = [
-                output_logits(self._model, state[start : start + AT_ONCE]).argmax(-1).tolist()
-                for start in range(0, len(state), AT_ONCE)
+                one
+                for part in torch.split(state, AT_ONCE)
+                for one in output_logits(self._model, part).argmax(-1).tolist()
             ]
-            for (number, so_far), token in zip(own, [one for part in tokens for one in part], strict=True):
+            for (number, so_far), token in zip(own, tokens, strict=True):
                 later[number, (*so_far, token)].append(plan)
         return later
 

@@ -95,3 +95,22 @@ def judged(scores: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.fl
     """
     rows = np.flatnonzero(~np.isnan(scores[:, -1]))
     return rows, np.nan_to_num(scores[rows], nan=0.0)
+
+
+def acceptance_rates(labels: Sequence[Sequence[Label]]) -> tuple[float, ...]:
+    """For each of K plans the share of its tokens that the full model says too, counted up to the first that it does
+    not: the probability with which a drafted token is accepted, as far as it is the same at every place.
+
+    Args:
+        labels: of N prompts under K plans, the last of which is the full one. Answers that were cut short hold at least
+            the first token that is not the full model's.
+    """
+    accepted, drafted = [0] * len(labels[0]), [0] * len(labels[0])
+    for row in labels:
+        full = row[-1].answer_ids
+        for plan, label in enumerate(row):
+            same = [own == other for own, other in zip(label.answer_ids, full, strict=False)]
+            agreed = same.index(False) if False in same else len(same)
+            accepted[plan] += agreed
+            drafted[plan] += min(agreed + 1, len(same))
+    return tuple(a / n if n else 1.0 for a, n in zip(accepted, drafted, strict=True))

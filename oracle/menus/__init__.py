@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from backbone.plan import LayerPlan, PlanError, PlanMenu, SublayerBytes
+from backbone.errors import PlanError
+from backbone.plan import LayerPlan, PlanMenu, SublayerBytes
 from backbone.registry import Registry
 
 if TYPE_CHECKING:
@@ -14,29 +16,18 @@ if TYPE_CHECKING:
 MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
     "menus",
     {
-        "given": "oracle.menus.fixed:given",
-        "evenly": "oracle.menus.fixed:evenly",
-        "exiting": "oracle.menus.fixed:exiting",
-        "exits": "oracle.menus.fixed:exits",
-        "middle_block": "oracle.menus.fixed:middle_block",
-        "gaps": "oracle.menus.fixed:gaps",
-        "random_routes": "oracle.menus.fixed:random_routes",
-        "block_influence": "oracle.menus.block_influence:block_influence",
-        "greedy_layers": "oracle.menus.greedy:greedy_layers",
-        "greedy_sublayers": "oracle.menus.greedy:greedy_sublayers",
-        "bridged_layers": "oracle.menus.greedy:bridged_layers",
+        "given": "oracle.menus.methods:given",
+        "exits": "oracle.menus.methods:exits",
+        "gaps": "oracle.menus.methods:gaps",
+        "evenly": "oracle.menus.methods:evenly",
+        "greedy": "oracle.menus.methods:greedy",
         "covering": "oracle.menus.covering:covering",
     },
 )
 """Name -> method: `method(task, advance)` proposes shortened plans; it may call `advance` at every step of a search."""
 
-LOOK_AT_NO_PROMPTS = frozenset({"given", "evenly", "exiting", "exits", "middle_block", "gaps", "random_routes"})
+LOOK_AT_NO_PROMPTS = frozenset({"given", "exits", "gaps", "evenly"})
 """The methods that need no prompts; any other may read the model's answers to those of its task."""
-
-RUN_MORE_THAN_THE_PROBE = frozenset({"evenly", "middle_block", "exits"})
-"""The methods all of whose plans run a layer behind the probe."""
-IGNORE_THE_BUDGET = frozenset({"given", "exits"})
-"""The methods for which `cheapest_budget` does not count."""
 
 LOSSES = (0.0, 0.02, 0.05)
 """Shares of the full model's mean score that a menu's oracle may lose where nothing else is asked for."""
@@ -47,7 +38,7 @@ def build_menu(method: str, task: MenuTask, advance: Advance = lambda: None) -> 
 
     Raises:
         PlanError: the task asks for plans that the model cannot have.
-        RegistryError: no such method.
+        InputError: no such method.
     """
     from backbone.families import sublayer_bytes  # torch, which names alone do not need
 
@@ -66,11 +57,24 @@ def checked_menu(method: str, plans: Sequence[LayerPlan], sublayer_bytes: Sublay
 
 def check_depths(method: str, n_layers: int, probe_depth: int, cheapest_budget: float) -> None:
     """Raises PlanError where a method can leave out no layer of so many."""
-    deepest = n_layers - 1 - (method in RUN_MORE_THAN_THE_PROBE)
+    deepest = n_layers - 1 - (method == "evenly")  # which runs a layer behind the probe
     if not 1 <= probe_depth <= deepest:
         raise PlanError(f"menu.probe_depth must be from 1 to {deepest} for this model, got {probe_depth}")
-    if method not in IGNORE_THE_BUDGET and round(cheapest_budget * n_layers) >= n_layers:
+    if method != "given" and round(cheapest_budget * n_layers) >= n_layers:
         raise PlanError(
             f"menu.cheapest_budget must be at most {(n_layers - 1) / n_layers:.2f} for this model of {n_layers} "
             f"layers, got {cheapest_budget:g}"
         )
+
+
+def search_steps(method: str, task: MenuTask) -> int:
+    """At most how often a search will call `advance`; 0 for methods that do not search."""
+    if method == "covering":
+        from oracle.menus.covering import most_measured
+
+        return most_measured(task)
+    if method != "greedy":
+        return 0
+    removable = task.n_layers - task.probe_depth
+    removed = min(removable, math.ceil((1 - task.cheapest_budget) * task.n_layers))
+    return sum(removable - done for done in range(max(removed, 1)))

@@ -3,17 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.families import decoder_layers
+from backbone.plan import LayerPlan
+from oracle.answered_prompts import answered_examples
+from oracle.batches import spread
 from oracle.decoding import Decoding
+from oracle.labels.labeller import Labeller
 from oracle.menus import LOSSES
-from oracle.menus.task_labels import TaskLabels
-from oracle.spread import spread
+from oracle.prompts import Prompt
 
 Advance = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLabels:
+    """Answers to a task's prompts, and their scores under any plans.
+
+    Labels are kept in the labeller's store, so that a search that was stopped finds them done.
+
+    Attributes:
+        labeller: makes or gives the labeller, which labels with what is attached to its model at the moment.
+        tokenizer: of that model.
+        prompts: the task's prompts [N], which plans are scored on.
+        others: prompts that bridges are fitted on; on those a plan would look better than it is.
+        full: the full plan.
+    """
+
+    labeller: Callable[[], Labeller]
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Prompt]
+    others: Sequence[Prompt]
+    full: LayerPlan
+
+    def scores(
+        self, plans: Sequence[LayerPlan], judge: str | None = None, advance: Callable[[int], None] = lambda done: None
+    ) -> NDArray[np.float64]:
+        """Scores [N, P] under P plans; NaN where a judge failed.
+
+        Args:
+            judge: of all prompts, in place of their own.
+            advance: called with the number of labels made.
+        """
+        prompts = [prompt if judge is None else replace(prompt, judge=judge) for prompt in self.prompts]
+        labeller = self.labeller()
+        labeller.label_full(prompts, self.full)
+        labeller.label_some({plan: prompts for plan in plans if not plan.is_full}, self.full, advance)
+        return np.array([labeller.scores(prompts, plan) for plan in plans]).T
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        """Token ids of each of the `others` with the full model's answer, less the last token, behind which nothing
+        follows."""
+        examples = answered_examples(self.labeller(), self.tokenizer, self.others, self.full)
+        return [example.tokens[:-1] for example in examples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +77,7 @@ class MenuTask:
         losses: shares of the full model's mean score that the menu's oracle may lose, for methods that look at scores;
             the menu is to be good at all of them.
         given: texts of the plans, for the method `given`.
-        labels: answers to the prompts and their scores under any plan, for methods that look at scores.
+        labels: for methods that look at scores.
     """
 
     model: PreTrainedModel

@@ -9,34 +9,29 @@ Shapes: `N` prompts, `P` plans, cheapest first, the last full.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from backbone.device_memory import room
+from backbone.errors import PlanError
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
 from backbone.healing.attaching import Healing, attach, detach
 from backbone.healing.bridges import Bridge
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
-from backbone.plan import LayerPlan, PlanError, PlanMenu
+from backbone.left_padding import memory_budget
+from backbone.plan import LayerPlan, PlanMenu
 from oracle.judges import KL
 from oracle.labels.reader import judged
 from oracle.menus import MENUS
-from oracle.menus.base import Advance, MenuTask
-from oracle.menus.p_median import best_plans, substituted
-from oracle.menus.task_labels import TaskLabels
+from oracle.menus.base import Advance, MenuTask, TaskLabels
+from oracle.menus.p_median import Floats, best_plans, substituted
 
-Floats = NDArray[np.float64]
-
-POOL = ("exiting", "gaps", "evenly")
-"""The methods whose plans are tried."""
-
-POOL_PLANS = 64
-"""Plans of each method of the pool, at most."""
+POOL, POOL_PLANS = ("exits", "gaps", "evenly"), 64
+"""The methods whose plans are tried, and how many of each, at most."""
 
 PAIRS = 24
 """Pairs of gaps that are tried, at most."""
@@ -68,13 +63,11 @@ def covering(task: MenuTask, advance: Advance) -> list[LayerPlan]:
             f"{len(task.prompts)}: lower menu.prompts to half of the split 'adapt', or give that a larger share"
         )
     pool = _Pool(task, task.labels, advance)
-    singles = pool_plans(task)
-    found = pool.measured(singles, KL)
-    pairs = two_gaps(found, task)
-    if pairs:
+    found = pool.measured(pool_plans(task), KL)
+    if pairs := two_gaps(found, task):
         found = found.joined(pool.measured(pairs, KL))
-    kept = {plan for loss in _diverged(task) for plan in found.good(2 * task.n_plans - 1, loss)}
-    return pool.measured(sorted(kept, key=str), None).best(task.n_plans, task.losses)
+    left = {plan for loss in _diverged(task) for plan in found.good(2 * task.n_plans - 1, loss)}
+    return pool.measured(sorted(left, key=str), None).best(task.n_plans, task.losses)
 
 
 def most_measured(task: MenuTask) -> int:
@@ -95,7 +88,7 @@ def pool_plans(task: MenuTask) -> list[LayerPlan]:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Plans with what they cost and keep.
+    """Plans with what they cost and score.
 
     Attributes:
         plans: P plans.
@@ -117,7 +110,7 @@ class Measured:
 
     def best(self, count: int, losses: Sequence[float]) -> list[LayerPlan]:
         """The `count` - 1 shortened plans with which an oracle spends least; see `p_median.best_plans`."""
-        return self._shortened(best_plans(self._trusted, self.budgets, count, losses).plans)
+        return self._shortened(best_plans(self._trusted, self.budgets, count, losses))
 
     def good(self, count: int, loss: float) -> list[LayerPlan]:
         """A good choice of as many at one loss, found in a moment; see `p_median.substituted`."""
@@ -149,11 +142,12 @@ class _Pool:
         """The plans and the full one; the prompts judged as they say, or by `judge`."""
         model, made = self._task.model, 0
         self._fit({gap for plan in plans for gap in plan.gaps} - self._bridges.keys())
-        healing = Healing(self._fingerprint, {plan: self._bridges_of(plan) for plan in plans})
+        bridges = {plan: {gap.start: self._bridges[gap] for gap in plan.gaps} for plan in plans}
+        healing = Healing(self._fingerprint, bridges)
 
-        def advance(done: int) -> None:
+        def advance(labels: int) -> None:
             nonlocal made
-            before, made = made, made + done
+            before, made = made, made + labels
             for _ in range(made // len(self._labels.prompts) - before // len(self._labels.prompts)):
                 self._advance()
 
@@ -165,18 +159,14 @@ class _Pool:
         finally:
             detach(model)
 
-    def _bridges_of(self, plan: LayerPlan) -> dict[int, Bridge]:
-        return {gap.start: self._bridges[gap] for gap in plan.gaps}
-
     def _fit(self, gaps: set[range]) -> None:
         if not gaps:
             return
-        ordered = sorted(gaps, key=lambda gap: (gap.start, gap.stop))
-        sequences, n_layers = self._labels.sequences(), self._task.n_layers
+        ordered, sequences = sorted(gaps, key=lambda gap: (gap.start, gap.stop)), self._labels.sequences()
         size = self._task.model.config.get_text_config().hidden_size + 1
-        together = max(1, room(self._task.model.device, SUMS_BYTES, 0.25) // (4 * 8 * size * size))
+        together = max(1, memory_budget(self._task.model.device, SUMS_BYTES, 0.25) // (4 * 8 * size * size))
         for start in range(0, len(ordered), together):
-            plans = {gap: LayerPlan.skipping(n_layers, gap) for gap in ordered[start : start + together]}
+            plans = {gap: LayerPlan.skipping(self._task.n_layers, gap) for gap in ordered[start : start + together]}
             fitted = bridges_of(fit_bridges(self._task.model, sequences, list(plans.values())))
             self._bridges |= {gap: fitted[plan][gap.start] for gap, plan in plans.items()}
 
@@ -185,15 +175,12 @@ def two_gaps(found: Measured, task: MenuTask) -> list[LayerPlan]:
     """Pairs of gaps that are apart, those that diverge least of each total length: at most `PAIRS`."""
     sizes = sublayer_bytes(task.model)
     diverged = -np.log(np.maximum(judged(found.scores)[1].mean(axis=0), 1e-9))
-    gaps = {plan.gaps[0]: lost for plan, lost in zip(found.plans, diverged, strict=True) if _is_one_gap(plan)}
-    by_length: dict[int, list[tuple[float, str, LayerPlan]]] = {}
+    singles = [len(plan.gaps) == 1 and plan.skipped_attention == plan.skipped_mlp for plan in found.plans]
+    gaps = {plan.gaps[0]: nats for plan, nats, one in zip(found.plans, diverged, singles, strict=True) if one}
+    by_length: dict[int, list[tuple[float, str, LayerPlan]]] = defaultdict(list)
     for first, second in combinations(sorted(gaps, key=lambda gap: gap.start), 2):
         plan = LayerPlan.skipping(task.n_layers, [*first, *second])
         if first.stop < second.start and plan.budget(sizes) >= task.cheapest_budget and plan not in found.plans:
-            by_length.setdefault(len(first) + len(second), []).append((gaps[first] + gaps[second], str(plan), plan))
+            by_length[len(first) + len(second)].append((gaps[first] + gaps[second], str(plan), plan))
     each = max(1, PAIRS // max(len(by_length), 1))
     return [plan for pairs in by_length.values() for _, _, plan in sorted(pairs)[:each]][:PAIRS]
-
-
-def _is_one_gap(plan: LayerPlan) -> bool:
-    return len(plan.gaps) == 1 and plan.skipped_attention == plan.skipped_mlp

@@ -3,7 +3,7 @@
 An oracle gives each prompt the plan that suits it; the fewer plans a menu holds, the more it spends at the same mean
 score. The choice is the p-median problem (Hakimi 1964, Operations Research 12(3)) with a side constraint, the mean
 score of the knapsack of Glavas et al. 2024 (arXiv 2410.20022, section 4). Vertex substitution (Teitz and Bart 1968,
-Operations Research 16(5)) finds a good choice at once; HiGHS betters it, or proves how far from the best it can be.
+Operations Research 16(5)) finds a good choice at once; HiGHS betters it.
 
 Shapes: `N` prompts, `P` plans, cheapest first, the last full, `T` targets. `scores` is [N, P], `budgets` [P].
 """
@@ -11,7 +11,6 @@ Shapes: `N` prompts, `P` plans, cheapest first, the last full, `T` targets. `sco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,53 +18,37 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack, identity, kron, vstack
 
 from oracle.frontier.frontier import budget_at
-from oracle.frontier.upgrades import climb, path
+from oracle.frontier.sweep import path, sweep
 
 Floats = NDArray[np.float64]
 
 GAP = 1e-3
 """A choice this close to the best possible, relatively, is taken to be the best."""
+NODES = 50
+"""Nodes of the search tree after which HiGHS gives the best choice so far, the same on every machine."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """Plans for a menu.
-
-    Attributes:
-        plans: their places among the P, ascending; the full plan's is the last.
-        budget: mean budget of the oracle with these plans, averaged over the targets.
-        bound: no choice of as many plans has less.
-    """
-
-    plans: list[int]
-    budget: float
-    bound: float
-
-
-def best_plans(scores: Floats, budgets: Floats, count: int, losses: Sequence[float], seconds: float = 60.0) -> Chosen:
-    """The `count` plans, the full one among them, with which an oracle spends least.
+def best_plans(scores: Floats, budgets: Floats, count: int, losses: Sequence[float], nodes: int = NODES) -> list[int]:
+    """The places, ascending, of `count` plans with which an oracle spends least; the last one, the full plan, is one.
 
     Args:
         scores: of the prompts under all plans [N, P].
         budgets: of the plans [P].
         count: plans to choose.
         losses: shares of the full plan's mean score that the oracle may lose: targets, each weighing the same [T].
-        seconds: time for HiGHS.
+        nodes: of HiGHS's search tree, at most.
     """
     found = substituted(scores, budgets, count, losses)
-    spent = oracle_budget(scores, budgets, found, losses)
     if len(found) == scores.shape[1]:
-        return Chosen(found, spent, spent)
-    better, bound = _solved(scores, budgets, count, losses, seconds)
-    if better is not None and (budget := oracle_budget(scores, budgets, better, losses)) < spent:
-        found, spent = better, budget
-    return Chosen(found, spent, min(bound, spent))
+        return found
+    other = _solved(scores, budgets, count, losses, nodes) or found
+    return min(found, other, key=lambda plans: oracle_budget(scores, budgets, plans, losses))
 
 
 def oracle_budget(scores: Floats, budgets: Floats, plans: Sequence[int], losses: Sequence[float]) -> float:
     """What an oracle spends with some of the plans, averaged over the targets; mixtures are allowed."""
     own, full = scores[:, plans], float(scores[:, -1].mean())
-    points = path(climb(own, budgets[plans]), own, budgets[plans])
+    points = path(sweep(own, budgets[plans]), own, budgets[plans])
     return float(np.mean([budget_at(points, (1 - loss) * full) for loss in losses]))
 
 
@@ -78,9 +61,8 @@ def substituted(scores: Floats, budgets: Floats, count: int, losses: Sequence[fl
 
     def best_beside(plans: Sequence[int]) -> list[int]:
         """With one more, of equally good ones that which scores most by itself."""
-        return min(
-            ([*plans, p] for p in range(full) if p not in plans), key=lambda more: (spent(more), -alone[more[-1]])
-        )
+        more = ([*plans, plan] for plan in range(full) if plan not in plans)
+        return min(more, key=lambda plans: (spent(plans), -alone[plans[-1]]))
 
     chosen = [full]
     while len(chosen) < min(count, full + 1):
@@ -95,10 +77,8 @@ def substituted(scores: Floats, budgets: Floats, count: int, losses: Sequence[fl
     return sorted(chosen)
 
 
-def _solved(
-    scores: Floats, budgets: Floats, count: int, losses: Sequence[float], seconds: float
-) -> tuple[list[int] | None, float]:
-    """HiGHS's choice, None where it found none in time, and its bound.
+def _solved(scores: Floats, budgets: Floats, count: int, losses: Sequence[float], nodes: int) -> list[int] | None:
+    """HiGHS's choice; None where so few nodes hold none.
 
     The variables are whether each plan is in the menu [P], then the share of each plan for each target and prompt
     [T, N, P].
@@ -120,7 +100,6 @@ def _solved(
             LinearConstraint(only_if_in_menu, -np.inf, 0.0),
             LinearConstraint(mean_score, least, np.inf),
         ],
-        options={"time_limit": seconds, "mip_rel_gap": GAP},
+        options={"node_limit": nodes, "mip_rel_gap": GAP},
     )
-    bound = float(budgets[0]) if result.mip_dual_bound is None else float(result.mip_dual_bound)
-    return (None if result.x is None else np.flatnonzero(result.x[:p] > 0.5).tolist()), bound
+    return None if result.x is None else np.flatnonzero(result.x[:p] > 0.5).tolist()

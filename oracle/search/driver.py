@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from backbone.plan import LayerPlan
+from backbone.plan import LayerPlan, PlanMenu
+from oracle.labels.labeller import Labeller
+from oracle.prompts import Prompt
 from oracle.search.base import Searcher, SearchError, SearchSpace
 
 P = TypeVar("P")
@@ -71,6 +74,43 @@ def run_searches(
     return [run.found() for run in runs]
 
 
+def search_prompts(
+    searcher: Searcher,
+    space: SearchSpace,
+    labeller: Labeller,
+    prompts: Sequence[Prompt],
+    budget: int,
+    tolerance: float = 0.0,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Found]:
+    """The least sufficient plan of each of N prompts, as far as `budget` evaluations a prompt find it.
+
+    A plan is sufficient if its score is at least the full plan's less `tolerance`; one whose judge failed is not. The
+    labels that this takes, the full plan's among them, are kept in the labeller's store, and found there again.
+    `advance` is called with the number of plans that a round tried.
+
+    Raises:
+        SearchError: see `run_searches`.
+    """
+    full = space.full
+    labeller.label(prompts, PlanMenu((full,), (1.0,), space.menu.probe_depth))
+    needed = dict(zip(prompts, labeller.scores(prompts, full), strict=True))
+
+    def evaluate(pairs: list[tuple[Prompt, LayerPlan]]) -> list[bool]:
+        wanted: dict[LayerPlan, list[Prompt]] = defaultdict(list)
+        for prompt, plan in pairs:
+            wanted[plan].append(prompt)
+        labeller.label_some(wanted, full)
+        sufficient: dict[tuple[Prompt, LayerPlan], bool] = {}
+        for plan, some in wanted.items():
+            for prompt, score in zip(some, labeller.scores(some, plan), strict=True):
+                sufficient[prompt, plan] = score >= needed[prompt] - tolerance
+        advance(len(pairs))
+        return [sufficient[pair] for pair in pairs]
+
+    return run_searches(searcher, space, prompts, evaluate, budget)
+
+
 class _Run:
     """One search: the plan it waits for (`request`, None at its end), and all that it was told."""
 
@@ -87,10 +127,6 @@ class _Run:
     def found(self) -> Found:
         best = min((plan for plan, sufficient in self._told.items() if sufficient), key=self._space.rank)
         return Found(best, self._is_proved(best), self._evaluations)
-
-    @property
-    def _name(self) -> str:
-        return type(self._searcher).__name__
 
     @property
     def _evaluations(self) -> int:
@@ -122,15 +158,15 @@ class _Run:
             if plan not in self._told:
                 return plan
             plan = self._search.send(self._told[plan])
-        raise SearchError(f"{self._name} does not end: it asked {MOST_REPEATS} times in a row for plans that it knows")
+        name = type(self._searcher).__name__
+        raise SearchError(f"{name} does not end: it asked {MOST_REPEATS} times in a row for plans that it knows")
 
     def _check(self, plan: LayerPlan) -> None:
+        name = type(self._searcher).__name__
         if not self._space.holds(plan):
             raise SearchError(
-                f"{self._name} asked for plan {plan}, but plans of this space have {self._space.menu.n_layers} layers "
+                f"{name} asked for plan {plan}, but plans of this space have {self._space.menu.n_layers} layers "
                 f"and run layers 0 to {self._space.menu.probe_depth - 1}"
             )
         if self._searcher.over_menu and plan not in self._space.menu.plans:
-            raise SearchError(
-                f"{self._name} says that it searches the menu, but asked for plan {plan}, which is not in it"
-            )
+            raise SearchError(f"{name} says that it searches the menu, but asked for plan {plan}, which is not in it")

@@ -11,9 +11,8 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from backbone.errors import InputError
 from oracle.menus import LOOK_AT_NO_PROMPTS
-from pipelines.config import yaml_text
-from pipelines.config.hints import hint_of
 from pipelines.config.learning_sections import CalibrationSection, EvaluationSection, TuningSection
+from pipelines.config.parsing import NotYAMLError, hint_of, parse_yaml
 from pipelines.config.sections import (
     AdaptSection,
     DataSection,
@@ -103,15 +102,24 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"no configuration file {path}")
     try:
-        data = yaml_text.parse(path.read_bytes())
-    except yaml_text.NotYAMLError as error:
+        data = parse_yaml(path.read_bytes())
+    except NotYAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} should hold keys and values, got {type(data).__name__}")
+    return checked_config({**data, "file": str(path.resolve())}, settings)
+
+
+def checked_config(data: dict[str, Any], settings: Sequence[str] = ()) -> Config:
+    """The configuration of these keys and values, with settings over it as `load_config` takes them.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
     for setting in settings:
         _put(data, setting)
     try:
-        return Config.model_validate({**data, "file": str(path.resolve())})
+        return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
 
@@ -126,15 +134,15 @@ def _put(data: dict[str, Any], setting: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--set {setting}: {section!r} has no keys of its own")
     try:
-        data[last] = yaml_text.parse(text)
-    except yaml_text.NotYAMLError as error:
+        data[last] = parse_yaml(text)
+    except NotYAMLError as error:
         raise ConfigError(f"--set {setting}: cannot read the value {text!r}: {error}") from None
 
 
 def _first_problem(error: ValidationError) -> str:
     problems = error.errors()
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])  # of one misspelt
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {hint_of(key, _all_keys(Config), problem['input'])}"
     if problem["type"] == "missing":
@@ -142,10 +150,8 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "model_type":
         hint = hint_of(f"{key}.", _all_keys(Config))
         return f"{key} should hold keys of its own, got {_short(problem['input'])}; {hint}"
-    reason = problem["msg"].removeprefix("Value error, ")
-    return (
-        f"{key}: {reason}" if problem["type"] == "value_error" else f"{key}: {reason}, got {_short(problem['input'])}"
-    )
+    reason = f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+    return reason if problem["type"] == "value_error" else f"{reason}, got {_short(problem['input'])}"
 
 
 def _short(value: Any) -> str:

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from controller.base import CONTROLLERS
+from controller.base import CONTROLLERS, check_sets
 from controller.certificate.certificate import MOST_LEVELS, alpha_of
 from controller.certificate.risks import MOST_KEPT, Risk
-from controller.feature_sets import check_sets
 from pipelines.config.sections import Section, Text
 
 Level = Annotated[float, Field(gt=0, lt=MOST_KEPT)]
@@ -79,7 +78,7 @@ class CalibrationSection(Section):
     """Share of prompts like the calibration prompts that a test may take for unlike all known ones and send to the full
     plan, before calibration; 0 for no such test."""
     false_alarms: float = Field(0.01, gt=0, lt=1)
-    """Probability that the drift alarm ever rings although the prompts are like the calibration prompts."""
+    """Probability that the drift alarm is ever triggered although the prompts are like the calibration prompts."""
 
     @model_validator(mode="after")
     def _check_keep(self) -> CalibrationSection:
@@ -108,6 +107,6 @@ class EvaluationSection(Section):
     speed_tokens: int = Field(16, ge=2)
     """New tokens of each."""
     speed_rounds: int = Field(20, ge=1)
-    """Times, at most, that everything is measured, in turn, after a warm-up; fewer once the figures are exact."""
+    """Rounds of timing, at most, after a warm-up; fewer once the figures are exact."""
     speed_seconds: float = Field(60.0, gt=0)
     """No round begins after this time, as long as there are five."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from backbone.healing.settings import DistillSettings, Form, Where
-from controller.feature_sets import check_sets
+from controller.base import check_sets
 from oracle.decoding import Decoding, checked_options
 from oracle.intake import COLUMNS
 from oracle.menus import LOSSES, MENUS
@@ -119,8 +120,9 @@ class AdaptSection(Section):
     given: Text | None = None
     """Healing parts that another run of this model and menu made, for example on a GPU: its `healing.safetensors`. What
     they were fitted and trained on should lie in the split `adapt`, so keep that run's prompts and `data.shares`."""
-    prompts: int = Field(400, ge=8)
-    """Prompts of the split `adapt`, with the full model's answers, to fit and train on."""
+    prompts: int | None = Field(None, ge=8)
+    """Prompts of the split `adapt`, with the full model's answers, to fit and train on. By default all for heads, which
+    gain from every prompt, and 400 for the other methods."""
     form: Form = "full"
     rank: int = Field(64, ge=1)
     """Of bridges that are `low_rank`."""
@@ -160,6 +162,10 @@ class AdaptSection(Section):
             )
         return self
 
+    def most_prompts(self, method: AdaptMethod) -> int:
+        """How many prompts a method fits and trains on, at most."""
+        return self.prompts or (sys.maxsize if method == "heads" else 400)
+
     def settings(self) -> DistillSettings:
         return DistillSettings(
             where=self.where,
@@ -178,7 +184,7 @@ class LabelSection(Section):
     limit: int | None = Field(None, ge=8)
     """Label this many of the prompts that are not in the split `adapt`, chosen by a hash of the id."""
     shortcut: bool = True
-    """Follow the full model's answer with every plan and generate only what differs, instead of everything."""
+    """Make each answer in the cheapest way and only until its score is decided, instead of generating everything."""
     tolerance: float = Field(0.0, ge=0, lt=1)
     """A plan is sufficient if its score is at least the full plan's less this. With the judge `kl`, under which a
     shortened plan hardly ever scores the full plan's 1, it has to be above 0."""

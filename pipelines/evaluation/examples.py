@@ -1,6 +1,6 @@
-"""Some unseen prompts answered with all layers and with those that the allocator chooses, timed one at a time.
+"""Test prompts answered with all layers and with those that the allocator chooses: shown, timed, and checked.
 
-They stand for the run where it ends and in its report, so a rule picks them that does not flatter.
+Some are printed at the end of a run and in its report; a rule picks them that does not flatter.
 
 Shapes: `N` test prompts.
 """
@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.plan import LayerPlan
+from oracle.batches import spread
 from oracle.chat import padded_prompts
 from oracle.judges import KL
 from oracle.prompts import Prompt
@@ -25,16 +27,37 @@ from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
 from runtime.allocator import Allocator
+from runtime.generation import check_layers
+from runtime.offline import decoding_options, generate_texts, new_texts
 from runtime.paired_timing import median_seconds
-from runtime.texts import decoding_options, new_texts
 
 SHOWN, ROUNDS = 6, 5
 """Prompts that are shown, and times that each answer is timed after a warm-up."""
-
+COMPARED = 16
+"""Prompts of which `generate()` is checked to run the plans that were certified, at most."""
 RULE = "the first test prompt of each kind, one of whose answers is worse than the full model's, if there is any"
 
 
-def shown_rows(tasks: Sequence[str], is_worse: NDArray[np.bool_], count: int = SHOWN) -> list[int]:
+def check_layers_run(
+    allocator: Allocator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    certified: Sequence[LayerPlan],
+) -> None:
+    """Generate a token for some of the rendered prompts whose certified plan is shortened, and compare plans.
+
+    Raises:
+        InputError: see `runtime.generation.check_layers`.
+    """
+    timed, one = replace(allocator, drift=None), replace(allocator.decoding, max_new_tokens=1)
+    shortened = [(text, plan) for text, plan in zip(texts, certified, strict=True) if not plan.is_full]
+    compared = spread(shortened, COMPARED)
+    ran = [generate_texts(timed.generate, model, tokenizer, [text], one)[0].plan for text, _ in compared]
+    check_layers([plan for _, plan in compared], ran)
+
+
+def example_rows(tasks: Sequence[str], is_worse: NDArray[np.bool_], count: int = SHOWN) -> list[int]:
     """Rows of the prompts to show: the first of each kind, then the second of each, until there are `count`.
 
     Args:
@@ -55,20 +78,17 @@ def shown_rows(tasks: Sequence[str], is_worse: NDArray[np.bool_], count: int = S
     return picked
 
 
-def shown(workspace: Workspace, allocator: Allocator, test: Table, chosen: NDArray[np.intp]) -> list[dict[str, Any]]:
+def answered_both_ways(
+    workspace: Workspace, allocator: Allocator, test: Table, chosen: NDArray[np.intp]
+) -> list[dict[str, Any]]:
     """Each picked prompt with its reference, both answers with their scores, layers and milliseconds.
 
-    The answers are generated anew, as `generate()` gives them, so that what is shown is what was timed.
-
-    Args:
-        workspace: of the run.
-        allocator: the finished one.
-        test: the test prompts, in the source's order.
-        chosen: the plan of each test prompt [N], by which prompts are picked.
+    The answers are generated again, as `generate()` gives them, so that what is shown is what was timed. Prompts are
+    picked by the plans that were chosen for them [N].
     """
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
     rows = np.arange(len(test.prompts))
-    picked = shown_rows(test.tasks.tolist(), test.scores[rows, chosen] < test.scores[:, -1])
+    picked = example_rows(test.tasks.tolist(), test.scores[rows, chosen] < test.scores[:, -1])
     with progress("answers to show", len(picked) * 2 * (ROUNDS + 2)) as advance:
         return [_answered(workspace, timed, test.prompts[row], advance) for row in picked]
 
@@ -78,7 +98,7 @@ def _answered(
 ) -> dict[str, Any]:
     model, tokenizer = workspace.adapted
     inputs = dict(padded_prompts(tokenizer, [prompt.prompt]).to(model.device))
-    options = decoding_options(tokenizer, workspace.decoding)
+    options = decoding_options(tokenizer, workspace.model.decoding)
     stock: Any = model.generate
     full = partial(stock, **inputs, **options)
     allocated: Any = partial(allocator.generate, model, **inputs, **options)
@@ -86,7 +106,7 @@ def _answered(
     plan: LayerPlan = output["plans"][0]
 
     def text(sequences: torch.Tensor) -> str:
-        return new_texts(tokenizer, sequences, inputs["input_ids"].shape[1], workspace.decoding)[0]
+        return new_texts(tokenizer, sequences, inputs["input_ids"].shape[1], workspace.model.decoding)[0]
 
     full_answer, answer = text(full()), text(output.sequences)
     advance(2)

@@ -10,57 +10,40 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from oracle.frontier.frontier import Point
 
 INK, MUTED, GRID = "#1d2733", "#6b7785", "#e3e8ee"
+POLICIES = {
+    "full": ("#1d2733", "full model"),
+    "best_static": ("#8a6d3b", "best static plan"),
+    "static_mixture": ("#b08d57", "static mixture, equal budget"),
+    "random": ("#a0a8b3", "random, equal budget"),
+    "oracle": ("#2a9d6f", "oracle (flattered)"),
+    "lightgbm": ("#d1495b", "LightGBM"),
+    "mlp": ("#3066be", "MLP"),
+    "logistic": ("#7b5ea7", "logistic regression"),
+    "shuffled": ("", "control: shuffled features"),
+    "task": ("", "control: name of the task alone"),
+    "embedding": ("", "control: mean embedding alone"),
+}
+"""Colours of policies, and what they are called."""
 OTHERS = ("#2b8a8a", "#9c6644", "#5f7c3a", "#a23e8c", "#4f6d9a")
 """Colours of controllers from packages of somebody's own."""
 
 
-class _Colours(dict[str, str]):
-    def __missing__(self, name: str) -> str:
-        return OTHERS[sum(name.encode()) % len(OTHERS)]
+def colour_of(name: str) -> str:
+    """Of a policy; another controller has one of `OTHERS`, always the same."""
+    return POLICIES.get(name, ("", ""))[0] or OTHERS[sum(name.encode()) % len(OTHERS)]
 
 
-class _Names(dict[str, str]):
-    def __missing__(self, name: str) -> str:
-        return name
+def title_of(name: str) -> str:
+    """A policy in words; another controller has its own name."""
+    return POLICIES.get(name, ("", name))[1]
 
 
-COLOURS = _Colours(
-    {
-        "full": "#1d2733",
-        "best_static": "#8a6d3b",
-        "static_mixture": "#b08d57",
-        "random": "#a0a8b3",
-        "oracle": "#2a9d6f",
-        "lightgbm": "#d1495b",
-        "mlp": "#3066be",
-        "logistic": "#7b5ea7",
-    }
-)
-"""Of policies; another controller has one of `OTHERS`, always the same."""
-NAMES = _Names(
-    {
-        "full": "full model",
-        "best_static": "best static plan",
-        "static_mixture": "static mixture, equal budget",
-        "random": "random, equal budget",
-        "oracle": "oracle (flattered)",
-        "lightgbm": "LightGBM",
-        "mlp": "MLP",
-        "logistic": "logistic regression",
-        "shuffled": "control: shuffled features",
-        "task": "control: name of the task alone",
-        "embedding": "control: mean embedding alone",
-    }
-)
-"""Of policies in words; another controller has its own name."""
-FEW_TO_MANY = LinearSegmentedColormap.from_list("layers", ["#c3d3ee", "#3066be", "#16294d"])
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -78,7 +61,7 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 WIDE, HALF = 10.0, 4.8
-"""Widths in inches of a figure that fills the page and of one of two side by side: so texts have one size in both."""
+"""Widths in inches of a figure that fills the page, and of one that fills half of it: texts have one size in both."""
 
 
 @matplotlib.rc_context(STYLE)
@@ -93,13 +76,13 @@ def quality_against_budget(
     and each policy where it was set to work."""
     figure, axes = _drawing(WIDE, 5.2)
     for line, (name, oracle) in zip(("-", ":"), oracles.items(), strict=False):
-        axes.plot(*_columns(oracle), color=COLOURS["oracle"], lw=2, ls=line, label=name)
-    axes.plot(*_columns(mixture), color=COLOURS["static_mixture"], lw=1.5, ls="--", label="mixtures of static plans")
-    axes.scatter(*_columns(statics), color=COLOURS["static_mixture"], s=22, label="static plans", zorder=3)
+        axes.plot(*_columns(oracle), color=colour_of("oracle"), lw=2, ls=line, label=name)
+    axes.plot(*_columns(mixture), color=colour_of("static_mixture"), lw=1.5, ls="--", label="mixtures of static plans")
+    axes.scatter(*_columns(statics), color=colour_of("static_mixture"), s=22, label="static plans", zorder=3)
     for name, curve in curves.items():
-        axes.plot(*_columns(curve), color=COLOURS[name], lw=1.8, label=f"{NAMES[name]}, all prices")
+        axes.plot(*_columns(curve), color=colour_of(name), lw=1.8, label=f"{title_of(name)}, all prices")
     for name, (budget, quality) in cards.items():
-        axes.scatter([budget], [quality], color=COLOURS[name], s=70, edgecolor="white", lw=1.2, zorder=4)
+        axes.scatter([budget], [quality], color=colour_of(name), s=70, edgecolor="white", lw=1.2, zorder=4)
     axes.axhline(cards["full"][1], color=MUTED, lw=0.8, ls=":")
     axes.set(xlabel="mean budget (share of the decoder that runs)", ylabel="mean score")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
@@ -115,7 +98,7 @@ def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int, col
     figure, axes = _drawing(HALF, 0.9 + 0.3 * len(tasks))
     rows = np.arange(len(tasks))
     axes.hlines(rows, oracle, chosen, color=GRID, lw=6)
-    axes.scatter(oracle, rows, color=COLOURS["oracle"], s=60, label="least sufficient plan (flattered)", zorder=3)
+    axes.scatter(oracle, rows, color=colour_of("oracle"), s=60, label="least sufficient plan (flattered)", zorder=3)
     axes.scatter(chosen, rows, color=colour, s=60, label="allocator", zorder=3)
     axes.axvline(n_layers, color=INK, lw=1, ls=":")
     axes.set(xlabel=f"mean layers run, of {n_layers}", yticks=rows, yticklabels=tasks)
@@ -125,39 +108,20 @@ def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int, col
 
 
 @matplotlib.rc_context(STYLE)
-def layers_of_prompts(layers: Mapping[str, Sequence[float]], n_layers: int) -> str:
-    """One square a test prompt, a row a task, coloured by the layers it ran."""
-    tasks = sorted(layers, key=lambda task: float(np.mean(layers[task])))
-    figure, axes = _drawing(HALF, 0.9 + 0.3 * len(tasks))
-    lowest = min(min(values) for values in layers.values())
-    for row, task in enumerate(tasks):
-        values = sorted(layers[task])
-        squares = axes.scatter(
-            range(len(values)),
-            [row] * len(values),
-            c=values,
-            marker="s",
-            s=30,
-            cmap=FEW_TO_MANY,
-            vmin=lowest,
-            vmax=n_layers,
-        )
-    axes.set(yticks=range(len(tasks)), yticklabels=tasks, xticks=[])
-    axes.grid(visible=False)
-    figure.colorbar(squares, ax=axes, label="layers run", shrink=0.9)
-    return _svg(figure, "prompts")
-
-
-@matplotlib.rc_context(STYLE)
 def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float64]]]) -> str:
     """Predicted share of quality that a shortened plan keeps, against what it kept."""
     figure, axes = _drawing(HALF, 4.4)
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
     for name, (expected, kept) in predictions.items():
         predicted, observed, counts = _bins(expected[:, :-1].ravel(), kept[:, :-1].ravel())
-        axes.plot(predicted, observed, color=COLOURS[name], lw=1.2)
+        axes.plot(predicted, observed, color=colour_of(name), lw=1.2)
         axes.scatter(
-            predicted, observed, color=COLOURS[name], s=12 + 300 * counts / counts.sum(), alpha=0.8, label=NAMES[name]
+            predicted,
+            observed,
+            color=colour_of(name),
+            s=12 + 300 * counts / counts.sum(),
+            alpha=0.8,
+            label=title_of(name),
         )
     axes.set(xlabel="predicted: share kept", ylabel="observed share", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(fontsize=9, loc="upper left", markerscale=0.7)
@@ -165,28 +129,10 @@ def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.
 
 
 @matplotlib.rc_context(STYLE)
-def importance(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """For each controller, the share of the variance of the regret that each of its settings explains.
-
-    Raises:
-        ValueError: no search of any controller says so.
-    """
-    rows = [(name, key, share) for name, found in shares.items() for key, share in list(found.items())[:8]]
-    if not rows:
-        raise ValueError("too few settings were tried to tell how much each matters")
-    figure, axes = _drawing(HALF, 0.9 + 0.26 * len(rows))
-    places = np.arange(len(rows))[::-1]
-    axes.barh(places, [share for _, _, share in rows], color=[COLOURS[name] for name, _, _ in rows], height=0.7)
-    axes.set(xlabel="share of the variance of the regret", yticks=places, yticklabels=[key for _, key, _ in rows])
-    axes.grid(axis="y", visible=False)
-    return _svg(figure, "importance")
-
-
-@matplotlib.rc_context(STYLE)
 def least_budgets(budgets: Sequence[float]) -> str:
     """The share of prompts that a budget suffices for, by their least sufficient plans."""
     figure, axes = _drawing(HALF, 3.6)
-    axes.ecdf(budgets, color=COLOURS["oracle"], lw=2)
+    axes.ecdf(budgets, color=colour_of("oracle"), lw=2)
     axes.set(xlabel="budget (share of the decoder that runs)", ylabel="prompts that it suffices for", ylim=(0, 1.02))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda share, _: f"{share:.0%}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import lost
-from controller.certificate.risks import Risk, quality_kept, unit_of
+from controller.base import plan_losses
+from controller.certificate.risks import Risk, loss_scale, plan_quality
 from controller.features import Features, rows_of
 from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.reader import judged
@@ -18,14 +18,13 @@ from oracle.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What there is to learn from: N prompts of one split.
+    """N prompts to learn from, or to measure on.
 
     Attributes:
-        prompts: the N prompts.
         features: each set of raw features [N, F].
         scores: under each plan [N, K].
         sufficient: whether each plan is sufficient [N, K].
-        kept: what each plan keeps [N, K], see `controller.certificate.risks.quality_kept`.
+        kept: what each plan keeps [N, K], see `controller.certificate.risks.plan_quality`.
         budgets: of each plan [K].
         risk: which loss the certificate bounds.
         labelled: which scores are known [N, K]; others are 0, and so are what is made of them. Only the split
@@ -56,10 +55,7 @@ class Table:
     ) -> Table:
         """Prompts with their scores [N, K], NaN where a judge failed (see `oracle.labels.reader.judged`).
 
-        Args:
-            prompts, features, budgets, risk, labelled: see the attributes.
-            scores: under each plan; the full plan's are known.
-            tolerance: how much lower than the full model's the score of a sufficient answer may be.
+        `tolerance` is how much lower than the full model's the score of a sufficient answer may be.
         """
         rows, known = judged(scores)
         sufficient = sufficient_plans(known, tolerance)
@@ -68,7 +64,7 @@ class Table:
             features=rows_of(features, rows),
             scores=known,
             sufficient=sufficient,
-            kept=quality_kept(risk, known, sufficient),
+            kept=plan_quality(risk, known, sufficient),
             budgets=budgets,
             risk=risk,
             labelled=None if labelled is None else labelled[rows],
@@ -90,7 +86,7 @@ class Table:
     @property
     def losses(self) -> NDArray[np.float64]:
         """Of each plan on each prompt [N, K]."""
-        return lost(self.kept)
+        return plan_losses(self.kept)
 
     @property
     def full(self) -> NDArray[np.float64]:
@@ -100,16 +96,16 @@ class Table:
     @property
     def unit(self) -> float:
         """What a mean of `losses` is divided by to be held against a bound."""
-        return unit_of(self.risk, self.full)
+        return loss_scale(self.risk, self.full)
 
     @property
     def tasks(self) -> NDArray[np.str_]:
-        """Task of each prompt [N]."""
+        """[N]."""
         return np.array([prompt.task for prompt in self.prompts])
 
     @property
     def groups(self) -> NDArray[np.intp]:
-        """Group of each prompt [N]; see `groups_of`."""
+        """[N], see `groups_of`."""
         return groups_of(self.prompts)
 
 

@@ -1,36 +1,132 @@
-"""Times of some test prompts on this machine's clock: under every plan, and with the allocator against stock."""
+"""Speed-ups of test prompts: under every plan, and with the allocator against stock `generate()`.
+
+A ratio comes from paired rounds, in each of which everything is timed once, with an interval for its median.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import binom
 from transformers import PreTrainedModel
 
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.delete_layers import delete_layers
-from backbone.execution.probing import probe_states
+from backbone.execution.prompt_prefix import probe_states
 from backbone.plan import LayerPlan
 from controller.features import Features, extract, rows_of
 from oracle.chat import padded_prompts
 from pipelines.evaluation.learning_table import Table
-from pipelines.evaluation.paired_ratios import Ratio, generation_under, paired_ratio, paired_seconds
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.paired_timing import median_seconds
+from runtime.paired_timing import median_seconds, seconds_of
+
+Choices = NDArray[np.intp]
+Name = TypeVar("Name")
+Inputs = Mapping[str, torch.Tensor]
 
 NOISE = 1.03
 """A speed-up above what the layers left out allow, by more than this factor, is noise and is reported as such."""
+FEWEST_ROUNDS = 5
+"""With five paired rounds the smallest and the largest ratio hold the median between them in 94 of 100 cases."""
+EXACT = 0.03
+"""Half of an interval, as a share of its ratio, below which more rounds are not worth their time."""
+LEVEL = 0.9
 
-Choices = NDArray[np.intp]
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times faster one thing is than another, over paired rounds.
+
+    Attributes:
+        value: median.
+        low, high: ends of an interval that holds the true median with a probability of at least 90%; None where there
+            are too few rounds for one.
+        rounds: how many.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    rounds: int
+
+    @property
+    def is_exact(self) -> bool:
+        return self.low is not None and self.high is not None and (self.high - self.low) / 2 <= EXACT * self.value
+
+    @property
+    def exceeds_noise(self) -> bool:
+        """Whether the figure is worth printing: it is exact, or its interval leaves no doubt on which side of 1."""
+        if self.low is None or self.high is None:
+            return False
+        return self.is_exact or not self.low <= 1 <= self.high
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "exceeds_noise": self.exceeds_noise}
+
+
+def paired_ratio(yardstick: Sequence[float], seconds: Sequence[float]) -> Ratio:
+    """How many times faster than a yardstick, from seconds of both in the same rounds.
+
+    The interval is that of order statistics for a median, which assumes nothing of the noise (Conover 1999, Practical
+    Nonparametric Statistics, section 3.2).
+    """
+    ratios = sorted(a / b for a, b in zip(yardstick, seconds, strict=True))
+    n, value = len(ratios), float(median(ratios))
+    cut = int(binom.ppf((1 - LEVEL) / 2, n, 0.5))
+    return Ratio(value, ratios[cut - 1], ratios[n - cut], n) if cut else Ratio(value, None, None, n)
+
+
+def paired_seconds(
+    work: Mapping[Name, Callable[[], object]],
+    pairs: Sequence[tuple[Name, Name]],
+    *,
+    rounds: int,
+    seconds: float,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[Name, list[float]]:
+    """Times of each piece of work, each once a round, after a round of warm-up.
+
+    Args:
+        work: what is timed, by name.
+        pairs: (yardstick, other) whose ratios are wanted; once all are exact no further round begins.
+        rounds: at most so many.
+        seconds: no round begins later than this, once there are `FEWEST_ROUNDS`.
+        advance: called after each piece of work.
+    """
+    found: dict[Name, list[float]] = {name: [] for name in work}
+    began = time.perf_counter()
+    for done in range(rounds + 1):
+        kept = done - 1
+        exact = kept >= FEWEST_ROUNDS and all(paired_ratio(found[a], found[b]).is_exact for a, b in pairs)
+        if exact or (kept >= FEWEST_ROUNDS and time.perf_counter() - began > seconds):
+            break
+        for name, run in work.items():
+            took = seconds_of(run)
+            if done:
+                found[name].append(took)
+            advance()
+    return found
+
+
+def generation_under(model: PreTrainedModel, inputs: Inputs, plan: LayerPlan, n_tokens: int) -> Callable[[], object]:
+    """Greedy generation of exactly `n_tokens` for each row of `inputs` under a plan."""
+
+    def generate() -> object:
+        with apply_plan(model, plan):
+            return model.generate(**inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)  # type: ignore[operator]
+
+    return generate
 
 
 def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choices) -> dict[str, Any]:
@@ -57,39 +153,40 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
         "shortened_single": _shortened(model, singles, [timed.menu.plans[chosen[index]] for index in picked], exact),
     }
     full = list(plans)[-1]
-    pairs = [
-        *((f"stock_{how}", f"allocator_{how}") for how in ("single", "batch")),
-        ("stock_single", "shortened_single"),
-        ("shortened_single", "allocator_single"),
-        *((full, name) for name in plans),
-    ]
+    pairs = {
+        "single": ("stock_single", "allocator_single"),
+        "batch": ("stock_batch", "allocator_batch"),
+        "limit": ("stock_single", "shortened_single"),
+        "of_limit": ("shortened_single", "allocator_single"),
+        **{name: (full, name) for name in plans},
+    }
     with progress("timings", (settings.speed_rounds + 1) * (len(plans) + len(ends))) as advance:
         rounds = paired_seconds(
             {**plans, **ends},
-            pairs,
+            list(pairs.values()),
             rounds=settings.speed_rounds,
             seconds=settings.speed_seconds,
             advance=lambda: advance(1),
         )
-    ratios = {pair: paired_ratio(rounds[pair[0]], rounds[pair[1]]) for pair in pairs}
+    ratios = {name: paired_ratio(rounds[a], rounds[b]) for name, (a, b) in pairs.items()}
     seconds = {name: median(times) for name, times in rounds.items()}
-    single, limit = ratios[pairs[0]], 1 / float(test.budgets[chosen[picked]].mean())
+    limit = 1 / float(test.budgets[chosen[picked]].mean())
     return {
         "prompts": len(texts),
         "prompt_tokens": float(batch["attention_mask"].sum(-1).float().mean()),
         "new_tokens": n_tokens,
         "dtype": str(model.dtype),
-        "rounds": single.rounds,
+        "rounds": ratios["single"].rounds,
         "plan_seconds": [seconds[name] for name in plans],
         "seconds": {name: seconds[name] for name in ends},
-        "speedup_single": single.value,
+        "speedup_single": ratios["single"].value,
         "speedup_limit": limit,
-        "credible": single.value <= limit * NOISE,
-        "speedup_batch": ratios[pairs[1]].value,
-        "intervals": {how: described(ratios[pair]) for how, pair in zip(("single", "batch"), pairs, strict=False)},
-        "limit": described(ratios[pairs[2]]),
-        "of_limit": described(ratios[pairs[3]]),
-        "plan_intervals": [described(ratios[full, name]) for name in plans],
+        "credible": ratios["single"].value <= limit * NOISE,
+        "speedup_batch": ratios["batch"].value,
+        "intervals": {how: ratios[how].to_json() for how in ("single", "batch")},
+        "limit": ratios["limit"].to_json(),
+        "of_limit": ratios["of_limit"].to_json(),
+        "plan_intervals": [ratios[name].to_json() for name in plans],
         "overhead_ms": seconds["allocate_single"] * 1000 / len(texts),
     }
 
@@ -117,19 +214,8 @@ def _shortened(
     return generate
 
 
-def described(ratio: Ratio) -> dict[str, Any]:
-    """For JSON: the ratio, its interval, and whether it is worth printing."""
-    return {**asdict(ratio), "exceeds_noise": ratio.exceeds_noise}
-
-
 def prompt_ms(decide: Callable[[Features], object], features: Features, repeats: int = 50) -> float:
-    """Median milliseconds that something takes for the features of one prompt, after a warm-up.
-
-    Args:
-        repeats: times that it is timed.
-        decide: what is timed.
-        features: of N prompts, which take turns.
-    """
+    """Median milliseconds that something takes for the features of one prompt, after a warm-up; prompts take turns."""
     ones = [rows_of(features, np.array([row])) for row in range(min(repeats, len(next(iter(features.values())))))]
     work: dict[int, Callable[[], object]] = {row: partial(decide, one) for row, one in enumerate(ones)}
     return 1000 * median(median_seconds(work, 3, lambda: None).values())
@@ -137,7 +223,7 @@ def prompt_ms(decide: Callable[[Features], object], features: Features, repeats:
 
 def feature_ms(workspace: Workspace, text: str, rounds: int) -> dict[str, float]:
     """Milliseconds that each set of features takes for one prompt, from the probe layers' states in hand."""
-    (model, tokenizer), config = workspace.backbone, workspace.config
+    (model, tokenizer), config = workspace.adapted, workspace.config
     inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     states = probe_states(model, inputs["input_ids"], inputs["attention_mask"], config.menu.probe_depth)
     work = {

@@ -11,18 +11,17 @@ from pathlib import Path
 
 from backbone.errors import InputError, reason_of
 from backbone.plan import LayerPlan
-from controller.base import CONTROLLERS
-from controller.certificate.fewest_prompts import fewest_prompts
-from controller.feature_sets import WIDE
+from controller.base import CONTROLLERS, WIDE
+from controller.certificate.p_values import fewest_prompts
 from oracle.judges import KL, JudgeError, score
 from oracle.menus import MENUS, check_depths, checked_menu
 from oracle.prompts import SPLITS, Prompt, Split
-from oracle.splits import count_twins, limited_splits
+from oracle.splits import count_twins
 from pipelines.config import Config, ConfigError
 from pipelines.config.learning_sections import TuningSection
 from pipelines.run.model_files import ModelFiles
-from pipelines.run.prompts import LEAST_OF_A_SPLIT, prompts_of, splits_of
-from pipelines.run.state import RunState
+from pipelines.run.prompts import LEAST_OF_A_SPLIT, labelled_of, prompts_of, splits_of
+from pipelines.run.state import read_record
 from pipelines.run.tracking import check_answers, check_store
 
 LABEL_BYTES = 2_000
@@ -35,20 +34,45 @@ COPIES = 3
 """Of the healing parts: the stage's file, the allocator's, and MLflow's."""
 
 
-def check_storage(url: str) -> None:
-    """Whether `tuning.storage` is the URL of a database whose driver is installed; the database is not opened.
+def check_run(config: Config) -> list[str]:
+    """What was looked at, in a line each.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: what would fail, all of it in one sentence.
     """
+    checks, said, problems = _Checks(config), [], []
+    for look in (
+        checks.model,
+        checks.methods,
+        checks.stores,
+        checks.prompts_of_run,
+        checks.tokens,
+        checks.splits,
+        checks.certificate,
+        checks.disk,
+    ):
+        try:
+            said.append(look())
+        except _UnknownError:
+            continue  # another check has said why
+        except InputError as error:
+            if str(error) not in problems:  # several look at the splits
+                problems.append(str(error))
+    if problems:
+        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+        raise ConfigError(count + "; ".join(problems))
+    return said
+
+
+def check_storage(url: str) -> None:
+    """Raises ConfigError unless `tuning.storage` is the URL of a database whose driver is installed; opens nothing."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         make_url(url).get_dialect().import_dbapi()
     except (SQLAlchemyError, ImportError) as error:
-        reason = reason_of(error)
-        raise ConfigError(f"cannot use tuning.storage {url!r}: {reason}") from error
+        raise ConfigError(f"cannot use tuning.storage {url!r}: {reason_of(error)}") from error
     check_answers("tuning.storage", url)
 
 
@@ -84,37 +108,6 @@ def try_judge(judge: str, prompts: Sequence[Prompt]) -> None:
     )
 
 
-def check_run(config: Config) -> list[str]:
-    """What was looked at, in a line each.
-
-    Raises:
-        ConfigError: what would fail, all of it in one sentence.
-    """
-    checks, said, problems = _Checks(config), [], []
-    looks = (
-        checks.model,
-        checks.methods,
-        checks.stores,
-        checks.prompts_of_run,
-        checks.tokens,
-        checks.splits,
-        checks.certificate,
-        checks.disk,
-    )
-    for look in looks:
-        try:
-            said.append(look())
-        except _UnknownError:
-            continue  # another check has said why
-        except InputError as error:
-            if str(error) not in problems:  # several look at the splits
-                problems.append(str(error))
-    if problems:
-        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-        raise ConfigError(count + "; ".join(problems))
-    return said
-
-
 class _UnknownError(Exception):
     """What a check needs to know has been found wrong by another one."""
 
@@ -128,6 +121,28 @@ class _Checks:
     @cached_property
     def _model(self) -> ModelFiles:
         return ModelFiles(self._config.model.source)
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
+        return prompts_of(self._config)
+
+    @cached_property
+    def _texts(self) -> list[tuple[str, str]]:
+        """Id and text of every prompt as the model is given it; raises _UnknownError where the template is unknown."""
+        model, wanted = self._model, self._config.data.chat_template
+        template = model.template(wanted)
+        if wanted == "auto" and not model.has_tokenizer:
+            raise _UnknownError
+        asked = [Prompt(f"try_prompts {i}", "", text, "", "") for i, text in enumerate(self._config.try_prompts, 1)]
+        return [(prompt.id, prompt.rendered(template).prompt) for prompt in [*self._prompts, *asked]]
+
+    @cached_property
+    def _of_split(self) -> dict[Split, list[Prompt]]:
+        """The prompts that each split has, those that are labelled in the splits that need labels."""
+        if "_prompts" not in self.__dict__:
+            raise _UnknownError
+        parts = splits_of(self._prompts, self._config)
+        return {**labelled_of(parts, self._config), "adapt": parts["adapt"]}
 
     def model(self) -> str:
         source, menu, device = self._config.model.source, self._config.menu, self._config.model.device
@@ -146,16 +161,15 @@ class _Checks:
         return f"model        {source}, {n_layers} layers"
 
     def methods(self) -> str:
-        MENUS.check_there(self._config.menu.method)
-        if (given := self._config.adapt.given) is not None and not Path(given).is_file():
+        menu, tuning, given = self._config.menu, self._config.tuning, self._config.adapt.given
+        MENUS.check_there(menu.method)
+        if given is not None and not Path(given).is_file():
             raise ConfigError(f"adapt.given: there is no file {given}")
-        for name in self._config.tuning.controllers:
+        for name in tuning.controllers:
             CONTROLLERS.check_there(name)
-        check_given_settings(self._config.tuning)
-        menu, controllers = self._config.menu, ", ".join(self._config.tuning.controllers)
+        check_given_settings(tuning)
         plans = len(menu.given) + 1 if menu.given else menu.plans
-        counted = "every early exit behind the probe" if menu.method == "exits" else f"at most {plans} plans"
-        return f"methods      menu {menu.method} ({counted}), controllers {controllers}"
+        return f"methods      menu {menu.method} (at most {plans} plans), controllers {', '.join(tuning.controllers)}"
 
     def stores(self) -> str:
         """Where trials and the finished run go. A database beside the run is made when it is needed."""
@@ -165,51 +179,34 @@ class _Checks:
         check_store(tracking)
         return f"stores       trials in {trials or 'the run folder'}, the finished run in {tracking}"
 
-    @cached_property
-    def _prompts(self) -> list[Prompt]:
-        return prompts_of(self._config)
-
     def prompts_of_run(self) -> str:
         """Also tries every judge."""
-        for judge in sorted({prompt.judge for prompt in self._prompts} - {KL}):
+        judges, kinds = ({getattr(prompt, name) for prompt in self._prompts} for name in ("judge", "task"))
+        for judge in sorted(judges - {KL}):
             try_judge(judge, [prompt for prompt in self._prompts if prompt.judge == judge])
-        judges = sorted({prompt.judge for prompt in self._prompts})
-        kinds = len({prompt.task for prompt in self._prompts})
         twins = count_twins(self._prompts)
-        return f"prompts      {len(self._prompts)} of {kinds} kinds, judged by {', '.join(judges)}" + (
-            f"; {twins} have the text of another one, and stay in its split" if twins else ""
-        )
-
-    @cached_property
-    def _texts(self) -> list[tuple[str, str]]:
-        """Id and text of every prompt as the model is given it; raises _UnknownError where the template is unknown."""
-        model, wanted = self._model, self._config.data.chat_template
-        template = model.template(wanted)
-        if wanted == "auto" and not model.has_tokenizer:
-            raise _UnknownError
-        asked = [Prompt(f"try_prompts {i}", "", text, "", "") for i, text in enumerate(self._config.try_prompts, 1)]
-        return [(prompt.id, prompt.rendered(template).prompt) for prompt in [*self._prompts, *asked]]
-
-    @cached_property
-    def _lengths(self) -> list[int]:
-        if not self._model.has_tokenizer:
-            raise _UnknownError
-        return self._model.checked_lengths(self._texts, self._config.decoding.max_new_tokens)
+        said = f"prompts      {len(self._prompts)} of {len(kinds)} kinds, judged by {', '.join(sorted(judges))}"
+        return said + (f"; {twins} have the text of another one, and stay in its split" if twins else "")
 
     def tokens(self) -> str:
         """Renders every prompt and turns it into tokens, as far as the model's files are here."""
-        _ = self._texts
-        total, longest, new = sum(self._lengths), max(self._lengths), self._config.decoding.max_new_tokens
-        return f"tokens       {total:,} of all prompts, {longest} of the longest prompt, {new} new ones"
-
-    @cached_property
-    def _of_split(self) -> dict[Split, list[Prompt]]:
-        """The prompts that each split has, those that are labelled in the splits that need labels."""
-        if "_prompts" not in self.__dict__:
+        texts, new = self._texts, self._config.decoding.max_new_tokens
+        if not self._model.has_tokenizer:
             raise _UnknownError
-        parts = splits_of(self._prompts, self._config)
-        adapt = parts.pop("adapt")
-        return {"adapt": adapt, **limited_splits(parts, self._config.label.limit)}
+        lengths = self._model.checked_lengths(texts, new)
+        counts = f"{sum(lengths):,} of all prompts, {max(lengths)} of the longest prompt, {new} new ones"
+        return f"tokens       {counts}{self._endless}"
+
+    @property
+    def _endless(self) -> str:
+        """A warning where nothing but `max_new_tokens` may end an answer that is judged as a whole."""
+        config, judges = self._config, {prompt.judge for prompt in self._prompts}
+        if config.decoding.stop or "exact" not in judges or self._model.template(config.data.chat_template):
+            return ""
+        return (
+            "; there is neither a chat template nor decoding.stop, and an answer that runs on is not 'exact': "
+            'set decoding.stop, such as ["\\n"]'
+        )
 
     def splits(self) -> str:
         sizes = {split: len(prompts) for split, prompts in self._of_split.items()}
@@ -242,13 +239,12 @@ class _Checks:
         return f"certificate  {size} prompts to calibrate on{of_task}, {least} needed at least"
 
     def disk(self) -> str:
-        RunState(self._config)
-        folder = next(
-            path for path in [self._config.folder.resolve(), *self._config.folder.resolve().parents] if path.exists()
-        )
+        read_record(self._config)
+        wanted = self._config.folder
+        folder = next(path for path in [wanted.resolve(), *wanted.resolve().parents] if path.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ConfigError(f"the run's folder {self._config.folder} cannot be made: {folder} cannot be written to")
-        held = sum(path.stat().st_size for path in self._config.folder.rglob("*") if path.is_file())
+            raise ConfigError(f"the run's folder {wanted} cannot be made: {folder} cannot be written to")
+        held = sum(path.stat().st_size for path in wanted.rglob("*") if path.is_file())
         needed, free = max(self._bytes() - held, 0), shutil.disk_usage(folder).free
         if needed > free:
             raise ConfigError(
@@ -262,7 +258,7 @@ class _Checks:
         size = int(model.get("hidden_size", model.get("n_embd", 0)))
         wide = sum((1 if name == "embedding" else 2) for name in config.features.sets if name in WIDE)
         labelled = sum(len(prompts) for split, prompts in self._of_split.items() if split != "adapt")
-        bridges = config.menu.plans if config.adapt.method in ("heads", "bridges", "both", "best", "auto") else 0
+        bridges = config.menu.plans if config.adapt.method not in ("none", "adapter", "given") else 0
         width = size if config.adapt.form == "full" else 2 * config.adapt.rank
         numbers = labelled * wide * size + COPIES * bridges * size * width
         return OTHER_BYTES + 4 * numbers + labelled * config.menu.plans * LABEL_BYTES

@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from backbone.errors import reason_of
-from backbone.model_source import LoadError, local_file, local_settings, look_at
-from backbone.supported import check_supported
+from backbone.errors import LoadError, reason_of
+from backbone.model_source import check_supported, local_file, local_settings, look_at
 from oracle.chat import ChatTemplate, template_text
-from oracle.context_lengths import check_room
+from oracle.prompts import check_context
+from pipelines.run.given_model import given_model
 
 TOGETHER = 256
 """Prompts that are turned into tokens at once."""
@@ -27,11 +27,12 @@ class ModelFiles:
 
     Raises:
         LoadError: there cannot be a model, or one of quantised weights.
-        UnsupportedModelError: see `backbone.supported.check_supported`.
+        UnsupportedModelError: see `backbone.model_source.check_supported`.
     """
 
     def __init__(self, source: str) -> None:
-        self.source, self.config = source, look_at(source) or {}
+        loaded = given_model(source)
+        self.source, self.config = source, loaded[0].config.to_dict() if loaded else look_at(source) or {}
         if self.config:
             check_supported(self.config)
         if self.config.get("quantization_config"):
@@ -107,7 +108,7 @@ class ModelFiles:
                     f"the prompt {name!r:.80} holds token {max(ids)}, and the model's embedding has {rows:,} rows "
                     "(vocab_size): placeholders, such as those of images, cannot be read as text"
                 )
-            check_room(name, len(ids), new_tokens, limit)
+            check_context(name, len(ids), new_tokens, limit)
             lengths.append(len(ids))
         return lengths
 

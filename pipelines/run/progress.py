@@ -1,4 +1,4 @@
-"""Progress with the time left for everything that lasts: a bar on a terminal, elsewhere a line now and then."""
+"""What a run tells its user: progress with the time left, failed labels, and parts that are left out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from backbone.errors import reason_of
 from backbone.interrupts import safe_place
 
 console = Console(highlight=False)
@@ -35,6 +36,23 @@ def say_failures(failures: Sequence[str]) -> None:
     if failures:
         say(f"{len(failures)} labels have no score, the first since {failures[0]}", style="red")
         say("  prompts without a score under some plan are left out of everything that follows")
+
+
+class Omissions(dict[str, str]):
+    """Name of each control or picture that is left out -> the reason."""
+
+    @contextmanager
+    def guard(self, name: str) -> Iterator[None]:
+        """Skip the rest of the block where its data allow no fit or no picture, and print the reason.
+
+        Catches `ValueError`, which `InputError` and the failures of numpy's and scikit-learn's fits are. Every other
+        exception is an error of the program and ends the run.
+        """
+        try:
+            yield
+        except ValueError as error:
+            self[name] = reason_of(error)
+            say(f"  {name} is left out: {self[name]}", style="red")
 
 
 @contextmanager

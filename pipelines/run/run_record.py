@@ -68,15 +68,17 @@ def parameters(config: Config, tuning: Mapping[str, Any]) -> dict[str, Any]:
 def prompts_input(config: Config) -> Dataset:
     """The prompts as an input of the run: where they lie, and for a file the hash of its content."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+    from mlflow.data.dataset_source import DatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]  # made when imported
 
     path = Path(config.data.path).expanduser()
-    if not path.is_file():
-        return MetaDataset(CodeDatasetSource({"source": config.data.path}), name=path.name)
-    source: FileSystemDatasetSource = LocalArtifactDatasetSource(path.resolve().as_uri())
-    return MetaDataset(source, name=path.name, digest=hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    source: DatasetSource = CodeDatasetSource({"source": config.data.path})
+    digest = None
+    if path.is_file():
+        source = LocalArtifactDatasetSource(path.resolve().as_uri())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return MetaDataset(source, name=path.name, digest=digest)  # type: ignore[abstract]  # MLflow leaves `profile` out
 
 
 def began_ms(folder: Path) -> int:

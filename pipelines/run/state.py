@@ -1,8 +1,8 @@
-"""Whose run a folder is, and which of its stages are done: those whose inputs and results are the recorded ones.
+"""The stages of a run, whose run a folder is, and which of its stages are done.
 
-A stage's key is a hash of the prompts, the model's source, the configuration that the stage reads, and the results of
-all stages before it. So a stage that is done again with another result makes later ones undone, one with the same
-result does not.
+A stage is done if its inputs and results are the recorded ones. Its key is a hash of the prompts, the model's source,
+the configuration that the stage reads, and the results of all stages before it. So a stage that is done again with
+another result makes later ones undone; one with the same result does not.
 """
 
 from __future__ import annotations
@@ -11,55 +11,175 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
 
 from backbone.files import UNFINISHED, write_atomically
 from backbone.model_source import PACKAGE_PREFIX
 from pipelines.config import Config, ConfigError
-from pipelines.run.stage_list import BY_NAME, Stage, all_before
+
+if TYPE_CHECKING:
+    from pipelines.run.workspace import Workspace
 
 FORMAT_VERSION = 6
 """Raised when a change of code makes the stages' earlier files wrong."""
-
 LOCK = ".lock"
 
 
-class RunState:
-    """`run.json` in the run folder. Reads only, until `begin` or `record`.
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        title: what it does.
+        reads: the configuration keys that its result depends on.
+        follows: the stages whose results it uses.
+        files: what it leaves in the run folder.
+        notes: files that only tell how it went (times, dates); no later stage depends on them.
+    """
+
+    name: str
+    title: str
+    reads: tuple[str, ...]
+    follows: tuple[str, ...]
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+STAGES = (
+    Stage("menu", "find the plans to choose from", ("menu", "decoding"), (), ("menu.json",)),
+    Stage(
+        "adapt",
+        "make the shortened plans better",
+        ("adapt", "label.batch_size"),
+        ("menu",),
+        ("healing.safetensors", "adapt.json"),
+        notes=("adapt.json",),
+    ),
+    Stage(
+        "label",
+        "answer and judge the prompts under every plan",
+        ("label.batch_size", "label.limit"),
+        ("adapt",),
+        ("labels.db",),
+    ),
+    Stage(
+        "features",
+        "read the first layers' states of every prompt",
+        ("features", "label.limit"),
+        ("menu",),
+        ("features.parquet",),
+    ),
+    Stage(
+        "tune",
+        "search each controller's settings",
+        ("tuning", "label.tolerance", "calibration.keep", "calibration.risk"),
+        ("label", "features"),
+        ("tuning.json", "winner.yaml"),
+    ),
+    Stage("train", "train the controllers", (), ("tune",), ("controllers", "out_of_fold.npz")),
+    Stage(
+        "calibrate",
+        "certify a price, labelling what it chooses",
+        ("calibration",),
+        ("train",),
+        ("calibration.json", "allocator"),
+    ),
+    Stage(
+        "evaluate",
+        "measure all policies on unseen prompts",
+        ("evaluation",),
+        ("calibrate",),
+        ("metrics.json", "choices.json"),
+    ),
+    Stage(
+        "report",
+        "write the report, log the run",
+        ("tracking", "name"),
+        ("evaluate",),
+        ("report.html", "logged.json"),
+    ),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def all_before(stage: Stage) -> list[Stage]:
+    """The stages that a stage follows, and those that they follow, in order."""
+    names = set(stage.follows)
+    for name in stage.follows:
+        names |= {earlier.name for earlier in all_before(BY_NAME[name])}
+    return [candidate for candidate in STAGES if candidate.name in names]
+
+
+class _Done(BaseModel, strict=True):
+    key: str
+    files: dict[str, str]
+    seconds: float
+
+
+class _Record(BaseModel, strict=True):
+    """What `run.json` holds."""
+
+    config: str
+    model: str
+    stages: dict[str, _Done]
+
+
+def read_record(config: Config) -> _Record:
+    """The record of a run that the folder belongs to, or the one that it begins with; nothing is written.
 
     Raises:
         ConfigError: the folder is another run's, or holds somebody's files but no run.
     """
+    path, fresh = config.folder / "run.json", _Record(config=_owner(config), model=config.model.source, stages={})
+    if not path.exists():
+        _check_unused(config)
+        return fresh
+    try:
+        found = _Record.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise ConfigError(
+            f"{path} is damaged; put {fresh.model_dump_json()} into it, and the stages are done again with the labels "
+            "kept"
+        ) from None
+    for what, theirs, mine in (("config", found.config, fresh.config), ("model", found.model, fresh.model)):
+        if theirs != mine:
+            raise ConfigError(
+                f"{config.folder} belongs to the {what} {theirs}, not {mine}; "
+                f"give this run a name of its own, for example --set name={config.name}-2"
+            )
+    return found
 
-    def __init__(self, config: Config) -> None:
-        self._config, self._path = config, config.folder / "run.json"
-        self._data: dict[str, Any] = {"config": _owner(config), "model": config.model.source, "stages": {}}
+
+class RunState:
+    """`run.json` in the run folder. Reads only, until `begin` or `record`; see `read_record`."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._config = workspace, workspace.config
+        self._record = read_record(self._config)
         self._hashes: dict[str, str | None] = {}
-        if self._path.exists():
-            self._data = self._read()
-            self._check_owner()
-        else:
-            _check_unused(config)
 
     def begin(self) -> None:
         """Make the folder this run's, before anything else is written there."""
-        if not self._path.exists():
+        if not self._workspace.path("run.json").exists():
             self._write()
 
     def key(self, stage: Stage) -> str:
         """Hash of everything that the stage's result depends on, as far as the stages before it are done."""
-        from pipelines.run.workspace import Workspace  # torch, which whose folder it is can be seen without
-
         values = self._config.model_dump(mode="json")
         given = self._config.adapt.given if stage.name == "adapt" else None
         parts = {
             "format": FORMAT_VERSION,
             "stage": stage.name,
             "model": [_source_identity(self._config.model.source), self._config.model.dtype, self._config.model.device],
-            "prompts": Workspace.of(self._config).prompts_hash,
+            "prompts": self._workspace.prompts.digest,
             "splits": [values["data"][name] for name in ("shares", "seed")],
-            "reads": {key: _value(values, key) for key in stage.reads},
+            "reads": {key: reduce(getitem, key.split("."), values) for key in stage.reads},
             "before": [self._result(earlier) for earlier in all_before(stage)],
             **({} if given is None else {"given": self._hash(str(Path(given).absolute()))}),
         }
@@ -74,74 +194,48 @@ class RunState:
         return all(self._is_done(earlier) for earlier in [*all_before(stage), stage])
 
     def _is_done(self, stage: Stage) -> bool:
-        entry = self._data["stages"].get(stage.name)
-        if entry is None or entry["key"] != self.key(stage):
+        entry = self._record.stages.get(stage.name)
+        if entry is None or entry.key != self.key(stage):
             return False
         found = {name: self._hash(name) for name in stage.files}
-        if stage.name == "label" and None not in found.values() and found != entry["files"]:
+        if stage.name == "label" and None not in found.values() and found != entry.files:
             raise ConfigError(
                 f"{self._config.folder / 'labels.db'} no longer holds the labels that this run made; "
                 "delete it, and they are made again"
             )
-        return bool(found == entry["files"])
+        return found == entry.files
 
     def _result(self, stage: Stage) -> dict[str, str] | None:
-        entry = self._data["stages"].get(stage.name)
-        return entry and {name: known for name, known in entry["files"].items() if name not in stage.notes}
+        if (entry := self._record.stages.get(stage.name)) is None:
+            return None
+        return {name: known for name, known in entry.files.items() if name not in stage.notes}
 
     def record(self, stage: Stage, seconds: float) -> None:
-        """Note that the stage is done, with what it left.
-
-        Raises:
-            ConfigError: something of it is missing.
-        """
+        """Note that the stage is done, with what it left. Raises ConfigError where something of it is missing."""
         self._hashes.clear()
-        files = {name: self._hash(name) for name in stage.files}
-        if missing := [name for name, found in files.items() if found is None]:
+        files = {name: found for name in stage.files if (found := self._hash(name)) is not None}
+        if missing := [name for name in stage.files if name not in files]:
             raise ConfigError(f"the stage {stage.name!r} has ended, but {missing[0]} is missing or not complete")
-        self._data["stages"][stage.name] = {"key": self.key(stage), "files": files, "seconds": round(seconds, 1)}
+        self._record.stages[stage.name] = _Done(key=self.key(stage), files=files, seconds=round(seconds, 1))
         self._write()
 
     def seconds(self) -> dict[str, float]:
         """Computing time of each finished stage, of the run that finished it."""
-        return {name: entry["seconds"] for name, entry in self._data["stages"].items()}
+        return {name: entry.seconds for name, entry in self._record.stages.items()}
 
     def _hash(self, name: str) -> str | None:
-        from pipelines.run.workspace import Workspace
-
         if name not in self._hashes:
-            labels = name == "labels.db"
-            path = self._config.folder / name
-            self._hashes[name] = Workspace.of(self._config).labels_digest() if labels else content_hash(path)
+            path, labels = self._workspace.path(name), name == "labels.db"
+            self._hashes[name] = self._workspace.labels_digest() if labels else content_hash(path)
         return self._hashes[name]
 
     def _write(self) -> None:
-        write_atomically(self._path, json.dumps(self._data, indent=2) + "\n")
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            data: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
-            for entry in data["stages"].values():
-                _ = entry["key"], dict(entry["files"]), round(entry["seconds"], 1)
-            return {name: data[name] for name in self._data}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ConfigError(
-                f"{self._path} is damaged; put {json.dumps({**self._data, 'stages': {}})} into it, "
-                "and the stages are done again with the labels kept"
-            ) from None
-
-    def _check_owner(self) -> None:
-        for what, mine in (("config", _owner(self._config)), ("model", self._config.model.source)):
-            if (theirs := self._data[what]) != mine:
-                raise ConfigError(
-                    f"{self._config.folder} belongs to the {what} {theirs}, not {mine}; "
-                    f"give this run a name of its own, for example --set name={self._config.name}-2"
-                )
+        write_atomically(self._workspace.path("run.json"), self._record.model_dump_json(indent=2) + "\n")
 
 
-def stage_key(config: Config, name: str) -> str:
+def stage_key(workspace: Workspace, name: str) -> str:
     """See `RunState.key`."""
-    return RunState(config).key(BY_NAME[name])
+    return RunState(workspace).key(BY_NAME[name])
 
 
 def _owner(config: Config) -> str:
@@ -177,17 +271,12 @@ def check_own(folder: Path, is_own: Callable[[PurePath], bool]) -> None:
     """Raises ConfigError where somebody keeps a file in a folder that a stage is about to replace.
 
     Args:
+        folder: that is replaced.
         is_own: whether a file, by its path in the folder, is one that the stage writes.
     """
     for path in sorted(folder.rglob("*")):
         if not path.is_dir() and not is_own(path.relative_to(folder)):
             raise ConfigError(f"{path} lies in a folder that a stage replaces, and is none of its files; move it away")
-
-
-def _value(values: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values
 
 
 def _source_identity(source: str) -> list[Any]:

@@ -31,11 +31,8 @@ LOGGED = "logged.json"
 def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str], folder: Path) -> None:
     """Log one run to `tracking.uri`, and say so in the file `LOGGED`; one process at a time uses a database.
 
-    Args:
-        config: of the run.
-        metrics: as metrics.json holds them; see `pipelines.run.run_record` for those that become metrics.
-        figures: name -> SVG text.
-        folder: the run folder, of which the allocator and `ARTIFACTS` are kept.
+    See `pipelines.run.run_record` for what becomes a metric, a parameter or a tag. Of the run folder the allocator and
+    `ARTIFACTS` are kept.
 
     Raises:
         ConfigError: the tracking store cannot be used.
@@ -45,8 +42,8 @@ def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, st
     try:
         check_answers("tracking.uri", uri)
         with _store_usable(uri), nullcontext() if database is None else lock_of(database):
-            if database is not None:
-                _prepare(database)
+            if database is not None and not _is_current(database):
+                _migrate(database)
             run = _log(config, metrics, figures, folder)
     except ConfigError as error:
         raise ConfigError(f"{error}; the run's results are in {folder}, the next `layerbudget run` logs it") from error
@@ -85,6 +82,18 @@ def _begun_run(config: Config, metrics: Mapping[str, Any], folder: Path) -> Any:
     return mlflow.start_run(run_id=run.info.run_id)
 
 
+def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """Name, value and step of what an adapter's training went through: its loss, and the held one of every plan."""
+    for name, history in record.items():
+        if not name.startswith("training_"):
+            continue
+        for step, loss, held in zip(history["steps"], history["losses"], history["held"], strict=True):
+            if step:
+                yield f"{name}/loss", loss, step
+            for plan, value in held.items():
+                yield f"{name}/held_kl/{plan.replace(',', ' ')}", value, step
+
+
 def log_verdict(config: Config, reason: str) -> None:
     """Put a trial's verdict on its run in MLflow, as the tag `verdict`."""
     from mlflow import MlflowClient
@@ -95,11 +104,7 @@ def log_verdict(config: Config, reason: str) -> None:
 
 
 def check_answers(key: str, uri: str) -> None:
-    """Whether the server that a setting names, if any, answers within `ANSWER_SECONDS`. Libraries try for minutes.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Raises ConfigError where a setting names a server that does not answer; libraries try for minutes."""
     try:
         place = urlsplit(uri)
         port = place.port or PORTS.get(place.scheme.partition("+")[0])
@@ -133,10 +138,9 @@ def check_store(uri: str) -> None:
 
             MlflowClient(tracking_uri=uri)
     elif database.exists():
-        with _store_usable(uri):
+        with _store_usable(uri), tempfile.TemporaryDirectory() as folder:
             if not _is_current(database):
-                with tempfile.TemporaryDirectory() as folder:
-                    _copy_migrated(database, Path(folder) / database.name)
+                _copy_migrated(database, Path(folder) / database.name)
 
 
 @contextmanager
@@ -157,17 +161,9 @@ def _store_usable(uri: str) -> Iterator[None]:
         raise ConfigError(f"cannot log to tracking.uri {uri!r}: {reason_of(error):.200}{remedy}") from error
 
 
-def _prepare(database: Path) -> None:
-    """Make a database, or bring it to the schema of this MLflow: in a copy, which takes its place when it is whole.
-
-    MLflow's own migrations leave a database that nothing opens when they are interrupted.
-    """
-    if _is_current(database):
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    remove_strays(database.parent)
-    with replacing(database) as copy:
-        _copy_migrated(database, copy)
+def _embedded_database(uri: str) -> Path | None:
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
 
 
 def _is_current(database: Path) -> bool:
@@ -189,6 +185,17 @@ def _newest_schema() -> set[str]:
     text = "\n".join(script.read_text(encoding="utf-8") for script in scripts)
     made, followed = (set(re.findall(rf'^{name} = "(\w+)"', text, re.M)) for name in ("revision", "down_revision"))
     return made - followed
+
+
+def _migrate(database: Path) -> None:
+    """Make a database, or bring it to the schema of this MLflow: in a copy, which takes its place when it is whole.
+
+    MLflow's own migrations leave a database that nothing opens when they are interrupted.
+    """
+    database.parent.mkdir(parents=True, exist_ok=True)
+    remove_strays(database.parent)
+    with replacing(database) as copy:
+        _copy_migrated(database, copy)
 
 
 def _copy_migrated(database: Path, copy: Path) -> None:
@@ -224,37 +231,19 @@ def _experiment(config: Config) -> str:
     return str(found.experiment_id)
 
 
-def _embedded_database(uri: str) -> Path | None:
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
-    return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
-
-
 def _follow_move(database: Path, experiment: str, old: str, new: str) -> None:
-    """After the project was moved or copied, artifacts are where they lie now: MLflow keeps absolute places, and has no
-    call that changes them, so the database is told. An experiment whose artifacts somebody keeps elsewhere stays as it
-    is: its runs have no folders beside the database."""
-    folder = database.parent / "artifacts"
+    """Tell the database where artifacts lie after the project was moved: MLflow keeps absolute paths.
+
+    An experiment whose artifacts somebody keeps elsewhere stays as it is: its runs have no folders beside the database.
+    """
+    folder, length = database.parent / "artifacts", len(old) + 1
     with closing(sqlite3.connect(database)) as connection, connection:
-        runs = [
-            run for (run,) in connection.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (experiment,))
-        ]
-        if not any((folder / run).is_dir() for run in runs):
+        runs = connection.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (experiment,)).fetchall()
+        if not any((folder / run).is_dir() for (run,) in runs):
             return
         connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (new, experiment))
         connection.execute(
             "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
             "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
-            (new, len(old) + 1, experiment, len(old) + 1, f"{old}/"),
+            (new, length, experiment, length, f"{old}/"),
         )
-
-
-def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """Name, value and step of what an adapter's training went through: its loss, and the held one of every plan."""
-    for name, history in record.items():
-        if not name.startswith("training_"):
-            continue
-        for step, loss, held in zip(history["steps"], history["losses"], history["held"], strict=True):
-            if step:
-                yield f"{name}/loss", loss, step
-            for plan, value in held.items():
-                yield f"{name}/held_kl/{plan.replace(',', ' ')}", value, step

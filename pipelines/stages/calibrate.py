@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,85 +11,110 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.files import write_atomically
-from controller.base import Floats, choose
+from controller.base import WIDE, Floats, choose
 from controller.certificate.calibration import PricePath, certify, first_price, on_path, valid_price
 from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
-from controller.feature_sets import WIDE
 from controller.learning import FittedPredictor
-from oracle.decoding import Decoding
-from oracle.labels.token_agreement import acceptance_rates
+from oracle.labels.reader import acceptance_rates
+from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.config.learning_sections import CalibrationSection
 from pipelines.evaluation.learning_table import Table
-from pipelines.evaluation.pooled_gain import first_tested
 from pipelines.ray.distributed import Workers
 from pipelines.run.progress import say
-from pipelines.run.workspace import IN_FULL, Workspace
+from pipelines.run.prompts import IN_FULL
+from pipelines.run.workspace import Workspace
 from pipelines.stages.label import label_cells
-from pipelines.stages.train import load_trained, tuned_settings
+from pipelines.stages.train import load_out_of_fold, load_trained
 from runtime.allocator import Allocator
 from runtime.chat_format import ChatFormat
 from runtime.parts import OperatingPoint
 from runtime.saving.allocator_checks import optional_parts
 
 
-def run(config: Config, workers: Workers | None = None) -> Path:
+def run(workspace: Workspace, workers: Workers | None = None) -> Path:
     """Write `calibration.json` with the best controller's certificates, and save that controller as `allocator/`.
 
     Which controller is best was decided on the other prompts, so the calibrate split has seen no choice but the prices.
     The allocator runs at the first value of `calibration.keep`, or at the highest that is certified where the first is
     not.
     """
-    workspace = Workspace.of(config)
-    best = json.loads(workspace.path("tuning.json").read_text())["best"]
+    config, best = workspace.config, workspace.read("tuning.json")["best"]
+    calibration, keep = config.calibration, config.calibration.keep
     learned, fit = load_trained(workspace)[best], workspace.table("train", "tune")
-    tuned = {prompt.id for prompt in workspace.splits["tune"]}
+    tuned = {prompt.id for prompt in workspace.prompts.splits["tune"]}
     held = np.array([prompt.id in tuned for prompt in fit.prompts])
     learned = replace(learned, outliers=outlier_test(learned, fit, held, config))
     table = _labelled_table(workspace, learned, workers)
-    predicted, keep = learned.predict(table.features), config.calibration.keep
-    starts = first_tested(tuned_settings(workspace)[best], fit.features, fit, keep)
+    predicted = learned.predict(table.features)
+    starts = first_tested(load_out_of_fold(workspace)[best], fit, keep)
     every = [
-        certified(predicted, table, config, workspace.decoding, level, start)
+        certified(
+            predicted,
+            table,
+            keep=level,
+            start=start,
+            levels=tuple(keep),
+            delta=calibration.delta,
+            risk=calibration.risk,
+            per_task=calibration.per_task,
+            tolerance=config.label.tolerance,
+            decoding=str(workspace.model.decoding),
+        )
         for level, start in zip(keep, starts, strict=True)
     ]
     for certificate in every:
         if certificate.price is None:
             say(f"  {certificate.sentence}", style="red")
     valid = sorted((found for found in every if found.price is not None), key=lambda found: -found.keep)
-    certificate = every[0] if every[0].price is not None or not valid else valid[0]
+    chosen = every[0] if every[0].price is not None or not valid else valid[0]
+    allocator = _allocator(workspace, best, learned, table, chosen, [found for found in valid if found is not chosen])
+    allocator.save_pretrained(workspace.path("allocator"))
+    certificates = [{**asdict(found), "sentence": found.sentence} for found in (allocator.certificate, *every)]
+    data = {"best": best, "certificate": certificates[0], "certificates": certificates[1:]}
+    workspace.write("calibration.json", data)
+    return workspace.path("allocator")
+
+
+def _allocator(
+    workspace: Workspace,
+    best: str,
+    learned: FittedPredictor,
+    table: Table,
+    certificate: Certificate,
+    others: Sequence[Certificate],
+) -> Allocator:
+    """The best controller with its certificate and the other valid ones, each with a drift alarm."""
+    menu, labelled = workspace.menu(), workspace.prompts.labelled(*IN_FULL)
+    rate = workspace.config.calibration.false_alarms
+    alarms = {found.keep: drift_alarm(learned, found, table, rate) for found in (certificate, *others)}
     allocator = Allocator(
-        menu=workspace.menu(),
+        menu=menu,
         controller=learned.controller,
         controller_name=best,
         projection=learned.projection,
         certificate=certificate,
-        decoding=workspace.decoding,
-        fingerprint=workspace.fingerprint,
-        model_source=config.model.source,
+        decoding=workspace.model.decoding,
+        fingerprint=workspace.model.facts.fingerprint,
+        model_source=workspace.config.model.source,
         healing=None if workspace.healing.is_empty else workspace.healing,
-        acceptance=acceptance_rates(workspace.labels.read(workspace.labelled_of(*IN_FULL), workspace.menu())),
-        drift=_drift_alarm(learned, certificate, table, config),
-        others=tuple(
-            OperatingPoint(found, _drift_alarm(learned, found, table, config))
-            for found in valid
-            if found is not certificate
-        ),
+        acceptance=acceptance_rates(workspace.labels.read(labelled, menu)),
+        drift=alarms[certificate.keep],
+        others=tuple(OperatingPoint(found, alarms[found.keep]) for found in others),
         outliers=learned.outliers,
         chat=_chat_format(workspace),
     )
-    allocator = allocator.assuming(optional_parts(allocator))
-    allocator.save_pretrained(workspace.path("allocator"))
-    data = {
-        "best": best,
-        "certificate": described(allocator.certificate),
-        "certificates": [described(found) for found in every],
-    }
-    write_atomically(workspace.path("calibration.json"), json.dumps(data, indent=2) + "\n")
-    return workspace.path("allocator")
+    return allocator.assuming(optional_parts(allocator))
+
+
+def first_tested(seen: Floats, fit: Table, keep: Sequence[float]) -> list[int]:
+    """For each value of `keep` the place of the price that is tested first, from predictions out of fold [N, K]."""
+    if max(keep) < 1:
+        return [0 for _ in keep]
+    path = PricePath.of(seen, fit.losses, fit.budgets)
+    return [first_price(path, alpha_of(level), fit.full) for level in keep]
 
 
 def _labelled_table(workspace: Workspace, learned: FittedPredictor, workers: Workers | None) -> Table:
@@ -102,118 +127,72 @@ def _labelled_table(workspace: Workspace, learned: FittedPredictor, workers: Wor
 def outlier_test(learned: FittedPredictor, fit: Table, held: NDArray[np.bool_], config: Config) -> OutlierTest | None:
     """The test that goes with a controller, of the wide features that it reads, or of all without such.
 
-    None where `calibration.outliers` is 0 or there are no prompts on either side.
-
-    Args:
-        fit: the prompts that it learned from.
-        held: those of them that the threshold is made from [N].
-        config: the rate, `calibration.outliers`, is read.
+    It is fitted on the prompts of `fit`; `held` [N] marks those that the threshold is made from. None where
+    `calibration.outliers` is 0 or there are no prompts on either side.
     """
-    rate = config.calibration.outliers
+    rate, read = config.calibration.outliers, learned.projection.sets
     if not rate or (~held).sum() < 2 or not held.any():
         return None
     known, others = fit.rows(np.flatnonzero(~held)).features, fit.rows(np.flatnonzero(held)).features
-    read = learned.projection.sets
     return OutlierTest.fit(known, others, [name for name in read if name in WIDE] or read, rate)
 
 
-def described(certificate: Certificate) -> dict[str, Any]:
-    """A certificate for JSON."""
-    return {**asdict(certificate), "sentence": certificate.sentence}
-
-
-def certified(
-    predicted: Floats, table: Table, config: Config, decoding: Decoding, keep: float, start: int
-) -> Certificate:
-    """The certificate of a controller that was named before, by Learn-then-Test on a table.
+def certified(predicted: Floats, table: Table, *, keep: float, **terms: Any) -> Certificate:
+    """The certificate at one level, by Learn-then-Test on the prompts of a table.
 
     Args:
-        predicted: what the controller expects plans to keep [N, K].
-        table: the N calibration prompts.
-        config: of the run.
-        decoding: how the answers were generated.
-        keep: one of `calibration.keep`.
-        start: see `first_tested`.
+        predicted: expected quality [N, K].
+        table: the N calibration prompts with their labels.
+        keep, terms: what `certify` takes beside the table's.
     """
-    calibration = config.calibration
     return certify(
         PricePath.of(predicted, table.losses, table.budgets, table.labelled),
         keep=keep,
-        start=start,
-        levels=tuple(calibration.keep),
-        delta=calibration.delta,
-        risk=calibration.risk,
         full=table.full,
         tasks=table.tasks,
         groups=table.groups,
-        per_task=calibration.per_task,
-        tolerance=config.label.tolerance,
         left_out=table.left_out,
-        prompts_hash=hashlib.sha256("".join(prompt.hash for prompt in table.prompts).encode()).hexdigest()[:16],
-        decoding=str(decoding),
+        prompts_hash=prompts_hash(table.prompts),
         chat_template=max(prompt.template for prompt in table.prompts),  # those given as they are have an empty one
+        **terms,
     )
 
 
-def price_of(
-    predicted: Floats,
-    table: Table,
-    calibration: CalibrationSection,
-    keep: float | None = None,
-    *,
-    together: int | None = None,
-    start: int = 0,
-) -> float | None:
-    """The price that is valid for a controller, by the same test as `certified`, without the certificate.
-
-    Args:
-        predicted: what the controller expects plans to keep [N, K].
-        table: the N calibration prompts.
-        calibration: the bound, the confidence, the risk.
-        keep: the bound; None for the first of `calibration.keep`.
-        together: how many prices, of several controllers or bounds, are to be valid side by side; None for one at each
-            value of `calibration.keep`. They share `calibration.delta` in equal parts (Bonferroni), so that any of them
-            can be chosen afterwards. A price found with 1 is valid only where it was named before: the best of two at
-            delta 10% fails in 16% of the cases.
-        start: see `first_tested`.
-    """
-    return valid_price(
-        PricePath.of(predicted, table.losses, table.budgets, table.labelled),
-        calibration.alpha if keep is None else alpha_of(keep),
-        calibration.delta_of_one if together is None else calibration.delta / together,
-        table.tasks if calibration.per_task else None,
-        risk=calibration.risk,
-        full=table.full,
-        groups=table.groups,
-        start=start,
-    )
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256("".join(prompt.hash for prompt in prompts).encode()).hexdigest()[:16]
 
 
 def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection, keep: float) -> float | None:
-    """The price that is tested for a policy on the prompts that it learned from, decided out of fold.
+    """The price that is tested for a policy on the prompts that it learned from, by what it expects out of fold [N, K].
 
     It stands for what a certificate would allow where the calibrate split is labelled for another policy. The sequence
     begins where it would on these very prompts, so that it certifies nothing.
-
-    Args:
-        seen: what is expected out of fold of the prompts of `fit` [N, K].
-        fit: the prompts to train and to tune.
-        calibration: the confidence and the risk.
-        keep: the bound.
     """
-    start = first_price(PricePath.of(seen, fit.losses, fit.budgets), alpha_of(keep), fit.full)
-    return price_of(seen, fit, calibration, keep, start=start)
+    path = PricePath.of(seen, fit.losses, fit.budgets)
+    return valid_price(
+        path,
+        alpha_of(keep),
+        calibration.delta_of_one,
+        fit.tasks if calibration.per_task else None,
+        risk=calibration.risk,
+        full=fit.full,
+        groups=fit.groups,
+        start=first_price(path, alpha_of(keep), fit.full),
+    )
 
 
-def _drift_alarm(learned: FittedPredictor, certificate: Certificate, table: Table, config: Config) -> DriftAlarm:
+def drift_alarm(
+    learned: FittedPredictor, certificate: Certificate, table: Table, false_alarm_rate: float
+) -> DriftAlarm:
+    """The alarm of a certified price, by the prompts that the price was certified on."""
     projected = learned.projection(table.features)
     chosen = choose(learned.predict(table.features), table.budgets, certificate.price)
-    return DriftAlarm(drift_scores(projected, table.budgets[chosen]), config.calibration.false_alarms)
+    return DriftAlarm(drift_scores(projected, table.budgets[chosen]), false_alarm_rate)
 
 
 def _chat_format(workspace: Workspace) -> ChatFormat | None:
     """None where every prompt was given as it is, so that those to come are too."""
-    is_rendered = [bool(prompt.template) for prompt in workspace.labelled]
-    if workspace.chat_template is None or not any(is_rendered):
+    is_rendered = [bool(prompt.template) for prompt in workspace.prompts.labelled()]
+    if (template := workspace.prompts.template) is None or not any(is_rendered):
         return None
-    return ChatFormat.of(workspace.chat_template, workspace.tokenizer, for_all=all(is_rendered))
+    return ChatFormat.of(template, workspace.model.tokenizer, for_all=all(is_rendered))

@@ -1,8 +1,7 @@
-"""Stage 8: all policies on the test split, on one driver, and what they cost on this machine's clock."""
+"""Stage 8: all policies on the test split, on one driver, and their wall-clock time on this machine."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,30 +11,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.files import write_atomically
 from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
 from controller.certificate.certificate import alpha_of
-from controller.certificate.outliers import OutlierTest
-from controller.report.frontier_card import LEVEL, frontier_card
+from controller.report.headroom import LEVEL, frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import least_sufficient, static_points, upper_hull
 from oracle.frontier.knapsack import cheapest_choices
 from oracle.judges import KL
 from pipelines.config import Config
-from pipelines.evaluation.controls import comparison
-from pipelines.evaluation.examples import shown
-from pipelines.evaluation.layers_run import check_layers_run
+from pipelines.evaluation.controls import comparison, outcome
+from pipelines.evaluation.examples import answered_both_ways, check_layers_run
 from pipelines.evaluation.learning_table import Table
-from pipelines.evaluation.omissions import Omissions
-from pipelines.evaluation.policies import outcome
-from pipelines.evaluation.pooled_gain import out_of_fold
 from pipelines.evaluation.speed import feature_ms, prompt_ms, speeds
 from pipelines.evaluation.summary import contributions
-from pipelines.run.workspace import IN_FULL, Workspace
+from pipelines.run.progress import Omissions
+from pipelines.run.prompts import IN_FULL
+from pipelines.run.workspace import Workspace
 from pipelines.stages.calibrate import price_out_of_fold
-from pipelines.stages.train import load_trained, tuned_settings
+from pipelines.stages.train import load_out_of_fold, load_trained
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
 
@@ -47,32 +42,34 @@ FEATURE_ROUNDS = 5
 Choices = NDArray[np.intp]
 
 
-def run(config: Config) -> Path:
+def run(workspace: Workspace) -> Path:
     """Writes `metrics.json`, and `choices.json` with every policy's choice for every test prompt."""
-    workspace = Workspace.of(config)
+    config, menu = workspace.config, workspace.menu()
     test, fit = workspace.table("test"), workspace.table("train", "tune")
-    allocator = Allocator.from_pretrained(workspace.path("allocator"))
-    calibration = json.loads(workspace.path("calibration.json").read_text())
+    allocator, calibration = Allocator.from_pretrained(workspace.path("allocator")), workspace.read("calibration.json")
     trained = load_trained(workspace, allocator.outliers)
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
     keep, best, left_out = allocator.certificate.keep, calibration["best"], Omissions()
-    expected = {name: out_of_fold(own, fit.features, fit) for name, own in tuned_settings(workspace).items()}
+    expected = load_out_of_fold(workspace)
     prices = {name: price_out_of_fold(own, fit, config.calibration, keep) for name, own in expected.items()}
     prices[best] = allocator.certificate.price
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
-    bounds = [alpha_of(level) * test.unit for level in config.calibration.keep]
-    certified = [allocator.menu.plans[plan] for plan in chosen[best]]
+    certified = [menu.plans[plan] for plan in chosen[best]]
     check_layers_run(allocator, *workspace.adapted, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
-    examples = shown(workspace, allocator, test, chosen[best])
+    examples = answered_both_ways(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, fit, chosen[best], keep)
     compared_at_losses, routed = comparison(workspace, best, expected, fit, test, allocator, left_out)
-    others = {"task": routed, "full_with_head": _headed(workspace, test)}
-    chosen |= {name: choice for name, choice in others.items() if choice is not None}
-    cards = {name: _card(workspace, choice, test) for name, choice in chosen.items()}
+    if routed is not None:
+        chosen["task"] = routed
+    if headed := [place for place, plan in enumerate(menu.plans) if plan.healed]:
+        chosen["full_with_head"] = np.full(len(test.prompts), headed[0])
+    layers = [plan.layers for plan in menu.plans]
+    cards = {name: _card(choice, test, layers) for name, choice in chosen.items()}
     metrics: dict[str, Any] = {
-        name: {**asdict(card), "tokens_per_s": _tokens_per_s(card, speed, config)} for name, card in cards.items()
+        name: {**asdict(card), "tokens_per_s": _tokens_per_s(card, speed)} for name, card in cards.items()
     }
+    bounds = [alpha_of(level) * test.unit for level in config.calibration.keep]
     for name, kept in predicted.items():
         metrics[name]["regret"] = regret(kept, test.kept, test.budgets, bounds)
         metrics[name]["decision_ms"] = prompt_ms(trained[name].predict, test.features)
@@ -86,9 +83,9 @@ def run(config: Config) -> Path:
         "judges": dict(Counter(prompt.judge for prompt in test.prompts)),
         "comparison": compared_at_losses,
         "left_out": left_out,
-        "outliers": _outliers(allocator.outliers, test),
+        "outliers": _outliers(allocator, test),
         "healing": {
-            "method": workspace.adapt_record["method"],
+            "method": workspace.read("adapt.json")["method"],
             "after": {"static": static_points(test.scores, test.budgets)},
         },
         "certificate": calibration["certificate"],
@@ -97,8 +94,8 @@ def run(config: Config) -> Path:
             for found in calibration["certificates"]
         ],
         "prompts": {
-            **{split: len(prompts) for split, prompts in workspace.labelled_splits.items()},
-            "adapt": len(workspace.splits["adapt"]),
+            **{split: len(prompts) for split, prompts in workspace.prompts.labelled_splits.items()},
+            "adapt": len(workspace.prompts.splits["adapt"]),
         },
         "labelling": _labelling(workspace),
         "overhead_ms": speed["overhead_ms"],
@@ -107,17 +104,16 @@ def run(config: Config) -> Path:
         "examples": examples,
         "model": {
             "source": config.model.source,
-            "fingerprint": workspace.fingerprint,
-            "layers": workspace.menu().n_layers,
+            "fingerprint": workspace.model.facts.fingerprint,
+            "layers": menu.n_layers,
+            "plans": [str(plan) for plan in menu.plans],
         },
         "machine": machine(),
     }
     metrics["contributions"] = contributions(metrics)
-    write_atomically(workspace.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
     choices = {name: choice[: len(test.prompts)].tolist() for name, choice in chosen.items()}
-    data = {"ids": [prompt.id for prompt in test.prompts], "chosen": choices}
-    write_atomically(workspace.path("choices.json"), json.dumps(data) + "\n")
-    return workspace.path("metrics.json")
+    workspace.write("choices.json", {"ids": [prompt.id for prompt in test.prompts], "chosen": choices}, indent=None)
+    return workspace.write("metrics.json", metrics)
 
 
 def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None]]:
@@ -154,12 +150,6 @@ def _worst_task(chosen: Choices, test: Table) -> dict[str, Any] | None:
     return {"task": worst, "tasks": len(rows), "n": len(rows[worst]), "kept": {"value": kept[worst], **interval}}
 
 
-def _headed(workspace: Workspace, test: Table) -> Choices | None:
-    """The full depth with its exit head for all; None where the menu has none."""
-    headed = [place for place, plan in enumerate(workspace.menu().plans) if plan.healed]
-    return np.full(len(test.prompts), headed[0]) if headed else None
-
-
 def _yardsticks(config: Config, test: Table, fit: Table, best: Choices, keep: float) -> dict[str, Choices]:
     """The policies that know nothing of the prompt, and the one that knows everything; random ones in many draws."""
     n_prompts, n_plans = test.sufficient.shape
@@ -173,9 +163,9 @@ def _yardsticks(config: Config, test: Table, fit: Table, best: Choices, keep: fl
     }
 
 
-def _outliers(found: OutlierTest | None, test: Table) -> dict[str, float] | None:
+def _outliers(allocator: Allocator, test: Table) -> dict[str, float] | None:
     """What the outlier test was asked for, does on the test prompts, and takes; None without one."""
-    if found is None:
+    if (found := allocator.outliers) is None:
         return None
     sent = float(found.are_outliers(test.features).mean())
     return {"rate": found.rate, "sent": sent, "held": found.held, "ms": prompt_ms(found.are_outliers, test.features)}
@@ -229,17 +219,16 @@ def _mixture_at(budget: float, table: Table) -> NDArray[np.float64]:
     return weights
 
 
-def _card(workspace: Workspace, chosen: Choices, test: Table) -> ReportCard:
+def _card(chosen: Choices, test: Table, layers: list[float]) -> ReportCard:
+    """Of a policy, or of several draws of one; `layers` are the plans' [K]."""
     repeats = len(chosen) // len(test.prompts)
-    layers = [plan.layers for plan in workspace.menu().plans]
     scores, kept = np.tile(test.scores, (repeats, 1)), np.tile(test.kept, (repeats, 1))
     return report_card(chosen, scores, kept, test.budgets, layers, test.unit)
 
 
-def _tokens_per_s(card: ReportCard, speed: dict[str, Any], config: Config) -> float:
+def _tokens_per_s(card: ReportCard, speed: dict[str, Any]) -> float:
     """New tokens a second if every prompt ran in a full batch of its plan, from the times measured in this run."""
-    seconds = float(np.dot(card.plan_shares, speed["plan_seconds"])) / speed["prompts"]
-    return float(config.evaluation.speed_tokens / seconds)
+    return float(speed["new_tokens"] * speed["prompts"] / np.dot(card.plan_shares, speed["plan_seconds"]))
 
 
 def _labelling(workspace: Workspace) -> dict[str, float]:
@@ -251,10 +240,10 @@ def _labelling(workspace: Workspace) -> dict[str, float]:
     The split `calibrate` is not in these figures; `calibrate_share` is the share of its prompts and
     plans that are labelled.
     """
-    menu, calibrate = workspace.menu(), workspace.labelled_splits["calibrate"]
+    menu, calibrate = workspace.menu(), workspace.prompts.labelled("calibrate")
     missing = [len(workspace.labels.missing(calibrate, plan)) for plan in menu.plans]
     shares = [plan.layers / plan.n_layers for plan in menu.plans]
-    labels = workspace.labels.read(workspace.labelled_of(*IN_FULL), menu)
+    labels = workspace.labels.read(workspace.prompts.labelled(*IN_FULL), menu)
     spent = sum(label.forward_tokens for row in labels for label in row)
     exhaustive = sum(
         (label.prompt_tokens + len((row[-1] if label.judge == KL else label).answer_ids)) * share

@@ -14,8 +14,8 @@ from backbone.healing.exit_heads import HeadFit, HeadFitter, HeadSettings
 from backbone.healing.exit_places import places_bytes, read_places
 from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
+from oracle.batches import spread
 from oracle.labels.exit_answers import exit_depth
-from oracle.spread import spread
 from pipelines.config import ConfigError
 from pipelines.config.sections import Targets
 from pipelines.run.progress import console, progress
@@ -35,10 +35,10 @@ def make_heads(
     plans: Sequence[LayerPlan],
     targets: Targets,
 ) -> tuple[dict[LayerPlan, HeadFit], dict[str, Any]]:
-    """A head for each plan, and how they were fitted.
+    """A head for each plan, and how they were fitted; the model runs in full, once over each example.
 
     Args:
-        model: runs in full, once over each example.
+        model: that the heads are for.
         examples: prompts with their references, or with the model's own answers where they have none.
         tasks: of the examples.
         plans: early exits.

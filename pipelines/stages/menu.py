@@ -2,51 +2,46 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from backbone.families import decoder_layers
-from backbone.files import write_atomically
 from backbone.plan import LayerPlan
-from oracle.menus import build_menu
-from oracle.menus.base import MenuTask
-from oracle.menus.search_steps import search_steps
-from oracle.menus.task_labels import TaskLabels
-from oracle.prompts import Prompt
-from oracle.spread import spread
-from pipelines.config import Config
+from oracle.batches import spread
+from oracle.menus import build_menu, search_steps
+from oracle.menus.base import MenuTask, TaskLabels
+from oracle.prompts import Prompt, check_lengths
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
 
 
-def run(config: Config) -> Path:
+def run(workspace: Workspace) -> Path:
     """Search the plans with a few prompts of the split `adapt`; writes `menu.json`."""
-    workspace = Workspace.of(config)
-    task, settings = menu_task(workspace), config.menu
-    with progress("plans tried", search_steps(settings.method, task)) as advance:
-        menu = build_menu(settings.method, task, lambda: advance(1))
-    write_atomically(workspace.path("menu.json"), json.dumps(menu.to_json(), indent=2) + "\n")
-    return workspace.path("menu.json")
+    named = [(prompt.id, prompt.prompt) for prompt in workspace.prompts.rendered]
+    check_lengths(*workspace.model.plain(), named, workspace.config.decoding.max_new_tokens)
+    task, method = menu_task(workspace), workspace.config.menu.method
+    with progress("plans tried", search_steps(method, task)) as advance:
+        menu = build_menu(method, task, lambda: advance(1))
+    return workspace.write("menu.json", menu.to_json())
 
 
 def menu_task(workspace: Workspace) -> MenuTask:
     """What the menu is made for."""
-    (model, tokenizer), settings = workspace.backbone, workspace.config.menu
-    prompts, others = _parts(workspace.splits["adapt"], settings.prompts)
+    (model, tokenizer), settings = workspace.model.plain(), workspace.config.menu
+    prompts, others = _parts(workspace.prompts.splits["adapt"], settings.prompts)
     full = LayerPlan.full(len(decoder_layers(model)))
     return MenuTask(
         model=model,
         tokenizer=tokenizer,
         prompts=[prompt.prompt for prompt in prompts],
-        decoding=workspace.decoding,
+        decoding=workspace.model.decoding,
         probe_depth=settings.probe_depth,
         n_plans=settings.plans,
         cheapest_budget=settings.cheapest_budget,
         losses=settings.losses,
         given=settings.given,
-        labels=TaskLabels(cache(lambda: workspace.labeller_of(model, tokenizer)), tokenizer, prompts, others, full),
+        labels=TaskLabels(cache(lambda: workspace.labeller(model, tokenizer)), tokenizer, prompts, others, full),
     )
 
 

@@ -1,4 +1,7 @@
-"""One controller's settings, tried by one process or by several at once; a killed one loses no trial."""
+"""One controller's settings: judged by regret out of fold, tried by one process or by several at once.
+
+A killed process loses no trial.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import multiprocessing
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
+from numpy.typing import NDArray
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
@@ -20,14 +25,116 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from backbone.errors import InputError, reason_of
 from backbone.interrupts import deaf_children
+from controller.base import CONTROLLERS
+from controller.features import Features
+from controller.learning import CrossFit, Settings
+from controller.report.report_card import regret
 from pipelines.config import ConfigError
 from pipelines.config.learning_sections import TuningSection
-from pipelines.stages.settings_regret import Work, first_trial, settings_of
+from pipelines.evaluation.learning_table import Table
 
+LEAST_AROUND = 0.005
+"""How far from the bound the others lie at least, in its unit."""
+REPEATS = 3
+"""Cross-fits, each on folds that no trial has seen, in which settings are judged once more."""
 HEARTBEAT_S, GRACE_S = 10, 60
 """A trial whose worker was killed is tried again by another one after GRACE_S without a sign of life."""
-
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What settings are tried on.
+
+    Attributes:
+        features: of N prompts.
+        kept: share of quality that each plan keeps [N, K].
+        budgets: of the plans [K].
+        bounds: mean losses at which the regret counts, in the unit of `controller.base.lost`.
+        tuning: how to search.
+    """
+
+    features: Features
+    kept: NDArray[np.float64]
+    budgets: NDArray[np.float64]
+    bounds: Sequence[float]
+    tuning: TuningSection
+
+    @classmethod
+    def of(cls, table: Table, alpha: float, tuning: TuningSection) -> Work:
+        """Settings are judged around the mean loss that calibration will ask for, `alpha`."""
+        around = max(abs(alpha) / 2, LEAST_AROUND)
+        bounds = [bound * table.unit for bound in (alpha - around, alpha, alpha + around)]
+        return cls(table.features, table.kept, table.budgets, bounds, tuning)
+
+    @cached_property
+    def _cross_fits(self) -> list[CrossFit]:
+        """The one of the trials, then `REPEATS` others."""
+        most, folds = max(self.tuning.components), self.tuning.folds
+        return [CrossFit(self.features, self.kept, self.budgets, folds, most, seed) for seed in range(REPEATS + 1)]
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether there are enough prompts for a search."""
+        return len(self.kept) >= self.tuning.search_from
+
+    def regrets(self, settings: Settings) -> NDArray[np.float64]:
+        """Regret on each held-out fold of the repeated cross-fits [REPEATS * folds]."""
+        found = []
+        for cross_fit in self._cross_fits[1:]:
+            before = 0
+            for predicted, rows in cross_fit.predict(settings):
+                held, before = rows[before:], len(rows)
+                found.append(regret(predicted[held], self.kept[held], self.budgets, self.bounds))
+        return np.array(found)
+
+    def judge(self, settings: Settings, after_fold: Callable[[int, float], None] | None = None) -> float:
+        """Regret of out-of-fold predictions; `after_fold` is told the regret so far."""
+        for fold, (predicted, rows) in enumerate(self._cross_fits[0].predict(settings), 1):
+            if after_fold or fold == self.tuning.folds:
+                found = regret(predicted[rows], self.kept[rows], self.budgets, self.bounds)
+            if after_fold:
+                after_fold(fold, found)
+        return found
+
+
+def settings_of(name: str, trial: Any, tuning: TuningSection) -> Settings:
+    """The settings that a trial stands for; also of a finished one."""
+    asked = optuna.trial.FixedTrial(trial.params) if isinstance(trial, optuna.trial.FrozenTrial) else trial
+    chosen = asked.suggest_categorical("features", ["+".join(names) for names in tuning.feature_sets])
+    components = asked.suggest_categorical("components", tuning.components)
+    return Settings(name, tuple(chosen.split("+")), components, CONTROLLERS[name].suggest(asked))
+
+
+def first_trial(name: str, tuning: TuningSection) -> dict[str, Any]:
+    """What the first trial tries."""
+    middle = tuning.components[len(tuning.components) // 2]
+    return {"features": "+".join(tuning.feature_sets[0]), "components": middle, **CONTROLLERS[name].defaults()}
+
+
+def default_settings(name: str, tuning: TuningSection) -> Settings:
+    """The settings that the first trial tries."""
+    return settings_of(name, optuna.trial.FixedTrial(first_trial(name, tuning)), tuning)
+
+
+def settled(work: Work, found: Settings) -> tuple[Settings, float]:
+    """The settings that a search found, or the defaults unless they are clearly worse, with the mean regret.
+
+    The least regret of many trials is a minimum over noise: it understates the regret, and often belongs to settings
+    that are no better. So both are judged on fresh folds, and the defaults stay unless their regret is higher by more
+    than one standard error of the difference.
+
+    Source: the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3. The
+    repeats share their prompts, so the error is that of the folds of one of them.
+    """
+    plain = default_settings(found.name, work.tuning)
+    regrets = work.regrets(plain)
+    if found == plain:
+        return plain, float(regrets.mean())
+    others = work.regrets(found)
+    saved = regrets - others
+    is_clear = saved.mean() > saved.std(ddof=1) / np.sqrt(work.tuning.folds)
+    return (found, float(others.mean())) if is_clear else (plain, float(regrets.mean()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +145,12 @@ class Search:
     study: str
     controller: str
 
+    def damaged(self, error: Exception) -> ConfigError:
+        return ConfigError(f"tuning.storage {self.url!r} is damaged ({error}): delete it, and the search begins again")
+
 
 def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.Study:
-    """The study of a search, as far as it came.
+    """The study of a search, with the trials that it has.
 
     Raises:
         ConfigError: the storage cannot be used.
@@ -48,17 +158,15 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        retry = RetryHeartbeatStaleTrialCallback(max_retry=3)
         try:
             storage = RDBStorage(
                 wanted.url,
                 heartbeat_interval=HEARTBEAT_S,
                 grace_period=GRACE_S,
-                heartbeat_stale_trial_callback=retry,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
             )
         except (SQLAlchemyError, ImportError) as error:
-            reason = reason_of(error)
-            raise ConfigError(f"cannot use tuning.storage {wanted.url!r}: {reason}") from error
+            raise ConfigError(f"cannot use tuning.storage {wanted.url!r}: {reason_of(error)}") from error
     try:
         study = optuna.create_study(
             study_name=wanted.study,
@@ -73,37 +181,8 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(["regret"])  # what a dashboard writes beside the values
     except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"tuning.storage {wanted.url!r} is damaged ({error}): delete it, and the search begins again"
-        ) from None
+        raise wanted.damaged(error) from None
     return study
-
-
-def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna.Study:
-    """Try settings until the study has `tuning.trials` finished trials; one already there is not tried again.
-
-    A search by one worker that was killed goes on as if it had not been: the trial it was at is tried again, and what
-    is drawn for a trial depends on the finished ones alone.
-    """
-    study = open_study(wanted, work.tuning)
-    if work.tuning.workers == 1:
-        _give_up_running(study)
-    if not finished(study) and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.enqueue_trial(first_trial(wanted.controller, work.tuning))
-    while (left := work.tuning.trials - len(finished(study))) > 0:
-        if work.tuning.workers == 1:
-            study.sampler = sampler(len(finished(study)))
-            study.optimize(partial(_objective, wanted.controller, work), n_trials=1)
-            advance(1)
-        else:
-            _try_in_processes(wanted, work, min(work.tuning.workers, left), study, advance)
-    return study
-
-
-def _give_up_running(study: optuna.Study) -> None:
-    """Nobody else is at work here, so that a trial said to be running was left by a process that was killed."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
 
 
 def sampler(seed: int) -> optuna.samplers.TPESampler:
@@ -115,11 +194,26 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=ENDED)
 
 
-def _try(wanted: Search, work: Work, seed: int, *callbacks: Callable[..., None]) -> None:
-    """Finish trials in this process until there are enough."""
-    study = open_study(wanted, work.tuning, seed)
-    enough = MaxTrialsCallback(work.tuning.trials, states=ENDED)
-    study.optimize(partial(_objective, wanted.controller, work), callbacks=[enough, *callbacks])
+def search(wanted: Search, work: Work, advance: Callable[[int], None]) -> optuna.Study:
+    """Try settings until the study has `tuning.trials` finished trials; one already there is not tried again.
+
+    A search by one worker that was killed resumes with the same result: the unfinished trial is tried again, and what
+    is drawn for a trial depends on the finished ones alone.
+    """
+    study = open_study(wanted, work.tuning)
+    if work.tuning.workers == 1:  # a trial said to be running was left by a process that was killed
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)
+    if not finished(study) and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.enqueue_trial(first_trial(wanted.controller, work.tuning))
+    while (left := work.tuning.trials - len(finished(study))) > 0:
+        if work.tuning.workers == 1:
+            study.sampler = sampler(len(finished(study)))
+            study.optimize(partial(_objective, wanted.controller, work), n_trials=1)
+            advance(1)
+        else:
+            _try_in_processes(wanted, work, min(work.tuning.workers, left), study, advance)
+    return study
 
 
 def _objective(name: str, work: Work, trial: optuna.Trial) -> float:
@@ -169,8 +263,11 @@ def _try_in_processes(
 
 
 def _worker(wanted: Search, work: Work, seed: int, errors: Any) -> None:
+    """Finish trials in this process until there are enough."""
     torch.set_num_threads(1)
     try:
-        _try(wanted, work, seed)
+        study = open_study(wanted, work.tuning, seed)
+        enough = MaxTrialsCallback(work.tuning.trials, states=ENDED)
+        study.optimize(partial(_objective, wanted.controller, work), callbacks=[enough])
     except InputError as error:
         errors.put(str(error))

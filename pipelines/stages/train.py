@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path, PurePath
 
-from controller.base import CONTROLLERS
+import numpy as np
+
+from backbone.files import replacing
+from controller.base import CONTROLLERS, Floats
 from controller.certificate.outliers import OutlierTest
-from controller.certificate.risks import kept_by_full
-from controller.learning import FittedPredictor, Settings, learn
+from controller.certificate.risks import full_quality
+from controller.features import Features
+from controller.learning import CrossFit, FittedPredictor, Settings, learn
 from controller.projection import Projection
-from pipelines.config import Config
+from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
 from pipelines.run.state import check_own
 from pipelines.run.workspace import Workspace
 
 PROJECTION = "projection.safetensors"
+FOLDS = 5
 
 
-def run(config: Config) -> Path:
-    """Fit every controller; writes `controllers/<name>/`."""
-    workspace = Workspace.of(config)
-    check_own(workspace.path("controllers"), _is_own)
-    table = workspace.table("train", "tune")
-    unfinished = workspace.path(".controllers.unfinished")
+def run(workspace: Workspace) -> Path:
+    """Fit every controller; writes `controllers/<name>/`, and `out_of_fold.npz` with what each expects out of fold."""
+    target, unfinished = workspace.path("controllers"), workspace.path(".controllers.unfinished")
+    check_own(target, _is_own)
+    table, found = workspace.table("train", "tune"), tuned_settings(workspace)
     shutil.rmtree(unfinished, ignore_errors=True)
-    found = tuned_settings(workspace)
+    expected: dict[str, Floats] = {}
     with progress("controllers", len(found)) as advance:
         for name, settings in found.items():
             learned = learn(settings, table.features, table.kept, table.budgets)
             (unfinished / name).mkdir(parents=True)
             learned.projection.save(unfinished / name / PROJECTION)
             learned.controller.save(unfinished / name)
+            expected[name] = out_of_fold(settings, table.features, table)
             advance(1)
-    target = workspace.path("controllers")
+    with replacing(workspace.path("out_of_fold.npz")) as path, path.open("wb") as file:
+        np.savez(file, **expected)  # type: ignore[arg-type]
     shutil.rmtree(target, ignore_errors=True)
     return unfinished.rename(target)
 
@@ -45,15 +50,28 @@ def _is_own(file: PurePath) -> bool:
     return name in CONTROLLERS and "/".join(rest) in {PROJECTION, *CONTROLLERS[name].FILES}
 
 
+def out_of_fold(settings: Settings, features: Features, table: Table) -> Floats:
+    """What is expected of each prompt [N, K] by a controller that did not see it."""
+    n_folds = min(FOLDS, len(table.prompts))
+    *_, (predicted, _) = CrossFit(features, table.kept, table.budgets, n_folds, settings.components).predict(settings)
+    return predicted
+
+
+def load_out_of_fold(workspace: Workspace) -> dict[str, Floats]:
+    """What each controller expects out of fold of the prompts to train and to tune [N, K]."""
+    with np.load(workspace.path("out_of_fold.npz"), allow_pickle=False) as saved:
+        return {name: saved[name] for name in tuned_settings(workspace)}
+
+
 def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
     """The best settings of each controller, as the stage `tune` found them."""
-    tuning = json.loads(workspace.path("tuning.json").read_text())["controllers"]
+    tuning = workspace.read("tuning.json")["controllers"]
     return {name: Settings.from_dict(found["settings"]) for name, found in tuning.items()}
 
 
 def load_trained(workspace: Workspace, outliers: OutlierTest | None = None) -> dict[str, FittedPredictor]:
     """What this stage saved, each with a test that leaves outliers to the full plan."""
-    full = kept_by_full(workspace.config.calibration.risk)
+    full = full_quality(workspace.config.calibration.risk)
     folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
     return {
         name: FittedPredictor(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), full, outliers)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from backbone.files import write_atomically
 from controller.learning import Settings
-from pipelines.config import LONGEST_NAME, Config, ConfigError
+from pipelines.config import LONGEST_NAME, Config
 from pipelines.config.learning_sections import GivenSettings
 from pipelines.run.check import check_given_settings
 from pipelines.run.progress import progress, say
 from pipelines.run.state import stage_key
 from pipelines.run.workspace import Workspace
-from pipelines.stages.settings_regret import Work, default_settings, regret_bounds, settings_of, settled
-from pipelines.stages.settings_search import Search, finished, search
+from pipelines.stages.settings_search import Search, Work, default_settings, finished, search, settings_of, settled
 
 
-def run(config: Config) -> Path:
+def run(workspace: Workspace) -> Path:
     """Search each controller; writes `tuning.json` with the settings of each and which controller is best, and
     `winner.yaml`, a configuration that makes the same controller without a search.
 
@@ -29,11 +24,10 @@ def run(config: Config) -> Path:
     that is made small is `controller.report.report_card.regret` at half, once and one and a half times
     `calibration.keep`: around what calibration will ask for. The one that is stated is of fresh folds.
     """
-    workspace = Workspace.of(config)
-    table = workspace.table("train", "tune")
-    tuning = config.tuning
-    work = Work(table.features, table.kept, table.budgets, regret_bounds(config, table), tuning)
-    url, key = tuning.storage or f"sqlite:///{config.folder / 'tuning.db'}", _space_key(config)
+    table, config, tuning = workspace.table("train", "tune"), workspace.config, workspace.config.tuning
+    work = Work.of(table, config.calibration.alpha, tuning)
+    url, key = tuning.storage or f"sqlite:///{workspace.path('tuning.db')}", _space_key(workspace)
+    check_given_settings(tuning)
     if not work.is_searched:
         say(
             f"  {len(table.prompts)} prompts to train and to tune are fewer than tuning.search_from "
@@ -41,63 +35,32 @@ def run(config: Config) -> Path:
         )
     found = {}
     for name in tuning.controllers:
-        if name in tuning.given:
-            found[name] = _given(work, name)
+        if (given := tuning.given.get(name)) is not None:
+            found[name] = _unsearched(work, Settings.from_dict({"name": name, **given.model_dump()}))
         elif work.is_searched:
             found[name] = _searched(Search(url, f"{config.name}-{name}-{key}", name), work)
         else:
             found[name] = _unsearched(work, default_settings(name, tuning))
     best = min(found, key=lambda name: found[name]["regret"])
-    write_atomically(workspace.path("tuning.json"), json.dumps({"controllers": found, "best": best}, indent=2) + "\n")
     _save_winner(config, found[best]["settings"])
-    return workspace.path("tuning.json")
+    return workspace.write("tuning.json", {"controllers": found, "best": best})
 
 
 def _searched(wanted: Search, work: Work) -> dict[str, Any]:
-    """The settings that won, their regret on fresh folds, what they cost, and how much each setting mattered."""
+    """The settings that won, their regret on fresh folds, and how many trials they took."""
     with progress(f"trials of {wanted.controller}", work.tuning.trials) as advance:
         study = search(wanted, work, advance)
     try:
         best = study.best_trial
     except ValueError as error:
-        raise ConfigError(
-            f"tuning.storage {wanted.url!r} is damaged ({error}): delete it, and the search begins again"
-        ) from None
+        raise wanted.damaged(error) from None
     settings, regret = settled(work, settings_of(wanted.controller, best, work.tuning))
-    return {
-        "settings": settings.to_dict(),
-        "regret": regret,
-        "trials": len(finished(study)),
-        "importance": _importance(study),
-    }
-
-
-def _given(work: Work, name: str) -> dict[str, Any]:
-    check_given_settings(work.tuning)
-    return _unsearched(work, Settings.from_dict({"name": name, **work.tuning.given[name].model_dump()}))
+    return {"settings": settings.to_dict(), "regret": regret, "trials": len(finished(study))}
 
 
 def _unsearched(work: Work, settings: Settings) -> dict[str, Any]:
-    return {
-        "settings": settings.to_dict(),
-        "regret": float(work.regrets(settings).mean()),
-        "trials": 0,
-        "importance": {},
-    }
-
-
-def _importance(study: optuna.Study) -> dict[str, float]:
-    """Share of the variance of the regret that each setting explains; empty for too few trials.
-
-    Source: PED-ANOVA, Watanabe et al. 2023 (arXiv 2304.10255).
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that low regret is meant, and that few trials say little
-            found = optuna.importance.get_param_importances(study)
-    except (RuntimeError, ValueError):  # fewer than two trials, or all of equal regret
-        return {}
-    return {name: round(float(value), 4) for name, value in found.items()}
+    regret = float(work.regrets(settings).mean())
+    return {"settings": settings.to_dict(), "regret": regret, "trials": 0}
 
 
 def _save_winner(config: Config, settings: dict[str, Any]) -> None:
@@ -109,7 +72,8 @@ def _save_winner(config: Config, settings: dict[str, Any]) -> None:
     write_atomically(config.folder / "winner.yaml", text + winner.dump())
 
 
-def _space_key(config: Config) -> str:
+def _space_key(workspace: Workspace) -> str:
     """As the stage's key, but more trials or workers of the same search go on with the same study."""
+    config = workspace.config
     same = config.tuning.model_copy(update={"trials": 1, "workers": 1, "storage": None, "given": {}, "search_from": 0})
-    return stage_key(config.model_copy(update={"tuning": same}), "tune")
+    return stage_key(Workspace(config.model_copy(update={"tuning": same})), "tune")

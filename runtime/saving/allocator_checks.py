@@ -3,50 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from backbone.errors import ArtefactError
 from backbone.strict_json import LONGEST_NAME
 from controller.base import CONTROLLERS
-from controller.certificate.certificate import Certificate
 from oracle.chat import NO_TEMPLATE
 from runtime.parts import AllocatorParts
-from runtime.saving.file_bundle import CARD, BundleError, Manifest
+from runtime.saving.file_bundle import CARD, Manifest
 
 FORMAT_VERSION = 8
-LONGEST_SOURCE = 4096
-"""Characters of where the model came from, which may be a path."""
 LARGEST_PART = 2**30
 """Bytes of every file that is loaded as a whole; healing parts are as large as the model asks for."""
-HEALING, DRIFT, OUTLIERS = "healing.safetensors", "drift.safetensors", "outliers.safetensors"
+MENU, PROJECTION, CERTIFICATE, ACCEPTANCE = "menu.json", "projection.safetensors", "certificate.json", "acceptance.json"
+OPTIONAL = {
+    "healing": "healing.safetensors",
+    "drift": "drift.safetensors",
+    "outliers": "outliers.safetensors",
+    "chat": "chat.json",
+}
+"""Parts of an allocator that it may do without, and their files."""
 OLD_HEALING = "stand_ins.safetensors"
 """What the file of the healing was called before; still read."""
-ACCEPTANCE, CHAT = "acceptance.json", "chat.json"
-MENU, PROJECTION, CERTIFICATE = "menu.json", "projection.safetensors", "certificate.json"
-ENTRIES: dict[str, type] = {
-    "layerbudget_version": str,
-    "created": str,
-    "model": dict,
-    "controller": str,
-    "decoding": dict,
-    "chat_template": str,
-    "files": dict,
+ENTRIES: dict[tuple[str, ...], tuple[type, int]] = {
+    ("layerbudget_version",): (str, LONGEST_NAME),
+    ("created",): (str, LONGEST_NAME),
+    ("model",): (dict, 0),
+    ("model", "fingerprint"): (str, LONGEST_NAME),
+    ("model", "source"): (str, 4096),  # may be a path
+    ("controller",): (str, LONGEST_NAME),
+    ("decoding",): (dict, 0),
+    ("chat_template",): (str, LONGEST_NAME),
+    ("files",): (dict, 0),
 }
-
-
-class ArtefactError(BundleError):
-    """A folder that holds no allocator, or a damaged one."""
+"""Of the manifest: where, of what kind, and how many characters long at most."""
 
 
 def optional_parts(allocator: AllocatorParts) -> tuple[str, ...]:
-    """The files of those parts that an allocator may do without, as far as it has them."""
-    parts = {
-        HEALING: allocator.healing,
-        DRIFT: allocator.drift,
-        OUTLIERS: allocator.outliers,
-        CHAT: allocator.chat,
-    }
-    return tuple(name for name, part in parts.items() if part is not None)
+    """The files of those optional parts that an allocator has."""
+    return tuple(file for name, file in OPTIONAL.items() if getattr(allocator, name) is not None)
 
 
 def files_of_other(number: int) -> tuple[str, str]:
@@ -60,19 +57,23 @@ def chat_hash(allocator: AllocatorParts) -> str:
 
 
 def check_entries(folder: Path, manifest: Manifest) -> None:
+    """Raises ArtefactError for a manifest of another format, or with entries of another kind."""
     if (found := manifest.get("format_version")) != FORMAT_VERSION:
         raise ArtefactError(
             f"{folder} has allocator format {found!r}, this version reads {FORMAT_VERSION}; make it again with "
             "`layerbudget run`"
         )
-    for name, kind in ENTRIES.items():
-        if not isinstance(manifest.get(name), kind):
+    for path, (kind, longest) in ENTRIES.items():
+        value: Any = manifest
+        for key in path:
+            value = value.get(key)
+        name = " of ".join(reversed(path))
+        if not isinstance(value, kind):
             raise ArtefactError(f"{folder} is damaged: {name} in manifest.json should be a {kind.__name__}")
-        _check_length(folder, name, manifest[name], LONGEST_NAME)
-    for name in ("fingerprint", "source"):
-        if not isinstance(manifest["model"].get(name), str):
-            raise ArtefactError(f"{folder} is damaged: the model's {name} in manifest.json should be a str")
-        _check_length(folder, name, manifest["model"][name], LONGEST_SOURCE if name == "source" else LONGEST_NAME)
+        if isinstance(value, str) and len(value) > longest:
+            raise ArtefactError(
+                f"{folder} is damaged: {name} in manifest.json has {len(value)} characters, at most {longest} are read"
+            )
     if (controller := manifest["controller"]) not in CONTROLLERS:
         raise ArtefactError(
             f"{folder} needs the controller {controller!r:.80}, known are {', '.join(CONTROLLERS)}; install the "
@@ -83,29 +84,19 @@ def check_entries(folder: Path, manifest: Manifest) -> None:
         raise ArtefactError(f"{folder} is damaged: manifest.json does not list {min(missing)}")
 
 
-def _check_length(folder: Path, name: str, value: object, longest: int) -> None:
-    if isinstance(value, str) and len(value) > longest:
-        raise ArtefactError(
-            f"{folder} is damaged: {name} in manifest.json has {len(value)} characters, at most {longest} are read"
-        )
-
-
 def check_assumed(allocator: AllocatorParts) -> None:
-    """Raises ArtefactError where the certificate was made with something that the allocator has not."""
-    chat = chat_hash(allocator)
+    """Raises ArtefactError where a certificate was made with something that the allocator has not."""
+    chat, decoding = chat_hash(allocator), str(allocator.decoding)
     for certificate in (allocator.certificate, *(point.certificate for point in allocator.others)):
-        if missing := sorted({*_assumed(certificate)} - {*optional_parts(allocator)}):
+        assumed = {OPTIONAL["healing"] if name == OLD_HEALING else name for name in certificate.assumes}
+        if missing := sorted(assumed - {*optional_parts(allocator)}):
             raise ArtefactError(f"its certificate was made with {missing[0]}, which this allocator is without")
         if certificate.chat_template not in ("", chat):
             raise ArtefactError(f"its certificate is for the chat template {certificate.chat_template}, it has {chat}")
-        if certificate.decoding not in ("", decoding := str(allocator.decoding)):
+        if certificate.decoding not in ("", decoding):
             raise ArtefactError(
                 f"its certificate is for answers by {certificate.decoding!r:.120}, it has {decoding!r:.120}"
             )
-
-
-def _assumed(certificate: Certificate) -> list[str]:
-    return [HEALING if name == OLD_HEALING else name for name in certificate.assumes]
 
 
 def check_together(allocator: AllocatorParts) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Container
-from dataclasses import replace
+from collections.abc import Callable, Container
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from backbone.errors import InputError, reason_of
+from backbone.errors import ArtefactError, InputError, reason_of
 from backbone.healing.attaching import Healing
+from backbone.model_source import PACKAGE_PREFIX, check_package
 from backbone.plan import PlanMenu
 from backbone.strict_json import parse
 from controller.base import CONTROLLERS
@@ -30,16 +31,12 @@ from runtime.parts import AllocatorParts, OperatingPoint
 from runtime.saving.allocator_checks import (
     ACCEPTANCE,
     CERTIFICATE,
-    CHAT,
-    DRIFT,
     FORMAT_VERSION,
-    HEALING,
     LARGEST_PART,
     MENU,
     OLD_HEALING,
-    OUTLIERS,
+    OPTIONAL,
     PROJECTION,
-    ArtefactError,
     chat_hash,
     check_assumed,
     check_entries,
@@ -49,6 +46,12 @@ from runtime.saving.allocator_checks import (
 from runtime.saving.file_bundle import CARD, Manifest, digest_of, file_hash, read_bundle, save_bundle
 
 Parts = TypeVar("Parts", bound=AllocatorParts)
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "healing": Healing.load,
+    "drift": DriftAlarm.load,
+    "outliers": OutlierTest.load,
+    "chat": ChatFormat.load,
+}
 
 
 def save_allocator(allocator: AllocatorParts, folder: Path) -> None:
@@ -83,6 +86,8 @@ def load_allocator(
     if inside.is_absolute() or ".." in inside.parts:
         raise ArtefactError(f"the subfolder {subfolder!r} lies outside of {source}; give one that lies inside")
     folder = Path(source).expanduser()
+    if str(source).startswith(PACKAGE_PREFIX):
+        folder = _folder_of_package(str(source).removeprefix(PACKAGE_PREFIX))
     if not folder.is_dir():
         files = f"{inside.as_posix()}/*" if inside.parts else None
         folder = _downloaded(str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=files)
@@ -97,6 +102,19 @@ def load_allocator(
         raise
     except InputError as error:
         raise ArtefactError(str(error)) from None
+
+
+def _folder_of_package(name: str) -> Path:
+    """Raises ArtefactError for a package that is not installed, or brings no allocator."""
+    try:
+        check_package(name)
+    except InputError as error:
+        raise ArtefactError(str(error)) from None
+    spec = find_spec(name)
+    folder = Path(spec.origin if spec and spec.origin else name).parent / "allocator"
+    if not folder.is_dir():
+        raise ArtefactError(f"the package {name!r} brings no allocator; name one with a folder `allocator`")
+    return folder
 
 
 def content_digest(allocator: AllocatorParts) -> str:
@@ -125,22 +143,17 @@ def write_files(allocator: AllocatorParts, folder: Path) -> None:
     allocator.projection.save(folder / PROJECTION)
     allocator.certificate.save(folder / CERTIFICATE)
     allocator.controller.save(folder)
-    if allocator.healing is not None:
-        allocator.healing.save(folder / HEALING)
-    if allocator.drift is not None:
-        allocator.drift.save(folder / DRIFT)
+    for name, file in OPTIONAL.items():
+        if (part := getattr(allocator, name)) is not None:
+            part.save(folder / file)
     for number, point in enumerate(allocator.others, 1):
         certificate, drift = files_of_other(number)
         point.certificate.save(folder / certificate)
         if point.drift is not None:
             point.drift.save(folder / drift)
-    if allocator.outliers is not None:
-        allocator.outliers.save(folder / OUTLIERS)
     if allocator.acceptance is not None:
         rates = dict(zip(map(str, allocator.menu.plans), allocator.acceptance, strict=True))
         (folder / ACCEPTANCE).write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
-    if allocator.chat is not None:
-        allocator.chat.save(folder / CHAT)
     (folder / CARD).write_text(_model_card(allocator), encoding="utf-8")
 
 
@@ -148,13 +161,14 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
     """The allocator whose files lie in `place`, under the name `folder`."""
     check_entries(folder, manifest)
     name, files = manifest["controller"], manifest["files"]
-    healing = OLD_HEALING if OLD_HEALING in files else HEALING
+    optional = {**OPTIONAL, "healing": OLD_HEALING} if OLD_HEALING in files else OPTIONAL
     try:
-        for file in files.keys() - {healing}:
+        for file in files.keys() - {optional["healing"]}:
             if (size := (place / file).stat().st_size) > LARGEST_PART:
                 raise ArtefactError(f"{file} has {size} bytes; such a file has at most {LARGEST_PART}")
+        menu = PlanMenu.load(place / MENU)
         allocator = kind(
-            menu=PlanMenu.load(place / MENU),
+            menu=menu,
             controller=CONTROLLERS[name].load(place),
             controller_name=name,
             projection=Projection.load(place / PROJECTION),
@@ -162,14 +176,10 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
             decoding=Decoding.from_dict(manifest["decoding"]),
             fingerprint=manifest["model"]["fingerprint"],
             model_source=manifest["model"]["source"],
-            healing=Healing.load(place / healing) if healing in files else None,
-            drift=DriftAlarm.load(place / DRIFT) if DRIFT in files else None,
-            outliers=OutlierTest.load(place / OUTLIERS) if OUTLIERS in files else None,
-            chat=ChatFormat.load(place / CHAT) if CHAT in files else None,
             others=_others(place, files),
+            acceptance=_acceptance(place / ACCEPTANCE, menu) if ACCEPTANCE in files else None,
+            **{part: LOADERS[part](place / file) for part, file in optional.items() if file in files},
         )
-        if ACCEPTANCE in files:
-            allocator = replace(allocator, acceptance=_acceptance(place / ACCEPTANCE, allocator.menu))
         check_together(allocator)
         if (found := chat_hash(allocator)) != (said := manifest["chat_template"]):
             raise ArtefactError(f"its chat template is {found}, manifest.json says {said!r:.80}")

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from backbone.errors import InputError
+from backbone.errors import ArtefactError
 from backbone.files import lock_of
 from backbone.strict_json import parse
 
@@ -39,10 +39,6 @@ T = TypeVar("T")
 Manifest = dict[str, Any]
 
 
-class BundleError(InputError):
-    """A folder that holds no such files, damaged ones, or somebody else's in their places."""
-
-
 def digest_of(manifest: Manifest) -> str:
     """What the manifest itself is checked by."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -56,12 +52,11 @@ def save_bundle(folder: Path, write: Callable[[Path], Manifest]) -> None:
         write: writes the files into an empty folder and returns what the manifest says beside "files".
 
     Raises:
-        BundleError: the folder is a file, or somebody else's file, or a model card that somebody has edited, has a name
-            that is needed.
+        ArtefactError: the folder is a file, or somebody else's file, or an edited model card, is in the way.
     """
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
-        raise BundleError(f"cannot save to {folder}: it is a file, and a folder is needed")
+        raise ArtefactError(f"cannot save to {folder}: it is a file, and a folder is needed")
     folder.mkdir(parents=True, exist_ok=True)
     with lock_of(folder):
         _tidy(folder)
@@ -80,7 +75,7 @@ def read_bundle(folder: Path, load: Callable[[Path, Manifest], T]) -> T:
     """What `load` makes of the files, which it finds in the folder it is given, and of the manifest.
 
     Raises:
-        BundleError: there are none, or they are not the ones that were saved; whatever `load` raises.
+        ArtefactError: there are none, or they are not the ones that were saved; whatever `load` raises.
     """
     for _ in range(ATTEMPTS):
         content = _manifest(folder)
@@ -94,7 +89,7 @@ def read_bundle(folder: Path, load: Callable[[Path, Manifest], T]) -> T:
             if _manifest(folder) == content:
                 raise
         time.sleep(PAUSE_S)
-    raise BundleError(f"{folder} was saved to again and again while it was read; try again when that is over")
+    raise ArtefactError(f"{folder} was saved to again and again while it was read; try again when that is over")
 
 
 def file_hash(path: Path) -> str:
@@ -116,12 +111,12 @@ def _fill(scratch: Path, write: Callable[[Path], Manifest]) -> None:
 
 
 def _check_free(folder: Path, scratch: Path) -> None:
-    """Raises BundleError where a new file would replace one that is not ours."""
+    """Raises ArtefactError where a new file would replace one that is not ours."""
     own = _own_files(folder)
     for path in sorted(scratch.iterdir()):
         target = folder / path.name
         if path.name not in own and (target.exists() or target.is_symlink()):
-            raise BundleError(
+            raise ArtefactError(
                 f"cannot save to {folder}: its {path.name} was not saved by layerbudget, or has been changed since; "
                 "move it away, or choose another folder"
             )
@@ -134,7 +129,7 @@ def _own_files(folder: Path) -> set[str]:
     """
     try:
         files = _parsed(folder, _content(folder / MANIFEST, folder))["files"]
-    except BundleError:
+    except ArtefactError:
         return set()
     card = folder / CARD
     changed = CARD in files and card.is_file() and file_hash(card) != files[CARD]
@@ -155,7 +150,7 @@ def _install(folder: Path) -> None:
     replacement = folder / _REPLACEMENT
     try:
         files = _parsed(replacement, _content(replacement / MANIFEST, folder))["files"]
-    except BundleError:
+    except ArtefactError:
         shutil.rmtree(replacement, ignore_errors=True)
         return
     for name in files:
@@ -177,36 +172,40 @@ def _places(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def _content(path: Path, folder: Path) -> bytes:
-    """Of a file of a folder that may be missing, or nothing that has an end, such as a pipe."""
+    return _read(path, folder, Path.read_bytes) or b""
+
+
+def _read(path: Path, folder: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` gives of a file; None if the file is missing, or something without an end, such as a pipe."""
     try:
         if not path.is_file():
-            return b""
+            return None
         _check_is_own(path, folder)
-        return path.read_bytes()
+        return read(path)
     except (FileNotFoundError, NotADirectoryError):  # moved just now
-        return b""
+        return None
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+        raise ArtefactError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _parsed(folder: Path, content: bytes) -> Manifest:
     """A manifest that its digest shows to be whole, with names of files in its own folder only."""
     if not content:
-        raise BundleError(f"{folder} holds no allocator: there is no {MANIFEST}")
+        raise ArtefactError(f"{folder} holds no allocator: there is no {MANIFEST}")
     try:
         manifest: Manifest = parse(content.decode())
         digest = manifest.pop("digest")
         fits = digest == digest_of(manifest)
         files = manifest["files"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise BundleError(f"{folder / MANIFEST} is damaged: it is not the manifest that was saved") from None
+        raise ArtefactError(f"{folder / MANIFEST} is damaged: it is not the manifest that was saved") from None
     if not fits:
-        raise BundleError(f"{folder / MANIFEST} is damaged: its content does not match its digest")
+        raise ArtefactError(f"{folder / MANIFEST} is damaged: its content does not match its digest")
     if not isinstance(files, dict) or not all(isinstance(known, str) for known in files.values()):
-        raise BundleError(f"{folder / MANIFEST} is damaged: files should hold names and SHA-256")
+        raise ArtefactError(f"{folder / MANIFEST} is damaged: files should hold names and SHA-256")
     for name in files:
         if name == MANIFEST or not NAME.fullmatch(name):
-            raise BundleError(f"{folder / MANIFEST} is damaged: {name!r:.80} is not the name of a file in its folder")
+            raise ArtefactError(f"{folder / MANIFEST} is damaged: {name!r:.80} is not the name of a file in its folder")
     return manifest
 
 
@@ -229,23 +228,15 @@ def _together(folder: Path, manifest: Manifest) -> Iterator[Path]:
 def _place(folder: Path, name: str, known: str) -> Path:
     is_there = False
     for path in _places(folder, name):
-        try:
-            if path.is_file():
-                is_there = True
-                _check_is_own(path, folder)
-                if file_hash(path) == known:
-                    return path
-        except FileNotFoundError:  # moved just now, to the other place
-            continue
-        except OSError as error:
-            raise BundleError(f"{path} cannot be read: {error.strerror}") from None
-    if not is_there:
-        raise BundleError(f"{folder} is damaged: {name} is missing")
-    raise BundleError(f"{folder} is damaged: {name} does not match its SHA-256 in {MANIFEST}")
+        if (found := _read(path, folder, file_hash)) == known:
+            return path
+        is_there |= found is not None
+    what = f"does not match its SHA-256 in {MANIFEST}" if is_there else "is missing"
+    raise ArtefactError(f"{folder} is damaged: {name} {what}")
 
 
 def _check_is_own(path: Path, folder: Path) -> None:
-    """Raises BundleError for a file that is too large, or a link to one outside of the folder.
+    """Raises ArtefactError for a file that is too large, or a link to one outside of the folder.
 
     The hub's cache keeps a repository's files in `blobs`, and links to them in `snapshots/REVISION`.
     """
@@ -253,15 +244,15 @@ def _check_is_own(path: Path, folder: Path) -> None:
     home, real = folder.resolve(), path.resolve()
     caches = [place.parent.parent / "blobs" for place in (home, *home.parents) if place.parent.name == "snapshots"]
     if not any(real.is_relative_to(place) for place in (home, *caches)):
-        raise BundleError(f"{path} is a link to {real}, outside of its folder; put the file itself there")
+        raise ArtefactError(f"{path} is a link to {real}, outside of its folder; put the file itself there")
     status = real.stat()
     with os.scandir(real.parent) as entries:
         names = sum(entry.inode() == status.st_ino for entry in entries) if status.st_nlink > 1 else 1
     if names < status.st_nlink:
-        raise BundleError(f"{path} is a hard link to a file outside of its folder; put a copy of the file there")
+        raise ArtefactError(f"{path} is a hard link to a file outside of its folder; put a copy of the file there")
 
 
 def _check_size(path: Path) -> None:
     largest, size = LARGEST.get(path.suffix, LARGEST[".safetensors"]), path.stat().st_size
     if size > largest:
-        raise BundleError(f"{path} has {size} bytes; such a file has at most {largest}")
+        raise ArtefactError(f"{path} has {size} bytes; such a file has at most {largest}")

@@ -1,1 +1,1 @@
-"""A server before an engine: decides each request's plan with the allocator's first layers, and passes it on."""
+"""A router that selects each request's plan and passes it on to an engine."""

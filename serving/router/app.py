@@ -17,36 +17,34 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from serving.router.choosing import Choice, Chooser, Prompts
-from serving.router.engines import Engines
+from serving.router.admission import Admission, sender_of
+from serving.router.engines import Engines, UpstreamCheck, Upstreams
 from serving.router.errors import CLIENT_LEFT, RefusedError
-from serving.router.limits import PLACE_BYTES
-from serving.router.load import Admission, sender_of
+from serving.router.limits import PLACE_BYTES, ShutdownTimer
 from serving.router.metrics import Metrics
-from serving.router.requests import RequestBody, own_headers, parsed
-from serving.router.stopping import Stopping
-from serving.router.upstreams import UpstreamCheck, Upstreams
+from serving.router.requests import RequestBody, forwarded_headers, parsed
+from serving.router.selector import Choice, Prompts, RequestSelector
 
 PLAN_HEADER = "x-layer-plan"
-"""Of every answer of an engine: the plan that its prompt ran."""
+"""Header of every engine answer: the plan that its prompt ran."""
 
 CHAT = "/v1/chat/completions"
 HEALTH_S = 10.0
 
 
-def make_app(chooser: Chooser, upstreams: Upstreams, *, is_checked: bool = True) -> FastAPI:
-    """The router as an ASGI application, within the limits of the chooser.
+def make_app(selector: RequestSelector, upstreams: Upstreams, *, is_checked: bool = True) -> FastAPI:
+    """The router as an ASGI application, within the limits of the selector.
 
     Args:
-        chooser: decides about each request.
+        selector: decides about each request.
         upstreams: the engines that answer.
         is_checked: `Upstreams.check` is done. Else it is asked again until the engine answers, and all run in full.
     """
-    router = _Router(chooser, upstreams, is_checked)
+    router = _Router(selector, upstreams, is_checked)
     app = FastAPI(lifespan=router.running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.stopping = router.stopping
-    app.add_exception_handler(HTTPException, _not_found)
-    app.add_middleware(Admission, metrics=router.metrics, limits=chooser.limits, stopping=router.stopping)
+    app.add_exception_handler(HTTPException, not_found)
+    app.add_middleware(Admission, metrics=router.metrics, limits=selector.limits, stopping=router.stopping)
     for path in ("/v1/completions", CHAT):
         app.add_api_route(path, router.answer, methods=["POST"])
     app.add_api_route("/v1/models", router.models, methods=["GET"])
@@ -56,19 +54,19 @@ def make_app(chooser: Chooser, upstreams: Upstreams, *, is_checked: bool = True)
 
 
 class _Router:
-    def __init__(self, chooser: Chooser, upstreams: Upstreams, is_checked: bool) -> None:
-        self._chooser, self._upstreams = chooser, upstreams
+    def __init__(self, selector: RequestSelector, upstreams: Upstreams, is_checked: bool) -> None:
+        self._selector, self._upstreams = selector, upstreams
         self._check = UpstreamCheck(upstreams, is_checked)
-        self.stopping = Stopping()
-        self.metrics = Metrics(chooser.allocator.menu.n_layers)
-        self._engines = Engines(chooser.limits.engine_s, self.stopping, self.metrics.broken.inc)
+        self.stopping = ShutdownTimer()
+        self.metrics = Metrics(selector.allocator.menu.n_layers)
+        self._engines = Engines(selector.limits.engine_s, self.stopping, self.metrics.broken.inc)
         self._readers = [ThreadPoolExecutor(1, f"layerbudget-{size}-bodies") for size in ("small", "large")]
         self._checking: asyncio.Task[dict[str, bool]] | None = None
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """From the router's start to its end."""
-        deciding = asyncio.create_task(self._chooser.serve())
+        deciding = asyncio.create_task(self._selector.serve())
         self._check.start()
         try:
             yield
@@ -77,20 +75,20 @@ class _Router:
             self._check.end()
             for reader in self._readers:
                 reader.shutdown(wait=False, cancel_futures=True)
-            self._chooser.close()
+            self._selector.close()
             await self._engines.close()
 
     async def models(self, request: Request) -> Response:
-        return await _unless_gone(request, self._models(request))
+        return await _cancelled_on_disconnect(request, self._models(request))
 
     async def _models(self, request: Request) -> Response:
         async with self.stopping.limited():
             url = self._upstreams.engine
-            answer = await self._engines.ask(url, "/v1/models", own_headers(request.headers))
-            return await self._engines.passed_back(answer, url, {})
+            answer = await self._engines.ask(url, "/v1/models", forwarded_headers(request.headers))
+            return await self._engines.relay(answer, url, {})
 
     async def health(self) -> Response:
-        """Status 200 if every engine says it is well, else 503 with the ones that do not."""
+        """Status 200 if every engine is well, else 503."""
         if self._checking is None or self._checking.done():  # many who ask cost no more than one
             self._checking = asyncio.create_task(self._well())
         well = await asyncio.shield(self._checking)
@@ -109,54 +107,55 @@ class _Router:
         return dict(zip(urls, await asyncio.gather(*map(is_well, urls)), strict=True))
 
     async def metrics_page(self) -> Response:
-        drift = self._chooser.allocator.drift
+        drift = self._selector.allocator.drift
         page = self.metrics.page(drift=drift is not None and drift.triggered)
         return Response(page, media_type="text/plain; version=0.0.4")
 
     async def answer(self, request: Request) -> Response:
-        """Decide, pass on, pass back."""
+        """Select a plan, ask the engine, pass its answer back."""
         content = [chunk async for chunk in request.stream()]
-        return await _unless_gone(request, self._passed_on(request, content))
+        return await _cancelled_on_disconnect(request, self._forward(request, content))
 
-    async def _passed_on(self, request: Request, content: list[bytes]) -> Response:
+    async def _forward(self, request: Request, content: list[bytes]) -> Response:
         async with self.stopping.limited():
-            start, headers = time.perf_counter(), own_headers(request.headers)
-            choice, url, own_content = await self._routed(request, content)
+            start, headers = time.perf_counter(), forwarded_headers(request.headers)
+            choice, url, own_content = await self._select(request, content)
             self.metrics.chosen(choice, (time.perf_counter() - start) * 1000)
             answer = await self._engines.ask(url, request.scope["path"], headers, own_content)
             self.metrics.first_byte.observe(time.perf_counter() - start)
-            return await self._engines.passed_back(answer, url, {PLAN_HEADER: str(choice.plan)})
+            return await self._engines.relay(answer, url, {PLAN_HEADER: str(choice.plan)})
 
-    async def _routed(self, request: Request, content: list[bytes]) -> tuple[Choice, str, bytes]:
+    async def _select(self, request: Request, content: list[bytes]) -> tuple[Choice, str, bytes]:
         """The choice, the engine's URL, and the body for it."""
         chat = request.scope["path"] == CHAT
         large = sum(map(len, content)) > PLACE_BYTES  # small bodies do not wait for large ones
         reading = asyncio.get_running_loop().run_in_executor(self._readers[large], self._read, content, chat)
         body, prompts = await reading
-        choice = self._run_by(await self._chooser.plan_for(prompts, sender_of(request.scope)))
+        choice = self._available(await self._selector.plan_for(prompts, sender_of(request.scope)))
         url, xarg = self._upstreams.route(choice.plan)
-        return choice, url, body.under(xarg)
+        return choice, url, body.with_plan(xarg)
 
     def _read(self, content: list[bytes], chat: bool) -> tuple[RequestBody, Prompts | str]:
         whole = b"".join(content)
         content.clear()  # the body is held once, not twice
         body = parsed(whole)
-        return RequestBody.of(body), self._chooser.read(body, chat=chat)
+        return RequestBody.of(body), self._selector.read(body, chat=chat)
 
-    def _run_by(self, choice: Choice) -> Choice:
+    def _available(self, choice: Choice) -> Choice:
         """The choice, if there is an engine that runs it."""
         if not self._check.is_done:
-            return self._chooser.full("unchecked")
-        return choice if self._upstreams.runs(choice.plan) else self._chooser.full("no_pool")
+            return self._selector.full("unchecked")
+        return choice if self._upstreams.runs(choice.plan) else self._selector.full("no_pool")
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
+async def not_found(request: Request, error: Exception) -> Response:
+    """The answer for a path or method that there is not."""
     assert isinstance(error, HTTPException)
     return RefusedError(error.status_code, f"{request.scope['method']} of this path: {error.detail}").response
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What the work gives; if the client leaves before, the work is cancelled."""
+async def _cancelled_on_disconnect(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The result of the work, which is cancelled if the client leaves."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -38,14 +38,14 @@ class ClientLeftError(Exception):
     """Nobody waits for the answer any more."""
 
 
-def of_engine(error: Exception, url: str) -> RefusedError:
-    """For an engine that does not answer or breaks off."""
+def engine_error(error: Exception, url: str) -> RefusedError:
+    """The error for an engine that does not answer or breaks off."""
     reason = str(error) or type(error).__name__
     if isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout):
         return RefusedError(504, f"the engine at {url} was silent for too long ({reason})")
     return RefusedError(502, f"the engine at {url} cannot be reached or broke off ({reason})")
 
 
-def encoded_events(error: RefusedError) -> bytes:
+def error_events(error: RefusedError) -> bytes:
     """The last events of a stream that breaks off."""
     return f"\n\ndata: {json.dumps(error.body)}\n\ndata: [DONE]\n\n".encode()

@@ -1,4 +1,4 @@
-"""A plan as an ordinary, shorter checkpoint, for an engine that knows nothing of plans."""
+"""Export of a plan as an ordinary, shorter checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def export_plan(
     folder: Path,
     allocator: AllocatorParts | None = None,
 ) -> int:
-    """Write the layers that a plan runs, renumbered, with the adapter of an allocator merged into their weights.
+    """Write the layers of a plan, renumbered, with an allocator's adapter merged.
 
     Args:
         model: the full model. Its weights are changed where there is an adapter.

@@ -1,12 +1,16 @@
-"""What the router gives one request, one sender and all of them together; `docs/serving.md` has the table."""
+"""Limits of the router; `docs/serving.md` has the table."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from serving.router.errors import RefusedError
+
 PLACE_BYTES = 256 * 1024
-"""A request takes a place for each of these of its body. Whole answers up to this size are held, longer ones passed on
-as they come."""
+"""A request takes a place for each of these of its body. Answers up to this size are held, longer ones streamed."""
 
 MOST_UNFINISHED = 1024
 """Connections without a whole head, and bodies that are not whole."""
@@ -20,8 +24,8 @@ class Limits:
     """The limits that the command line sets.
 
     Attributes:
-        in_flight: places, which requests hold until their answers end. Beyond them, and beyond half of them for one
-            sender (address and `authorization`), requests are refused with status 429.
+        in_flight: places, which requests hold until their answers end; beyond them, and beyond half of them for one
+            sender (address and `authorization`), status 429.
         body_bytes: longest body of a request; beyond it status 413.
         client_s: longest time until a request is whole, and longest time in which a client takes nothing of its answer.
         engine_s: longest silence of an engine before its request ends with status 504.
@@ -40,5 +44,34 @@ class Limits:
 
     @property
     def unfinished_bytes(self) -> int:
-        """Of all bodies that are not whole."""
+        """Limit of all bodies that are not whole."""
         return self.in_flight * PLACE_BYTES + self.body_bytes
+
+
+class ShutdownTimer:
+    """Ends all that waits at the end of the time after SIGTERM."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Timeout] = set()
+        self._is_over = False
+
+    @asynccontextmanager
+    async def limited(self) -> AsyncIterator[None]:
+        """Raises RefusedError once the time is over."""
+        limit = asyncio.timeout(0 if self._is_over else None)
+        try:
+            async with limit:
+                self._waiting.add(limit)
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise RefusedError(503, "the router stops; send the request again", {"retry-after": "1"}) from None
+        finally:
+            self._waiting.discard(limit)
+
+    def end(self) -> None:
+        self._is_over = True
+        for limit in self._waiting:
+            if not limit.expired():
+                limit.reschedule(0)

@@ -1,10 +1,10 @@
-"""What the router counts, for Prometheus."""
+"""Metrics of the router for Prometheus."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from serving.router.choosing import Choice
+from serving.router.selector import Choice
 
 MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -29,10 +29,11 @@ class Metrics:
         self.in_flight = Gauge("layerbudget_in_flight", "Requests that are being answered", registry=own)
         self._drift = Gauge("layerbudget_drift", "1 while the drift alarm is active and all run in full", registry=own)
 
-    def chosen(self, choice: Choice, milliseconds: float) -> None:
+    def chosen(self, choice: Choice, milliseconds: float | None = None) -> None:
         self._plans.labels(str(choice.plan), choice.because).inc()
         self._layers.observe(choice.plan.layers)
-        self._decision.observe(milliseconds)
+        if milliseconds is not None:
+            self._decision.observe(milliseconds)
 
     def answered(self, status: int) -> None:
         self._answers.labels(str(status)).inc()

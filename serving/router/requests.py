@@ -1,12 +1,20 @@
-"""The body of a request: refused unless an engine can be sent just what was judged."""
+"""Requests of the OpenAI routes: body for the engine, tokens for the allocator.
+
+A body is refused unless the engine can be sent exactly what the allocator read.
+"""
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from transformers import PreTrainedTokenizerBase
+
+from backbone.errors import InputError
+from runtime.parts import AllocatorParts
 from serving.router.errors import RefusedError
 from serving.router.limits import MOST_LEVELS
 
@@ -20,11 +28,11 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """A body as it goes on, held as JSON, which takes a fraction of the memory of Python's objects.
+    """A body for the engine, held as JSON to save memory.
 
     Attributes:
         rest: all but the engine's extra arguments.
-        xargs: these, as the client gave them.
+        xargs: these.
     """
 
     rest: bytes
@@ -34,8 +42,8 @@ class RequestBody:
     def of(cls, body: Body) -> RequestBody:
         return cls(encoded({name: value for name, value in body.items() if name != XARGS}), body.get(XARGS))
 
-    def under(self, plan: str | None) -> bytes:
-        """The JSON for an engine; with a plan for one that runs plans."""
+    def with_plan(self, plan: str | None) -> bytes:
+        """The JSON for an engine, with the plan for one that runs plans."""
         xargs = self.xargs if plan is None else {**(self.xargs or {}), KEY: plan}
         if xargs is None:
             return self.rest
@@ -44,7 +52,7 @@ class RequestBody:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """A request's JSON object. Raises RefusedError for all that is none, or that cannot be passed on as it came."""
+    """Parse a JSON object; raises RefusedError for one that cannot be passed on unchanged."""
     try:
         body = json.loads(content.decode(), parse_constant=_refuse_number)
     except UnicodeDecodeError:
@@ -74,8 +82,8 @@ def encoded(value: Body) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def own_headers(given: Mapping[str, str]) -> dict[str, str]:
-    """Those of a request that the engine gets too. Raises RefusedError for what HTTP cannot carry."""
+def forwarded_headers(given: Mapping[str, str]) -> dict[str, str]:
+    """Headers that go on to the engine. Raises RefusedError for one that is not ASCII."""
     own = {name: given[name] for name in ("authorization", "x-request-id") if name in given}
     if wrong := [name for name, value in own.items() if not value.isascii()]:
         raise RefusedError(400, f"the header {wrong[0]} should be ASCII, got {own[wrong[0]]!a:.40}")
@@ -102,3 +110,97 @@ def _refuse_number(text: str) -> NoReturn:
 
 def _bad(wrong: str) -> RefusedError:
     return RefusedError(400, f"{wrong}; a request is a JSON object")
+
+
+CHARACTERS_A_TOKEN = 16
+"""A text with more characters for each token counts as too long, and is never tokenized."""
+
+_RENDERED_OTHERWISE = ("tools", "chat_template", "documents", "chat_template_kwargs", "continue_final_message")
+"""Fields with which the engine renders a conversation otherwise than the allocator."""
+
+
+class UnreadablePromptError(InputError):
+    """A request whose prompt the allocator cannot judge: it runs the full plan."""
+
+
+class LongPromptError(InputError):
+    """A request with too many tokens for a decision: it runs the full plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReader:
+    """Reads the prompts of requests, in any thread.
+
+    Attributes:
+        allocator: has the chat template.
+        tokenizer: of the model.
+        most_tokens: of one request, padded.
+        vocabulary: tokens that the model has.
+    """
+
+    allocator: AllocatorParts
+    tokenizer: PreTrainedTokenizerBase
+    most_tokens: int
+    vocabulary: int
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # a fast tokenizer fails in two threads
+
+    def prompts_of(self, body: Body, *, chat: bool) -> list[list[int]]:
+        """The tokens of each prompt of a request, as the engine will see them.
+
+        Args:
+            body: of the request.
+            chat: `messages` are put into the allocator's chat template; else `prompt` is continued as it is.
+
+        Raises:
+            UnreadablePromptError: no prompt that can be read, or one that the engine renders otherwise.
+            ChatError: turns without a template, or that it cannot render.
+            LongPromptError: more tokens than `most_tokens`.
+        """
+        if least_tokens(body.get("messages" if chat else "prompt"), self.most_tokens) > self.most_tokens:
+            raise LongPromptError(f"a request of more than {self.most_tokens} tokens")
+        prompts = [self._conversation(body)] if chat else self._texts(body.get("prompt"))
+        if any(not prompt or min(prompt) < 0 or max(prompt) >= self.vocabulary for prompt in prompts):
+            raise UnreadablePromptError(f"a prompt has one token or more, each from 0 to {self.vocabulary - 1}")
+        if len(prompts) * max(map(len, prompts)) > self.most_tokens:
+            raise LongPromptError(f"a request of more than {self.most_tokens} tokens, padded")
+        return prompts
+
+    def _conversation(self, body: Body) -> list[int]:
+        if changed := [name for name in _RENDERED_OTHERWISE if body.get(name)]:
+            raise UnreadablePromptError(f"{changed[0]} changes how the engine renders the conversation")
+        if not isinstance(body.get("messages"), list):
+            raise UnreadablePromptError("messages is a list of turns")
+        return self._tokens(body["messages"])
+
+    def _texts(self, prompt: Any) -> list[list[int]]:
+        given = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
+        if not isinstance(given, list) or not given:
+            raise UnreadablePromptError("a request has messages, or a prompt: a text, tokens, or a list of these")
+        return [self._one(text) for text in given]
+
+    def _one(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str) and prompt:
+            return self._tokens(prompt, raw=True)
+        if _is_tokens(prompt):
+            return list(prompt)
+        raise UnreadablePromptError(f"a prompt is a text or tokens of the model, got {prompt!r:.80}")
+
+    def _tokens(self, prompt: Any, *, raw: bool = False) -> list[int]:
+        with self._tokenizing:
+            inputs = self.allocator.inputs(self.tokenizer, [prompt], raw=raw)
+        return inputs["input_ids"][0].tolist()  # type: ignore[no-any-return]
+
+
+def least_tokens(value: Any, most: int) -> int:
+    """Lower bound on the tokens of a prompt or conversation, counted to just above `most`."""
+    if isinstance(value, str):
+        return -(-len(value) // CHARACTERS_A_TOKEN)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return len(value) if len(value) > most else sum(least_tokens(one, most) for one in value)
+    return 1
+
+
+def _is_tokens(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)

@@ -1,11 +1,10 @@
-"""The router's HTTP server: limits on clients that are silent, errors in OpenAI's form, and an end without resets."""
+"""The router's HTTP server: time limits of clients, errors in OpenAI's form, graceful shutdown."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import socket
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -16,15 +15,14 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.router.errors import RefusedError
-from serving.router.limits import MOST_UNFINISHED, Limits
-from serving.router.stopping import Stopping
+from serving.router.limits import MOST_UNFINISHED, Limits, ShutdownTimer
 
 LAST_REQUEST_S = 1.0
-"""After SIGTERM, for a connection without a request: one may be on its way."""
+"""After SIGTERM, for a connection without a request, since one may be on its way."""
 
 
 def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> uvicorn.Server:
-    """A server of `make_app`'s application, to be run."""
+    """Make a server of `make_app`'s application."""
     clients = _Clients(limits.client_s)
     config = uvicorn.Config(
         app,
@@ -40,7 +38,7 @@ def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int
 
 
 def allow_connections(limits: Limits) -> None:
-    """Raise the process's limit on open files to what the other limits allow, where the system lets it."""
+    """Raise the limit on open files as far as needed and allowed."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -54,9 +52,9 @@ def allow_connections(limits: Limits) -> None:
 
 
 class _Server(uvicorn.Server):
-    """After SIGTERM: answers what has come, closes what is left after a time, and ends."""
+    """After SIGTERM answers the requests in flight, and closes the rest after `stop_s`."""
 
-    def __init__(self, config: uvicorn.Config, clients: _Clients, stopping: Stopping, stop_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, clients: _Clients, stopping: ShutdownTimer, stop_s: float) -> None:
         super().__init__(config)
         self._clients, self._stopping, self._stop_s = clients, stopping, stop_s
 
@@ -75,14 +73,14 @@ class _Server(uvicorn.Server):
 
 
 class _Clients:
-    """The connections on which no request is being answered, each with its time limit; the earliest first."""
+    """Connections without a request in flight, each with its time limit, the earliest first."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s, self.are_last = limit_s, False
         self._silent: dict[_Connection, asyncio.TimerHandle] = {}
 
     def add(self, connection: _Connection, seconds: float) -> None:
-        """The connection is cut after the time; the earliest one at once where there are too many."""
+        """Cut the connection after the time; the earliest at once where there are too many."""
         self.remove(connection)
         self._silent[connection] = connection.loop.call_later(seconds, connection.transport.abort)
         if len(self._silent) > MOST_UNFINISHED:
@@ -96,7 +94,7 @@ class _Clients:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's protocol with limits on the time that a client takes for its request's head and to read its answer."""
+    """uvicorn's protocol with time limits for request heads and answers."""
 
     def __init__(self, *arguments: Any, clients: _Clients, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -149,7 +147,7 @@ class _Connection(H11Protocol):
             self._unread.cancel()
 
     def shutdown(self) -> None:
-        """The server is told to end: the request that is being answered, or is on its way, is the last one."""
+        """End after the request that is in flight or on its way."""
         if self._is_answering:
             self._close_after_answer()
         else:
@@ -160,7 +158,7 @@ class _Connection(H11Protocol):
         self.cycle.scope["headers"] = [*self.cycle.scope["headers"], CLOSE_HEADER]  # so that the answer says so too
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP ends the connection, with an answer where none has begun; what follows is not read."""
+        """End a connection that is not HTTP, with an answer where none has begun."""
         begun = self._is_answering and self.cycle.response_started
         if self._is_answering:
             self.cycle.disconnected = True
@@ -169,16 +167,10 @@ class _Connection(H11Protocol):
             self.transport.close()
             return
         self._is_refused = True
-        self._say(json.dumps(RefusedError(400, msg).body).encode())
+        content = json.dumps(RefusedError(400, msg).body).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content)), CLOSE_HEADER]
+        head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (head, h11.Data(data=content), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
         self.transport.write_eof()
         self._clients.add(self, LAST_REQUEST_S)  # closed at once, the connection could be reset before this is read
-
-    def _say(self, content: bytes) -> None:
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content)), CLOSE_HEADER]
-        events: Sequence[h11.Event] = [
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=content),
-            h11.EndOfMessage(),
-        ]
-        for event in events:
-            self.transport.write(self.conn.send(event) or b"")

@@ -4,11 +4,12 @@ import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
 
+from backbone.errors import ArtefactError, WrongModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import SharedPasses, sharing_order
 from backbone.fingerprint import model_fingerprint
 from backbone.healing import fit_bridges as fitting
-from backbone.healing.attaching import Healing, HealingError, attach, attached_digest, detach
+from backbone.healing.attaching import Healing, attach, attached_digest, detach
 from backbone.healing.bridges import Bridge
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.healing.ridge_regression import Moments, fit_bridge
@@ -230,12 +231,12 @@ def test_plans_with_a_gap_in_common_are_saved(tmp_path) -> None:
 
 def test_healing_of_another_model_and_other_files_are_refused(tmp_path) -> None:
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
-    with pytest.raises(HealingError, match=r"made for llama-6x32-.*, the model given is llama-6x32-"):
+    with pytest.raises(WrongModelError, match=r"made for llama-6x32-.*, the model given is llama-6x32-"):
         attach(other, Healing(model_fingerprint(model)))
-    with pytest.raises(HealingError, match="holds no healing parts"):
+    with pytest.raises(ArtefactError, match="holds no healing parts"):
         Healing.load(tmp_path / "missing.safetensors")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(HealingError, match="holds no healing parts"):
+    with pytest.raises(ArtefactError, match="holds no healing parts"):
         Healing.load(tmp_path / "text")
 
 

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import N_LAYERS, padded_batch, tiny_model
 from transformers import DynamicCache
 
-from backbone.errors import InputError
+from backbone.errors import InputError, UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.delete_layers import delete_layers
-from backbone.families import UnsupportedModelError, decoder_layers, decoder_of
+from backbone.families import decoder_layers, decoder_of
 from backbone.plan import LayerPlan
 
 FAMILIES = ("llama", "gemma3_text", "gpt2", "falcon")

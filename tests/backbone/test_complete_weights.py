@@ -11,8 +11,8 @@ from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from tiny_gguf import write_gguf
 
 from backbone import loading
+from backbone.errors import LoadError
 from backbone.loading import load_backbone
-from backbone.model_source import LoadError
 
 
 def zeros(*shape: int) -> np.ndarray:

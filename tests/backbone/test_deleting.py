@@ -5,10 +5,11 @@ import torch
 from tiny import N_LAYERS, padded_batch, tiny_model
 from transformers import AutoModelForCausalLM
 
+from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.delete_layers import delete_layers
 from backbone.families import decoder_layers
-from backbone.plan import LayerPlan, PlanError
+from backbone.plan import LayerPlan
 
 PLAN = LayerPlan.skipping(N_LAYERS, {0, 3})
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from tiny import OPTIONS, UNDECLARED, tiny_model
 
-from backbone.execution import plan_patches
+from backbone.errors import UnsupportedModelError
+from backbone.execution import executor
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.self_test import InexactPlanError, check_exactness, rounding_limit
-from backbone.families import FAMILIES, UnsupportedModelError, decoder_layers, family_of, sublayer_bytes
+from backbone.execution.self_test import check_exactness, rounding_limit
+from backbone.families import decoder_layers, family_of, sublayer_bytes
+from backbone.model_source import FAMILIES
 from backbone.plan import LayerPlan
 from backbone.testing import FamilyConformance
 
@@ -28,8 +30,8 @@ def test_every_declared_family_is_tested() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_the_self_test_sees_a_cache_that_was_not_fitted(family, dtype, monkeypatch) -> None:
-    monkeypatch.setattr(plan_patches, "drop_skipped_layers", lambda cache, plan: None)
-    with pytest.raises(InexactPlanError, match="a step with a cache differs by"):
+    monkeypatch.setattr(executor, "hold_rows", lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match="a step with a cache differs by"):
         check_exactness(tiny_model(family).to(dtype))
 
 
@@ -52,9 +54,9 @@ def test_of_an_undeclared_family_only_whole_layers_can_be_skipped() -> None:
 
 def test_a_model_that_fails_its_self_test_is_refused_before_its_first_plan(monkeypatch) -> None:
     model = tiny_model("gptj")
-    monkeypatch.setattr(plan_patches, "drop_skipped_layers", lambda cache, plan: None)
+    monkeypatch.setattr(executor, "hold_rows", lambda *_: None)
     for _ in range(2):
-        with pytest.raises(InexactPlanError, match="gptj"), apply_plan(model, LayerPlan.full(6)):
+        with pytest.raises(UnsupportedModelError, match="gptj"), apply_plan(model, LayerPlan.full(6)):
             pass
 
 

@@ -13,9 +13,9 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from backbone import loading
+from backbone.errors import LoadError
 from backbone.fingerprint import model_fingerprint
 from backbone.loading import load_backbone
-from backbone.model_source import LoadError
 
 
 def test_a_folder_loads_ready_to_generate(model_folder) -> None:
@@ -116,7 +116,6 @@ def conversion(log: Path, *, killed: bool = False):
     """Stands in for the conversion itself: half a folder, time for others to come in between, the other half."""
 
     def convert(gguf, folder):
-        folder.mkdir()
         (folder / "first half").touch()
         with log.open("a") as file:
             file.write("started\n")

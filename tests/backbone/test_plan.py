@@ -1,6 +1,7 @@
 import pytest
 
-from backbone.plan import LayerPlan, PlanError, PlanMenu
+from backbone.errors import PlanError
+from backbone.plan import LayerPlan, PlanMenu
 
 BYTES = [(1, 3)] * 8
 

@@ -8,8 +8,7 @@ from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model
 from transformers import CompileConfig
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.probing import probe_states
-from backbone.execution.prompt_prefix import joined, replaying, run_prefix
+from backbone.execution.prompt_prefix import joined, probe_states, replaying, run_prefix
 from backbone.families import decoder_layers, decoder_of
 from backbone.left_padding import padded_inputs, position_inputs
 from backbone.plan import LayerPlan

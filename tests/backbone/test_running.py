@@ -10,11 +10,13 @@ from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
-from backbone.execution.apply_plan import NestedPlanError, apply_plan
-from backbone.execution.cache import CacheMismatchError, remembered_plans
-from backbone.execution.probing import probe_states
-from backbone.families import UnsupportedModelError, decoder_layers
-from backbone.plan import LayerPlan, PlanError
+from backbone.errors import PlanError, UnsupportedModelError
+from backbone.execution.apply_plan import apply_plan, apply_plans
+from backbone.execution.cache import remembered_plans
+from backbone.execution.prompt_prefix import probe_states
+from backbone.families import decoder_layers
+from backbone.plan import LayerPlan
+from backbone.testing import patches
 
 PLANS = {
     "middle": LayerPlan.skipping(N_LAYERS, {2, 4}),
@@ -46,10 +48,25 @@ def test_skipped_layers_are_not_computed_and_keep_no_cache(model) -> None:
     assert cache.get_seq_length() == 11
 
 
+@pytest.mark.parametrize(
+    ("plan", "changed"),
+    [
+        (LayerPlan.full(N_LAYERS), ["model"]),
+        (LayerPlan.skipping(N_LAYERS, {2}), ["model", "model.layers.2"]),
+        (LayerPlan.skipping(N_LAYERS, attention={1}), ["model", "model.layers.1.self_attn"]),
+    ],
+    ids=str,
+)
+def test_a_uniform_plan_changes_only_what_it_skips(model, plan, changed) -> None:
+    for block in (apply_plan(model, plan), apply_plans(model, [plan] * 4)):
+        with block:
+            assert {name for name, kind in patches(model) if kind == "forward"} == {*changed}
+
+
 def test_nested_plans_are_refused(model) -> None:
     with (
         apply_plan(model, PLANS["middle"]),
-        pytest.raises(NestedPlanError, match="already runs plan 0-1,3,5"),
+        pytest.raises(PlanError, match="already runs plan 0-1,3,5"),
         apply_plan(model, PLANS["early exit"]),
     ):
         pass
@@ -80,12 +97,12 @@ def test_a_cache_of_another_plan_is_refused(model) -> None:
     with apply_plan(model, PLANS["middle"]):
         cache = model(**batch).cache
     step = {"input_ids": batch["input_ids"][:, :1]}
-    with apply_plan(model, LayerPlan.full(N_LAYERS)), pytest.raises(CacheMismatchError, match="filled without layer 2"):
-        model(**step, cache=cache)
     with (
-        apply_plan(model, PLANS["early exit"]),
-        pytest.raises(CacheMismatchError, match=r"without layer 2|holds layer"),
+        apply_plan(model, LayerPlan.full(N_LAYERS)),
+        pytest.raises(PlanError, match="layer 2 holds no rows, wanted are all"),
     ):
+        model(**step, cache=cache)
+    with apply_plan(model, PLANS["early exit"]), pytest.raises(PlanError, match=r"layer \d holds (no|all) rows"):
         model(**step, cache=cache)
 
 
@@ -95,9 +112,9 @@ def test_a_cache_of_a_plan_says_what_it_is_to_a_model_without_one(any_model) -> 
         with torch.no_grad(), apply_plan(any_model, plan):
             cache = any_model(input_ids=ids).cache
         sentence = rf"was filled under plan {plan}, which skips layer {min(plan.skipped_attention)}, and now"
-        with torch.no_grad(), pytest.raises(CacheMismatchError, match=sentence):
+        with torch.no_grad(), pytest.raises(PlanError, match=sentence):
             any_model(input_ids=ids[:, :1], cache=copy.deepcopy(cache))
-        with pytest.raises(CacheMismatchError, match=sentence):
+        with pytest.raises(PlanError, match=sentence):
             any_model.generate(input_ids=torch.cat([ids, ids], 1), cache=pickle.loads(pickle.dumps(cache)), **GREEDY)
 
 
@@ -169,14 +186,14 @@ def test_a_model_compiled_by_hand_is_refused() -> None:
     model = tiny_model("llama")
     decoder_layers(model)[3].compile(backend="eager")
     with (
-        pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer was compiled by hand"),
+        pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer was compiled by the user"),
         apply_plan(model, PLANS["middle"]),
     ):
         pass
     model = tiny_model("llama")
     model.forward = torch.compile(model.forward, backend="eager")
     with (
-        pytest.raises(UnsupportedModelError, match="LlamaForCausalLM was compiled by hand"),
+        pytest.raises(UnsupportedModelError, match="LlamaForCausalLM was compiled by the user"),
         apply_plan(model, PLANS["middle"]),
     ):
         pass

@@ -9,13 +9,11 @@ from controller.certificate.calibration import (
     PricePath,
     certify,
     cheapest_valid_plan,
-    first_price,
     price_p_values,
     valid_price,
 )
-from controller.certificate.fewest_prompts import fewest_prompts
-from controller.certificate.groups import of_groups
-from controller.certificate.p_values import CalibrationError, p_values
+from controller.certificate.p_values import fewest_prompts, p_values
+from controller.certificate.risks import CalibrationError, group_means
 
 ALPHA, DELTA = 0.1, 0.1
 
@@ -64,7 +62,7 @@ def test_lost_scores_exceed_alpha_at_most_delta_of_the_time() -> None:
     assert broken <= binom.ppf(0.999, 300, DELTA)
 
 
-def gambled(full: np.ndarray, moved: np.ndarray, won: np.ndarray):
+def wins_and_losses(full: np.ndarray, moved: np.ndarray, won: np.ndarray):
     """At a share s of the prices, s of the answers change; a changed one is right with a probability of 1/2, as the
     full model's are of .6: the true risk is s (.6 - .5) / .6, in shares of the full model's mean score."""
 
@@ -74,12 +72,12 @@ def gambled(full: np.ndarray, moved: np.ndarray, won: np.ndarray):
     return path_of(losses)
 
 
-def test_mean_scores_fall_below_the_bound_at_most_delta_of_the_time() -> None:
+def test_mean_scores_break_the_bound_at_most_delta() -> None:
     random, n, alpha = np.random.default_rng(0), 300, 0.06
 
     def price() -> float | None:
         full, won = (random.random(n) < 0.6).astype(float), (random.random(n) < 0.5).astype(float)
-        return valid_price(gambled(full, random.random(n), won), alpha, DELTA, risk="mean_score", full=full)
+        return valid_price(wins_and_losses(full, random.random(n), won), alpha, DELTA, risk="mean_score", full=full)
 
     prices = [found for found in (price() for _ in range(150)) if found is not None]
     broken = sum(share_of(found) / 6 > alpha for found in prices)
@@ -87,7 +85,7 @@ def test_mean_scores_fall_below_the_bound_at_most_delta_of_the_time() -> None:
     assert 0 < broken <= binom.ppf(0.999, 150, DELTA)
 
 
-def test_the_mean_score_of_every_task_is_that_of_its_own_full_model() -> None:
+def test_task_losses_are_shares_of_the_task_full_score() -> None:
     """Both tasks lose .02 of a score on average; of a mean score of .9 that is within 5%, of .2 it is not."""
     tasks = np.array(["able", "unable"] * 1000)
     full = np.where(tasks == "able", 0.9, 0.2)
@@ -98,7 +96,7 @@ def test_the_mean_score_of_every_task_is_that_of_its_own_full_model() -> None:
     assert (overall.price, each.price) == (PRICES[-1], None)
 
 
-def test_what_cannot_be_certified_says_how_many_prompts_it_would_take() -> None:
+def test_certify_says_how_many_prompts_it_would_take() -> None:
     random = np.random.default_rng(0)
     full = (random.random(300) < 0.6).astype(float)
     change = random.permutation(np.repeat([-1.0, 1.0, 0.0], [30, 30, 240])) * 0.5
@@ -131,7 +129,7 @@ def test_the_price_nears_the_true_one_with_many_prompts() -> None:
     assert 0.095 < share_of(by_score) / 5 <= 0.1
 
 
-def test_prices_start_safe_and_the_test_stops_at_the_first_failure() -> None:
+def test_valid_price_stops_at_the_first_failure() -> None:
     assert (np.diff(PRICES) < 0).all()
     hump = path_of(lambda price: np.full(100, float(0.3 < share_of(price) < 0.4)))
     price = valid_price(hump, ALPHA, DELTA)
@@ -165,7 +163,7 @@ def test_a_task_is_tested_as_if_it_were_alone() -> None:
 
 
 @pytest.mark.parametrize("risk", ["insufficient", "score_lost"])
-def test_too_few_prompts_certify_nothing_and_are_told_how_many_it_takes(risk) -> None:
+def test_certify_names_the_fewest_prompts(risk) -> None:
     needed = fewest_prompts(ALPHA, DELTA, risk)
 
     def certificate(n, **options):
@@ -279,91 +277,12 @@ def test_copies_of_a_group_add_no_confidence(risk, per_task) -> None:
 def test_groups_are_means_in_the_order_of_their_first_prompts() -> None:
     losses, full = np.array([[1.0, 0.0, 0.5, 0.0]]), np.array([1.0, 0.0, 0.5, 1.0])
     names = ["b", "a", "b", "b"]
-    means, risk, tasks, scores = of_groups(losses, "insufficient", names, None, full)
+    means, risk, tasks, scores = group_means(losses, "insufficient", names, None, full)
     np.testing.assert_array_equal(means, [[0.5, 0.0]])
     np.testing.assert_allclose(scores, [2.5 / 3, 0.0])
     assert (risk, tasks) == ("score_lost", None)
-    means, _, tasks, _ = of_groups(losses, "mean_score", names, ["x", "x", "y", "x"], full)
+    means, _, tasks, _ = group_means(losses, "mean_score", names, ["x", "x", "y", "x"], full)
     np.testing.assert_array_equal(means, [[0.5, 0.0, 0.5]])
     assert tasks.tolist() == ["x", "x", "y"]
     with pytest.raises(CalibrationError, match="2 groups were given for 4 prompts"):
-        of_groups(losses, "mean_score", ["a", "b"])
-
-
-def answered(random, n: int, kept: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the full model, .5 on average, and of a plan whose mean score is `kept` times that."""
-    full = (random.random(n) < 0.5).astype(float)
-    moved = random.random(n) < 0.3
-    return full, np.where(moved, random.random(n) < 0.5 + 0.5 * (kept - 1) / 0.3, full)
-
-
-FROM, UNTIL = 3, 6
-
-
-def along(full: np.ndarray, scores: np.ndarray) -> PricePath:
-    """The full model at the first prices, then the plan; the other prices are left out, for speed."""
-    shortens = from_place(FROM)[:UNTIL]
-    return PricePath(np.where(shortens[:, None], full - scores, 0.0), shortens)
-
-
-LEVELS = (0.97, 1.0, 1.05)
-RUNS = 500
-
-
-def certified_levels(random, n: int, kept: float, levels: tuple[float, ...]) -> list[bool]:
-    """Which levels are certified, each test beginning where other prompts of this kind would have it."""
-    seen, (full, scores) = answered(random, n, kept), answered(random, n, kept)
-    path, found = along(full, scores), []
-    for keep in levels:
-        start = first_price(along(*seen), round(1 - keep, 9), seen[0])
-        terms = {"risk": "mean_score", "full": full, "start": start}
-        found.append(valid_price(path, round(1 - keep, 9), DELTA / len(levels), **terms) is not None)
-    return found
-
-
-@pytest.mark.parametrize("keep", LEVELS)
-def test_a_level_is_certified_falsely_at_most_delta_of_the_time(keep) -> None:
-    """The plan keeps a hair less than the level, and the certificate has one level alone."""
-    random = np.random.default_rng(0)
-    wrong = sum(certified_levels(random, 200, keep - 0.001, (keep,))[0] for _ in range(RUNS))
-    assert RUNS * DELTA / 5 < wrong <= binom.ppf(0.999, RUNS, DELTA), "neither broken nor far from the bound"
-
-
-@pytest.mark.parametrize("kept", [0.969, 0.999, 1.049])
-def test_any_of_several_levels_is_false_at_most_delta_of_the_time(kept) -> None:
-    random = np.random.default_rng(1)
-    wrong = 0
-    for _ in range(RUNS):
-        found = certified_levels(random, 200, kept, LEVELS)
-        wrong += any(valid for keep, valid in zip(LEVELS, found, strict=True) if keep > kept)
-    assert wrong <= binom.ppf(0.999, RUNS, DELTA)
-
-
-@pytest.mark.parametrize("keep", LEVELS)
-def test_a_level_that_is_kept_well_is_certified(keep) -> None:
-    random = np.random.default_rng(2)
-    assert np.mean([certified_levels(random, 300, keep + 0.15, (keep,))[0] for _ in range(40)]) > 0.8
-
-
-def test_a_gain_is_looked_for_where_others_had_the_largest_margin() -> None:
-    """From the dearest price, which runs the full model, no gain can be certified."""
-    full, scores = answered(np.random.default_rng(3), 400, 1.3)
-    path = along(full, scores)
-    terms = {"delta": DELTA, "risk": "mean_score", "full": full}
-    start = first_price(path, -0.05, full)
-    assert start == FROM
-    assert valid_price(path, -0.05, **terms) is None
-    assert valid_price(path, -0.05, start=start, **terms) == PRICES[UNTIL - 1]
-    assert first_price(path, 0.03, full) == 0, "the full model keeps 97% of its score"
-
-
-def test_a_gain_that_is_not_there_is_said_to_be_not_certified() -> None:
-    full, scores = answered(np.random.default_rng(4), 200, 0.9)
-    terms = {"delta": DELTA, "risk": "mean_score", "tasks": ["a"] * 200, "full": full, "levels": LEVELS}
-    found = certify(along(full, scores), keep=1.05, start=FROM, **terms)
-    assert (found.price, found.fewest_prompts, found.too_small()) == (None, None, {})
-    assert "it wins too little at the first price that shortens any" in found.sentence
-    assert "keep at least 105% of the full model's mean score" in found.sentence
-    sure = certify(along(full, np.ones(200)), keep=1.05, start=FROM, **terms)
-    assert "The levels 97%, 100%, 105% share this confidence: any may be chosen." in sure.sentence
-    assert any("All levels together fail with probability delta" in line for line in sure.does_not_cover)
+        group_means(losses, "mean_score", ["a", "b"])

@@ -3,7 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from controller.certificate.certificate import Certificate, CertificateError
+from controller.certificate.certificate import Certificate
+from controller.certificate.risks import CalibrationError
 
 COUNTED = Certificate("insufficient", 0.98, 0.1, 250, 3.5, 0.004, "abc", "2026-01-01", 114)
 LOST = replace(COUNTED, risk="score_lost", fewest_prompts=129)
@@ -84,14 +85,14 @@ def test_a_changed_or_older_file_is_refused_in_a_sentence(tmp_path, change, word
     path = tmp_path / "certificate.json"
     COUNTED.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CertificateError, match=words):
+    with pytest.raises(CalibrationError, match=words):
         Certificate.load(path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", '{"sentence": ""}'])
 def test_a_damaged_file_is_refused_in_a_sentence(tmp_path, content) -> None:
     (tmp_path / "certificate.json").write_text(content)
-    with pytest.raises(CertificateError, match="make it again"):
+    with pytest.raises(CalibrationError, match="make it again"):
         Certificate.load(tmp_path / "certificate.json")
-    with pytest.raises(CertificateError, match="make it again"):
+    with pytest.raises(CalibrationError, match="make it again"):
         Certificate.load(tmp_path / "missing.json")

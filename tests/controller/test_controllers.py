@@ -7,7 +7,7 @@ import optuna
 import pytest
 import torch
 
-from controller.base import CONTROLLERS, LearningError, choose, lost
+from controller.base import CONTROLLERS, LearningError, choose, plan_losses
 from controller.models.gbdt import LightGBMController
 from controller.models.logistic import LogisticController
 from controller.models.mlp import MLPController, soft_regret
@@ -159,7 +159,7 @@ def test_regret_is_least_for_the_true_shares() -> None:
     assert all(right < other for other in wrong)
 
 
-def test_the_decision_weighs_what_is_lost_against_what_is_saved() -> None:
+def test_choose_weighs_loss_against_budget() -> None:
     kept = np.array([[0.9, 0.95, 1.0], [0.1, 0.8, 1.0], [0.2, 0.3, 1.0], [np.nan, 0.9, 1.0], [1.0, 0.5, 1.0]])
     budgets = np.array([0.5, 0.75, 1.0])
     np.testing.assert_array_equal(choose(kept, budgets, 0.0), [0, 0, 0, 2, 0])
@@ -171,17 +171,17 @@ def test_the_decision_weighs_what_is_lost_against_what_is_saved() -> None:
     np.testing.assert_array_equal(choose(kept, budgets, None), [2, 2, 2, 2, 2])
 
 
-def test_a_plan_that_is_expected_to_win_is_welcome() -> None:
+def test_choose_takes_plans_that_win() -> None:
     """The full plan keeps 1/2; what a plan keeps beyond pays for its budget."""
     kept = np.array([[0.6, 0.55, 0.5], [0.45, 0.7, 0.5], [0.45, 0.49, 0.5], [np.inf, 0.9, 0.5]], dtype=np.float32)
     budgets = np.array([0.5, 0.75, 1.0])
-    np.testing.assert_allclose(lost(kept[:3]), [[-0.2, -0.1, 0], [0.1, -0.4, 0], [0.1, 0.02, 0]], atol=1e-6)
+    np.testing.assert_allclose(plan_losses(kept[:3]), [[-0.2, -0.1, 0], [0.1, -0.4, 0], [0.1, 0.02, 0]], atol=1e-6)
     np.testing.assert_array_equal(choose(kept, budgets, 0.1), [0, 0, 0, 2])
     np.testing.assert_array_equal(choose(kept, budgets, 4.0), [0, 1, 1, 2])
     np.testing.assert_array_equal(choose(kept, budgets, 100.0), [0, 1, 2, 2])
 
 
-def test_the_highest_price_follows_no_expected_win_and_lower_ones_ever_more() -> None:
+def test_choose_follows_expected_wins_more_at_lower_prices() -> None:
     """What is expected to be won is noise here; still each price lets more prompts leave the full plan."""
     kept = np.random.default_rng(0).normal(0.5, 0.02, (200, 3)).astype(np.float32)
     kept[:, -1] = 0.5

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, kstest
 
-from controller.certificate.drift import FEWEST, RECOVERY, DriftAlarm, DriftError, DriftState, drift_scores
+from controller.certificate.drift import FEWEST, RECOVERY, DriftAlarm, DriftState, drift_scores
+from controller.certificate.risks import CalibrationError
 
 PLANS, SHARES = [0.7, 0.85, 1.0], [0.3, 0.4, 0.3]
 
@@ -20,14 +21,14 @@ def alarm(random, rate=0.01, n=300) -> DriftAlarm:
 
 def test_false_alarms_are_as_rare_as_promised() -> None:
     random, runs, rate = np.random.default_rng(0), 100, 0.1
-    rung = [alarm(random, rate, 100).observe(*prompts(random, 400)) for _ in range(runs)]
-    assert 0 < sum(rung) <= binom.ppf(0.999, runs, rate)
+    triggered = [alarm(random, rate, 100).observe(*prompts(random, 400)) for _ in range(runs)]
+    assert 0 < sum(triggered) <= binom.ppf(0.999, runs, rate)
 
 
 def test_p_values_are_independent_and_uniform_also_with_ties() -> None:
     random, found = np.random.default_rng(0), []
     watched = alarm(random, n=50)
-    watched._martingale.bet = found.append  # type: ignore[method-assign]
+    watched._martingale.update = found.append  # type: ignore[method-assign]
     watched.observe(*prompts(random, 3000))
     for channel in np.array(found).T:
         assert kstest(channel, "uniform").pvalue > 0.01
@@ -39,7 +40,7 @@ def test_p_values_are_independent_and_uniform_also_with_ties() -> None:
     [({"scale": 1.3}, 200), ({"scale": 0.85}, 200), ({"shares": [0.05, 0.15, 0.8]}, 300)],
     ids=["further out", "a mild shrink", "larger plans"],
 )
-def test_another_population_rings(change, within) -> None:
+def test_another_population_triggers_the_alarm(change, within) -> None:
     for seed in range(5):
         random = np.random.default_rng(seed)
         watched = alarm(random)
@@ -49,7 +50,7 @@ def test_another_population_rings(change, within) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 3])
-def test_a_change_after_a_long_quiet_time_rings_as_soon(seed) -> None:
+def test_alarm_notices_a_change_after_a_quiet_stretch(seed) -> None:
     random = np.random.default_rng(seed)
     watched = alarm(random)
     assert not watched.observe(*prompts(random, 5000))
@@ -65,17 +66,17 @@ def test_memory_does_not_grow() -> None:
     assert watched.state.seen == 2000
 
 
-def test_it_rings_until_it_is_reset() -> None:
+def test_alarm_is_active_until_reset() -> None:
     random = np.random.default_rng(0)
     watched = alarm(random)
     watched.observe(*prompts(random, 300, scale=2))
-    assert watched.observe(*prompts(random, 10)), "once rung, also for ordinary prompts"
+    assert watched.observe(*prompts(random, 10)), "once triggered, also for ordinary prompts"
     watched.reset()
     assert watched.state == DriftState(1.0, 0, False, 0)
     assert not watched.observe(*prompts(random, 50))
 
 
-def test_it_clears_when_prompts_are_as_before_and_stays_on_while_they_are_not() -> None:
+def test_alarm_clears_once_prompts_are_as_before() -> None:
     for seed in range(5):
         random = np.random.default_rng(seed)
         watched = alarm(random)
@@ -84,18 +85,18 @@ def test_it_clears_when_prompts_are_as_before_and_stays_on_while_they_are_not() 
             assert watched.observe(*prompts(random, 100, scale=2)), "the new prompts have not become the usual ones"
         assert watched.state.alarms > 5
         assert not watched.observe(*prompts(random, FEWEST + RECOVERY))
-        assert watched.observe(*prompts(random, 150, scale=2)), "it rings again"
+        assert watched.observe(*prompts(random, 150, scale=2)), "it is triggered again"
 
 
-def test_every_ring_is_a_test_of_its_own() -> None:
-    """Two false rings are as rare as the square of the rate."""
+def test_two_false_triggers_are_as_rare_as_the_rate_squared() -> None:
+    """Two false alarms are as rare as the square of the rate."""
     random, runs, rate = np.random.default_rng(1), 80, 0.2
-    rings = np.array([_rings_after(alarm(random, rate, 100), prompts(random, 1000)) for _ in range(runs)])
-    assert 0 < (rings >= 1).sum() <= binom.ppf(0.999, runs, rate)
-    assert (rings >= 2).sum() <= binom.ppf(0.999, runs, rate**2)
+    alarms = np.array([_alarms_after(alarm(random, rate, 100), prompts(random, 1000)) for _ in range(runs)])
+    assert 0 < (alarms >= 1).sum() <= binom.ppf(0.999, runs, rate)
+    assert (alarms >= 2).sum() <= binom.ppf(0.999, runs, rate**2)
 
 
-def _rings_after(watched: DriftAlarm, served: tuple[np.ndarray, np.ndarray]) -> int:
+def _alarms_after(watched: DriftAlarm, served: tuple[np.ndarray, np.ndarray]) -> int:
     watched.observe(*served)
     return watched.state.alarms
 
@@ -111,7 +112,7 @@ def test_the_same_prompts_over_and_over_are_counted_once() -> None:
     assert any(unnamed.observe(*kept) for _ in range(100)), "without names they are drift"
 
 
-def test_a_few_prompts_of_one_kind_do_not_ring() -> None:
+def test_few_prompts_of_one_kind_do_not_trigger_the_alarm() -> None:
     random = np.random.default_rng(0)
     watched = alarm(random)
     assert not watched.observe(*prompts(random, FEWEST - 1, scale=3))
@@ -126,19 +127,19 @@ def test_states_that_are_not_finite_are_the_oddest() -> None:
     assert watched.observe(features, budgets)
 
 
-def test_constant_scores_never_ring_without_a_change() -> None:
+def test_constant_scores_do_not_trigger_the_alarm() -> None:
     watched = DriftAlarm(np.ones((100, 2)), 0.01)
     assert not watched.observe_scores(np.ones((1000, 2)))
     assert watched.observe_scores(np.full((100, 2), 2.0))
 
 
 def test_rows_of_one_call_may_be_sorted() -> None:
-    random, rung = np.random.default_rng(0), 0
+    random, triggered = np.random.default_rng(0), 0
     for _ in range(20):
         features, budgets = prompts(random, 400)
         order = np.square(features).mean(1).argsort()
-        rung += alarm(random).observe(features[order], budgets[order])
-    assert rung <= binom.ppf(0.999, 20, 0.01)
+        triggered += alarm(random).observe(features[order], budgets[order])
+    assert triggered <= binom.ppf(0.999, 20, 0.01)
 
 
 def test_threads_lose_no_prompt() -> None:
@@ -157,7 +158,7 @@ def test_threads_lose_no_prompt() -> None:
     assert watched._counts.sum() == 2 * (300 + 400)
 
 
-def test_a_saved_alarm_rings_at_the_same_prompt(tmp_path) -> None:
+def test_a_saved_alarm_is_triggered_at_the_same_prompt(tmp_path) -> None:
     random = np.random.default_rng(0)
     first = DriftAlarm(drift_scores(*prompts(random, 300)), 0.02)
     first.save(tmp_path / "drift.safetensors")
@@ -169,15 +170,15 @@ def test_a_saved_alarm_rings_at_the_same_prompt(tmp_path) -> None:
 
 
 def test_bad_input_is_one_sentence(tmp_path) -> None:
-    with pytest.raises(DriftError, match=r"shape \(0, 2\)"):
+    with pytest.raises(CalibrationError, match=r"shape \(0, 2\)"):
         DriftAlarm(np.zeros((0, 2)))
-    with pytest.raises(DriftError, match="non-negative"):
+    with pytest.raises(CalibrationError, match="non-negative"):
         DriftAlarm(np.array([[np.nan, 1.0]]))
-    with pytest.raises(DriftError, match="rate is 0"):
+    with pytest.raises(CalibrationError, match="rate must lie between 0 and 1, both excluded; got 0"):
         DriftAlarm(np.ones((3, 2)), 0)
-    with pytest.raises(DriftError, match="2 channels"):
+    with pytest.raises(CalibrationError, match="2 channels"):
         DriftAlarm(np.ones((3, 2))).observe_scores(np.ones((3, 1)))
     (tmp_path / "drift.safetensors").write_bytes(b"not a tensor")
     for name in ("drift.safetensors", "missing.safetensors"):
-        with pytest.raises(DriftError, match="make it again"):
+        with pytest.raises(CalibrationError, match="make it again"):
             DriftAlarm.load(tmp_path / name)

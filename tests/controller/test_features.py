@@ -3,9 +3,8 @@ import pytest
 import torch
 from tiny import padded_batch
 
-from backbone.execution.probing import probe_states
-from controller.base import LearningError
-from controller.feature_sets import FeatureError, check_sets
+from backbone.execution.prompt_prefix import probe_states
+from controller.base import LearningError, check_sets
 from controller.features import SETS, extract, prompt_features
 from controller.projection import Projection
 
@@ -64,7 +63,7 @@ def test_features_do_not_depend_on_the_batch(model) -> None:
 
 
 def test_an_unknown_set_is_named() -> None:
-    with pytest.raises(FeatureError, match="unknown features 'moods'; known are length"):
+    with pytest.raises(LearningError, match="unknown features 'moods'; known are length"):
         check_sets(["length", "moods"])
 
 
@@ -108,7 +107,7 @@ def test_rounding_in_features_that_hardly_vary_stays_small() -> None:
     np.testing.assert_allclose(again, found, atol=1e-3)
 
 
-def test_features_that_say_nothing_are_refused() -> None:
+def test_constant_or_infinite_features_are_refused() -> None:
     features = some_features()
     with pytest.raises(LearningError, match=r"all 50 prompts have the same features \(length\)"):
         Projection.fit({"length": np.ones((50, 1), np.float32)}, ["length"], 8)

@@ -24,14 +24,14 @@ def fitted(seed: int = 0, held: int = 60, rate: float = RATE) -> OutlierTest:
     return OutlierTest.fit(prompts(random, 100), prompts(random, held), SETS, rate, 2)
 
 
-def test_prompts_like_the_held_ones_are_sent_at_the_rate() -> None:
+def test_outlier_share_of_ordinary_prompts_is_the_rate() -> None:
     """On average over draws of the held prompts: with 60 of them, between rate - 1 / 61 and rate."""
     shares = [fitted(seed).are_outliers(prompts(np.random.default_rng(seed + 1000), 200)).mean() for seed in range(80)]
     error = np.std(shares) / np.sqrt(len(shares))
     assert RATE - 1 / 61 - 3 * error < np.mean(shares) < RATE + 3 * error
 
 
-def test_references_may_lie_closer_than_others_and_change_nothing() -> None:
+def test_outlier_threshold_ignores_references() -> None:
     """The threshold is not made from prompts that the scorer saw: with 11 components of 12 prompts these lie close."""
     random, shares = np.random.default_rng(0), []
     for _ in range(150):
@@ -48,13 +48,13 @@ def test_prompts_unlike_all_are_told_also_between_the_kinds() -> None:
     assert found.are_outliers(between).mean() > 0.9
 
 
-def test_a_prompt_that_is_not_finite_is_one() -> None:
+def test_outlier_test_takes_nan_for_one() -> None:
     some = prompts(np.random.default_rng(1), 5)
     some["states"][2, 3] = np.nan
     assert fitted(held=500).are_outliers(some)[2]
 
 
-def test_too_few_held_prompts_tell_none() -> None:
+def test_outlier_test_with_few_held_out_prompts_finds_none() -> None:
     found = fitted(held=8)
     assert found.threshold == np.inf
     assert not found.are_outliers(prompts(np.random.default_rng(1), 50, shift=100)).any()

@@ -7,9 +7,8 @@ import pytest
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom
 
-from controller.certificate.betting import betting_p_values
-from controller.certificate.fewest_prompts import fewest_prompts
-from controller.certificate.p_values import CalibrationError, binomial_p_values, p_values
+from controller.certificate.p_values import binomial_p_values, fewest_prompts, martingale_p_values, p_values
+from controller.certificate.risks import CalibrationError
 
 ALPHA, DELTA, RUNS, N = 0.05, 0.1, 3000, 200
 
@@ -24,26 +23,26 @@ LOSSES = {  # mean ALPHA exactly
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_betting_is_wrong_at_most_delta_of_the_time(kind) -> None:
+def test_martingale_is_wrong_at_most_delta_of_the_time(kind) -> None:
     losses = LOSSES[kind](np.random.default_rng(0), (RUNS, N))
-    values = betting_p_values(losses, ALPHA, DELTA)
+    values = martingale_p_values(losses, ALPHA, DELTA)
     for level in (0.02, DELTA, 0.3):
         assert (values <= level).sum() <= binom.ppf(0.999, RUNS, level)
 
 
-def test_sorting_the_table_does_not_fool_the_gambler() -> None:
+def test_martingale_does_not_depend_on_a_sorted_table() -> None:
     losses = np.sort(LOSSES["skewed"](np.random.default_rng(1), (RUNS, N)), axis=1)
-    values = betting_p_values(losses[:, np.random.default_rng(2).permutation(N)], ALPHA, DELTA)
-    by_task = betting_p_values(losses, ALPHA, DELTA)  # easiest prompts first: in this order nearly every run would win
+    values = martingale_p_values(losses[:, np.random.default_rng(2).permutation(N)], ALPHA, DELTA)
+    by_task = martingale_p_values(losses, ALPHA, DELTA)  # easiest first: in this order nearly all win
     for found in (values, by_task):
         assert (found <= DELTA).sum() <= binom.ppf(0.999, RUNS, DELTA)
 
 
 @pytest.mark.parametrize(("mean", "deviation", "alpha"), [(0.02, 0.03, 0.04), (0.01, 0.01, 0.022)])
-def test_betting_certifies_small_variances_where_hoeffding_bentkus_does_not(mean, deviation, alpha) -> None:
+def test_martingale_certifies_small_variances(mean, deviation, alpha) -> None:
     shape = (mean / deviation) ** 2
     losses = np.clip(np.random.default_rng(0).gamma(shape, mean / shape, (300, 250)), 0, 1)
-    betting = betting_p_values(losses, alpha, DELTA) <= DELTA
+    betting = martingale_p_values(losses, alpha, DELTA) <= DELTA
     hoeffding_bentkus = compute_hoeffding_bentkus_p_value(losses.mean(1), 250, alpha)[:, 0] <= DELTA
     assert betting.mean() > 0.95
     assert hoeffding_bentkus.mean() < 0.2
@@ -59,9 +58,9 @@ def mean_scores(random, runs: int, n: int, kept: float) -> tuple[np.ndarray, np.
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.03, 0.1])
-def test_a_mean_score_below_the_bound_is_certified_at_most_delta_of_the_time(alpha) -> None:
+def test_mean_score_is_certified_falsely_at_most_delta(alpha) -> None:
     losses, full = mean_scores(np.random.default_rng(0), 3000, 150, 1 - alpha)
-    values = betting_p_values((1 + losses - alpha * full) / 2, 0.5, DELTA)
+    values = martingale_p_values((1 + losses - alpha * full) / 2, 0.5, DELTA)
     np.testing.assert_allclose(values[:1], p_values(losses[:1], alpha, DELTA, "mean_score", full[0]))
     for level in (0.02, DELTA, 0.3):
         assert (values <= level).sum() <= binom.ppf(0.999, 3000, level)
@@ -70,27 +69,27 @@ def test_a_mean_score_below_the_bound_is_certified_at_most_delta_of_the_time(alp
 def test_a_mean_score_is_certified_where_the_lost_score_never_is() -> None:
     """A fifth of the answers change, for better as often as for worse."""
     losses, full = mean_scores(np.random.default_rng(0), 300, 400, 1.0)
-    signed = betting_p_values((1 + losses - 0.1 * full) / 2, 0.5, DELTA)
+    signed = martingale_p_values((1 + losses - 0.1 * full) / 2, 0.5, DELTA)
     only_lost = p_values(np.maximum(losses, 0), 0.05, DELTA, "score_lost")
     assert (signed <= DELTA).mean() > 0.95
     assert (only_lost <= DELTA).mean() < 0.2
 
 
-def test_bets_towards_the_goal_certify_more_than_bets_of_one_size() -> None:
+def test_bets_with_a_deadline_beat_constant_bets() -> None:
     """Against the bets of Waudby-Smith and Ramdas, which do not ask what is owned and how many prompts are left."""
     losses, full = mean_scores(np.random.default_rng(1), 400, 300, 1.0)
     terms = (1 + losses - 0.08 * full) / 2
     spread = terms.std(axis=1, keepdims=True)
     bets = np.minimum(0.9 / 0.5, np.sqrt(2 * math.log(1 / DELTA) / terms.shape[1]) / spread)
     of_one_size = np.exp(-np.cumsum(np.log1p(-bets * (terms - 0.5)), axis=1).max(axis=1)) <= DELTA
-    assert (betting_p_values(terms, 0.5, DELTA) <= DELTA).mean() > of_one_size.mean() + 0.02
+    assert (martingale_p_values(terms, 0.5, DELTA) <= DELTA).mean() > of_one_size.mean() + 0.02
 
 
-def test_betting_stops_at_its_goal_and_a_family_needs_a_smaller_one() -> None:
-    """With nothing lost, p-values end just below delta: a level of delta / 4 takes a game of its own."""
+def test_martingale_stops_near_delta() -> None:
+    """Where no answer loses, p-values end just below delta: a level of delta / 4 takes a test of its own."""
     losses = np.zeros((1, 400))
-    assert DELTA / 4 < betting_p_values(losses, ALPHA, DELTA)[0] <= DELTA
-    assert betting_p_values(losses, ALPHA, DELTA / 4)[0] <= DELTA / 4
+    assert DELTA / 4 < martingale_p_values(losses, ALPHA, DELTA)[0] <= DELTA
+    assert martingale_p_values(losses, ALPHA, DELTA / 4)[0] <= DELTA / 4
 
 
 def test_binomial_p_values_are_the_binomial_tail() -> None:
@@ -107,14 +106,14 @@ def test_fewest_prompts_is_the_closed_form_when_nothing_is_lost() -> None:
 
 
 @pytest.mark.parametrize("observed", [0.0, 0.01])
-def test_fewest_prompts_is_where_betting_begins_to_certify(observed) -> None:
+def test_fewest_prompts_is_where_the_martingale_certifies(observed) -> None:
     needed = fewest_prompts(0.05, 0.1, "score_lost", observed)
-    assert betting_p_values(np.full((1, needed), observed), 0.05, 0.1) <= 0.1
-    assert betting_p_values(np.full((1, needed - 1), observed), 0.05, 0.1) > 0.1
+    assert martingale_p_values(np.full((1, needed), observed), 0.05, 0.1) <= 0.1
+    assert martingale_p_values(np.full((1, needed - 1), observed), 0.05, 0.1) > 0.1
     assert needed >= fewest_prompts(0.05, 0.1)
 
 
-def test_a_low_full_score_takes_more_prompts_and_one_of_zero_is_refused() -> None:
+def test_fewest_prompts_grows_as_the_full_score_falls() -> None:
     few, many = (fewest_prompts(0.05, DELTA, "mean_score", 0.0, full) for full in (0.8, 0.1))
     assert few < 80 < 8 * few < 1.3 * many
     scores = np.full(few, 0.8)

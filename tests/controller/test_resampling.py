@@ -3,7 +3,7 @@ import pytest
 from redrawn_splits import Draw, redrawn, resampled_violations
 
 from controller.certificate.calibration import last_valid, price_p_values
-from controller.certificate.p_values import CalibrationError
+from controller.certificate.risks import CalibrationError
 
 BUDGETS = np.array([0.6, 0.8, 1.0])
 

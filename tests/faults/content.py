@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow.parquet as parquet
 
 from pipelines.config import load_config
-from pipelines.run.workspace import IN_FULL, Workspace
+from pipelines.run.prompts import IN_FULL
+from pipelines.run.workspace import Workspace
 
 VOLATILE = {"seconds", "date", "decision_ms", "created", "save_id"}
 """Keys of results whose values are times."""
@@ -46,7 +47,7 @@ def needed(labels: set[tuple[Any, ...]], prompts: set[str]) -> set[tuple[Any, ..
 def labelled_in_full(run: Path) -> set[str]:
     """Hashes of the prompts that the stage `label` labels."""
     config = load_config(run / "config.yaml", [f"data.path={run.parents[1] / 'prompts.jsonl'}"])
-    return {prompt.hash for prompt in Workspace(config).labelled_of(*IN_FULL)}
+    return {prompt.hash for prompt in Workspace(config).prompts.labelled(*IN_FULL)}
 
 
 def labels_of(path: Path) -> set[tuple[Any, ...]]:

@@ -25,7 +25,7 @@ from backbone.interrupts import INTERRUPTED, LINE
 ALLOCATOR = ("--allocator", "runs/tiny/allocator")
 MOMENTS = [
     ("check", None, Press("pipelines.run.check:try_judge", place="destructor")),
-    ("run", "menu", Press("pipelines.run.workspace:load_backbone", place="callback")),
+    ("run", "menu", Press("pipelines.run.model:load_backbone", place="callback")),
     ("run", "label", Press("oracle.labels.store:LabelStore.add", call=2, place="destructor")),
     ("run", "tune", Press("pipelines.stages.settings_search:_objective")),
     ("tune", "tune", Press("pipelines.stages.settings_search:Work.judge", times=2)),
@@ -35,7 +35,7 @@ MOMENTS = [
     ("search", None, Press("oracle.labels.store:LabelStore.add", place="callback")),
     ("generate", None, Press("runtime.offline:_allocated", place="destructor")),
     ("compare", None, Press("runtime.side_by_side:_compared", call=2)),
-    ("inspect", None, Press("layerbudget.inspecting:_described", place="callback")),
+    ("inspect", None, Press("layerbudget.inspection:_described", place="callback")),
     ("export", None, Press("serving.router.export:export_plan", place="destructor")),
 ]
 """A command, the stage whose results are gone, and when it is pressed."""

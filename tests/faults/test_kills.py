@@ -15,7 +15,7 @@ from outcome import Outcome, differences, judged
 from project import Project
 from selection import LONG
 
-from pipelines.run.stage_list import STAGES
+from pipelines.run.state import STAGES
 
 NAMES = [stage.name for stage in STAGES]
 KILLS = [(name, number) for name in NAMES for number in range(23)] if LONG else [(name, 0) for name in NAMES[::3]]

@@ -17,8 +17,9 @@ from selection import selected
 FILES = (
     "run.json", "config.yaml", "model.*", "menu.json", "healing.safetensors", "adapt.json", "labels.db",
     "features.parquet", "tuning.db", "tuning.json", "winner.yaml", "controllers/mlp/controller.safetensors",
-    "controllers/mlp/projection.safetensors", "calibration.json", "allocator/manifest.json", "allocator/menu.json",
-    "allocator/controller.safetensors", "metrics.json", "choices.json", "report.html", "logged.json",
+    "controllers/mlp/projection.safetensors", "out_of_fold.npz", "calibration.json", "allocator/manifest.json",
+    "allocator/menu.json", "allocator/controller.safetensors", "metrics.json", "choices.json", "report.html",
+    "logged.json",
 )  # fmt: skip
 CASES = [(name, damage) for name in FILES for damage in damages_of(name)]
 

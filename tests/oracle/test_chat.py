@@ -11,7 +11,7 @@ from tiny import tiny_model
 from backbone.plan import LayerPlan
 from oracle.chat import ChatError, ChatTemplate, Message, Question, Rendered, rendered, tokens_of
 from oracle.decoding import Decoding
-from oracle.labels.generate_answers import answer_batch
+from oracle.labels.generation import answer_batch
 from oracle.prompts import Prompt, PromptError, load_prompts
 
 USER = {"role": "user", "content": "  one two "}

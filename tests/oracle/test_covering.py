@@ -11,17 +11,16 @@ import yaml
 from command import layerbudget
 from tiny import tiny_model, tiny_tokenizer
 
+from backbone.errors import PlanError
 from backbone.healing.attaching import attached_digest
-from backbone.plan import LayerPlan, PlanError, PlanMenu
+from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
 from oracle.labels.store import LabelStore
-from oracle.menus import build_menu
-from oracle.menus.base import MenuTask
+from oracle.menus import build_menu, p_median, search_steps
+from oracle.menus.base import MenuTask, TaskLabels
 from oracle.menus.covering import Measured, pool_plans
 from oracle.menus.p_median import best_plans, oracle_budget, substituted
-from oracle.menus.search_steps import search_steps
-from oracle.menus.task_labels import TaskLabels
 from oracle.prompts import Prompt
 
 TEXTS = ("abc", "hgfedcba", "aa", "cab", "bead", "feed")
@@ -50,30 +49,34 @@ def test_the_menu_is_the_best_of_all_choices(seed) -> None:
     found = best_plans(scores, budgets, 4, [0.0, 0.1])
     every = [[*plans, 8] for plans in combinations(range(8), 3)]
     least = min(oracle_budget(scores, budgets, plans, [0.0, 0.1]) for plans in every)
-    assert found.budget == pytest.approx(least, rel=1e-3)
-    assert found.bound <= least + 1e-9
-    assert found.bound == pytest.approx(least, rel=2e-3)
-    assert found.plans[-1] == 8
-    assert len(found.plans) == 4
+    assert oracle_budget(scores, budgets, found, [0.0, 0.1]) == pytest.approx(least, rel=1e-3)
+    assert found[-1] == 8
+    assert len(found) == 4
 
 
-def test_the_bound_holds_where_no_time_is_left() -> None:
+def test_the_menu_without_nodes_is_the_substituted_one() -> None:
     scores, budgets = drawn(1)
-    found = best_plans(scores, budgets, 4, [0.05], seconds=0.0)
-    assert found.plans == substituted(scores, budgets, 4, [0.05])
-    assert found.bound <= found.budget
+    assert best_plans(scores, budgets, 4, [0.05], nodes=0) == substituted(scores, budgets, 4, [0.05])
+
+
+def test_the_solver_stops_at_nodes_never_at_a_clock(monkeypatch) -> None:
+    options = []
+    real = p_median.milp
+    monkeypatch.setattr(p_median, "milp", lambda *a, **k: options.append({**k["options"]}) or real(*a, **k))
+    best_plans(*drawn(0), 4, [0.0])
+    assert options == [{"node_limit": p_median.NODES, "mip_rel_gap": p_median.GAP}]
 
 
 def test_of_as_many_plans_as_there_are_all_are_taken() -> None:
     scores, budgets = drawn(2, p=3)
-    assert best_plans(scores, budgets, 5, [0.0]).plans == [0, 1, 2]
+    assert best_plans(scores, budgets, 5, [0.0]) == [0, 1, 2]
 
 
 def test_prompts_that_need_different_places_get_both() -> None:
     """Half of the prompts survive without one place, half without another: a nested menu holds only one of these."""
     scores = np.array([[1, 0, 0, 1]] * 4 + [[0, 1, 0, 1]] * 4, dtype=float)
     budgets = np.array([0.6, 0.6, 0.8, 1.0])
-    assert best_plans(scores, budgets, 3, [0.0]).plans == [0, 1, 3]
+    assert best_plans(scores, budgets, 3, [0.0]) == [0, 1, 3]
 
 
 def test_plans_that_are_right_by_luck_do_not_crowd_out_one_that_is_right(monkeypatch) -> None:

@@ -10,16 +10,20 @@ from backbone.families import decoder_layers, sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding
 from oracle.judges import JudgeError, check_judge, score
-from oracle.labels.divergence import diverge, mean_divergence
-from oracle.labels.generate_answers import answer_batch
+from oracle.labels.generation import answer_batch
 from oracle.labels.labeller import Labeller
 from oracle.labels.reader import score_matrix
 from oracle.labels.store import CUT, LabelStore
+from oracle.labels.verification import diverge, mean_divergence
 from oracle.prompts import Prompt
 
 TEXTS = ["abc", "hgfedcba", "b", "cde"]
 PROMPTS = [Prompt(f"p{i}", "t", text, "", "kl") for i, text in enumerate(TEXTS)]
 PLANS = [LayerPlan.skipping(6, {4}), LayerPlan.skipping(6, {4}, attention={2}), LayerPlan.exiting(6, 2)]
+
+
+def rows_of(tokenizer, answers):
+    return [(tokenizer(text).input_ids, answer) for text, answer in zip(TEXTS, answers, strict=True)]
 
 
 def nothing_in(model, layer: int) -> None:
@@ -41,7 +45,7 @@ def test_the_mean_divergence_is_the_textbooks() -> None:
 def test_plans_that_share_passes_diverge_as_each_alone(family, tokenizer) -> None:
     model = tiny_model(family)
     answers = [answer_batch(model, tokenizer, [text], LayerPlan.full(6), Decoding(4))[0].token_ids for text in TEXTS]
-    found = diverge(model, tokenizer, TEXTS, answers, PLANS)
+    found = diverge(model, rows_of(tokenizer, answers), PLANS)
     for text, answer, row in zip(TEXTS, answers, found, strict=True):
         ids = torch.tensor([[*tokenizer(text).input_ids, *answer[:-1]]])
         logits = []
@@ -69,7 +73,7 @@ def test_removing_more_of_a_gentle_model_scores_less_on_average(tokenizer) -> No
     model = tiny_model("llama", layer_scale=0.35)
     plans = [LayerPlan.exiting(6, n) for n in (2, 4, 5)]
     answers = [answer_batch(model, tokenizer, [text], LayerPlan.full(6), Decoding(4))[0].token_ids for text in TEXTS]
-    found = diverge(model, tokenizer, TEXTS, answers, plans)
+    found = diverge(model, rows_of(tokenizer, answers), plans)
     means = [np.mean([row[plan].score for row in found]) for plan in plans]
     assert 0 < means[0] < means[1] < means[2] < 1
 
@@ -99,7 +103,7 @@ def test_its_labels_carry_what_agrees_with_the_full_answer_and_go_on_where_they_
 def test_what_a_plan_repeats_of_the_answer_is_what_it_says_by_itself(model, tokenizer) -> None:
     full, *plans = LayerPlan.full(6), *PLANS
     answers = [answer.token_ids for answer in answer_batch(model, tokenizer, TEXTS, full, Decoding(4))]
-    found = diverge(model, tokenizer, TEXTS, answers, plans)
+    found = diverge(model, rows_of(tokenizer, answers), plans)
     for plan in plans:
         alone = answer_batch(model, tokenizer, TEXTS, plan, Decoding(4))
         for row, own in zip(found, alone, strict=True):

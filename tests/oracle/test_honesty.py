@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from oracle.frontier.frontier import budget_at, equal_mean_budget, oracle_hull
-from oracle.frontier.split_half import corrected_climb, corrected_path, from_other_plans, split_half
+from oracle.frontier.split_half import corrected_path, corrected_sweep, from_other_plans, split_half
 
 BUDGETS = np.linspace(0.4, 1.0, 7)
 CHANCES = 0.2 + 0.6 * (BUDGETS - 0.4) / 0.6
@@ -30,7 +30,7 @@ def test_where_nothing_is_luck_nothing_is_taken_away() -> None:
 
 
 def test_the_two_ways_are_averaged_at_equal_budget() -> None:
-    """One prompt, two plans: the first scoring climbs to the full plan, the second stays where it is."""
+    """One prompt, two plans: the first scoring goes up to the full plan, the second stays where it is."""
     scores_a, scores_b = np.array([[0.0, 1.0]]), np.array([[0.5, 0.1]])
     points = split_half(scores_a, scores_b, np.array([0.5, 1.0]))
     assert points == [(0.5, pytest.approx((0.5 + 0.0) / 2)), (1.0, pytest.approx((0.1 + 0.0) / 2))]
@@ -46,7 +46,7 @@ def test_one_scoring_is_corrected_nearly_as_by_two(luck: float) -> None:
     random, need = np.random.default_rng(3), np.random.default_rng(4).random((700, 1))
     skill = need <= np.linspace(0.4, 1, 7)
     one, other = (np.where(random.random(skill.shape) < luck, lucky(seed, 700), skill) for seed in (5, 6))
-    corrected = corrected_path(corrected_climb(one, BUDGETS), one, BUDGETS)
+    corrected = corrected_path(corrected_sweep(one, BUDGETS), one, BUDGETS)
     two = at_a_loss_of_5_percent([*split_half(one, other, BUDGETS), (1.0, one[:, -1].mean())], one)
     assert at_a_loss_of_5_percent(corrected, one) == pytest.approx(two, abs=0.06)
     assert at_a_loss_of_5_percent(oracle_hull(one, BUDGETS), one) < two - 0.2, "the flattered one"

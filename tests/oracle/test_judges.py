@@ -155,8 +155,8 @@ def test_the_best_of_several_right_answers_counts(judge) -> None:
 def test_what_can_no_longer_become_exact_never_does(whole, references) -> None:
     begun = [may_become_exact(whole[:end].strip(), references) for end in range(len(whole) + 1)]
     assert begun[0], "nothing is said yet"
-    assert begun == sorted(begun, reverse=True), "what has parted stays parted"
-    assert begun[-1] or not score("exact", whole, references, ""), "a right answer has never parted"
+    assert begun == sorted(begun, reverse=True), "what has diverged stays so"
+    assert begun[-1] or not score("exact", whole, references, ""), "a right answer has never diverged"
     assert not may_become_exact("Lyo", references)
 
 

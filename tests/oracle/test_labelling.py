@@ -15,26 +15,20 @@ import torch
 from tiny import tiny_model
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.shared_passes import layers_of_shared_passes
 from backbone.families import sublayer_bytes
 from backbone.fingerprint import model_fingerprint
 from backbone.healing.attaching import Healing, attach, detach
 from backbone.healing.bridges import Bridge
-from backbone.left_padding import in_halves
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding, DecodingError, cut_at_stop
-from oracle.labels import answers_from_full as leading
-from oracle.labels import generate_answers as generating
-from oracle.labels import labeller as labelling
-from oracle.labels.answers_from_full import Draft, Verification
-from oracle.labels.equal_batches import packed
-from oracle.labels.generate_answers import answer_batch, continue_batch, stop_token_ids
+from oracle.labels import answers as answering
+from oracle.labels import generation as generating
+from oracle.labels.answers import Answers, Draft
+from oracle.labels.generation import SharedBatch, answer_batch, stop_token_ids
 from oracle.labels.labeller import Labeller
-from oracle.labels.reader import key_of, score_matrix
+from oracle.labels.reader import acceptance_rates, key_of, score_matrix
 from oracle.labels.store import CUT, Label, LabelStore, StoreError
-from oracle.labels.token_agreement import acceptance_rates
-from oracle.labels.verification import follow
-from oracle.labels.verification_trial import worth_verifying
+from oracle.labels.verification import verify
 from oracle.prompts import Prompt, PromptError, Shard
 
 DECODING = Decoding(4)
@@ -84,30 +78,22 @@ def gentle(request):
     return tiny_model(request.param, layer_scale=0.35)
 
 
-ALWAYS, NEVER, STOPS = slice(None), slice(0), ("e", "hg")
-"""Of the plans, those that are led after the trial."""
+STOPS = ("e", "hg")
+SKIP = LayerPlan.skipping
+GAPS = [SKIP(6, {5}), SKIP(6, {4}, attention={2}), SKIP(6, {3, 5}), LayerPlan.exiting(6, 2)]
+EXITS = [LayerPlan.exiting(6, depth) for depth in (2, 3, 5)]
 
 
-@pytest.mark.parametrize(
-    ("judge", "stop", "worth"),
-    [
-        ("agreement", (), ALWAYS),
-        ("agreement", STOPS, ALWAYS),
-        ("agreement", (), NEVER),
-        ("exact", STOPS, slice(0, 2)),
-        ("exact", STOPS, NEVER),
-        ("rouge_l", (), ALWAYS),
-        ("rouge_l", STOPS, NEVER),
-    ],
-)
+@pytest.mark.parametrize("stop", [(), STOPS])
+@pytest.mark.parametrize("judge", ["agreement", "exact", "rouge_l"])
+@pytest.mark.parametrize("way", ["generation", "one pass", "verification"])
 def test_the_shortcut_gives_the_labels_of_plain_generation(
-    gentle, tokenizer, tmp_path, judge, stop, worth, monkeypatch
+    gentle, tokenizer, tmp_path, judge, stop, way, monkeypatch
 ) -> None:
-    monkeypatch.setattr(labelling, "TRIAL", 4)
-    monkeypatch.setattr(labelling, "worth_verifying", lambda model, saved, spent: list(saved)[worth])
+    if way == "verification":  # as for exits whose weights an adapter changes
+        monkeypatch.setattr("oracle.labels.labeller.are_exits", lambda model, plans: False)
     prompts = [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "abc", judge) for i in range(12)]
-    plans = [LayerPlan.skipping(6, {5}), LayerPlan.skipping(6, {4}, attention={2}), LayerPlan.skipping(6, {3, 5})]
-    menu = PlanMenu.build([*plans, LayerPlan.exiting(6, 2)], sublayer_bytes(gentle), probe_depth=2)
+    menu = PlanMenu.build(GAPS if way == "generation" else EXITS, sublayer_bytes(gentle), probe_depth=2)
     rows = {}
     for shortcut in (False, True):
         store = LabelStore(tmp_path / f"{shortcut}.db")
@@ -122,8 +108,9 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
             assert short.answer_ids == plain.answer_ids[: len(short.answer_ids)]
         else:
             assert (short.answer, short.answer_ids) == (plain.answer, plain.answer_ids)
-    assert sum(label.answer == row.answer for label, row in zip(rows[True][3::5], rows[True][4::5], strict=True)) > 0
-    if judge != "rouge_l" and worth == ALWAYS:
+    k = len(menu)
+    assert any(a.answer == b.answer for a, b in zip(rows[False][k - 2 :: k], rows[False][k - 1 :: k], strict=True))
+    if judge != "rouge_l":
         assert sum(label.forward_tokens for label in rows[True]) < sum(label.forward_tokens for label in rows[False])
 
 
@@ -194,7 +181,7 @@ def test_decoding_that_cannot_be_is_one_sentence(changes, message) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "stops", "parted"),
+    ("text", "stops", "diverged"),
     [
         ("abx", (), True),
         ("ab", (), False),
@@ -205,75 +192,63 @@ def test_decoding_that_cannot_be_is_one_sentence(changes, message) -> None:
         ("ab\nx", ("\n",), False),
     ],
 )
-def test_a_text_has_parted_when_no_continuation_can_agree(text, stops, parted, model, tokenizer) -> None:
-    draft = Draft(PROMPTS[0], LayerPlan.full(6), tokenizer(text).input_ids, 0.0, 0.0)
-    assert Verification(model, tokenizer, Decoding(9, stops)).has_diverged(draft, "abc") == parted
+def test_a_text_diverges_when_no_continuation_can_agree(text, stops, diverged, model, tokenizer) -> None:
+    answers = Answers(model, tokenizer, Decoding(9, stops))
+    assert answers.has_diverged(PROMPTS[0], tokenizer(text).input_ids, "abc") == diverged
 
 
-@pytest.mark.parametrize(("first", "looks"), [(1, 1), (1, 3), (2, 2), (9, 3)])
-def test_the_looks_change_what_labels_cost_but_not_what_they_say(
-    gentle, tokenizer, tmp_path, first, looks, monkeypatch
-) -> None:
-    monkeypatch.setattr(leading, "FIRST_LOOK", first)
-    monkeypatch.setattr(leading, "LOOKS", looks)
-    prompts = [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "abc", "agreement") for i in range(12)]
-    plans = [LayerPlan.exiting(6, 2), *(LayerPlan.skipping(6, skipped) for skipped in ({5}, {4}, {3, 5}))]
-    menu = PlanMenu.build(plans, sublayer_bytes(gentle), probe_depth=2)
-    scores = []
-    for short in (False, True):
-        store = LabelStore(tmp_path / f"{short}.db")
-        labeller = Labeller(gentle, tokenizer, Decoding(8), store, batch_size=3, shortcut=short)
-        labeller.label(prompts, menu)
-        scores.append(score_matrix(labeller.read(prompts, menu)))
-    np.testing.assert_array_equal(*scores)
-    assert scores[0][:, :-1].mean() > 0
-
-
-def test_a_row_ends_when_there_is_enough_of_it_and_the_others_go_on(model, tokenizer) -> None:
+def test_a_row_ends_when_there_is_enough_of_it(model, tokenizer) -> None:
     plan, prompts = LayerPlan.exiting(6, 4), [tokenizer(text).input_ids for text in ("abc", "hgfed", "b")]
-    whole = continue_batch(model, tokenizer, prompts, plan, Decoding(6), 6)
+    batch = SharedBatch(model, tokenizer, prompts, [plan], Decoding(6))
+    whole = batch.continued(plan, {row: lambda ids: False for row in range(3)}, 6)
     wanted = (2, 7, 1)
-    enough = [lambda ids, n=n: len(ids) >= n for n in wanted]
-    part = continue_batch(model, tokenizer, prompts, plan, Decoding(6), 6, enough)
+    part = batch.continued(plan, {row: lambda ids, n=n: len(ids) >= n for row, n in enumerate(wanted)}, 6)
     assert part == [ids[:n] for ids, n in zip(whole, wanted, strict=True)]
     assert [len(ids) for ids in part] == [2, 6, 1]
 
 
-def test_no_more_is_generated_than_shows_that_texts_have_parted(model, tokenizer, tmp_path) -> None:
-    plan, verification = LayerPlan.exiting(6, 3), Verification(model, tokenizer, Decoding(6))
+def test_no_more_is_generated_than_decides_the_score(model, tokenizer, tmp_path) -> None:
+    plan, answers = LayerPlan.exiting(6, 3), Answers(model, tokenizer, Decoding(6))
     labeller = Labeller(model, tokenizer, Decoding(6), LabelStore(tmp_path / "labels.db"), 4)
     menu = PlanMenu.build([plan], sublayer_bytes(model), 2)
     labeller.label(PROMPTS, menu)
     full = {prompt: row[-1] for prompt, row in zip(PROMPTS, labeller.read(PROMPTS, menu), strict=True)}
     plain = [answer_batch(model, tokenizer, [prompt.prompt], plan, Decoding(6))[0] for prompt in PROMPTS]
-    (finished,) = verification.finish([Draft(prompt, plan) for prompt in PROMPTS], full)
+    (finished,) = answers.generated([Draft(prompt, plan) for prompt in PROMPTS], full)
     assert any(len(draft.ids) < 6 for draft in finished)
     for draft, answer in zip(finished, plain, strict=True):
-        assert draft.ids == answer.token_ids[: len(draft.ids)]
-        assert verification.is_decided(draft, full[draft.prompt].answer)
-        assert not any(
-            verification.is_decided(Draft(draft.prompt, plan, draft.ids[:n]), full[draft.prompt].answer)
-            for n in range(1, len(draft.ids))
-        )
+        known = full[draft.prompt].answer
+        assert list(draft.ids) == answer.token_ids[: len(draft.ids)]
+        assert answers.is_decided(draft.prompt, draft.ids, known)
+        assert not any(answers.is_decided(draft.prompt, draft.ids[:n], known) for n in range(1, len(draft.ids)))
         assert draft.forward_tokens == (len(draft.prompt.prompt) + len(draft.ids)) * 0.5
     judged = [Prompt(prompt.id, "t", prompt.prompt, "", "rouge_l") for prompt in PROMPTS]
-    (whole,) = verification.finish([Draft(p, plan) for p in judged], dict(zip(judged, full.values(), strict=True)))
-    assert [draft.ids for draft in whole] == [answer.token_ids for answer in plain]
+    (whole,) = answers.generated([Draft(p, plan) for p in judged], dict(zip(judged, full.values(), strict=True)))
+    assert [list(draft.ids) for draft in whole] == [answer.token_ids for answer in plain]
 
 
 GAP, END = LayerPlan.skipping(6, {3}), LayerPlan.skipping(6, {4, 5})
 
 
-def test_a_plan_that_misses_only_prompts_of_the_trial_is_labelled_too(model, tokenizer, tmp_path, monkeypatch) -> None:
+def test_each_plan_gets_the_labels_that_it_lacks(model, tokenizer, tmp_path) -> None:
     """As after a stop: one plan has all labels but one, another has none."""
-    monkeypatch.setattr(labelling, "TRIAL", 2)
-    monkeypatch.setattr(labelling, "worth_verifying", lambda model, saved, spent: list(saved))
     labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), batch_size=4)
     full = LayerPlan.full(6)
     labeller.label_some({full: PROMPTS, GAP: PROMPTS[1:]}, full)
     menu = PlanMenu.build([GAP, END], sublayer_bytes(model), probe_depth=2)
     labeller.label_some(dict.fromkeys([GAP, END], PROMPTS), full)
     assert score_matrix(labeller.read(PROMPTS, menu)).shape == (len(PROMPTS), 3)
+
+
+def test_prompts_become_tokens_once(model, tokenizer, tmp_path, monkeypatch) -> None:
+    asked: list[str] = []
+    real = answering.tokens_of
+    monkeypatch.setattr(answering, "tokens_of", lambda of, text: asked.append(text) or real(of, text))
+    for plans in (EXITS, GAPS):
+        asked.clear()
+        labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / f"{len(plans)}.db"), batch_size=4)
+        labeller.label(PROMPTS, PlanMenu.build(plans, sublayer_bytes(model), probe_depth=2))
+        assert sorted(asked) == sorted(prompt.prompt for prompt in PROMPTS)
 
 
 @pytest.fixture
@@ -306,7 +281,7 @@ def test_plans_share_what_they_begin_with_and_answer_as_alone(
     drafts = [
         *(Draft(prompt, GAP) for prompt in prompts),
         *(Draft(prompt, END) for prompt in prompts[1:4]),
-        Draft(prompts[5], END, alone[END][5].token_ids[:1]),
+        Draft(prompts[5], END, tuple(alone[END][5].token_ids[:1])),
     ]
     shared = 3
     if memory == "none to keep states":
@@ -320,10 +295,10 @@ def test_plans_share_what_they_begin_with_and_answer_as_alone(
 
         monkeypatch.setattr(bridged, "generate", of_two)
     full = {prompt: labels[key_of(prompt)] for prompt in prompts}
-    found = [draft for some in Verification(bridged, tokenizer, decoding).finish(drafts, full) for draft in some]
+    found = [draft for some in Answers(bridged, tokenizer, decoding).generated(drafts, full) for draft in some]
     assert [(draft.prompt, draft.plan) for draft in found] == [(draft.prompt, draft.plan) for draft in drafts]
     for draft in found:
-        assert draft.ids == alone[draft.plan][prompts.index(draft.prompt)].token_ids
+        assert list(draft.ids) == alone[draft.plan][prompts.index(draft.prompt)].token_ids
 
     def cost(draft, layers, sharing):
         return (len(draft.prompt.prompt) * (layers - shared + shared / sharing) + len(draft.ids) * layers) / 6
@@ -333,48 +308,14 @@ def test_plans_share_what_they_begin_with_and_answer_as_alone(
     assert found[6].forward_tokens == pytest.approx(cost(found[6], 4, sharing=2))
 
 
-def test_leading_pays_where_it_settles_more_than_its_passes_cost(model) -> None:
-    exits = [LayerPlan.exiting(6, depth) for depth in (3, 4, 5)]  # 5 layers in shared passes
-    gaps = [LayerPlan.skipping(6, skipped) for skipped in ({1}, {2}, {3})]  # 5 + 4 + 3
-    assert [layers_of_shared_passes(model, plans) for plans in (exits, gaps, gaps[:1])] == [5, 12, 5]
-    assert worth_verifying(model, dict.fromkeys(exits, 2.0), spent=5.0) == exits
-    assert worth_verifying(model, dict.fromkeys(gaps, 2.0), spent=12.0) == []
-    assert worth_verifying(model, {gaps[0]: 5.5, gaps[1]: 1.0, gaps[2]: -1.0}, spent=12.0) == gaps[:1]
-
-
-def test_batches_hold_about_the_same_tokens() -> None:
-    lengths = [30, 20, 10, 10, 10, 10, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
-    batches = list(packed(lengths, int, batch_size=3))
-    assert [length for batch in batches for length in batch] == lengths
-    assert batches == [[30], [20], *([[10]] * 4), *([[2, 2, 2]] * 3), [2]]  # the median is 2: room for 6
-    assert [len(batch) for batch in packed([9] * 2 + [1] * 30 + [9] * 40, int, batch_size=2)][:4] == [2, 8, 8, 8]
-    assert max(len(batch) for batch in packed([9] * 9 + [0] * 100, int, 2)) == 8
-    assert list(packed([], int, 3)) == []
-
-
-def test_following_says_how_far_a_plan_repeats_an_answer(gentle, tokenizer) -> None:
-    plan = LayerPlan.skipping(6, {4})
+def test_verification_says_how_far_a_plan_repeats_an_answer(gentle, tokenizer) -> None:
+    plan, ids = LayerPlan.skipping(6, {4}), tokenizer("abcd").input_ids
     own = answer_batch(gentle, tokenizer, ["abcd"], plan, Decoding(4))[0].token_ids
     other = [*own[:2], own[2] + 1, 9]
-    (whole,), (part,) = (follow(gentle, tokenizer, ["abcd"], [answer], [plan]) for answer in (own, other))
-    assert (whole[plan].agreed, whole[plan].token) == (len(own), None)
-    assert (part[plan].agreed, part[plan].token) == (2, own[2])
-    assert whole[plan].forward_tokens == pytest.approx((4 + 3) * 5 / 6)
-
-
-def test_batches_that_do_not_fit_are_halved_until_they_do() -> None:
-    sizes = []
-
-    def run(rows):
-        sizes.append(len(rows))
-        if len(rows) > 2:
-            raise torch.OutOfMemoryError
-        return [row * 10 for row in rows]
-
-    assert in_halves([1, 2, 3, 4, 5], run) == [10, 20, 30, 40, 50]
-    assert sizes == [5, 2, 3, 1, 2]
-    with pytest.raises(torch.OutOfMemoryError):
-        in_halves([1], lambda rows: run([1, 2, 3]))
+    whole, part = (verify(gentle, [(ids, answer)], [plan])[0][plan] for answer in (own, other))
+    assert (whole.matches, whole.ids) == ((True,) * len(own), tuple(own))
+    assert (part.matches[:3], part.ids) == ((True, True, False), tuple(own[:3]))
+    assert whole.forward_tokens == pytest.approx((4 + 3) * 5 / 6)
 
 
 def test_labelling_goes_on_where_it_stopped(model, tokenizer, tmp_path) -> None:
@@ -416,9 +357,9 @@ def test_scores_by_an_older_meaning_of_a_judge_are_not_read(model, tokenizer, tm
 
 def test_an_answer_goes_on_while_one_of_its_references_fits(model, tokenizer) -> None:
     prompt = Prompt("p", "t", "a", "abc", "exact", alternatives=("xyz",))
-    shortcut = Verification(model, tokenizer, DECODING)
-    begun = {text: Draft(prompt, LayerPlan.full(6), tokenizer(text).input_ids) for text in ("ab", "xy", "xyz", "xa")}
-    assert [text for text, draft in begun.items() if shortcut.has_diverged(draft, "")] == ["xa"]
+    answers = Answers(model, tokenizer, DECODING)
+    begun = {text: tokenizer(text).input_ids for text in ("ab", "xy", "xyz", "xa")}
+    assert [text for text, ids in begun.items() if answers.has_diverged(prompt, ids, "")] == ["xa"]
 
 
 @pytest.mark.parametrize("shortcut", [False, True])

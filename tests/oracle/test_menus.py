@@ -2,13 +2,12 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from backbone.plan import LayerPlan, PlanError
+from backbone.errors import PlanError
+from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
-from oracle.menus import MENUS, build_menu
+from oracle.menus import MENUS, build_menu, search_steps
 from oracle.menus.base import MenuTask
-from oracle.menus.block_influence import layer_influence
-from oracle.menus.greedy import AnswerDivergence
-from oracle.menus.search_steps import search_steps
+from oracle.menus.methods import answered_batches, mean_divergences
 
 
 def task_of(model, **changes) -> MenuTask:
@@ -39,11 +38,11 @@ def test_greedy_removes_first_what_the_answers_miss_least() -> None:
         model.model.layers[3].self_attn.o_proj.weight.zero_()
         model.model.layers[3].mlp.down_proj.weight.zero_()
     task = task_of(model, n_plans=7, cheapest_budget=0.01)
-    menu = build_menu("greedy_layers", task)
+    menu = build_menu("greedy", task)
     assert menu.plans[-2] == LayerPlan.skipping(6, {3})
     assert all(small <= large for small, large in zip(menu.plans, menu.plans[1:], strict=False))
     plans = [LayerPlan.full(6), menu.plans[-2], menu.plans[0]]
-    full, best, worst = map(AnswerDivergence(task).of(plans).__getitem__, plans)
+    full, best, worst = map(mean_divergences(model, answered_batches(task), plans).__getitem__, plans)
     assert full == 0
     assert best == pytest.approx(0, abs=1e-5)
     assert worst > 0.01
@@ -51,27 +50,16 @@ def test_greedy_removes_first_what_the_answers_miss_least() -> None:
 
 def test_divergence_does_not_depend_on_the_company() -> None:
     task = task_of(tiny_model("gemma3_text"))
-    divergence = AnswerDivergence(task)
+    batches = answered_batches(task)
     plans = [LayerPlan.skipping(6, {5}), LayerPlan.skipping(6, {2, 4}), LayerPlan.exiting(6, 2)]
-    assert divergence.of(plans) == {plan: divergence.of([plan])[plan] for plan in plans}
-
-
-def test_block_influence_is_zero_for_a_layer_that_does_nothing() -> None:
-    model = tiny_model("falcon")
-    with torch.no_grad():
-        model.transformer.h[4].self_attention.dense.weight.zero_()
-        model.transformer.h[4].mlp.dense_4h_to_h.weight.zero_()
-    task = task_of(model)
-    influence = layer_influence(task)
-    assert influence[4] == pytest.approx(0, abs=1e-6)
-    assert min(influence[:4]) > 0.01
-    assert 4 in build_menu("block_influence", task).plans[-2].skipped_layers
+    alone = {plan: mean_divergences(task.model, batches, [plan])[plan] for plan in plans}
+    assert mean_divergences(task.model, batches, plans) == pytest.approx(alone, rel=1e-6)
 
 
 def test_progress_counts_the_plans_tried() -> None:
     task, steps = task_of(tiny_model("llama"), cheapest_budget=0.01), []
-    build_menu("greedy_layers", task, lambda: steps.append(1))
-    assert len(steps) == search_steps("greedy_layers", task) == 4 + 3 + 2 + 1
+    build_menu("greedy", task, lambda: steps.append(1))
+    assert len(steps) == search_steps("greedy", task) == 4 + 3 + 2 + 1
     assert search_steps("evenly", task) == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from oracle.chat import Question
-from oracle.embedded_prompts import EXAMPLES, FOLDER, embedded_prompts
+from oracle.prompt_sources import EXAMPLES, FOLDER, embedded_prompts
 from oracle.prompts import Prompt, PromptError, load_prompts, questions_of
 
 GOOD = {"id": "a", "task": "t", "prompt": "1 + 1 =", "reference": "2", "judge": "number"}

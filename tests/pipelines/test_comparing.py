@@ -6,14 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from controller.certificate.risks import quality_kept
+from controller.certificate.risks import plan_quality
 from controller.learning import Settings
 from oracle.prompts import Prompt
 from pipelines.config import load_config
-from pipelines.evaluation.controls import _controls, control_features, control_settings, with_task
+from pipelines.evaluation.controls import (
+    _controls,
+    control_features,
+    control_settings,
+    knows_the_prompt,
+    pooled_gain,
+    with_task,
+)
 from pipelines.evaluation.learning_table import Table
-from pipelines.evaluation.omissions import Omissions
-from pipelines.evaluation.pooled_gain import knows_the_prompt, out_of_fold, pooled_gain
+from pipelines.run.progress import Omissions
+from pipelines.stages.train import out_of_fold
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,9 +38,9 @@ def table(n: int, seed: int) -> Table:
 def test_the_loss_is_what_the_certificate_bounds() -> None:
     scores = np.array([[0.2, 0.9, 0.6], [0.6, 0.5, 0.6]])
     sufficient = scores >= scores[:, -1:]
-    np.testing.assert_allclose(quality_kept("score_lost", scores, sufficient), [[0.6, 1, 1], [1, 0.9, 1]])
-    np.testing.assert_allclose(quality_kept("mean_score", scores, sufficient), [[0.3, 0.65, 0.5], [0.5, 0.45, 0.5]])
-    np.testing.assert_array_equal(quality_kept("insufficient", scores, sufficient), [[0, 1, 1], [1, 0, 1]])
+    np.testing.assert_allclose(plan_quality("score_lost", scores, sufficient), [[0.6, 1, 1], [1, 0.9, 1]])
+    np.testing.assert_allclose(plan_quality("mean_score", scores, sufficient), [[0.3, 0.65, 0.5], [0.5, 0.45, 0.5]])
+    np.testing.assert_array_equal(plan_quality("insufficient", scores, sufficient), [[0, 1, 1], [1, 0, 1]])
 
 
 def test_controls_see_what_they_are_named_after() -> None:
@@ -76,7 +83,7 @@ def test_a_control_that_nothing_can_be_learned_from_is_left_out(capsys) -> None:
     some.features["embedding"] = np.full((60, 2), np.nan, dtype=np.float32)
     one = replace(some, prompts=[replace(prompt, task="only") for prompt in some.prompts])
     config = load_config(ROOT / "configs/demo.yaml")
-    found = _controls(Settings("logistic", ("states",), 6), one, config, left_out)
+    found = _controls(Settings("logistic", ("states",), 6), one, config.tuning, left_out)
     assert found.keys() == {"shuffled"}
     assert left_out.keys() == {f"the control {name!r}" for name in ("task", "embedding")}
     assert left_out["the control 'task'"] == "all 60 prompts have the same features (task), so nothing tells them apart"

@@ -11,7 +11,7 @@ from tiny import N_LAYERS
 
 from backbone.plan import LayerPlan
 
-MENU = {"method": "exiting", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4}
+MENU = {"method": "exits", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_the_whole_menu_proves_what_it_finds(path) -> None:
     assert f"{full} in full, 12 proved" in said
 
 
-def test_a_search_beyond_the_menu_finds_no_dearer_plans_and_goes_on(path) -> None:
+def test_search_beyond_the_menu_resumes_and_gets_no_dearer(path) -> None:
     over_menu, _ = searched(path, "bisection", "--prompts", 6)
     rows, _ = searched(path, "greedy", "--prompts", 6, "--evaluations", 8)
     made = count(path)

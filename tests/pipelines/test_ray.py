@@ -75,7 +75,7 @@ def refusing(piece: int) -> int:
     return piece * piece
 
 
-def test_each_piece_comes_back_once_and_faults_of_the_input_in_their_own_words(monkeypatch) -> None:
+def test_pieces_come_back_once_and_input_errors_as_they_are(monkeypatch) -> None:
     here = [str(Path(__file__).parent), *filter(None, sys.path)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))  # workers import this module for its functions
     with workers_at(LOCAL, TWO) as workers:

@@ -16,15 +16,17 @@ from command import layerbudget, refused
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from layerbudget import cli
 from layerbudget.options import LOCAL, with_ray_address
+from oracle.batches import BATCHES, blocks
 from oracle.decoding import Decoding
-from oracle.labels.blocks import BATCHES, blocks
 from oracle.prompts import Prompt
-from pipelines import distributed, runner
 from pipelines.config import ConfigError, load_config
-from pipelines.ray.remote_labels import distant_labeller
-from pipelines.run.workspace import IN_FULL, Workspace
+from pipelines.ray import distributed
+from pipelines.ray.remote_work import remote_labeller
+from pipelines.run import runner
+from pipelines.run.prompts import IN_FULL
+from pipelines.run.workspace import Workspace
 from pipelines.stages import adapt, features, label
-from pipelines.stages.feature_parts import FeatureParts
+from pipelines.stages.features import FeatureParts
 
 COLUMNS = "model, prompt, plan, decoding, judge, answer, answer_ids, score, prompt_tokens, forward_tokens"
 
@@ -72,7 +74,7 @@ def other(alone, config_file):
 def test_stages_with_workers_give_what_one_process_gives(alone, other) -> None:
     workers = Scattered()
     for stage in (adapt, label, features):
-        stage.run(other, workers=workers)
+        stage.run(Workspace(other), workers=workers)
     assert workers.pieces > 10
     assert content(other.folder / "labels.db") == content(alone.folder / "labels.db")
     for name in ("healing.safetensors", "menu.json"):
@@ -83,15 +85,15 @@ def test_stages_with_workers_give_what_one_process_gives(alone, other) -> None:
 
 
 def test_what_came_back_before_a_stop_is_kept(alone, other) -> None:
-    adapt.run(other)
+    adapt.run(Workspace(other))
     for stage, name in ((label, "labels.db"), (features, "features")):
         with pytest.raises(KeyboardInterrupt):
-            stage.run(other, workers=Scattered(stop_after=2))
+            stage.run(Workspace(other), workers=Scattered(stop_after=2))
         assert (other.folder / name).exists()
         rest = Scattered()
-        stage.run(other, workers=rest)
+        stage.run(Workspace(other), workers=rest)
         again = Scattered()
-        stage.run(other, workers=again)
+        stage.run(Workspace(other), workers=again)
         assert rest.pieces >= 1
         if stage is label:
             assert again.pieces == 0
@@ -100,15 +102,15 @@ def test_what_came_back_before_a_stop_is_kept(alone, other) -> None:
     assert content(other.folder / "labels.db") == content(alone.folder / "labels.db")
 
 
-def test_a_plan_that_is_added_is_compared_with_the_answers_that_are_there(alone, tmp_path) -> None:
-    workspace = Workspace.of(alone)
+def test_an_added_plan_is_compared_with_the_answers_there(alone, tmp_path) -> None:
+    workspace = Workspace(alone)
     before = content(alone.folder / "labels.db")
     with sqlite3.connect(alone.folder / "labels.db") as store:
         deleted = store.execute("DELETE FROM labels WHERE model LIKE '% with %' AND prompt < '8'").rowcount
     workers = Scattered()
-    labeller = distant_labeller(workspace, workers, workspace.healing)
+    labeller = remote_labeller(workspace, workers, workspace.healing)
     steps: list[int] = []
-    labeller.label(workspace.labelled_of(*IN_FULL), workspace.menu(), steps.append)
+    labeller.label(workspace.prompts.labelled(*IN_FULL), workspace.menu(), steps.append)
     assert sum(steps) == deleted > 0
     assert {row[:5] for row in content(alone.folder / "labels.db")} == {row[:5] for row in before}
     scores = [{(*row[:5], row[7]) for row in rows} for rows in (content(alone.folder / "labels.db"), before)]
@@ -116,11 +118,11 @@ def test_a_plan_that_is_added_is_compared_with_the_answers_that_are_there(alone,
 
 
 def test_a_worker_with_another_model_is_refused(alone, tmp_path) -> None:
-    workspace = Workspace.of(alone)
-    facts = workspace.facts
-    workspace.__dict__["facts"] = type(facts)("llama-6x32-000000000000", facts.dtype, facts.ends, facts.options)
+    workspace = Workspace(alone)
+    facts = workspace.model.facts
+    workspace.model.__dict__["facts"] = facts.model_copy(update={"fingerprint": "llama-6x32-000000000000"})
     with pytest.raises(ConfigError, match="a worker finds another model"):
-        distant_labeller(workspace, Scattered(), None).label(workspace.labelled, workspace.menu())
+        remote_labeller(workspace, Scattered(), None).label(workspace.prompts.labelled(), workspace.menu())
 
 
 @pytest.mark.parametrize("in_order", [False, True])
@@ -148,7 +150,7 @@ def some_prompts(n: int) -> list[Prompt]:
     return [Prompt(f"p{i}", "t", "x" * (1 + i * 7 % 50), "", "exact") for i in range(n)]
 
 
-def test_blocks_hold_every_prompt_once_longest_first_and_equal_work() -> None:
+def test_blocks_hold_each_prompt_once_and_equal_work() -> None:
     prompts = some_prompts(100)
     made = blocks(prompts, 2, Decoding(4))
     assert [len(blocks(some_prompts(n), 2, Decoding(4))) for n in (3, 16, 100, 400)] == [1, 4, 8, 400 // (2 * BATCHES)]

@@ -15,8 +15,16 @@ from backbone.errors import InputError
 from controller.base import LearningError
 from controller.learning import Settings
 from pipelines.config.learning_sections import TuningSection
-from pipelines.stages.settings_regret import Work, default_settings, settings_of, settled
-from pipelines.stages.settings_search import Search, finished, open_study, search
+from pipelines.stages.settings_search import (
+    Search,
+    Work,
+    default_settings,
+    finished,
+    open_study,
+    search,
+    settings_of,
+    settled,
+)
 
 
 def some_work(**tuning) -> Work:
@@ -32,7 +40,7 @@ def wanted(tmp_path) -> Search:
     return Search(f"sqlite:///{tmp_path / 'tuning.db'}", "study", "logistic")
 
 
-def test_a_search_begins_with_the_defaults_and_goes_on_where_it_stopped(wanted) -> None:
+def test_search_begins_with_defaults_and_resumes(wanted) -> None:
     advanced: list[int] = []
     study = search(wanted, some_work(), advanced.append)
     first = [trial.params for trial in study.trials]
@@ -109,7 +117,7 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(wanted, monkeypatch
     assert [t.value for t in finished(resumed)] == [t.value for t in finished(undisturbed)]
 
 
-def test_workers_share_a_search_and_one_that_is_killed_loses_no_trial(wanted) -> None:
+def test_workers_share_a_search_and_a_kill_loses_no_trial(wanted) -> None:
     def kill_one() -> None:
         while not multiprocessing.active_children():
             time.sleep(0.05)
@@ -138,7 +146,7 @@ def test_what_a_worker_finds_wrong_is_said_once(wanted) -> None:
     ("saved", "taken"),
     [([0.01, -0.01, 0.02, -0.01, 0.0, 0.01], False), ([0.01, 0.02, 0.01, 0.02, 0.02, 0.01], True), ([0.0] * 6, False)],
 )
-def test_found_settings_must_beat_the_defaults_by_a_standard_error(monkeypatch, saved, taken) -> None:
+def test_found_settings_must_clearly_beat_the_defaults(monkeypatch, saved, taken) -> None:
     """The regret that is stated is that of fresh folds, not the least of the search."""
     work, found = some_work(), Settings("logistic", ("length",), 3, {"l2": 0.5})
     default = default_settings("logistic", work.tuning)

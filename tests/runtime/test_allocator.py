@@ -9,14 +9,13 @@ import torch
 from tiny import padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import GREEDY, PLANS, SETS, alone, make_allocator, with_healing
 
+from backbone.errors import ArtefactError, WrongModelError
 from backbone.healing.attaching import attach, attached_digest, detach
 from controller.features import prompt_features
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
-from runtime.parts import WrongModelError
-from runtime.saving.allocator_files import ArtefactError
-from runtime.texts import generate_texts
+from runtime.offline import generate_texts
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +106,7 @@ def test_a_repository_is_downloaded_as_asked(model, tmp_path, monkeypatch) -> No
         Allocator.from_pretrained("me/mine", subfolder="small/two")
     with pytest.raises(ArtefactError, match="holds no allocator"):
         Allocator.from_pretrained("me/mine")
-    assert asked[-1] == (
-        "me/mine",
-        {"revision": None, "token": None, "cache_dir": None, "allow_patterns": None},
-    )
+    assert asked[-1] == ("me/mine", {"revision": None, "token": None, "cache_dir": None, "allow_patterns": None})
 
 
 def test_a_local_folder_has_subfolders_but_no_revisions(model, tmp_path) -> None:

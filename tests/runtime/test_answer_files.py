@@ -15,12 +15,13 @@ from command import layerbudget, refused, snapshot
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import make_allocator
 
+from backbone.errors import InputError
 from backbone.files import lock_of
 from backbone.loading import load_backbone
 from controller.models.mlp import MLPController
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
-from runtime.answer_files import AnswersError, answer_file, check_places
+from runtime.answer_files import answer_file, check_places
 
 LINE = b'{"layerbudget_answers": "0"}\n{"id": "p0", "prompt": "a", "answer": 5}\n'
 ROWS = [{"id": f"p{i}", "prompt": "abcdefgh"[: i + 1]} for i in range(6)]
@@ -130,7 +131,7 @@ def test_what_must_not_be_replaced_is_refused_before_anything_is_loaded(prompts,
 def test_an_existing_file_takes_a_word(allocator, model, prompts) -> None:
     out = prompts.with_name("out.jsonl")
     out.write_text("mine")
-    with pytest.raises(AnswersError, match="add --overwrite to replace it"):
+    with pytest.raises(InputError, match="add --overwrite to replace it"):
         answer(allocator, model, prompts, out)
     assert out.read_text() == "mine"
     answer(allocator, model, prompts, out, overwrite=True)
@@ -139,7 +140,7 @@ def test_an_existing_file_takes_a_word(allocator, model, prompts) -> None:
 
 def test_a_file_that_appears_meanwhile_takes_a_word_too(allocator, model, prompts) -> None:
     out = prompts.with_name("out.jsonl")
-    with pytest.raises(AnswersError, match="exists already"):
+    with pytest.raises(InputError, match="exists already"):
         answer(allocator, model, prompts, out, advance=lambda count: out.write_text("somebody's"))
     assert out.read_text() == "somebody's"
     done = []
@@ -214,7 +215,7 @@ def test_other_files_beside_it_stay(allocator, model, prompts) -> None:
 def test_somebody_elses_partial_file_is_not_touched(allocator, model, prompts, content, overwrite) -> None:
     partial = prompts.with_name("out.jsonl.partial")
     partial.write_bytes(content)
-    with pytest.raises(AnswersError, match="not layerbudget's"):
+    with pytest.raises(InputError, match="not layerbudget's"):
         answer(allocator, model, prompts, prompts.with_name("out.jsonl"), overwrite=overwrite)
     assert partial.read_bytes() == content
 
@@ -238,7 +239,7 @@ def test_a_retrained_controller_of_the_same_price_is_another_one(allocator, mode
     retrained = make_allocator(model, controller=MLPController(epochs=2, hidden=16))
     retrained = replace(retrained, decoding=Decoding(3))
     assert retrained.certificate == allocator.certificate
-    with pytest.raises(AnswersError, match="another allocator or other settings"):
+    with pytest.raises(InputError, match="another allocator or other settings"):
         answer(retrained, model, prompts, prompts.with_name("out.jsonl"))
     answer(retrained, model, prompts, prompts.with_name("out.jsonl"), overwrite=True)
     assert len(prompts.with_name("out.jsonl").read_text().splitlines()) == len(ROWS)
@@ -256,13 +257,13 @@ def test_the_same_allocator_loaded_again_goes_on(allocator, model, prompts) -> N
 
 def test_answers_in_another_dtype_are_not_mixed_in(allocator, model, prompts) -> None:
     begun(allocator, model, prompts)
-    with pytest.raises(AnswersError, match="other settings"):
+    with pytest.raises(InputError, match="other settings"):
         answer(allocator, tiny_model("llama").to(torch.bfloat16), prompts, prompts.with_name("out.jsonl"))
 
 
 def test_a_second_process_is_told_to_wait(allocator, model, prompts) -> None:
     out = prompts.with_name("out.jsonl")
-    with lock_of(out), pytest.raises(AnswersError, match="another process is writing"):
+    with lock_of(out), pytest.raises(InputError, match="another process is writing"):
         answer(allocator, model, prompts, out)
 
 

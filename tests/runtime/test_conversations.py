@@ -9,10 +9,10 @@ from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_healing
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DummyLayer
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.healing.attaching import detach
 from backbone.plan import LayerPlan
-from runtime.call_arguments import UnsupportedGenerationError
 
 DICT = {"return_dict_in_generate": True}
 FULL = LayerPlan.full(N_LAYERS)

@@ -4,20 +4,14 @@ import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import GREEDY, PLANS, ByLength, Recorder, alone, make_allocator
-from transformers import (
-    CompileConfig,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextStreamer,
-)
+from transformers import CompileConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation import LogitsProcessor
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.testing import patches
-from runtime.call_arguments import UnsupportedGenerationError
 
 FULL = LayerPlan.full(N_LAYERS)
 CHOSEN = [FULL, PLANS[1], PLANS[0], PLANS[0]]

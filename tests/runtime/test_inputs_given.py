@@ -9,15 +9,13 @@ from tiny import N_LAYERS, padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator
 from transformers import GenerationConfig
 
-from backbone.errors import InputError
+from backbone.errors import ArtefactError, InputError, PlanError, UnsupportedGenerationError, UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.families import UnsupportedModelError, sublayer_bytes
-from backbone.plan import LayerPlan, PlanError, PlanMenu
+from backbone.families import sublayer_bytes
+from backbone.plan import LayerPlan, PlanMenu
 from oracle.chat import ChatError, ChatTemplate, Question
 from runtime.allocator import Allocator
-from runtime.call_arguments import UnsupportedGenerationError
 from runtime.chat_format import ChatFormat
-from runtime.saving.allocator_files import ArtefactError
 
 FULL = LayerPlan.full(N_LAYERS)
 PROMPTS = ["abcdefgh", "abc", "abcdefghijk"]

@@ -9,12 +9,12 @@ from tiny_allocator import PLANS, ByLength, make_allocator, with_healing
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation import LogitsProcessor
 
+from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.healing.attaching import detach
 from backbone.plan import LayerPlan
 from backbone.testing import patches
 from runtime import lossless
-from runtime.call_arguments import UnsupportedGenerationError
 from runtime.lossless import MAX_DRAFT, PRIOR_JUDGED, DraftPlan, best_draft, draft_plans
 from runtime.step_costs import StepCosts
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from pipelines.evaluation.paired_ratios import FEWEST_ROUNDS, Ratio, paired_ratio, paired_seconds
+from pipelines.evaluation.speed import FEWEST_ROUNDS, Ratio, paired_ratio, paired_seconds
 from runtime.paired_timing import machine, median_seconds
 
 
@@ -51,7 +51,7 @@ def test_a_figure_that_noise_exceeds_is_not_printed(low, high, exceeds) -> None:
 
 def test_rounds_end_when_figures_are_exact_or_time_is_up(monkeypatch) -> None:
     clock = iter(range(10**6))
-    monkeypatch.setattr("pipelines.evaluation.paired_ratios.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("pipelines.evaluation.speed.time.perf_counter", lambda: float(next(clock)))
     work = {name: (lambda: None) for name in ("a", "b")}
     steady = paired_seconds(work, [("a", "b")], rounds=50, seconds=1e9)
     assert [len(times) for times in steady.values()] == [FEWEST_ROUNDS] * 2

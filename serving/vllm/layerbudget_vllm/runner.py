@@ -15,7 +15,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from layerbudget import Healing, HealingError
+from layerbudget import ArtefactError, Healing
 from layerbudget_vllm.admission import is_registered
 from layerbudget_vllm.requests import LayerPlanError, plan_of
 from layerbudget_vllm.row_subsets import AttentionContext, Bridges, Requests, SubsetPass, subset_layers
@@ -134,26 +134,26 @@ def bridges_of(config: Any, like: torch.Tensor) -> Bridges:
     """The bridges of the allocator that an engine was started with, on the device and in the dtype of a tensor.
 
     Raises:
-        HealingError: a file that holds none or those of another model, or healing parts with an adapter.
+        ArtefactError: a file that holds none or those of another model, or healing parts with an adapter.
     """
     given = config.additional_config
     folder = given.get(ALLOCATOR) if isinstance(given, dict) else None
     if folder is None:
         return {}
     if not Path(str(folder)).is_dir():
-        raise HealingError(f"{ALLOCATOR} should be the folder of a saved allocator, and {folder!r} is none")
+        raise ArtefactError(f"{ALLOCATOR} should be the folder of a saved allocator, and {folder!r} is none")
     file = next((Path(folder) / name for name in HEALING_FILES if (Path(folder) / name).exists()), None)
     if file is None:
         return {}
     healing = Healing.load(file)
     if healing.adapter is not None:
-        raise HealingError(
+        raise ArtefactError(
             f"{file} has an adapter, which changes weights for shortened plans; in vLLM plans run with bridges alone"
         )
     text = config.model_config.hf_text_config
     shape = f"{text.num_hidden_layers}x{text.hidden_size}"
     if f"-{shape}-" not in healing.fingerprint:
-        raise HealingError(f"{file} was made for {healing.fingerprint}, the model served has the shape {shape}")
+        raise ArtefactError(f"{file} was made for {healing.fingerprint}, the model served has the shape {shape}")
     return {
         plan: {first: bridge.to(like.device, like.dtype) for first, bridge in of_plan.items()}
         for plan, of_plan in healing.bridges.items()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from backbone.healing.adapters import Adapter
 from backbone.healing.bridges import Bridge
-from layerbudget import Healing, HealingError, LayerPlan
+from layerbudget import ArtefactError, Healing, LayerPlan
 
 PROMPT = list(range(3, 33))
 TEXTS = ("0-4", "0-2,6-7")
@@ -67,18 +67,18 @@ def config(folder: Path, width: int = 64) -> SimpleNamespace:
 
 def test_an_allocator_with_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
     save_healing(tmp_path, 64, with_adapter=True)
-    with pytest.raises(HealingError, match="has an adapter"):
+    with pytest.raises(ArtefactError, match="has an adapter"):
         bridges_of(config(tmp_path), torch.zeros(1))
 
 
 def test_healing_of_another_shape_are_refused(tmp_path: Path) -> None:
     save_healing(tmp_path, 64)
-    with pytest.raises(HealingError, match="the model served has the shape 8x96"):
+    with pytest.raises(ArtefactError, match="the model served has the shape 8x96"):
         bridges_of(config(tmp_path, 96), torch.zeros(1))
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HealingError, match="folder of a saved allocator"):
+    with pytest.raises(ArtefactError, match="folder of a saved allocator"):
         bridges_of(config(tmp_path / "none"), torch.zeros(1))
 
 

@@ -9,12 +9,14 @@ import pytest
 from command import refused
 from fake_engine import FakeEngine, served
 from routed import PROMPTS, ask, counted, routed, router_parts
-from tiny import tiny_model
-from tiny_allocator import ByLength, make_allocator
+from tiny import N_LAYERS, padded_batch, tiny_model, tiny_tokenizer
+from tiny_allocator import ByLength, make_allocator, with_healing
 
-from backbone.families import sublayer_bytes
-from backbone.plan import LayerPlan, PlanError, PlanMenu
-from serving.router.upstreams import UpstreamError, Upstreams
+from backbone.errors import PlanError, WrongModelError
+from backbone.families import decoder_layers, sublayer_bytes
+from backbone.plan import LayerPlan, PlanMenu
+from serving.router.engines import UpstreamError, Upstreams
+from serving.router.selector import RequestSelector, load_probe
 
 DEAD = "http://127.0.0.1:9"
 
@@ -24,7 +26,7 @@ def parts():
     return router_parts()
 
 
-def test_each_request_goes_on_with_the_plan_that_the_allocator_chooses(parts) -> None:
+def test_requests_go_on_with_the_plan_of_the_allocator(parts) -> None:
     engine, plans = FakeEngine(), parts[3]
     assert len(set(plans)) == 3
     with routed(engine) as client:
@@ -57,7 +59,7 @@ def test_a_request_of_full_depth_goes_on_as_it_came(parts) -> None:
     assert engine.bodies == [{"model": "tiny", "prompt": prompt, "temperature": 0.5}]
 
 
-def test_several_prompts_in_one_request_run_one_plan_or_the_full_one(parts) -> None:
+def test_prompts_of_one_request_share_a_plan_or_run_in_full(parts) -> None:
     short = PROMPTS[parts[3].index(parts[0].menu.plans[0])]
     with routed(FakeEngine()) as client:
         assert ask(client, [short, short]).headers["x-layer-plan"] == str(parts[0].menu.plans[0])
@@ -267,3 +269,25 @@ def test_the_command_refuses_in_one_sentence(parts, tmp_path) -> None:
     tiny_model("llama", layer_scale=0.5).save_pretrained(tmp_path / "other")
     parts[2].save_pretrained(tmp_path / "other")
     assert "this allocator was made for" in refused(*given, DEAD, "--model", tmp_path / "other")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_the_first_layers_decide_as_the_whole_model(family, tmp_path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    allocator = make_allocator(model, controller=ByLength(), name="by_length")
+    batch = padded_batch()
+    prompts = [row[kept.bool()].tolist() for row, kept in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    probe, tokenizer = load_probe(allocator, str(tmp_path), "cpu")
+    assert len(decoder_layers(probe)) == allocator.menu.probe_depth < N_LAYERS
+    choices = RequestSelector(allocator, probe, tokenizer).choose([[prompt] for prompt in prompts])
+    assert [choice.plan for choice in choices] == allocator.allocate(model, **batch)
+    assert {choice.because for choice in choices} == {"chosen"}
+
+
+def test_another_model_is_refused(tmp_path) -> None:
+    tiny_model("llama", layer_scale=0.5).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(WrongModelError):
+        load_probe(with_healing(tiny_model("llama")), str(tmp_path), "cpu")

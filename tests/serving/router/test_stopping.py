@@ -9,10 +9,10 @@ from fake_engine import FakeEngine, raw_engine, running, served
 from routed import connected, in_flight, logged_tracebacks, post, router_parts, said, wait_for
 
 from serving.router.app import make_app
-from serving.router.choosing import Chooser
+from serving.router.engines import Upstreams
 from serving.router.limits import Limits
+from serving.router.selector import RequestSelector
 from serving.router.server import make_server
-from serving.router.upstreams import Upstreams
 
 BODY = b'{"prompt": "ab"}'
 EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: one\n\n"
@@ -22,7 +22,7 @@ EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: one\n
 def stoppable(engine, **limits):
     """A client, and what stops its router as SIGTERM does; `running` fails where it does not end."""
     own = Limits(decision_ms=20_000, **limits)
-    server = make_server(make_app(Chooser(*router_parts()[:3], own), Upstreams(engine)), own)
+    server = make_server(make_app(RequestSelector(*router_parts()[:3], own), Upstreams(engine)), own)
     with running(server) as url, httpx2.Client(base_url=url, timeout=30) as client, logged_tracebacks() as tracebacks:
         yield client, lambda: setattr(server, "should_exit", True)
     assert not tracebacks, tracebacks[0]

@@ -1,0 +1,234 @@
+"""Whether an allocator is worth it, and if not why, from `metrics.json` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from controller.certificate.certificate import alpha_of
+from controller.certificate.p_values import fewest_prompts
+from controller.certificate.risks import CalibrationError
+from pipelines.evaluation.summary import NOTHING_LEFT_OUT, exceeds_limit, percent, quality, times
+
+WORTH = 1.1
+"""Times as fast as stock generation from which on an allocator is worth it."""
+SAME = 0.98
+"""Share of the allocator's speed from which on a single plan counts as fast as it."""
+IN_PARTS = ("heads", "bridges", "both")
+"""Healing whose plans no ordinary checkpoint holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to do with these prompts and this model.
+
+    Attributes:
+        worth: whether the allocator is worth it.
+        reason: one of `REASONS`, or `worth_it`.
+        sentences: for people; the first one is the verdict.
+    """
+
+    worth: bool
+    reason: str
+    sentences: list[str]
+
+
+def verdict(metrics: Mapping[str, Any], prompts: int) -> Verdict:
+    """The verdict on a run.
+
+    Args:
+        metrics: of the run, as `metrics.json` holds them.
+        prompts: all that there are, of which the run may have used some.
+    """
+    found = _Findings(metrics, prompts)
+    for reason, why in REASONS.items():
+        if sentences := why(found):
+            first, *others = sentences
+            return Verdict(False, reason, [f"Not worth it: {first}", *others])
+    return Verdict(True, "worth_it", _worth_it(found))
+
+
+class _Findings:
+    """Figures that several reasons look at.
+
+    Attributes:
+        certificate: of the highest level that was asked for.
+        is_certified: whether the allocator runs at any certified level.
+        in_reach: whether it does, and a full run would likely certify the highest level.
+        size, full_size: independent calibration prompts, of this run and of one with all prompts.
+        best, static: the allocator's figures and those of the best single plan.
+        single, batch: how many times as fast the allocator is.
+        static_speed: how many times as fast the best single plan is in a batch.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any], prompts: int) -> None:
+        self.metrics, self.prompts = metrics, prompts
+        self.certificate: Mapping[str, Any] = max(metrics["certificates"], key=lambda each: each["keep"])
+        self.size = int(self.certificate["groups"] or self.certificate["n"])
+        self.full_size = int(self.size * max(1.0, prompts / sum(metrics["prompts"].values())))
+        self.is_certified = metrics["certificate"]["price"] is not None
+        self.in_reach = self.is_certified and self.may_certify(self.certificate)
+        self.best, self.static = metrics[metrics["best"]], metrics["best_static"]
+        self.single, self.batch = (metrics["speed"]["intervals"][how] for how in ("single", "batch"))
+        place = self.static["plan_shares"].index(max(self.static["plan_shares"]))
+        self.static_plan, self.static_speed = (
+            metrics["model"]["plans"][place],
+            metrics["speed"]["plan_intervals"][place],
+        )
+        self.left_out = percent(1 - self.best["budget"])
+
+    @property
+    def pays(self) -> bool:
+        return _pays(self.single) or _pays(self.batch)
+
+    @property
+    def shortens(self) -> bool:
+        """Whether enough is left out; with few calibration prompts a price is careful."""
+        return self.in_reach and (self.best["budget"] <= 1 / WORTH or self.pays)
+
+    @property
+    def speeds(self) -> str:
+        rows = self.metrics["speed"]["prompts"]
+        return f"{times(self.single)} as fast one prompt at a time and {times(self.batch)} in a batch of {rows}"
+
+    def may_certify(self, certificate: Mapping[str, Any]) -> bool:
+        """Whether a full run would likely certify a level that this run may have failed to."""
+        is_possible = bool(certificate["prompts_needed"]) and _needed(certificate) <= self.full_size
+        return certificate["price"] is not None or is_possible
+
+
+def _pays(ratio: Mapping[str, Any]) -> bool:
+    return ratio["low"] is not None and ratio["low"] > 1 and ratio["value"] >= WORTH
+
+
+def _least(certificate: Mapping[str, Any], full_score: float) -> float:
+    """Calibration prompts that a bound takes whatever is lost, where the full model scores so much."""
+    if certificate["keep"] >= 1 or not full_score:
+        return 0.0 if full_score else inf
+    delta = certificate["delta"] / max(1, len(certificate["levels"]))
+    score = full_score if certificate["risk"] == "mean_score" else 1.0
+    try:
+        return fewest_prompts(alpha_of(certificate["keep"]), delta, certificate["risk"], full_score=score)
+    except CalibrationError:
+        return inf
+
+
+def _needed(certificate: Mapping[str, Any]) -> float:
+    """Calibration prompts that a bound takes, at the spread of what is lost where that is known."""
+    return max(_least(certificate, certificate["full_score"]), certificate["prompts_needed"] or 0)
+
+
+def _scores_too_low(found: _Findings) -> Sequence[str]:
+    certificate = found.certificate
+    least = _least(certificate, certificate["full_score"])
+    if found.in_reach or not least > found.full_size >= _least(certificate, 1.0):
+        return ()
+    return (
+        f"the model scores too low for the bound. Its mean score is {certificate['full_score']:.3g}, and to keep "
+        f"{percent(certificate['keep'])} of so little takes {_count(least)} calibration prompts; all {found.prompts} "
+        f"prompts give {found.full_size}.",
+        "Look at the model's answers first: the chat template, decoding.stop and the judge may be wrong for them.",
+    )
+
+
+def _single_plan(found: _Findings) -> Sequence[str]:
+    static, speed, bound = found.static, found.static_speed, found.certificate["keep"]
+    as_good = static["quality_ratio"] >= (min(bound, found.best["quality_ratio"]) if found.in_reach else bound)
+    as_fast = static["budget"] <= found.best["budget"] or speed["value"] >= SAME * found.batch["value"]
+    is_rival = as_good and (as_fast or not found.in_reach)
+    if static["budget"] >= NOTHING_LEFT_OUT or not (_pays(speed) and is_rival):
+        return ()
+    said = (
+        f"the plan {found.static_plan} for all prompts does as well. It is {times(speed)} as fast in a batch and keeps"
+    )
+    return f"{said} {percent(static['quality_ratio'], 1)} of the full model's mean score.", _use(found)
+
+
+def _use(found: _Findings) -> str:
+    """How the best single plan is used without an allocator."""
+    method = found.metrics["healing"]["method"]
+    if method not in IN_PARTS:
+        return (
+            f"`layerbudget export OUT --allocator RUN/allocator --plan {found.static_plan}` writes a checkpoint of it."
+        )
+    return (
+        f"The plan has healing parts ({method}), which no ordinary checkpoint holds: run it with "
+        "`attach(model, allocator.healing)` and `apply_plan(model, plan)`, or make the run with adapt.method=adapter "
+        "or none, whose plans `layerbudget export` writes."
+    )
+
+
+def _too_few_prompts(found: _Findings) -> Sequence[str]:
+    needed = _needed(found.certificate)
+    if found.shortens or needed <= found.size:
+        return ()
+    there = f"A full run has {found.full_size} of them"
+    return (
+        f"there are too few prompts yet. To certify {percent(found.certificate['keep'])} of the full model's score "
+        f"takes some {_count(needed)} calibration prompts, and this run had {found.size}.",
+        f"{there}, which would likely do: go on with `layerbudget run`, or give more minutes."
+        if needed <= found.full_size
+        else f"{there}, too few as well: add prompts, or lower calibration.keep.",
+    )
+
+
+def _plans_lose_too_much(found: _Findings) -> Sequence[str]:
+    if found.shortens:
+        return ()
+    return (
+        f"the shortened plans lose too much. The bound of {percent(found.certificate['keep'])} "
+        + (f"leaves out {found.left_out} of the decoder." if found.in_reach else "is out of reach."),
+        "More prompts for the split adapt, other plans (menu) or other healing parts (adapt.method) may help.",
+    )
+
+
+def _layers_do_not_matter(found: _Findings) -> Sequence[str]:
+    speed, limit = found.metrics["speed"], found.metrics["speed"]["limit"]
+    if found.pays or limit["value"] >= WORTH:
+        return ()
+    return (
+        f"the layers matter too little for the time. The allocator leaves out {found.left_out} of the decoder, which "
+        f"makes prompts of {speed['prompt_tokens']:.0f} and answers of {speed['new_tokens']} tokens {times(limit)} as "
+        "fast at most.",
+        "The output head runs for every new token whatever the plan: a smaller vocabulary or shorter answers help.",
+    )
+
+
+def _no_measured_gain(found: _Findings) -> Sequence[str]:
+    if found.pays and not exceeds_limit(found.metrics):
+        return ()
+    if found.single["low"] is None:
+        return "too few timed rounds tell no gain from noise; raise evaluation.speed_rounds to 5 or more.", ""
+    return (
+        f"no gain shows on this machine: {found.speeds}, where the layers left out allow "
+        f"{times(found.metrics['speed']['limit'])} at most.",
+        f"A decision takes {found.metrics['overhead_ms']:.0f} ms a prompt, which longer prompts earn back; other work "
+        "on the machine hides small gains.",
+    )
+
+
+REASONS = {
+    "score_too_low": _scores_too_low,
+    "single_plan": _single_plan,
+    "too_few_prompts": _too_few_prompts,
+    "plans_lose_too_much": _plans_lose_too_much,
+    "layers_do_not_matter": _layers_do_not_matter,
+    "no_measured_gain": _no_measured_gain,
+}
+"""Name -> its sentences, none where it does not apply; the first that applies is the verdict's."""
+
+
+def _worth_it(found: _Findings) -> list[str]:
+    highest = max(each["keep"] for each in found.metrics["certificates"] if found.may_certify(each))
+    return [
+        f"Worth it: {found.speeds}, keeping {quality(found.metrics)} of the full model's mean score with "
+        f"{percent(found.best['budget'])} of the decoder on {found.metrics['prompts']['test']} unseen prompts.",
+        found.metrics["certificate"]["sentence"],
+        f"A full run, with some {found.full_size} prompts to calibrate on, would likely certify {percent(highest)}.",
+    ]
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e9 else "more than can be counted"

@@ -1,0 +1,178 @@
+"""A run with a menu of early exits: heads are fitted, and one pass labels all exits."""
+
+import json
+
+import pytest
+import torch
+
+from backbone.errors import PlanError
+from backbone.execution.apply_plan import apply_plan, apply_plans
+from backbone.fingerprint import model_fingerprint
+from backbone.healing.attaching import Healing
+from backbone.healing.bridges import Bridge
+from backbone.healing.training_targets import Example
+from backbone.loading import load_backbone
+from backbone.plan import LayerPlan
+from pipelines.config import ConfigError, load_config
+from pipelines.evaluation.summary import closing
+from pipelines.run.runner import run_all
+from pipelines.run.workspace import Workspace
+from pipelines.stages import exit_heads
+from pipelines.stages import menu as menus
+from pipelines.stages.adapt import _HealingMaker
+from pipelines.stages.exit_heads import make_heads
+from runtime.allocator import Allocator
+
+MENU = {"method": "exits", "probe_depth": 2}
+
+
+@pytest.mark.parametrize(("judge", "chosen"), [("agreement", {"own"}), ("exact", {"own", "references"})])
+def test_a_run_fits_heads_and_labels_exits_in_one_pass(config_file, prompts_file, judge, chosen) -> None:
+    tasks = {json.loads(line)["task"] for line in prompts_file.read_text().splitlines()}
+    if judge == "exact":
+        rows = [json.loads(line) | {"judge": judge} for line in prompts_file.read_text().splitlines()]
+        texts = (json.dumps(row | {"reference": row["prompt"][-1]}) + "\n" for row in rows)
+        prompts_file.write_text("".join(texts))
+    config = load_config(config_file(menu=MENU, adapt={"method": "auto"}, evaluation={"speed_rounds": 1}))
+    run_all(config)
+    adapt, metrics = (json.loads((config.folder / name).read_text()) for name in ("adapt.json", "metrics.json"))
+    assert adapt["heads"]["targets"] in chosen
+    assert set(adapt["heads"]["fits"]) == chosen
+    assert adapt["fitted_prompts"] == adapt["heads"]["prompts"] == metrics["prompts"]["adapt"]
+    assert metrics["labelling"]["ratio_to_exhaustive"] < 0.6
+    assert 0 < metrics["labelling"]["passes_a_prompt"] <= 1.2
+    assert adapt["method"] == "heads"
+    fits = adapt["heads"]["fits"][adapt["heads"]["targets"]]
+    assert list(fits) == ["0-2", "0-3", "0-4"]
+    assert {task for fit in fits.values() for task in fit["by_task"]} == tasks
+
+
+def test_heads_of_other_plans_are_refused(model) -> None:
+    with pytest.raises(ConfigError, match="the menu has the plan 0-2,4-5; take 'bridges'"):
+        make_heads(model, [Example((3, 4, 5), 1)], ["t"], [LayerPlan.skipping(6, {3})], "auto")
+
+
+@pytest.mark.parametrize(
+    ("menu", "tokens", "expected"),
+    [
+        ({"method": "exits", "probe_depth": 2}, 8, ["heads"]),
+        ({"method": "exits", "probe_depth": 2}, 30, ["bridges", "adapter"]),
+        ({"method": "given", "given": ["0-2,5"], "probe_depth": 2}, 8, ["bridges", "adapter"]),
+    ],
+)
+def test_auto_takes_heads_for_exits_with_short_answers(config_file, menu, tokens, expected) -> None:
+    """The tiny model's answers have as many tokens as they may have."""
+    path = config_file(menu=menu, adapt={"method": "auto"}, decoding={"max_new_tokens": tokens})
+    workspace = Workspace(load_config(path))
+    menus.run(workspace)
+    assert _HealingMaker(workspace, None).methods == expected
+
+
+def test_targets_are_compared_at_a_few_depths(model) -> None:
+    draws = torch.randint(3, 20, (160, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    examples = [Example((*row, row[-1]), 1, from_reference=True) for row in draws]
+    plans = [LayerPlan.exiting(6, depth) for depth in range(1, 6)]
+    heads, record = make_heads(model, examples, ["t"] * 160, plans, "auto")
+    assert set(heads) == set(plans)
+    kept, other = record["targets"], {"own", "references"} - {record["targets"]}
+    assert list(record["fits"][kept]) == [str(plan) for plan in plans]
+    assert [len(record["fits"][name]) for name in other] == [3]
+
+
+def test_too_many_states_are_read_from_fewer_prompts(model, monkeypatch) -> None:
+    examples = [Example((3, 4, 5, 6), 1)] * 64
+    plans = [LayerPlan.exiting(6, 3)]
+    size = exit_heads.places_bytes(model, examples, [3])
+    assert size == 64 * 3 * 2 * 32 * 4
+    monkeypatch.setattr(exit_heads, "STATES_BYTES", size // 2)
+    _, record = make_heads(model, examples, ["t"] * 64, plans, "own")
+    assert record["prompts"] == 32
+
+
+def heads_that_say(model, token: int, plans: list[LayerPlan]) -> Healing:
+    """Heads after which every state is one that says the same token."""
+    size = model.config.get_text_config().hidden_size
+    state = model.get_output_embeddings().weight[token].float().detach()
+    head = Bridge((-torch.eye(size),), state / state.norm() * size)
+    return Healing(model_fingerprint(model), {plan: {len(plan.attention): head} for plan in plans})
+
+
+def test_a_menu_with_a_head_at_full_depth_runs_at_several_levels(
+    config_file, prompts_file, model_folder, tmp_path
+) -> None:
+    """Every head says the reference, which the model says for one prompt of six."""
+    rows = [json.loads(line) | {"judge": "exact", "reference": "?"} for line in prompts_file.read_text().splitlines()]
+    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = load_backbone(str(model_folder))
+    given = ["0-2", "0-3", "0-5h"]
+    plans = [LayerPlan.parse(text, 6) for text in given]
+    heads_that_say(model, tokenizer.convert_tokens_to_ids("?"), plans).save(tmp_path / "heads.safetensors")
+    path = config_file(
+        menu={"method": "given", "probe_depth": 2, "given": given},
+        adapt={"method": "given", "given": str(tmp_path / "heads.safetensors")},
+        decoding={"max_new_tokens": 1},
+        calibration={"keep": [0.7, 1.0, 1.3], "delta": 0.4},
+        evaluation={"speed_rounds": 1, "speed_prompts": 2, "speed_tokens": 2},
+    )
+    config = load_config(path)
+    run_all(config)
+    metrics = json.loads((config.folder / "metrics.json").read_text())
+    check_table(metrics)
+    allocator = Allocator.from_pretrained(config.folder / "allocator")
+    assert [str(plan) for plan in allocator.menu.plans] == [*given, "0-5"]
+    assert allocator.menu.budgets[2:] == (1.0, 1.0)
+    check_levels(config.folder / "allocator", metrics)
+    check_rows(Workspace(config), allocator)
+
+
+def test_a_head_at_full_depth_is_fitted_like_others(model) -> None:
+    healed, early = LayerPlan.parse("0-5h", 6), LayerPlan.exiting(6, 3)
+    tokens = torch.randint(3, 20, (40, 5), generator=torch.Generator().manual_seed(0)).tolist()
+    fits, record = make_heads(
+        model, [Example((*row, row[-1]), 1) for row in tokens], ["t"] * 40, [early, healed], "own"
+    )
+    assert set(fits) == {early, healed}
+    assert set(record["fits"]["own"]) == {"0-2", "0-5h"}
+    assert fits[healed].loss[0] < 1e-3 < fits[early].loss[0], "of its own distribution the model needs no head"
+
+
+def check_table(metrics) -> None:
+    names = [row["name"] for row in metrics["contributions"]]
+    assert names[:3] == ["the model as it is", "the same with a fitted head", "the best single plan"]
+    assert names[-1] == "the allocator"
+    stock, healed, *_ = metrics["contributions"]
+    assert stock["layers"] == healed["layers"] == 6
+    assert stock["quality"] < 0.5 < healed["quality"] == 1.0
+    assert all(name in closing(metrics, "report.html") for name in names)
+
+
+def check_levels(folder, metrics) -> None:
+    """Every certified level can be chosen, from the file and for one call; another is refused."""
+    certified = [found["keep"] for found in metrics["certificates"] if found["price"] is not None]
+    assert 1.3 in certified
+    for keep in certified:
+        chosen = Allocator.from_pretrained(folder, keep=keep)
+        assert chosen.certificate.keep == keep
+        assert chosen.keeps == certified
+        assert chosen.drift is not None
+    with pytest.raises(PlanError, match=r"keep=0.5 is not certified; certified are: .*1.3"):
+        Allocator.from_pretrained(folder, keep=0.5)
+
+
+def check_rows(workspace, allocator) -> None:
+    """Mixed rows answer as alone, and as the labels say; the head alone is refused where none is attached."""
+    model, tokenizer = workspace.adapted
+    prompts = workspace.prompts.labelled()[:4]
+    labels = workspace.labels.read(prompts, allocator.menu)
+    batch = allocator.inputs(tokenizer, [prompt.prompt for prompt in prompts])
+    size = batch["input_ids"].shape[1]
+    with apply_plans(model, allocator.menu.plans):
+        mixed = model.generate(**batch, max_new_tokens=1, do_sample=False)[:, size:].tolist()
+    for place, plan in enumerate(allocator.menu.plans):
+        with apply_plan(model, plan):
+            alone = model.generate(**batch, max_new_tokens=1, do_sample=False)[place, size:].tolist()
+        assert mixed[place] == alone == list(labels[place][place].answer_ids)
+    level = allocator.keeps[-1]
+    chosen = allocator.at(level).allocate(model, **batch)
+    output = allocator.generate(model, **batch, max_new_tokens=1, keep=level, return_dict_in_generate=True)
+    assert output["plans"] == chosen

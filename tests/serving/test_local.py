@@ -1,0 +1,108 @@
+"""The OpenAI routes of one process: answers are those of the allocator, waiting requests share a batch."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx2
+import pytest
+from fake_engine import running
+from routed import counted
+from tiny import tiny_model, tiny_tokenizer
+from tiny_allocator import ByLength, make_allocator
+
+from serving.local import LocalEngine, make_local_app
+from serving.router.limits import Limits
+from serving.router.server import make_server
+
+PROMPTS = ["a", "the cat sat", "one two three four five six"]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model = tiny_model("llama")
+    return make_allocator(model, controller=ByLength(), name="by_length"), model, tiny_tokenizer()
+
+
+@contextmanager
+def client_of(engine, **limits):
+    own = Limits(**limits)
+    app = make_local_app(LocalEngine(*engine), own)
+    with running(make_server(app, own)) as url, httpx2.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def test_answers_are_those_of_the_allocator(engine) -> None:
+    allocator, model, tokenizer = engine
+    expected = allocator.generate_many(model, tokenizer, PROMPTS, raw=True, max_new_tokens=4)
+    with client_of(engine) as client, ThreadPoolExecutor(3) as threads:
+
+        def ask(prompt):
+            return client.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "max_tokens": 4})
+
+        answers = list(threads.map(ask, PROMPTS))
+        together = ask(PROMPTS).json()
+        assert counted(client, "layerbudget_layers_count")["layerbudget_layers_count"] == 2 * len(PROMPTS)
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert answer.json()["choices"][0]["text"] == wanted.text
+        assert answer.headers["x-layer-plan"] == str(wanted.plan)
+    assert [choice["text"] for choice in together["choices"]] == [wanted.text for wanted in expected]
+    assert together["usage"]["completion_tokens"] > 0
+
+
+def test_waiting_requests_share_a_batch(engine, monkeypatch) -> None:
+    allocator, sizes = engine[0], []
+    real = type(allocator).generate_many
+
+    def noted(self, model, tokenizer, prompts, **options):
+        sizes.append(len(prompts))
+        return real(self, model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(type(allocator), "generate_many", noted)
+    with client_of(engine) as client, ThreadPoolExecutor(8) as threads:
+        body = {"model": "tiny", "prompt": "the cat sat", "max_tokens": 6}
+        answers = list(threads.map(lambda _: client.post("/v1/completions", json=body), range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert sum(sizes) == 8
+    assert len(sizes) < 8
+
+
+def test_a_stream_and_a_stop_are_served(engine) -> None:
+    with client_of(engine) as client:
+        whole = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 6}).json()["choices"][0]["text"]
+        stop = whole[len(whole) // 2]
+        body = {"prompt": "a", "max_tokens": 6, "stop": stop, "stream": True}
+        events = client.post("/v1/completions", json=body).text.split("\n\n")
+    assert json.loads(events[0].removeprefix("data: "))["choices"][0]["text"] == whole[: whole.index(stop)]
+    assert events[1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": "a", "tools": [1]}, "tools is not served here"),
+        ({"prompt": "a", "n": 2}, "n is not served here"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens should be a number from 1"),
+        ({"prompt": "a", "temperature": True}, "temperature should be a number from 0 to 2"),
+        ({"prompt": "a", "stop": [""]}, "stop should be a text or a list of texts"),
+        ({"prompt": [1, 2]}, "prompt should be a text or a list of texts"),
+        ({"prompt": ""}, "prompt should be a text or a list of texts"),
+        ({}, "prompt should be a text or a list of texts"),
+        ({"prompt": "a " * 5000}, "tokens; with 6 new ones at most"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_sentence(engine, body, message) -> None:
+    with client_of(engine) as client:
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 400
+        assert message in answer.json()["error"]["message"]
+        assert client.get("/health").status_code == 200
+
+
+def test_turns_without_a_template_are_refused(engine) -> None:
+    with client_of(engine) as client:
+        answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+    assert answer.status_code == 400
+    assert "template" in answer.json()["error"]["message"]

@@ -1,0 +1,81 @@
+"""One decode step: the newest token of each row, still active or already left.
+
+Shapes: `R` rows, `r` of them, `D` hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(eq=False)
+class TokenStep:
+    """The rows of one decode step.
+
+    Attributes:
+        n_rows: R.
+        step: place of the token in the answer, from 1.
+        threshold: the confidence at which tokens leave.
+        device: of the states.
+        active: places of the rows that have not left, ascending.
+        exited: places of the others, ascending.
+        exits: for each candidate layer where rows left: the layer, their places, inputs of the final norm [r, D].
+        before: states [R, 1, D] before the last layer that ran.
+        memory: see `Candidate`.
+        inputs: arguments of each layer, for gates that look ahead.
+    """
+
+    n_rows: int
+    step: int
+    threshold: float
+    device: torch.device
+    active: torch.Tensor = field(init=False)
+    exited: torch.Tensor = field(init=False)
+    exits: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    before: torch.Tensor | None = None
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.active = torch.arange(self.n_rows, device=self.device)
+        self.exited = self.active[:0]
+
+    @property
+    def all_active(self) -> bool:
+        return len(self.active) == self.n_rows
+
+    @property
+    def none_active(self) -> bool:
+        return not len(self.active)
+
+    def exit(self, depth: int, leaves: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Let active rows leave before layer `depth` where `leaves` [r]; `outputs` [r, D] are of all."""
+        rows = self.active[leaves]
+        self.exits.append((depth, rows, outputs[leaves]))
+        self.exited = torch.cat([self.exited, rows]).sort().values
+        self.active = self.active[~leaves]
+
+    def with_exits(self, states: torch.Tensor) -> torch.Tensor:
+        """Final states [R, 1, D] with the outputs of rows that left."""
+        for _, rows, outputs in self.exits:
+            states = states.index_copy(0, rows, outputs[:, None].to(states.dtype))
+        return states
+
+    def depths(self, n_layers: int) -> torch.Tensor:
+        """The layer before which each row left [R]; `n_layers` for those that did not."""
+        depths = torch.full((self.n_rows,), n_layers, device=self.device)
+        for depth, rows, _ in self.exits:
+            depths[rows] = depth
+        return depths
+
+
+def cut_to_rows(value: Any, rows: torch.Tensor, n_rows: int) -> Any:
+    """Cut a layer's argument of R rows to some of them."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(cut_to_rows(item, rows, n_rows) for item in value)
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == n_rows and n_rows > 1:
+        return value.index_select(0, rows)
+    return value
