@@ -97,14 +97,12 @@ def test_a_verdict_is_put_on_the_logged_run(config, tmp_path) -> None:
 
 
 def test_few_metrics_and_the_winner_stand_for_a_run() -> None:
-    path = sorted((ROOT / "benchmarks" / "results").glob("demo.json"))[0]
-    metrics = json.loads(path.read_text())["metrics"]
+    metrics = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["metrics"]
     found = headlines(metrics)
     assert 10 < len(found) <= 16
     assert found["quality"] == metrics[metrics["best"]]["quality"]
     assert found["speedup_single"] == metrics["speed"]["speedup_single"]
-    unknown = {**metrics, "captured_headroom": None}
-    assert headlines(unknown).keys() == found.keys() - {"captured_headroom"}
+    assert headlines({**metrics, "captured_headroom": None}).keys() == found.keys() - {"captured_headroom"}
     settings = {"name": "mlp", "sets": ["path"], "components": 6, "parameters": {"hidden": 8}}
     config = load_config(ROOT / "configs" / "demo.yaml")
     given = parameters(config, {"best": "mlp", "controllers": {"mlp": {"settings": settings}}})
@@ -114,9 +112,7 @@ def test_few_metrics_and_the_winner_stand_for_a_run() -> None:
 
 def test_the_commands_to_look_at_a_run_name_its_stores(tmp_path) -> None:
     config = load_config(ROOT / "configs" / "demo.yaml", [f"runs={tmp_path}", "tracking.uri=sqlite:///a/b.db"])
-    assert look_at(config) == ["Compare runs:    mlflow ui --backend-store-uri sqlite:///a/b.db"], (
-        "nothing was searched"
-    )
+    assert look_at(config) == ["Compare runs:    mlflow ui --backend-store-uri sqlite:///a/b.db"], "none was searched"
     config.folder.mkdir()
     (config.folder / "tuning.db").touch()
     assert f"optuna-dashboard sqlite:///{config.folder}/tuning.db " in look_at(config)[1]

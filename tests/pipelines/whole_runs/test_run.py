@@ -160,16 +160,11 @@ def _check_report(page: str) -> None:
 
 def _check_mlflow(folder: Path) -> None:
     with sqlite3.connect(folder / "mlflow.db") as connection:
-
-        def rows(query: str) -> list[tuple]:
-            return connection.execute(query).fetchall()
-
+        rows = connection.execute
         ((name, begin, end),) = rows("SELECT name, start_time, end_time FROM runs")
         metrics, parameters = ({key for (key,) in rows(f"SELECT key FROM {table}")} for table in ("metrics", "params"))
-        tags, inputs = (
-            dict(rows("SELECT key, value FROM tags")),
-            dict(rows("SELECT name, dataset_source_type FROM datasets")),
-        )
+        tags = dict(rows("SELECT key, value FROM tags"))
+        inputs = dict(rows("SELECT name, dataset_source_type FROM datasets"))
         counts = dict(rows("SELECT name, value FROM input_tags"))
     stages = json.loads((folder.parent / "runs/tiny/run.json").read_text())["stages"]
     seconds = sum(entry["seconds"] for stage, entry in stages.items() if stage != "report")
