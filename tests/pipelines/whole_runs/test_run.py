@@ -190,7 +190,7 @@ def _check_inspect_and_generate(folder: Path) -> None:
         "oracle",
         "Outliers",
         "Drift alarm",
-        "silent after 0 prompts",
+        "not active after 0 prompts",
     ):
         assert words in shown
     answered = layerbudget("generate", "--allocator", folder / "allocator", "abcabc", "--device", "cpu")
