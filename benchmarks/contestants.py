@@ -163,7 +163,7 @@ class Contest:
             **inputs, **self._exact, return_dict_in_generate=True, custom_generate=self.allocator
         )
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return Answers(new, [output["time_to_first_token_ms"]] * len(new))
+        return Answers(new, [1000 * output.first_token_s] * len(new))
 
     def _lossless(self, places: Places) -> Answers:
         inputs = self.batch(places)
@@ -172,7 +172,7 @@ class Contest:
         )
         assert not isinstance(output, torch.Tensor)
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return Answers(new, [output["time_to_first_token_ms"]], acceptance=[output["acceptance"]])
+        return Answers(new, [1000 * output.first_token_s], acceptance=[output.acceptance])
 
     def _known(self, places: Places) -> Answers:
         """All that the allocator does but the decision: no probe, so no prefix to go on from."""

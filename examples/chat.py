@@ -46,7 +46,7 @@ def main(folder: str, messages: Iterable[str], new_tokens: int = 32) -> None:
         turns.append({"role": "assistant", "content": answer})
         cache = output.cache
         cached = output.sequences[:, : cache.get_seq_length()]  # the last token of an answer was not computed with
-        print(f"[{output.layer_plans[0].layers:g} of {output.layer_plans[0].n_layers} layers]")
+        print(f"[{output.plans[0].layers:g} of {output.plans[0].n_layers} layers]")
 
 
 def conversation(allocator: Allocator, tokenizer: Any, turns: list[dict[str, str]]) -> Any:

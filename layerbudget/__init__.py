@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from oracle.search.testing import SearcherConformance as SearcherConformance
     from pipelines.training import train as train
     from runtime.allocator import Allocator as Allocator
+    from runtime.generate_arguments import UncertifiedDecodingWarning as UncertifiedDecodingWarning
+    from runtime.generation import AllocatedOutput as AllocatedOutput
     from runtime.generation import check_layers as check_layers
     from runtime.plan_selection import FullPlanWarning as FullPlanWarning
 
@@ -67,7 +69,8 @@ _NAMES = {
     "pipelines.training": ("train",),
     "runtime.allocator": ("Allocator",),
     "runtime.plan_selection": ("FullPlanWarning",),
-    "runtime.generation": ("check_layers",),
+    "runtime.generate_arguments": ("UncertifiedDecodingWarning",),
+    "runtime.generation": ("AllocatedOutput", "check_layers"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,7 @@ def generate(
         raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
     from oracle.prompts import check_lengths
     from runtime.answer_files import answer_file, check_places
+    from runtime.generation import summary_line
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
@@ -71,8 +73,9 @@ def generate(
         print_answers(loaded, network, tokenizer, [prompt], raw=raw)
     else:
         assert prompts is not None
+        begun = time.perf_counter()
         with answers_bar() as (begin, advance):
-            answer_file(
+            plans = answer_file(
                 loaded,
                 network,
                 tokenizer,
@@ -83,6 +86,8 @@ def generate(
                 begin=begin,
                 advance=advance,
             )
+        if plans:  # beside the answers, which may go to the standard output
+            typer.echo(summary_line(plans, loaded.menu, network, time.perf_counter() - begun), err=True)
 
 
 def compare(
@@ -103,7 +108,9 @@ def compare(
     """
     if out is None and overwrite:
         raise typer.BadParameter("--overwrite goes with --out")
+    from layerbudget import LayerPlan
     from runtime.answer_files import check_places
+    from runtime.generation import share_of_decoder
     from runtime.side_by_side import compare_file, summary
 
     check_places(prompts, out, overwrite=overwrite)
@@ -115,7 +122,8 @@ def compare(
         )
     if out is None:
         _print_table(lines)
-    typer.echo(summary(lines, loaded.menu.n_layers))
+    plans = [LayerPlan.parse(line["plan"], loaded.menu.n_layers) for line in lines]
+    typer.echo(summary(lines, loaded.menu.n_layers, share_of_decoder(plans, loaded.menu, network)))
 
 
 def loaded_allocator(

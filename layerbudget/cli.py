@@ -13,6 +13,7 @@ import layerbudget
 from backbone.errors import InputError
 from backbone.interrupts import INTERRUPTED, say_stopped, stoppable
 from layerbudget.answer_commands import compare, generate
+from layerbudget.certify_command import certify
 from layerbudget.failures import sentence_of, visible
 from layerbudget.inspection import inspect
 from layerbudget.options import with_ray_address
@@ -55,6 +56,7 @@ app.command()(check)
 app.command()(generate)
 app.command()(compare)
 app.command()(inspect)
+app.command()(certify)
 app.command()(serve)
 app.command()(export)
 app.command(rich_help_panel="Single stages")(merge)

@@ -78,8 +78,11 @@ def _answer_try_prompts(workspace: Workspace) -> None:
 def _close(config: Config) -> None:
     """Print the result of the run from its files."""
     from pipelines.evaluation.summary import closing, load_metrics
+    from pipelines.run.run_record import look_at
 
     typer.echo(closing(load_metrics(config), str(config.folder / "report.html")))
+    for line in look_at(config):
+        typer.echo(line)
 
 
 def stage_command(name: str) -> Callable[..., None]:

@@ -28,6 +28,7 @@ from pipelines.run.given_model import given_model, giving
 from pipelines.run.progress import duration, say
 from pipelines.run.prompts import prompts_of
 from pipelines.run.runner import run_all
+from pipelines.run.tracking import log_verdict
 from pipelines.verdict import Verdict, verdict
 from runtime.paired_timing import seconds_of
 
@@ -155,6 +156,7 @@ def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
         run_all(trial)
     found = verdict(load_metrics(trial), len(prompts))
     write_atomically(trial.folder / "verdict.json", json.dumps(asdict(found), indent=2) + "\n")
+    log_verdict(trial, found.reason)
     say(f"{duration(time.monotonic() - begun)} in all")
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +17,8 @@ from backbone.families import check_is_model, decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import ChatError
-from runtime.generation import Moment, Output, decode, plans_of
+from runtime.generate_arguments import warn_of_other_decoding
+from runtime.generation import AllocatedOutput, Moment, decode, mean_layers, plans_of, share_of_decoder
 from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import AllocatedText, finished_texts
 from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
@@ -140,6 +141,19 @@ class Allocator(AllocatorParts):
         self.prepare(model)
         return measured_step_costs(model)
 
+    @overload
+    def generate(
+        self,
+        model: PreTrainedModel,
+        inputs: Any = None,
+        generation_config: Any = None,
+        *,
+        return_dict_in_generate: Literal[True],
+        streamer: Any = None,
+        **arguments: Any,
+    ) -> AllocatedOutput: ...
+
+    @overload
     def generate(
         self,
         model: PreTrainedModel,
@@ -148,21 +162,32 @@ class Allocator(AllocatorParts):
         *,
         streamer: Any = None,
         **arguments: Any,
-    ) -> Output:
+    ) -> torch.Tensor | AllocatedOutput: ...
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        inputs: Any = None,
+        generation_config: Any = None,
+        *,
+        streamer: Any = None,
+        **arguments: Any,
+    ) -> torch.Tensor | AllocatedOutput:
         """`model.generate(inputs, generation_config, **arguments)`, each prompt under its own plan, in one pass for
         all. Prompts are `inputs` or `input_ids=` [B, S], left-padded.
 
         Besides all stock arguments it takes `allocation_limit_ms`, `lossless` and `keep` (see `__call__`). With
-        `return_dict_in_generate=True` the output has `layer_plans`, the plan of each prompt, `allocation_ms`,
-        `time_to_first_token_ms` and `drift`, the alarm's state. `cache=` goes on under the plans that filled the cache.
-        A streamer is ended also when an error is raised.
+        `return_dict_in_generate=True` the output is an `AllocatedOutput`, with the plan of each prompt and the times.
+        `cache=` goes on under the plans that filled the cache. A streamer is ended also when an error is raised.
 
         Raises:
             UnsupportedGenerationError: a way of generating that no allocator can work with; the message names it.
             WrongModelError: another model than the one this allocator was made for.
         """
         loop = partial(self, streamer=streamer)
-        output: Output = generate_by(loop, model, inputs, generation_config, streamer, arguments)
+        output: torch.Tensor | AllocatedOutput = generate_by(
+            loop, model, inputs, generation_config, streamer, arguments
+        )
         return output
 
     def generate_many(
@@ -220,13 +245,13 @@ class Allocator(AllocatorParts):
         lossless: bool = False,
         keep: float | None = None,
         **model_kwargs: Any,
-    ) -> Output:
+    ) -> torch.Tensor | AllocatedOutput:
         """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs.
 
         Args:
             allocation_limit_ms: prompts whose plans are not known after this time run the full plan.
             lossless: give the full model's own answer; a plan of the menu only drafts it (see `runtime.lossless`). No
-                plan is chosen for the prompt, and `layer_plans` is the plan that drafts, full where none does. Logits
+                plan is chosen for the prompt, and `plans` holds the plan that drafts, full where none does. Logits
                 processors and stopping criteria see drafts too, so what they say may depend on the text alone.
             keep: another certified bound to run at, see `at`.
         """
@@ -242,15 +267,23 @@ class Allocator(AllocatorParts):
         if self.chat is not None and not request.goes_on:
             self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
         if lossless:
-            allocation_ms = (time.perf_counter() - began) * 1000
+            allocation_s = time.perf_counter() - began
             output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
         else:
+            warn_of_other_decoding(self, request.decoding)
             plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms))
             request.check_plans(plans)
-            allocation_ms = (time.perf_counter() - began) * 1000
+            allocation_s = time.perf_counter() - began
             output, first_token_ms = decode(request, plans, prefix, start)
-        if not isinstance(output, torch.Tensor):
-            output["layer_plans"] = plans
-            output["allocation_ms"], output["time_to_first_token_ms"] = allocation_ms, first_token_ms
-            output["drift"] = None if self.drift is None else self.drift.state
-        return output
+        if isinstance(output, torch.Tensor):
+            return output
+        return AllocatedOutput(
+            **dict(output),
+            plans=plans,
+            layers=mean_layers(plans),
+            share_of_decoder=share_of_decoder(plans, self.menu, model),
+            allocation_s=allocation_s,
+            first_token_s=first_token_ms / 1000,
+            total_s=time.perf_counter() - began,
+            drift=None if self.drift is None else self.drift.state,
+        )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from backbone.files import lock_of, write_atomically
+from backbone.plan import LayerPlan
 from oracle.chat import ChatError, Question
 from oracle.prompt_sources import expanded
 from oracle.prompts import PromptError, check_lengths, questions_of
@@ -75,7 +76,7 @@ def answer_file(
     overwrite: bool = False,
     begin: Callable[[int, int], None] = lambda done, total: None,
     advance: Callable[[int], None] = lambda done: None,
-) -> None:
+) -> list[LayerPlan]:
     """Write, for each row of a file of prompts, a line with id, prompt, answer, layers and plan, in the same order.
 
     Until all are there, answers lie in the order in which they came in `<out>.partial`, from which the next run goes
@@ -88,6 +89,9 @@ def answer_file(
         overwrite: `out` may be replaced, and answers that were begun with other settings be dropped.
         begin: called once, with the number of prompts that were answered before and of all.
         advance: called with the number of prompts answered now.
+
+    Returns:
+        The plan of each row.
 
     Raises:
         PromptError: see `oracle.prompts.questions_of`; or a prompt is too long for the model.
@@ -103,6 +107,7 @@ def answer_file(
             advance(len(batch))
         check_out(prompts, out, overwrite=overwrite)  # somebody may have put a file there meanwhile
         run.write(out)
+        return [LayerPlan.parse(line["plan"], allocator.menu.n_layers) for line in run.found()]
 
 
 def _line(answer: AllocatedText) -> Line:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from backbone.errors import InputError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, replaying
+from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
+from controller.certificate.drift import DriftState
 from runtime.plan_selection import PlanSelector
 from runtime.request import Request
 
@@ -21,6 +25,64 @@ MOST_OTHER_LAYERS = 0.05
 """Share of the decoder by which prompts may run more or fewer layers than was certified: rounding changes few plans."""
 
 Output = torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
+
+
+@dataclass
+class AllocatedOutput(GenerateDecoderOnlyOutput):
+    """The output of an allocator with `return_dict_in_generate=True`.
+
+    Fields that were not asked for are None, as in transformers.
+
+    Attributes:
+        sequences, scores, logits, attentions, hidden_states, cache: as stock `generate()` gives them.
+        sequences_scores, beam_indices: the same, with beams.
+        plans: of the B prompts.
+        layers: that ran, on average over the prompts.
+        share_of_decoder: that ran, on average over the prompts: the plans' budgets.
+        allocation_s: seconds until the plans were known.
+        first_token_s: seconds until the first tokens were known.
+        total_s: seconds of the whole call.
+        drift: state of the drift alarm; None without one.
+        draft_tokens, accepted_tokens, acceptance, full_passes: of `lossless=True`, see `runtime.lossless`; `plans`,
+            `layers` and `share_of_decoder` are then those of the plan that drafts.
+    """
+
+    sequences_scores: torch.Tensor | None = None
+    beam_indices: torch.Tensor | None = None
+    plans: list[LayerPlan] = None  # type: ignore[assignment]  # transformers wants defaults of None
+    layers: float = None  # type: ignore[assignment]
+    share_of_decoder: float = None  # type: ignore[assignment]
+    allocation_s: float = None  # type: ignore[assignment]
+    first_token_s: float = None  # type: ignore[assignment]
+    total_s: float = None  # type: ignore[assignment]
+    drift: DriftState | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
+    acceptance: float | None = None
+    full_passes: int | None = None
+
+
+def mean_layers(plans: Iterable[LayerPlan]) -> float:
+    counts = Counter(plans)
+    return sum(plan.layers * count for plan, count in counts.items()) / counts.total()
+
+
+def share_of_decoder(plans: Iterable[LayerPlan], menu: PlanMenu, model: PreTrainedModel) -> float:
+    """Mean budget of plans, by the menu, which counts bridges, or by the model's bytes where a cache brought others."""
+    budgets, counts = dict(zip(menu.plans, menu.budgets, strict=True)), Counter(plans)
+    if others := counts.keys() - budgets.keys():
+        size = sublayer_bytes(model)
+        budgets |= {plan: plan.budget(size) for plan in others}
+    return sum(budgets[plan] * count for plan, count in counts.items()) / counts.total()
+
+
+def summary_line(plans: Iterable[LayerPlan], menu: PlanMenu, model: PreTrainedModel, seconds: float) -> str:
+    """Prompts, layers and seconds of one command."""
+    ran = list(plans)
+    return (
+        f"{len(ran)} prompts: {mean_layers(ran):.2f} of {menu.n_layers} layers on average, "
+        f"{share_of_decoder(ran, menu, model):.1%} of the decoder, {seconds:.1f} s"
+    )
 
 
 class Moment:
@@ -92,7 +154,7 @@ def check_layers(certified: Iterable[LayerPlan], ran: Iterable[LayerPlan]) -> No
 
     Args:
         certified: for each prompt the plan that the certified policy chose.
-        ran: the `layer_plans` of the output of `allocator.generate`, or the plans of the texts of `generate_many`.
+        ran: the `plans` of the output of `allocator.generate`, or the plans of the texts of `generate_many`.
 
     Raises:
         InputError: the plans differ, on average over prompts, by more than `MOST_OTHER_LAYERS` of the layers.

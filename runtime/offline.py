@@ -21,6 +21,7 @@ from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts, tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.labels.generation import stop_token_ids
+from runtime.generate_arguments import warn_of_other_decoding
 from runtime.parts import AllocatorParts
 from runtime.plan_selection import Decision, PlanSelector, prompt_key
 from runtime.request import asked_for
@@ -65,7 +66,7 @@ def generate_texts(
     )
     assert not isinstance(output, torch.Tensor)
     texts = new_texts(tokenizer, output.sequences, inputs["input_ids"].shape[1], decoding)
-    return [AllocatedText(text, plan) for text, plan in zip(texts, output["layer_plans"], strict=True)]
+    return [AllocatedText(text, plan) for text, plan in zip(texts, output["plans"], strict=True)]
 
 
 def decoding_options(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
@@ -109,6 +110,8 @@ def finished_texts(
         raise UnsupportedGenerationError(f"prompt {empty[0]} is empty: there is nothing to continue")
     settings = _settings(allocator, model, tokenizer, options)
     _check(model, batch_size, settings)
+    names = ("do_sample", "num_beams", "max_new_tokens", "stop_strings")
+    warn_of_other_decoding(allocator, {name: asked_for(model, settings, name) for name in names})
 
     def run(part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
         inputs = padded_inputs(model, [tokens[index] for index in part])

@@ -83,6 +83,14 @@ class Request:
         return max(int(self.config.max_length or 0) - self.input_ids.shape[1], 1)
 
     @property
+    def decoding(self) -> dict[str, Any]:
+        """What is asked for, as far as certificates depend on it."""
+        criteria = self.loop.get("stopping_criteria") or ()
+        strings = [text for one in criteria if isinstance(one, StopStringCriteria) for text in one.stop_strings]
+        own = {name: getattr(self.config, name) for name in ("do_sample", "num_beams")}
+        return {**own, "max_new_tokens": self.max_new_tokens, "stop_strings": strings}
+
+    @property
     def cache(self) -> Cache | None:
         return self.kwargs.get("cache")
 

@@ -72,18 +72,18 @@ def _compared(
 def _in_full(model: PreTrainedModel, **arguments: Any) -> Any:
     """Stock `generate()`; its output also says that every prompt ran the full plan."""
     output: Any = model.generate(**arguments)  # type: ignore[operator]
-    output["layer_plans"] = [LayerPlan.full(model.config.get_text_config().num_hidden_layers)] * len(output.sequences)
+    output["plans"] = [LayerPlan.full(model.config.get_text_config().num_hidden_layers)] * len(output.sequences)
     return output
 
 
-def summary(lines: Sequence[Line], n_layers: int) -> str:
-    """What the lines say together."""
+def summary(lines: Sequence[Line], n_layers: int, share: float) -> str:
+    """What the lines say together; `share` of the decoder was run."""
     n, same = len(lines), sum(line["full"] == line["allocated"] for line in lines)
     layers, full_ms, allocated_ms = (
         sum(line[name] for line in lines) / n for name in ("layers", "full_ms", "allocated_ms")
     )
     return (
-        f"{n} prompts: {same} answers are the full model's, {layers:.2f} of {n_layers} layers on average, "
-        f"{allocated_ms:.0f} ms a prompt instead of {full_ms:.0f} (each timed once, in turn: "
-        f"{full_ms / allocated_ms:.2f}x)"
+        f"{n} prompts: {same} answers are the full model's, {layers:.2f} of {n_layers} layers on average "
+        f"({share:.1%} of the decoder), {allocated_ms:.0f} ms a prompt instead of {full_ms:.0f} "
+        f"(each timed once, in turn: {full_ms / allocated_ms:.2f}x)"
     )

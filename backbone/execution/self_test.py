@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from backbone.execution.executor import executing
 from backbone.families import decoder_layers, decoder_of, family_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.1
@@ -37,6 +40,7 @@ def check_exactness(model: PreTrainedModel) -> None:
         UnsupportedModelError: states differ by more than rounding, are not finite, or the full plan is not bit-equal
             to the stock model; see `family_of`.
     """
+    logger.info("testing once whether layer plans are exact on %s, by a few passes over short texts", _name(model))
     with _evaluating(model):
         inputs = _inputs(model)
         if not _uncached(model, inputs)[inputs["attention_mask"].bool()].isfinite().all():

@@ -103,7 +103,7 @@ def _answered(
     full = partial(stock, **inputs, **options)
     allocated: Any = partial(allocator.generate, model, **inputs, **options)
     output = allocated(return_dict_in_generate=True)
-    plan: LayerPlan = output["layer_plans"][0]
+    plan: LayerPlan = output["plans"][0]
 
     def text(sequences: torch.Tensor) -> str:
         return new_texts(tokenizer, sequences, inputs["input_ids"].shape[1], workspace.model.decoding)[0]

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from backbone.errors import reason_of
 from backbone.files import lock_of, remove_strays, replacing, write_atomically
 from pipelines.config import Config, ConfigError
+from pipelines.run.run_record import ARTIFACTS, began_ms, headlines, parameters, prompts_input, tags
 
 ANSWER_SECONDS = 5
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -30,8 +31,8 @@ LOGGED = "logged.json"
 def log_run(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str], folder: Path) -> None:
     """Log one run to `tracking.uri`, and say so in the file `LOGGED`; one process at a time uses a database.
 
-    Numbers among the nested metrics are named by their path. Of the run folder the allocator, the configuration, the
-    metrics and the report are kept.
+    See `pipelines.run.run_record` for what becomes a metric, a parameter or a tag. Of the run folder the allocator and
+    `ARTIFACTS` are kept.
 
     Raises:
         ConfigError: the tracking store cannot be used.
@@ -54,17 +55,31 @@ def _log(config: Config, metrics: Mapping[str, Any], figures: Mapping[str, str],
     import mlflow
 
     mlflow.set_tracking_uri(config.tracking.uri)
-    with mlflow.start_run(experiment_id=_experiment(config), run_name=config.name) as run:
-        mlflow.log_params(dict(_flat(config.model_dump(mode="json"))))
-        mlflow.log_metrics({key: float(value) for key, value in _flat(metrics) if isinstance(value, int | float)})
+    with _begun_run(config, metrics, folder) as run:
+        tuning = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
+        mlflow.log_params(parameters(config, tuning))
+        mlflow.log_metrics(headlines(metrics))
         for key, value, step in _training(json.loads((folder / "adapt.json").read_text())):
             mlflow.log_metric(key, value, step=step)
+        counts = {split: str(count) for split, count in metrics["prompts"].items()}
+        mlflow.log_input(prompts_input(config), context="prompts", tags=counts)
         for name, text in figures.items():
             mlflow.log_text(text, f"figures/{name}.svg")
-        for name in ("config.yaml", "metrics.json", "report.html"):
+        for name in ARTIFACTS:
             mlflow.log_artifact(str(folder / name))
         mlflow.log_artifacts(str(folder / "allocator"), "allocator")
     return str(run.info.run_id)
+
+
+def _begun_run(config: Config, metrics: Mapping[str, Any], folder: Path) -> Any:
+    """A run of MLflow as a context, as long as all stages took, with its tags."""
+    import mlflow
+    from mlflow.tracking.context.registry import resolve_tags
+
+    client, experiment = mlflow.MlflowClient(), _experiment(config)
+    named = resolve_tags(tags(config, metrics))
+    run = client.create_run(experiment, start_time=began_ms(folder), tags=named, run_name=config.name)
+    return mlflow.start_run(run_id=run.info.run_id)
 
 
 def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
@@ -79,12 +94,13 @@ def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
                 yield f"{name}/held_kl/{plan.replace(',', ' ')}", value, step
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def log_verdict(config: Config, reason: str) -> None:
+    """Put a trial's verdict on its run in MLflow, as the tag `verdict`."""
+    from mlflow import MlflowClient
+
+    logged = json.loads((config.folder / LOGGED).read_text(encoding="utf-8"))
+    with _store_usable(config.tracking.uri):
+        MlflowClient(tracking_uri=logged["uri"]).set_tag(logged["run"], "verdict", reason)
 
 
 def check_answers(key: str, uri: str) -> None:

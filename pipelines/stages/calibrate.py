@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,8 @@ from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from controller.learning import FittedPredictor
-from oracle.decoding import Decoding
 from oracle.labels.reader import acceptance_rates
+from oracle.prompts import Prompt
 from pipelines.config import Config
 from pipelines.config.learning_sections import CalibrationSection
 from pipelines.evaluation.learning_table import Table
@@ -41,7 +42,7 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
     not.
     """
     config, best = workspace.config, workspace.read("tuning.json")["best"]
-    keep, decoding = config.calibration.keep, workspace.model.decoding
+    calibration, keep = config.calibration, config.calibration.keep
     learned, fit = load_trained(workspace)[best], workspace.table("train", "tune")
     tuned = {prompt.id for prompt in workspace.prompts.splits["tune"]}
     held = np.array([prompt.id in tuned for prompt in fit.prompts])
@@ -50,7 +51,19 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
     predicted = learned.predict(table.features)
     starts = first_tested(load_out_of_fold(workspace)[best], fit, keep)
     every = [
-        _certified(predicted, table, config, decoding, level, start) for level, start in zip(keep, starts, strict=True)
+        certified(
+            predicted,
+            table,
+            keep=level,
+            start=start,
+            levels=tuple(keep),
+            delta=calibration.delta,
+            risk=calibration.risk,
+            per_task=calibration.per_task,
+            tolerance=config.label.tolerance,
+            decoding=str(workspace.model.decoding),
+        )
+        for level, start in zip(keep, starts, strict=True)
     ]
     for certificate in every:
         if certificate.price is None:
@@ -75,7 +88,8 @@ def _allocator(
 ) -> Allocator:
     """The best controller with its certificate and the other valid ones, each with a drift alarm."""
     menu, labelled = workspace.menu(), workspace.prompts.labelled(*IN_FULL)
-    alarms = {found.keep: _drift_alarm(learned, found, table, workspace.config) for found in (certificate, *others)}
+    rate = workspace.config.calibration.false_alarms
+    alarms = {found.keep: drift_alarm(learned, found, table, rate) for found in (certificate, *others)}
     allocator = Allocator(
         menu=menu,
         controller=learned.controller,
@@ -123,28 +137,29 @@ def outlier_test(learned: FittedPredictor, fit: Table, held: NDArray[np.bool_], 
     return OutlierTest.fit(known, others, [name for name in read if name in WIDE] or read, rate)
 
 
-def _certified(
-    predicted: Floats, table: Table, config: Config, decoding: Decoding, keep: float, start: int
-) -> Certificate:
-    """The certificate at one of `calibration.keep`, by Learn-then-Test from the price at `start`; see `certify`."""
-    calibration = config.calibration
+def certified(predicted: Floats, table: Table, *, keep: float, **terms: Any) -> Certificate:
+    """The certificate at one level, by Learn-then-Test on the prompts of a table.
+
+    Args:
+        predicted: expected quality [N, K].
+        table: the N calibration prompts with their labels.
+        keep, terms: what `certify` takes beside the table's.
+    """
     return certify(
         PricePath.of(predicted, table.losses, table.budgets, table.labelled),
         keep=keep,
-        start=start,
-        levels=tuple(calibration.keep),
-        delta=calibration.delta,
-        risk=calibration.risk,
         full=table.full,
         tasks=table.tasks,
         groups=table.groups,
-        per_task=calibration.per_task,
-        tolerance=config.label.tolerance,
         left_out=table.left_out,
-        prompts_hash=hashlib.sha256("".join(prompt.hash for prompt in table.prompts).encode()).hexdigest()[:16],
-        decoding=str(decoding),
+        prompts_hash=prompts_hash(table.prompts),
         chat_template=max(prompt.template for prompt in table.prompts),  # those given as they are have an empty one
+        **terms,
     )
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256("".join(prompt.hash for prompt in prompts).encode()).hexdigest()[:16]
 
 
 def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection, keep: float) -> float | None:
@@ -166,10 +181,13 @@ def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection,
     )
 
 
-def _drift_alarm(learned: FittedPredictor, certificate: Certificate, table: Table, config: Config) -> DriftAlarm:
+def drift_alarm(
+    learned: FittedPredictor, certificate: Certificate, table: Table, false_alarm_rate: float
+) -> DriftAlarm:
+    """The alarm of a certified price, by the prompts that the price was certified on."""
     projected = learned.projection(table.features)
     chosen = choose(learned.predict(table.features), table.budgets, certificate.price)
-    return DriftAlarm(drift_scores(projected, table.budgets[chosen]), config.calibration.false_alarms)
+    return DriftAlarm(drift_scores(projected, table.budgets[chosen]), false_alarm_rate)
 
 
 def _chat_format(workspace: Workspace) -> ChatFormat | None:

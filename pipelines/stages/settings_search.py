@@ -168,7 +168,7 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
         except (SQLAlchemyError, ImportError) as error:
             raise ConfigError(f"cannot use tuning.storage {wanted.url!r}: {reason_of(error)}") from error
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=wanted.study,
             storage=storage,
             sampler=sampler(seed),
@@ -176,8 +176,13 @@ def open_study(wanted: Search, tuning: TuningSection, seed: int = 0) -> optuna.S
             direction="minimize",
             load_if_exists=True,
         )
+        if study.metric_names is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(["regret"])  # what a dashboard writes beside the values
     except (KeyError, ValueError) as error:
         raise wanted.damaged(error) from None
+    return study
 
 
 def sampler(seed: int) -> optuna.samplers.TPESampler:

@@ -1,5 +1,6 @@
 """Progress of whatever lasts, and the artifacts of finished runs in MLflow."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,12 @@ import mlflow
 import pytest
 from command import refused
 
+from pipelines.config import load_config
 from pipelines.run.progress import Lines, console, duration
-from pipelines.run.tracking import _experiment
+from pipelines.run.run_record import headlines, look_at, parameters
+from pipelines.run.tracking import LOGGED, _experiment, log_verdict
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_dry_run_is_refused_by_naming_check(config_file) -> None:
@@ -81,3 +86,35 @@ def test_artifacts_kept_elsewhere_stay_there(config, tmp_path) -> None:
     runs = [logged(config, tmp_path / "project", text) for text in ("one", "two")]
     assert [note(run) for run in runs] == ["one", "two"]
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2
+
+
+def test_a_verdict_is_put_on_the_logged_run(config, tmp_path) -> None:
+    run = logged(config, tmp_path / "project", "text")
+    config.folder = tmp_path
+    (tmp_path / LOGGED).write_text(json.dumps({"uri": config.tracking.uri, "run": run}))
+    log_verdict(config, "worth_it")
+    assert mlflow.get_run(run).data.tags["verdict"] == "worth_it"
+
+
+def test_few_metrics_and_the_winner_stand_for_a_run() -> None:
+    metrics = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["metrics"]
+    found = headlines(metrics)
+    assert 10 < len(found) <= 16
+    assert found["quality"] == metrics[metrics["best"]]["quality"]
+    assert found["speedup_single"] == metrics["speed"]["speedup_single"]
+    assert headlines({**metrics, "captured_headroom": None}).keys() == found.keys() - {"captured_headroom"}
+    settings = {"name": "mlp", "sets": ["path"], "components": 6, "parameters": {"hidden": 8}}
+    config = load_config(ROOT / "configs" / "demo.yaml")
+    given = parameters(config, {"best": "mlp", "controllers": {"mlp": {"settings": settings}}})
+    assert (given["winner.controller"], given["winner.hidden"], given["winner.sets"]) == ("mlp", 8, ["path"])
+    assert given["calibration.keep"] == config.calibration.keep
+
+
+def test_the_commands_to_look_at_a_run_name_its_stores(tmp_path) -> None:
+    config = load_config(ROOT / "configs" / "demo.yaml", [f"runs={tmp_path}", "tracking.uri=sqlite:///a/b.db"])
+    assert look_at(config) == ["Compare runs:    mlflow ui --backend-store-uri sqlite:///a/b.db"], "none was searched"
+    config.folder.mkdir()
+    (config.folder / "tuning.db").touch()
+    assert f"optuna-dashboard sqlite:///{config.folder}/tuning.db " in look_at(config)[1]
+    elsewhere = load_config(ROOT / "configs" / "demo.yaml", [f"runs={tmp_path}", "tuning.storage=sqlite:///c.db"])
+    assert "optuna-dashboard sqlite:///c.db " in look_at(elsewhere)[1]

@@ -42,13 +42,13 @@ def test_while_the_alarm_is_active_every_prompt_runs_the_full_plan(model, caplog
         assert output.drift == allocator.drift.state
         if allocator.drift.triggered:
             break
-        assert output.layer_plans != [FULL] * 4
+        assert output.plans != [FULL] * 4
     assert output.drift.triggered
-    assert output.layer_plans == [FULL] * 4
+    assert output.plans == [FULL] * 4
     assert allocator.allocate(model, odd[:4]) == [FULL] * 4
     assert "allocator.drift.reset()" in caplog.text
     output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT)
-    assert output.layer_plans == [FULL] * 4
+    assert output.plans == [FULL] * 4
     assert torch.equal(output.sequences, model.generate(**padded_batch(), **GREEDY))
     allocator.drift.reset()
     assert allocator.allocate(model, odd[:4]) != [FULL] * 4
@@ -73,7 +73,7 @@ def test_a_prompt_counts_once_and_only_when_it_is_served(model) -> None:
     assert allocator.drift.state.seen == 0
     for _ in range(100):
         output = allocator.generate(model, **batch, **DICT, **{**GREEDY, "max_new_tokens": 1})
-        assert output.layer_plans == plans
+        assert output.plans == plans
     assert output.drift.seen == 4
     assert not output.drift.triggered
     unpadded = {name: tensor[3:, 7:] for name, tensor in batch.items()}

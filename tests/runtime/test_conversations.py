@@ -43,10 +43,10 @@ def test_a_second_turn_goes_on_under_the_plan_of_the_first(family, own_cache) ->
         "static": lambda: StaticCache(config=model.config, max_cache_len=64),
     }[own_cache]()
     first = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, cache=cache)
-    assert first.layer_plans == [PLANS[0]]
+    assert first.plans == [PLANS[0]]
     longer = next_turn(first.sequences)
     second = allocator.generate(model, input_ids=longer, **GREEDY, **DICT, cache=first.cache)
-    assert second.layer_plans == [PLANS[0]]
+    assert second.plans == [PLANS[0]]
     with apply_plan(model, PLANS[0]):
         assert torch.equal(second.sequences, model.generate(input_ids=longer, **GREEDY))
     assert allocator.allocate(model, longer) == [FULL], "without the cache the turn would have run another plan"
@@ -58,7 +58,7 @@ def test_a_cache_of_the_full_model_goes_on_in_full(model, allocator) -> None:
         cache = model(ids).cache
     longer = torch.cat([ids, ids], 1)
     output = allocator.generate(model, input_ids=longer, cache=cache, **GREEDY, **DICT)
-    assert output.layer_plans == [FULL]
+    assert output.plans == [FULL]
     assert torch.equal(output.sequences, model.generate(input_ids=longer, **GREEDY))
 
 
@@ -69,7 +69,7 @@ def test_a_prefilled_cache_may_be_copied_and_its_plan_be_none_of_the_menu(model,
         expected = model.generate(input_ids=ids, **GREEDY)
     for _ in range(2):
         output = allocator.generate(model, input_ids=ids, cache=copy.deepcopy(cache), **GREEDY, **DICT)
-        assert output.layer_plans == [plan]
+        assert output.plans == [plan]
         assert torch.equal(output.sequences, expected)
 
 
@@ -77,11 +77,11 @@ def test_every_row_of_a_batch_goes_on_under_its_own_plan(model, allocator) -> No
     batch, cache = padded_batch(), DynamicCache(config=model.config)
     first = allocator.generate(model, **batch, **GREEDY, **DICT, cache=cache)
     plans = [FULL, PLANS[1], PLANS[0], PLANS[0]]
-    assert first.layer_plans == plans
+    assert first.plans == plans
     longer = next_turn(first.sequences)
     mask = torch.cat([batch["attention_mask"], torch.ones(4, longer.shape[1] - 11, dtype=torch.long)], 1)
     second = allocator.generate(model, input_ids=longer, attention_mask=mask, **GREEDY, **DICT, cache=cache)
-    assert second.layer_plans == plans
+    assert second.plans == plans
     for row, plan in enumerate(plans):
         with apply_plan(model, plan):
             alone = model.generate(input_ids=longer[row : row + 1], attention_mask=mask[row : row + 1], **GREEDY)
@@ -104,7 +104,7 @@ def test_a_cache_filled_with_other_healing_is_refused() -> None:
     model = tiny_model("llama")
     allocator = with_healing(model)
     output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT)
-    assert output.layer_plans == [PLANS[0]]
+    assert output.plans == [PLANS[0]]
     detach(model)
     with pytest.raises(UnsupportedGenerationError, match=r"was filled under plan .* healing parts, .* go on with none"):
         make_allocator(model).generate(model, input_ids=next_turn(output.sequences), cache=output.cache, **GREEDY)

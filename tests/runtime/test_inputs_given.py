@@ -89,7 +89,7 @@ def test_allocate_infers_the_mask_as_generate_does(ends) -> None:
     model.generation_config.eos_token_id = ends
     allocator = make_allocator(model, controller=ByLength())
     output = allocator.generate(model, batch["input_ids"], **GREEDY, return_dict_in_generate=True)
-    assert allocator.allocate(model, batch["input_ids"]) == output.layer_plans
+    assert allocator.allocate(model, batch["input_ids"]) == output.plans
     if ends != [0]:
         assert allocator.allocate(model, batch["input_ids"]) == allocator.allocate(model, **batch)
         with pytest.raises(UnsupportedGenerationError, match="row 1 ends in padding"):

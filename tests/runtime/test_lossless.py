@@ -48,7 +48,7 @@ def test_the_answer_is_the_full_models_in_every_family(family, cheap_drafts) -> 
     for row in (1, 2, 3):
         expected = model.generate(prompt(row), **GREEDY)
         output = allocator.generate(model, input_ids=prompt(row), **GREEDY, **DICT, lossless=True)
-        assert output.layer_plans == [PLANS[0]]
+        assert output.plans == [PLANS[0]]
         assert output.draft_tokens >= 10
         assert torch.equal(output.sequences, expected)
         assert 24 <= output.full_passes + output.accepted_tokens <= 24 + 3
@@ -117,7 +117,7 @@ def test_stock_features_go_on_working(model, allocator, cheap_drafts) -> None:
     assert torch.equal(found.sequences, want.sequences)
     for mine, theirs in zip(found.scores, want.scores, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    assert found.time_to_first_token_ms > 0
+    assert found.first_token_s > 0
 
 
 class Only(LogitsProcessor):
@@ -174,7 +174,7 @@ def test_drafts_end_where_they_do_not_pay(model, allocator, monkeypatch) -> None
     confident = replace(allocator, acceptance=(0.9, 0.5, 1.0))
     output = confident.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
     assert torch.equal(output.sequences, model.generate(prompt(3), **GREEDY))
-    assert output.layer_plans == [PLANS[0]]
+    assert output.plans == [PLANS[0]]
     assert 0 < output.draft_tokens < 20, "with two thirds of the layers and few tokens accepted"
     assert output.full_passes + output.accepted_tokens == 24
 
@@ -183,11 +183,11 @@ def test_where_no_plan_pays_the_full_model_decodes_as_ever(model, allocator, mon
     monkeypatch.setattr(lossless, "known_step_costs", lambda model: FLAT)
     hopeless, streamed = replace(allocator, acceptance=(0.1, 0.1, 1.0)), Recorder()
     output = hopeless.generate(model, input_ids=prompt(0), **GREEDY, **DICT, lossless=True, streamer=streamed)
-    assert output.layer_plans == [LayerPlan.full(N_LAYERS)]
+    assert output.plans == [LayerPlan.full(N_LAYERS)]
     assert (output.draft_tokens, output.acceptance, output.full_passes) == (0, None, 24)
     assert torch.equal(output.sequences, model.generate(prompt(0), **GREEDY))
     assert streamed.tokens == [*output.sequences[0].tolist(), "end"]
-    assert output.time_to_first_token_ms > 0
+    assert output.first_token_s > 0
 
 
 def of_rate(budget: float, rate: float) -> DraftPlan:

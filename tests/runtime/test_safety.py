@@ -51,7 +51,7 @@ def check_all_run_full(model, allocator, warning=None, **options) -> None:
     batch = padded_batch()
     with nullcontext() if warning is None else pytest.warns(FullPlanWarning, match=warning):
         output = allocator.generate(model, **batch, **GREEDY, **DICT, **options)
-    assert output.layer_plans == [FULL] * 4
+    assert output.plans == [FULL] * 4
     assert torch.equal(output.sequences, model.generate(**batch, **GREEDY))
 
 
@@ -84,7 +84,7 @@ def test_a_probe_that_breaks_off_half_way_leaves_nothing_behind(model) -> None:
             output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT)
     finally:
         hook.remove()
-    assert output.layer_plans == [FULL] * 4
+    assert output.plans == [FULL] * 4
     assert patches(model) == before
 
 
@@ -146,7 +146,7 @@ def test_a_controller_that_is_too_slow_means_the_full_plan(model) -> None:
     assert time.monotonic() - start < 25, "the controller was waited for"
     controller.may_go_on.set()
     output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT, allocation_limit_ms=60_000)
-    assert output.layer_plans == [FULL, PLANS[1], PLANS[0], PLANS[0]]
+    assert output.plans == [FULL, PLANS[1], PLANS[0], PLANS[0]]
 
 
 def test_a_limit_that_the_probe_has_used_up_is_over(model) -> None:
@@ -164,7 +164,7 @@ def test_a_failure_is_warned_of_once_and_by_each_reason(model) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for copy in (allocator, allocator, replace(allocator, drift=None)):
-            assert copy.generate(model, **batch, **GREEDY, **DICT).layer_plans == [FULL] * 4
+            assert copy.generate(model, **batch, **GREEDY, **DICT).plans == [FULL] * 4
         allocator.generate(model, **batch, **GREEDY, allocation_limit_ms=1e-6)
         make_allocator(model, controller=Broken()).allocate(model, **batch)
     assert [warning.category for warning in seen] == [FullPlanWarning] * 3

@@ -1,6 +1,7 @@
 """`layerbudget compare`, and `--stop` of both commands that answer."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -78,9 +79,10 @@ def test_a_comparison_that_was_stopped_goes_on(model, prompts, tmp_path, monkeyp
 
 
 def test_the_summary_says_layers_and_times() -> None:
-    said = summary([{**LINE, "full": "a", "layers": 6.0}, LINE], 6)
+    said = summary([{**LINE, "full": "a", "layers": 6.0}, LINE], 6, 0.81)
     assert said.startswith(
-        "2 prompts: 1 answers are the full model's, 5.00 of 6 layers on average, 5 ms a prompt instead"
+        "2 prompts: 1 answers are the full model's, 5.00 of 6 layers on average (81.0% of the decoder), "
+        "5 ms a prompt instead"
     )
     assert said.endswith("2.00x)")
 
@@ -90,6 +92,8 @@ def test_stop_strings_end_answers(saved, prompts, tmp_path) -> None:
         out = tmp_path / f"{len(options)}.jsonl"
         done = layerbudget("generate", "--allocator", saved, "--prompts", prompts, "--out", out, *options)
         assert done.returncode == 0, done.stderr
+        said = done.stderr.splitlines()[-1]
+        assert re.fullmatch(r"\d+ prompts: \d\.\d\d of 6 layers on average, [\d.]+% of the decoder, [\d.]+ s", said)
         return [json.loads(line)["answer"] for line in out.read_text().splitlines()]
 
     whole = answers()

@@ -175,4 +175,4 @@ def check_rows(workspace, allocator) -> None:
     level = allocator.keeps[-1]
     chosen = allocator.at(level).allocate(model, **batch)
     output = allocator.generate(model, **batch, max_new_tokens=1, keep=level, return_dict_in_generate=True)
-    assert output["layer_plans"] == chosen
+    assert output["plans"] == chosen

@@ -15,10 +15,12 @@ from command import layerbudget, refused, snapshot
 from tiny import tiny_model, tiny_tokenizer
 from tiny_run import tiny_settings, write_prompts
 
-from oracle.prompts import load_prompts
+from oracle.prompts import SPLITS, load_prompts
 from oracle.splits import splits_of
+from pipelines.config import load_config
 from pipelines.config.sections import DataSection
 from pipelines.evaluation.speed import NOISE
+from pipelines.run.run_record import HEADLINES
 from pipelines.run.state import content_hash
 
 ROOT = Path(__file__).parents[3]
@@ -66,6 +68,8 @@ def test_a_run_leaves_everything_and_repeats_nothing(finished, monkeypatch) -> N
         "README.md",
     }
     assert output.count("of 6 layers: ") == 2, "the two prompts were answered"
+    assert f"mlflow ui --backend-store-uri {load_config(path).tracking.uri}\n" in output
+    assert f"optuna-dashboard sqlite:///{folder}/tuning.db" in output
     _check_counts(output, path)
     _check_metrics(json.loads((folder / "metrics.json").read_text()))
     calibration = json.loads((folder / "calibration.json").read_text())
@@ -156,13 +160,24 @@ def _check_report(page: str) -> None:
 
 def _check_mlflow(folder: Path) -> None:
     with sqlite3.connect(folder / "mlflow.db") as connection:
-        assert connection.execute("SELECT name FROM runs").fetchall() == [("tiny",)]
-        metrics = {row[0] for row in connection.execute("SELECT key FROM metrics")}
-        parameters = {row[0] for row in connection.execute("SELECT key FROM params")}
-    assert {"lightgbm.quality", "oracle.budget", "overhead_ms"} <= metrics
-    assert {"model.source", "calibration.keep", "tuning.trials"} <= parameters
+        rows = connection.execute
+        ((name, begin, end),) = rows("SELECT name, start_time, end_time FROM runs")
+        metrics, parameters = ({key for (key,) in rows(f"SELECT key FROM {table}")} for table in ("metrics", "params"))
+        tags = dict(rows("SELECT key, value FROM tags"))
+        inputs = dict(rows("SELECT name, dataset_source_type FROM datasets"))
+        counts = dict(rows("SELECT name, value FROM input_tags"))
+    stages = json.loads((folder.parent / "runs/tiny/run.json").read_text())["stages"]
+    seconds = sum(entry["seconds"] for stage, entry in stages.items() if stage != "report")
+    assert name == "tiny"
+    assert seconds <= (end - begin) / 1000 < seconds + 60
+    assert metrics == {name for name in HEADLINES if name in metrics} >= {"quality", "oracle.budget", "overhead_ms"}
+    assert {"model.source", "calibration.keep", "tuning.trials", "winner.controller", "winner.sets"} <= parameters
+    assert tags["controller"] in ("lightgbm", "mlp")
+    assert (tags["judge"], tags["certified"]) == ("agreement", "true")
+    assert inputs == {"prompts.jsonl": "local"}
+    assert sum(int(counts[split]) for split in SPLITS) == 160
     artifacts = {path.name for path in (folder / "artifacts").rglob("*")}
-    assert {"report.html", "manifest.json", "quality.svg", "config.yaml"} <= artifacts
+    assert {"report.html", "manifest.json", "quality.svg", "config.yaml", "tuning.json", "metrics.json"} <= artifacts
 
 
 def _check_inspect_and_generate(folder: Path) -> None:

@@ -1,0 +1,251 @@
+"""A new certificate for a saved allocator, from later prompts of its user. Nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from filelock import Timeout
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backbone.errors import InputError
+from backbone.files import lock_of
+from backbone.loading import load_backbone
+from controller.certificate.calibration import PRICES, on_path
+from controller.certificate.certificate import Certificate
+from controller.certificate.drift import DriftAlarm
+from controller.features import Features, prompt_features
+from oracle.chat import padded_prompts, tokens_of
+from oracle.judges import KL
+from oracle.labels.labeller import Labeller
+from oracle.labels.store import LabelStore
+from oracle.prompts import Prompt, check_lengths, load_prompts
+from pipelines.evaluation.learning_table import Table
+from pipelines.later_prompts import OTHERS, check_enough, check_unused, levels_of, note_used
+from pipelines.run.check import try_judge
+from pipelines.run.progress import progress
+from pipelines.run.workspace import by_plan
+from pipelines.stages.calibrate import certified, drift_alarm, prompts_hash
+from pipelines.stages.label import fill
+from runtime.allocator import Allocator
+from runtime.parts import OperatingPoint
+from runtime.saving.allocator_checks import optional_parts
+
+SAFER = 2.0
+"""Times the old price at which the test of a bound of 1 or more begins. At the old price itself, the lowest that the
+old prompts allowed, half of all tests with as many prompts would fail."""
+LABELS, USED, RUN_CONFIG = "labels.db", "used.json", "config.yaml"
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What came of it.
+
+    Attributes:
+        before: certificate of each level before; levels that were not certified are missing.
+        after: certificate of each level on the new prompts.
+        folder: where the allocator was saved; None where no level is certified, and nothing was saved.
+    """
+
+    before: dict[float, Certificate]
+    after: dict[float, Certificate]
+    folder: Path | None
+
+
+def certify_file(
+    source: str,
+    prompts: Path,
+    *,
+    out: Path | None = None,
+    model: str | None = None,
+    judge: str | None = None,
+    chat_template: Path | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> Certified:
+    """Certify a saved allocator on the prompts of a file, and save it with what was found.
+
+    Bounds, confidence, risk, menu and decoding stay those of the old certificate, which is kept as
+    `certificate-DATE.json`. Labels lie in `<folder>-certify/`, from where a stopped call goes on.
+
+    Args:
+        source: folder or hub repository of the allocator.
+        prompts: see `oracle.prompts.load_prompts`.
+        out: where to save; None for the allocator's own folder.
+        model: where to load the model from; None for the allocator's `model_source`.
+        judge: of prompts that name none.
+        chat_template: see `Allocator.from_pretrained`.
+        batch_size: prompts answered together.
+        device: see `load_backbone`.
+
+    Raises:
+        InputError: prompts that were used before, or too few; no folder to save to; another process is at work there.
+        PromptError: see `load_prompts`.
+        WrongModelError: another model than the allocator's.
+    """
+    allocator = Allocator.from_pretrained(source, chat_template=chat_template)
+    folder = _place(source, out)
+    given = load_prompts(str(prompts), judge=judge)
+    for name in sorted({prompt.judge for prompt in given} - {KL}):
+        try_judge(name, [prompt for prompt in given if prompt.judge == name])
+    check_enough(allocator.certificate, given)
+    beside = folder.with_name(f"{folder.name}-certify")
+    with _alone(beside):
+        check_unused(given, beside / USED, Path(source).expanduser().parent / RUN_CONFIG)
+        loaded = load_backbone(allocator.model_source if model is None else model, device=device)
+        allocator.prepare(loaded[0])
+        shown = _rendered(allocator, *loaded, given)
+        if prompts_hash(shown) == allocator.certificate.prompts_hash:
+            raise InputError(f"{prompts} holds the prompts of the allocator's own certificate; {OTHERS}")
+        beside.mkdir(parents=True, exist_ok=True)
+        labeller = Labeller(*loaded, allocator.decoding, LabelStore(beside / LABELS), batch_size)
+        features = _features(allocator, *loaded, shown, batch_size)
+        table, after = _tested(allocator, labeller, shown, features)
+        valid = any(found.price is not None for found in after.values())
+        if valid:
+            _save_old(allocator, folder)
+            _with_certificates(allocator, table, after, labeller).save_pretrained(folder)
+        note_used(beside / USED, given)
+    return Certified(_certificates(allocator), after, folder if valid else None)
+
+
+def _place(source: str, out: Path | None) -> Path:
+    if out is not None:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out {out} is a file; name a folder")
+        return out.expanduser().absolute()
+    if not (folder := Path(source).expanduser()).is_dir():
+        raise InputError(f"the allocator {source} is no folder of this machine; name one to save to by --out DIR")
+    return folder.absolute()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    lock = lock_of(folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another process certifies in {folder}; wait for it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _rendered(
+    allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> list[Prompt]:
+    """The prompts as the model is given them. Raises PromptError for one that cannot be rendered, or is too long."""
+    template = None if allocator.chat is None else allocator.chat.template(tokenizer)
+    found = [prompt.rendered(template) for prompt in prompts]
+    check_lengths(model, tokenizer, [(one.id, one.prompt) for one in found], allocator.decoding.max_new_tokens)
+    return found
+
+
+def _features(
+    allocator: Allocator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+) -> Features:
+    """What the controller reads of the prompts, in batches of like length, longest first."""
+    depth, sets = allocator.menu.probe_depth, allocator.projection.sets
+    order = np.argsort([-len(tokens_of(tokenizer, prompt.prompt)) for prompt in prompts], kind="stable")
+    found: list[Features] = []
+    with progress("prompts", len(prompts)) as advance:
+        for rows in np.array_split(order, range(batch_size, len(order), batch_size)):
+            batch = padded_prompts(tokenizer, [prompts[row].prompt for row in rows]).to(model.device)
+            found.append(prompt_features(model, batch["input_ids"], batch["attention_mask"], depth, sets))
+            advance(len(rows))
+    back = order.argsort()
+    return {name: np.concatenate([part[name] for part in found])[back] for name in sets}
+
+
+def _tested(
+    allocator: Allocator, labeller: Labeller, prompts: list[Prompt], features: Features
+) -> tuple[Table, dict[float, Certificate]]:
+    """Label what some price chooses, and certify each level of the old certificate."""
+    old, plans, budgets = allocator.certificate, allocator.menu.plans, np.array(allocator.menu.budgets)
+    cells = on_path(allocator.selector().predictor.predict(features), budgets)
+    wanted = by_plan(prompts, plans, cells)
+    fill(labeller, wanted, "labels")
+    scores = np.zeros(cells.shape)
+    for own, column, (plan, some) in zip(cells.T, scores.T, wanted.items(), strict=True):
+        column[own] = labeller.scores(some, plan)
+    table = Table.of(prompts, scores, features, budgets, old.risk, old.tolerance, cells)
+    if len(table.prompts) < 2:
+        raise InputError(f"the judges failed on the full model's answers to all but {len(table.prompts)} prompts")
+    predicted = allocator.selector().predictor.predict(table.features)
+    before = _certificates(allocator)
+    return table, {
+        keep: certified(
+            predicted,
+            table,
+            keep=keep,
+            start=_start(keep, before.get(keep)),
+            levels=levels_of(old),
+            delta=old.delta,
+            risk=old.risk,
+            per_task=bool(old.per_task),
+            tolerance=old.tolerance,
+            decoding=str(labeller.decoding),
+        )
+        for keep in levels_of(old)
+    }
+
+
+def _start(keep: float, before: Certificate | None) -> int:
+    """The place of the price that is tested first: the dearest, or for a bound of 1 or more one above the old price,
+    which other prompts have chosen."""
+    if keep < 1 or before is None or before.price is None:
+        return 0
+    return int(np.searchsorted(-PRICES, -SAFER * before.price))
+
+
+def _certificates(allocator: Allocator) -> dict[float, Certificate]:
+    """By their levels, that which is served first."""
+    return {one.keep: one for one in (allocator.certificate, *(point.certificate for point in allocator.others))}
+
+
+def _with_certificates(
+    allocator: Allocator, table: Table, after: dict[float, Certificate], labeller: Labeller
+) -> Allocator:
+    """The allocator at its own level, or at the highest that is certified now, with new alarms for all of these."""
+    valid = sorted((found for found in after.values() if found.price is not None), key=lambda found: -found.keep)
+    own = next((found for found in valid if found.keep == allocator.certificate.keep), valid[0])
+    alarms = [alarm for alarm in (allocator.drift, *(point.drift for point in allocator.others)) if alarm is not None]
+    rate = alarms[0].false_alarm_rate if alarms else None
+    points = [OperatingPoint(found, _alarm(allocator, table, found, rate)) for found in valid]
+    new = replace(
+        allocator,
+        certificate=own,
+        drift=points[valid.index(own)].drift,
+        others=tuple(point for point in points if point.certificate is not own),
+        decoding=labeller.decoding,
+    )
+    return new.assuming(optional_parts(new))
+
+
+def _alarm(allocator: Allocator, table: Table, found: Certificate, rate: float | None) -> DriftAlarm | None:
+    if rate is None:
+        return None
+    return drift_alarm(allocator.selector().predictor, found, table, rate)
+
+
+def _save_old(allocator: Allocator, folder: Path) -> None:
+    """The old certificates as files with their dates, beside what lies in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for found in _certificates(allocator).values():
+        level = "" if found is allocator.certificate else f"-keep-{found.keep:g}"
+        names = (f"certificate-{found.date}{level}{f'-{n}' if n > 1 else ''}.json" for n in count(1))
+        path = next(path for path in map(folder.joinpath, names) if not path.exists() or _is(path, found))
+        found.save(path)
+
+
+def _is(path: Path, certificate: Certificate) -> bool:
+    return Certificate.load(path) == certificate
