@@ -16,6 +16,9 @@ WORTH = 1.1
 """Times as fast as stock generation from which on an allocator is worth it."""
 SAME = 0.98
 """Share of the allocator's speed from which on a single plan counts as fast as it."""
+LOOK_AT_ANSWERS = (
+    "Look at the model's answers first: the chat template, decoding.stop and the judge may be wrong for them."
+)
 IN_PARTS = ("heads", "bridges", "both")
 """Healing whose plans no ordinary checkpoint holds."""
 
@@ -122,6 +125,8 @@ def _needed(certificate: Mapping[str, Any]) -> float:
 
 def _scores_too_low(found: _Findings) -> Sequence[str]:
     certificate = found.certificate
+    if not certificate["full_score"]:
+        return "the full model scores 0 on all calibration prompts, so there is nothing to keep.", LOOK_AT_ANSWERS
     least = _least(certificate, certificate["full_score"])
     if found.in_reach or not least > found.full_size >= _least(certificate, 1.0):
         return ()
@@ -129,7 +134,7 @@ def _scores_too_low(found: _Findings) -> Sequence[str]:
         f"the model scores too low for the bound. Its mean score is {certificate['full_score']:.3g}, and to keep "
         f"{percent(certificate['keep'])} of so little takes {_count(least)} calibration prompts; all {found.prompts} "
         f"prompts give {found.full_size}.",
-        "Look at the model's answers first: the chat template, decoding.stop and the judge may be wrong for them.",
+        LOOK_AT_ANSWERS,
     )
 
 

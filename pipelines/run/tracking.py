@@ -95,10 +95,12 @@ def _training(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
 
 
 def log_verdict(config: Config, reason: str) -> None:
-    """Put a trial's verdict on its run in MLflow, as the tag `verdict`."""
+    """Put a trial's verdict on its run in MLflow, as the tag `verdict`; a run that could not be logged has none."""
     from mlflow import MlflowClient
 
-    logged = json.loads((config.folder / LOGGED).read_text(encoding="utf-8"))
+    if not (path := config.folder / LOGGED).is_file():
+        return
+    logged = json.loads(path.read_text(encoding="utf-8"))
     with _store_usable(config.tracking.uri):
         MlflowClient(tracking_uri=logged["uri"]).set_tag(logged["run"], "verdict", reason)
 

@@ -60,7 +60,11 @@ CASES = {
         1200,
         ("the model scores too low", "Its mean score is 0.1", "chat template"),
     ),
-    "score_too_low, 0": ({"certificate": {**NONE, "full_score": 0.0}}, 1200, ("more than can be counted",)),
+    "score_too_low, 0": (
+        {"certificate": {**NONE, "full_score": 0.0}},
+        1200,
+        ("scores 0 on all calibration prompts", "chat template"),
+    ),
     "single_plan": (
         {"best_static": card(0.59, 0.99, 1)},
         1200,
