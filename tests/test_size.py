@@ -14,7 +14,7 @@ CEILINGS = {  # lines of Python, files
     "pipelines": (6950, 47),
     "serving": (2700, 26),
     "layerbudget": (1200, 11),
-    "tests": (20800, 150),
+    "tests": (20900, 150),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""
