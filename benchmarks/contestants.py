@@ -139,7 +139,7 @@ class Contest:
             ties += bool(others) and self._nearly_tied(
                 alone.logits[others[0]][0], tokens[others[0]], rows[place][others[0]]
             )
-        return {"rows": len(rows), "tokens": differing, "rows_others_at_a_near_tie": ties}
+        return {"rows": len(rows), "tokens": differing, "rows_parted_at_a_near_tie": ties}
 
     def _nearly_tied(self, logits: torch.Tensor, one: int, other: int) -> bool:
         """Whether two tokens score within a few units in the last place of the model's number format."""
