@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from backbone.execution.apply_plan import apply_plan
+from backbone.execution.shared_passes import SharedPasses
 from backbone.families import decoder_layers
+from backbone.plan import LayerPlan
 
 N_LAYERS = 6
 VOCABULARY = 97
@@ -106,3 +110,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def check_shared_passes(model: PreTrainedModel, order: Sequence[LayerPlan]) -> None:
+    """Shared passes in this order give each plan's own logits bit for bit, with fewer layers."""
+    batch, shared = padded_batch(), SharedPasses(model, order)
+    with torch.no_grad():
+        for plan in order:
+            with apply_plan(model, plan):
+                expected = model(**batch, use_cache=False).logits
+            with shared.next_plan():
+                assert torch.equal(model(**batch, use_cache=False).logits, expected)
+    assert shared.layers_run < sum(plan.layers for plan in order)

@@ -2,11 +2,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
+from tiny import N_LAYERS, OPTIONS, check_shared_passes, padded_batch, tiny_model
 
 from backbone.errors import ArtefactError, WrongModelError
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.shared_passes import SharedPasses, sharing_order
+from backbone.execution.shared_passes import sharing_order
 from backbone.fingerprint import model_fingerprint
 from backbone.healing import fit_bridges as fitting
 from backbone.healing.attaching import Healing, attach, attached_digest, detach
@@ -163,16 +163,9 @@ def test_generation_over_bridges_equals_the_uncached_computation(family) -> None
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_shared_passes_over_bridges_equal_separate_ones(family) -> None:
-    model, batch = attached_model(family), padded_batch()
+    model = attached_model(family)
     order = sharing_order(model, [*PLANS, LayerPlan.full(N_LAYERS)])
-    shared = SharedPasses(model, order)
-    with torch.no_grad():
-        for plan in order:
-            with apply_plan(model, plan):
-                expected = model(**batch, use_cache=False).logits
-            with shared.next_plan():
-                assert torch.equal(model(**batch, use_cache=False).logits, expected)
-    assert shared.layers_run < sum(plan.layers for plan in order)
+    check_shared_passes(model, order)
 
 
 def test_the_order_of_shared_passes_does_not_depend_on_where_bridges_lie() -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from tiny import N_LAYERS, padded_batch, tiny_model
+from tiny import N_LAYERS, check_shared_passes, padded_batch, tiny_model
 
 from backbone.errors import UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.shared_passes import SharedPasses, sharing_order, unchanged_depth
+from backbone.execution.shared_passes import sharing_order, unchanged_depth
 from backbone.fingerprint import model_fingerprint
 from backbone.healing import distillation, trained_parts, training_targets
 from backbone.healing.attaching import attach
@@ -277,19 +277,12 @@ def test_the_adapter_leaves_the_probe_alone(tmp_path) -> None:
 
 
 def test_shared_passes_with_an_adapter_equal_separate_ones(tmp_path) -> None:
-    model, batch = tiny_model("llama"), padded_batch()
+    model = tiny_model("llama")
     healing, _ = trained(model, tmp_path, bridges=_bridges())
     attach(model, healing)
     order = sharing_order(model, [*PLANS, FULL])
     assert unchanged_depth(model, PLANS) == PROBE
-    shared = SharedPasses(model, order)
-    with torch.no_grad():
-        for plan in order:
-            with apply_plan(model, plan):
-                expected = model(**batch, use_cache=False).logits
-            with shared.next_plan():
-                assert torch.equal(model(**batch, use_cache=False).logits, expected)
-    assert shared.layers_run < sum(plan.layers for plan in order)
+    check_shared_passes(model, order)
 
 
 def test_a_quantised_base_cannot_be_trained_through(tmp_path) -> None:
