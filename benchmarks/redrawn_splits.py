@@ -38,12 +38,15 @@ class Draw:
     test: Rows
 
     @classmethod
-    def of(cls, prompts: int, sizes: Mapping[str, int], seed: int) -> Draw:
-        """Of so many prompts, in the sizes of a run's splits."""
+    def of(cls, prompts: int, sizes: Mapping[str, int], seed: int, times: int = 1) -> list[Draw]:
+        """So many draws of one part of some prompts to learn from, in the sizes of a run's splits."""
         random = np.random.default_rng(seed)
         fit, population = np.split(random.permutation(prompts), [sizes["train"] + sizes["tune"]])
-        calibrate, test = (random.choice(population, sizes[name]) for name in ("calibrate", "test"))
-        return cls(fit, np.arange(len(fit)) < sizes["tune"], population, calibrate, test)
+        held, drawn = np.arange(len(fit)) < sizes["tune"], ("calibrate", "test")
+        return [
+            cls(fit, held, population, *(random.choice(population, sizes[name]) for name in drawn))
+            for _ in range(times)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@
 One split of a hundred test prompts is an anecdote. In each draw a random part of all labelled prompts, as large as
 the run's, is what controllers learn from. Their settings and the best of them are found anew, by the rule of the
 stage `tune`. The other prompts stand for the population: prompts to calibrate on and to test on are drawn from them
-with replacement, in the run's sizes. The control that sees the task's name alone has the same choice of controllers,
+with replacement, in the run's sizes; `--calibrations` draws them several times for each part learned from, which is
+most of the time. The control that sees the task's name alone has the same choice of controllers,
 the same rule for settings and the same outlier test. Reported is the mean over the draws and the range that holds 90%
 of them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, and menu and
 bridges are the run's, so the mean is known less well than their number suggests. `broken` is the share of the draws
@@ -23,6 +24,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of a finished run")
     options.add_argument("--name", default="demo", help="name in the result's file")
-    options.add_argument("--draws", type=int, default=40)
+    options.add_argument("--draws", type=int, default=40, help="parts to learn from")
+    options.add_argument("--calibrations", type=int, default=1, help="draws to calibrate and to test, of each part")
     options.add_argument("--workers", type=int, default=1, help="processes that share the draws")
     options.add_argument("--default-settings", action="store_true", help="no search of settings in each draw")
     arguments = options.parse_args()
@@ -74,9 +77,8 @@ def main() -> None:
         config = with_default_settings(config)
     model = {"model": config.model.source, "data": config.data.path, "run": arguments.run.name}
     path = RESULTS / f"redraws-{arguments.name}.json"
-    workload.write(
-        path, argparse.Namespace(**vars(arguments) | model), redrawn(config, arguments.draws, arguments.workers)
-    )
+    result = redrawn(config, arguments.draws, arguments.workers, arguments.calibrations)
+    workload.write(path, argparse.Namespace(**vars(arguments) | model), result)
 
 
 def with_default_settings(config: Config) -> Config:
@@ -84,11 +86,12 @@ def with_default_settings(config: Config) -> Config:
     return config.model_copy(update={"tuning": config.tuning.model_copy(update={"trials": 1})})
 
 
-def redrawn(config: Config, draws: int, workers: int = 1) -> dict[str, Any]:
+def redrawn(config: Config, draws: int, workers: int = 1, calibrations: int = 1) -> dict[str, Any]:
     """Mean and range over the draws of every figure of every policy, beside the sizes of the splits."""
     workspace = Workspace(config)
     workload.table_in_full(workspace)
-    finished = workspace.path(f"redraws-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:8]}.jsonl")
+    key = hashlib.sha256(f"{config.model_dump_json()} {calibrations}".encode()).hexdigest()[:8]
+    finished = workspace.path(f"redraws-{key}.jsonl")
     finished.touch()
     found = dict(json.loads(line) for line in finished.read_text().splitlines())
     missing = [draw for draw in range(draws) if draw not in found]
@@ -98,18 +101,19 @@ def redrawn(config: Config, draws: int, workers: int = 1) -> dict[str, Any]:
         finished.open("a") as file,
     ):
         spread = map if workers == 1 else pool.map
-        for draw, figures in zip(missing, spread(_figures, [config] * len(missing), missing), strict=True):
+        for draw, figures in zip(missing, spread(_figures, repeat(config), missing, repeat(calibrations)), strict=True):
             found[draw] = figures
             print(json.dumps([draw, figures]), file=file, flush=True)
             advance(1)
-    names = {name: found[0][name].keys() for name in found[0]}
+    figures = [each for draw in range(draws) for each in found[draw]]
     return {
         "draws": draws,
+        "calibrations": calibrations,
         "level": LEVEL,
         "prompts": {name: len(some) for name, some in workspace.prompts.labelled_splits.items()},
         "policies": {
-            name: {key: _summary([found[draw][name][key] for draw in range(draws)]) for key in keys}
-            for name, keys in names.items()
+            name: {key: _summary([each[name][key] for each in figures]) for key in of_one}
+            for name, of_one in figures[0].items()
         },
     }
 
@@ -121,25 +125,30 @@ def _material(config: str) -> tuple[Workspace, Table]:
     return workspace, workload.table_in_full(workspace)
 
 
-def _figures(config: Config, number: int) -> dict[str, dict[str, Any]]:
-    """Of one draw, on its test prompts: the allocator, the control, the best static plan, and the oracle."""
+def _figures(config: Config, number: int, calibrations: int) -> list[dict[str, dict[str, Any]]]:
+    """Of the draws of one part to learn from, each on its test prompts: the allocator, the control, the best static
+    plan, and the oracle."""
     workspace, table = _material(config.model_dump_json())
     sizes = {name: len(some) for name, some in workspace.prompts.labelled_splits.items()}
-    draw = Draw.of(len(table.prompts), sizes, number)
-    test = table.rows(draw.test)
-    fit = table.rows(draw.fit)
+    draws = Draw.of(len(table.prompts), sizes, number, calibrations)
+    fit = table.rows(draws[0].fit)
     named = replace(table, features=with_task(table, fit.tasks))
     learned, starts = _best(config, fit, config.tuning.feature_sets)
-    outliers = outlier_test(learned, fit, draw.held, config)
-    control, of_control = _best(config, named.rows(draw.fit), [[CONTROL]])
-    static = best_static(config, table.rows(draw.calibrate), fit)
-    oracle = cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
-    return {
-        "allocator": _allocated(workspace, replace(learned, outliers=outliers), starts, table, draw),
-        CONTROL: _allocated(workspace, replace(control, outliers=outliers), of_control, named, draw),
-        "best_static": _card(workspace, np.full(len(test.prompts), static), test),
-        "oracle": _card(workspace, oracle, test),
-    }
+    outliers = outlier_test(learned, fit, draws[0].held, config)
+    control, of_control = _best(config, named.rows(draws[0].fit), [[CONTROL]])
+
+    def of(draw: Draw) -> dict[str, dict[str, Any]]:
+        test = table.rows(draw.test)
+        static = best_static(config, table.rows(draw.calibrate), fit)
+        oracle = cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
+        return {
+            "allocator": _allocated(workspace, replace(learned, outliers=outliers), starts, table, draw),
+            CONTROL: _allocated(workspace, replace(control, outliers=outliers), of_control, named, draw),
+            "best_static": _card(workspace, np.full(len(test.prompts), static), test),
+            "oracle": _card(workspace, oracle, test),
+        }
+
+    return [of(draw) for draw in draws]
 
 
 def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[FittedPredictor, list[int]]:

@@ -90,8 +90,10 @@ def test_a_split_has_two_sides(n_calibrate) -> None:
 
 
 def test_a_draw_learns_from_some_and_draws_from_all_others() -> None:
-    draw = Draw.of(100, {"train": 20, "tune": 10, "calibrate": 50, "test": 30}, 0)
+    draw, again = Draw.of(100, {"train": 20, "tune": 10, "calibrate": 50, "test": 30}, 0, times=2)
     assert (len(draw.fit), draw.held.sum(), len(draw.population), len(draw.test)) == (30, 10, 70, 30)
     assert sorted([*draw.fit, *draw.population]) == list(range(100))
     assert {*draw.calibrate, *draw.test} <= {*draw.population}
     assert len(set(draw.calibrate)) < len(draw.calibrate) == 50, "drawn with replacement"
+    assert list(again.fit) == list(draw.fit)
+    assert list(again.calibrate) != list(draw.calibrate)
