@@ -1,11 +1,11 @@
 """Run the demo from nothing several times, with other splits each time, and keep what the runs measured.
 
     python benchmarks/demo.py                # three runs of configs/demo.yaml with data.seed 0, 1 and 2
-    python benchmarks/demo.py --runs 5 --draws 40
+    python benchmarks/demo.py --runs 10
 
-The first run begins with an empty conversion cache. Kept are the figures of every run (see gate.py), the metrics of the
-middle one by the share of the decoder that its allocator runs, and its figures over many redraws of the splits
-(redraws.py). Writes benchmarks/results/demo.json, from which README and docs/results.md are made (readme.py).
+The first run begins with an empty conversion cache. Kept are the figures of every run (see gate.py), and the metrics of
+the middle one by the share of the decoder that its allocator runs. Writes benchmarks/results/demo.json, from which
+README and docs/results.md are made (readme.py). `redraws.py --run runs/fresh-1/demo` deals a run's prompts anew.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import gate
-import redraws
 
-from pipelines.config import load_config
 from runtime.paired_timing import machine
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +47,6 @@ KEPT = (
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--runs", type=int, default=3, help="fresh runs, each with splits of its own")
-    options.add_argument("--draws", type=int, default=40, help="redraws of the middle run's splits; 0 for none")
-    options.add_argument("--workers", type=int, default=1, help="processes that share the redraws")
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         runs = [_run(seed, cache) for seed in range(arguments.runs)]
@@ -64,12 +60,9 @@ def main() -> None:
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
         "metrics": {name: metrics[name] for name in KEPT if name in metrics},
     }
-    if arguments.draws:
-        config = load_config(folder / "config.yaml").model_copy(update={"runs": folder.parent})
-        result["redrawn"] = redraws.redrawn(redraws.with_default_settings(config), arguments.draws, arguments.workers)
     path = ROOT / "benchmarks" / "results" / "demo.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path.name, redraws.results_table(result["redrawn"]) if arguments.draws else "", sep="\n\n")
+    print(path)
 
 
 def _folder(seed: int) -> Path:

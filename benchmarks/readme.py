@@ -25,6 +25,13 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
 EARLIER = ("qwen_embedded", "smollm2_chat", "qwen_chat")
 """Runs of earlier versions, as committed; docs/results.md says what has changed since."""
 
+REDRAWN = {
+    "allocator": "the allocator",
+    "task": "the task's name as router",
+    "best_static": "the best single plan",
+    "oracle": "the oracle (flattered)",
+}
+
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,8 +120,44 @@ def earlier_runs() -> str:
     return _table(table.COLUMNS, rows)
 
 
+def redraws() -> str:
+    """The middle run's policies over redraws of its splits: mean, and the range of 90% of the draws."""
+    return redrawn("demo")
+
+
+def redrawn_bounds() -> str:
+    """How often each bound of the middle run was exceeded over the redraws."""
+    return bounds("demo")
+
+
+def redrawn(name: str) -> str:
+    found = json.loads((RESULTS / f"redraws-{name}.json").read_text())["policies"]
+    columns = {"of the decoder": "budget", "mean score, of full": "quality_ratio", "worse": "worse", "better": "better"}
+    rows = [
+        [REDRAWN[policy], *(_middle_range(figures[key]) for key in columns.values())]
+        for policy, figures in found.items()
+    ]
+    return _table(["", *columns], rows)
+
+
+def bounds(name: str) -> str:
+    found = json.loads((RESULTS / f"redraws-{name}.json").read_text())
+    allocator, count = found["policies"]["allocator"], found["draws"] * found["calibrations"]
+    keeps = sorted((key.removeprefix("broken_") for key in allocator if key.startswith("broken_")), key=float)
+    rows = [
+        [f"{float(keep):.0%}", _middle_range(allocator[f"budget_{keep}"]), f"{allocator[f'broken_{keep}']['mean']:.1%}"]
+        for keep in keeps
+    ]
+    return _table(["certified to keep", "of the decoder", f"bound exceeded, of {count} draws"], rows)
+
+
+def _middle_range(figure: Mapping[str, float]) -> str:
+    mean, low, high = (f"{figure[name]:.1%}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
-    one.__name__: one for one in (gain, policies, fresh_runs, explained, earlier_runs)
+    one.__name__: one for one in (gain, policies, fresh_runs, explained, redraws, redrawn_bounds, earlier_runs)
 }
 
 

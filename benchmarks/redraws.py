@@ -211,24 +211,5 @@ def _summary(values: list[float | None]) -> dict[str, float | None]:
     return {"mean": float(np.nanmean(known)), "low": low, "high": high}
 
 
-def results_table(result: dict[str, Any]) -> str:
-    """The policies in Markdown: each figure's mean and range."""
-    lines = [
-        "| policy | layers | of the decoder | mean score, of full | answers worse | better | bound broken |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, found in result["policies"].items():
-        shares = [_cell(found[key], 100, "%") for key in ("budget", "quality_ratio", "worse", "better")]
-        broken = f"{found['broken']['mean']:.0%}" if "broken" in found else ""
-        label = f"{name} (flattered)" if name == "oracle" else name
-        lines.append(f"| {' | '.join([label, _cell(found['layers'], 1, ''), *shares, broken])} |")
-    return "\n".join(lines)
-
-
-def _cell(found: dict[str, float], scale: float, unit: str) -> str:
-    mean, low, high = (f"{scale * found[key]:.1f}" for key in ("mean", "low", "high"))
-    return f"{mean}{unit} ({low} to {high})"
-
-
 if __name__ == "__main__":
     main()

@@ -235,7 +235,9 @@ def _check_redraws(tmp_path, monkeypatch) -> None:
     redraws = script("redraws")
     monkeypatch.setattr(redraws, "RESULTS", tmp_path)
     run = str(tmp_path / "runs" / "tiny")
-    monkeypatch.setattr(sys, "argv", ["redraws.py", "--run", run, "--name", "tiny", "--draws", "2"])
+    monkeypatch.setattr(
+        sys, "argv", ["redraws.py", "--run", run, "--name", "tiny", "--draws", "2", "--calibrations", "2"]
+    )
     redraws.main()
     result = json.loads((tmp_path / "redraws-tiny.json").read_text())
     assert result["draws"] == 2
@@ -245,7 +247,10 @@ def _check_redraws(tmp_path, monkeypatch) -> None:
     assert 0 < budget["low"] <= budget["mean"] <= budget["high"] <= 1
     assert policies["oracle"]["quality_ratio"]["low"] > 0.999, "at the full model's mean score, or above"
     assert policies["task"].keys() == policies["allocator"].keys() >= {"certified", "broken", "worse", "better"}
-    assert redraws.results_table(result).count("\n") == 5
+    pages = script("readme")
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    assert pages.redrawn("tiny").count("\n") == 5
+    assert "of 4 draws" in pages.bounds("tiny")
 
 
 def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:
