@@ -43,12 +43,6 @@ def unchanged_depth(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> int:
     return min(common_depth(model, LayerPlan.full(plan.n_layers), plan) for plan in plans)
 
 
-def layers_of_shared_passes(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> float:
-    """Layers (halves count half) that one pass under each plan computes, shared ones counted once."""
-    ordered = sharing_order(model, plans)
-    return sum(plan.from_layer(start).layers for plan, start in zip(ordered, _starts(model, ordered), strict=True))
-
-
 def _starts(model: PreTrainedModel, ordered: Sequence[LayerPlan]) -> list[int]:
     """The layer from which each plan's pass computes, where it goes on from the one before."""
     return [0] + [min(common_depth(model, a, b), max(b.attention | b.mlp)) for a, b in pairwise(ordered)]
