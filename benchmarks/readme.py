@@ -99,7 +99,30 @@ def fresh_runs() -> str:
 
 def explained() -> str:
     """The middle run's table of what explains the score, on unseen prompts."""
-    metrics = _demo()["metrics"]
+    return contributions(_demo()["metrics"])
+
+
+def qwen_classify() -> str:
+    """What explains the score of Qwen on prompts to classify."""
+    return contributions(_result("qwen_classify"))
+
+
+def qwen_classify_levels() -> str:
+    """Every certified level of that run, on unseen prompts."""
+    return levels(_result("qwen_classify"))
+
+
+def qwen_classify_speeds() -> str:
+    """How many times as fast as stock generation that run's allocator is."""
+    found = _result("qwen_classify")["speed"]
+    rows = [
+        [name, table.within(found["intervals"][key], "{:.2f}")]
+        for name, key in (("one at a time", "single"), (f"{found['prompts']} in a batch", "batch"))
+    ]
+    return _table(["", "times stock"], rows)
+
+
+def contributions(metrics: Mapping[str, Any]) -> str:
     rows = [
         [
             row["name"],
@@ -112,6 +135,16 @@ def explained() -> str:
     ]
     head = ["", f"layers of {metrics['model']['layers']}", "of the decoder", "mean score", "of the full model's"]
     return _table(head, rows)
+
+
+def levels(metrics: Mapping[str, Any]) -> str:
+    rows = [
+        [f"{each['keep']:.0%}", "not certified", ""]
+        if each["price"] is None
+        else [f"{each['keep']:.0%}", f"{each['test']['budget']:.1%}", f"{1 - each['test']['loss']:.0%}"]
+        for each in sorted(metrics["certificates"], key=lambda each: float(each["keep"]))
+    ]
+    return _table(["certified to keep", "of the decoder", "mean score, of full"], rows)
 
 
 def earlier_runs() -> str:
@@ -157,12 +190,20 @@ def _middle_range(figure: Mapping[str, float]) -> str:
 
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
-    one.__name__: one for one in (gain, policies, fresh_runs, explained, redraws, redrawn_bounds, earlier_runs)
+    one.__name__: one
+    for one in (
+        *(gain, policies, fresh_runs, explained, redraws, redrawn_bounds),
+        *(qwen_classify, qwen_classify_levels, qwen_classify_speeds, earlier_runs),
+    )
 }
 
 
 def _demo() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "demo.json").read_text())
+    return _result("demo")
+
+
+def _result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
 
 

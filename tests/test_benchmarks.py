@@ -251,6 +251,9 @@ def _check_redraws(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     assert pages.redrawn("tiny").count("\n") == 5
     assert "of 4 draws" in pages.bounds("tiny")
+    metrics = json.loads((tmp_path / "tiny.json").read_text())
+    assert pages.levels(metrics).count("\n") == 1 + len(metrics["certificates"])
+    assert "the allocator" in pages.contributions(metrics)
 
 
 def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:
