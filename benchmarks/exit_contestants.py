@@ -186,7 +186,7 @@ class Comparison:
 
     def _batch(self, exits: TokenExits, prompts: Sequence[Prompt], plan: LayerPlan | None) -> Floats:
         """Scores and layers a token [2, rows] of a batch of prompts."""
-        model, tokenizer = self._workspace.adapted
+        model, tokenizer = self._workspace.model.loaded
         decoding = self._workspace.model.decoding.of(model, tokenizer)
         stops, inputs = stop_token_ids(tokenizer, decoding), padded_prompts(tokenizer, [p.prompt for p in prompts])
         options = {**decoding.arguments(tokenizer, list(stops)), "plan": plan, "return_dict_in_generate": True}

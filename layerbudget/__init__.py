@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from backbone.errors import WrongModelError as WrongModelError
     from backbone.execution.apply_plan import apply_plan as apply_plan
     from backbone.execution.apply_plan import apply_plans as apply_plans
-    from backbone.healing.attaching import Healing as Healing
-    from backbone.healing.attaching import attach as attach
-    from backbone.healing.attaching import detach as detach
+    from backbone.healing.healing import Healing as Healing
     from backbone.loading import load_backbone as load_backbone
     from backbone.plan import LayerPlan as LayerPlan
     from backbone.plan import PlanMenu as PlanMenu
@@ -58,7 +56,7 @@ _NAMES = {
     "backbone.execution.apply_plan": ("apply_plan", "apply_plans"),
     "backbone.loading": ("load_backbone",),
     "backbone.plan": ("LayerPlan", "PlanMenu"),
-    "backbone.healing.attaching": ("Healing", "attach", "detach"),
+    "backbone.healing.healing": ("Healing",),
     "backbone.testing": ("FamilyConformance",),
     "controller.base": ("Controller", "LearningError"),
     "controller.testing": ("ControllerConformance",),

@@ -263,18 +263,18 @@ class Allocator(AllocatorParts):
         request = Request(model, input_ids, generation_config, model_kwargs, loop)
         if lossless:
             check_lossless(request)
-        self.prepare(model)
+        healing = self.prepare(model)
         if self.chat is not None and not request.goes_on:
             self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
         if lossless:
             allocation_s = time.perf_counter() - began
-            output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
+            output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start, healing)
         else:
             warn_of_other_decoding(self, request.decoding)
-            plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms))
+            plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms), healing)
             request.check_plans(plans)
             allocation_s = time.perf_counter() - began
-            output, first_token_ms = decode(request, plans, prefix, start)
+            output, first_token_ms = decode(request, plans, start, prefix, healing)
         if isinstance(output, torch.Tensor):
             return output
         return AllocatedOutput(

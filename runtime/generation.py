@@ -16,6 +16,7 @@ from backbone.errors import InputError
 from backbone.execution.apply_plan import apply_plans
 from backbone.execution.prompt_prefix import Prefix, replaying
 from backbone.families import sublayer_bytes
+from backbone.healing.healing import ReadyHealing
 from backbone.plan import LayerPlan, PlanMenu
 from controller.certificate.drift import DriftState
 from runtime.plan_selection import PlanSelector
@@ -116,29 +117,38 @@ class FirstToken(LogitsProcessor):
         return scores
 
 
-def plans_of(request: Request, menu: PlanMenu, selector: PlanSelector) -> tuple[list[LayerPlan], Prefix | None]:
+def plans_of(
+    request: Request, menu: PlanMenu, selector: PlanSelector, healing: ReadyHealing | None
+) -> tuple[list[LayerPlan], Prefix | None]:
     """The plans of the prompts [B], those of a given cache if it is filled, and the kept prefix, if any."""
-    if (plans := request.plans_of_cache()) is not None:
+    if (plans := request.plans_of_cache(healing)) is not None:
         return plans, None
     decision = selector.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
     return [menu.plans[index] for index in decision.chosen], decision.prefix
 
 
-def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, start: Moment) -> tuple[Output, float]:
+def decode(
+    request: Request,
+    plans: Sequence[LayerPlan],
+    start: Moment,
+    prefix: Prefix | None = None,
+    healing: ReadyHealing | None = None,
+) -> tuple[Output, float]:
     """Decode with the model's own loop, which sees all rows in their order.
 
     Args:
         request: the prepared call.
         plans: of the B prompts.
-        prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
         start: when the call began.
+        prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
+        healing: what shortened plans run with.
 
     Returns:
         The output, and the milliseconds from `start` to the first tokens.
     """
     clock = FirstToken(request.model.device)
     loop = {**request.loop, "logits_processor": LogitsProcessorList([*request.loop["logits_processor"], clock])}
-    with apply_plans(request.model, plans), ExitStack() as stack:
+    with apply_plans(request.model, plans, healing), ExitStack() as stack:
         if prefix is not None:
             rows = torch.arange(request.n_prompts, device=request.model.device).repeat_interleave(request.copies)
             chosen = None if request.copies == 1 else rows

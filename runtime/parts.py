@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from backbone.errors import InputError, PlanError, WrongModelError
 from backbone.families import check_is_model
 from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach, attached_digest, attached_to
+from backbone.healing.healing import Healing, ReadyHealing
 from backbone.plan import PlanMenu
 from controller.base import Controller
 from controller.certificate.certificate import Certificate
@@ -31,7 +30,6 @@ from runtime.plan_selection import PlanSelector
 Prompts = str | Mapping[str, str] | Turns | Iterable[str | Turns]
 """Texts and conversations, or a single text, message or conversation."""
 
-_attaching = threading.Lock()
 _ROUNDED = ", in float16, which rounds weights: load it in bfloat16 or float32 if it is the same model"
 
 
@@ -55,7 +53,7 @@ class AllocatorParts:
         decoding: how the answers behind the certificate were generated.
         fingerprint: of the model it was made for.
         model_source: where that model was loaded from.
-        healing: bridges and an adapter for the shortened plans, which `allocate` and `generate` attach to the model.
+        healing: bridges and an adapter for the shortened plans.
         acceptance: for each plan of the menu the share of its tokens that the full model says too, for the lossless
             mode; None where no label told.
         drift: watches whether prompts are like those of the certificate. While it is active every prompt runs the full
@@ -116,39 +114,30 @@ class AllocatorParts:
         return replace(self, certificate=replace(self.certificate, assumes=parts), others=tuple(others))
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raises WrongModelError for a model with other weights, or with healing parts of another allocator."""
+        """Raises WrongModelError for a model with other weights."""
         check_is_model(model)
         if (found := model_fingerprint(model)) != self.fingerprint:
             raise WrongModelError(
                 f"this allocator was made for {self.fingerprint} ({self.model_source}), "
                 f"the model given is {found}{_ROUNDED if model.dtype == torch.float16 else ''}"
             )
-        own = "" if self.healing is None else self.healing.digest
-        others = attached_digest(model, self.menu.plans[0])
-        if others not in ("", own):
-            raise WrongModelError(
-                f"this model has healing parts {others} attached, this allocator comes with {own or 'none'}: "
-                "call layerbudget.detach(model) first, or load the model a second time"
-            )
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Check the model and attach the healing parts to it, once; takes a moment and memory for the changed weights.
+    def prepare(self, model: PreTrainedModel) -> ReadyHealing | None:
+        """Check the model; returns the healing as it runs with it, whose first call takes a moment and memory.
 
         Raises:
             WrongModelError: another model, or healing parts that change layers which the probe runs.
         """
         self.check_model(model)
-        plan, depth = self.menu.plans[0], self.menu.probe_depth
-        if self.healing is not None:
-            with _attaching:
-                if not attached_digest(model, plan):
-                    attach(model, self.healing)
-        attached = attached_to(model, plan)
-        if attached is not None and min(attached.changed, default=depth) < depth:
+        if self.healing is None:
+            return None
+        healing, depth = self.healing.ready(model), self.menu.probe_depth
+        if min(healing.changed, default=depth) < depth:
             raise WrongModelError(
-                f"this allocator's healing changes layer {min(attached.changed)}, but every plan goes on from what "
+                f"this allocator's healing changes layer {min(healing.changed)}, but every plan goes on from what "
                 f"the full model's first {depth} layers (probe_depth) made of the prompt"
             )
+        return healing
 
     def rendered(
         self,

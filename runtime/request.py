@@ -21,7 +21,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.cache import remembered_plans
 from backbone.families import check_is_model, decoder_layers, decoder_of
-from backbone.healing.attaching import attached_digest
+from backbone.healing.healing import ReadyHealing, healing_digest
 from backbone.plan import LayerPlan
 from runtime.generate_arguments import REFUSED, refuse, refuse_other_loops, refuse_undecided
 
@@ -116,8 +116,8 @@ class Request:
             for name, value in given.items()
         }
 
-    def plans_of_cache(self) -> list[LayerPlan] | None:
-        """The plans [B] that the given cache was filled under, which go on; None if the cache is empty.
+    def plans_of_cache(self, healing: ReadyHealing | None) -> list[LayerPlan] | None:
+        """The plans [B] that the given cache was filled under, which go on with `healing`; None if the cache is empty.
 
         Raises:
             UnsupportedGenerationError: it was filled under plans that are not known, for another number of prompts, or
@@ -131,17 +131,17 @@ class Request:
             raise UnsupportedGenerationError(
                 "the cache passed in lacks layers, and it is not known which plan filled it; start with a new cache"
             )
-        plans, healing = known or ((LayerPlan.full(len(decoder_layers(self.model))),), "")
+        plans, filled = known or ((LayerPlan.full(len(decoder_layers(self.model))),), "")
         if len(plans) not in (1, self.n_prompts):
             raise UnsupportedGenerationError(
                 f"the cache passed in was filled under the plans of {len(plans)} prompts, but this call has "
                 f"{self.n_prompts}; give the same prompts, or start with a new cache"
             )
         shortest = min(plans, key=lambda plan: plan.layers)
-        if healing != (attached := attached_digest(self.model, shortest)):
+        if filled != (own := healing_digest(healing, shortest)):
             raise UnsupportedGenerationError(
-                f"the cache passed in was filled under plan {shortest} with {healing or 'no'} healing parts, and the "
-                f"plan would go on with {attached or 'none'}; start with a new cache"
+                f"the cache passed in was filled under plan {shortest} with {filled or 'no'} healing parts, and the "
+                f"plan would go on with {own or 'none'}; start with a new cache"
             )
         return [plans[0]] * self.n_prompts if len(plans) == 1 else list(plans)
 

@@ -96,7 +96,7 @@ def answered_both_ways(
 def _answered(
     workspace: Workspace, allocator: Allocator, prompt: Prompt, advance: Callable[[int], None]
 ) -> dict[str, Any]:
-    model, tokenizer = workspace.adapted
+    model, tokenizer = workspace.model.loaded
     inputs = dict(padded_prompts(tokenizer, [prompt.prompt]).to(model.device))
     options = decoding_options(tokenizer, workspace.model.decoding)
     stock: Any = model.generate
