@@ -26,7 +26,7 @@ from decode import MODELS, Variant, paired
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.delete_layers import delete_layers
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing.distillation import distil
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.healing.healing import Healing

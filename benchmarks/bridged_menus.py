@@ -21,7 +21,7 @@ import numpy as np
 import workload
 from numpy.typing import NDArray
 
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.healing.healing import Healing
 from backbone.loading import load_backbone

@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.cache import cache_bytes
 from backbone.execution.delete_layers import delete_layers
+from backbone.execution.rows import cache_bytes
 from backbone.families import decoder_layers
 from backbone.healing.healing import Healing
 from backbone.loading import load_backbone

@@ -11,8 +11,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError, PlanError, WrongModelError
-from backbone.families import check_is_model
-from backbone.fingerprint import model_fingerprint
+from backbone.families import check_is_model, model_fingerprint
 from backbone.healing.healing import Healing, ReadyHealing
 from backbone.plan import PlanMenu
 from controller.base import Controller

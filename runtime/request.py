@@ -19,7 +19,7 @@ from transformers.cache_utils import DummyLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from backbone.errors import UnsupportedGenerationError
-from backbone.execution.cache import remembered_plans
+from backbone.execution.rows import remembered_plans
 from backbone.families import check_is_model, decoder_layers, decoder_of
 from backbone.healing.healing import ReadyHealing, healing_digest
 from backbone.plan import LayerPlan

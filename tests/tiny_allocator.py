@@ -12,8 +12,7 @@ import torch
 from tiny import N_LAYERS, padded_batch
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.healing.healing import Adapter, Bridge, Healing
 from backbone.plan import LayerPlan, PlanMenu
 from controller.base import Controller

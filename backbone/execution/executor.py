@@ -19,9 +19,8 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backbone.errors import InputError, UnsupportedModelError
-from backbone.execution.cache import Rows, hold_rows, remember_plans
 from backbone.execution.live_changes import Forward, replaced
-from backbone.execution.rows import Prompts, RowSets, taken, with_rows
+from backbone.execution.rows import Prompts, Rows, RowSets, hold_rows, remember_plans, taken, with_rows
 from backbone.families import decoder_layers, decoder_of, family_of
 from backbone.healing.healing import Bridge, ReadyHealing, Swap
 from backbone.plan import LayerPlan

@@ -28,8 +28,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from backbone.errors import ArtefactError, PlanError, UnsupportedModelError, WrongModelError
-from backbone.families import decoder_layers, sublayer_bytes
-from backbone.fingerprint import model_fingerprint
+from backbone.families import decoder_layers, model_fingerprint, sublayer_bytes
 from backbone.plan import LayerPlan
 
 

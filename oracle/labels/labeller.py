@@ -11,7 +11,7 @@ from itertools import product
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.shared_prefixes import beginnings
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing.healing import AnyHealing, healing_digest, ready
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.batches import packed, together, wanted_in_blocks

@@ -17,8 +17,7 @@ from itertools import combinations
 import numpy as np
 
 from backbone.errors import PlanError
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.healing.healing import Bridge, Healing
 from backbone.left_padding import memory_budget

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.families import model_fingerprint
 from backbone.files import write_atomically
-from backbone.fingerprint import model_fingerprint
 from backbone.loading import load_backbone, load_tokenizer
 from backbone.plan import LayerPlan
 from oracle.chat import NO_TEMPLATE, ChatTemplate, named_tokens

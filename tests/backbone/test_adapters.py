@@ -6,7 +6,7 @@ from tiny import N_LAYERS, padded_batch, tiny_model
 
 from backbone.errors import UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing.healing import Adapter, Healing
 from backbone.plan import LayerPlan
 

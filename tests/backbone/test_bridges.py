@@ -8,7 +8,7 @@ from tiny import N_LAYERS, OPTIONS, check_shared_passes, padded_batch, tiny_mode
 from backbone.errors import ArtefactError, WrongModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import sharing_order
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing import fit_bridges as fitting
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.healing.healing import Bridge, Healing, healing_digest

@@ -13,7 +13,7 @@ from tiny import N_LAYERS, check_shared_passes, padded_batch, tiny_model
 from backbone.errors import UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import sharing_order, unchanged_depth
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing import distillation, trained_parts, training_targets
 from backbone.healing.distillation import History, distil
 from backbone.healing.fit_bridges import bridges_of, fit_bridges

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.execution.cache import cache_bytes, remembered_plans
-from backbone.fingerprint import model_fingerprint
+from backbone.execution.rows import cache_bytes, remembered_plans
+from backbone.families import model_fingerprint
 from backbone.healing.healing import Adapter, Bridge, Healing
 from backbone.plan import LayerPlan
 

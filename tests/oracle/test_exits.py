@@ -5,8 +5,7 @@ import torch
 from tiny import OPTIONS, tiny_model, tiny_tokenizer
 
 from backbone.execution import shared_prefixes
-from backbone.families import decoder_layers, sublayer_bytes
-from backbone.fingerprint import model_fingerprint
+from backbone.families import decoder_layers, model_fingerprint, sublayer_bytes
 from backbone.healing.healing import Adapter, Bridge, Healing
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.chat import tokens_of

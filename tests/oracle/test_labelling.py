@@ -15,8 +15,7 @@ import torch
 from tiny import tiny_model
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.healing.healing import Bridge, Healing
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding, DecodingError, cut_at_stop

@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from controller.certificate.certificate import Certificate

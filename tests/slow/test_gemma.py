@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.healing.healing import Healing
 from backbone.loading import load_backbone

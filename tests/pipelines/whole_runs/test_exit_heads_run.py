@@ -7,7 +7,7 @@ import torch
 
 from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing.healing import Bridge, Healing
 from backbone.healing.training_targets import Example
 from backbone.loading import load_backbone
