@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from redrawn_splits import redrawn
 
 from backbone.plan import LayerPlan
-from controller.base import choose, plan_losses
+from controller.base import FittedPredictor, choose, plan_losses
 from controller.certificate.calibration import PRICES
 from controller.certificate.risks import loss_scale, plan_quality
-from controller.learning import FittedPredictor
 from oracle.chat import padded_prompts
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import sufficient_plans

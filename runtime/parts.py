@@ -14,13 +14,12 @@ from backbone.errors import InputError, PlanError, WrongModelError
 from backbone.families import check_is_model, model_fingerprint
 from backbone.healing.healing import Healing, ReadyHealing
 from backbone.plan import PlanMenu
-from controller.base import Controller
+from controller.base import Controller, FittedPredictor
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
 from controller.certificate.risks import full_quality
-from controller.learning import FittedPredictor
-from controller.projection import Projection
+from controller.features import Projection
 from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat

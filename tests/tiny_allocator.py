@@ -17,9 +17,8 @@ from backbone.healing.healing import Adapter, Bridge, Healing
 from backbone.plan import LayerPlan, PlanMenu
 from controller.base import Controller
 from controller.certificate.certificate import Certificate
-from controller.features import prompt_features
+from controller.features import Projection, prompt_features
 from controller.models.mlp import MLPController
-from controller.projection import Projection
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 from runtime.saving.file_bundle import digest_of, file_hash

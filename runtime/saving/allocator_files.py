@@ -24,7 +24,7 @@ from controller.base import CONTROLLERS
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
-from controller.projection import Projection
+from controller.features import Projection
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat
 from runtime.parts import AllocatorParts, OperatingPoint
