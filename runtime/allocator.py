@@ -17,18 +17,20 @@ from backbone.families import check_is_model, decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import ChatError
-from runtime.generate_arguments import warn_of_other_decoding
-from runtime.generation import AllocatedOutput, Moment, decode, mean_layers, plans_of, share_of_decoder
+from runtime.generate_arguments import generate_by, warn_of_other_decoding
 from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import AllocatedText, finished_texts
+from runtime.output import AllocatedOutput, mean_layers, share_of_decoder
 from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
 from runtime.request import (
+    Moment,
     Request,
     check_known,
     check_left_padded,
-    generate_by,
+    decode,
     inferred_mask,
     loop_arguments,
+    plans_of,
     prefix_inputs,
 )
 from runtime.saving.allocator_files import load_allocator, save_allocator, upload_allocator

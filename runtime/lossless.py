@@ -33,9 +33,8 @@ from backbone.healing.healing import ReadyHealing
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 from runtime.generate_arguments import REFUSED_BY_LOSSLESS, refuse
-from runtime.generation import FirstToken, Moment, Output, decode
 from runtime.parts import AllocatorParts
-from runtime.request import Request
+from runtime.request import FirstToken, Moment, Output, Request, decode
 from runtime.step_costs import StepCosts, known_step_costs
 
 MAX_DRAFT = 8

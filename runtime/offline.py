@@ -21,10 +21,9 @@ from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts, tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.labels.generation import stop_token_ids
-from runtime.generate_arguments import warn_of_other_decoding
+from runtime.generate_arguments import asked_for, warn_of_other_decoding
 from runtime.parts import AllocatorParts
 from runtime.plan_selection import Decision, PlanSelector, prompt_key
-from runtime.request import asked_for
 from runtime.step_costs import StepCosts, known_step_costs
 
 PROBE_TOKENS = 2048

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -175,11 +176,20 @@ class AllocatorParts:
         check_is_tokenizer(tokenizer)
         return padded_prompts(tokenizer, [self.rendered(tokenizer, prompt, raw=raw) for prompt in listed(prompts)])
 
+    @cached_property
+    def predictor(self) -> FittedPredictor:
+        """The quality of plans, from features of prompts."""
+        full = full_quality(self.certificate.risk)
+        return FittedPredictor(self.projection, self.controller, full, self.outliers)
+
+    @cached_property
+    def has_own_decoding(self) -> bool:
+        """Whether its decoding is the one that it was certified with."""
+        return self.certificate.decoding in ("", str(self.decoding))
+
     def selector(self, limit_ms: float | None = None) -> PlanSelector:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        full = full_quality(self.certificate.risk)
-        predictor = FittedPredictor(self.projection, self.controller, full, self.outliers)
-        return PlanSelector(self.menu, predictor, self.certificate.price, self.drift, limit_ms)
+        return PlanSelector(self.menu, self.predictor, self.certificate.price, self.drift, limit_ms)
 
 
 def listed(prompts: Prompts | Question) -> list[str | Turns]:

@@ -17,7 +17,8 @@ from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.healing.healing import Healing
 from backbone.plan import LayerPlan
-from runtime.request import Request, generate_by, loop_arguments
+from runtime.generate_arguments import generate_by
+from runtime.request import Request, loop_arguments
 from token_exits.driver import token_exits
 from token_exits.heads import TokenExitsError
 from token_exits.kv_projection import check_projections
