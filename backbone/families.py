@@ -1,8 +1,10 @@
-"""Where a model keeps its layers and their sub-layers, and whether they are as its configuration says."""
+"""A loaded model: where it keeps its layers, whether they are as its configuration says, and a name for its weights."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,11 +30,13 @@ def family_of(model: PreTrainedModel) -> Family:
             f"a plan needs the transformers model itself, got a {type(model).__name__}; pass the model inside, such as "
             "model.get_base_model() of PEFT or the one that torch.compile was given"
         )
-    if model in _probed:
-        return _probed[model]
-    check_supported(model.config)
-    kind = model.config.model_type
-    return FAMILIES[kind] if kind in FAMILIES else _probed_family(model)
+    if model not in _known:
+        check_supported(model.config)
+        _known[model] = FAMILIES.get(model.config.model_type) or _probed_family(model)
+    return _known[model]
+
+
+_known: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 
 
 def check_is_model(model: Any) -> None:
@@ -110,9 +114,6 @@ def _parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-_probed: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
-
-
 def _probed_family(model: PreTrainedModel) -> Family:
     """What can be seen of an undeclared model: where its layers are, and what one of them returns."""
     decoder, layers = _only_layer_list(model)
@@ -120,8 +121,7 @@ def _probed_family(model: PreTrainedModel) -> Family:
     is_pair = isinstance(output, tuple) and len(output) == 2
     if not is_pair and not isinstance(output, torch.Tensor):
         raise _unknown(model, f"its layers return {type(output).__name__}, not hidden states")
-    _probed[model] = Family(decoder, layers, attention=None, returns_tuple=is_pair)
-    return _probed[model]
+    return Family(decoder, layers, attention=None, returns_tuple=is_pair)
 
 
 def _only_layer_list(model: PreTrainedModel) -> tuple[str, str]:
@@ -158,3 +158,41 @@ def _output_of_first_layer(decoder: nn.Module, layers: str) -> object:
 def _unknown(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
     known = ", ".join(sorted(FAMILIES))
     return UnsupportedModelError(f"unknown model family {model.config.model_type!r}: {reason}; declared are {known}")
+
+
+FINGERPRINT_VALUES = 64
+"""Values of each parameter that its fingerprint is made from."""
+
+Key = Sequence[tuple[str, int, torch.dtype, torch.Size, tuple[int, ...]]]
+"""Name, place in memory, dtype, shape and strides of every parameter."""
+
+_views: WeakKeyDictionary[PreTrainedModel, tuple[Key, list[torch.Tensor]]] = WeakKeyDictionary()
+"""The values to look at, as views into the weights, so that a change in place shows; made anew where weights moved."""
+
+
+@torch.no_grad()
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """A name for a model's weights as they are now, such as `gemma3_text-18x640-0123456789ab`.
+
+    Made from the shape and 64 values of every parameter, rounded to bfloat16: a checkpoint has one name whatever its
+    source and device, in float32 or bfloat16. A float16 copy has another. Takes some milliseconds the first time, and
+    one or two afterwards.
+    """
+    parameters = sorted(model.named_parameters())
+    key = [(name, p.data_ptr(), p.dtype, p.shape, p.stride()) for name, p in parameters]
+    known, views = _views.get(model, (None, []))
+    if known != key:
+        views = [_part(parameter) for _, parameter in parameters]
+        _views[model] = key, views
+    views = [view if p.is_contiguous() else _part(p) for view, (_, p) in zip(views, parameters, strict=True)]
+    described = hashlib.sha256("".join(f"{name}{tuple(p.shape)}" for name, p in parameters).encode())
+    device = model.device
+    values = torch.cat([view.to(device) for view in views]).to(torch.bfloat16)  # one transfer brings all of them
+    described.update(values.float().cpu().numpy().tobytes())
+    config = model.config
+    return f"{config.model_type}-{len(decoder_layers(model))}x{config.hidden_size}-{described.hexdigest()[:12]}"
+
+
+def _part(parameter: torch.Tensor) -> torch.Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]

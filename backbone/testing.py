@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.execution.cache import layer_bytes
 from backbone.execution.delete_layers import delete_layers
+from backbone.execution.rows import layer_bytes
 from backbone.execution.self_test import check_exactness
 from backbone.families import decoder_layers, family_of
 from backbone.plan import LayerPlan

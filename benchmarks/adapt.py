@@ -26,10 +26,10 @@ from decode import MODELS, Variant, paired
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.delete_layers import delete_layers
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach, attached_to, detach, set_attached
+from backbone.families import model_fingerprint
 from backbone.healing.distillation import distil
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
+from backbone.healing.healing import Healing
 from backbone.healing.settings import DistillSettings
 from backbone.healing.training_targets import Example
 from backbone.loading import load_backbone
@@ -93,10 +93,11 @@ class Bench:
         self.work = arguments.work / arguments.name
         self.work.mkdir(parents=True, exist_ok=True)
         self.decoding = workload.decoding_of(arguments)
-        self.labeller = Labeller(
-            model, tokenizer, self.decoding, LabelStore(self.work / "labels.db"), arguments.batch_size
-        )
         self.test, self.train = splits(load_prompts(arguments.data), arguments.test, arguments.train)
+
+    def labeller(self, healing: Healing | None) -> Labeller:
+        store = LabelStore(self.work / "labels.db")
+        return Labeller(self.model, self.tokenizer, self.decoding, store, self.arguments.batch_size, healing)
 
     def menu(self, method: str) -> PlanMenu:
         path = self.work / f"menu-{method}.json"
@@ -139,10 +140,9 @@ class Bench:
 
     def scores(self, menu: PlanMenu, healing: Healing, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
         """Scores [N, K] of prompts, and the budgets [K] with the bridges counted."""
-        attach(self.model, healing)
-        self.labeller.label(prompts, menu)
-        scores = score_matrix(self.labeller.read(prompts, menu))
-        detach(self.model)
+        labeller = self.labeller(healing)
+        labeller.label(prompts, menu)
+        scores = score_matrix(labeller.read(prompts, menu))
         costs = [healing.cost(self.model, plan) for plan in menu.plans]
         return scores, np.array(menu.budgets) + costs
 
@@ -192,7 +192,7 @@ class Bench:
 
     def examples(self, prompts: Sequence[Prompt]) -> list[Example]:
         full = LayerPlan.full(self.menu(self.arguments.menus[0]).n_layers)
-        return answered_examples(self.labeller, self.tokenizer, prompts, full)
+        return answered_examples(self.labeller(None), self.tokenizer, prompts, full)
 
     def other_tasks(self) -> list[dict[str, Any]]:
         """Methods of the first menu, made without some tasks, on these tasks: quality ratios with and without them."""
@@ -221,25 +221,21 @@ class Bench:
         plan = menu.plans[len(menu) // 2]
         deleted, rows = delete_layers(self.model, plan), []
         for batch in (1, 8):
-            variants = {"deleted": (Variant(deleted, None, "eager"), None)}
+            variants = {"deleted": Variant(deleted, None, "eager")}
             for method in self.arguments.methods:
-                attach(self.model, self.healing(name, menu, method, self.train)[0])
-                variants[method] = (Variant(self.model, plan, "eager"), attached_to(self.model, plan))
+                variants[method] = Variant(self.model, plan, "eager", self.healing(name, menu, method, self.train)[0])
             prompts = torch.randint(
                 3, min(1000, self.model.config.vocab_size), (batch, 64), generator=torch.Generator().manual_seed(0)
             )
             for step in range(-1, self.arguments.decode_steps):
                 order = list(variants.values()) if step % 2 else list(reversed(variants.values()))
-                for variant, attached in order:
-                    if attached is not None:
-                        set_attached(self.model, attached)
+                for variant in order:
                     if step < 0:
                         variant.prefill(prompts.to(self.model.device), self.arguments.decode_steps)
                     else:
                         variant.step()
-            detach(self.model)
-            yardstick = variants["deleted"][0].decode_ms[2:]
-            ratios = {m: paired(v.decode_ms[2:], yardstick) for m, (v, _) in variants.items() if m != "deleted"}
+            yardstick = variants["deleted"].decode_ms[2:]
+            ratios = {m: paired(v.decode_ms[2:], yardstick) for m, v in variants.items() if m != "deleted"}
             rows.append({"batch": batch, "plan": str(plan), "to_deleted": ratios})
             print(json.dumps(rows[-1]), flush=True)
         return rows

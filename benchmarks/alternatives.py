@@ -30,7 +30,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from backbone.healing.attaching import detach
 from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
 from oracle.answered_prompts import reference_examples
@@ -89,8 +88,7 @@ def probes(workspace: Workspace) -> dict[str, Any]:
 
 def lora(workspace: Workspace) -> dict[str, Any]:
     """Score of the full model with a LoRA trained for as long as the stage `adapt` took."""
-    model, tokenizer = workspace.model.plain()
-    detach(model)
+    model, tokenizer = workspace.model.loaded
     examples = reference_examples(tokenizer, workspace.prompts.splits["adapt"], workspace.model.decoding)
     stages = json.loads(workspace.path("run.json").read_text())["stages"]
     tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=ALL_LINEAR))
@@ -112,7 +110,7 @@ def lora(workspace: Workspace) -> dict[str, Any]:
 
 
 def _score(workspace: Workspace, prompts: Sequence[Prompt]) -> float:
-    model, tokenizer = workspace.model.plain()
+    model, tokenizer = workspace.model.loaded
     plan, found = LayerPlan.full(workspace.menu().n_layers), []
     for start in range(0, len(prompts), 32):
         part = prompts[start : start + 32]

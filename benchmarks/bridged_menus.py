@@ -21,9 +21,9 @@ import numpy as np
 import workload
 from numpy.typing import NDArray
 
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach, detach
+from backbone.families import model_fingerprint
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
+from backbone.healing.healing import Healing
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.frontier.bootstrap import percentile_interval
@@ -53,22 +53,26 @@ def main() -> None:
     model, tokenizer = load_backbone(arguments.model, device=arguments.device)
     searched, prompts = workload.split(arguments)
     decoding = workload.decoding_of(arguments)
-    labeller = Labeller(model, tokenizer, decoding, LabelStore(arguments.work / "labels.db"), arguments.batch_size)
+
+    def labeller(healing: Healing | None) -> Labeller:
+        store = LabelStore(arguments.work / "labels.db")
+        return Labeller(model, tokenizer, decoding, store, arguments.batch_size, healing)
+
     scored, others = searched[::2], searched[1::2]
     full = LayerPlan.full(model.config.get_text_config().num_hidden_layers)
-    labels = TaskLabels(lambda: labeller, tokenizer, scored, others, full)
+    labels = TaskLabels(labeller, tokenizer, scored, others, full)
     shape = (arguments.probe_depth, arguments.plans, arguments.cheapest_budget)
     task = MenuTask(model, tokenizer, [p.prompt for p in scored], decoding, *shape, labels=labels)
-    everyone = TaskLabels(lambda: labeller, tokenizer, scored, searched, full)
+    everyone = TaskLabels(labeller, tokenizer, scored, searched, full)
     measured = {}
     for method in arguments.methods:
         start = time.perf_counter()
         menu = build_menu(method, task)
         built = time.perf_counter()
-        menu = bridged(model, menu, everyone)
-        labeller.label(prompts, menu)
-        measured[method] = (menu, score_matrix(labeller.read(prompts, menu)))
-        detach(model)
+        menu, healing = bridged(model, menu, everyone)
+        healed = labeller(healing)
+        healed.label(prompts, menu)
+        measured[method] = (menu, score_matrix(healed.read(prompts, menu)))
         print(f"{method}: {built - start:.0f} s, then {time.perf_counter() - built:.0f} s; {menu.plans}", flush=True)
     result = {method: figures(menu, scores) for method, (menu, scores) in measured.items()}
     first, *rest = arguments.methods
@@ -79,12 +83,11 @@ def main() -> None:
     workload.write(RESULTS / f"bridged-menus-{arguments.name}.json", arguments, {"menus": result})
 
 
-def bridged(model: Any, menu: PlanMenu, labels: TaskLabels) -> PlanMenu:
-    """The menu with the costs of its bridges, which are fitted on the task's prompts and stay attached."""
+def bridged(model: Any, menu: PlanMenu, labels: TaskLabels) -> tuple[PlanMenu, Healing]:
+    """The menu with the costs of its bridges, which are fitted on the task's prompts, and these."""
     fitted = bridges_of(fit_bridges(model, labels.sequences(), menu.plans[:-1]))
     healing = Healing(model_fingerprint(model), fitted)
-    attach(model, healing)
-    return menu.with_added({str(plan): healing.cost(model, plan) for plan in menu.plans[:-1]})
+    return menu.with_added({str(plan): healing.cost(model, plan) for plan in menu.plans[:-1]}), healing
 
 
 def figures(menu: PlanMenu, scores: NDArray[np.float64]) -> dict[str, Any]:

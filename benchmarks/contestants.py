@@ -129,7 +129,7 @@ class Contest:
         rows = together[:, inputs["input_ids"].shape[1] :].tolist()
         differing, ties = 0, 0
         for place, plan in zip(every, self.plans, strict=False):
-            with apply_plan(self.model, plan):
+            with apply_plan(self.model, plan, self.allocator.healing):
                 alone = self.model.generate(
                     **self.batch([place]), **self._exact, return_dict_in_generate=True, output_logits=True
                 )
@@ -154,7 +154,7 @@ class Contest:
         return Answers(new, [clock.ms or 0.0] * len(new))
 
     def _static(self, places: Places) -> Answers:
-        with apply_plan(self.model, self.static):
+        with apply_plan(self.model, self.static, self.allocator.healing):
             return self._stock(self.model, places)
 
     def _allocated(self, places: Places) -> Answers:
@@ -176,7 +176,7 @@ class Contest:
 
     def _known(self, places: Places) -> Answers:
         """All that the allocator does but the decision: no probe, so no prefix to go on from."""
-        with apply_plans(self.model, [self.plans[place] for place in places]):
+        with apply_plans(self.model, [self.plans[place] for place in places], self.allocator.healing):
             return self._stock(self.model, places)
 
     def _of_one_plan(self, places: Places, size: int) -> list[tuple[LayerPlan, Places]]:

@@ -178,7 +178,7 @@ def milliseconds(
         )  # type: ignore[misc]
     finally:
         torch.set_num_threads(threads)
-    model, tokenizer = workspace.model.plain()
+    model, tokenizer = workspace.model.loaded
     text = sorted((prompt.prompt for prompt in table.prompts), key=len)[len(table.prompts) // 2]
     inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     full = LayerPlan.full(workspace.menu().n_layers)

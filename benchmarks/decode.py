@@ -33,9 +33,10 @@ from transformers import (
 )
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.execution.cache import cache_bytes
 from backbone.execution.delete_layers import delete_layers
+from backbone.execution.rows import cache_bytes
 from backbone.families import decoder_layers
+from backbone.healing.healing import Healing
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from runtime.paired_timing import machine, synchronize
@@ -146,8 +147,10 @@ def measure(model: PreTrainedModel, mode: str, batch: int, arguments: argparse.N
 class Variant:
     """One model under one plan, or under none, with the cache of the sequences that it is generating."""
 
-    def __init__(self, model: PreTrainedModel, plan: LayerPlan | None, mode: str) -> None:
-        self.model, self.plan, self.mode = model, plan, mode
+    def __init__(
+        self, model: PreTrainedModel, plan: LayerPlan | None, mode: str, healing: Healing | None = None
+    ) -> None:
+        self.model, self.plan, self.mode, self.healing = model, plan, mode, healing
         self.prefill_ms: list[float] = []
         self.decode_ms: list[float] = []
 
@@ -172,7 +175,7 @@ class Variant:
         self.length += tokens.shape[1]
         synchronize()
         start = time.perf_counter()
-        with nullcontext() if self.plan is None else apply_plan(self.model, self.plan):
+        with nullcontext() if self.plan is None else apply_plan(self.model, self.plan, self.healing):
             call = self.model.get_compiled_call(compile_config(self.model.device)) if compiled else self.model
             logits = call(tokens, position_ids=positions, cache=self.cache, use_cache=True, logits_to_keep=1).logits
             self.tokens = logits[:, -1:].argmax(-1)

@@ -142,7 +142,7 @@ def label_timed(run: Path, way: str, shard: str, settings: Sequence[str]) -> dic
     workspace = Workspace(config.model_copy(update={"file": ""}))
     menu, prompts = workspace.menu(), Shard.parse(shard).select(workspace.prompts.labelled())
     if way == "alone":
-        labeller = workspace.labeller(*workspace.adapted)
+        labeller = workspace.labeller(workspace.healing)
         first = time.time()
         labeller.label(prompts, menu)
         return {"first": first, "last": time.time(), "pieces": [[first, time.time()]]}

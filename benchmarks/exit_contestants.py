@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from redrawn_splits import redrawn
 
 from backbone.plan import LayerPlan
-from controller.base import choose, plan_losses
+from controller.base import FittedPredictor, choose, plan_losses
 from controller.certificate.calibration import PRICES
 from controller.certificate.risks import loss_scale, plan_quality
-from controller.learning import FittedPredictor
 from oracle.chat import padded_prompts
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import sufficient_plans
@@ -186,7 +185,7 @@ class Comparison:
 
     def _batch(self, exits: TokenExits, prompts: Sequence[Prompt], plan: LayerPlan | None) -> Floats:
         """Scores and layers a token [2, rows] of a batch of prompts."""
-        model, tokenizer = self._workspace.adapted
+        model, tokenizer = self._workspace.model.loaded
         decoding = self._workspace.model.decoding.of(model, tokenizer)
         stops, inputs = stop_token_ids(tokenizer, decoding), padded_prompts(tokenizer, [p.prompt for p in prompts])
         options = {**decoding.arguments(tokenizer, list(stops)), "plan": plan, "return_dict_in_generate": True}

@@ -55,7 +55,7 @@ class Material:
     """Divergence on held-out answers before and after the training, by layer."""
 
     def __post_init__(self) -> None:
-        self.model, self._tokenizer = self.workspace.adapted
+        self.model, self._tokenizer = self.workspace.model.loaded
         self.n_layers = self.workspace.frozen_menu().n_layers
         self.depths = tuple(default_depths(self.n_layers))
         settings = self.workspace.config.adapt
@@ -128,4 +128,4 @@ class Material:
 
     def _answered(self, prompts: Sequence[Prompt]) -> list[Example]:
         full = LayerPlan.full(self.n_layers)
-        return answered_examples(self.workspace.labeller(*self.workspace.adapted), self._tokenizer, prompts, full)
+        return answered_examples(self.workspace.labeller(self.workspace.healing), self._tokenizer, prompts, full)

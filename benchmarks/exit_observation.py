@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from backbone.execution.live_changes import captured
 from backbone.families import decoder_layers, decoder_of
-from backbone.healing.bridges import Bridge
+from backbone.healing.healing import Bridge
 from backbone.healing.training_targets import Example
 from backbone.left_padding import by_tokens, padded_inputs
 from token_exits.gates import Candidate, Gate

@@ -11,6 +11,7 @@ import torch
 from exit_material import Material
 
 from backbone.execution.apply_plan import apply_plans
+from backbone.healing.healing import Healing
 from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts
 from pipelines.evaluation.speed import paired_ratio, paired_seconds
@@ -39,14 +40,17 @@ def clocked(comparison: Comparison, found: Sequence[Contestant], batches: Sequen
     in these times (`overhead_ms` of the run's metrics is).
     """
     workspace = comparison.material.workspace
-    (model, tokenizer), settings = workspace.adapted, workspace.config.evaluation
+    (model, tokenizer), settings = workspace.model.loaded, workspace.config.evaluation
     n_tokens, texts = settings.speed_tokens, [prompt.prompt for prompt in comparison.test.prompts]
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
     times: list[dict[str, Any]] = [{} for _ in found]
     for size in batches:
         picked = [place % len(texts) for place in range(size)]
         inputs = padded_prompts(tokenizer, [texts[place] for place in picked]).to(model.device)
-        work = {place: _generation(model, {**inputs, **exact}, each, picked) for place, each in enumerate(found)}
+        work = {
+            place: _generation(model, {**inputs, **exact}, each, picked, workspace.healing)
+            for place, each in enumerate(found)
+        }
         pairs, limits = [(0, place) for place in work], (settings.speed_rounds, settings.speed_seconds)
         rounds = paired_seconds(work, pairs, rounds=limits[0], seconds=limits[1])
         for place, seconds in rounds.items():
@@ -55,7 +59,9 @@ def clocked(comparison: Comparison, found: Sequence[Contestant], batches: Sequen
     return times
 
 
-def _generation(model: Any, arguments: dict[str, Any], each: Contestant, picked: Sequence[int]) -> Callable[[], object]:
+def _generation(
+    model: Any, arguments: dict[str, Any], each: Contestant, picked: Sequence[int], healing: Healing
+) -> Callable[[], object]:
     """What is timed of one contestant. Token exits below plans take the rows of one plan together."""
     plans = None if each.plans is None else [each.plans[place] for place in picked]
     if each.exits is None:
@@ -63,7 +69,7 @@ def _generation(model: Any, arguments: dict[str, Any], each: Contestant, picked:
         def run() -> object:
             if plans is None:
                 return model.generate(**arguments)
-            with apply_plans(model, plans):
+            with apply_plans(model, plans, healing):
                 return model.generate(**arguments)
 
         return run
@@ -72,7 +78,7 @@ def _generation(model: Any, arguments: dict[str, Any], each: Contestant, picked:
         (plan, {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()})
         for plan, rows in groups.items()
     ]
-    return lambda: [exits.generate(model, **own, plan=plan) for plan, own in parts]
+    return lambda: [exits.generate(model, **own, plan=plan, healing=healing) for plan, own in parts]
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ from decode import RESULTS, SHAPES, compile_config, load, paired
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from backbone.execution.apply_plan import apply_plans
-from backbone.execution.cache import cache_bytes
+from backbone.execution.rows import cache_bytes
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan, PlanMenu
 from runtime.paired_timing import machine, synchronize

@@ -45,7 +45,7 @@ def rescored(config: Config, count: int) -> dict[str, Any]:
     as_judged = {prompt.id: prompt for prompt in workspace.prompts.render(prompts_of(own))}
     choices = json.loads(workspace.path("choices.json").read_text())
     prompts, menu = [as_judged[name] for name in choices["ids"][:count]], workspace.menu()
-    labeller = workspace.labeller(*workspace.adapted)
+    labeller = workspace.labeller(workspace.healing)
     fill(labeller, dict.fromkeys(menu.plans, prompts), "labels by own judges")
     rows, scores = judged(score_matrix(labeller.read(prompts, menu)))
     budgets, places = np.array(menu.budgets), np.arange(len(rows))

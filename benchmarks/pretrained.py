@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from backbone.healing.attaching import Healing
+from backbone.healing.healing import Healing
 from runtime.allocator import Allocator
 
 FOLDER = Path(__file__).parents[1] / "layerbudget" / "allocator"

@@ -34,8 +34,8 @@ import workload
 from prices import price_of
 from redrawn_splits import Draw, Rows
 
-from controller.base import choose
-from controller.learning import FittedPredictor, Settings, learn
+from controller.base import FittedPredictor, choose
+from controller.learning import Settings, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.knapsack import cheapest_choices

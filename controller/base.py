@@ -11,14 +11,21 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backbone.errors import InputError
 from backbone.registry import Registry
+
+if TYPE_CHECKING:
+    from controller.certificate.outliers import OutlierTest
+    from controller.features import Features, Projection
+
+T = TypeVar("T")
 
 Floats = NDArray[np.float32]
 
@@ -123,6 +130,13 @@ class Controller(ABC):
         return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
+def fitted(model: T | None) -> T:
+    """The model of a controller; raises RuntimeError where there is none yet."""
+    if model is None:
+        raise RuntimeError("this controller was not fitted")
+    return model
+
+
 def plan_losses(quality: NDArray[Any]) -> NDArray[np.float64]:
     """Loss of each plan against the full one [N, K], below 0 where it wins.
 
@@ -165,6 +179,27 @@ def choose_each(quality: Floats, budgets: NDArray[Any], prices: NDArray[np.float
     cost[:, ~np.isfinite(quality).all(axis=1), :-1] = np.inf
     cost[..., -1] = budgets[-1]
     return np.asarray(cost.argmin(axis=-1))
+
+
+@dataclass(frozen=True, slots=True)
+class FittedPredictor:
+    """A fitted controller and the projection in front of it."""
+
+    projection: Projection
+    controller: Controller
+    full: float = 1.0
+    """The full plan's quality, see `Controller.predict`."""
+    outliers: OutlierTest | None = None
+
+    def predict(self, features: Features) -> Floats:
+        """Expected quality [N, K] from raw features; NaN under every shortened plan for outliers."""
+        return self.without_outliers(self.controller.predict(self.projection(features), self.full), features)
+
+    def without_outliers(self, quality: Floats, features: Features) -> Floats:
+        """The same [N, K] with NaN under every shortened plan for outliers, so that they run the full plan."""
+        if self.outliers is not None:
+            quality[self.outliers.are_outliers(features), :-1] = np.nan
+        return quality
 
 
 CONTROLLERS: Registry[type[Controller]] = Registry(

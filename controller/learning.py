@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import CONTROLLERS, Controller, Floats
-from controller.certificate.outliers import OutlierTest
-from controller.features import Features, rows_of
-from controller.projection import Projection
+from controller.base import CONTROLLERS, FittedPredictor, Floats
+from controller.features import Features, Projection, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +38,6 @@ class Settings:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Settings:
         return cls(**{**data, "sets": tuple(data["sets"])})
-
-
-@dataclass(frozen=True, slots=True)
-class FittedPredictor:
-    """A fitted controller and the projection in front of it."""
-
-    projection: Projection
-    controller: Controller
-    full: float = 1.0
-    """The full plan's quality, see `Controller.predict`."""
-    outliers: OutlierTest | None = None
-
-    def predict(self, features: Features) -> Floats:
-        """Expected quality [N, K] from raw features; NaN under every shortened plan for outliers."""
-        return self.without_outliers(self.controller.predict(self.projection(features), self.full), features)
-
-    def without_outliers(self, quality: Floats, features: Features) -> Floats:
-        """The same [N, K] with NaN under every shortened plan for outliers, so that they run the full plan."""
-        if self.outliers is not None:
-            quality[self.outliers.are_outliers(features), :-1] = np.nan
-        return quality
 
 
 def learn(

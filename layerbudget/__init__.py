@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from backbone.errors import WrongModelError as WrongModelError
     from backbone.execution.apply_plan import apply_plan as apply_plan
     from backbone.execution.apply_plan import apply_plans as apply_plans
-    from backbone.healing.attaching import Healing as Healing
-    from backbone.healing.attaching import attach as attach
-    from backbone.healing.attaching import detach as detach
+    from backbone.healing.healing import Healing as Healing
     from backbone.loading import load_backbone as load_backbone
     from backbone.plan import LayerPlan as LayerPlan
     from backbone.plan import PlanMenu as PlanMenu
@@ -38,8 +36,8 @@ if TYPE_CHECKING:
     from pipelines.training import train as train
     from runtime.allocator import Allocator as Allocator
     from runtime.generate_arguments import UncertifiedDecodingWarning as UncertifiedDecodingWarning
-    from runtime.generation import AllocatedOutput as AllocatedOutput
-    from runtime.generation import check_layers as check_layers
+    from runtime.output import AllocatedOutput as AllocatedOutput
+    from runtime.output import check_layers as check_layers
     from runtime.plan_selection import FullPlanWarning as FullPlanWarning
 
     __version__: str
@@ -58,7 +56,7 @@ _NAMES = {
     "backbone.execution.apply_plan": ("apply_plan", "apply_plans"),
     "backbone.loading": ("load_backbone",),
     "backbone.plan": ("LayerPlan", "PlanMenu"),
-    "backbone.healing.attaching": ("Healing", "attach", "detach"),
+    "backbone.healing.healing": ("Healing",),
     "backbone.testing": ("FamilyConformance",),
     "controller.base": ("Controller", "LearningError"),
     "controller.testing": ("ControllerConformance",),
@@ -70,7 +68,7 @@ _NAMES = {
     "runtime.allocator": ("Allocator",),
     "runtime.plan_selection": ("FullPlanWarning",),
     "runtime.generate_arguments": ("UncertifiedDecodingWarning",),
-    "runtime.generation": ("AllocatedOutput", "check_layers"),
+    "runtime.output": ("AllocatedOutput", "check_layers"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOMES)

@@ -61,7 +61,7 @@ def generate(
         raise typer.BadParameter('--raw goes with a prompt; in a file each line may say "raw": true')
     from oracle.prompts import check_lengths
     from runtime.answer_files import answer_file, check_places
-    from runtime.generation import summary_line
+    from runtime.output import summary_line
 
     if prompts is not None:
         check_places(prompts, out, overwrite=overwrite)
@@ -110,7 +110,7 @@ def compare(
         raise typer.BadParameter("--overwrite goes with --out")
     from layerbudget import LayerPlan
     from runtime.answer_files import check_places
-    from runtime.generation import share_of_decoder
+    from runtime.output import share_of_decoder
     from runtime.side_by_side import compare_file, summary
 
     check_places(prompts, out, overwrite=overwrite)

@@ -72,7 +72,7 @@ def _answer_try_prompts(workspace: Workspace) -> None:
         allocator = Allocator.from_pretrained(config.folder / "allocator")
         if allocator.chat is not None and (wanted := config.data.chat_template) not in ("auto", "never"):
             allocator = allocator.with_chat_template(wanted)
-        print_answers(allocator, *workspace.adapted, config.try_prompts)
+        print_answers(allocator, *workspace.model.loaded, config.try_prompts)
 
 
 def _close(config: Config) -> None:

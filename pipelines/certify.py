@@ -97,12 +97,12 @@ def certify_file(
     with _alone(beside):
         check_unused(given, beside / USED, Path(source).expanduser().parent / RUN_CONFIG)
         loaded = load_backbone(allocator.model_source if model is None else model, device=device)
-        allocator.prepare(loaded[0])
+        healing = allocator.prepare(loaded[0])
         shown = _rendered(allocator, *loaded, given)
         if prompts_hash(shown) == allocator.certificate.prompts_hash:
             raise InputError(f"{prompts} holds the prompts of the allocator's own certificate; {OTHERS}")
         beside.mkdir(parents=True, exist_ok=True)
-        labeller = Labeller(*loaded, allocator.decoding, LabelStore(beside / LABELS), batch_size)
+        labeller = Labeller(*loaded, allocator.decoding, LabelStore(beside / LABELS), batch_size, healing)
         features = _features(allocator, *loaded, shown, batch_size)
         table, after = _tested(allocator, labeller, shown, features)
         valid = any(found.price is not None for found in after.values())

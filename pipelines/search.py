@@ -61,9 +61,8 @@ def find_least_plans(workspace: Workspace, name: str, evaluations: int, prompts:
     Raises:
         SearchError: a space that the searcher cannot search.
     """
-    model, tokenizer = workspace.model.plain()
-    labeller = workspace.labeller(model, tokenizer)
-    space, tolerance = SearchSpace(workspace.frozen_menu(), sublayer_bytes(model)), workspace.config.label.tolerance
+    labeller, sizes = workspace.labeller(None), sublayer_bytes(workspace.model.loaded[0])
+    space, tolerance = SearchSpace(workspace.frozen_menu(), sizes), workspace.config.label.tolerance
     with progress("plans tried", evaluations * len(prompts)) as advance:
         found = search_prompts(SEARCHERS[name], space, labeller, prompts, evaluations, tolerance, advance)
     say_failures(labeller.failures)

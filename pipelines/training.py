@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.errors import InputError
 from backbone.families import family_of
 from backbone.files import write_atomically
-from backbone.healing.attaching import detach
 from pipelines.config import checked_config
 from pipelines.proposal import propose
 from pipelines.proposal_inputs import AskedModel
@@ -74,7 +73,6 @@ def train(
             allocator.check_model(model)
             return allocator
     finally:
-        detach(model)
         model.train(was_training)
 
 

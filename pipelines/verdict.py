@@ -160,8 +160,8 @@ def _use(found: _Findings) -> str:
         )
     return (
         f"The plan has healing parts ({method}), which no ordinary checkpoint holds: run it with "
-        "`attach(model, allocator.healing)` and `apply_plan(model, plan)`, or make the run with adapt.method=adapter "
-        "or none, whose plans `layerbudget export` writes."
+        "`apply_plan(model, plan, allocator.healing)`, or make the run with adapt.method=adapter or none, "
+        "whose plans `layerbudget export` writes."
     )
 
 

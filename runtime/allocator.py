@@ -17,18 +17,20 @@ from backbone.families import check_is_model, decoder_of
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import ChatError
-from runtime.generate_arguments import warn_of_other_decoding
-from runtime.generation import AllocatedOutput, Moment, decode, mean_layers, plans_of, share_of_decoder
+from runtime.generate_arguments import generate_by, warn_of_other_decoding
 from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import AllocatedText, finished_texts
+from runtime.output import AllocatedOutput, mean_layers, share_of_decoder
 from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
 from runtime.request import (
+    Moment,
     Request,
     check_known,
     check_left_padded,
-    generate_by,
+    decode,
     inferred_mask,
     loop_arguments,
+    plans_of,
     prefix_inputs,
 )
 from runtime.saving.allocator_files import load_allocator, save_allocator, upload_allocator
@@ -263,18 +265,18 @@ class Allocator(AllocatorParts):
         request = Request(model, input_ids, generation_config, model_kwargs, loop)
         if lossless:
             check_lossless(request)
-        self.prepare(model)
+        healing = self.prepare(model)
         if self.chat is not None and not request.goes_on:
             self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
         if lossless:
             allocation_s = time.perf_counter() - began
-            output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
+            output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start, healing)
         else:
             warn_of_other_decoding(self, request.decoding)
-            plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms))
+            plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms), healing)
             request.check_plans(plans)
             allocation_s = time.perf_counter() - began
-            output, first_token_ms = decode(request, plans, prefix, start)
+            output, first_token_ms = decode(request, plans, start, prefix, healing)
         if isinstance(output, torch.Tensor):
             return output
         return AllocatedOutput(

@@ -6,16 +6,25 @@ these tables with the installed transformers and tries every argument (`tests/ru
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
-from transformers import GenerationConfig, SynthIDTextWatermarkingConfig
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
+)
 from transformers.generation.configuration_utils import GenerationMode
 
 from backbone.errors import UnsupportedGenerationError
+from backbone.families import check_is_model
 from controller.base import Controller
 from runtime.parts import AllocatorParts
 
@@ -131,6 +140,69 @@ def _shown(name: str, value: Any) -> str:
     return f"{name}={value!r:.60}" if is_plain else f"{name} ({type(value).__name__})"
 
 
+def generate_by(
+    loop: Callable[..., Any],
+    model: PreTrainedModel,
+    inputs: Any,
+    generation_config: Any,
+    streamer: Any,
+    arguments: Mapping[str, Any],
+) -> Any:
+    """`model.generate()` with a loop as its `custom_generate`; a streamer is ended when an error is raised.
+
+    Args:
+        loop: takes what `generate()` gives to a `custom_generate`.
+        model, inputs, generation_config, streamer, arguments: as those of stock `generate()`.
+
+    Raises:
+        UnsupportedGenerationError: one of `REFUSED`, or stop strings without a tokenizer.
+    """
+    check_is_model(model)
+    given = {"inputs": inputs, "generation_config": generation_config, **arguments}
+    try:
+        refuse({name: asked_for(model, given, name) for name in REFUSED}, REFUSED, "an allocator")
+        stock = _with_stop_strings(model, given)
+        return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator]
+    except BaseException:
+        if streamer is not None:  # whoever reads from it in another thread would wait for ever
+            with suppress(Exception):
+                streamer.end()
+        raise
+
+
+def asked_for(model: PreTrainedModel, arguments: Mapping[str, Any], name: str) -> Any:
+    """The value that `generate()` takes for an argument: given, or from a configuration, the model's own last."""
+    if name in arguments:
+        return arguments[name]
+    own = getattr(arguments.get("generation_config"), name, None)
+    return getattr(getattr(model, "generation_config", None), name, None) if own is None else own
+
+
+def _with_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with `stop_strings`, from wherever they come, and `tokenizer` made into a stopping criterion.
+
+    transformers 5.24 drops the tokenizer on its way to a `custom_generate`, and then misses it.
+
+    Raises:
+        UnsupportedGenerationError: stop strings without a tokenizer.
+    """
+    config, default = arguments.get("generation_config"), getattr(model, "generation_config", None)
+    strings = asked_for(model, arguments, "stop_strings")
+    if not strings:
+        return arguments
+    if arguments.get("tokenizer") is None:
+        raise UnsupportedGenerationError("stop_strings needs the tokenizer as well; pass tokenizer=")
+    rest = {name: value for name, value in arguments.items() if name not in ("stop_strings", "tokenizer")}
+    if getattr(config, "stop_strings", None):
+        rest["generation_config"] = copy.deepcopy(config)
+        rest["generation_config"].stop_strings = None
+    if getattr(default, "stop_strings", None):
+        rest["stop_strings"] = None  # a keyword counts more than the model's own configuration
+    stop = StopStringCriteria(tokenizer=arguments["tokenizer"], stop_strings=strings)
+    rest["stopping_criteria"] = StoppingCriteriaList([*(rest.get("stopping_criteria") or []), stop])
+    return rest
+
+
 _warned: WeakSet[Controller] = WeakSet()
 """Controllers of the allocators that were warned of in this process; copies of an allocator share theirs."""
 _lock = threading.Lock()
@@ -165,7 +237,7 @@ def warn_of_other_decoding(allocator: AllocatorParts, asked: Mapping[str, Any]) 
 
 def _differences(allocator: AllocatorParts, asked: Mapping[str, Any]) -> Iterator[str]:
     decoding = allocator.decoding
-    if allocator.certificate.decoding not in ("", str(decoding)):
+    if not allocator.has_own_decoding:
         yield f"an allocator whose decoding was changed to {str(decoding)!r}"
     if asked["do_sample"]:
         yield "do_sample=True"

@@ -21,10 +21,9 @@ from backbone.plan import LayerPlan
 from oracle.chat import padded_prompts, tokens_of
 from oracle.decoding import Decoding, cut_at_stop
 from oracle.labels.generation import stop_token_ids
-from runtime.generate_arguments import warn_of_other_decoding
+from runtime.generate_arguments import asked_for, warn_of_other_decoding
 from runtime.parts import AllocatorParts
 from runtime.plan_selection import Decision, PlanSelector, prompt_key
-from runtime.request import asked_for
 from runtime.step_costs import StepCosts, known_step_costs
 
 PROBE_TOKENS = 2048
@@ -116,13 +115,14 @@ def finished_texts(
     def run(part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
         inputs = padded_inputs(model, [tokens[index] for index in part])
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with apply_plans(model, [plans[index] for index in part]), kept.replayed(model, part, copies):
+        with apply_plans(model, [plans[index] for index in part], healing), kept.replayed(model, part, copies):
             output: torch.Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
         texts = new_texts(tokenizer, output, inputs["input_ids"].shape[1], allocator.decoding)
         return [(index, AllocatedText(text, plans[index])) for index, text in zip(part, texts, strict=True)]
 
     copies = int(asked_for(model, settings, "num_beams") or 1)
     kept = _Kept(0 if any(asked_for(model, settings, name) for name in _SEVERAL_TOKENS_AT_ONCE) else KEPT_BYTES)
+    healing = allocator.prepare(model)
     plans = _allocated(allocator, model, tokens, kept)
     n_new = int(asked_for(model, settings, "max_new_tokens") or allocator.decoding.max_new_tokens)
     batches = Composer(known_step_costs(model), plans, [len(ids) for ids in tokens], n_new)
@@ -190,7 +190,6 @@ def _allocated(
             kept.keep(part, decision.prefix, [len(row) for row in rows])
         return replace(decision, prefix=None)
 
-    allocator.prepare(model)
     parts = by_tokens(range(len(tokens)), lengths, PROBE_TOKENS)
     chosen = allocator.selector().decide_in_parts(
         ((part, partial(decide, part)) for part in parts), [prompt_key(ids) for ids in tokens]

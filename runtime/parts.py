@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,17 +12,15 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError, PlanError, WrongModelError
-from backbone.families import check_is_model
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach, attached_digest, attached_to
+from backbone.families import check_is_model, model_fingerprint
+from backbone.healing.healing import Healing, ReadyHealing
 from backbone.plan import PlanMenu
-from controller.base import Controller
+from controller.base import Controller, FittedPredictor
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
 from controller.certificate.risks import full_quality
-from controller.learning import FittedPredictor
-from controller.projection import Projection
+from controller.features import Projection
 from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat
@@ -31,7 +29,6 @@ from runtime.plan_selection import PlanSelector
 Prompts = str | Mapping[str, str] | Turns | Iterable[str | Turns]
 """Texts and conversations, or a single text, message or conversation."""
 
-_attaching = threading.Lock()
 _ROUNDED = ", in float16, which rounds weights: load it in bfloat16 or float32 if it is the same model"
 
 
@@ -55,7 +52,7 @@ class AllocatorParts:
         decoding: how the answers behind the certificate were generated.
         fingerprint: of the model it was made for.
         model_source: where that model was loaded from.
-        healing: bridges and an adapter for the shortened plans, which `allocate` and `generate` attach to the model.
+        healing: bridges and an adapter for the shortened plans.
         acceptance: for each plan of the menu the share of its tokens that the full model says too, for the lossless
             mode; None where no label told.
         drift: watches whether prompts are like those of the certificate. While it is active every prompt runs the full
@@ -116,39 +113,30 @@ class AllocatorParts:
         return replace(self, certificate=replace(self.certificate, assumes=parts), others=tuple(others))
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raises WrongModelError for a model with other weights, or with healing parts of another allocator."""
+        """Raises WrongModelError for a model with other weights."""
         check_is_model(model)
         if (found := model_fingerprint(model)) != self.fingerprint:
             raise WrongModelError(
                 f"this allocator was made for {self.fingerprint} ({self.model_source}), "
                 f"the model given is {found}{_ROUNDED if model.dtype == torch.float16 else ''}"
             )
-        own = "" if self.healing is None else self.healing.digest
-        others = attached_digest(model, self.menu.plans[0])
-        if others not in ("", own):
-            raise WrongModelError(
-                f"this model has healing parts {others} attached, this allocator comes with {own or 'none'}: "
-                "call layerbudget.detach(model) first, or load the model a second time"
-            )
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Check the model and attach the healing parts to it, once; takes a moment and memory for the changed weights.
+    def prepare(self, model: PreTrainedModel) -> ReadyHealing | None:
+        """Check the model; returns the healing as it runs with it, whose first call takes a moment and memory.
 
         Raises:
             WrongModelError: another model, or healing parts that change layers which the probe runs.
         """
         self.check_model(model)
-        plan, depth = self.menu.plans[0], self.menu.probe_depth
-        if self.healing is not None:
-            with _attaching:
-                if not attached_digest(model, plan):
-                    attach(model, self.healing)
-        attached = attached_to(model, plan)
-        if attached is not None and min(attached.changed, default=depth) < depth:
+        if self.healing is None:
+            return None
+        healing, depth = self.healing.ready(model), self.menu.probe_depth
+        if min(healing.changed, default=depth) < depth:
             raise WrongModelError(
-                f"this allocator's healing changes layer {min(attached.changed)}, but every plan goes on from what "
+                f"this allocator's healing changes layer {min(healing.changed)}, but every plan goes on from what "
                 f"the full model's first {depth} layers (probe_depth) made of the prompt"
             )
+        return healing
 
     def rendered(
         self,
@@ -188,11 +176,20 @@ class AllocatorParts:
         check_is_tokenizer(tokenizer)
         return padded_prompts(tokenizer, [self.rendered(tokenizer, prompt, raw=raw) for prompt in listed(prompts)])
 
+    @cached_property
+    def predictor(self) -> FittedPredictor:
+        """The quality of plans, from features of prompts."""
+        full = full_quality(self.certificate.risk)
+        return FittedPredictor(self.projection, self.controller, full, self.outliers)
+
+    @cached_property
+    def has_own_decoding(self) -> bool:
+        """Whether its decoding is the one that it was certified with."""
+        return self.certificate.decoding in ("", str(self.decoding))
+
     def selector(self, limit_ms: float | None = None) -> PlanSelector:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        full = full_quality(self.certificate.risk)
-        predictor = FittedPredictor(self.projection, self.controller, full, self.outliers)
-        return PlanSelector(self.menu, predictor, self.certificate.price, self.drift, limit_ms)
+        return PlanSelector(self.menu, self.predictor, self.certificate.price, self.drift, limit_ms)
 
 
 def listed(prompts: Prompts | Question) -> list[str | Turns]:

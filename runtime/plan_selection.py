@@ -23,10 +23,9 @@ from backbone.errors import InputError
 from backbone.execution.prompt_prefix import Prefix, run_prefix
 from backbone.execution.self_test import wider_dtypes
 from backbone.plan import PlanMenu
-from controller.base import Controller, Floats, choose
+from controller.base import Controller, FittedPredictor, Floats, choose
 from controller.certificate.drift import RECOVERY, DriftAlarm
 from controller.features import Features, extract
-from controller.learning import FittedPredictor
 
 logger = logging.getLogger(__name__)
 

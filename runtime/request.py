@@ -1,4 +1,4 @@
-"""One `generate()` call: its arguments, what is refused of them, and what its decoding loop is given.
+"""One `generate()` call: what it is given, its plans, and its decoding in one pass, each row under its prompt's plan.
 
 Shapes: `B` prompts, each in `copies` neighbouring rows (its beams or samples), `R = B * copies` rows, `S` tokens.
 """
@@ -7,23 +7,37 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StopStringCriteria,
+)
 from transformers.cache_utils import DummyLayer
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from backbone.errors import UnsupportedGenerationError
-from backbone.execution.cache import remembered_plans
-from backbone.families import check_is_model, decoder_layers, decoder_of
-from backbone.healing.attaching import attached_digest
-from backbone.plan import LayerPlan
+from backbone.execution.apply_plan import apply_plans
+from backbone.execution.prompt_prefix import Prefix, replaying
+from backbone.execution.rows import remembered_plans
+from backbone.families import decoder_layers, decoder_of
+from backbone.healing.healing import ReadyHealing, healing_digest
+from backbone.plan import LayerPlan, PlanMenu
 from runtime.generate_arguments import REFUSED, refuse, refuse_other_loops, refuse_undecided
+from runtime.plan_selection import PlanSelector
+
+Output = torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
 _METHODS = {
     GenerationMode.GREEDY_SEARCH: "_sample",
@@ -116,8 +130,8 @@ class Request:
             for name, value in given.items()
         }
 
-    def plans_of_cache(self) -> list[LayerPlan] | None:
-        """The plans [B] that the given cache was filled under, which go on; None if the cache is empty.
+    def plans_of_cache(self, healing: ReadyHealing | None) -> list[LayerPlan] | None:
+        """The plans [B] that the given cache was filled under, which go on with `healing`; None if the cache is empty.
 
         Raises:
             UnsupportedGenerationError: it was filled under plans that are not known, for another number of prompts, or
@@ -131,17 +145,17 @@ class Request:
             raise UnsupportedGenerationError(
                 "the cache passed in lacks layers, and it is not known which plan filled it; start with a new cache"
             )
-        plans, healing = known or ((LayerPlan.full(len(decoder_layers(self.model))),), "")
+        plans, filled = known or ((LayerPlan.full(len(decoder_layers(self.model))),), "")
         if len(plans) not in (1, self.n_prompts):
             raise UnsupportedGenerationError(
                 f"the cache passed in was filled under the plans of {len(plans)} prompts, but this call has "
                 f"{self.n_prompts}; give the same prompts, or start with a new cache"
             )
         shortest = min(plans, key=lambda plan: plan.layers)
-        if healing != (attached := attached_digest(self.model, shortest)):
+        if filled != (own := healing_digest(healing, shortest)):
             raise UnsupportedGenerationError(
-                f"the cache passed in was filled under plan {shortest} with {healing or 'no'} healing parts, and the "
-                f"plan would go on with {attached or 'none'}; start with a new cache"
+                f"the cache passed in was filled under plan {shortest} with {filled or 'no'} healing parts, and the "
+                f"plan would go on with {own or 'none'}; start with a new cache"
             )
         return [plans[0]] * self.n_prompts if len(plans) == 1 else list(plans)
 
@@ -200,64 +214,74 @@ def loop_arguments(logits_processor: Any, stopping_criteria: Any, streamer: Any)
     return found if streamer is None else {**found, "streamer": streamer}
 
 
-def generate_by(
-    loop: Callable[..., Any],
-    model: PreTrainedModel,
-    inputs: Any,
-    generation_config: Any,
-    streamer: Any,
-    arguments: Mapping[str, Any],
-) -> Any:
-    """`model.generate()` with a loop as its `custom_generate`; a streamer is ended when an error is raised.
+class Moment:
+    """When all work given to a device so far is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._seconds = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    def ms_since(self, earlier: Moment) -> float:
+        """Milliseconds from an earlier moment to this one; on a GPU this waits until the moment has come."""
+        if self._event is None or earlier._event is None:
+            return (self._seconds - earlier._seconds) * 1000
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event))
+
+
+class FirstToken(LogitsProcessor):
+    """The last of a loop's logits processors: notes when the first token's scores are there, changes nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.moment: Moment | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.moment is None:
+            self.moment = Moment(self._device)
+        return scores
+
+
+def plans_of(
+    request: Request, menu: PlanMenu, selector: PlanSelector, healing: ReadyHealing | None
+) -> tuple[list[LayerPlan], Prefix | None]:
+    """The plans of the prompts [B], those of a given cache if it is filled, and the kept prefix, if any."""
+    if (plans := request.plans_of_cache(healing)) is not None:
+        return plans, None
+    decision = selector.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
+    return [menu.plans[index] for index in decision.chosen], decision.prefix
+
+
+def decode(
+    request: Request,
+    plans: Sequence[LayerPlan],
+    start: Moment,
+    prefix: Prefix | None = None,
+    healing: ReadyHealing | None = None,
+) -> tuple[Output, float]:
+    """Decode with the model's own loop, which sees all rows in their order.
 
     Args:
-        loop: takes what `generate()` gives to a `custom_generate`.
-        model, inputs, generation_config, streamer, arguments: as those of stock `generate()`.
+        request: the prepared call.
+        plans: of the B prompts.
+        start: when the call began.
+        prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
+        healing: what shortened plans run with.
 
-    Raises:
-        UnsupportedGenerationError: one of `REFUSED`, or stop strings without a tokenizer.
+    Returns:
+        The output, and the milliseconds from `start` to the first tokens.
     """
-    check_is_model(model)
-    given = {"inputs": inputs, "generation_config": generation_config, **arguments}
-    try:
-        refuse({name: asked_for(model, given, name) for name in REFUSED}, REFUSED, "an allocator")
-        stock = _with_stop_strings(model, given)
-        return model.generate(**stock, streamer=streamer, custom_generate=loop)  # type: ignore[operator]
-    except BaseException:
-        if streamer is not None:  # whoever reads from it in another thread would wait for ever
-            with suppress(Exception):
-                streamer.end()
-        raise
-
-
-def asked_for(model: PreTrainedModel, arguments: Mapping[str, Any], name: str) -> Any:
-    """The value that `generate()` takes for an argument: given, or from a configuration, the model's own last."""
-    if name in arguments:
-        return arguments[name]
-    own = getattr(arguments.get("generation_config"), name, None)
-    return getattr(getattr(model, "generation_config", None), name, None) if own is None else own
-
-
-def _with_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with `stop_strings`, from wherever they come, and `tokenizer` made into a stopping criterion.
-
-    transformers 5.24 drops the tokenizer on its way to a `custom_generate`, and then misses it.
-
-    Raises:
-        UnsupportedGenerationError: stop strings without a tokenizer.
-    """
-    config, default = arguments.get("generation_config"), getattr(model, "generation_config", None)
-    strings = asked_for(model, arguments, "stop_strings")
-    if not strings:
-        return arguments
-    if arguments.get("tokenizer") is None:
-        raise UnsupportedGenerationError("stop_strings needs the tokenizer as well; pass tokenizer=")
-    rest = {name: value for name, value in arguments.items() if name not in ("stop_strings", "tokenizer")}
-    if getattr(config, "stop_strings", None):
-        rest["generation_config"] = copy.deepcopy(config)
-        rest["generation_config"].stop_strings = None
-    if getattr(default, "stop_strings", None):
-        rest["stop_strings"] = None  # a keyword counts more than the model's own configuration
-    stop = StopStringCriteria(tokenizer=arguments["tokenizer"], stop_strings=strings)
-    rest["stopping_criteria"] = StoppingCriteriaList([*(rest.get("stopping_criteria") or []), stop])
-    return rest
+    clock = FirstToken(request.model.device)
+    loop = {**request.loop, "logits_processor": LogitsProcessorList([*request.loop["logits_processor"], clock])}
+    with apply_plans(request.model, plans, healing), ExitStack() as stack:
+        if prefix is not None:
+            rows = torch.arange(request.n_prompts, device=request.model.device).repeat_interleave(request.copies)
+            chosen = None if request.copies == 1 else rows
+            stack.enter_context(replaying(request.model, prefix, chosen, release=True))
+        output: Output = request.decoding_loop(
+            request.input_ids, generation_config=request.config, **loop, **request.kwargs
+        )
+    return output, clock.moment.ms_since(start) if clock.moment else 0.0

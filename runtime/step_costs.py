@@ -122,7 +122,7 @@ def _passes(model: PreTrainedModel, plan: LayerPlan, shape: tuple[int, int]) -> 
     options = head_options(model, 1)
 
     def run() -> None:
-        with apply_plan(model, plan, frozen=True):
+        with apply_plan(model, plan):
             for _ in range(PASSES):
                 model(input_ids=ids, use_cache=True, **options)
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import SharedPasses
 from backbone.families import decoder_layers
+from backbone.healing.healing import ReadyHealing
 from backbone.plan import LayerPlan
 
 N_LAYERS = 6
@@ -112,12 +113,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def check_shared_passes(model: PreTrainedModel, order: Sequence[LayerPlan]) -> None:
+def check_shared_passes(
+    model: PreTrainedModel, order: Sequence[LayerPlan], healing: ReadyHealing | None = None
+) -> None:
     """Shared passes in this order give each plan's own logits bit for bit, with fewer layers."""
-    batch, shared = padded_batch(), SharedPasses(model, order)
+    batch, shared = padded_batch(), SharedPasses(model, order, healing)
     with torch.no_grad():
         for plan in order:
-            with apply_plan(model, plan):
+            with apply_plan(model, plan, healing):
                 expected = model(**batch, use_cache=False).logits
             with shared.next_plan():
                 assert torch.equal(model(**batch, use_cache=False).logits, expected)

@@ -20,8 +20,8 @@ from backbone.errors import InputError, reason_of
 from backbone.execution.live_changes import captured
 from backbone.execution.self_test import rounding_limit
 from backbone.families import decoder_layers, final_norm
-from backbone.healing.bridges import Bridge
 from backbone.healing.fit_bridges import fit_bridges
+from backbone.healing.healing import Bridge
 from backbone.plan import LayerPlan
 
 

@@ -15,8 +15,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
+from backbone.healing.healing import Healing
 from backbone.plan import LayerPlan
-from runtime.request import Request, generate_by, loop_arguments
+from runtime.generate_arguments import generate_by
+from runtime.request import Request, loop_arguments
 from token_exits.driver import token_exits
 from token_exits.heads import TokenExitsError
 from token_exits.kv_projection import check_projections
@@ -48,6 +50,7 @@ class TokenExits:
         *,
         streamer: Any = None,
         plan: LayerPlan | None = None,
+        healing: Healing | None = None,
         **arguments: Any,
     ) -> Output:
         """`model.generate(inputs, generation_config, **arguments)`, each new token leaving where the gate is confident.
@@ -60,13 +63,14 @@ class TokenExits:
             model: its tokens leave.
             inputs, generation_config, streamer, arguments: as those of stock `generate()`.
             plan: for all rows, prompt and answer alike, below which tokens leave; None for all layers.
+            healing: what the plan runs with.
 
         Raises:
             TokenExitsError: heads of another model, or a plan or text that the strategy cannot be used with.
             UnsupportedGenerationError: a way of generating that no token exit can work with; the message names it.
             UnsupportedModelError: a model that tokens cannot leave exactly.
         """
-        loop = partial(self, streamer=streamer, plan=plan)
+        loop = partial(self, streamer=streamer, plan=plan, healing=healing)
         output: Output = generate_by(loop, model, inputs, generation_config, streamer, arguments)
         return output
 
@@ -79,6 +83,7 @@ class TokenExits:
         generation_config: GenerationConfig,
         streamer: Any = None,
         plan: LayerPlan | None = None,
+        healing: Healing | None = None,
         **model_kwargs: Any,
     ) -> Output:
         """The decoding loop that `generate(custom_generate=exits)` calls after preparing its inputs."""
@@ -87,11 +92,11 @@ class TokenExits:
         request = Request(model, input_ids, generation_config, model_kwargs, loop)
         plan = LayerPlan.full(len(decoder_layers(model))) if plan is None else plan
         self._check(request, plan)
-        return self._decode(request, plan)
+        return self._decode(request, plan, healing)
 
-    def _decode(self, request: Request, plan: LayerPlan) -> Output:
+    def _decode(self, request: Request, plan: LayerPlan, healing: Healing | None) -> Output:
         model, steps = request.model, request.max_new_tokens
-        with apply_plan(model, plan), token_exits(model, self.settings, plan, steps) as driver:
+        with apply_plan(model, plan, healing), token_exits(model, self.settings, plan, steps) as driver:
             output: Output = request.decoding_loop(
                 request.input_ids, generation_config=request.config, **request.loop, **request.kwargs
             )

@@ -18,7 +18,7 @@ from backbone.execution.executor import executing
 from backbone.execution.live_changes import replaced
 from backbone.execution.self_test import check_exactness
 from backbone.families import check_intact, check_is_model
-from backbone.healing.attaching import attached_to, check_head
+from backbone.healing.healing import AnyHealing, check_head, ready
 from backbone.plan import LayerPlan
 
 P = ParamSpec("P")
@@ -71,7 +71,7 @@ def _block(function: Callable[P, Iterator[PreTrainedModel]]) -> Callable[P, _Blo
 
 @_block
 def apply_plan(
-    model: PreTrainedModel, plan: LayerPlan, *, first_layer: int = 0, frozen: bool = False
+    model: PreTrainedModel, plan: LayerPlan, healing: AnyHealing = None, *, first_layer: int = 0
 ) -> Iterator[PreTrainedModel]:
     """Within this block, `model` runs `plan`: `model.generate()` and `model()` with their stock arguments and outputs.
 
@@ -83,26 +83,29 @@ def apply_plan(
     as for a streamer, has no plan: apply it there.
 
     A model's first plan is preceded by a self-test, some passes over a few tokens. Where `generate()` compiles its
-    decoding step (static cache), each plan is compiled once, at its first use. A shortened plan runs with the healing
-    parts attached to the model (see `backbone.healing.attaching.attach`).
+    decoding step (static cache), each plan is compiled once, at its first use.
 
     Args:
+        healing: what a shortened plan runs with, such as `allocator.healing`; made ready for the model at its first
+            use, which takes a moment and memory for changed weights. The full plan never runs with it.
         first_layer: for passes that go on from known states: the layers before it pass their input on.
-        frozen: leave the attached healing parts out.
 
     Raises:
-        PlanError: the plan is for another number of layers, or the full depth with a head that is not attached; this
+        PlanError: the plan is for another number of layers, or the full depth with a head that the healing lacks; this
             thread already runs this model with a plan; (from the model's forward) a cache filled under another plan.
+        WrongModelError: the healing was made for another model.
         UnsupportedModelError: see `family_of`; sub-layers of an undeclared family; a model compiled by the user; the
             self-test failed.
         InputError: (from `generate()`) continuous batching.
     """
-    with _applied(model, [plan], first_layer, frozen):
+    with _applied(model, [plan], healing, first_layer):
         yield model
 
 
 @_block
-def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[PreTrainedModel]:
+def apply_plans(
+    model: PreTrainedModel, plans: Iterable[LayerPlan], healing: AnyHealing = None
+) -> Iterator[PreTrainedModel]:
     """Within this block each row of a batch runs its own plan, in one pass for all.
 
     A layer, or half of one, computes only the rows whose plan runs it, and the cache holds only those. All else is as
@@ -113,6 +116,7 @@ def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[
         model: the model.
         plans: of the B prompts. A pass over R = B * c rows takes c neighbouring rows as one prompt's, such as its
             beams or samples in `generate()`.
+        healing: what the rows of shortened plans run with.
 
     Raises:
         PlanError: no plans, or (from the model's forward) a pass with other rows than B * c; see `apply_plan`.
@@ -125,13 +129,13 @@ def apply_plans(model: PreTrainedModel, plans: Iterable[LayerPlan]) -> Iterator[
     plans = list(plans)
     if not plans:
         raise PlanError("apply_plans needs a plan for each prompt of the batch, got none")
-    with _applied(model, plans[:1] if all(plan == plans[0] for plan in plans) else plans):
+    with _applied(model, plans[:1] if all(plan == plans[0] for plan in plans) else plans, healing):
         yield model
 
 
 @contextmanager
 def _applied(
-    model: PreTrainedModel, plans: Sequence[LayerPlan], first_layer: int = 0, frozen: bool = False
+    model: PreTrainedModel, plans: Sequence[LayerPlan], healing: AnyHealing, first_layer: int = 0
 ) -> Iterator[None]:
     check_is_model(model)
     for plan in plans:
@@ -145,13 +149,13 @@ def _applied(
         if not reservation.tested:
             check_exactness(model)
             reservation.tested = True
-        for plan in () if frozen else plans:
-            check_head(model, plan)
+        healed = None if shortest.is_full else ready(healing, model)
+        for plan in plans:
+            check_head(healed, plan)
         batching = "init_continuous_batching"  # of models that generate
-        attached = None if frozen else attached_to(model, shortest)
         with (
             replaced([(model, batching, _refuse_thread)] if hasattr(model, batching) else []),
-            executing(model, plans, first_layer=first_layer, attached=attached),
+            executing(model, plans, healed, first_layer=first_layer),
         ):
             yield
 

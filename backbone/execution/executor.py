@@ -19,12 +19,10 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backbone.errors import InputError, UnsupportedModelError
-from backbone.execution.cache import Rows, hold_rows, remember_plans
 from backbone.execution.live_changes import Forward, replaced
-from backbone.execution.rows import Prompts, RowSets, taken, with_rows
+from backbone.execution.rows import Prompts, Rows, RowSets, hold_rows, remember_plans, taken, with_rows
 from backbone.families import decoder_layers, decoder_of, family_of
-from backbone.healing.attaching import Attached, Swap
-from backbone.healing.bridges import Bridge
+from backbone.healing.healing import Bridge, ReadyHealing, Swap
 from backbone.plan import LayerPlan
 
 Patch = tuple[nn.Module, Forward]
@@ -32,14 +30,14 @@ Patch = tuple[nn.Module, Forward]
 
 @contextmanager
 def executing(
-    model: PreTrainedModel, plans: Sequence[LayerPlan], *, first_layer: int = 0, attached: Attached | None = None
+    model: PreTrainedModel, plans: Sequence[LayerPlan], healing: ReadyHealing | None = None, *, first_layer: int = 0
 ) -> Iterator[None]:
     """Within this block and thread the rows of `model` run `plans`. No check but those of the plans.
 
     Args:
         plans: one for all rows, or one for each of the B prompts.
+        healing: what shortened plans run with.
         first_layer: the layers before it pass their input on whatever the plans say.
-        attached: the healing parts that shortened plans run with.
 
     Raises:
         PlanError: a plan is for another number of layers.
@@ -50,7 +48,7 @@ def executing(
         _check_can_run(model, plan)
     if len(plans) > 1 and model.config._attn_implementation == "flex_attention":
         raise UnsupportedModelError("flex_attention has masks that cannot be cut into rows; load the model with sdpa")
-    executor = _Executor(model, plans, first_layer, attached)
+    executor = _Executor(model, plans, healing, first_layer)
     compiling = (model, "get_compiled_call", executor.compiled_call())
     with replaced([*((module, "forward", forward) for module, forward in executor.patches()), compiling]):
         yield
@@ -97,19 +95,19 @@ class _Executor:
     """
 
     def __init__(
-        self, model: PreTrainedModel, plans: Sequence[LayerPlan], first_layer: int, attached: Attached | None
+        self, model: PreTrainedModel, plans: Sequence[LayerPlan], healing: ReadyHealing | None, first_layer: int
     ) -> None:
-        self._model, self._plans, self._first, self._attached = model, plans, first_layer, attached
+        self._model, self._plans, self._healing, self._first = model, plans, healing, first_layer
         self._layers, self._family = list(decoder_layers(model)), family_of(model)
         self._rows = RowSets(len(plans), int(model.config.get_text_config().num_attention_heads))
-        self._digest = attached.digest if attached else ""
+        self._digest = healing.digest if healing else ""
 
     def patches(self) -> Iterator[Patch]:
         """Modules with the forwards that take the place of theirs."""
         for index in range(len(self._layers)):
             yield from self._of_layer(index)
         shortened = self._of(lambda plan: not plan.is_full)
-        for swap in self._attached.swaps if self._attached else ():
+        for swap in self._healing.swaps if self._healing else ():
             yield swap.module, self._swapping(swap, shortened)
         yield decoder_of(self._model), self._fitting_cache()
 
@@ -148,9 +146,9 @@ class _Executor:
 
     def _bridges_at(self, index: int) -> list[tuple[Prompts, Bridge]]:
         """The bridges over gaps that begin with a layer, each with the prompts whose plan it belongs to."""
-        if self._attached is None or index < self._first:
+        if self._healing is None or index < self._first:
             return []
-        found = {plan: self._attached.bridges.get(plan, {}).get(index) for plan in self._plans}
+        found = {plan: self._healing.bridges.get(plan, {}).get(index) for plan in self._plans}
         return [(self._of(plan.__eq__), bridge) for plan, bridge in found.items() if bridge is not None]
 
     def _cutting(self, forward: Forward, skip: Forward, wanted: Prompts) -> Forward:

@@ -87,7 +87,7 @@ def run_prefix(
     keep_cache: bool,
     **inputs: torch.Tensor,
 ) -> Prefix:
-    """Run the first `depth` layers; no later layer and no head is computed. Attached healing parts are left out.
+    """Run the first `depth` layers; no later layer and no head is computed.
 
     Args:
         input_ids: prompt tokens, int64 [B, S], left-padded.
@@ -100,7 +100,7 @@ def run_prefix(
     depths = range(depth + 1)
     # Without a configuration no layer of the cache forgets what has left its window: a later cache may still want it.
     cache = DynamicCache() if keep_cache else None
-    with apply_plan(model, LayerPlan.exiting(len(layers), depth), frozen=True), captured(layers, depths) as states:
+    with apply_plan(model, LayerPlan.exiting(len(layers), depth)), captured(layers, depths) as states:
         decoder(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=keep_cache, **inputs)
     kept: list[Any] = [] if cache is None else cache.layers[:depth]
     return Prefix(tuple(states[i] for i in depths), tuple((layer.keys, layer.values) for layer in kept))

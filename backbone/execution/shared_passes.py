@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.live_changes import Forward, captured, replaced
 from backbone.families import decoder_layers
-from backbone.healing.attaching import attached_to
+from backbone.healing.healing import ReadyHealing
 from backbone.plan import LayerPlan
 
 Treatment = tuple[bool, bool, int, bool]
@@ -21,40 +21,40 @@ Treatment = tuple[bool, bool, int, bool]
 are changed."""
 
 
-def treatments(model: PreTrainedModel, plan: LayerPlan) -> list[Treatment]:
-    """What a plan does with each layer of a model, with the healing parts that are attached now."""
-    attached = attached_to(model, plan)
-    bridges = {} if attached is None else attached.bridges.get(plan, {})
-    changed = frozenset() if attached is None else attached.changed
+def treatments(plan: LayerPlan, healing: ReadyHealing | None) -> list[Treatment]:
+    """What a plan does with each layer of a model, with this healing."""
+    healing = None if plan.is_full else healing
+    bridges = {} if healing is None else healing.bridges.get(plan, {})
+    changed = frozenset() if healing is None else healing.changed
     return [
         (i in plan.attention, i in plan.mlp, id(bridges[i]) if i in bridges else 0, i in changed)
         for i in range(plan.n_layers)
     ]
 
 
-def common_depth(model: PreTrainedModel, first: LayerPlan, second: LayerPlan) -> int:
+def common_depth(first: LayerPlan, second: LayerPlan, healing: ReadyHealing | None = None) -> int:
     """How many layers, counted from the first, both plans treat alike."""
-    pairs = zip(treatments(model, first), treatments(model, second), strict=True)
+    pairs = zip(treatments(first, healing), treatments(second, healing), strict=True)
     return next((depth for depth, (a, b) in enumerate(pairs) if a != b), first.n_layers)
 
 
-def unchanged_depth(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> int:
+def unchanged_depth(plans: Sequence[LayerPlan], healing: ReadyHealing | None) -> int:
     """How many layers, counted from the first, all plans run whole and with the model's own weights."""
-    return min(common_depth(model, LayerPlan.full(plan.n_layers), plan) for plan in plans)
+    return min(common_depth(LayerPlan.full(plan.n_layers), plan, healing) for plan in plans)
 
 
-def _starts(model: PreTrainedModel, ordered: Sequence[LayerPlan]) -> list[int]:
+def _starts(ordered: Sequence[LayerPlan], healing: ReadyHealing | None) -> list[int]:
     """The layer from which each plan's pass computes, where it goes on from the one before."""
-    return [0] + [min(common_depth(model, a, b), max(b.attention | b.mlp)) for a, b in pairwise(ordered)]
+    return [0] + [min(common_depth(a, b, healing), max(b.attention | b.mlp)) for a, b in pairwise(ordered)]
 
 
-def sharing_order(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+def sharing_order(plans: Sequence[LayerPlan], healing: ReadyHealing | None = None) -> list[LayerPlan]:
     """The plans in an order in which neighbours share the longest prefix; it depends on the plans alone."""
     numbers = {0: 0}  # of bridges, as the plans by their text have them
     keys = {
         plan: [
             (attention, mlp, numbers.setdefault(bridge, len(numbers)), changed)
-            for attention, mlp, bridge, changed in treatments(model, plan)
+            for attention, mlp, bridge, changed in treatments(plan, healing)
         ]
         for plan in sorted(plans, key=str)
     }
@@ -67,15 +67,16 @@ class SharedPasses:
     Args:
         model: the model.
         plans: all plans that will be run, in the order in which they will be run; see `sharing_order`.
+        healing: what shortened plans run with.
 
     Attributes:
         layers_run: layers computed so far (halves count half), over all passes.
     """
 
-    def __init__(self, model: PreTrainedModel, plans: Sequence[LayerPlan]) -> None:
-        self._model, self._plans = model, list(plans)
+    def __init__(self, model: PreTrainedModel, plans: Sequence[LayerPlan], healing: ReadyHealing | None = None) -> None:
+        self._model, self._plans, self._healing = model, list(plans), healing
         self._layers = decoder_layers(model)
-        self._starts = _starts(model, plans)
+        self._starts = _starts(plans, healing)
         self._states: dict[int, torch.Tensor] = {}
         self._next = 0
         self.layers_run = 0.0
@@ -88,7 +89,7 @@ class SharedPasses:
         self._next += 1
         known = {depth: state for depth, state in self._states.items() if depth <= start}
         with (
-            apply_plan(self._model, plan, first_layer=start),
+            apply_plan(self._model, plan, self._healing, first_layer=start),
             captured(self._layers, {depth for depth in later if depth > start}) as states,
             replaced(_given(self._layers[start], known[start]) if start else ()),
         ):

@@ -161,7 +161,7 @@ class Beginning:
         layers, begun = decoder_layers(self._model), self.batch(rows)
         with (
             torch.no_grad(),
-            apply_plan(self._model, LayerPlan.exiting(len(layers), depth), frozen=True),
+            apply_plan(self._model, LayerPlan.exiting(len(layers), depth)),
             captured(layers, depths) as states,
         ):
             decoder_of(self._model)(**begun.inputs)

@@ -1,1 +1,1 @@
-"""Small trained parts that take the place of skipped layers: fitted, trained, saved, attached to a model."""
+"""Small trained parts that take the place of skipped layers: fitted, trained, saved, made ready for a model."""

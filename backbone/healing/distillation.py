@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbone.healing.attaching import Healing
-from backbone.healing.bridges import Bridges
+from backbone.healing.healing import Bridges, Healing
 from backbone.healing.settings import DistillSettings
 from backbone.healing.trained_parts import Checkpoint, Trainable, adapted_layers
 from backbone.healing.training_targets import DistillationLoss, Example, contiguous_head

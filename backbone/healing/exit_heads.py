@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from backbone.execution.output_head import head_on, output_logits
-from backbone.healing.bridges import Bridge
 from backbone.healing.exit_places import Advance, Places
+from backbone.healing.healing import Bridge
 
 LOOKED_AT = 256
 """Places of answers at which the full model's likely tokens are taken into the vocabulary."""

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from backbone.execution.executor import executing
 from backbone.execution.live_changes import captured
 from backbone.families import decoder_layers, decoder_of
-from backbone.healing.attaching import Attached
-from backbone.healing.bridges import Bridge
+from backbone.healing.healing import Bridge, ReadyHealing
 from backbone.healing.ridge_regression import Fit, Moments, fit_bridge
 from backbone.healing.settings import Form
 from backbone.left_padding import by_tokens, in_halves, padded_inputs
@@ -174,7 +173,7 @@ def _states(
     bridges: Mapping[int, Bridge] | None = None,
 ) -> dict[int, torch.Tensor]:
     """States [B, S, D] before the layers `depths`, under the full model or a plan with bridges; L: after the last."""
-    running = nullcontext() if plan is None else executing(model, [plan], attached=Attached("", {plan: bridges or {}}))
+    running = nullcontext() if plan is None else executing(model, [plan], ReadyHealing("", {plan: bridges or {}}))
     with running, captured(decoder_layers(model), depths) as states:
         decoder_of(model)(**inputs, use_cache=False)
     return states

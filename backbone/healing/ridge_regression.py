@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backbone.healing.bridges import Bridge
+from backbone.healing.healing import Bridge
 from backbone.healing.settings import Form
 
 RIDGES = tuple(10.0**power for power in range(-9, 0))

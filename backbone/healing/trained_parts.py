@@ -18,9 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from backbone.errors import UnsupportedModelError
 from backbone.families import decoder_layers
 from backbone.files import replacing
-from backbone.healing.adapters import Adapter
-from backbone.healing.attaching import Attached, detach, set_attached
-from backbone.healing.bridges import Bridge, Bridges
+from backbone.healing.healing import Adapter, Bridge, Bridges, ReadyHealing
 from backbone.healing.settings import Where
 from backbone.plan import LayerPlan
 
@@ -73,14 +71,10 @@ class Trainable:
         return name.startswith("bridge ")
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Within this block, shortened plans run with the parameters as they are now, differentiably."""
-        set_attached(self._model, Attached("in training", self._bridges, changed=frozenset(self._layers)))
-        try:
-            with _in_half_precision(self._model):
-                yield
-        finally:
-            detach(self._model)
+    def healing(self) -> Iterator[ReadyHealing]:
+        """Yields what shortened plans run with in this block: the parameters as they are now, differentiably."""
+        with _in_half_precision(self._model):
+            yield ReadyHealing("in training", self._bridges, changed=frozenset(self._layers))
 
     def off(self) -> AbstractContextManager[None]:
         """Within this block the model computes as it did before."""

@@ -63,9 +63,9 @@ class DistillationLoss:
         tokens = torch.cat([torch.tensor(e.tokens[-e.answer :]) for e in batch]).to(self._model.device)
         fixed = torch.cat([torch.full((e.answer,), e.from_reference) for e in batch]).to(self._model.device)
         full = LayerPlan.full(plans[0].n_layers)
-        with self._trainable.attached():
-            order = sharing_order(self._model, plans)
-            shared = SharedPasses(self._model, [full, *order])
+        with self._trainable.healing() as healing:
+            order = sharing_order(plans, healing)
+            shared = SharedPasses(self._model, [full, *order], healing)
             with torch.no_grad(), self._trainable.off(), shared.next_plan():
                 teacher = torch.cat(last_logits(self._model, inputs, answers))
             vocabulary = self._vocabulary(teacher, tokens, step)

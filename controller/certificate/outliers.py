@@ -21,8 +21,7 @@ from safetensors.numpy import save_file
 
 from backbone.strict_json import parse
 from controller.base import LearningError, check_sets
-from controller.features import Features, Floats
-from controller.projection import ARRAYS, Projection
+from controller.features import ARRAYS, Features, Floats, Projection
 
 COMPONENTS = 12
 """Principal components of the distances, each scaled to variance 1; chosen by measurement, `docs/controllers.md`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 
 from backbone.strict_json import parse
 from controller.base import LearningError
-
-T = TypeVar("T")
 
 WEIGHTS = "controller.safetensors"
 
@@ -54,13 +52,6 @@ def read_weights(
             right = str(kind).removeprefix("torch.")
             raise LearningError(f"{path} holds no controller: some numbers of {name} are not finite, or not {right}")
     return tensors
-
-
-def fitted(model: T | None) -> T:
-    """The model of a controller; raises RuntimeError where there is none yet."""
-    if model is None:
-        raise RuntimeError("this controller was not fitted")
-    return model
 
 
 def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:

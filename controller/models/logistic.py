@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from controller.base import Controller, Floats, Trial
-from controller.models.files import WEIGHTS, fitted, read_weights
+from controller.base import Controller, Floats, Trial, fitted
+from controller.models.files import WEIGHTS, read_weights
 
 
 class LogisticController(Controller):

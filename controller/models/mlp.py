@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from controller.base import Controller, Floats, LearningError, Trial
-from controller.models.files import WEIGHTS, Layout, fitted, read_weights
+from controller.base import Controller, Floats, LearningError, Trial, fitted
+from controller.models.files import WEIGHTS, Layout, read_weights
 
 
 class MLPController(Controller):

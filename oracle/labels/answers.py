@@ -15,6 +15,7 @@ from functools import lru_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.shared_prefixes import Beginning
+from backbone.healing.healing import ReadyHealing
 from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding, cut_at_stop
@@ -53,13 +54,21 @@ class Answers:
 
     Args:
         decoding: complete, see `Decoding.of`.
+        healing: what shortened plans run with.
         stop_early: end an answer where its score is decided.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, *, stop_early: bool = True
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Decoding,
+        healing: ReadyHealing | None = None,
+        *,
+        stop_early: bool = True,
     ) -> None:
         self._model, self._tokenizer, self._decoding, self._stop_early = model, tokenizer, decoding, stop_early
+        self._healing = healing
         self.tokens = lru_cache(PROMPTS_IN_MEMORY)(lambda prompt: tokens_of(tokenizer, prompt.prompt))
         """Token ids of a prompt."""
 
@@ -87,7 +96,9 @@ class Answers:
             return next((ids[:size] for size in range(1, len(ids)) if decided(number, ids[:size], plan)), ids)
 
         start, rows = time.perf_counter(), [self.tokens(prompt) for prompt in prompts]
-        found = exit_answers(self._model, self._tokenizer, rows, plans, self._decoding, enough, beginning)
+        found = exit_answers(
+            self._model, self._tokenizer, rows, plans, self._decoding, enough, beginning, self._healing
+        )
         seconds = (time.perf_counter() - start) / (len(prompts) * len(plans))
         share = shared * max(len(plan.attention) for plan in plans) / plans[0].n_layers / len(plans)
         return [
@@ -100,7 +111,7 @@ class Answers:
         """What plans answer up to the first token that is not the full model's, from one pass over its answers."""
         start = time.perf_counter()
         rows = [(self.tokens(prompt), full[prompt].answer_ids) for prompt in prompts]
-        found = verify(self._model, rows, plans)
+        found = verify(self._model, rows, plans, self._healing)
         seconds = (time.perf_counter() - start) / (len(prompts) * len(plans))
         return [
             Draft(prompt, plan, one.ids, one.forward_tokens, seconds)
@@ -119,7 +130,7 @@ class Answers:
         plans = list(dict.fromkeys(draft.plan for draft in drafts))
         start, owners = time.perf_counter(), list(rows.values())
         sequences = [[*self.tokens(prompt), *ids] for prompt, ids in rows]
-        batch = SharedBatch(self._model, self._tokenizer, sequences, plans, self._decoding)
+        batch = SharedBatch(self._model, self._tokenizer, sequences, plans, self._decoding, self._healing)
         beginning = (time.perf_counter() - start) / len(drafts)
         for plan in plans:
             start = time.perf_counter()

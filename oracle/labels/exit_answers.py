@@ -22,7 +22,7 @@ from backbone.execution.live_changes import captured
 from backbone.execution.output_head import output_logits
 from backbone.execution.shared_prefixes import Beginning, Begun
 from backbone.families import decoder_layers, decoder_of
-from backbone.healing.attaching import attached_to
+from backbone.healing.healing import Bridges, ReadyHealing
 from backbone.left_padding import in_halves, position_inputs
 from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
@@ -54,10 +54,9 @@ def exit_depth(plan: LayerPlan) -> int | None:
     return depth if plan.healed or plan == LayerPlan.exiting(plan.n_layers, max(depth, 1)) else None
 
 
-def are_exits(model: PreTrainedModel, plans: Sequence[LayerPlan]) -> bool:
-    """Whether all these plans are early exits of the model with its own weights, so that one pass serves them all."""
-    attached = next((found for plan in plans if (found := attached_to(model, plan)) is not None), None)
-    unchanged = attached is None or not (attached.changed or attached.swaps)
+def are_exits(plans: Sequence[LayerPlan], healing: ReadyHealing | None) -> bool:
+    """Whether all these plans are early exits of a model with its own weights, so that one pass serves them all."""
+    unchanged = healing is None or not healing.swaps or all(plan.is_full for plan in plans)
     return unchanged and all(exit_depth(plan) is not None for plan in plans)
 
 
@@ -70,25 +69,28 @@ def exit_answers(
     decoding: Decoding,
     enough: Enough = lambda number, ids, plans: False,
     beginning: Beginning | None = None,
+    healing: ReadyHealing | None = None,
 ) -> list[dict[LayerPlan, ExitAnswer]]:
     """For each of B prompts (token ids) what each plan answers greedily.
 
     Args:
-        model: with the heads that are attached to it.
-        tokenizer: of the model.
+        model: the model, with its tokenizer.
         prompts: token ids of each.
         plans: see `are_exits`.
         decoding: under which the likeliest token is the chosen one.
         enough: ends answers before their end.
         beginning: of all these prompts, run through as many layers as the deepest plan has.
+        healing: with the exit heads.
     """
     deepest = LayerPlan.exiting(plans[0].n_layers, max(len(plan.attention) for plan in plans))
     numbered, start = list(enumerate(prompts)), beginning or Beginning(model)
 
     def run(some: Sequence[tuple[int, Sequence[int]]]) -> list[dict[LayerPlan, ExitAnswer]]:
         begun = start.batch([ids for _, ids in some])
-        with apply_plan(model, deepest, frozen=True):
-            passes = _Pass(model, plans, decoding, stop_token_ids(tokenizer, decoding))
+        with apply_plan(model, deepest):
+            passes = _Pass(
+                model, plans, decoding, stop_token_ids(tokenizer, decoding), {} if healing is None else healing.bridges
+            )
             return passes.answers(begun, lambda row, ids, plans: enough(some[row][0], ids, plans))
 
     return in_halves(numbered, run)
@@ -100,8 +102,14 @@ Row = tuple[int, tuple[int, ...]]
 
 class _Pass:
     def __init__(
-        self, model: PreTrainedModel, plans: Sequence[LayerPlan], decoding: Decoding, stops: frozenset[int]
+        self,
+        model: PreTrainedModel,
+        plans: Sequence[LayerPlan],
+        decoding: Decoding,
+        stops: frozenset[int],
+        heads: Bridges,
     ) -> None:
+        self._heads = heads
         self._model, self._plans, self._decoding, self._stops = model, list(plans), decoding, stops
         self._depths = {plan: len(plan.attention) for plan in plans}
         self._decoder: Any = decoder_of(model)
@@ -150,8 +158,7 @@ class _Pass:
         for plan in self._plans:
             own = [row for row, plans in rows.items() if plan in plans]
             state = states[self._depths[plan]][[places[row] for row in own]]
-            attached = attached_to(self._model, plan)
-            if attached is not None and (head := attached.bridges.get(plan, {}).get(self._depths[plan])):
+            if head := self._heads.get(plan, {}).get(self._depths[plan]):
                 state = head(state)
             tokens = [
                 one

@@ -14,6 +14,7 @@ from backbone.execution.apply_plan import apply_plan
 from backbone.execution.prompt_prefix import Prefix, replaying, run_prefix
 from backbone.execution.shared_passes import unchanged_depth
 from backbone.families import decoder_of
+from backbone.healing.healing import ReadyHealing
 from backbone.left_padding import in_halves, position_inputs
 from backbone.plan import LayerPlan
 from oracle.chat import tokens_of
@@ -38,10 +39,11 @@ def answer_batch(
     prompts: Sequence[str],
     plan: LayerPlan,
     decoding: Decoding,
+    healing: ReadyHealing | None = None,
 ) -> list[Answer]:
-    """The answers to `prompts` [B], generated as one left-padded batch under `plan`."""
+    """The answers to `prompts` [B], generated as one left-padded batch under `plan`, with its healing."""
     prompt_ids = [tokens_of(tokenizer, text) for text in prompts]
-    batch = SharedBatch(model, tokenizer, prompt_ids, [plan], decoding)
+    batch = SharedBatch(model, tokenizer, prompt_ids, [plan], decoding, healing)
     generated = batch.continued(plan, dict.fromkeys(range(len(prompts)), never), decoding.max_new_tokens)
     return [
         Answer(answer_text(tokenizer, ids, decoding), ids, len(prompt))
@@ -58,6 +60,7 @@ class SharedBatch:
         token_ids: of the sequences.
         plans: all under which they will be continued.
         decoding: what the model's generation config says is put in.
+        healing: what shortened plans run with.
 
     Attributes:
         depth: the layers that are computed once; 0 for one plan, and where there is no memory to keep their states.
@@ -70,14 +73,15 @@ class SharedBatch:
         token_ids: Sequence[list[int]],
         plans: Sequence[LayerPlan],
         decoding: Decoding,
+        healing: ReadyHealing | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._healing = model, healing
         decoding = decoding.of(model, tokenizer)
         self._stops = stop_token_ids(tokenizer, decoding)
         self._options = decoding.arguments(tokenizer, list(self._stops))
         inputs = tokenizer.pad({"input_ids": list(token_ids)}, return_tensors="pt", padding_side="left")
         self._ids, self._mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        self.depth = unchanged_depth(model, plans) if len(plans) > 1 else 0
+        self.depth = unchanged_depth(plans, healing) if len(plans) > 1 else 0
         self._prefix: Prefix | None = None
         if self.depth:
             positions = position_inputs(decoder_of(model), self._mask)
@@ -102,7 +106,7 @@ class SharedBatch:
         rows, width = torch.tensor(list(enough), device=self._model.device), self._ids.shape[1]
         ends = _RowEnds(list(enough.values()), width)
         replayed = nullcontext() if self._prefix is None else replaying(self._model, self._prefix, rows)
-        with apply_plan(self._model, plan), replayed:
+        with apply_plan(self._model, plan, self._healing), replayed:
             output = self._model.generate(  # type: ignore[operator]
                 input_ids=self._ids[rows],
                 attention_mask=self._mask[rows],

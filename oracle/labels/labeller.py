@@ -11,8 +11,8 @@ from itertools import product
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.shared_prefixes import beginnings
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import attached_digest
+from backbone.families import model_fingerprint
+from backbone.healing.healing import AnyHealing, healing_digest, ready
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.batches import packed, together, wanted_in_blocks
 from oracle.decoding import Decoding
@@ -37,6 +37,7 @@ class Labeller(LabelReader):
         decoding: how answers are generated; what the model's generation config says is put in.
         store: where labels are kept; one transaction a batch.
         batch_size: prompts generated together.
+        healing: what shortened plans run with.
         shortcut: make each answer in the cheapest way and end it where its score is decided (see
             `oracle.labels.answers`); otherwise generate everything to its end, plan by plan. The judge `kl` generates
             nothing either way. Where the decoding changes tokens, the likeliest ones are not those chosen, and
@@ -54,20 +55,21 @@ class Labeller(LabelReader):
         decoding: Decoding,
         store: LabelStore,
         batch_size: int,
+        healing: AnyHealing = None,
         *,
         shortcut: bool = True,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._healing = model, tokenizer, ready(healing, model)
         super().__init__(store, decoding.of(model, tokenizer), self.model_key)
         self._batch_size = batch_size
         self._shortcut = shortcut and not self.decoding.changes_tokens
-        self._answers = Answers(model, tokenizer, self.decoding, stop_early=self._shortcut)
+        self._answers = Answers(model, tokenizer, self.decoding, self._healing, stop_early=self._shortcut)
         self._fingerprint = model_fingerprint(model)
         self.failures: list[str] = []
 
     def model_key(self, plan: LayerPlan) -> str:
-        """What answers under a plan, with the healing parts that are attached to the model now."""
-        return model_key(self._fingerprint, str(self._model.dtype), attached_digest(self._model, plan))
+        """What answers under a plan: see `oracle.labels.reader.model_key`."""
+        return model_key(self._fingerprint, str(self._model.dtype), healing_digest(self._healing, plan))
 
     def label(self, prompts: Sequence[Prompt], menu: PlanMenu, advance: Advance = lambda done: None) -> None:
         """Label all prompts under all plans of the menu, block by block."""
@@ -87,7 +89,7 @@ class Labeller(LabelReader):
 
         Of prompts that are wanted under other plans alone, as a search asks for them, its label must be there.
         """
-        if self._shortcut and full_plan in wanted and are_exits(self._model, list(wanted)):
+        if self._shortcut and full_plan in wanted and are_exits(list(wanted), self._healing):
             self._label_exits(wanted, full_plan, advance)
         self._generate({full_plan: self.missing(wanted.get(full_plan, ()), full_plan)}, {}, advance)
         missing = {plan: self.missing(some, plan) for plan, some in wanted.items() if plan != full_plan}
@@ -160,7 +162,9 @@ class Labeller(LabelReader):
         """Labels of the judge `kl`: all plans along the full model's answers, nothing generated."""
         for plans, batch in self._alike(missing, full):
             start = time.perf_counter()
-            found = diverge(self._model, [(self._answers.tokens(p), full[p].answer_ids) for p in batch], plans)
+            found = diverge(
+                self._model, [(self._answers.tokens(p), full[p].answer_ids) for p in batch], plans, self._healing
+            )
             seconds = (time.perf_counter() - start) / (len(batch) * len(plans))
             labels = []
             for (prompt, row), plan in product(zip(batch, found, strict=True), plans):

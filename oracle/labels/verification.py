@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from backbone.execution.shared_passes import SharedPasses, sharing_order
+from backbone.healing.healing import ReadyHealing
 from backbone.left_padding import in_halves, last_logits, memory_budget, padded_inputs
 from backbone.plan import LayerPlan
 
@@ -51,17 +52,21 @@ class Verified:
         return math.exp(-self.nats)
 
 
-def verify(model: PreTrainedModel, rows: Sequence[Row], plans: Sequence[LayerPlan]) -> list[dict[LayerPlan, Verified]]:
-    """For each of B rows, how far each plan repeats the known answer."""
-    order = sharing_order(model, plans)
-    return _in_parts(model, rows, lambda part: _passes(model, part, order))
+def verify(
+    model: PreTrainedModel, rows: Sequence[Row], plans: Sequence[LayerPlan], healing: ReadyHealing | None = None
+) -> list[dict[LayerPlan, Verified]]:
+    """For each of B rows, how far each plan, with this healing, repeats the known answer."""
+    order = sharing_order(plans, healing)
+    return _in_parts(model, rows, lambda part: _passes(model, part, order, healing))
 
 
-def diverge(model: PreTrainedModel, rows: Sequence[Row], plans: Sequence[LayerPlan]) -> list[dict[LayerPlan, Verified]]:
+def diverge(
+    model: PreTrainedModel, rows: Sequence[Row], plans: Sequence[LayerPlan], healing: ReadyHealing | None = None
+) -> list[dict[LayerPlan, Verified]]:
     """As `verify`, with the divergence of each shortened plan from the full one, whose pass they share out."""
     full = LayerPlan.full(plans[0].n_layers)
-    order = [full, *reversed(sharing_order(model, [plan for plan in plans if plan != full]))]
-    return _in_parts(model, rows, lambda part: _passes(model, part, order, compared=len(plans)))
+    order = [full, *reversed(sharing_order([plan for plan in plans if plan != full], healing))]
+    return _in_parts(model, rows, lambda part: _passes(model, part, order, healing, compared=len(plans)))
 
 
 def _in_parts(
@@ -76,7 +81,11 @@ def _in_parts(
 
 @torch.inference_mode()
 def _passes(
-    model: PreTrainedModel, rows: Sequence[Row], order: Sequence[LayerPlan], compared: int = 0
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    order: Sequence[LayerPlan],
+    healing: ReadyHealing | None,
+    compared: int = 0,
 ) -> list[dict[LayerPlan, Verified]]:
     """A pass under each plan over prompts and answers, left-padded, so that all answers end in the last column.
 
@@ -84,7 +93,7 @@ def _passes(
     """
     ids = [[*prompt, *answer[:-1]] for prompt, answer in rows]
     inputs, counts = padded_inputs(model, ids), [len(answer) for _, answer in rows]
-    shared, expected = SharedPasses(model, order), list[torch.Tensor]()
+    shared, expected = SharedPasses(model, order, healing), list[torch.Tensor]()
     found: list[dict[LayerPlan, Verified]] = [{} for _ in rows]
     for plan in order:
         before = shared.layers_run

@@ -17,11 +17,9 @@ from itertools import combinations
 import numpy as np
 
 from backbone.errors import PlanError
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach, detach
-from backbone.healing.bridges import Bridge
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
+from backbone.healing.healing import Bridge, Healing
 from backbone.left_padding import memory_budget
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.judges import KL
@@ -50,7 +48,7 @@ prompts are run several times."""
 
 
 def covering(task: MenuTask, advance: Advance) -> list[LayerPlan]:
-    """The K - 1 plans of a pool with which an oracle spends least at a few losses. Leaves the model without healing.
+    """The K - 1 plans of a pool with which an oracle spends least at a few losses.
 
     Raises:
         PlanError: a task without labels, or without prompts to fit bridges on.
@@ -153,11 +151,8 @@ class _Pool:
 
         menu = PlanMenu.build(plans, sublayer_bytes(model), self._task.probe_depth)
         menu = menu.with_added({str(plan): healing.cost(model, plan) for plan in plans})
-        attach(model, healing)
-        try:
-            return Measured(list(menu.plans), np.array(menu.budgets), self._labels.scores(menu.plans, judge, advance))
-        finally:
-            detach(model)
+        scores = self._labels.scores(menu.plans, healing, judge, advance)
+        return Measured(list(menu.plans), np.array(menu.budgets), scores)
 
     def _fit(self, gaps: set[range]) -> None:
         if not gaps:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import Floats, choose
+from controller.base import FittedPredictor, Floats, choose
 from controller.certificate.calibration import PRICES
 from controller.certificate.certificate import alpha_of
 from controller.features import Features, rows_of
-from controller.learning import FittedPredictor, Settings, learn
+from controller.learning import Settings, learn
 from controller.report.headroom import Curve, captured_by, gains
 from controller.report.report_card import price_for_loss
 from pipelines.config.learning_sections import TuningSection

@@ -27,8 +27,8 @@ from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
 from runtime.allocator import Allocator
-from runtime.generation import check_layers
 from runtime.offline import decoding_options, generate_texts, new_texts
+from runtime.output import check_layers
 from runtime.paired_timing import median_seconds
 
 SHOWN, ROUNDS = 6, 5
@@ -48,7 +48,7 @@ def check_layers_run(
     """Generate a token for some of the rendered prompts whose certified plan is shortened, and compare plans.
 
     Raises:
-        InputError: see `runtime.generation.check_layers`.
+        InputError: see `runtime.output.check_layers`.
     """
     timed, one = replace(allocator, drift=None), replace(allocator.decoding, max_new_tokens=1)
     shortened = [(text, plan) for text, plan in zip(texts, certified, strict=True) if not plan.is_full]
@@ -96,7 +96,7 @@ def answered_both_ways(
 def _answered(
     workspace: Workspace, allocator: Allocator, prompt: Prompt, advance: Callable[[int], None]
 ) -> dict[str, Any]:
-    model, tokenizer = workspace.adapted
+    model, tokenizer = workspace.model.loaded
     inputs = dict(padded_prompts(tokenizer, [prompt.prompt]).to(model.device))
     options = decoding_options(tokenizer, workspace.model.decoding)
     stock: Any = model.generate

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.delete_layers import delete_layers
 from backbone.execution.prompt_prefix import probe_states
+from backbone.healing.healing import Healing
 from backbone.plan import LayerPlan
 from controller.features import Features, extract, rows_of
 from oracle.chat import padded_prompts
@@ -119,11 +120,13 @@ def paired_seconds(
     return found
 
 
-def generation_under(model: PreTrainedModel, inputs: Inputs, plan: LayerPlan, n_tokens: int) -> Callable[[], object]:
-    """Greedy generation of exactly `n_tokens` for each row of `inputs` under a plan."""
+def generation_under(
+    model: PreTrainedModel, inputs: Inputs, plan: LayerPlan, n_tokens: int, healing: Healing | None
+) -> Callable[[], object]:
+    """Greedy generation of exactly `n_tokens` for each row of `inputs` under a plan with its healing."""
 
     def generate() -> object:
-        with apply_plan(model, plan):
+        with apply_plan(model, plan, healing):
             return model.generate(**inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)  # type: ignore[operator]
 
     return generate
@@ -136,21 +139,21 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
     for them, so that a few stand for all. `limit` is what the layers left out allow one at a time: each prompt on a
     model without the layers that its plan leaves out, and without a decision.
     """
-    (model, tokenizer), settings = workspace.adapted, workspace.config.evaluation
+    (model, tokenizer), settings = workspace.model.loaded, workspace.config.evaluation
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
     n_tokens, picked = settings.speed_tokens, timed_rows(chosen, settings.speed_prompts)
     texts = [test.prompts[index].prompt for index in picked]
     batch = dict(padded_prompts(tokenizer, texts).to(model.device))
     singles = [dict(padded_prompts(tokenizer, [text]).to(model.device)) for text in texts]
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
-    plans = {str(plan): generation_under(model, batch, plan, n_tokens) for plan in timed.menu.plans}
+    plans = {str(plan): generation_under(model, batch, plan, n_tokens, timed.healing) for plan in timed.menu.plans}
     ends: dict[str, Callable[[], object]] = {
         "stock_batch": lambda: model.generate(**batch, **exact),  # type: ignore[operator]
         "allocator_batch": lambda: timed.generate(model, **batch, **exact),
         "stock_single": lambda: [model.generate(**one, **exact) for one in singles],  # type: ignore[operator]
         "allocator_single": lambda: [timed.generate(model, **one, **exact) for one in singles],
         "allocate_single": lambda: [timed.allocate(model, **one) for one in singles],
-        "shortened_single": _shortened(model, singles, [timed.menu.plans[chosen[index]] for index in picked], exact),
+        "shortened_single": _shortened(timed, model, singles, [int(chosen[index]) for index in picked], exact),
     }
     full = list(plans)[-1]
     pairs = {
@@ -198,16 +201,21 @@ def timed_rows(chosen: Choices, count: int) -> list[int]:
 
 
 def _shortened(
-    model: PreTrainedModel, singles: list[dict[str, torch.Tensor]], plans: list[LayerPlan], exact: dict[str, Any]
+    allocator: Allocator,
+    model: PreTrainedModel,
+    singles: list[dict[str, torch.Tensor]],
+    chosen: list[int],
+    exact: dict[str, Any],
 ) -> Callable[[], object]:
     """Stock generation for each prompt on a model in which the layers that its plan leaves out do not exist; a plan
     that runs half of a layer is applied instead, which takes the same time within 2%."""
+    plans, healing = [allocator.menu.plans[index] for index in chosen], allocator.healing
     halves = {plan for plan in plans if plan.attention != plan.mlp}
     short = {plan: model if plan in halves else delete_layers(model, plan) for plan in {*plans}}
 
     def generate() -> object:
         for one, plan in zip(singles, plans, strict=True):
-            with apply_plan(model, plan) if plan in halves else nullcontext():
+            with apply_plan(model, plan, healing) if plan in halves else nullcontext():
                 short[plan].generate(**one, **exact)  # type: ignore[operator]
         return None
 
@@ -223,7 +231,7 @@ def prompt_ms(decide: Callable[[Features], object], features: Features, repeats:
 
 def feature_ms(workspace: Workspace, text: str, rounds: int) -> dict[str, float]:
     """Milliseconds that each set of features takes for one prompt, from the probe layers' states in hand."""
-    (model, tokenizer), config = workspace.adapted, workspace.config
+    (model, tokenizer), config = workspace.model.loaded, workspace.config
     inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     states = probe_states(model, inputs["input_ids"], inputs["attention_mask"], config.menu.probe_depth)
     work = {

@@ -12,8 +12,8 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.execution.shared_prefixes import beginnings
-from backbone.healing.attaching import Healing, attach
 from backbone.healing.fit_bridges import Batch, BatchSums, Sums
+from backbone.healing.healing import Healing
 from backbone.left_padding import padded_inputs
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
@@ -39,7 +39,7 @@ class ModelTask:
     Attributes:
         model: where the worker finds it.
         facts: what the run knows of it; the worker's must be the same.
-        healing: attached to it.
+        healing: what shortened plans run with.
     """
 
     model: ModelSection
@@ -54,8 +54,6 @@ class ModelTask:
             raise ConfigError(
                 f"a worker finds another model at {self.model.source} than this run has: {found}, not {self.facts}"
             )
-        if self.healing is not None:
-            attach(loaded[0], self.healing)
         return loaded
 
 
@@ -139,7 +137,9 @@ class LabelTask(ModelTask):
         with tempfile.TemporaryDirectory() as folder:
             store = LabelStore(Path(folder) / "labels.db")
             store.add(piece.known)
-            labeller = Labeller(*self.backbone, self.decoding, store, self.batch_size, shortcut=self.shortcut)
+            labeller = Labeller(
+                *self.backbone, self.decoding, store, self.batch_size, self.healing, shortcut=self.shortcut
+            )
             labeller.label_some(piece.wanted, full)
             labels = [
                 label for plan, prompts in piece.wanted.items() for label in labeller.labels(plan, prompts).values()
@@ -188,7 +188,7 @@ class RemoteLabeller(LabelReader):
 
 
 def remote_labeller(workspace: Workspace, workers: Workers, healing: Healing | None) -> RemoteLabeller:
-    """The labeller of a run whose workers attach these healing parts to the model."""
+    """The labeller of a run whose workers run shortened plans with this healing."""
     label, model = workspace.config.label, workspace.model
     task = LabelTask(*given_to_workers(workspace, healing), model.decoding, label.batch_size, label.shortcut)
     digest = "" if healing is None or healing.is_empty else healing.digest

@@ -1,4 +1,4 @@
-"""The model of a run: what is known of it without loading it, and the loaded one, plain or healed."""
+"""The model of a run: what is known of it without loading it, and the loaded one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from backbone.families import model_fingerprint
 from backbone.files import write_atomically
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach, detach
 from backbone.loading import load_backbone, load_tokenizer
 from backbone.plan import LayerPlan
 from oracle.chat import NO_TEMPLATE, ChatTemplate, named_tokens
@@ -103,13 +102,12 @@ class RunModel:
 
     def __init__(self, config: Config, path: Path) -> None:
         self._config, self._path = config, path
-        self._attached: Healing | None = None
 
     @cached_property
     def facts(self) -> ModelFacts:
         """What is known of the model; loads it only in a run that never did."""
         if not self.is_known:
-            _ = self._loaded
+            _ = self.loaded
         return ModelFacts.load(self._path)
 
     @property
@@ -117,7 +115,8 @@ class RunModel:
         return self._path.exists()
 
     @cached_property
-    def _loaded(self) -> Loaded:
+    def loaded(self) -> Loaded:
+        """The model and its tokenizer."""
         model = self._config.model
         if (loaded := given_model(model.source)) is None:
             with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
@@ -139,24 +138,11 @@ class RunModel:
         if known != found:
             found.save(self._path)
 
-    def plain(self) -> Loaded:
-        """The model without healing, and its tokenizer."""
-        detach(self._loaded[0])
-        self._attached = None
-        return self._loaded
-
-    def healed(self, healing: Healing) -> Loaded:
-        """The same model with healing parts attached, and its tokenizer."""
-        if self._attached is not healing:
-            attach(self._loaded[0], healing)
-            self._attached = healing
-        return self._loaded
-
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's, without loading the model."""
         source = self._config.model.source
-        return self._loaded[1] if "_loaded" in self.__dict__ or given_model(source) else load_tokenizer(source)
+        return self.loaded[1] if "loaded" in self.__dict__ or given_model(source) else load_tokenizer(source)
 
     @property
     def decoding(self) -> Decoding:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.files import write_atomically
-from backbone.healing.attaching import Healing
+from backbone.healing.healing import Healing
 from backbone.plan import LayerPlan, PlanMenu
 from controller.features import Features, rows_of
 from oracle.labels.labeller import Labeller
@@ -23,7 +22,7 @@ from oracle.labels.store import LabelStore, StoreError
 from oracle.prompts import Prompt, Split
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation.learning_table import Table
-from pipelines.run.model import Loaded, RunModel
+from pipelines.run.model import RunModel
 from pipelines.run.prompts import IN_FULL, RunPrompts
 
 Mask = NDArray[np.bool_]
@@ -67,15 +66,10 @@ class Workspace:
         """What the stage `adapt` made."""
         return Healing.load(self.path("healing.safetensors"))
 
-    @property
-    def adapted(self) -> Loaded:
-        """The model with this healing, and its tokenizer."""
-        return self.model.healed(self.healing)
-
-    def labeller(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Labeller:
-        """Labels answers of the model with what is attached to it now."""
-        store, label = LabelStore(self.path("labels.db")), self.config.label
-        return Labeller(model, tokenizer, self.model.decoding, store, label.batch_size, shortcut=label.shortcut)
+    def labeller(self, healing: Healing | None) -> Labeller:
+        """Labels answers of the model, under shortened plans with this healing."""
+        loaded, store, label = self.model.loaded, LabelStore(self.path("labels.db")), self.config.label
+        return Labeller(*loaded, self.model.decoding, store, label.batch_size, healing, shortcut=label.shortcut)
 
     @cached_property
     def labels(self) -> LabelReader:

@@ -14,10 +14,9 @@ import numpy as np
 
 from backbone.errors import ArtefactError
 from backbone.files import UNFINISHED, replacing
-from backbone.healing.attaching import Healing
-from backbone.healing.bridges import Bridges
 from backbone.healing.distillation import CHECKPOINT, History, distil
 from backbone.healing.fit_bridges import Over, bridges_of, bridging_rounds, fit_bridges
+from backbone.healing.healing import Bridges, Healing
 from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
 from oracle.answered_prompts import answered_examples, reference_examples
@@ -48,7 +47,7 @@ HELD = 5
 def run(workspace: Workspace, workers: Workers | None = None) -> Path:
     """Writes `healing.safetensors`, and `adapt.json` with how they were made and what they add to the budgets."""
     check_own(workspace.path("adapt"), lambda file: file.name == CHECKPOINT or file.name.endswith(UNFINISHED))
-    model, _ = workspace.model.plain()
+    model, _ = workspace.model.loaded
     made = _HealingMaker(workspace, workers)
     candidates = {method: made.healing(method) for method in made.methods}
     curves = made.compared(candidates) if len(candidates) > 1 else {}
@@ -80,7 +79,7 @@ class _HealingMaker:
         self._workspace, self._settings, self._workers = workspace, workspace.config.adapt, workers
         self._menu = workspace.frozen_menu()
         self._plans = self._menu.plans[:-1]
-        self._model, self._tokenizer = workspace.model.plain()
+        self._model, self._tokenizer = workspace.model.loaded
         self._fingerprint = workspace.model.facts.fingerprint
         self.record: dict[str, Any] = {}
 
@@ -220,8 +219,7 @@ class _HealingMaker:
         """Of the model with healing parts or without, in this process or elsewhere."""
         if self._workers is not None:
             return remote_labeller(self._workspace, self._workers, healing)
-        model = self._workspace.model
-        return self._workspace.labeller(*(model.plain() if healing is None else model.healed(healing)))
+        return self._workspace.labeller(healing)
 
     def compared(self, candidates: dict[AdaptMethod, Healing]) -> dict[AdaptMethod, dict[str, Any]]:
         """For each method its static plans on held-out prompts: time a token, mean score, area under their hull.
@@ -235,16 +233,14 @@ class _HealingMaker:
         n_tokens = self._workspace.config.evaluation.speed_tokens
         scores, times = {}, {}
         for method, healing in candidates.items():
-            self._workspace.model.healed(healing)
             labeller = self._labeller(healing)
             missing = sum(len(labeller.missing(prompts, plan)) for plan in menu.plans)
             with progress(f"answers with {method}", missing) as advance:
                 labeller.label(prompts, menu, advance)
             scores[method] = score_matrix(labeller.read(prompts, menu))
-            work = {plan: generation_under(self._model, batch, plan, n_tokens) for plan in menu.plans}
+            work = {plan: generation_under(self._model, batch, plan, n_tokens, healing) for plan in menu.plans}
             seconds = median_seconds(work, FEWEST_ROUNDS, lambda: None)
             times[method] = np.array([seconds[plan] * 1000 / n_tokens for plan in menu.plans])
-        self._workspace.model.plain()
         return _areas(scores, times)
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import WIDE, Floats, choose
+from controller.base import WIDE, FittedPredictor, Floats, choose
 from controller.certificate.calibration import PricePath, certify, first_price, on_path, valid_price
 from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
-from controller.learning import FittedPredictor
 from oracle.labels.reader import acceptance_rates
 from oracle.prompts import Prompt
 from pipelines.config import Config

@@ -55,7 +55,7 @@ def run(workspace: Workspace) -> Path:
     prices[best] = allocator.certificate.price
     chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
     certified = [menu.plans[plan] for plan in chosen[best]]
-    check_layers_run(allocator, *workspace.adapted, [prompt.prompt for prompt in test.prompts], certified)
+    check_layers_run(allocator, *workspace.model.loaded, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
     examples = answered_both_ways(workspace, allocator, test, chosen[best])
     chosen |= _yardsticks(config, test, fit, chosen[best], keep)

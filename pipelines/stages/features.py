@@ -52,7 +52,7 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
 
 def _features_of(workspace: Workspace, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> Features:
     """The sets `features.sets` of some prompts, in their order, read from the model without healing."""
-    loaded, config = workspace.model.plain(), workspace.config
+    loaded, config = workspace.model.loaded, workspace.config
     found: list[Features] = []
     for rows in _batches(prompts, config.features.batch_size):
         texts = [prompts[row].prompt for row in rows]

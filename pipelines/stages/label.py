@@ -38,9 +38,9 @@ def label_cells(workspace: Workspace, split: Split, cells: NDArray[np.bool_], wo
 
 
 def _labeller(workspace: Workspace, workers: Workers | None) -> Labeller | RemoteLabeller:
-    """Of the adapted model; only where this process labels does it load one."""
+    """Of the healed model; only where this process labels does it load one."""
     if workers is None:
-        return workspace.labeller(*workspace.adapted)
+        return workspace.labeller(workspace.healing)
     return remote_labeller(workspace, workers, workspace.healing)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 from backbone.families import decoder_layers
@@ -19,7 +18,7 @@ from pipelines.run.workspace import Workspace
 def run(workspace: Workspace) -> Path:
     """Search the plans with a few prompts of the split `adapt`; writes `menu.json`."""
     named = [(prompt.id, prompt.prompt) for prompt in workspace.prompts.rendered]
-    check_lengths(*workspace.model.plain(), named, workspace.config.decoding.max_new_tokens)
+    check_lengths(*workspace.model.loaded, named, workspace.config.decoding.max_new_tokens)
     task, method = menu_task(workspace), workspace.config.menu.method
     with progress("plans tried", search_steps(method, task)) as advance:
         menu = build_menu(method, task, lambda: advance(1))
@@ -28,7 +27,7 @@ def run(workspace: Workspace) -> Path:
 
 def menu_task(workspace: Workspace) -> MenuTask:
     """What the menu is made for."""
-    (model, tokenizer), settings = workspace.model.plain(), workspace.config.menu
+    (model, tokenizer), settings = workspace.model.loaded, workspace.config.menu
     prompts, others = _parts(workspace.prompts.splits["adapt"], settings.prompts)
     full = LayerPlan.full(len(decoder_layers(model)))
     return MenuTask(
@@ -41,7 +40,7 @@ def menu_task(workspace: Workspace) -> MenuTask:
         cheapest_budget=settings.cheapest_budget,
         losses=settings.losses,
         given=settings.given,
-        labels=TaskLabels(cache(lambda: workspace.labeller(model, tokenizer)), tokenizer, prompts, others, full),
+        labels=TaskLabels(workspace.labeller, tokenizer, prompts, others, full),
     )
 
 

@@ -8,12 +8,11 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from backbone.files import replacing
-from controller.base import CONTROLLERS, Floats
+from controller.base import CONTROLLERS, FittedPredictor, Floats
 from controller.certificate.outliers import OutlierTest
 from controller.certificate.risks import full_quality
-from controller.features import Features
-from controller.learning import CrossFit, FittedPredictor, Settings, learn
-from controller.projection import Projection
+from controller.features import Features, Projection
+from controller.learning import CrossFit, Settings, learn
 from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
 from pipelines.run.state import check_own

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from backbone.errors import ArtefactError, InputError, reason_of
-from backbone.healing.attaching import Healing
+from backbone.healing.healing import Healing
 from backbone.model_source import PACKAGE_PREFIX, check_package
 from backbone.plan import PlanMenu
 from backbone.strict_json import parse
@@ -24,7 +24,7 @@ from controller.base import CONTROLLERS
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
-from controller.projection import Projection
+from controller.features import Projection
 from oracle.decoding import Decoding
 from runtime.chat_format import ChatFormat
 from runtime.parts import AllocatorParts, OperatingPoint

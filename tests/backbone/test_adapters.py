@@ -1,4 +1,4 @@
-"""Adapters on a model: saved, attached, refused."""
+"""Adapters on a model: saved, applied, refused."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ from tiny import N_LAYERS, padded_batch, tiny_model
 
 from backbone.errors import UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.adapters import Adapter
-from backbone.healing.attaching import Healing, attach, detach
+from backbone.families import model_fingerprint
+from backbone.healing.healing import Adapter, Healing
 from backbone.plan import LayerPlan
 
 
@@ -25,10 +24,8 @@ def test_adapters_survive_saving(tmp_path) -> None:
     assert loaded.digest == healing.digest
     outputs = []
     for each in (healing, loaded):
-        attach(model, each)
-        with apply_plan(model, LayerPlan.exiting(N_LAYERS, 4)), torch.no_grad():
+        with apply_plan(model, LayerPlan.exiting(N_LAYERS, 4), each), torch.no_grad():
             outputs.append(model(**batch).logits)
-        detach(model)
     assert torch.equal(*outputs)
 
 

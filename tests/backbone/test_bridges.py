@@ -1,3 +1,4 @@
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -7,11 +8,10 @@ from tiny import N_LAYERS, OPTIONS, check_shared_passes, padded_batch, tiny_mode
 from backbone.errors import ArtefactError, WrongModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import sharing_order
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing import fit_bridges as fitting
-from backbone.healing.attaching import Healing, attach, attached_digest, detach
-from backbone.healing.bridges import Bridge
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
+from backbone.healing.healing import Bridge, Healing, healing_digest
 from backbone.healing.ridge_regression import Moments, fit_bridge
 from backbone.plan import LayerPlan
 
@@ -106,10 +106,8 @@ def test_bridged_plans_are_nearer_to_the_full_model(in_order) -> None:
         for plan in PLANS:
             with apply_plan(model, plan):
                 frozen = model(**batch).logits[:, -1]
-            attach(model, healing)
-            with apply_plan(model, plan):
+            with apply_plan(model, plan, healing):
                 bridged = model(**batch).logits[:, -1]
-            detach(model)
             assert (bridged - full).norm() < (frozen - full).norm()
 
 
@@ -141,17 +139,16 @@ def test_too_little_memory_makes_smaller_batches_with_the_same_bridges(monkeypat
             assert torch.allclose(bridge(state), bridges_of(parts)[plan][first](state), atol=1e-3)
 
 
-def attached_model(family: str, **options: object):
-    model = tiny_model(family, **options)
-    attach(model, Healing(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), PLANS, rank=8))))
-    return model
+def bridged_model(family: str):
+    model = tiny_model(family)
+    return model, Healing(model_fingerprint(model), bridges_of(fit_bridges(model, sequences(), PLANS, rank=8)))
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_generation_over_bridges_equals_the_uncached_computation(family) -> None:
-    model, batch = attached_model(family), padded_batch()
+    (model, healing), batch = bridged_model(family), padded_batch()
     for plan in PLANS:
-        with apply_plan(model, plan), torch.no_grad():
+        with apply_plan(model, plan, healing), torch.no_grad():
             generated = model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
             ids, mask = batch["input_ids"], batch["attention_mask"]
             for _ in range(3):
@@ -163,9 +160,9 @@ def test_generation_over_bridges_equals_the_uncached_computation(family) -> None
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_shared_passes_over_bridges_equal_separate_ones(family) -> None:
-    model = attached_model(family)
-    order = sharing_order(model, [*PLANS, LayerPlan.full(N_LAYERS)])
-    check_shared_passes(model, order)
+    model, healing = bridged_model(family)
+    order = sharing_order([*PLANS, LayerPlan.full(N_LAYERS)], healing.ready(model))
+    check_shared_passes(model, order, healing.ready(model))
 
 
 def test_the_order_of_shared_passes_does_not_depend_on_where_bridges_lie() -> None:
@@ -173,24 +170,23 @@ def test_the_order_of_shared_passes_does_not_depend_on_where_bridges_lie() -> No
     model, orders = tiny_model("llama"), []
     for plans in (PLANS, PLANS[::-1]):
         bridges = {plan: {gap.start: deepcopy(BRIDGE) for gap in plan.gaps} for plan in plans}  # one behind the other
-        attach(model, Healing(model_fingerprint(model), bridges))
-        orders.append(sharing_order(model, plans))
-        detach(model)
+        orders.append(sharing_order(plans, Healing(model_fingerprint(model), bridges).ready(model)))
     assert orders[0] == orders[1]
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
-def test_the_full_plan_and_the_model_itself_are_bit_equal_with_bridges_attached(family) -> None:
-    plain, model, batch = tiny_model(family), attached_model(family), padded_batch()
+def test_the_full_plan_and_the_model_itself_are_bit_equal_with_bridges(family) -> None:
+    plain, (model, healing), batch = tiny_model(family), bridged_model(family), padded_batch()
     with torch.no_grad():
         expected = plain(**batch).logits
-        assert torch.equal(model(**batch).logits, expected)
-        with apply_plan(model, LayerPlan.full(N_LAYERS)):
+        with apply_plan(model, LayerPlan.full(N_LAYERS), healing):
             assert torch.equal(model(**batch).logits, expected)
+        with apply_plan(model, PLANS[0], healing):
+            healed = model(**batch).logits
+        assert torch.equal(model(**batch).logits, expected)
         with apply_plan(model, PLANS[0]):
-            assert not torch.equal(model(**batch).logits, expected)
-        with apply_plan(model, PLANS[0], frozen=True):
             bare = model(**batch).logits
+        assert not torch.equal(healed, bare)
         with apply_plan(plain, PLANS[0]):
             assert torch.equal(plain(**batch).logits, bare)
     for name, parameter in plain.named_parameters():
@@ -225,7 +221,7 @@ def test_plans_with_a_gap_in_common_are_saved(tmp_path) -> None:
 def test_healing_of_another_model_and_other_files_are_refused(tmp_path) -> None:
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
     with pytest.raises(WrongModelError, match=r"made for llama-6x32-.*, the model given is llama-6x32-"):
-        attach(other, Healing(model_fingerprint(model)))
+        Healing(model_fingerprint(model)).ready(other)
     with pytest.raises(ArtefactError, match="holds no healing parts"):
         Healing.load(tmp_path / "missing.safetensors")
     (tmp_path / "text").write_text("hello")
@@ -234,11 +230,26 @@ def test_healing_of_another_model_and_other_files_are_refused(tmp_path) -> None:
 
 
 def test_the_digest_names_what_a_plan_runs_with() -> None:
-    model = attached_model("llama")
-    assert len(attached_digest(model, PLANS[0])) == 12
-    assert attached_digest(model, LayerPlan.full(N_LAYERS)) == ""
-    detach(model)
-    assert attached_digest(model, PLANS[0]) == ""
+    model, healing = bridged_model("llama")
+    assert healing_digest(healing.ready(model), PLANS[0]) == healing.digest
+    assert healing_digest(healing.ready(model), LayerPlan.full(N_LAYERS)) == ""
+    assert healing_digest(Healing(healing.fingerprint).ready(model), PLANS[0]) == ""
+    assert healing_digest(None, PLANS[0]) == ""
+
+
+def test_healing_is_made_ready_once_for_a_model_and_leaves_no_trace_on_it(tmp_path) -> None:
+    """Equal healing, such as that of a run and of its allocator, shares the copies; they go with the healing."""
+    model, healing = bridged_model("llama")
+    before, found = set(vars(model)), healing.ready(model)
+    assert set(vars(model)) == before
+    healing.save(tmp_path / "healing.safetensors")
+    assert healing.ready(model) is found is Healing.load(tmp_path / "healing.safetensors").ready(model)
+    gone = weakref.ref(found)
+    del healing, found
+    assert gone() is None
+    model, healing = bridged_model("llama")
+    found = healing.ready(model)
+    assert healing.ready(model.to(torch.bfloat16)) is not found
 
 
 def test_bridges_cost_what_their_parameters_weigh() -> None:

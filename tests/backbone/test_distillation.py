@@ -13,9 +13,8 @@ from tiny import N_LAYERS, check_shared_passes, padded_batch, tiny_model
 from backbone.errors import UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import sharing_order, unchanged_depth
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.healing import distillation, trained_parts, training_targets
-from backbone.healing.attaching import attach
 from backbone.healing.distillation import History, distil
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from backbone.healing.settings import DistillSettings
@@ -63,13 +62,12 @@ def test_training_brings_every_plan_nearer_and_leaves_the_model_as_it_was(family
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name])
         assert parameter.requires_grad
-    attach(model, healing)
     with torch.no_grad():
         full = untouched(**batch).logits
         assert torch.equal(model(**batch).logits, full)
-        with apply_plan(model, FULL):
+        with apply_plan(model, FULL, healing):
             assert torch.equal(model(**batch).logits, full)
-        with apply_plan(model, PLANS[0]):
+        with apply_plan(model, PLANS[0], healing):
             adapted = model(**batch).logits
         with apply_plan(untouched, PLANS[0]):
             assert not torch.equal(untouched(**batch).logits, adapted)
@@ -79,7 +77,7 @@ def test_training_brings_every_plan_nearer_and_leaves_the_model_as_it_was(family
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_a_model_in_half_precision_is_trained_in_it_with_parameters_in_float32(family, tmp_path, monkeypatch) -> None:
     model, dtypes = tiny_model(family, layer_scale=0.7).to(torch.bfloat16), set()
-    kept = trained_parts.Trainable.attached
+    kept = trained_parts.Trainable.healing
 
     def noted(trainable):
         dtypes.update(parameter.dtype for parameter in trainable.parameters.values())
@@ -90,7 +88,7 @@ def test_a_model_in_half_precision_is_trained_in_it_with_parameters_in_float32(f
         return kept(trainable)
 
     products: set[torch.dtype] = set()
-    monkeypatch.setattr(trained_parts.Trainable, "attached", noted)
+    monkeypatch.setattr(trained_parts.Trainable, "healing", noted)
     healing, history = trained(model, tmp_path, some=examples(model, 96))
     assert (dtypes, products) == ({torch.float32}, {torch.bfloat16})
     sums = [sum(losses.values()) for losses in history.held]
@@ -121,7 +119,7 @@ def test_no_plan_is_left_out_however_few_run_at_a_step(tmp_path, monkeypatch, pl
 
 
 def test_the_held_loss_is_the_divergence_of_the_merged_model(tmp_path) -> None:
-    """What training measured with PEFT's layers is what the attached, merged, weights do."""
+    """What training measured with PEFT's layers is what the merged weights do."""
     model = tiny_model("llama", layer_scale=0.7)
     some = examples(model)
     seen: list[History] = []
@@ -129,14 +127,13 @@ def test_the_held_loss_is_the_divergence_of_the_merged_model(tmp_path) -> None:
     best = min(history.held, key=lambda losses: sum(losses.values()))
     order = np.random.default_rng(SHORT.seed).permutation(len(some))
     held = [some[i] for i in order[: round(0.1 * len(some))]]
-    attach(model, healing)
     for plan in PLANS:
         total = 0.0
         for example in held:
             ids = torch.tensor([example.tokens[:-1]])
             with torch.no_grad():
                 full = model(ids).logits[0, -example.answer :].log_softmax(-1)
-                with apply_plan(model, plan):
+                with apply_plan(model, plan, healing):
                     own = model(ids).logits[0, -example.answer :].log_softmax(-1)
             total += float((full.exp() * (full - own)).sum())
         assert total / sum(example.answer for example in held) == pytest.approx(best[str(plan)], rel=0.05, abs=1e-3)
@@ -227,8 +224,7 @@ def test_references_pull_towards_themselves(tmp_path) -> None:
     healing, history = trained(model, tmp_path, settings, some=references)
     first, last = history.held[0], history.held[-1]
     assert all(last[plan] < 0.7 * first[plan] for plan in first)
-    attach(model, healing)
-    with apply_plan(model, PLANS[1]), torch.no_grad():
+    with apply_plan(model, PLANS[1], healing), torch.no_grad():
         tokens = model.generate(torch.tensor([references[0].tokens[:-4]]), max_new_tokens=4, do_sample=False)
     assert tokens[0, -4:].tolist() == [11, 12, 13, 14]
 
@@ -279,10 +275,9 @@ def test_the_adapter_leaves_the_probe_alone(tmp_path) -> None:
 def test_shared_passes_with_an_adapter_equal_separate_ones(tmp_path) -> None:
     model = tiny_model("llama")
     healing, _ = trained(model, tmp_path, bridges=_bridges())
-    attach(model, healing)
-    order = sharing_order(model, [*PLANS, FULL])
-    assert unchanged_depth(model, PLANS) == PROBE
-    check_shared_passes(model, order)
+    ready = healing.ready(model)
+    assert unchanged_depth(PLANS, ready) == PROBE
+    check_shared_passes(model, sharing_order([*PLANS, FULL], ready), ready)
 
 
 def test_a_quantised_base_cannot_be_trained_through(tmp_path) -> None:

@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from backbone import loading
 from backbone.errors import LoadError
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint
 from backbone.loading import load_backbone
 
 

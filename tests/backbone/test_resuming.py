@@ -19,14 +19,12 @@ PLANS = [
 
 
 def test_common_depth_is_where_two_plans_part() -> None:
-    assert common_depth(MODEL, PLANS[0], PLANS[0]) == N_LAYERS
-    assert common_depth(MODEL, PLANS[0], PLANS[2]) == 3
-    assert common_depth(MODEL, PLANS[4], PLANS[5]) == 2
+    assert common_depth(PLANS[0], PLANS[0]) == N_LAYERS
+    assert common_depth(PLANS[0], PLANS[2]) == 3
+    assert common_depth(PLANS[4], PLANS[5]) == 2
 
 
-@pytest.mark.parametrize(
-    "order", [PLANS, PLANS[::-1], sharing_order(MODEL, PLANS)], ids=["given", "reversed", "sharing"]
-)
+@pytest.mark.parametrize("order", [PLANS, PLANS[::-1], sharing_order(PLANS)], ids=["given", "reversed", "sharing"])
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_shared_passes_equal_separate_ones(family, order) -> None:
     model, batch = tiny_model(family), padded_batch()
@@ -42,7 +40,7 @@ def test_shared_passes_equal_separate_ones(family, order) -> None:
 
 def test_shared_passes_run_what_is_new_only() -> None:
     model, batch = tiny_model("llama"), padded_batch()
-    order = sharing_order(MODEL, PLANS)
+    order = sharing_order(PLANS)
     shared = SharedPasses(model, order)
     for _ in order:
         with shared.next_plan():

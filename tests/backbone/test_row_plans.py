@@ -11,11 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.execution.cache import cache_bytes, remembered_plans
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.adapters import Adapter
-from backbone.healing.attaching import Healing, attach
-from backbone.healing.bridges import Bridge
+from backbone.execution.rows import cache_bytes, remembered_plans
+from backbone.families import model_fingerprint
+from backbone.healing.healing import Adapter, Bridge, Healing
 from backbone.plan import LayerPlan
 
 FULL = LayerPlan.full(N_LAYERS)
@@ -51,17 +49,17 @@ def row(batch, index):
     return {name: tensor[index : index + 1] for name, tensor in batch.items()}
 
 
-def alone(model, batch, plans, mode):
+def alone(model, batch, plans, mode, healing=None):
     """The tokens of each row by itself under its own plan."""
     found = []
     for index, plan in enumerate(plans):
-        with apply_plan(model, plan):
+        with apply_plan(model, plan, healing):
             found.append(generated(model, row(batch, index), [index], mode)[0])
     return torch.stack(found)
 
 
 def with_healing(family: str, *, bridges: bool, adapter: bool):
-    """A model with random bridges and a random low-rank change of each matrix in its last three layers."""
+    """A model with random bridges and random low-rank changes of the matrices in its last three layers."""
     model, draw = tiny_model(family), torch.Generator().manual_seed(7)
 
     def random(*shape: int) -> torch.Tensor:
@@ -78,18 +76,17 @@ def with_healing(family: str, *, bridges: bool, adapter: bool):
     if family == "gpt2":  # its matrices lie the other way round
         shapes = {name: shape[::-1] for name, shape in shapes.items()}
     changes = {name: (random(shape[0], 4), random(4, shape[1])) for name, shape in shapes.items()}
-    attach(model, Healing(model_fingerprint(model), made if bridges else {}, Adapter(changes) if adapter else None))
-    return model
+    return model, Healing(model_fingerprint(model), made if bridges else {}, Adapter(changes) if adapter else None)
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_rows_with_healing_equal_their_plan_alone_in_every_family(family) -> None:
     """Whole and half layers, a bridge for each gap and an adapter, left padding; full rows beside all of them."""
-    model, batch, wrong = with_healing(family, bridges=True, adapter=True), padded_batch(), []
+    (model, healing), batch, wrong = with_healing(family, bridges=True, adapter=True), padded_batch(), []
     for mode in MODES:
-        expected = alone(model, batch, PLANS, mode)
+        expected = alone(model, batch, PLANS, mode, healing)
         for cache, options in CACHES.items():
-            with apply_plans(model, PLANS):
+            with apply_plans(model, PLANS, healing):
                 found = generated(model, batch, range(len(PLANS)), mode, **options)
             if not torch.equal(found, expected):
                 wrong.append((mode, cache, int((found != expected).sum())))
@@ -99,35 +96,35 @@ def test_rows_with_healing_equal_their_plan_alone_in_every_family(family) -> Non
 @pytest.mark.parametrize("parts", ["bridges", "adapter"])
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_healing_reach_their_own_rows_only(family, parts) -> None:
-    model, batch = with_healing(family, bridges=parts == "bridges", adapter=parts == "adapter"), padded_batch()
-    with apply_plans(model, PLANS):
+    model, healing = with_healing(family, bridges=parts == "bridges", adapter=parts == "adapter")
+    batch = padded_batch()
+    with apply_plans(model, PLANS, healing):
         found = generated(model, batch, range(len(PLANS)), "greedy")
-    assert torch.equal(found, alone(model, batch, PLANS, "greedy"))
+    assert torch.equal(found, alone(model, batch, PLANS, "greedy", healing))
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_a_head_at_full_depth_reaches_its_own_rows(family) -> None:
     """Beside rows of the full model, of an exit with a head and of halves; without a head the plan is refused."""
-    model, batch, healed = (
-        with_healing(family, bridges=True, adapter=False),
-        padded_batch(),
-        LayerPlan.parse("0-5h", 6),
-    )
-    with (
-        pytest.raises(PlanError, match="is the full depth with an exit head, and none is attached"),
-        apply_plan(model, healed),
-    ):
-        pass
+    (model, healing), batch = with_healing(family, bridges=True, adapter=False), padded_batch()
+    healed = LayerPlan.parse("0-5h", 6)
+    for lacking in (healing, None):
+        with (
+            pytest.raises(PlanError, match="is the full depth with an exit head, and no healing with this head"),
+            apply_plan(model, healed, lacking),
+        ):
+            pass
     made = {
         healed: {6: Bridge((torch.randn(32, 32),), torch.randn(32))},
         EXIT: {3: Bridge((torch.ones(32, 32),), torch.ones(32))},
     }
-    attach(model, Healing(model_fingerprint(model), made))
+    healing = Healing(model_fingerprint(model), made)
     for plans in ([healed, FULL, EXIT, HALVES], [FULL, healed, healed, FULL]):
-        with apply_plans(model, plans):
+        with apply_plans(model, plans, healing):
             found = generated(model, batch, range(len(plans)), "greedy")
-        assert torch.equal(found, alone(model, batch, plans, "greedy"))
-    assert not torch.equal(alone(model, batch, [healed] * 4, "greedy"), alone(model, batch, [FULL] * 4, "greedy"))
+        assert torch.equal(found, alone(model, batch, plans, "greedy", healing))
+    found = alone(model, batch, [healed] * 4, "greedy", healing)
+    assert not torch.equal(found, alone(model, batch, [FULL] * 4, "greedy"))
 
 
 def test_rows_drawn_with_their_own_seeds_differ_from_greedy_ones() -> None:
@@ -139,19 +136,19 @@ def test_rows_drawn_with_their_own_seeds_differ_from_greedy_ones() -> None:
 @torch.no_grad()
 def test_where_no_row_has_left_full_rows_are_bit_equal_to_stock_beside_adapted_ones() -> None:
     """The adapter changes layers 3 to 5, of which all rows run the first two."""
-    model, batch = with_healing("llama", bridges=False, adapter=True), padded_batch()
+    (model, healing), batch = with_healing("llama", bridges=False, adapter=True), padded_batch()
     last = LayerPlan.exiting(N_LAYERS, N_LAYERS - 1)
     stock = model(**batch, use_cache=False, output_hidden_states=True).hidden_states[N_LAYERS - 1]
-    with apply_plans(model, [last, FULL, last, FULL]):
+    with apply_plans(model, [last, FULL, last, FULL], healing):
         mixed = model(**batch, use_cache=False, output_hidden_states=True).hidden_states[N_LAYERS - 1]
     assert torch.equal(mixed[[1, 3]], stock[[1, 3]])
     assert not torch.allclose(mixed[[0, 2], -1], stock[[0, 2], -1], atol=1e-3)
 
 
 def test_a_full_row_beside_adapted_ones_has_the_weights_of_the_stock_model() -> None:
-    model, batch = with_healing("llama", bridges=True, adapter=True), padded_batch()
+    (model, healing), batch = with_healing("llama", bridges=True, adapter=True), padded_batch()
     stock = model(**batch, use_cache=False).logits
-    with apply_plans(model, PLANS):
+    with apply_plans(model, PLANS, healing):
         mixed = model(**batch, use_cache=False).logits
     torch.testing.assert_close(mixed[1, 2:], stock[1, 2:], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mixed[0], stock[0], atol=1e-2)

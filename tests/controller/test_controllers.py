@@ -69,10 +69,10 @@ def test_trees_predict_bit_for_bit_as_lightgbm(monkeypatch, tmp_path, settings, 
 
 def test_trees_that_would_not_load_again_are_not_trained(monkeypatch) -> None:
     features, kept = ControllerConformance().data()
-    monkeypatch.setattr("controller.models.trees.MOST_DEPTH", 2)
+    monkeypatch.setattr("controller.models.gbdt.MOST_DEPTH", 2)
     with pytest.raises(LearningError, match=r"a depth of more than 2; train with smaller ones \(n_leaves\)"):
         LightGBMController().fit(features, kept, ControllerConformance.budgets)
-    monkeypatch.setattr("controller.models.trees.MOST_TREES", 5)
+    monkeypatch.setattr("controller.models.gbdt.MOST_TREES", 5)
     with pytest.raises(LearningError, match=r"at most 5 trees .* train with fewer trees \(n_trees\)"):
         LightGBMController().fit(features, kept, ControllerConformance.budgets)
 

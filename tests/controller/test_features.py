@@ -5,8 +5,7 @@ from tiny import padded_batch
 
 from backbone.execution.prompt_prefix import probe_states
 from controller.base import LearningError, check_sets
-from controller.features import SETS, extract, prompt_features
-from controller.projection import Projection
+from controller.features import SETS, Projection, extract, prompt_features
 
 EVERY = tuple(SETS)
 

@@ -13,7 +13,6 @@ from tiny import padded_batch, tiny_model
 from tiny_allocator import SETS, make_allocator, with_healing
 
 from backbone.errors import InputError
-from backbone.healing.attaching import detach
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from controller.features import prompt_features
@@ -56,7 +55,6 @@ class Check:
         self._before = {owner: self._answers(place) for owner, place in bases.items()}
 
     def _answers(self, place: Path) -> list[object]:
-        detach(self._model)
         loaded = Allocator.from_pretrained(place)
         text = loaded.rendered(self._tokenizer, "abc")
         return [text, loaded.allocate(self._model, **padded_batch()), str(loaded.certificate), str(loaded.decoding)]

@@ -5,10 +5,8 @@ import torch
 from tiny import OPTIONS, tiny_model, tiny_tokenizer
 
 from backbone.execution import shared_prefixes
-from backbone.families import decoder_layers, sublayer_bytes
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach
-from backbone.healing.bridges import Bridge
+from backbone.families import decoder_layers, model_fingerprint, sublayer_bytes
+from backbone.healing.healing import Adapter, Bridge, Healing
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.chat import tokens_of
 from oracle.decoding import Decoding
@@ -38,19 +36,18 @@ def with_heads(family: str):
         plan: {len(plan.attention): Bridge((torch.randn(size, size) / 8,), torch.randn(size))}
         for plan in (*EXITS[:2], HEALED)
     }
-    attach(model, Healing(model_fingerprint(model), bridges))
-    return model
+    return model, Healing(model_fingerprint(model), bridges).ready(model)
 
 
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_exits_answer_from_one_pass_as_alone(family) -> None:
-    model, tokenizer, decoding = with_heads(family), tiny_tokenizer(), Decoding(6, ("e",))
+    (model, healing), tokenizer, decoding = with_heads(family), tiny_tokenizer(), Decoding(6, ("e",))
     plans = [*EXITS, HEALED, LayerPlan.full(6)]
-    assert are_exits(model, plans)
+    assert are_exits(plans, healing)
     prompts = [tokens_of(tokenizer, text) for text in PROMPTS]
-    found = exit_answers(model, tokenizer, prompts, plans, decoding)
+    found = exit_answers(model, tokenizer, prompts, plans, decoding, healing=healing)
     for plan in plans:
-        alone = answer_batch(model, tokenizer, PROMPTS, plan, decoding)
+        alone = answer_batch(model, tokenizer, PROMPTS, plan, decoding, healing)
         assert [row[plan].ids for row in found] == [answer.token_ids for answer in alone]
     assert len({tuple(answer.ids) for row in found for answer in row.values()}) > len(PROMPTS), "exits differ"
     assert [row[HEALED].ids for row in found] != [row[plans[-1]].ids for row in found], "the head says something else"
@@ -86,9 +83,13 @@ def test_exit_depth_knows_other_shapes(plan, depth) -> None:
 
 
 def test_are_exits_refuses_changed_weights_and_gaps(model) -> None:
-    assert are_exits(model, PLANS)
-    assert not are_exits(model, [*PLANS, LayerPlan.skipping(6, {3})])
-    assert len(decoder_layers(model)) == 6
+    name = "model.layers.4.mlp.down_proj.weight"
+    adapter = Adapter({name: (torch.ones(32, 1), torch.ones(1, 64))})
+    adapted = Healing(model_fingerprint(model), {}, adapter).ready(model)
+    assert are_exits(PLANS, None)
+    assert not are_exits([*PLANS, LayerPlan.skipping(6, {3})], None)
+    assert not are_exits(PLANS, adapted)
+    assert are_exits([LayerPlan.full(6)], adapted)
 
 
 EXAMPLES = ["say the last letter. abc: c, xyz: z, ijk: k. ", "say the first letter, always. abc: a, pqr: p. "]

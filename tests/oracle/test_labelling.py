@@ -15,10 +15,8 @@ import torch
 from tiny import tiny_model
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach, detach
-from backbone.healing.bridges import Bridge
+from backbone.families import model_fingerprint, sublayer_bytes
+from backbone.healing.healing import Bridge, Healing
 from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding, DecodingError, cut_at_stop
 from oracle.labels import answers as answering
@@ -91,7 +89,7 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
     gentle, tokenizer, tmp_path, judge, stop, way, monkeypatch
 ) -> None:
     if way == "verification":  # as for exits whose weights an adapter changes
-        monkeypatch.setattr("oracle.labels.labeller.are_exits", lambda model, plans: False)
+        monkeypatch.setattr("oracle.labels.labeller.are_exits", lambda plans, healing: False)
     prompts = [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "abc", judge) for i in range(12)]
     menu = PlanMenu.build(GAPS if way == "generation" else EXITS, sublayer_bytes(gentle), probe_depth=2)
     rows = {}
@@ -253,15 +251,13 @@ def test_prompts_become_tokens_once(model, tokenizer, tmp_path, monkeypatch) -> 
 
 @pytest.fixture
 def bridged(gentle):
-    """With a bridge over the gap of each plan."""
+    """A model, and healing with a bridge over the gap of each plan."""
     draw = torch.Generator().manual_seed(0)
     bridges = {
         plan: {first: Bridge((torch.randn(32, 32, generator=draw) * 0.1,), torch.randn(32, generator=draw))}
         for plan, first in ((GAP, 3), (END, 4))
     }
-    attach(gentle, Healing(model_fingerprint(gentle), bridges))
-    yield gentle
-    detach(gentle)
+    return gentle, Healing(model_fingerprint(gentle), bridges).ready(gentle)
 
 
 def _out_of_memory(*given: object, **options: object) -> None:
@@ -273,9 +269,9 @@ def test_plans_share_what_they_begin_with_and_answer_as_alone(
     bridged, tokenizer, tmp_path, memory, monkeypatch
 ) -> None:
     prompts = [Prompt(prompt.id, "t", prompt.prompt, "", "rouge_l") for prompt in PROMPTS[:6]]
-    texts, decoding = [prompt.prompt for prompt in prompts], Decoding(6)
-    alone = {plan: answer_batch(bridged, tokenizer, texts, plan, decoding) for plan in (GAP, END)}
-    labeller = Labeller(bridged, tokenizer, decoding, LabelStore(tmp_path / "labels.db"), 8)
+    (model, healing), texts, decoding = bridged, [prompt.prompt for prompt in prompts], Decoding(6)
+    alone = {plan: answer_batch(model, tokenizer, texts, plan, decoding, healing) for plan in (GAP, END)}
+    labeller = Labeller(model, tokenizer, decoding, LabelStore(tmp_path / "labels.db"), 8, healing)
     labeller.label_full(prompts, LayerPlan.full(6))
     labels = labeller.labels(LayerPlan.full(6), prompts)
     drafts = [
@@ -288,14 +284,14 @@ def test_plans_share_what_they_begin_with_and_answer_as_alone(
         shared = 0
         monkeypatch.setattr(generating, "run_prefix", _out_of_memory)
     elif memory == "little":
-        whole = bridged.generate
+        whole = model.generate
 
         def of_two(input_ids, **options):
             return whole(input_ids=input_ids, **options) if len(input_ids) <= 2 else _out_of_memory()
 
-        monkeypatch.setattr(bridged, "generate", of_two)
+        monkeypatch.setattr(model, "generate", of_two)
     full = {prompt: labels[key_of(prompt)] for prompt in prompts}
-    found = [draft for some in Answers(bridged, tokenizer, decoding).generated(drafts, full) for draft in some]
+    found = [draft for some in Answers(model, tokenizer, decoding, healing).generated(drafts, full) for draft in some]
     assert [(draft.prompt, draft.plan) for draft in found] == [(draft.prompt, draft.plan) for draft in drafts]
     for draft in found:
         assert list(draft.ids) == alone[draft.plan][prompts.index(draft.prompt)].token_ids

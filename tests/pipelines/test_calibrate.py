@@ -27,6 +27,7 @@ from oracle.prompts import Prompt
 from pipelines.config import load_config
 from pipelines.config.learning_sections import CalibrationSection
 from pipelines.evaluation.learning_table import Table, groups_of
+from pipelines.run.model import RunModel
 from pipelines.run.runner import run_one
 from pipelines.run.workspace import Workspace
 from pipelines.stages import calibrate
@@ -124,7 +125,7 @@ def test_a_stop_while_labelling_to_calibrate_loses_nothing(trained, tmp_path) ->
     assert labels_to_calibrate(stopped) == labels_to_calibrate(whole)
     assert certificate_of(shared, workers=Elsewhere()) == expected
     assert labels_to_calibrate(shared) == labels_to_calibrate(whole)
-    with patch.object(Workspace, "adapted", property(lambda self: pytest.fail("the model was loaded"))):
+    with patch.object(RunModel, "loaded", property(lambda self: pytest.fail("the model was loaded"))):
         assert certificate_of(whole) == expected
 
 

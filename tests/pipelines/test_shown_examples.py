@@ -50,7 +50,7 @@ def test_adapt_fits_on_every_prompt_once(config_file, method, wanted) -> None:
     ):
         run_one(config, "adapt")
     workspace = Workspace(config)
-    tokenizer = workspace.model.plain()[1]
+    tokenizer = workspace.model.loaded[1]
     fit, compared = adapt.parts(workspace, method == "best")
     assert {*fit} | {*compared} == {*workspace.prompts.splits["adapt"]}
     assert not {*fit} & {*compared}

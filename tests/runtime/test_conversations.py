@@ -11,7 +11,6 @@ from transformers.cache_utils import DummyLayer
 
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
-from backbone.healing.attaching import detach
 from backbone.plan import LayerPlan
 
 DICT = {"return_dict_in_generate": True}
@@ -105,6 +104,5 @@ def test_a_cache_filled_with_other_healing_is_refused() -> None:
     allocator = with_healing(model)
     output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT)
     assert output.plans == [PLANS[0]]
-    detach(model)
     with pytest.raises(UnsupportedGenerationError, match=r"was filled under plan .* healing parts, .* go on with none"):
         make_allocator(model).generate(model, input_ids=next_turn(output.sequences), cache=output.cache, **GREEDY)

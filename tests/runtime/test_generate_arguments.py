@@ -17,7 +17,7 @@ from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.plan import LayerPlan
 from runtime import generate_arguments, lossless
 from runtime.generate_arguments import LIKE_STOCK, OTHER_LOOPS, REFUSED, REFUSED_BY_LOSSLESS, refuse_undecided
-from runtime.generation import AllocatedOutput
+from runtime.output import AllocatedOutput
 
 FULL = LayerPlan.full(N_LAYERS)
 WITHOUT_TOKENIZER = ("stop_strings", "token_healing")

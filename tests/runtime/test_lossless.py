@@ -11,7 +11,6 @@ from transformers.generation import LogitsProcessor
 
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
-from backbone.healing.attaching import detach
 from backbone.plan import LayerPlan
 from backbone.testing import patches
 from runtime import lossless
@@ -68,10 +67,7 @@ def test_a_plan_that_agrees_saves_full_passes(cheap_drafts) -> None:
 
 def test_healing_draft_but_do_not_answer(model, cheap_drafts) -> None:
     allocator = replace(with_healing(model), controller=make_allocator(model, controller=ByLength()).controller)
-    try:
-        output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
-    finally:
-        detach(model)
+    output = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, lossless=True)
     assert output.draft_tokens > 0
     assert torch.equal(output.sequences, model.generate(prompt(3), **GREEDY))
 

@@ -13,7 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan
 from layerbudget import AllocatedOutput, UncertifiedDecodingWarning
-from runtime.generation import share_of_decoder, summary_line
+from runtime.output import share_of_decoder, summary_line
 
 FULL = LayerPlan.full(N_LAYERS)
 

@@ -19,7 +19,7 @@ from backbone.plan import LayerPlan
 from backbone.testing import patches
 from controller.features import extract
 from runtime import plan_selection
-from runtime.generation import check_layers
+from runtime.output import check_layers
 from runtime.plan_selection import FullPlanWarning
 
 FULL = LayerPlan.full(N_LAYERS)

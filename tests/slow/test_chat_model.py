@@ -6,14 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan, PlanMenu
 from controller.certificate.certificate import Certificate
-from controller.features import prompt_features
+from controller.features import Projection, prompt_features
 from controller.models.logistic import LogisticController
-from controller.projection import Projection
 from oracle.chat import ChatTemplate
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.families import sublayer_bytes
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing, attach, detach
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
+from backbone.healing.healing import Healing
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from oracle.decoding import Decoding
@@ -41,23 +40,19 @@ def test_a_bridge_brings_an_early_exit_back_and_the_full_model_stays_bit_equal(g
     sequences = [tokenizer(prompt.prompt + " " + prompt.reference).input_ids for prompt in prompts]
     inputs = tokenizer(["cat -> animal\nhammer -> tool\nbread -> food\nhorse ->"], return_tensors="pt")
 
-    def distance() -> float:
+    def distance(healing: Healing | None) -> float:
         with torch.no_grad():
             expected = model(**inputs).logits[0, -1].log_softmax(-1)
-            with apply_plan(model, plan):
+            with apply_plan(model, plan, healing):
                 own = model(**inputs).logits[0, -1].log_softmax(-1)
         return float((expected.exp() * (expected - own)).sum())
 
     with torch.no_grad():
         stock = model(**inputs).logits
-    frozen = distance()
-    attach(model, Healing(model_fingerprint(model), bridges_of(fit_bridges(model, sequences, [plan]))))
-    try:
-        assert distance() < 0.5 * frozen
-        with apply_plan(model, full), torch.no_grad():
-            assert torch.equal(model(**inputs).logits, stock)
-    finally:
-        detach(model)
+    healing = Healing(model_fingerprint(model), bridges_of(fit_bridges(model, sequences, [plan])))
+    assert distance(healing) < 0.5 * distance(None)
+    with apply_plan(model, full, healing), torch.no_grad():
+        assert torch.equal(model(**inputs).logits, stock)
 
 
 def test_the_full_model_does_the_embedded_work_and_a_stump_does_not(gemma) -> None:

@@ -10,7 +10,7 @@ from exits_reference import ByDirection, Reference
 from tiny import N_LAYERS, padded_batch, tiny_model
 
 from backbone.execution.delete_layers import delete_layers
-from backbone.healing.bridges import Bridge
+from backbone.healing.healing import Bridge
 from backbone.plan import LayerPlan
 from token_exits.gates import Constant, Gate, Oracle, Patience, Saturation
 from token_exits.heads import ExitHeads

@@ -12,8 +12,7 @@ from engines import closing_engine, greedy
 from layerbudget_vllm.runner import ALLOCATOR, bridges_of
 from transformers import AutoModelForCausalLM
 
-from backbone.healing.adapters import Adapter
-from backbone.healing.bridges import Bridge
+from backbone.healing.healing import Adapter, Bridge
 from layerbudget import ArtefactError, Healing, LayerPlan
 
 PROMPT = list(range(3, 33))

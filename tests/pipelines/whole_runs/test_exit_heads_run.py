@@ -7,9 +7,8 @@ import torch
 
 from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.fingerprint import model_fingerprint
-from backbone.healing.attaching import Healing
-from backbone.healing.bridges import Bridge
+from backbone.families import model_fingerprint
+from backbone.healing.healing import Bridge, Healing
 from backbone.healing.training_targets import Example
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
@@ -160,16 +159,16 @@ def check_levels(folder, metrics) -> None:
 
 
 def check_rows(workspace, allocator) -> None:
-    """Mixed rows answer as alone, and as the labels say; the head alone is refused where none is attached."""
-    model, tokenizer = workspace.adapted
+    """Mixed rows answer as alone, and as the labels say."""
+    model, tokenizer = workspace.model.loaded
     prompts = workspace.prompts.labelled()[:4]
     labels = workspace.labels.read(prompts, allocator.menu)
     batch = allocator.inputs(tokenizer, [prompt.prompt for prompt in prompts])
     size = batch["input_ids"].shape[1]
-    with apply_plans(model, allocator.menu.plans):
+    with apply_plans(model, allocator.menu.plans, workspace.healing):
         mixed = model.generate(**batch, max_new_tokens=1, do_sample=False)[:, size:].tolist()
     for place, plan in enumerate(allocator.menu.plans):
-        with apply_plan(model, plan):
+        with apply_plan(model, plan, allocator.healing):
             alone = model.generate(**batch, max_new_tokens=1, do_sample=False)[place, size:].tolist()
         assert mixed[place] == alone == list(labels[place][place].answer_ids)
     level = allocator.keeps[-1]

@@ -10,7 +10,6 @@ from tiny_allocator import PLANS, make_allocator, with_healing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backbone.execution.apply_plan import apply_plan
-from backbone.healing.attaching import attach, detach
 from serving.router.export import ExportError, export_plan
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -42,10 +41,8 @@ def test_an_adapter_is_merged(folder) -> None:
     model = tiny_model("llama")
     allocator = with_healing(model)
     allocator = replace(allocator, healing=replace(allocator.healing, bridges={}))
-    attach(model, allocator.healing)
-    with apply_plan(model, PLANS[0]):
+    with apply_plan(model, PLANS[0], allocator.healing):
         expected = tokens(model)
-    detach(model)
     export_plan(model, tiny_tokenizer(), str(PLANS[0]), folder / "short", allocator)
     short = AutoModelForCausalLM.from_pretrained(folder / "short").eval()
     found = short(**padded_batch()).logits

@@ -1,30 +1,22 @@
-"""One prepared `generate()` call, decoded in one pass for all rows, each under its prompt's plan."""
+"""What a call of an allocator gives beside the tokens: plans, layers, shares of the decoder, seconds."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers import PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from backbone.errors import InputError
-from backbone.execution.apply_plan import apply_plans
-from backbone.execution.prompt_prefix import Prefix, replaying
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan, PlanMenu
 from controller.certificate.drift import DriftState
-from runtime.plan_selection import PlanSelector
-from runtime.request import Request
 
 MOST_OTHER_LAYERS = 0.05
 """Share of the decoder by which prompts may run more or fewer layers than was certified: rounding changes few plans."""
-
-Output = torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
 
 @dataclass
@@ -83,70 +75,6 @@ def summary_line(plans: Iterable[LayerPlan], menu: PlanMenu, model: PreTrainedMo
         f"{len(ran)} prompts: {mean_layers(ran):.2f} of {menu.n_layers} layers on average, "
         f"{share_of_decoder(ran, menu, model):.1%} of the decoder, {seconds:.1f} s"
     )
-
-
-class Moment:
-    """When all work given to a device so far is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._seconds = time.perf_counter()
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream(device))
-
-    def ms_since(self, earlier: Moment) -> float:
-        """Milliseconds from an earlier moment to this one; on a GPU this waits until the moment has come."""
-        if self._event is None or earlier._event is None:
-            return (self._seconds - earlier._seconds) * 1000
-        self._event.synchronize()
-        return float(earlier._event.elapsed_time(self._event))
-
-
-class FirstToken(LogitsProcessor):
-    """The last of a loop's logits processors: notes when the first token's scores are there, changes nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.moment: Moment | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.moment is None:
-            self.moment = Moment(self._device)
-        return scores
-
-
-def plans_of(request: Request, menu: PlanMenu, selector: PlanSelector) -> tuple[list[LayerPlan], Prefix | None]:
-    """The plans of the prompts [B], those of a given cache if it is filled, and the kept prefix, if any."""
-    if (plans := request.plans_of_cache()) is not None:
-        return plans, None
-    decision = selector.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
-    return [menu.plans[index] for index in decision.chosen], decision.prefix
-
-
-def decode(request: Request, plans: Sequence[LayerPlan], prefix: Prefix | None, start: Moment) -> tuple[Output, float]:
-    """Decode with the model's own loop, which sees all rows in their order.
-
-    Args:
-        request: the prepared call.
-        plans: of the B prompts.
-        prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
-        start: when the call began.
-
-    Returns:
-        The output, and the milliseconds from `start` to the first tokens.
-    """
-    clock = FirstToken(request.model.device)
-    loop = {**request.loop, "logits_processor": LogitsProcessorList([*request.loop["logits_processor"], clock])}
-    with apply_plans(request.model, plans), ExitStack() as stack:
-        if prefix is not None:
-            rows = torch.arange(request.n_prompts, device=request.model.device).repeat_interleave(request.copies)
-            chosen = None if request.copies == 1 else rows
-            stack.enter_context(replaying(request.model, prefix, chosen, release=True))
-        output: Output = request.decoding_loop(
-            request.input_ids, generation_config=request.config, **loop, **request.kwargs
-        )
-    return output, clock.moment.ms_since(start) if clock.moment else 0.0
 
 
 def check_layers(certified: Iterable[LayerPlan], ran: Iterable[LayerPlan]) -> None:
