@@ -16,7 +16,7 @@ from oracle.decoding import Decoding
 from oracle.intake import ASKED, prompts_from, read_source
 from oracle.judges import KL
 from oracle.labels.generation import answer_batch
-from oracle.prompt_sources import EMBEDDED, Row, Source, embedded_prompts
+from oracle.prompt_sources import Row, Source
 from oracle.text_normalisation import last_number
 from pipelines.run.given_model import given_model
 from pipelines.run.model_files import ModelFiles
@@ -92,10 +92,7 @@ class AskedPrompts:
     """
 
     def __init__(self, path: str, columns: Mapping[str, str]) -> None:
-        if path == EMBEDDED:
-            source = Source(EMBEDDED, EMBEDDED, [(f"prompt {i}", row) for i, row in enumerate(embedded_prompts(), 1)])
-        else:
-            source = read_source(path, columns, "train")
+        source = read_source(path, columns, "train")
         self.columns = _columns(source) | dict(columns)
         self.rows: list[Row] = prompts_from(source, self.columns, dict)
         self.references: list[str] = [t for row in self.rows for t in (row["reference"] or ())[:1] if t.strip()]
