@@ -20,7 +20,6 @@ from oracle.chat import NO_TEMPLATE, ChatTemplate, named_tokens
 from oracle.decoding import Decoding, own_settings
 from oracle.labels.reader import model_key
 from pipelines.config import Config, ConfigError
-from pipelines.run.given_model import given_model
 from pipelines.run.progress import waiting
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -99,10 +98,11 @@ class RunModel:
     Args:
         config: of the run.
         path: of the file that holds what is known of the model, `model.json`.
+        given: the model and its tokenizer, where they are loaded already; its fingerprint is checked as ever.
     """
 
-    def __init__(self, config: Config, path: Path) -> None:
-        self._config, self._path = config, path
+    def __init__(self, config: Config, path: Path, given: Loaded | None = None) -> None:
+        self._config, self._path, self._given = config, path, given
         self._attached: Healing | None = None
 
     @cached_property
@@ -119,7 +119,7 @@ class RunModel:
     @cached_property
     def _loaded(self) -> Loaded:
         model = self._config.model
-        if (loaded := given_model(model.source)) is None:
+        if (loaded := self._given) is None:
             with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
                 loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
         self._keep_facts(ModelFacts.of(*loaded))
@@ -155,8 +155,8 @@ class RunModel:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's, without loading the model."""
-        source = self._config.model.source
-        return self._loaded[1] if "_loaded" in self.__dict__ or given_model(source) else load_tokenizer(source)
+        is_loaded = "_loaded" in self.__dict__ or self._given is not None
+        return self._loaded[1] if is_loaded else load_tokenizer(self._config.model.source)
 
     @property
     def decoding(self) -> Decoding:

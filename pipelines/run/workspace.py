@@ -32,14 +32,17 @@ Mask = NDArray[np.bool_]
 class Workspace:
     """One run.
 
+    Args:
+        loaded: the model that `model.source` names and its tokenizer, where they are loaded already.
+
     Attributes:
         config: of the run.
         model: that it is for.
         prompts: that it learns from.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.model = config, RunModel(config, config.folder / "model.json")
+    def __init__(self, config: Config, loaded: Loaded | None = None) -> None:
+        self.config, self.model = config, RunModel(config, config.folder / "model.json", loaded)
         self.prompts = RunPrompts(config, self.model)
 
     def path(self, name: str) -> Path:
