@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pipelines.training import train as train
     from runtime.allocator import Allocator as Allocator
     from runtime.generate_arguments import UncertifiedDecodingWarning as UncertifiedDecodingWarning
+    from runtime.generation import AllocatedBeamOutput as AllocatedBeamOutput
     from runtime.generation import AllocatedOutput as AllocatedOutput
     from runtime.generation import check_layers as check_layers
     from runtime.plan_selection import FullPlanWarning as FullPlanWarning
@@ -70,7 +71,7 @@ _NAMES = {
     "runtime.allocator": ("Allocator",),
     "runtime.plan_selection": ("FullPlanWarning",),
     "runtime.generate_arguments": ("UncertifiedDecodingWarning",),
-    "runtime.generation": ("AllocatedOutput", "check_layers"),
+    "runtime.generation": ("AllocatedBeamOutput", "AllocatedOutput", "check_layers"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOMES)
