@@ -78,7 +78,7 @@ class Workspace:
     def labeller(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Labeller:
         """Labels answers of the model with what is attached to it now."""
         store, label = LabelStore(self.path("labels.db")), self.config.label
-        return Labeller(model, tokenizer, self.model.decoding, store, label.batch_size, shortcut=label.shortcut)
+        return Labeller(model, tokenizer, self.model.decoding, store, label.batch_size, verify=label.verify)
 
     @cached_property
     def labels(self) -> LabelReader:
