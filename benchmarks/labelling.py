@@ -102,9 +102,9 @@ def compared(
     }
     found: dict[str, Any] = {}
     scores, least = {}, {}
-    for name, (some, batch_size, shortcut, by_bisection) in ways.items():
+    for name, (some, batch_size, verify, by_bisection) in ways.items():
         store = LabelStore(folder / f"{name}.db")
-        labeller = Labeller(model, tokenizer, decoding, store, batch_size, shortcut=shortcut)
+        labeller = Labeller(model, tokenizer, decoding, store, batch_size, verify=verify)
         start = time.perf_counter()
         if by_bisection:
             least[name] = bisected(labeller, some, menu, sublayer_bytes(model))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pipelines.training import train as train
     from runtime.allocator import Allocator as Allocator
     from runtime.generate_arguments import UncertifiedDecodingWarning as UncertifiedDecodingWarning
+    from runtime.output import AllocatedBeamOutput as AllocatedBeamOutput
     from runtime.output import AllocatedOutput as AllocatedOutput
     from runtime.output import check_layers as check_layers
     from runtime.plan_selection import FullPlanWarning as FullPlanWarning
@@ -68,7 +69,7 @@ _NAMES = {
     "runtime.allocator": ("Allocator",),
     "runtime.plan_selection": ("FullPlanWarning",),
     "runtime.generate_arguments": ("UncertifiedDecodingWarning",),
-    "runtime.output": ("AllocatedOutput", "check_layers"),
+    "runtime.output": ("AllocatedBeamOutput", "AllocatedOutput", "check_layers"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOMES)

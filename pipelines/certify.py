@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.errors import InputError
 from backbone.files import lock_of
 from backbone.loading import load_backbone
+from controller.base import Floats
 from controller.certificate.calibration import PRICES, on_path
 from controller.certificate.certificate import Certificate
-from controller.certificate.drift import DriftAlarm
 from controller.features import Features, prompt_features
 from oracle.chat import padded_prompts, tokens_of
+from oracle.decoding import Decoding
 from oracle.judges import KL
 from oracle.labels.labeller import Labeller
+from oracle.labels.reader import judged
 from oracle.labels.store import LabelStore
 from oracle.prompts import Prompt, check_lengths, load_prompts
 from pipelines.evaluation.learning_table import Table
@@ -104,11 +107,12 @@ def certify_file(
         beside.mkdir(parents=True, exist_ok=True)
         labeller = Labeller(*loaded, allocator.decoding, LabelStore(beside / LABELS), batch_size, healing)
         features = _features(allocator, *loaded, shown, batch_size)
-        table, after = _tested(allocator, labeller, shown, features)
+        table, predicted = _labelled(allocator, labeller, shown, features)
+        after = _tested(allocator, table, predicted, labeller.decoding)
         valid = any(found.price is not None for found in after.values())
         if valid:
             _save_old(allocator, folder)
-            _with_certificates(allocator, table, after, labeller).save_pretrained(folder)
+            _with_certificates(allocator, table, predicted, after, labeller.decoding).save_pretrained(folder)
         note_used(beside / USED, given)
     return Certified(_certificates(allocator), after, folder if valid else None)
 
@@ -166,12 +170,13 @@ def _features(
     return {name: np.concatenate([part[name] for part in found])[back] for name in sets}
 
 
-def _tested(
+def _labelled(
     allocator: Allocator, labeller: Labeller, prompts: list[Prompt], features: Features
-) -> tuple[Table, dict[float, Certificate]]:
-    """Label what some price chooses, and certify each level of the old certificate."""
+) -> tuple[Table, Floats]:
+    """Label what some price chooses. Returns the N prompts that count, and what plans are expected to keep [N, K]."""
     old, plans, budgets = allocator.certificate, allocator.menu.plans, np.array(allocator.menu.budgets)
-    cells = on_path(allocator.selector().predictor.predict(features), budgets)
+    predicted = allocator.selector().predictor.predict(features)
+    cells = on_path(predicted, budgets)
     wanted = by_plan(prompts, plans, cells)
     fill(labeller, wanted, "labels")
     scores = np.zeros(cells.shape)
@@ -180,9 +185,13 @@ def _tested(
     table = Table.of(prompts, scores, features, budgets, old.risk, old.tolerance, cells)
     if len(table.prompts) < 2:
         raise InputError(f"the judges failed on the full model's answers to all but {len(table.prompts)} prompts")
-    predicted = allocator.selector().predictor.predict(table.features)
-    before = _certificates(allocator)
-    return table, {
+    return table, predicted[judged(scores)[0]]
+
+
+def _tested(allocator: Allocator, table: Table, predicted: Floats, decoding: Decoding) -> dict[float, Certificate]:
+    """Certify each level of the old certificate."""
+    old, before = allocator.certificate, _certificates(allocator)
+    return {
         keep: certified(
             predicted,
             table,
@@ -193,7 +202,7 @@ def _tested(
             risk=old.risk,
             per_task=bool(old.per_task),
             tolerance=old.tolerance,
-            decoding=str(labeller.decoding),
+            decoding=str(decoding),
         )
         for keep in levels_of(old)
     }
@@ -213,28 +222,23 @@ def _certificates(allocator: Allocator) -> dict[float, Certificate]:
 
 
 def _with_certificates(
-    allocator: Allocator, table: Table, after: dict[float, Certificate], labeller: Labeller
+    allocator: Allocator, table: Table, predicted: Floats, after: dict[float, Certificate], decoding: Decoding
 ) -> Allocator:
     """The allocator at its own level, or at the highest that is certified now, with new alarms for all of these."""
     valid = sorted((found for found in after.values() if found.price is not None), key=lambda found: -found.keep)
     own = next((found for found in valid if found.keep == allocator.certificate.keep), valid[0])
     alarms = [alarm for alarm in (allocator.drift, *(point.drift for point in allocator.others)) if alarm is not None]
     rate = alarms[0].false_alarm_rate if alarms else None
-    points = [OperatingPoint(found, _alarm(allocator, table, found, rate)) for found in valid]
+    alarm_at = partial(drift_alarm, allocator.projection(table.features), predicted, table.budgets)
+    points = [OperatingPoint(found, None if rate is None else alarm_at(found.price, rate)) for found in valid]
     new = replace(
         allocator,
         certificate=own,
         drift=points[valid.index(own)].drift,
         others=tuple(point for point in points if point.certificate is not own),
-        decoding=labeller.decoding,
+        decoding=decoding,
     )
     return new.assuming(optional_parts(new))
-
-
-def _alarm(allocator: Allocator, table: Table, found: Certificate, rate: float | None) -> DriftAlarm | None:
-    if rate is None:
-        return None
-    return drift_alarm(allocator.selector().predictor, found, table, rate)
 
 
 def _save_old(allocator: Allocator, folder: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from backbone.families import decoder_layers
 from backbone.loading import load_backbone, load_tokenizer
@@ -16,9 +16,9 @@ from oracle.decoding import Decoding
 from oracle.intake import ASKED, prompts_from, read_source
 from oracle.judges import KL
 from oracle.labels.generation import answer_batch
-from oracle.prompt_sources import EMBEDDED, Row, Source, embedded_prompts
+from oracle.prompt_sources import Row, Source
 from oracle.text_normalisation import last_number
-from pipelines.run.given_model import given_model
+from pipelines.run.model import Loaded
 from pipelines.run.model_files import ModelFiles
 
 LONGEST_ANSWER = 128
@@ -38,17 +38,19 @@ class AskedModel:
 
     Args:
         source, device: as `load_backbone` takes them.
+        loaded: the model and its tokenizer, where they are loaded already.
 
     Raises:
         LoadError, UnsupportedModelError: there cannot be such a model.
     """
 
-    def __init__(self, source: str, device: str = "auto") -> None:
-        self.source, self._device, self._files = source, device, ModelFiles(source)
+    def __init__(self, source: str, device: str = "auto", loaded: Loaded | None = None) -> None:
+        self.source, self._device, self._given = source, device, loaded
+        self._files = ModelFiles(source, loaded)
 
     @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return given_model(self.source) or load_backbone(self.source, device=self._device)
+    def loaded(self) -> Loaded:
+        return self._given or load_backbone(self.source, device=self._device)
 
     @cached_property
     def n_layers(self) -> int:
@@ -56,7 +58,7 @@ class AskedModel:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        is_known = self._files.config and not given_model(self.source)
+        is_known = self._files.config and self._given is None
         return load_tokenizer(self.source) if is_known else self.loaded[1]
 
     @cached_property
@@ -92,10 +94,7 @@ class AskedPrompts:
     """
 
     def __init__(self, path: str, columns: Mapping[str, str]) -> None:
-        if path == EMBEDDED:
-            source = Source(EMBEDDED, EMBEDDED, [(f"prompt {i}", row) for i, row in enumerate(embedded_prompts(), 1)])
-        else:
-            source = read_source(path, columns, "train")
+        source = read_source(path, columns, "train")
         self.columns = _columns(source) | dict(columns)
         self.rows: list[Row] = prompts_from(source, self.columns, dict)
         self.references: list[str] = [t for row in self.rows for t in (row["reference"] or ())[:1] if t.strip()]

@@ -17,7 +17,6 @@ from backbone.files import write_atomically
 from pipelines.config import checked_config
 from pipelines.proposal import propose
 from pipelines.proposal_inputs import AskedModel
-from pipelines.run.given_model import giving
 from pipelines.run.runner import run_all
 from pipelines.run.state import RunState
 from pipelines.run.workspace import Workspace
@@ -64,14 +63,14 @@ def train(
     was_training = model.training
     model.eval()  # type: ignore[no-untyped-call]
     try:
-        with giving(source, model, _padding(tokenizer)):
-            _write(folder, rows, base)
-            proposal = propose(AskedModel(source), str(folder / PROMPTS), judge=_judge_name(judge), keep=keep)
-            config = checked_config({**proposal.values, **base}, settings)
-            run_all(config)
-            allocator = Allocator.from_pretrained(folder / "allocator")
-            allocator.check_model(model)
-            return allocator
+        loaded = model, _padding(tokenizer)
+        _write(folder, rows, base)
+        asked = AskedModel(source, loaded=loaded)
+        proposal = propose(asked, str(folder / PROMPTS), judge=_judge_name(judge), keep=keep)
+        run_all(checked_config({**proposal.values, **base}, settings), loaded)
+        allocator = Allocator.from_pretrained(folder / "allocator")
+        allocator.check_model(model)
+        return allocator
     finally:
         model.train(was_training)
 

@@ -20,14 +20,13 @@ from oracle.chat import ChatTemplate
 from oracle.labels.generation import answer_batch
 from oracle.prompts import Prompt
 from pipelines.config import Config, load_config
-from pipelines.config.parsing import parse_yaml
 from pipelines.evaluation.speed import FEWEST_ROUNDS
 from pipelines.evaluation.summary import load_metrics
 from pipelines.proposal import FEWEST, least_prompts
-from pipelines.run.given_model import given_model, giving
 from pipelines.run.progress import duration, say
 from pipelines.run.prompts import prompts_of
 from pipelines.run.runner import run_all
+from pipelines.run.state import read_record
 from pipelines.run.tracking import log_verdict
 from pipelines.verdict import Verdict, verdict
 from runtime.paired_timing import seconds_of
@@ -145,15 +144,14 @@ def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
     begun = time.monotonic()
     config = load_config(path, settings)
     _check_no_full_run(config)
-    source, prompts = config.model.source, prompts_of(config)
-    loaded = given_model(source) or load_backbone(source, dtype=config.model.dtype, device=config.model.device)
+    prompts = prompts_of(config)
+    loaded = load_backbone(config.model.source, dtype=config.model.dtype, device=config.model.device)
     pace = measured_pace(*loaded, _rendered(spread(prompts, TIMED), loaded[1], config), config)
     left = minutes - (time.monotonic() - begun) / 60
     changed = settings_for(config, pace, left, len(prompts))
     say(f"{pace.batched:.2g} s a prompt on this machine; for {minutes:g} minutes: {', '.join(changed)}")
-    with giving(source, *loaded):
-        trial = load_config(path, [*settings, *changed])
-        run_all(trial)
+    trial = load_config(path, [*settings, *changed])
+    run_all(trial, loaded)
     found = verdict(load_metrics(trial), len(prompts))
     write_atomically(trial.folder / "verdict.json", json.dumps(asdict(found), indent=2) + "\n")
     log_verdict(trial, found.reason)
@@ -162,9 +160,10 @@ def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
 
 
 def _check_no_full_run(config: Config) -> None:
-    """Raises InputError for a folder whose results come from all prompts, which a trial would replace."""
+    """Raises InputError for another run's folder, and for results of all prompts, which a trial would replace."""
+    read_record(config)
     resolved = config.folder / "config.yaml"
-    if resolved.is_file() and parse_yaml(resolved.read_bytes())["data"]["limit"] is None:
+    if resolved.is_file() and load_config(resolved).data.limit is None:
         raise InputError(
             f"{config.folder} holds a run with all prompts, whose results a trial would replace: name another file "
             "with --out"

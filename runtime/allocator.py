@@ -20,7 +20,7 @@ from oracle.chat import ChatError
 from runtime.generate_arguments import generate_by, warn_of_other_decoding
 from runtime.lossless import check_lossless, draft_plans, generate_losslessly
 from runtime.offline import AllocatedText, finished_texts
-from runtime.output import AllocatedOutput, mean_layers, share_of_decoder
+from runtime.output import Allocated, allocated, share_of_decoder
 from runtime.parts import AllocatorParts, Prompts, check_is_tokenizer, listed
 from runtime.request import (
     Moment,
@@ -153,7 +153,7 @@ class Allocator(AllocatorParts):
         return_dict_in_generate: Literal[True],
         streamer: Any = None,
         **arguments: Any,
-    ) -> AllocatedOutput: ...
+    ) -> Allocated: ...
 
     @overload
     def generate(
@@ -164,7 +164,7 @@ class Allocator(AllocatorParts):
         *,
         streamer: Any = None,
         **arguments: Any,
-    ) -> torch.Tensor | AllocatedOutput: ...
+    ) -> torch.Tensor | Allocated: ...
 
     def generate(
         self,
@@ -174,12 +174,12 @@ class Allocator(AllocatorParts):
         *,
         streamer: Any = None,
         **arguments: Any,
-    ) -> torch.Tensor | AllocatedOutput:
+    ) -> torch.Tensor | Allocated:
         """`model.generate(inputs, generation_config, **arguments)`, each prompt under its own plan, in one pass for
         all. Prompts are `inputs` or `input_ids=` [B, S], left-padded.
 
         Besides all stock arguments it takes `allocation_limit_ms`, `lossless` and `keep` (see `__call__`). With
-        `return_dict_in_generate=True` the output is an `AllocatedOutput`, with the plan of each prompt and the times.
+        `return_dict_in_generate=True` the output is an `AllocatedOutput` or `AllocatedBeamOutput` with plans and times.
         `cache=` goes on under the plans that filled the cache. A streamer is ended also when an error is raised.
 
         Raises:
@@ -187,9 +187,7 @@ class Allocator(AllocatorParts):
             WrongModelError: another model than the one this allocator was made for.
         """
         loop = partial(self, streamer=streamer)
-        output: torch.Tensor | AllocatedOutput = generate_by(
-            loop, model, inputs, generation_config, streamer, arguments
-        )
+        output: torch.Tensor | Allocated = generate_by(loop, model, inputs, generation_config, streamer, arguments)
         return output
 
     def generate_many(
@@ -247,7 +245,7 @@ class Allocator(AllocatorParts):
         lossless: bool = False,
         keep: float | None = None,
         **model_kwargs: Any,
-    ) -> torch.Tensor | AllocatedOutput:
+    ) -> torch.Tensor | Allocated:
         """The decoding loop that `generate(custom_generate=allocator)` calls after preparing its inputs.
 
         Args:
@@ -279,10 +277,9 @@ class Allocator(AllocatorParts):
             output, first_token_ms = decode(request, plans, start, prefix, healing)
         if isinstance(output, torch.Tensor):
             return output
-        return AllocatedOutput(
-            **dict(output),
+        return allocated(
+            output,
             plans=plans,
-            layers=mean_layers(plans),
             share_of_decoder=share_of_decoder(plans, self.menu, model),
             allocation_s=allocation_s,
             first_token_s=first_token_ms / 1000,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.utils.generic import ModelOutput
 
 from backbone.errors import InputError
 from backbone.families import sublayer_bytes
@@ -20,17 +22,12 @@ MOST_OTHER_LAYERS = 0.05
 
 
 @dataclass
-class AllocatedOutput(GenerateDecoderOnlyOutput):
-    """The output of an allocator with `return_dict_in_generate=True`.
-
-    Fields that were not asked for are None, as in transformers.
+class Allocation(ModelOutput):
+    """What an allocator with `return_dict_in_generate=True` says beside stock's fields.
 
     Attributes:
-        sequences, scores, logits, attentions, hidden_states, cache: as stock `generate()` gives them.
-        sequences_scores, beam_indices: the same, with beams.
         plans: of the B prompts.
-        layers: that ran, on average over the prompts.
-        share_of_decoder: that ran, on average over the prompts: the plans' budgets.
+        layers, share_of_decoder: that ran, on average over the prompts; the share is the mean of the plans' budgets.
         allocation_s: seconds until the plans were known.
         first_token_s: seconds until the first tokens were known.
         total_s: seconds of the whole call.
@@ -39,8 +36,6 @@ class AllocatedOutput(GenerateDecoderOnlyOutput):
             `layers` and `share_of_decoder` are then those of the plan that drafts.
     """
 
-    sequences_scores: torch.Tensor | None = None
-    beam_indices: torch.Tensor | None = None
     plans: list[LayerPlan] = None  # type: ignore[assignment]  # transformers wants defaults of None
     layers: float = None  # type: ignore[assignment]
     share_of_decoder: float = None  # type: ignore[assignment]
@@ -52,6 +47,25 @@ class AllocatedOutput(GenerateDecoderOnlyOutput):
     accepted_tokens: int | None = None
     acceptance: float | None = None
     full_passes: int | None = None
+
+
+@dataclass
+class AllocatedOutput(Allocation, GenerateDecoderOnlyOutput):
+    """Stock's output with the fields of `Allocation`. Fields that were not asked for are None."""
+
+
+@dataclass
+class AllocatedBeamOutput(Allocation, GenerateBeamDecoderOnlyOutput):
+    """The same of beam search, with `sequences_scores` and `beam_indices`."""
+
+
+Allocated = AllocatedOutput | AllocatedBeamOutput
+
+
+def allocated(output: ModelOutput, plans: list[LayerPlan], **fields: Any) -> Allocated:
+    """The output of stock's loop with the fields of `Allocation`."""
+    made: type[Allocated] = AllocatedOutput if isinstance(output, GenerateDecoderOnlyOutput) else AllocatedBeamOutput
+    return made(**dict(output), plans=plans, layers=mean_layers(plans), **fields)
 
 
 def mean_layers(plans: Iterable[LayerPlan]) -> float:

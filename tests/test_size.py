@@ -11,7 +11,7 @@ CEILINGS = {  # lines of Python, files
     "controller": (3000, 22),
     "runtime": (3300, 19),
     "token_exits": (1350, 11),
-    "pipelines": (6950, 47),
+    "pipelines": (7000, 47),
     "serving": (2700, 26),
     "layerbudget": (1200, 11),
     "tests": (20900, 150),

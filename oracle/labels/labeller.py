@@ -38,7 +38,7 @@ class Labeller(LabelReader):
         store: where labels are kept; one transaction a batch.
         batch_size: prompts generated together.
         healing: what shortened plans run with.
-        shortcut: make each answer in the cheapest way and end it where its score is decided (see
+        verify: make each answer in the cheapest way and end it where its score is decided (see
             `oracle.labels.answers`); otherwise generate everything to its end, plan by plan. The judge `kl` generates
             nothing either way. Where the decoding changes tokens, the likeliest ones are not those chosen, and
             everything is generated.
@@ -57,13 +57,13 @@ class Labeller(LabelReader):
         batch_size: int,
         healing: AnyHealing = None,
         *,
-        shortcut: bool = True,
+        verify: bool = True,
     ) -> None:
         self._model, self._tokenizer, self._healing = model, tokenizer, ready(healing, model)
         super().__init__(store, decoding.of(model, tokenizer), self.model_key)
         self._batch_size = batch_size
-        self._shortcut = shortcut and not self.decoding.changes_tokens
-        self._answers = Answers(model, tokenizer, self.decoding, self._healing, stop_early=self._shortcut)
+        self._verifies = verify and not self.decoding.changes_tokens
+        self._answers = Answers(model, tokenizer, self.decoding, self._healing, stop_early=self._verifies)
         self._fingerprint = model_fingerprint(model)
         self.failures: list[str] = []
 
@@ -89,14 +89,14 @@ class Labeller(LabelReader):
 
         Of prompts that are wanted under other plans alone, as a search asks for them, its label must be there.
         """
-        if self._shortcut and full_plan in wanted and are_exits(list(wanted), self._healing):
+        if self._verifies and full_plan in wanted and are_exits(list(wanted), self._healing):
             self._label_exits(wanted, full_plan, advance)
         self._generate({full_plan: self.missing(wanted.get(full_plan, ()), full_plan)}, {}, advance)
         missing = {plan: self.missing(some, plan) for plan, some in wanted.items() if plan != full_plan}
         full = self._full_labels(missing, full_plan)
         self._diverge({plan: [p for p in some if p.judge == KL] for plan, some in missing.items()}, full, advance)
         free = {plan: [p for p in some if p.judge != KL] for plan, some in missing.items()}
-        if not self._shortcut:
+        if not self._verifies:
             for plan, some in free.items():
                 self._generate({plan: some}, full, advance)
         elif all(exit_depth(plan) is not None for plan in free):

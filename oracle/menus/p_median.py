@@ -3,7 +3,8 @@
 An oracle gives each prompt the plan that suits it; the fewer plans a menu holds, the more it spends at the same mean
 score. The choice is the p-median problem (Hakimi 1964, Operations Research 12(3)) with a side constraint, the mean
 score of the knapsack of Glavas et al. 2024 (arXiv 2410.20022, section 4). Vertex substitution (Teitz and Bart 1968,
-Operations Research 16(5)) finds a good choice at once; HiGHS betters it.
+Operations Research 16(5)) finds a good choice at once. A Lagrangian bound (Cornuejols, Fisher and Nemhauser 1977,
+Management Science 23(8)) says how good it is, and betters it on the way.
 
 Shapes: `N` prompts, `P` plans, cheapest first, the last full, `T` targets. `scores` is [N, P], `budgets` [P].
 """
@@ -14,21 +15,19 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, hstack, identity, kron, vstack
 
-from oracle.frontier.frontier import budget_at
+from oracle.frontier.frontier import ROUNDING, budget_at
 from oracle.frontier.sweep import path, sweep
 
 Floats = NDArray[np.float64]
 
 GAP = 1e-3
 """A choice this close to the best possible, relatively, is taken to be the best."""
-NODES = 50
-"""Nodes of the search tree after which HiGHS gives the best choice so far, the same on every machine."""
+STEPS, PATIENCE = 300, 10
+"""Steps towards the bound, at most, the same on every machine, and those without a better bound that halve a step."""
 
 
-def best_plans(scores: Floats, budgets: Floats, count: int, losses: Sequence[float], nodes: int = NODES) -> list[int]:
+def best_plans(scores: Floats, budgets: Floats, count: int, losses: Sequence[float], steps: int = STEPS) -> list[int]:
     """The places, ascending, of `count` plans with which an oracle spends least; the last one, the full plan, is one.
 
     Args:
@@ -36,13 +35,12 @@ def best_plans(scores: Floats, budgets: Floats, count: int, losses: Sequence[flo
         budgets: of the plans [P].
         count: plans to choose.
         losses: shares of the full plan's mean score that the oracle may lose: targets, each weighing the same [T].
-        nodes: of HiGHS's search tree, at most.
+        steps: towards the bound that proves a choice the best, at most.
     """
     found = substituted(scores, budgets, count, losses)
     if len(found) == scores.shape[1]:
         return found
-    other = _solved(scores, budgets, count, losses, nodes) or found
-    return min(found, other, key=lambda plans: oracle_budget(scores, budgets, plans, losses))
+    return _bettered(found, scores, budgets, losses, steps)
 
 
 def oracle_budget(scores: Floats, budgets: Floats, plans: Sequence[int], losses: Sequence[float]) -> float:
@@ -77,29 +75,43 @@ def substituted(scores: Floats, budgets: Floats, count: int, losses: Sequence[fl
     return sorted(chosen)
 
 
-def _solved(scores: Floats, budgets: Floats, count: int, losses: Sequence[float], nodes: int) -> list[int] | None:
-    """HiGHS's choice; None where so few nodes hold none.
+def _bettered(plans: list[int], scores: Floats, budgets: Floats, losses: Sequence[float], steps: int) -> list[int]:
+    """The best choice that the search for a lower bound comes by, or the one given.
 
-    The variables are whether each plan is in the menu [P], then the share of each plan for each target and prompt
-    [T, N, P].
+    The bound is Lagrangian: each prompt may pay for its plan at each target (`paid` [T, N]), and a unit of score has a
+    price at each target (`prices` [T]). A plan is then worth by itself what it saves prompts over what they pay, and
+    the plans worth most are a choice. Both are moved along the subgradient, with Polyak's length of a step.
     """
-    (n, p), t = scores.shape, len(losses)
-    rows, size = t * n, t * n * p
-    least = (1 - np.array(losses)) * scores[:, -1].mean()
-    in_menu = csr_array(np.concatenate([np.ones(p), np.zeros(size)])[None])
-    shares = hstack([csr_array((rows, p)), kron(identity(rows), np.ones((1, p)))])
-    only_if_in_menu = hstack([vstack([-identity(p)] * rows), identity(size)])
-    mean_score = hstack([csr_array((t, p)), kron(identity(t), scores.reshape(1, -1) / n)])
-    result = milp(
-        np.concatenate([np.zeros(p), np.tile(budgets / rows, rows)]),
-        integrality=np.concatenate([np.ones(p), np.zeros(size)]),
-        bounds=Bounds(np.concatenate([np.zeros(p - 1), np.ones(1), np.zeros(size)]), 1.0),
-        constraints=[
-            LinearConstraint(in_menu, count, count),
-            LinearConstraint(shares, 1.0, 1.0),
-            LinearConstraint(only_if_in_menu, -np.inf, 0.0),
-            LinearConstraint(mean_score, least, np.inf),
-        ],
-        options={"node_limit": nodes, "mip_rel_gap": GAP},
-    )
-    return None if result.x is None else np.flatnonzero(result.x[:p] > 0.5).tolist()
+    missing = (1 - np.array(losses))[:, None, None] * scores[:, -1].mean() - scores  # [T, N, P]
+    best, least = plans, oracle_budget(scores, budgets, plans, losses)
+    prices = np.array([_price(scores[:, plans], budgets[plans], loss) for loss in losses])
+    paid = (budgets[plans] + prices[:, None, None] * missing[..., plans]).min(axis=2)
+    bound, length, stale, at_bound = -np.inf, 1.0, 0, (paid, prices)
+    for _ in range(steps):
+        saved = np.maximum(paid[..., None] - budgets - prices[:, None, None] * missing, 0)
+        worth = saved.mean(axis=(0, 1))
+        chosen = sorted([*np.argsort(-worth[:-1], kind="stable")[: len(plans) - 1].tolist(), len(worth) - 1])
+        value = float(paid.mean() - worth[chosen].sum())
+        bound, stale, at_bound = (value, 0, (paid, prices)) if value > bound else (bound, stale + 1, at_bound)
+        if (spent := oracle_budget(scores, budgets, chosen, losses)) < least:
+            best, least = chosen, spent
+        if bound >= (1 - GAP) * least:
+            break
+        if stale == PATIENCE:
+            length, stale, (paid, prices) = length / 2, 0, at_bound
+            continue
+        taken = saved[..., chosen] > 0
+        up = (1 - taken.sum(axis=2)) / paid.size
+        dearer = (taken * missing[..., chosen]).sum(axis=(1, 2)) / paid.size
+        step = length * (least - value) / ((up**2).sum() + (dearer**2).sum())
+        paid, prices = paid + step * up, np.maximum(prices + step * dearer, 0)
+    return best
+
+
+def _price(scores: Floats, budgets: Floats, loss: float) -> float:
+    """What an oracle that may lose so much pays for its last unit of mean score."""
+    spent, reached = path(sweep(scores, budgets), scores, budgets).T
+    last = int(np.searchsorted(reached, (1 - loss) * scores[:, -1].mean() - ROUNDING))
+    if not 0 < last < len(reached):
+        return 0.0
+    return float((spent[last] - spent[last - 1]) / (reached[last] - reached[last - 1]))

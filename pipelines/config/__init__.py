@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from backbone.errors import InputError
 from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines.config.learning_sections import CalibrationSection, EvaluationSection, TuningSection
-from pipelines.config.parsing import NotYAMLError, hint_of, parse_yaml
+from pipelines.config.parsing import NotYAMLError, hint_of, parse_yaml, renamed
 from pipelines.config.sections import (
     AdaptSection,
     DataSection,
@@ -37,8 +37,9 @@ class ConfigError(InputError):
 
 class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=LONGEST_NAME)
-    """The run's folder is `runs/<name>`."""
+    """Of the run; its folder is `runs/<name>`."""
     runs: Path = Path("runs")
+    """The folder of all runs."""
     model: ModelSection
     data: DataSection = DataSection()
     decoding: DecodingSection = DecodingSection()
@@ -96,6 +97,8 @@ class Config(Section):
 def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
     """Read a YAML file and put `key=value` settings over it (values are read as YAML).
 
+    In the file that a run keeps in its folder, a key that has been renamed since may have its old name.
+
     Raises:
         ConfigError: no such file, not YAML, an unknown key (a near one is named, if any), or a value out of range.
     """
@@ -107,6 +110,8 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} should hold keys and values, got {type(data).__name__}")
+    if path.with_name("run.json").is_file():
+        data = renamed(data)
     return checked_config({**data, "file": str(path.resolve())}, settings)
 
 

@@ -24,6 +24,7 @@ class GivenSettings(Section):
 
 class TuningSection(Section):
     controllers: list[Annotated[Text, AfterValidator(CONTROLLERS.checked)]] = Field(["lightgbm", "mlp"], min_length=1)
+    """Models to learn with: `lightgbm`, `mlp`, `logistic`, or one of your own. The best one is saved."""
     search_from: int = Field(500, ge=0)
     """Prompts to train and to tune from which on settings are searched. With fewer the defaults are taken: a search
     among so few finds noise (docs/controllers.md)."""

@@ -22,6 +22,7 @@ _MEANT = {
     "decoding.stop": "decoding.stop_strings decoding.stop_words",
     "adapt.learning_rate": "adapt.lr",
     "adapt.method: heads": "adapt.exit_steps",
+    "label.verify": "label.shortcut",
     "menu.cheapest_budget": "menu.budget menu.min_budget",
     "menu.probe_depth": "menu.depth features.depth features.layers",
     "tuning.controllers": "tuning.models tuning.controller controller",
@@ -42,6 +43,18 @@ _GONE = {
 """Keys of earlier versions, and where to find now what they asked for."""
 _LOSSES = ("calibration.alpha", "evaluation.alphas")
 """Keys of earlier versions, which named losses."""
+_RENAMED = {"label": {"shortcut": "verify"}}
+"""For each section the keys of earlier versions and their names now."""
+
+
+def renamed(data: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a run's folder, which an earlier version may have saved, with the keys' names of now."""
+    return {
+        section: {_RENAMED.get(section, {}).get(key, key): value for key, value in own.items()}
+        if isinstance(own, dict)
+        else own
+        for section, own in data.items()
+    }
 
 
 def hint_of(key: str, known: Sequence[str], value: object = None) -> str:

@@ -31,7 +31,9 @@ class ModelSection(Section):
     source: Text
     """Hub id, folder, .gguf file, or package:NAME."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the model computes in; `auto` for bfloat16 where the device computes in it, else float32."""
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N` or `mps`; `auto` for a CUDA GPU where there is one, else the CPU."""
 
 
 class DataSection(Section):
@@ -39,6 +41,7 @@ class DataSection(Section):
     """`embedded`, a file (.jsonl, .ndjson, .json, .csv, .tsv; or .gz after that), or a name or folder that `datasets`
     loads."""
     limit: int | None = Field(None, ge=8)
+    """Use this many of the prompts, chosen by a hash of the id; a larger limit only adds prompts."""
     columns: dict[str, Text] = {}
     """Our field -> the source's column; fields not named keep their own names."""
     split: Text = "train"
@@ -74,7 +77,9 @@ class DataSection(Section):
 
 class DecodingSection(Section):
     max_new_tokens: int = Field(32, ge=1)
+    """Tokens of an answer, at most."""
     stop: list[Text] = []
+    """Strings; an answer ends before the first of them."""
     options: dict[str, Any] = {}
     """Further arguments of `generate()` that change greedy answers, such as `repetition_penalty`, in place of what the
     model's own generation config says."""
@@ -90,12 +95,15 @@ class DecodingSection(Section):
 
 class MenuSection(Section):
     method: Annotated[Text, AfterValidator(MENUS.checked)] = "covering"
+    """How plans are chosen: `given`, `exits`, `gaps`, `evenly`, `greedy`, `covering`, or one of your own."""
     probe_depth: int = Field(4, ge=1)
+    """First layers that every plan runs, and whose states the controller reads."""
     given: list[str] = []
     """Plans in their text form, such as 0-12,16, for the method `given`; the full plan is added."""
     plans: int = Field(8, ge=2)
     """K, the full plan included."""
     cheapest_budget: float = Field(0.5, gt=0, lt=1)
+    """Share of the decoder that the cheapest plan runs, at least."""
     prompts: int = Field(32, ge=1)
     """Prompts of the split `adapt` that a search looks at, half of them at most; `covering` fits bridges on others."""
     losses: list[Annotated[float, Field(ge=0, lt=1)]] = Field(list(LOSSES), min_length=1)
@@ -124,6 +132,7 @@ class AdaptSection(Section):
     """Prompts of the split `adapt`, with the full model's answers, to fit and train on. By default all for heads, which
     gain from every prompt, and 400 for the other methods."""
     form: Form = "full"
+    """Of bridges: maps of full rank, or `low_rank`."""
     rank: int = Field(64, ge=1)
     """Of bridges that are `low_rank`."""
     in_order: bool = False
@@ -135,13 +144,18 @@ class AdaptSection(Section):
     where: Where = "all"
     """Weights that the adapter changes; `nowhere` trains the bridges alone."""
     lora_rank: int = Field(16, ge=1)
+    """Of the adapter."""
     epochs: float = Field(2.0, gt=0)
+    """Times that the adapter sees each prompt."""
     minutes: float | None = Field(None, gt=0)
     """Train for so long, instead of `epochs`, on this machine; the methods `adapter` and `both`, and each of them with
     `best`."""
     batch_tokens: int = Field(1024, ge=16)
+    """Tokens of a training step, padding included."""
     plans_per_step: int = Field(3, ge=1)
+    """Plans that a training step runs each prompt under."""
     learning_rate: float = Field(3e-4, gt=0)
+    """Of the adapter's training."""
     evaluate_every: int = Field(25, ge=1)
     """Steps between looks at held-out prompts, at each of which a checkpoint is written; a GPU's steps are short beside
     a look, and a hundred suit it better."""
@@ -181,10 +195,12 @@ class AdaptSection(Section):
 
 class LabelSection(Section):
     batch_size: int = Field(32, ge=1)
+    """Prompts that are answered together."""
     limit: int | None = Field(None, ge=8)
     """Label this many of the prompts that are not in the split `adapt`, chosen by a hash of the id."""
-    shortcut: bool = True
-    """Make each answer in the cheapest way and only until its score is decided, instead of generating everything."""
+    verify: bool = True
+    """End each answer where its score is decided, and verify early exits along the full model's answer where that is
+    cheaper; `false` generates every answer to its end."""
     tolerance: float = Field(0.0, ge=0, lt=1)
     """A plan is sufficient if its score is at least the full plan's less this. With the judge `kl`, under which a
     shortened plan hardly ever scores the full plan's 1, it has to be above 0."""
@@ -192,6 +208,7 @@ class LabelSection(Section):
 
 class FeaturesSection(Section):
     batch_size: int = Field(32, ge=1)
+    """Prompts that are read together."""
     sets: list[str] = ["length", "tokens", "embedding", "states", "windows", "path"]
     """Sets of features to read from the probe layers; `lens` is dearer, since it runs the output head."""
 
@@ -207,6 +224,7 @@ class TrackingSection(Section):
     uri: Text = "sqlite:///mlruns/mlflow.db"
     """Any URI that MLflow takes."""
     experiment: Text = "layerbudget"
+    """MLflow's experiment that the run belongs to."""
 
 
 class RaySection(Section):

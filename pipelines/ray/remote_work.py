@@ -130,16 +130,14 @@ class LabelTask(ModelTask):
 
     decoding: Decoding
     batch_size: int
-    shortcut: bool
+    verify: bool
 
     def __call__(self, piece: LabelPiece) -> tuple[list[Label], list[str]]:
         full = LayerPlan.full(next(iter(piece.wanted)).n_layers)
         with tempfile.TemporaryDirectory() as folder:
             store = LabelStore(Path(folder) / "labels.db")
             store.add(piece.known)
-            labeller = Labeller(
-                *self.backbone, self.decoding, store, self.batch_size, self.healing, shortcut=self.shortcut
-            )
+            labeller = Labeller(*self.backbone, self.decoding, store, self.batch_size, self.healing, verify=self.verify)
             labeller.label_some(piece.wanted, full)
             labels = [
                 label for plan, prompts in piece.wanted.items() for label in labeller.labels(plan, prompts).values()
@@ -190,6 +188,6 @@ class RemoteLabeller(LabelReader):
 def remote_labeller(workspace: Workspace, workers: Workers, healing: Healing | None) -> RemoteLabeller:
     """The labeller of a run whose workers run shortened plans with this healing."""
     label, model = workspace.config.label, workspace.model
-    task = LabelTask(*given_to_workers(workspace, healing), model.decoding, label.batch_size, label.shortcut)
+    task = LabelTask(*given_to_workers(workspace, healing), model.decoding, label.batch_size, label.verify)
     digest = "" if healing is None or healing.is_empty else healing.digest
     return RemoteLabeller(workers, task, LabelStore(workspace.path("labels.db")), model.facts.label_key(digest))

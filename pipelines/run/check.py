@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backbone.errors import InputError, reason_of
 from backbone.plan import LayerPlan
@@ -24,6 +25,9 @@ from pipelines.run.prompts import LEAST_OF_A_SPLIT, labelled_of, prompts_of, spl
 from pipelines.run.state import read_record
 from pipelines.run.tracking import check_answers, check_store
 
+if TYPE_CHECKING:
+    from pipelines.run.model import Loaded
+
 LABEL_BYTES = 2_000
 """Of one answer with its score in the database of labels, as the demo's are."""
 OTHER_BYTES = 64 * 2**20
@@ -34,13 +38,17 @@ COPIES = 3
 """Of the healing parts: the stage's file, the allocator's, and MLflow's."""
 
 
-def check_run(config: Config) -> list[str]:
+def check_run(config: Config, loaded: Loaded | None = None) -> list[str]:
     """What was looked at, in a line each.
+
+    Args:
+        config: of the run.
+        loaded: its model and tokenizer, where they are loaded already.
 
     Raises:
         ConfigError: what would fail, all of it in one sentence.
     """
-    checks, said, problems = _Checks(config), [], []
+    checks, said, problems = _Checks(config, loaded), [], []
     for look in (
         checks.model,
         checks.methods,
@@ -115,12 +123,12 @@ class _UnknownError(Exception):
 class _Checks:
     """The checks of one configuration; each returns what it found, or raises InputError."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, loaded: Loaded | None) -> None:
+        self._config, self._loaded = config, loaded
 
     @cached_property
     def _model(self) -> ModelFiles:
-        return ModelFiles(self._config.model.source)
+        return ModelFiles(self._config.model.source, self._loaded)
 
     @cached_property
     def _prompts(self) -> list[Prompt]:

@@ -19,7 +19,6 @@ from oracle.chat import NO_TEMPLATE, ChatTemplate, named_tokens
 from oracle.decoding import Decoding, own_settings
 from oracle.labels.reader import model_key
 from pipelines.config import Config, ConfigError
-from pipelines.run.given_model import given_model
 from pipelines.run.progress import waiting
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -98,10 +97,11 @@ class RunModel:
     Args:
         config: of the run.
         path: of the file that holds what is known of the model, `model.json`.
+        given: the model and its tokenizer, where they are loaded already; its fingerprint is checked as ever.
     """
 
-    def __init__(self, config: Config, path: Path) -> None:
-        self._config, self._path = config, path
+    def __init__(self, config: Config, path: Path, given: Loaded | None = None) -> None:
+        self._config, self._path, self._given = config, path, given
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -118,7 +118,7 @@ class RunModel:
     def loaded(self) -> Loaded:
         """The model and its tokenizer."""
         model = self._config.model
-        if (loaded := given_model(model.source)) is None:
+        if (loaded := self._given) is None:
             with waiting(f"loading {model.source} (weights in GGUF form are converted once, which takes a minute)"):
                 loaded = load_backbone(model.source, dtype=model.dtype, device=model.device)
         self._keep_facts(ModelFacts.of(*loaded))
@@ -141,8 +141,8 @@ class RunModel:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's, without loading the model."""
-        source = self._config.model.source
-        return self.loaded[1] if "loaded" in self.__dict__ or given_model(source) else load_tokenizer(source)
+        is_loaded = "loaded" in self.__dict__ or self._given is not None
+        return self.loaded[1] if is_loaded else load_tokenizer(self._config.model.source)
 
     @property
     def decoding(self) -> Decoding:

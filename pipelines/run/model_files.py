@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backbone.errors import LoadError, reason_of
 from backbone.model_source import check_supported, local_file, local_settings, look_at
 from oracle.chat import ChatTemplate, template_text
 from oracle.prompts import check_context
-from pipelines.run.given_model import given_model
+
+if TYPE_CHECKING:
+    from pipelines.run.model import Loaded
 
 TOGETHER = 256
 """Prompts that are turned into tokens at once."""
@@ -20,6 +22,9 @@ TOGETHER = 256
 
 class ModelFiles:
     """A folder's files, or those of a repository in the hub's cache; of any other source nothing is known.
+
+    Args:
+        loaded: the model, where it is loaded already, and its tokenizer.
 
     Attributes:
         source: as `backbone.loading.load_backbone` takes it.
@@ -30,8 +35,7 @@ class ModelFiles:
         UnsupportedModelError: see `backbone.model_source.check_supported`.
     """
 
-    def __init__(self, source: str) -> None:
-        loaded = given_model(source)
+    def __init__(self, source: str, loaded: Loaded | None = None) -> None:
         self.source, self.config = source, loaded[0].config.to_dict() if loaded else look_at(source) or {}
         if self.config:
             check_supported(self.config)

@@ -21,6 +21,7 @@ from oracle.search import SEARCHERS
 from pipelines.config import Config, ConfigError
 from pipelines.ray.distributed import workers_at
 from pipelines.run.check import check_run
+from pipelines.run.model import Loaded
 from pipelines.run.progress import console, say
 from pipelines.run.state import BY_NAME, LOCK, STAGES, RunState, Stage, all_before
 from pipelines.run.workspace import Workspace
@@ -28,18 +29,19 @@ from pipelines.search import described, find_least_plans, own_search_folder, wri
 from pipelines.stages import label
 
 
-def run_all(config: Config) -> Workspace:
+def run_all(config: Config, loaded: Loaded | None = None) -> Workspace:
     """Run every stage, after the counts of `layerbudget check`; returns the finished run.
 
     Stages whose inputs did not change since they were done are skipped.
     Where all are done nothing is written, so that a finished run may lie in a read-only folder.
+    `loaded` is the model and its tokenizer, where they are loaded already.
     """
-    workspace = _checked(config)
+    workspace = _checked(config, loaded)
     if RunState(workspace).is_done(STAGES[-1]):
         for stage in STAGES:
             _say_done(stage)
         return workspace
-    for line in check_run(config):
+    for line in check_run(config, loaded):
         say(line)
     with _own_folder(workspace) as state:
         for stage in STAGES:
@@ -105,9 +107,9 @@ def run_search(config: Config, searcher: str, evaluations: int, split: Split, co
             say(f"  {path}")
 
 
-def _checked(config: Config) -> Workspace:
+def _checked(config: Config, loaded: Loaded | None = None) -> Workspace:
     """The run, after folder and prompts were found fit to use. Nothing is written."""
-    workspace = Workspace(config)
+    workspace = Workspace(config, loaded)
     RunState(workspace)
     workspace.prompts.check_given()
     return workspace

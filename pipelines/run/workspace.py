@@ -31,14 +31,17 @@ Mask = NDArray[np.bool_]
 class Workspace:
     """One run.
 
+    Args:
+        loaded: the model that `model.source` names and its tokenizer, where they are loaded already.
+
     Attributes:
         config: of the run.
         model: that it is for.
         prompts: that it learns from.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.model = config, RunModel(config, config.folder / "model.json")
+    def __init__(self, config: Config, loaded: Loaded | None = None) -> None:
+        self.config, self.model = config, RunModel(config, config.folder / "model.json", loaded)
         self.prompts = RunPrompts(config, self.model)
 
     def path(self, name: str) -> Path:
@@ -69,7 +72,7 @@ class Workspace:
     def labeller(self, healing: Healing | None) -> Labeller:
         """Labels answers of the model, under shortened plans with this healing."""
         loaded, store, label = self.model.loaded, LabelStore(self.path("labels.db")), self.config.label
-        return Labeller(*loaded, self.model.decoding, store, label.batch_size, healing, shortcut=label.shortcut)
+        return Labeller(*loaded, self.model.decoding, store, label.batch_size, healing, verify=label.verify)
 
     @cached_property
     def labels(self) -> LabelReader:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
             say(f"  {certificate.sentence}", style="red")
     valid = sorted((found for found in every if found.price is not None), key=lambda found: -found.keep)
     chosen = every[0] if every[0].price is not None or not valid else valid[0]
-    allocator = _allocator(workspace, best, learned, table, chosen, [found for found in valid if found is not chosen])
+    alarm_at = partial(drift_alarm, learned.projection(table.features), predicted, table.budgets)
+    others = [found for found in valid if found is not chosen]
+    allocator = _allocator(workspace, best, learned, alarm_at, chosen, others)
     allocator.save_pretrained(workspace.path("allocator"))
     certificates = [{**asdict(found), "sentence": found.sentence} for found in (allocator.certificate, *every)]
     data = {"best": best, "certificate": certificates[0], "certificates": certificates[1:]}
@@ -81,14 +84,14 @@ def _allocator(
     workspace: Workspace,
     best: str,
     learned: FittedPredictor,
-    table: Table,
+    alarm_at: Callable[[float | None, float], DriftAlarm],
     certificate: Certificate,
     others: Sequence[Certificate],
 ) -> Allocator:
     """The best controller with its certificate and the other valid ones, each with a drift alarm."""
     menu, labelled = workspace.menu(), workspace.prompts.labelled(*IN_FULL)
     rate = workspace.config.calibration.false_alarms
-    alarms = {found.keep: drift_alarm(learned, found, table, rate) for found in (certificate, *others)}
+    alarms = {found.keep: alarm_at(found.price, rate) for found in (certificate, *others)}
     allocator = Allocator(
         menu=menu,
         controller=learned.controller,
@@ -181,12 +184,18 @@ def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection,
 
 
 def drift_alarm(
-    learned: FittedPredictor, certificate: Certificate, table: Table, false_alarm_rate: float
+    projected: Floats, predicted: Floats, budgets: NDArray[np.float64], price: float | None, false_alarm_rate: float
 ) -> DriftAlarm:
-    """The alarm of a certified price, by the prompts that the price was certified on."""
-    projected = learned.projection(table.features)
-    chosen = choose(learned.predict(table.features), table.budgets, certificate.price)
-    return DriftAlarm(drift_scores(projected, table.budgets[chosen]), false_alarm_rate)
+    """The alarm of a certified price, by the N prompts that the price was certified on.
+
+    Args:
+        projected: what the controller sees of them [N, F].
+        predicted: what plans are expected to keep [N, K].
+        budgets: of the plans [K].
+        price: the certified one.
+        false_alarm_rate: see `DriftAlarm`.
+    """
+    return DriftAlarm(drift_scores(projected, budgets[choose(predicted, budgets, price)]), false_alarm_rate)
 
 
 def _chat_format(workspace: Workspace) -> ChatFormat | None:

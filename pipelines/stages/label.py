@@ -22,9 +22,9 @@ def run(workspace: Workspace, shard: Shard | None = None, workers: Workers | Non
     """Fill `labels.db` with what is missing there, or, of that, with the labels of one shard."""
     prompts = workspace.prompts.labelled(*IN_FULL)
     labeller = _labeller(workspace, workers)
-    if workspace.config.label.shortcut and (options := labeller.decoding.changes_tokens):
+    if workspace.config.label.verify and (options := labeller.decoding.changes_tokens):
         named = ", ".join(f"{name}={value}" for name, value in options.items())
-        say(f"  label.shortcut steps aside: with {named} the likeliest token is not the one chosen")
+        say(f"  label.verify steps aside: with {named} the likeliest token is not the one chosen")
     some = prompts if shard is None else shard.select(prompts)
     fill(labeller, dict.fromkeys(workspace.menu().plans, some), "labels")
     return workspace.path("labels.db")

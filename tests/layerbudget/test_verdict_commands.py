@@ -153,6 +153,16 @@ def test_check_warns_where_nothing_ends_an_answer(project, model_folder) -> None
     assert "set decoding.stop, such as" in layerbudget("check", "p.yaml", "--set", "decoding.stop=[]").stdout
 
 
+@pytest.mark.parametrize("held", ["mine", "data: [1]"])
+def test_try_refuses_a_folder_of_somebody_else(held, project, model_folder) -> None:
+    write_csv(project / "p.csv", ";")
+    assert layerbudget("init", model_folder, "p.csv").returncode == 0
+    Path("runs/p").mkdir(parents=True)
+    Path("runs/p/config.yaml").write_text(held)
+    assert "runs/p holds 'config.yaml', but no run" in refused("try", model_folder, "p.csv")
+    assert Path("runs/p/config.yaml").read_text() == held
+
+
 def test_try_ends_in_a_verdict_and_run_goes_on(project, model_folder) -> None:
     write_csv(project / "p.csv", ";")
     done = layerbudget("try", model_folder, "p.csv", "--minutes", "9")

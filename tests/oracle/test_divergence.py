@@ -78,15 +78,15 @@ def test_removing_more_of_a_gentle_model_scores_less_on_average(tokenizer) -> No
     assert 0 < means[0] < means[1] < means[2] < 1
 
 
-@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("verify", [False, True])
 def test_its_labels_carry_what_agrees_with_the_full_answer_and_go_on_where_they_stopped(
-    model, tokenizer, tmp_path, shortcut
+    model, tokenizer, tmp_path, verify
 ) -> None:
     prompts = [*PROMPTS, Prompt("other", "t", "ab", "", "agreement")]
     menu = PlanMenu.build(PLANS, sublayer_bytes(model), 2)
     store = LabelStore(tmp_path / "labels.db")
-    Labeller(model, tokenizer, Decoding(4), store, 4, shortcut=shortcut).label(prompts[1:], menu)
-    labeller, done = Labeller(model, tokenizer, Decoding(4), store, 4, shortcut=shortcut), []
+    Labeller(model, tokenizer, Decoding(4), store, 4, verify=verify).label(prompts[1:], menu)
+    labeller, done = Labeller(model, tokenizer, Decoding(4), store, 4, verify=verify), []
     labeller.label(prompts, menu, done.append)
     assert sum(done) == len(menu)
     assert len(store) == len(prompts) * len(menu)

@@ -103,8 +103,8 @@ def prompts_of(judge: str) -> list[Prompt]:
     return [Prompt(f"p{i}", "t", text, "b", judge) for i, text in enumerate([*texts, "quite another text"])]
 
 
-def labeller_of(model, path, shortcut: bool = True) -> Labeller:
-    return Labeller(model, tiny_tokenizer(), STOPPING, LabelStore(path), batch_size=4, shortcut=shortcut)
+def labeller_of(model, path, verify: bool = True) -> Labeller:
+    return Labeller(model, tiny_tokenizer(), STOPPING, LabelStore(path), batch_size=4, verify=verify)
 
 
 def exits_menu(model) -> PlanMenu:

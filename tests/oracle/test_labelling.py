@@ -54,7 +54,7 @@ def test_acceptance_counts_tokens_up_to_the_first_that_is_not_the_full_models() 
 
 def test_labels_equal_generating_each_prompt_alone(model, tokenizer, tmp_path) -> None:
     menu, steps = menu_of(model), []
-    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), batch_size=4, shortcut=False)
+    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), batch_size=4, verify=False)
     labeller.label(PROMPTS, menu, steps.append)
     assert sum(steps) == len(PROMPTS) * len(menu)
     labels = labeller.read(PROMPTS, menu)
@@ -85,7 +85,7 @@ EXITS = [LayerPlan.exiting(6, depth) for depth in (2, 3, 5)]
 @pytest.mark.parametrize("stop", [(), STOPS])
 @pytest.mark.parametrize("judge", ["agreement", "exact", "rouge_l"])
 @pytest.mark.parametrize("way", ["generation", "one pass", "verification"])
-def test_the_shortcut_gives_the_labels_of_plain_generation(
+def test_verification_gives_the_labels_of_plain_generation(
     gentle, tokenizer, tmp_path, judge, stop, way, monkeypatch
 ) -> None:
     if way == "verification":  # as for exits whose weights an adapter changes
@@ -93,12 +93,12 @@ def test_the_shortcut_gives_the_labels_of_plain_generation(
     prompts = [Prompt(f"p{i}", "t", "hgfedcba"[i % 5 :] + str(i), "abc", judge) for i in range(12)]
     menu = PlanMenu.build(GAPS if way == "generation" else EXITS, sublayer_bytes(gentle), probe_depth=2)
     rows = {}
-    for shortcut in (False, True):
-        store = LabelStore(tmp_path / f"{shortcut}.db")
-        labeller = Labeller(gentle, tokenizer, Decoding(6, stop), store, batch_size=3, shortcut=shortcut)
+    for verifies in (False, True):
+        store = LabelStore(tmp_path / f"{verifies}.db")
+        labeller = Labeller(gentle, tokenizer, Decoding(6, stop), store, batch_size=3, verify=verifies)
         labeller.label(prompts, menu)
         assert len(store) == len(prompts) * len(menu)
-        rows[shortcut] = [label for row in labeller.read(prompts, menu) for label in row]
+        rows[verifies] = [label for row in labeller.read(prompts, menu) for label in row]
     for plain, short in zip(rows[False], rows[True], strict=True):
         assert short.score == plain.score
         if short.answer.endswith(CUT):
@@ -121,15 +121,15 @@ OWN_SETTINGS = [
 
 
 @pytest.mark.parametrize("own", OWN_SETTINGS, ids=lambda own: min(own))
-@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("verifies", [True, False])
 def test_labels_are_what_generate_gives_with_the_models_own_generation_config(
-    gentle, tokenizer, tmp_path, own, shortcut, monkeypatch
+    gentle, tokenizer, tmp_path, own, verifies, monkeypatch
 ) -> None:
     for name, value in own.items():
         monkeypatch.setattr(gentle.generation_config, name, value)
     menu, store = menu_of(gentle), LabelStore(tmp_path / "labels.db")
     batch_size = 1 if "no_repeat_ngram_size" in own else 4  # which the library lets count the padding, too
-    labeller = Labeller(gentle, tokenizer, Decoding(6), store, batch_size, shortcut=shortcut)
+    labeller = Labeller(gentle, tokenizer, Decoding(6), store, batch_size, verify=verifies)
     prompts = [replace(prompt, judge="rouge_l") for prompt in PROMPTS[::2]]  # which needs answers to their ends
     labeller.label(prompts, menu)
     for prompt, row in zip(prompts, labeller.read(prompts, menu), strict=True):
@@ -358,9 +358,9 @@ def test_an_answer_goes_on_while_one_of_its_references_fits(model, tokenizer) ->
     assert [text for text, ids in begun.items() if answers.has_diverged(prompt, ids, "")] == ["xa"]
 
 
-@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("verifies", [False, True])
 def test_a_judge_that_fails_on_one_prompt_does_not_stop_the_run(
-    model, tokenizer, tmp_path, monkeypatch, shortcut
+    model, tokenizer, tmp_path, monkeypatch, verifies
 ) -> None:
     (tmp_path / "fussy_judge.py").write_text(
         "def judge(answer, reference, full):\n"
@@ -371,7 +371,7 @@ def test_a_judge_that_fails_on_one_prompt_does_not_stop_the_run(
     prompts = [
         Prompt(f"p{i}", "t", "abc" * (i + 1), word, "fussy_judge:judge") for i, word in enumerate(("no", "nan", "ok"))
     ]
-    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), 4, shortcut=shortcut)
+    labeller = Labeller(model, tokenizer, DECODING, LabelStore(tmp_path / "labels.db"), 4, verify=verifies)
     labeller.label(prompts, menu_of(model))
     scores = score_matrix(labeller.read(prompts, menu_of(model)))
     np.testing.assert_array_equal(np.isnan(scores).all(axis=1), [True, True, False])

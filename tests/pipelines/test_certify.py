@@ -7,12 +7,15 @@ from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from command import layerbudget, refused, snapshot
 from tiny_run import tiny_settings, write_prompts
 
+from controller.learning import FittedPredictor
 from layerbudget import Allocator
+from oracle.labels.labeller import Labeller
 from oracle.labels.store import LabelStore
 
 BEFORE_CERTIFYING = ("menu", "adapt", "label", "features", "tune", "train", "calibrate")
@@ -71,6 +74,23 @@ def test_a_certificate_is_made_anew_from_later_prompts(allocator) -> None:
     assert kept["prompts_hash"] == old.certificate.prompts_hash
     again = refused("certify", allocator, "--prompts", "later.jsonl")
     assert "150 of 150 prompts were used for this allocator before, the first is 'later-0'" in again
+
+
+def test_a_certification_predicts_once_and_leaves_out_what_no_judge_read(allocator, monkeypatch) -> None:
+    predicted, predict, scores = [], FittedPredictor.predict, Labeller.scores
+
+    def failing(labeller, prompts, plan):
+        found = scores(labeller, prompts, plan)
+        return np.where([plan.is_full and prompt.id == "later-3" for prompt in prompts], np.nan, found)
+
+    monkeypatch.setattr(FittedPredictor, "predict", lambda self, some: predicted.append(1) or predict(self, some))
+    monkeypatch.setattr(Labeller, "scores", failing)
+    done = certify(allocator, later(Path("later.jsonl")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    new = Allocator.from_pretrained(allocator)
+    assert (new.certificate.n, new.certificate.left_out) == (149, 1)
+    assert len(new.drift.reference_scores) == 149
+    assert len(predicted) == 1
 
 
 def test_a_certification_goes_on_and_saves_elsewhere(allocator, monkeypatch) -> None:

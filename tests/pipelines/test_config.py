@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import configuration
 import pytest
 
 from pipelines.config import ConfigError, load_config
@@ -31,6 +32,20 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
     assert load_config(tmp_path / "demo.yaml").model_dump() == config.model_dump()
 
 
+def test_a_run_of_an_earlier_version_is_read_by_its_new_keys(tmp_path) -> None:
+    saved = load_config(ROOT / "configs/demo.yaml", ["label.verify=false"]).dump().replace("verify:", "shortcut:")
+    (tmp_path / "config.yaml").write_text(saved)
+    with pytest.raises(ConfigError, match=r"'label.shortcut'; 'label.verify' does that"):
+        load_config(tmp_path / "config.yaml")
+    (tmp_path / "run.json").write_text("{}")
+    assert not load_config(tmp_path / "config.yaml").label.verify
+
+
+def test_the_reference_shows_every_key() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    assert configuration.page() == page, "run `python benchmarks/configuration.py`"
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -40,6 +55,7 @@ def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
         ("model.name=gpt2", "unknown key 'model.name'; 'model.source' does that"),
         ("model.paht=gpt2", "unknown key 'model.paht'; the keys of 'model' are source, dtype, device"),
         ("data.file=p.jsonl", "unknown key 'data.file'; 'data.path' does that"),
+        ("label.shortcut=false", "unknown key 'label.shortcut'; 'label.verify' does that"),
         ("mlflow.uri=x", "unknown key 'mlflow'; 'tracking.uri' does that"),
         ("judge=exact", "unknown key 'judge'; that name has 'data.judge'"),
         ("batch_size=8", "that name has 'label.batch_size', 'features.batch_size'"),

@@ -119,6 +119,12 @@ def test_what_is_asked_for_is_taken(proposed) -> None:
         proposed({"q": "{}"}, Model(), columns={"question": "q"})
 
 
+def test_the_embedded_prompts_can_be_proposed() -> None:
+    decided = {decision.key: decision.value for decision in propose(Model(), "embedded").decisions}
+    assert (decided["data.path"], decided["adapt.targets"]) == ("embedded", "references")
+    assert "data.judge" not in decided or decided["data.judge"] is None
+
+
 @pytest.mark.parametrize("value", ["yes", "a: b", "x.jsonl", "package:name", "", "né", ["\n\n", "a'b\""], 0.97, None])
 def test_values_are_read_back(value) -> None:
     text = Decision("data.path", value, "why").text

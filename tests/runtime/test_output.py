@@ -3,6 +3,7 @@
 import logging
 import warnings
 from dataclasses import replace
+from typing import get_args, get_overloads, get_type_hints
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan
-from layerbudget import AllocatedOutput, UncertifiedDecodingWarning
+from layerbudget import AllocatedBeamOutput, AllocatedOutput, Allocator, UncertifiedDecodingWarning
 from runtime.output import share_of_decoder, summary_line
 
 FULL = LayerPlan.full(N_LAYERS)
@@ -44,9 +45,19 @@ def test_beams_keep_their_own_fields(model, allocator) -> None:
     options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "return_dict_in_generate": True}
     with pytest.warns(UncertifiedDecodingWarning, match="this call has num_beams=2: its bound"):
         found = allocator.generate(model, **padded_batch(), **options, output_scores=True)
+    stock = model.generate(**padded_batch(), **options, output_scores=True)
+    assert type(found) is AllocatedBeamOutput
+    assert isinstance(found, type(stock))
+    assert not isinstance(found, GenerateDecoderOnlyOutput)
+    assert [name for name in found if name in stock] == [*stock]
     assert found.sequences_scores.shape == (4,)
     assert found.beam_indices.shape[0] == 4
     assert len(found.plans) == 4
+
+
+def test_the_typed_output_has_plans_with_and_without_beams() -> None:
+    returned = get_type_hints(get_overloads(Allocator.generate)[0])["return"]
+    assert {*get_args(returned)} == {AllocatedOutput, AllocatedBeamOutput}
 
 
 def test_plans_that_no_menu_knows_count_by_their_bytes(model, allocator) -> None:

@@ -251,7 +251,7 @@ def test_a_run_follows_the_models_generation_config_and_says_so(project) -> None
     options = ("--set", "name=penalised", "--set", "decoding.options={repetition_penalty: 1.5}")
     done = layerbudget("run", project / "tiny.yaml", *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "label.shortcut steps aside: with repetition_penalty=1.5" in " ".join(done.stdout.split())
+    assert "label.verify steps aside: with repetition_penalty=1.5" in " ".join(done.stdout.split())
     shown = layerbudget("inspect", project / "runs" / "penalised" / "allocator").stdout
     assert "repetition_penalty=1.5" in shown
     certificate = json.loads((project / "runs" / "penalised" / "allocator" / "certificate.json").read_text())
