@@ -32,7 +32,6 @@ import workload
 from prices import price_of
 from redrawn_splits import Draw, Rows
 
-from controller.base import choose
 from controller.learning import FittedPredictor, Settings, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
@@ -149,7 +148,7 @@ def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[FittedPred
     work = Work.of(fit, config.calibration.alpha, tuning)
     best = min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
     starts = first_tested(out_of_fold(best, fit.features, fit), fit, config.calibration.keep)
-    return learn(best, fit.features, fit.kept, fit.budgets), starts
+    return learn(best, fit.features, fit.losses, fit.budgets), starts
 
 
 def settings_for(name: str, work: Work) -> Settings:
@@ -177,7 +176,7 @@ def _allocated(
     for keep, start in zip(calibration.keep, starts, strict=True):
         price = price_of(expected[0], calibrate, calibration, keep, start=start)
         served, whole = (
-            _card(workspace, choose(own, some.budgets, price), some)
+            _card(workspace, some.rule.choose(own, price), some)
             for own, some in zip(expected[1:], (test, population), strict=True)
         )
         if not found:
@@ -189,7 +188,7 @@ def _allocated(
 
 def _card(workspace: Workspace, chosen: Rows, test: Table) -> dict[str, Any]:
     layers = [plan.layers for plan in workspace.menu().plans]
-    card = asdict(report_card(chosen, test.scores, test.kept, test.budgets, layers, test.unit))
+    card = asdict(report_card(chosen, test.scores, test.losses, test.budgets, layers, test.unit))
     return {name: card[name] for name in ("layers", "budget", "quality_ratio", "loss", "worse", "better")}
 
 

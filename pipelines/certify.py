@@ -170,14 +170,14 @@ def _tested(
     allocator: Allocator, labeller: Labeller, prompts: list[Prompt], features: Features
 ) -> tuple[Table, dict[float, Certificate]]:
     """Label what some price chooses, and certify each level of the old certificate."""
-    old, plans, budgets = allocator.certificate, allocator.menu.plans, np.array(allocator.menu.budgets)
-    cells = on_path(allocator.selector().predictor.predict(features), budgets)
+    old, plans, rule = allocator.certificate, allocator.menu.plans, allocator.rule
+    cells = on_path(allocator.selector().predictor.predict(features), rule)
     wanted = by_plan(prompts, plans, cells)
     fill(labeller, wanted, "labels")
     scores = np.zeros(cells.shape)
     for own, column, (plan, some) in zip(cells.T, scores.T, wanted.items(), strict=True):
         column[own] = labeller.scores(some, plan)
-    table = Table.of(prompts, scores, features, budgets, old.risk, old.tolerance, cells)
+    table = Table.of(prompts, scores, features, rule.budgets, old.risk, old.tolerance, cells)
     if len(table.prompts) < 2:
         raise InputError(f"the judges failed on the full model's answers to all but {len(table.prompts)} prompts")
     predicted = allocator.selector().predictor.predict(table.features)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,11 +17,10 @@ from backbone.families import check_is_model
 from backbone.fingerprint import model_fingerprint
 from backbone.healing.attaching import Healing, attach, attached_digest, attached_to
 from backbone.plan import PlanMenu
-from controller.base import Controller
+from controller.base import ChoiceRule, Controller
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
-from controller.certificate.risks import full_quality
 from controller.learning import FittedPredictor
 from controller.projection import Projection
 from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
@@ -49,7 +49,7 @@ class AllocatorParts:
 
     Attributes:
         menu: the plans to choose from.
-        controller: predicts what each plan keeps; `controller_name` is its name in `CONTROLLERS`.
+        controller: predicts what each plan loses; `controller_name` is its name in `CONTROLLERS`.
         projection: from raw features to the controller's.
         certificate: its price decides; without a valid price every prompt runs the full plan.
         decoding: how the answers behind the certificate were generated.
@@ -93,6 +93,11 @@ class AllocatorParts:
         """The values of `keep` that are certified."""
         own = [] if self.certificate.price is None else [self.certificate.keep]
         return sorted([*own, *(point.certificate.keep for point in self.others)])
+
+    @property
+    def rule(self) -> ChoiceRule:
+        """How plans are chosen at a price."""
+        return ChoiceRule(np.array(self.menu.budgets), self.certificate.risk)
 
     def at(self, keep: float) -> Self:
         """The same at another certified bound: answers keep at least `keep` of the full model's mean score.
@@ -190,9 +195,8 @@ class AllocatorParts:
 
     def selector(self, limit_ms: float | None = None) -> PlanSelector:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        full = full_quality(self.certificate.risk)
-        predictor = FittedPredictor(self.projection, self.controller, full, self.outliers)
-        return PlanSelector(self.menu, predictor, self.certificate.price, self.drift, limit_ms)
+        predictor = FittedPredictor(self.projection, self.controller, self.outliers)
+        return PlanSelector(self.menu, predictor, self.rule, self.certificate.price, self.drift, limit_ms)
 
 
 def listed(prompts: Prompts | Question) -> list[str | Turns]:

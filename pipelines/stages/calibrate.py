@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import WIDE, Floats, choose
+from controller.base import WIDE, ChoiceRule, Floats
 from controller.certificate.calibration import PricePath, certify, first_price, on_path, valid_price
 from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
@@ -113,13 +113,14 @@ def first_tested(seen: Floats, fit: Table, keep: Sequence[float]) -> list[int]:
     """For each value of `keep` the place of the price that is tested first, from predictions out of fold [N, K]."""
     if max(keep) < 1:
         return [0 for _ in keep]
-    path = PricePath.of(seen, fit.losses, fit.budgets)
+    path = PricePath.of(seen, fit.losses, fit.rule)
     return [first_price(path, alpha_of(level), fit.full) for level in keep]
 
 
 def _labelled_table(workspace: Workspace, learned: FittedPredictor, workers: Workers | None) -> Table:
     """The calibrate prompts, labelled in full and under the plans that some price chooses for them."""
-    cells = on_path(learned.predict(workspace.features("calibrate")), np.array(workspace.menu().budgets))
+    rule = ChoiceRule(np.array(workspace.menu().budgets), workspace.config.calibration.risk)
+    cells = on_path(learned.predict(workspace.features("calibrate")), rule)
     label_cells(workspace, "calibrate", cells, workers)
     return workspace.table("calibrate", wanted=cells)
 
@@ -141,12 +142,12 @@ def certified(predicted: Floats, table: Table, *, keep: float, **terms: Any) -> 
     """The certificate at one level, by Learn-then-Test on the prompts of a table.
 
     Args:
-        predicted: expected quality [N, K].
+        predicted: expected losses [N, K].
         table: the N calibration prompts with their labels.
         keep, terms: what `certify` takes beside the table's.
     """
     return certify(
-        PricePath.of(predicted, table.losses, table.budgets, table.labelled),
+        PricePath.of(predicted, table.losses, table.rule, table.labelled),
         keep=keep,
         full=table.full,
         tasks=table.tasks,
@@ -168,7 +169,7 @@ def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection,
     It stands for what a certificate would allow where the calibrate split is labelled for another policy. The sequence
     begins where it would on these very prompts, so that it certifies nothing.
     """
-    path = PricePath.of(seen, fit.losses, fit.budgets)
+    path = PricePath.of(seen, fit.losses, fit.rule)
     return valid_price(
         path,
         alpha_of(keep),
@@ -186,7 +187,7 @@ def drift_alarm(
 ) -> DriftAlarm:
     """The alarm of a certified price, by the prompts that the price was certified on."""
     projected = learned.projection(table.features)
-    chosen = choose(learned.predict(table.features), table.budgets, certificate.price)
+    chosen = table.rule.choose(learned.predict(table.features), certificate.price)
     return DriftAlarm(drift_scores(projected, table.budgets[chosen]), false_alarm_rate)
 
 
