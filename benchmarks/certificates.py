@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from prices import price_of
 from scipy.stats import binomtest
 
-from controller.base import choose
-from controller.certificate.risks import Risk, plan_quality
+from controller.base import ChoiceRule
+from controller.certificate.risks import Risk, plan_losses
 from controller.features import Features
 from controller.learning import Settings, learn
 from oracle.prompts import Prompt
@@ -64,7 +64,7 @@ class Draw:
         """The prompts as the stages see them, with the predictions for features; those of a group have one text."""
         texts = [f"text {group}" for group in self.groups]
         prompts = [Prompt(str(row), "simulated", text, "", "exact") for row, text in enumerate(texts)]
-        features = {str(place): kept for place, kept in enumerate(self.predicted)}
+        features = {str(place): expected for place, expected in enumerate(self.predicted)}
         return Table.of(prompts, self.scores, features, BUDGETS, risk)
 
 
@@ -101,7 +101,7 @@ class Case:
             for place in places:
                 predicted = table.features[str(place)]
                 if (price := price_of(predicted, table, settings, 1 - alpha, together=count)) is not None:
-                    budgets[place, price] = BUDGETS[choose(predicted, BUDGETS, price)].mean()
+                    budgets[place, price] = BUDGETS[table.rule.choose(predicted, price)].mean()
             if budgets:
                 found[alpha] = min(budgets, key=lambda key: budgets[key])
         return found
@@ -112,7 +112,7 @@ class Case:
 
         @lru_cache
         def of(place: int, price: float) -> float:
-            shortened = choose(drawn.predicted[place], BUDGETS, price) == 0
+            shortened = ChoiceRule(BUDGETS, self.risk).choose(drawn.predicted[place], price) == 0
             return float((drawn.lost * shortened).mean() / self.unit)
 
         return of
@@ -152,9 +152,9 @@ def measured(case: Case, repetitions: int, advance: Callable[[int], None] = lamb
 
 def drawn(expected: Floats, full: Floats, plan: Floats, lost: Floats | float, copies: int = 1) -> Draw:
     """Prompts, `copies` of each, whose controllers expect some losses [C, n] of the shortened plan."""
-    kept = np.stack([(1 - expected) / 2, np.full_like(expected, 0.5)], axis=-1).astype(np.float32)
+    predicted = np.stack([expected, np.zeros_like(expected)], axis=-1).astype(np.float32)
     rows = np.repeat(np.arange(len(full)), copies)
-    return Draw(kept[:, rows], np.stack([plan, full], axis=1)[rows], rows, np.broadcast_to(lost, len(rows)))
+    return Draw(predicted[:, rows], np.stack([plan, full], axis=1)[rows], rows, np.broadcast_to(lost, len(rows)))
 
 
 def ignorant(random: Random, n: int, controllers: int = 1) -> Floats:
@@ -192,8 +192,8 @@ def learnable() -> Callable[[Random, int], Draw]:
         return {"states": found}, np.stack([full * (random.random(n) < chance), full], axis=1), 0.8 * (1 - chance)
 
     features, scores, _ = states(np.random.default_rng(2), 300)
-    kept = plan_quality("mean_score", scores, scores >= scores[:, -1:])
-    learned = learn(Settings("logistic", ("states",), 4), features, kept, BUDGETS)
+    losses = plan_losses("mean_score", scores, scores >= scores[:, -1:])
+    learned = learn(Settings("logistic", ("states",), 4), features, losses, BUDGETS)
 
     def draw(random: Random, n: int) -> Draw:
         features, scores, lost = states(random, n)

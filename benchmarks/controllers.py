@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from redrawn_splits import resampled_violations
 
 from backbone.plan import LayerPlan
-from controller.base import Floats
+from controller.base import ChoiceRule, Floats
 from controller.certificate.calibration import PricePath, valid_price
 from controller.certificate.risks import RISKS, Risk
 from controller.learning import Settings, learn
@@ -68,8 +68,8 @@ def main() -> None:
         "prompts": len(table.prompts),
         "captured": [row for alpha in arguments.alphas for row in captured(predicted, table, alpha)],
         "regret": {
-            name: regret(kept, table.kept, table.budgets, [alpha * table.unit for alpha in arguments.alphas])
-            for name, kept in predicted.items()
+            name: regret(expected, table.losses, table.rule, [alpha * table.unit for alpha in arguments.alphas])
+            for name, expected in predicted.items()
         },
         "certificate": [row for risk in RISKS for row in certificates(config, risk, settings, arguments)],
         "simulated": [simulated(risk, n, arguments.splits) for risk in RISKS for n in (100, 250, 1000)],
@@ -100,7 +100,7 @@ def best_of(config: Config) -> str:
 
 def captured(predicted: Mapping[str, Floats], table: Table, alpha: float) -> list[dict[str, Any]]:
     """What each policy captures at a mean loss, with the price picked on the other half of the prompts."""
-    chosen = {name: priced_on_halves(kept, table, alpha) for name, kept in predicted.items()}
+    chosen = {name: priced_on_halves(expected, table, alpha) for name, expected in predicted.items()}
     found, rows = captured_by(chosen, table.scores, table.budgets, frozenset(CONTROLS)), np.arange(len(table.prompts))
     return [
         {
@@ -122,17 +122,17 @@ def certificates(
     calibration = config.calibration.model_copy(update={"risk": risk})
     table = workload.table_in_full(Workspace(config.model_copy(update={"calibration": calibration})))
 
-    def violations(kept: Floats, alpha: float) -> dict[str, Any]:
+    def violations(expected: Floats, alpha: float) -> dict[str, Any]:
         sizes = (len(table.prompts) // 2, arguments.splits)
         found = resampled_violations(
-            kept, table.losses, table.budgets, alpha, calibration.delta, *sizes, risk=risk, full=table.full
+            expected, table.losses, table.rule, alpha, calibration.delta, *sizes, full=table.full
         )
         return asdict(found)
 
     predicted = {name: out_of_fold(own, table.features, table) for name, own in settings.items()}
     return [
-        {"risk": risk, "controller": name, "alpha": alpha, **violations(kept, alpha)}
-        for name, kept in predicted.items()
+        {"risk": risk, "controller": name, "alpha": alpha, **violations(expected, alpha)}
+        for name, expected in predicted.items()
         for alpha in arguments.alphas
     ]
 
@@ -140,12 +140,12 @@ def certificates(
 def simulated(risk: Risk, n: int, repeats: int, alpha: float = 0.05, delta: float = 0.1) -> dict[str, Any]:
     """Where the truth is known: a shortened plan whose mean loss is `alpha` to a hair above, so that every certificate
     which lets a prompt run it is wrong, and may be given with probability `delta` at most."""
-    random, budgets, wrong = np.random.default_rng(0), np.array([0.5, 1.0]), 0
-    kept = np.tile(np.array([[0.9, 1.0]], dtype=np.float32), (n, 1))
+    random, rule, wrong = np.random.default_rng(0), ChoiceRule(np.array([0.5, 1.0]), risk), 0
+    expected = np.tile(np.array([[0.1, 0.0]], dtype=np.float32), (n, 1))
     for _ in range(repeats):
         lost, full = _simulated_losses(random, risk, n, alpha * 1.001)
         losses = np.column_stack([lost, np.zeros(n)])
-        price = valid_price(PricePath.of(kept, losses, budgets), alpha, delta, risk=risk, full=full)
+        price = valid_price(PricePath.of(expected, losses, rule), alpha, delta, risk=risk, full=full)
         wrong += price is not None
     return {"risk": risk, "n": n, "alpha": alpha, "delta": delta, "repeats": repeats, "violations": wrong / repeats}
 
@@ -172,7 +172,7 @@ def milliseconds(
     torch.set_num_threads(1)
     try:
         one = {name: values[:1] for name, values in table.features.items()}
-        learned = {name: learn(own, table.features, table.kept, table.budgets) for name, own in settings.items()}
+        learned = {name: learn(own, table.features, table.losses, table.budgets) for name, own in settings.items()}
         rows = median_seconds(
             {name: lambda found=found: found.predict(one) for name, found in learned.items()}, 50, _no
         )  # type: ignore[misc]
@@ -206,12 +206,12 @@ def tuning(arguments: argparse.Namespace) -> dict[str, Any]:
     random, n, k = np.random.default_rng(0), arguments.tuning_prompts, 8
     states = random.normal(size=(n, 1280)).astype(np.float32)
     needed = 0.2 * states[:, :1] + np.linspace(-1, 1.5, k)
-    kept = np.clip(0.5 + needed, 0, 1)
-    kept[:, -1] = 1
+    losses = np.clip(0.5 - needed, 0, 1)
+    losses[:, -1] = 0
     features = {"length": states[:, :1].copy(), "path": states[:, 1:19].copy(), "states": states}
     trials = arguments.tuning_trials // 2
     section = TuningSection(trials=trials, workers=arguments.workers, feature_sets=[["length", "path", "states"]])
-    work, seconds = Work(features, kept, np.linspace(0.5, 1, k), (0.02,), section), {}
+    work, seconds = Work(features, losses, ChoiceRule(np.linspace(0.5, 1, k), "score_lost"), (0.02,), section), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("lightgbm", "mlp"):
             start = time.perf_counter()

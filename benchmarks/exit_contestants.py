@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from redrawn_splits import redrawn
 
 from backbone.plan import LayerPlan
-from controller.base import FittedPredictor, choose, plan_losses
 from controller.certificate.calibration import PRICES
-from controller.certificate.risks import loss_scale, plan_quality
+from controller.certificate.risks import loss_scale, plan_losses
 from oracle.chat import padded_prompts
 from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import sufficient_plans
@@ -125,7 +124,7 @@ class Comparison:
         """Price and threshold take their steps together, both set on other splits: for each step the lowest price at
         which the controller expects at most its loss, on average over the split `tune`."""
         tune = self._workspace.table("tune")
-        expected, rows = plan_losses(self._predicted(tune)) / tune.unit, np.arange(len(tune.prompts))
+        expected, rows = self._predicted(tune) / tune.unit, np.arange(len(tune.prompts))
         means = [float(expected[rows, self._chosen(tune, float(price))].mean()) for price in PRICES]
         fine = [[float(p) for p, mean in zip(PRICES, means, strict=True) if mean <= 1 - share] for share in AGREEMENTS]
         prices = [min(some, default=float(PRICES[0])) for some in fine]
@@ -137,9 +136,8 @@ class Comparison:
         config, exits = self._workspace.config, [self._exits(gate, heads, threshold) for threshold in steps]
         seen = [self._answered(each, self.calibrate, step, plans) for step, each in enumerate(exits)]
         scores, layers = np.stack([each[0] for each in seen] + [full], axis=1), np.stack([each[1] for each in seen])
-        losses = plan_losses(
-            plan_quality(config.calibration.risk, scores, sufficient_plans(scores, config.label.tolerance))
-        ).T
+        sufficient = sufficient_plans(scores, config.label.tolerance)
+        losses = plan_losses(config.calibration.risk, scores, sufficient).T
         terms: dict[str, Any] = {"risk": config.calibration.risk, "shortens": (layers < n_layers).any(axis=1)}
 
         def valid(alpha: float, delta: float) -> int | None:
@@ -203,14 +201,11 @@ class Comparison:
         return TokenExits(ExitSettings(own, heads, self.material.depths, threshold, self._strategy))
 
     def _chosen(self, table: Table, price: float) -> NDArray[np.intp]:
-        return choose(self._predicted(table), table.budgets, price)
+        return table.rule.choose(self._predicted(table), price)
 
     def _predicted(self, table: Table) -> NDArray[np.float32]:
-        """What plans are expected to keep, with the outlier test that the certificate covers."""
-        allocator, full = self.allocator, float(table.kept[0, -1])
-        return FittedPredictor(allocator.projection, allocator.controller, full, allocator.outliers).predict(
-            table.features
-        )
+        """Losses that are expected, with the outlier test that the certificate covers."""
+        return self.allocator.selector().predictor.predict(table.features)
 
 
 def compared(comparison: Comparison, batches: Sequence[int]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def price_of(
     """The price that is valid for a controller, by the same test as a run's certificate.
 
     Args:
-        predicted: what the controller expects plans to keep [N, K].
+        predicted: losses that the controller expects [N, K].
         table: the N calibration prompts.
         calibration: the bound, the confidence, the risk.
         keep: the bound; None for the first of `calibration.keep`.
@@ -32,7 +32,7 @@ def price_of(
         start: see `pipelines.stages.calibrate.first_tested`.
     """
     return valid_price(
-        PricePath.of(predicted, table.losses, table.budgets, table.labelled),
+        PricePath.of(predicted, table.losses, table.rule, table.labelled),
         calibration.alpha if keep is None else alpha_of(keep),
         calibration.delta_of_one if together is None else calibration.delta / together,
         table.tasks if calibration.per_task else None,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.base import ChoiceRule
 from controller.certificate.calibration import choices, last_valid, price_p_values
 from controller.certificate.risks import CalibrationError, Risk, loss_scale
 
@@ -85,25 +86,24 @@ class Violations:
 
 
 def resampled_violations(
-    kept_predictions: NDArray[np.float32],
+    predicted: NDArray[np.float32],
     losses: Floats,
-    budgets: Floats,
+    rule: ChoiceRule,
     alpha: float,
     delta: float,
     n_calibrate: int,
     repeats: int = 500,
     seed: int = 0,
     *,
-    risk: Risk = "insufficient",
     full: Floats | None = None,
 ) -> Violations:
     """Calibrates on prompts drawn with replacement, `repeats` times, and counts how often `alpha` is exceeded.
 
     Args:
-        kept_predictions: what a controller that saw none of these prompts expects to be kept [N, K].
+        predicted: losses that a controller which saw none of these prompts expects [N, K].
         losses: what each plan really loses on each prompt [N, K].
-        budgets: share of the decoder that each plan runs [K], ascending.
-        alpha, delta, risk, full: as in `controller.certificate.calibration.valid_price`.
+        rule: chooses plans, for the risk that is bounded.
+        alpha, delta, full: as in `controller.certificate.calibration.valid_price`.
         n_calibrate: prompts to calibrate on; N - n_calibrate are drawn to test.
         repeats: number of draws.
         seed: another seed draws others.
@@ -111,8 +111,8 @@ def resampled_violations(
     Raises:
         CalibrationError: no prompts to calibrate on or none to test on, or losses that cannot be.
     """
-    at_prices, run = _outcomes(kept_predictions, losses, budgets)
-    return redrawn(at_prices, run, alpha, delta, n_calibrate, repeats, seed, risk=risk, full=full)
+    at_prices, run = _outcomes(predicted, losses, rule)
+    return redrawn(at_prices, run, alpha, delta, n_calibrate, repeats, seed, risk=rule.risk, full=full)
 
 
 def redrawn(
@@ -163,11 +163,11 @@ def redrawn(
     )
 
 
-def _outcomes(kept: NDArray[np.float32], losses: Floats, budgets: Floats) -> tuple[Floats, Floats]:
+def _outcomes(predicted: NDArray[np.float32], losses: Floats, rule: ChoiceRule) -> tuple[Floats, Floats]:
     """Loss and budget of each prompt at each price and, in the last row, under the full plan: [T + 1, N] each."""
-    chosen = choices(kept, budgets)
-    chosen = np.concatenate([chosen, np.full((1, len(losses)), len(budgets) - 1)])
-    return np.asarray(losses, dtype=np.float64)[np.arange(len(losses)), chosen], np.asarray(budgets)[chosen]
+    chosen = choices(predicted, rule)
+    chosen = np.concatenate([chosen, np.full((1, len(losses)), losses.shape[1] - 1)])
+    return np.asarray(losses, dtype=np.float64)[np.arange(len(losses)), chosen], rule.budgets[chosen]
 
 
 def _share(violated: NDArray[np.bool_]) -> Share:

@@ -34,7 +34,7 @@ import workload
 from prices import price_of
 from redrawn_splits import Draw, Rows
 
-from controller.base import FittedPredictor, choose
+from controller.base import FittedPredictor
 from controller.learning import Settings, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
@@ -158,7 +158,7 @@ def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[FittedPred
     work = Work.of(fit, config.calibration.alpha, tuning)
     best = min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
     starts = first_tested(out_of_fold(best, fit.features, fit), fit, config.calibration.keep)
-    return learn(best, fit.features, fit.kept, fit.budgets), starts
+    return learn(best, fit.features, fit.losses, fit.budgets), starts
 
 
 def settings_for(name: str, work: Work) -> Settings:
@@ -186,7 +186,7 @@ def _allocated(
     for keep, start in zip(calibration.keep, starts, strict=True):
         price = price_of(expected[0], calibrate, calibration, keep, start=start)
         served, whole = (
-            _card(workspace, choose(own, some.budgets, price), some)
+            _card(workspace, some.rule.choose(own, price), some)
             for own, some in zip(expected[1:], (test, population), strict=True)
         )
         if not found:
@@ -198,7 +198,7 @@ def _allocated(
 
 def _card(workspace: Workspace, chosen: Rows, test: Table) -> dict[str, Any]:
     layers = [plan.layers for plan in workspace.menu().plans]
-    card = asdict(report_card(chosen, test.scores, test.kept, test.budgets, layers, test.unit))
+    card = asdict(report_card(chosen, test.scores, test.losses, test.budgets, layers, test.unit))
     return {name: card[name] for name in ("layers", "budget", "quality_ratio", "loss", "worse", "better")}
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from prices import price_of
 
-from controller.base import choose
 from controller.certificate.calibration import on_path
 from controller.learning import Settings, learn
 from oracle.prompts import Prompt
@@ -53,11 +52,11 @@ def measured(name: str, prompts: int, share: float, alpha: float, draws: int) ->
         table = drawn(np.random.default_rng(100 + draw), prompts)
         fit, calibrate = np.split(np.arange(prompts), [round(share * prompts)])
         some, other = table.rows(fit), table.rows(calibrate)
-        learned = learn(Settings(name, ("states",), 24), some.features, some.kept, some.budgets)
+        learned = learn(Settings(name, ("states",), 24), some.features, some.losses, some.budgets)
         predicted = learned.predict(other.features)
         price = price_of(predicted, other, CalibrationSection(alpha=alpha))
-        found.append(float(BUDGETS[choose(learned.predict(population.features), BUDGETS, price)].mean()))
-        labels.append(share + (1 - share) * float(on_path(predicted, BUDGETS).mean()))
+        found.append(float(BUDGETS[population.rule.choose(learned.predict(population.features), price)].mean()))
+        labels.append(share + (1 - share) * float(on_path(predicted, other.rule).mean()))
     return {
         "controller": name,
         "prompts": prompts,

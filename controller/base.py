@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from backbone.errors import InputError
 from backbone.registry import Registry
+from controller.certificate.risks import Risk
 
 if TYPE_CHECKING:
     from controller.certificate.outliers import OutlierTest
@@ -54,10 +55,9 @@ class Trial(Protocol):
 
 
 class Controller(ABC):
-    """Predicts the quality of each plan for each prompt, from 0 to 1.
+    """Predicts the loss of each plan for each prompt, from -1 to 1, below 0 where the plan is expected to win.
 
-    The scale is that of `controller.certificate.risks.plan_quality`. Where only losses count quality is 1 - loss, and
-    1 for the full plan. Where a plan may win it is (1 + score - full model's score) / 2, and 1/2 for the full plan.
+    The losses are those of `controller.certificate.risks.plan_losses`; the full plan's is 0.
 
     `fit` is called once, by the tune and train stages, `predict` any number of times, also while serving, from several
     threads. A row's prediction does not depend on the other rows, and has the same bits after `save` and `load`. A
@@ -66,48 +66,58 @@ class Controller(ABC):
 
     Attributes:
         FILES: names of the files that `save` writes and `load` reads, each `controller.*` (`controller.models.files`).
+        loss_range: of a model that learns by cross-entropy. None in files of before losses were predicted; whoever
+            loads those sets it.
     """
 
     FILES: ClassVar[tuple[str, ...]]
+    loss_range: LossRange | None = None
 
-    def fit(self, features: Floats, quality: Floats, budgets: Floats) -> None:
+    def fit(self, features: Floats, losses: Floats, budgets: Floats) -> None:
         """Learn from N prompts.
 
         Args:
             features: projected features [N, F].
-            quality: of each plan for each prompt, in [0, 1], [N, K]; the last column is one number, above 0.
+            losses: of each plan for each prompt, in [-1, 1], [N, K]; the last column is 0.
             budgets: share of the decoder that each plan runs [K], ascending, the last 1.
 
         Raises:
-            LearningError: features that are not finite, quality outside [0, 1], or a full plan whose quality varies.
+            LearningError: features that are not finite, losses outside [-1, 1], or a full plan that loses something.
         """
         if bad := int((~np.isfinite(features).all(axis=1)).sum()):
             raise LearningError(f"{bad} of {len(features)} prompts have features that are not finite; leave them out")
-        if not ((quality >= 0) & (quality <= 1)).all():
-            raise LearningError("the shares of quality to learn from must lie in [0, 1]")
-        if len(quality) and not (quality[0, -1] > 0 and (quality[:, -1] == quality[0, -1]).all()):
-            raise LearningError("the full plan must keep the same for all prompts, more than 0")
-        self._fit(np.array(features, np.float32), np.array(quality, np.float32), np.array(budgets, np.float32))
+        if not (np.abs(losses) <= 1).all():
+            raise LearningError("the losses to learn from must lie in [-1, 1]")
+        if losses[:, -1].any():
+            raise LearningError("the full plan is the last one, and its loss must be 0 for all prompts")
+        self._fit(np.array(features, np.float32), np.array(losses, np.float32), np.array(budgets, np.float32))
 
-    def predict(self, features: Floats, full: float = 1.0) -> Floats:
-        """Expected quality [N, K] in [0, 1] for features [N, F].
+    def predict(self, features: Floats) -> Floats:
+        """Expected losses [N, K] for features [N, F]; the full plan's is 0.
 
-        The last column is `full`, the full plan's quality in the training data, which the files do not hold. A row with
-        a feature that is not finite is NaN under every shortened plan, so `choose` gives it the full plan.
+        A row with a feature that is not finite is NaN under every shortened plan, so it gets the full plan.
+
+        Raises:
+            LearningError: `_predict` gave the full plan a loss.
         """
         finite = np.asarray(np.isfinite(features).all(axis=1))
-        quality = self._predict(np.where(finite[:, None], features, 0.0).astype(np.float32)).astype(np.float32)
-        quality[~finite] = np.nan
-        quality[:, -1] = full
-        return quality
+        losses = self._predict(np.where(finite[:, None], features, 0.0).astype(np.float32)).astype(np.float32)
+        if (wrong := np.abs(losses[:, -1]) > 0.1).any():  # else it is rounding
+            raise LearningError(
+                f"{type(self).__name__} predicts {losses[wrong, -1][0]:g} for the full plan, whose loss is 0: "
+                "controllers predict losses, no longer the quality kept; change and fit it anew"
+            )
+        losses[~finite] = np.nan
+        losses[:, -1] = 0.0
+        return losses
 
     @abstractmethod
-    def _fit(self, features: Floats, quality: Floats, budgets: Floats) -> None:
+    def _fit(self, features: Floats, losses: Floats, budgets: Floats) -> None:
         """See `fit`."""
 
     @abstractmethod
     def _predict(self, features: Floats) -> Floats:
-        """See `predict`; the last column is overwritten."""
+        """See `predict`."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -137,48 +147,67 @@ def fitted(model: T | None) -> T:
     return model
 
 
-def plan_losses(quality: NDArray[Any]) -> NDArray[np.float64]:
-    """Loss of each plan against the full one [N, K], below 0 where it wins.
+@dataclass(frozen=True, slots=True)
+class LossRange:
+    """Losses from the least one, -1 or 0, to 1, between which a model that learns by cross-entropy predicts."""
 
-    Defined as 1 - quality / full plan's quality.
-    With a full plan of 1/2 that is the full model's score - the plan's.
-    """
-    shares = np.asarray(quality, dtype=np.float64)
-    return np.asarray(1.0 - shares / shares[:, -1:])
+    least: float
+
+    @classmethod
+    def of(cls, losses: Floats) -> LossRange:
+        """From -1 if a plan wins on any prompt, else from 0."""
+        return cls(-1.0 if (losses < 0).any() else 0.0)
+
+    def targets(self, losses: Floats) -> Floats:
+        """Targets of cross-entropy in [0, 1] for losses of shortened plans; 1 for the least loss."""
+        return np.ascontiguousarray((1.0 - losses) / (1.0 - self.least))
+
+    def losses(self, predicted: NDArray[Any]) -> Floats:
+        """Losses [N, K] for predicted targets of the shortened plans [N, K - 1]."""
+        return np.column_stack([1.0 - (1.0 - self.least) * predicted, np.zeros(len(predicted))])
 
 
 CAUTION = 1e-3
 """Expected gain that a plan must have, in units of loss for each unit of the price, where plans can win."""
 
 
-def choose(quality: Floats, budgets: NDArray[Any], price: float | None) -> NDArray[np.intp]:
-    """Choose the plan of least budget + price x expected loss for each row.
+@dataclass(frozen=True, slots=True)
+class ChoiceRule:
+    """Choose the plan of least budget + price x expected loss.
 
     That is the Lagrangian of "the least mean budget whose mean loss is at most alpha" (the multiple-choice knapsack of
     Glavas et al. 2024, arXiv 2410.20022, section 4, with predictions for scores). Of equally costly plans the cheaper
-    one. Expected gains are noisy, and the highest price would follow every one of them; so a gain counts less `CAUTION`
-    times the price. Then the highest price runs the full plan for all, each lower one shortens more prompts, and the
-    sequence of tests (`controller.certificate.calibration`) does not fail at its first step.
+    one. Under `mean_score` plans can win. Expected gains are noisy, and the highest price would follow every one of
+    them; so a gain counts less `CAUTION` times the price. Then the highest price runs the full plan for all, each lower
+    one shortens more prompts, and the sequence of tests (`controller.certificate.calibration`) does not fail at its
+    first step.
 
-    Args:
-        quality: predicted [N, K]; a row with a value that is not finite gets the full plan.
+    Attributes:
         budgets: of each plan [K].
-        price: of a loss of 1, in decoders; inf accepts no expected loss at all; None is the full plan for all.
+        risk: which loss is predicted.
     """
-    if price is None:
-        return np.full(len(quality), quality.shape[1] - 1)
-    return np.asarray(choose_each(quality, budgets, np.array([price]))[0])
 
+    budgets: NDArray[Any]
+    risk: Risk
 
-def choose_each(quality: Floats, budgets: NDArray[Any], prices: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The choices of `choose` at each of T prices [T, N]; needs memory for T x N x K numbers."""
-    each = prices[:, None, None]
-    expected = plan_losses(quality) + np.where(quality[:, -1:] < 1, CAUTION * each, 0.0)  # only where plans can win
-    with np.errstate(invalid="ignore"):
-        cost = np.asarray(budgets, dtype=np.float64) + np.where(expected != 0, each * expected, 0.0)
-    cost[:, ~np.isfinite(quality).all(axis=1), :-1] = np.inf
-    cost[..., -1] = budgets[-1]
-    return np.asarray(cost.argmin(axis=-1))
+    def choose(self, losses: Floats, price: float | None) -> NDArray[np.intp]:
+        """Plans [N] for predicted losses [N, K]; a row with a value that is not finite gets the full plan.
+
+        The price is that of a loss of 1, in decoders; inf accepts no expected loss, None is the full plan for all.
+        """
+        if price is None:
+            return np.full(len(losses), losses.shape[1] - 1)
+        return np.asarray(self.choose_each(losses, np.array([price]))[0])
+
+    def choose_each(self, losses: Floats, prices: NDArray[np.float64]) -> NDArray[np.intp]:
+        """The choices of `choose` at each of T prices [T, N]; needs memory for T x N x K numbers."""
+        each = prices[:, None, None]
+        expected = np.asarray(losses, np.float64) + (CAUTION * each if self.risk == "mean_score" else 0.0)
+        with np.errstate(invalid="ignore"):
+            cost = self.budgets + np.where(expected != 0, each * expected, 0.0)
+        cost[:, ~np.isfinite(losses).all(axis=1), :-1] = np.inf
+        cost[..., -1] = self.budgets[-1]
+        return np.asarray(cost.argmin(axis=-1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,19 +216,17 @@ class FittedPredictor:
 
     projection: Projection
     controller: Controller
-    full: float = 1.0
-    """The full plan's quality, see `Controller.predict`."""
     outliers: OutlierTest | None = None
 
     def predict(self, features: Features) -> Floats:
-        """Expected quality [N, K] from raw features; NaN under every shortened plan for outliers."""
-        return self.without_outliers(self.controller.predict(self.projection(features), self.full), features)
+        """Expected losses [N, K] from raw features; NaN under every shortened plan for outliers."""
+        return self.without_outliers(self.controller.predict(self.projection(features)), features)
 
-    def without_outliers(self, quality: Floats, features: Features) -> Floats:
+    def without_outliers(self, losses: Floats, features: Features) -> Floats:
         """The same [N, K] with NaN under every shortened plan for outliers, so that they run the full plan."""
         if self.outliers is not None:
-            quality[self.outliers.are_outliers(features), :-1] = np.nan
-        return quality
+            losses[self.outliers.are_outliers(features), :-1] = np.nan
+        return losses
 
 
 CONTROLLERS: Registry[type[Controller]] = Registry(

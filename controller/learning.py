@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from controller.base import CONTROLLERS, FittedPredictor, Floats
 from controller.features import Features, Projection, rows_of
 
+Doubles = NDArray[np.float64]
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -41,18 +43,14 @@ class Settings:
 
 
 def learn(
-    settings: Settings,
-    features: Features,
-    quality: NDArray[np.float64],
-    budgets: NDArray[np.float64],
-    projection: Projection | None = None,
+    settings: Settings, features: Features, losses: Doubles, budgets: Doubles, projection: Projection | None = None
 ) -> FittedPredictor:
-    """Fit on N prompts with quality [N, K], with a new projection unless one is given."""
+    """Fit on N prompts with losses [N, K], with a new projection unless one is given."""
     if projection is None:
         projection = Projection.fit(features, settings.sets, settings.components)
     controller = CONTROLLERS[settings.name](**settings.parameters)
-    controller.fit(projection(features), quality.astype(np.float32), budgets.astype(np.float32))
-    return FittedPredictor(projection, controller, float(quality[0, -1]))
+    controller.fit(projection(features), losses.astype(np.float32), budgets.astype(np.float32))
+    return FittedPredictor(projection, controller)
 
 
 def folds(n: int, n_folds: int, seed: int = 0) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
@@ -67,7 +65,7 @@ class CrossFit:
 
     Args:
         features: of the prompts.
-        quality: of each plan [N, K].
+        losses: of each plan [N, K].
         budgets: of the plans [K].
         n_folds: parts of the prompts that are held out in turn.
         most_components: of any settings.
@@ -75,25 +73,19 @@ class CrossFit:
     """
 
     def __init__(
-        self,
-        features: Features,
-        quality: NDArray[np.float64],
-        budgets: NDArray[np.float64],
-        n_folds: int,
-        most_components: int,
-        seed: int = 0,
+        self, features: Features, losses: Doubles, budgets: Doubles, n_folds: int, most_components: int, seed: int = 0
     ) -> None:
-        self._features, self._quality, self._budgets = features, quality, budgets
-        self._folds, self._most = list(folds(len(quality), n_folds, seed)), most_components
+        self._features, self._losses, self._budgets = features, losses, budgets
+        self._folds, self._most = list(folds(len(losses), n_folds, seed)), most_components
         self._projections: dict[tuple[tuple[str, ...], int], Projection] = {}
 
     def predict(self, settings: Settings) -> Iterator[tuple[Floats, NDArray[np.intp]]]:
         """After each fold: predictions [N, K], and the rows that have one by now."""
-        predicted = np.zeros(self._quality.shape, dtype=np.float32)
+        predicted = np.zeros(self._losses.shape, dtype=np.float32)
         for fold, (fitted, held) in enumerate(self._folds):
             features = rows_of(self._features, fitted)
             projection = self._projection(settings.sets, fold, features).first(settings.components)
-            learned = learn(settings, features, self._quality[fitted], self._budgets, projection)
+            learned = learn(settings, features, self._losses[fitted], self._budgets, projection)
             predicted[held] = learned.predict(rows_of(self._features, held))
             yield predicted, np.concatenate([held for _, held in self._folds[: fold + 1]])
 

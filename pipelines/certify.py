@@ -173,16 +173,16 @@ def _features(
 def _labelled(
     allocator: Allocator, labeller: Labeller, prompts: list[Prompt], features: Features
 ) -> tuple[Table, Floats]:
-    """Label what some price chooses. Returns the N prompts that count, and what plans are expected to keep [N, K]."""
-    old, plans, budgets = allocator.certificate, allocator.menu.plans, np.array(allocator.menu.budgets)
+    """Label what some price chooses. Returns the N prompts that count, and what plans are expected to lose [N, K]."""
+    old, plans, rule = allocator.certificate, allocator.menu.plans, allocator.rule
     predicted = allocator.selector().predictor.predict(features)
-    cells = on_path(predicted, budgets)
+    cells = on_path(predicted, rule)
     wanted = by_plan(prompts, plans, cells)
     fill(labeller, wanted, "labels")
     scores = np.zeros(cells.shape)
     for own, column, (plan, some) in zip(cells.T, scores.T, wanted.items(), strict=True):
         column[own] = labeller.scores(some, plan)
-    table = Table.of(prompts, scores, features, budgets, old.risk, old.tolerance, cells)
+    table = Table.of(prompts, scores, features, rule.budgets, old.risk, old.tolerance, cells)
     if len(table.prompts) < 2:
         raise InputError(f"the judges failed on the full model's answers to all but {len(table.prompts)} prompts")
     return table, predicted[judged(scores)[0]]
@@ -229,7 +229,7 @@ def _with_certificates(
     own = next((found for found in valid if found.keep == allocator.certificate.keep), valid[0])
     alarms = [alarm for alarm in (allocator.drift, *(point.drift for point in allocator.others)) if alarm is not None]
     rate = alarms[0].false_alarm_rate if alarms else None
-    alarm_at = partial(drift_alarm, allocator.projection(table.features), predicted, table.budgets)
+    alarm_at = partial(drift_alarm, allocator.projection(table.features), predicted, table.rule)
     points = [OperatingPoint(found, None if rate is None else alarm_at(found.price, rate)) for found in valid]
     new = replace(
         allocator,

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,11 +16,10 @@ from backbone.errors import InputError, PlanError, WrongModelError
 from backbone.families import check_is_model, model_fingerprint
 from backbone.healing.healing import Healing, ReadyHealing
 from backbone.plan import PlanMenu
-from controller.base import Controller, FittedPredictor
+from controller.base import ChoiceRule, Controller, FittedPredictor
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
-from controller.certificate.risks import full_quality
 from controller.features import Projection
 from oracle.chat import ChatError, Question, Rendered, Turns, padded_prompts, rendered
 from oracle.decoding import Decoding
@@ -46,7 +46,7 @@ class AllocatorParts:
 
     Attributes:
         menu: the plans to choose from.
-        controller: predicts what each plan keeps; `controller_name` is its name in `CONTROLLERS`.
+        controller: predicts what each plan loses; `controller_name` is its name in `CONTROLLERS`.
         projection: from raw features to the controller's.
         certificate: its price decides; without a valid price every prompt runs the full plan.
         decoding: how the answers behind the certificate were generated.
@@ -90,6 +90,11 @@ class AllocatorParts:
         """The values of `keep` that are certified."""
         own = [] if self.certificate.price is None else [self.certificate.keep]
         return sorted([*own, *(point.certificate.keep for point in self.others)])
+
+    @property
+    def rule(self) -> ChoiceRule:
+        """How plans are chosen at a price."""
+        return ChoiceRule(np.array(self.menu.budgets), self.certificate.risk)
 
     def at(self, keep: float) -> Self:
         """The same at another certified bound: answers keep at least `keep` of the full model's mean score.
@@ -178,9 +183,8 @@ class AllocatorParts:
 
     @cached_property
     def predictor(self) -> FittedPredictor:
-        """The quality of plans, from features of prompts."""
-        full = full_quality(self.certificate.risk)
-        return FittedPredictor(self.projection, self.controller, full, self.outliers)
+        """The losses of plans, from features of prompts."""
+        return FittedPredictor(self.projection, self.controller, self.outliers)
 
     @cached_property
     def has_own_decoding(self) -> bool:
@@ -189,7 +193,7 @@ class AllocatorParts:
 
     def selector(self, limit_ms: float | None = None) -> PlanSelector:
         """What chooses plans for prompts, with a limit to the time it may take."""
-        return PlanSelector(self.menu, self.predictor, self.certificate.price, self.drift, limit_ms)
+        return PlanSelector(self.menu, self.predictor, self.rule, self.certificate.price, self.drift, limit_ms)
 
 
 def listed(prompts: Prompts | Question) -> list[str | Turns]:

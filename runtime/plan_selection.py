@@ -23,7 +23,7 @@ from backbone.errors import InputError
 from backbone.execution.prompt_prefix import Prefix, run_prefix
 from backbone.execution.self_test import wider_dtypes
 from backbone.plan import PlanMenu
-from controller.base import Controller, FittedPredictor, Floats, choose
+from controller.base import ChoiceRule, Controller, FittedPredictor, Floats
 from controller.certificate.drift import RECOVERY, DriftAlarm
 from controller.features import Features, extract
 
@@ -66,7 +66,8 @@ class PlanSelector:
     """Probe, controller, price, outlier test and alarm.
 
     Attributes:
-        predictor: what each plan keeps of a prompt; sends outliers to the full plan.
+        predictor: what each plan loses on a prompt; sends outliers to the full plan.
+        rule: chooses among the plans of the menu.
         price: None sends every prompt to the full plan, without a probe.
         drift: while it is active, every prompt gets the full plan; the probe goes on, so that it can clear.
         is_served: the prompts that are decided about are served, so that the alarm counts them.
@@ -75,6 +76,7 @@ class PlanSelector:
 
     menu: PlanMenu
     predictor: FittedPredictor
+    rule: ChoiceRule
     price: float | None
     drift: DriftAlarm | None = None
     limit_ms: float | None = None
@@ -132,11 +134,11 @@ class PlanSelector:
         finite = np.isfinite(projected).all(axis=1)
         if broken := int((~finite).sum()):
             self._warn(f"hidden states are not finite in {dtype}", broken, hint=wider_dtypes(dtype))
-        kept = predictor.controller.predict(projected, predictor.full)
-        if silent := int((finite & ~np.isfinite(kept).all(axis=1)).sum()):
+        expected = predictor.controller.predict(projected)
+        if silent := int((finite & ~np.isfinite(expected).all(axis=1)).sum()):
             self._warn("the controller gave no number", silent)
-        kept = predictor.without_outliers(kept, features)
-        return projected, choose(kept, np.array(self.menu.budgets), self.price).tolist()
+        expected = predictor.without_outliers(expected, features)
+        return projected, self.rule.choose(expected, self.price).tolist()
 
     def _warn(self, what: str, count: int, error: Exception | None = None, hint: str = "") -> None:
         """Warn of prompts that run the full plan, for each reason once a process and allocator."""
@@ -157,7 +159,7 @@ class PlanSelector:
             return chosen
         if self.is_served:
             was_active = self.drift.triggered
-            is_active = self.drift.observe(projected, np.array(self.menu.budgets)[chosen], keys)
+            is_active = self.drift.observe(projected, self.rule.budgets[chosen], keys)
             if is_active != was_active:
                 logger.warning(_TRIGGERED if is_active else _CLEARED, RECOVERY)
         return self._all_full(len(chosen)) if self.drift.triggered else chosen

@@ -29,9 +29,9 @@ TOKENS = [92, 56, 75, 36, 5, 74]
 
 class AlwaysFull(ByLength):
     def _predict(self, features):
-        kept = super()._predict(features)
-        kept[:, :-1] = 0
-        return kept
+        losses = super()._predict(features)
+        losses[:, :-1] = 1
+        return losses
 
 
 class Ban(LogitsProcessor):

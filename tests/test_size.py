@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 CEILINGS = {  # lines of Python, files
     "backbone": (5100, 38),
     "oracle": (4450, 35),
-    "controller": (3000, 22),
+    "controller": (2990, 22),
     "runtime": (3300, 19),
     "token_exits": (1350, 11),
     "pipelines": (7000, 47),

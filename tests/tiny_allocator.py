@@ -31,12 +31,12 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 class ByLength(Controller):
     """Full plan for the longest prompt of `padded_batch`, the middle one for the next, the cheapest for the others."""
 
-    def _fit(self, features, kept, budgets) -> None:
+    def _fit(self, features, losses, budgets) -> None:
         pass
 
     def _predict(self, features):
         tokens = features[:, -1]  # the set `length`, standardised
-        return np.stack([tokens < 0.2, tokens < 0.8, tokens == tokens], axis=1).astype("float32")
+        return np.stack([tokens >= 0.2, tokens >= 0.8, tokens != tokens], axis=1).astype("float32")
 
     def save(self, folder) -> None:
         (folder / "controller.json").write_text("{}")
@@ -60,9 +60,9 @@ class Recorder:
 
 
 @cache
-def _taught(seen: bytes, shape: tuple[int, int], kept: bytes, budgets: tuple[float, ...]) -> MLPController:
+def _taught(seen: bytes, shape: tuple[int, int], losses: bytes, budgets: tuple[float, ...]) -> MLPController:
     """Taking half a second, once for each model."""
-    features, targets = np.frombuffer(seen, "float32").reshape(shape), np.frombuffer(kept, "float32").reshape(4, 3)
+    features, targets = np.frombuffer(seen, "float32").reshape(shape), np.frombuffer(losses, "float32").reshape(4, 3)
     fitted = MLPController(epochs=300, dropout=0.0, learning_rate=0.01, hidden=16)
     fitted.fit(np.tile(features, (20, 1)), np.tile(targets, (20, 1)), np.array(budgets, "float32"))
     return fitted
@@ -74,13 +74,13 @@ def make_allocator(model, price=1.0, controller=None, name="mlp") -> Allocator:
     menu = PlanMenu.build(PLANS, sublayer_bytes(model), probe_depth=2)
     features = prompt_features(model, batch["input_ids"], batch["attention_mask"], 2, SETS)
     projection = Projection.fit(features, SETS, 3)
-    sufficient = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]], dtype="float32")
+    losses = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]], dtype="float32")
     seen = projection(features)
     if controller is None:
-        fitted = _taught(seen.tobytes(), seen.shape, sufficient.tobytes(), menu.budgets)
+        fitted = _taught(seen.tobytes(), seen.shape, losses.tobytes(), menu.budgets)
     else:
         fitted = controller
-        fitted.fit(np.tile(seen, (20, 1)), np.tile(sufficient, (20, 1)), np.array(menu.budgets, "float32"))
+        fitted.fit(np.tile(seen, (20, 1)), np.tile(losses, (20, 1)), np.array(menu.budgets, "float32"))
     certificate = Certificate("insufficient", 0.9, 0.1, 100, price, 0.05, "abc", "2026-01-01", 22)
     return Allocator(menu, fitted, name, projection, certificate, Decoding(6), model_fingerprint(model), "tiny")
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import choose_each
+from controller.base import ChoiceRule
 from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.p_values import fewest_prompts, p_values
 from controller.certificate.risks import CalibrationError, Floats, Names, Risk, group_means, loss_scale
@@ -45,41 +45,41 @@ class PricePath:
         cls,
         predicted: NDArray[np.float32],
         losses: Floats,
-        budgets: Floats,
+        rule: ChoiceRule,
         labelled: NDArray[np.bool_] | None = None,
     ) -> PricePath:
         """The path of n prompts under K plans.
 
         Args:
-            predicted: a controller's quality of the plans [n, K].
+            predicted: expected losses [n, K].
             losses: true losses [n, K].
-            budgets: of the plans [K].
+            rule: for the K plans.
             labelled: which losses are known [n, K]; None for all. See `on_path`.
 
         Raises:
             CalibrationError: a price chooses a plan whose loss is not known.
         """
-        chosen, rows = choices(predicted, budgets), np.arange(len(losses))
+        chosen, rows = choices(predicted, rule), np.arange(len(losses))
         if labelled is not None and (unknown := int((~labelled[rows, chosen]).any(axis=0).sum())):
             raise CalibrationError(
                 f"{unknown} of {len(rows)} prompts lack labels of plans that a price chooses; label what on_path names"
             )
-        return cls(losses[rows, chosen], np.asarray((chosen < len(budgets) - 1).any(axis=1)))
+        return cls(losses[rows, chosen], np.asarray((chosen < losses.shape[1] - 1).any(axis=1)))
 
 
-def choices(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.intp]:
-    """Plans that each price chooses for n prompts [T, n], from predicted quality [n, K]."""
+def choices(predicted: NDArray[np.float32], rule: ChoiceRule) -> NDArray[np.intp]:
+    """Plans that each price chooses for n prompts [T, n], from expected losses [n, K]."""
     parts = np.array_split(PRICES, 1 + PRICES.size * predicted.size // CHUNK)
-    return np.concatenate([choose_each(predicted, budgets, prices) for prices in parts])
+    return np.concatenate([rule.choose_each(predicted, prices) for prices in parts])
 
 
-def on_path(predicted: NDArray[np.float32], budgets: Floats) -> NDArray[np.bool_]:
+def on_path(predicted: NDArray[np.float32], rule: ChoiceRule) -> NDArray[np.bool_]:
     """Labels that a test needs [n, K]: plans that some price chooses, and the full plan.
 
-    It depends on predicted quality [n, K] and budgets [K] alone, so a test on these labels is the test on all.
+    It depends on expected losses [n, K] and the rule alone, so a test on these labels is the test on all.
     """
     found = np.zeros(predicted.shape, dtype=np.bool_)
-    found[np.arange(len(predicted)), choices(predicted, budgets)] = True
+    found[np.arange(len(predicted)), choices(predicted, rule)] = True
     found[:, -1] = True
     return found
 

@@ -1,4 +1,4 @@
-"""Risks: losses that can be bounded, quality of plans, group means.
+"""Risks: losses that can be bounded, and their group means.
 
 Shapes: `N` or `n` prompts, `K` plans, cheapest first, the last full, `T` candidate prices.
 """
@@ -30,8 +30,8 @@ class CalibrationError(InputError):
     """Losses, numbers or a file unfit for a certificate or an alarm."""
 
 
-def plan_quality(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> Floats:
-    """Quality of each plan [N, K], from 0 to 1; the inverse of `controller.base.plan_losses`.
+def plan_losses(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> Floats:
+    """Loss of each plan [N, K], in [-1, 1]; the full plan's is 0.
 
     Args:
         risk: the loss that is bounded.
@@ -39,15 +39,9 @@ def plan_quality(risk: Risk, scores: Floats, sufficient: NDArray[np.bool_]) -> F
         sufficient: whether each plan is sufficient [N, K].
     """
     if risk == "insufficient":
-        return sufficient.astype(np.float64)
-    if risk == "mean_score":
-        return np.asarray((1.0 + scores - scores[:, -1:]) / 2)
-    return 1.0 - np.clip(scores[:, -1:] - scores, 0.0, 1.0)
-
-
-def full_quality(risk: Risk) -> float:
-    """The full plan's quality: 1/2 where a plan may win, else 1."""
-    return 0.5 if risk == "mean_score" else 1.0
+        return (~sufficient).astype(np.float64)
+    lost = scores[:, -1:] - scores
+    return lost if risk == "mean_score" else np.clip(lost, 0.0, 1.0)
 
 
 def loss_scale(risk: Risk, full: Floats) -> float:

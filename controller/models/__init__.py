@@ -1,1 +1,1 @@
-"""Models that predict the quality of plans, one file each."""
+"""Models that predict the losses of plans, one file each."""

@@ -12,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from backbone.strict_json import parse
-from controller.base import LearningError
+from controller.base import LearningError, LossRange, fitted
 
 WEIGHTS = "controller.safetensors"
 
 Layout = Mapping[str, tuple[str, ...]]
 """For each tensor the names of its dimensions; equal names are equal sizes."""
 
-_ABOUT = "controller"
+_ABOUT, _LEAST = "controller", "least_loss"
 """The one entry of metadata: the library writes several in an order that changes from process to process."""
 
 
@@ -54,22 +54,28 @@ def read_weights(
     return tensors
 
 
-def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
+def metadata_of(loss_range: LossRange | None, **about: Any) -> dict[str, str]:
     """Metadata for `controller.safetensors` that `read_metadata` reads."""
-    return {_ABOUT: json.dumps(about)}
+    return {_ABOUT: json.dumps({_LEAST: fitted(loss_range).least, **about})}
 
 
-def read_metadata(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Entries written by `metadata_of`, of the types in `kinds`; raises LearningError for others."""
+def read_metadata(folder: Path, kinds: Mapping[str, type]) -> tuple[LossRange | None, dict[str, Any]]:
+    """The range of the losses, and entries of the types in `kinds`; raises LearningError for others.
+
+    The range is None in a file of before controllers predicted losses.
+    """
     path = folder / WEIGHTS
     try:
         with safe_open(path, "pt") as file:
-            about: Any = parse((file.metadata() or {})[_ABOUT])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+            about: Any = parse((file.metadata() or {}).get(_ABOUT, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise LearningError(f"{path} holds no controller of this kind: {error}") from None
+    least = about.pop(_LEAST, None) if isinstance(about, dict) else None
     if not isinstance(about, dict) or {name: type(value) for name, value in about.items()} != kinds:
         raise LearningError(f"{path} holds no controller of this kind: expected {', '.join(kinds)}, got {about!r:.80}")
-    return about
+    if least not in (None, -1.0, 0.0):
+        raise LearningError(f"{path} holds no controller: its least loss is {least!r:.80}, not -1 or 0")
+    return None if least is None else LossRange(float(least)), about
 
 
 def _fits(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:

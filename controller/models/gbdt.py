@@ -1,4 +1,4 @@
-"""Gradient-boosted trees that predict the quality of plans: trained by LightGBM, kept as arrays, evaluated with numpy.
+"""Gradient-boosted trees that predict the losses of plans: trained by LightGBM, kept as arrays, evaluated with numpy.
 
 No file reaches LightGBM, and prediction does not need the library.
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from controller.base import Controller, Floats, LearningError, Trial, fitted
+from controller.base import Controller, Floats, LearningError, LossRange, Trial, fitted
 from controller.models.files import WEIGHTS, Layout, metadata_of, read_metadata, read_weights
 
 Doubles = NDArray[np.float64]
@@ -187,8 +187,8 @@ def _sigmoid(logits: Doubles) -> Doubles:
 class LightGBMController(Controller):
     """Boosted trees, one model for each plan or one for all plans.
 
-    Learns quality in [0, 1] by cross-entropy. One model for all plans has rows (features, plan budget) and a monotone
-    constraint: quality never falls as the budget grows, which reduces noise where the menu is nested.
+    Learns by cross-entropy. One model for all plans has rows (features, plan budget) and a monotone constraint: the
+    expected loss never grows with the budget, which reduces noise where the menu is nested.
 
     Source: Ke et al. 2017, LightGBM, NeurIPS 30.
 
@@ -246,14 +246,14 @@ class LightGBMController(Controller):
             "per_plan": trial.suggest_categorical("per_plan", [False, True]),
         }
 
-    def _fit(self, features: Floats, quality: Floats, budgets: Floats) -> None:
-        self._budgets = budgets.copy()
+    def _fit(self, features: Floats, losses: Floats, budgets: Floats) -> None:
+        self._budgets, self.loss_range = budgets.copy(), LossRange.of(losses)
+        targets = self.loss_range.targets(losses[:, :-1])
         if self._per_plan:
-            self._forest = self._trained(features, list(quality[:, :-1].T), self._parameters)
+            self._forest = self._trained(features, list(targets.T), self._parameters)
         else:
             constraints = {"monotone_constraints": [0] * features.shape[1] + [1]}
-            targets = quality[:, :-1].reshape(-1)
-            self._forest = self._trained(self._rows(features), [targets], {**self._parameters, **constraints})
+            self._forest = self._trained(self._rows(features), [targets.ravel()], {**self._parameters, **constraints})
 
     def _trained(self, rows: Floats, targets: list[Floats], parameters: dict[str, Any]) -> Forest:
         """A model for each of the targets [N], with the same bins of rows [N, F]."""
@@ -273,21 +273,21 @@ class LightGBMController(Controller):
         return np.column_stack([repeated, np.tile(shortened, len(features))])
 
     def _predict(self, features: Floats) -> Floats:
-        quality = fitted(self._forest)(features if self._per_plan else self._rows(features))
-        return np.column_stack([quality.reshape(len(features), -1), np.ones(len(features))])
+        predicted = fitted(self._forest)(features if self._per_plan else self._rows(features))
+        return fitted(self.loss_range).losses(predicted.reshape(len(features), -1))
 
     def save(self, folder: Path) -> None:
         forest = fitted(self._forest)
-        about = {"per_plan": self._per_plan, "n_features": forest.n_features}
-        save_file({"budgets": self._budgets, **forest.arrays}, folder / WEIGHTS, metadata_of(about))
+        about = metadata_of(self.loss_range, per_plan=self._per_plan, n_features=forest.n_features)
+        save_file({"budgets": self._budgets, **forest.arrays}, folder / WEIGHTS, about)
 
     @classmethod
     def load(cls, folder: Path) -> LightGBMController:
         """Raises LearningError for a file that `save` did not write; see `Forest`."""
-        about = read_metadata(folder, {"per_plan": bool, "n_features": int})
+        loss_range, about = read_metadata(folder, {"per_plan": bool, "n_features": int})
         weights = {name: tensor.numpy() for name, tensor in read_weights(folder, LAYOUT, TYPES).items()}
         controller = cls(per_plan=about["per_plan"])
-        controller._budgets = weights.pop("budgets")
+        controller._budgets, controller.loss_range = weights.pop("budgets"), loss_range
         try:
             forest = Forest(weights, about["n_features"])
         except LearningError as error:

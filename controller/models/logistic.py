@@ -1,17 +1,16 @@
-"""Logistic regression that predicts the quality of plans."""
+"""Logistic regression that predicts the losses of plans."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from controller.base import Controller, Floats, Trial, fitted
-from controller.models.files import WEIGHTS, read_weights
+from controller.base import Controller, Floats, LossRange, Trial, fitted
+from controller.models.files import WEIGHTS, metadata_of, read_metadata, read_weights
 
 
 class LogisticController(Controller):
@@ -32,8 +31,9 @@ class LogisticController(Controller):
     def suggest(trial: Trial) -> dict[str, Any]:
         return {"l2": trial.suggest_float("l2", 1e-4, 3.0, log=True)}
 
-    def _fit(self, features: Floats, quality: Floats, budgets: Floats) -> None:
-        inputs, targets = torch.from_numpy(features), torch.from_numpy(np.ascontiguousarray(quality[:, :-1]))
+    def _fit(self, features: Floats, losses: Floats, budgets: Floats) -> None:
+        self.loss_range = LossRange.of(losses)
+        inputs, targets = torch.from_numpy(features), torch.from_numpy(self.loss_range.targets(losses[:, :-1]))
         weight = torch.zeros(targets.shape[1], inputs.shape[1], requires_grad=True)
         bias = torch.zeros(targets.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=self.STEPS, line_search_fn="strong_wolfe")
@@ -50,14 +50,15 @@ class LogisticController(Controller):
 
     @torch.inference_mode()
     def _predict(self, features: Floats) -> Floats:
-        quality: Floats = functional.linear(torch.from_numpy(features), **fitted(self._weights)).sigmoid().numpy()
-        return np.column_stack([quality, np.ones(len(quality))])
+        logits = functional.linear(torch.from_numpy(features), **fitted(self._weights))
+        return fitted(self.loss_range).losses(logits.sigmoid().numpy())
 
     def save(self, folder: Path) -> None:
-        save_file(fitted(self._weights), folder / WEIGHTS)
+        save_file(fitted(self._weights), folder / WEIGHTS, metadata_of(self.loss_range))
 
     @classmethod
     def load(cls, folder: Path) -> LogisticController:
         controller = cls()
+        controller.loss_range, _ = read_metadata(folder, {})
         controller._weights = read_weights(folder, {"weight": ("plans", "features"), "bias": ("plans",)})
         return controller

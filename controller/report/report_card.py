@@ -1,7 +1,7 @@
 """Report cards of policies, price curves, and the regret of controllers.
 
-Shapes: `N` prompts, `K` plans, cheapest first, the last full. `predicted` and `quality` [N, K] are quality of plans,
-expected and true, on the scale of `controller.certificate.risks.plan_quality`.
+Shapes: `N` prompts, `K` plans, cheapest first, the last full. `predicted` and `losses` [N, K] are those of
+`controller.certificate.risks.plan_losses`, expected and true.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import choose, plan_losses
+from controller.base import ChoiceRule
 from controller.certificate.calibration import PRICES, choices
 from oracle.frontier.frontier import captured_headroom
 from oracle.frontier.sweep import path, sweep
@@ -52,11 +52,11 @@ class ReportCard:
 
 
 def report_card(
-    chosen: Choices, scores: Floats, quality: Floats, budgets: Floats, layers: Sequence[float], scale: float = 1.0
+    chosen: Choices, scores: Floats, losses: Floats, budgets: Floats, layers: Sequence[float], scale: float = 1.0
 ) -> ReportCard:
     """The card of a policy that runs plan `chosen[i]` [N] for prompt i.
 
-    Several draws of a random policy can be given as one array [R * N] with `scores` and `quality` repeated R times.
+    Several draws of a random policy can be given as one array [R * N] with `scores` and `losses` repeated R times.
 
     Args:
         budgets, layers: of the plans [K].
@@ -72,7 +72,7 @@ def report_card(
         quality_ratio=score / full_score if full_score else float("nan"),
         budget=budget,
         layers=float(np.asarray(layers)[chosen].mean()),
-        loss=float(plan_losses(quality)[rows, chosen].mean()) / scale,
+        loss=float(losses[rows, chosen].mean()) / scale,
         captured_headroom=None if np.isnan(captured) else captured,
         plan_shares=(np.bincount(chosen, minlength=len(budgets)) / len(chosen)).tolist(),
         worse=float((changed < 0).mean()),
@@ -82,22 +82,21 @@ def report_card(
     )
 
 
-def price_curve(predicted: Predicted, scores: Floats, budgets: Floats) -> list[tuple[float, float]]:
+def price_curve(predicted: Predicted, scores: Floats, rule: ChoiceRule) -> list[tuple[float, float]]:
     """(mean budget, mean score) at every price, safest first."""
-    rows, points = np.arange(len(scores)), []
-    for price in PRICES:
-        chosen = choose(predicted, budgets, float(price))
-        points.append((float(budgets[chosen].mean()), float(scores[rows, chosen].mean())))
-    return points
+    rows = np.arange(len(scores))
+    return [
+        (float(rule.budgets[chosen].mean()), float(scores[rows, chosen].mean())) for chosen in choices(predicted, rule)
+    ]
 
 
-def price_for_loss(predicted: Predicted, quality: Floats, budgets: Floats, bound: float) -> float | None:
+def price_for_loss(predicted: Predicted, losses: Floats, rule: ChoiceRule, bound: float) -> float | None:
     """The lowest price with a mean loss of at most `bound` on these prompts, or None.
 
     This is no guarantee for other prompts: see `controller.certificate.calibration`.
     """
-    losses = plan_losses(quality)[np.arange(len(quality)), choices(predicted, budgets)].mean(axis=1)
-    start, after = _run_within(bound, losses)
+    means = losses[np.arange(len(losses)), choices(predicted, rule)].mean(axis=1)
+    start, after = _run_within(bound, means)
     return float(PRICES[after - 1]) if after > start else None
 
 
@@ -111,19 +110,16 @@ def _run_within(bound: float, losses: Floats) -> tuple[int, int]:
     return start, start + int(beyond[0]) if len(beyond) else len(losses)
 
 
-def regret(predicted: Predicted, quality: Floats, budgets: Floats, bounds: Sequence[float]) -> float:
+def regret(predicted: Predicted, losses: Floats, rule: ChoiceRule, bounds: Sequence[float]) -> float:
     """Mean budget beyond the oracle's at equal mean loss, over some bounds.
 
     The budget at a bound lies on the line between the last price that keeps within it and the first that does not.
     """
-    retained = 1.0 - plan_losses(quality)  # 1 for the full plan
-    curve = np.array([(1.0, 1.0), *price_curve(predicted, retained, budgets)])
-    spent, losses = np.minimum.accumulate(curve[:, 0]), 1 - curve[:, 1]
-    oracle = path(sweep(retained, budgets), retained, budgets)
-    excess = [
-        _spent_at(bound, losses, spent) - float(np.interp(1 - bound, oracle[:, 1], oracle[:, 0])) for bound in bounds
-    ]
-    return float(np.mean(excess))
+    curve = np.array([(1.0, 0.0), *price_curve(predicted, -losses, rule)])
+    spent, lost = np.minimum.accumulate(curve[:, 0]), -curve[:, 1]
+    oracle = path(sweep(-losses, rule.budgets), -losses, rule.budgets)
+    least = np.interp(-np.asarray(bounds), oracle[:, 1], oracle[:, 0])
+    return float(np.mean([_spent_at(bound, lost, spent) for bound in bounds] - least))
 
 
 def _spent_at(bound: float, losses: Floats, spent: Floats) -> float:

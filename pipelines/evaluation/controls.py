@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import FittedPredictor, Floats, choose
+from controller.base import FittedPredictor, Floats
 from controller.certificate.calibration import PRICES
 from controller.certificate.certificate import alpha_of
 from controller.features import Features, rows_of
@@ -87,14 +87,14 @@ def comparison(
     if "task" in controls:
         seen, learned = controls["task"]
         price = price_out_of_fold(seen, fit, config.calibration, allocator.certificate.keep)
-        routed = choose(replace(learned, outliers=allocator.outliers).predict(shown), test.budgets, price)
+        routed = test.rule.choose(replace(learned, outliers=allocator.outliers).predict(shown), price)
     return {"at_losses": rows, "pooled": pooled, "knows_the_prompt": knows_the_prompt(pooled["against"])}, routed
 
 
 def _chosen_at(seen: Floats, predicted: Floats, known: Table, test: Table, keep: float) -> Choices:
     """Plans of the prompts of `test`, at the price whose mean loss on the prompts of `known` is at most 1 - `keep`."""
-    price = price_for_loss(seen, known.kept, known.budgets, alpha_of(keep) * known.unit)
-    return choose(predicted, test.budgets, price)
+    price = price_for_loss(seen, known.losses, known.rule, alpha_of(keep) * known.unit)
+    return test.rule.choose(predicted, price)
 
 
 def outcome(chosen: Choices, test: Table) -> dict[str, float]:
@@ -117,7 +117,7 @@ def _controls(
             with left_out.guard(f"the control {name!r}"):
                 features, sets = control_features(name, fit, best.sets)
                 settings = control_settings(best, sets, tuning)
-                learned = learn(settings, features, fit.kept, fit.budgets)
+                learned = learn(settings, features, fit.losses, fit.budgets)
                 found[name] = out_of_fold(settings, features, fit), learned
             advance(1)
     return found
@@ -154,7 +154,7 @@ def pooled_gain(predicted: Floats, rivals: Mapping[str, Floats], table: Table, a
     rows, chosen = np.arange(len(table.prompts)), priced_on_halves(predicted, table, alpha)
     curves = {"static_mixture": Curve(np.broadcast_to(table.budgets[:, None], table.scores.T.shape), table.scores.T)}
     for name, expected in rivals.items():
-        plans = np.stack([choose(expected, table.budgets, price) for price in (None, *PRICES[::STEP])])
+        plans = np.stack([table.rule.choose(expected, price) for price in (None, *PRICES[::STEP])])
         curves[name] = Curve(table.budgets[plans], table.scores[rows, plans])
     found = gains(table.budgets[chosen], table.scores[rows, chosen], table.full, curves)
     return {
@@ -177,6 +177,6 @@ def priced_on_halves(predicted: Floats, table: Table, alpha: float) -> Choices:
     chosen = np.zeros(len(table.prompts), dtype=np.intp)
     for seen, unseen in (halves, halves[::-1]):
         half = table.rows(seen)
-        price = price_for_loss(predicted[seen], half.kept, half.budgets, alpha * half.unit)
-        chosen[unseen] = choose(predicted[unseen], table.budgets, price)
+        price = price_for_loss(predicted[seen], half.losses, half.rule, alpha * half.unit)
+        chosen[unseen] = table.rule.choose(predicted[unseen], price)
     return chosen

@@ -109,11 +109,11 @@ def layers_by_task(layers: Mapping[str, tuple[float, float]], n_layers: int, col
 
 @matplotlib.rc_context(STYLE)
 def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float64]]]) -> str:
-    """Predicted share of quality that a shortened plan keeps, against what it kept."""
+    """Expected losses of shortened plans [N, K] against the true ones."""
     figure, axes = _drawing(HALF, 4.4)
-    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
-    for name, (expected, kept) in predictions.items():
-        predicted, observed, counts = _bins(expected[:, :-1].ravel(), kept[:, :-1].ravel())
+    axes.axline((0, 0), slope=1, color=MUTED, lw=0.8, ls=":")
+    for name, (expected, losses) in predictions.items():
+        predicted, observed, counts = _bins(expected[:, :-1].ravel(), losses[:, :-1].ravel())
         axes.plot(predicted, observed, color=colour_of(name), lw=1.2)
         axes.scatter(
             predicted,
@@ -123,7 +123,7 @@ def reliability(predictions: Mapping[str, tuple[NDArray[np.float32], NDArray[np.
             alpha=0.8,
             label=title_of(name),
         )
-    axes.set(xlabel="predicted: share kept", ylabel="observed share", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlabel="expected loss", ylabel="observed loss")
     axes.legend(fontsize=9, loc="upper left", markerscale=0.7)
     return _svg(figure, "reliability")
 
@@ -140,8 +140,9 @@ def least_budgets(budgets: Sequence[float]) -> str:
 
 
 def _bins(predicted: NDArray[np.float32], observed: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """Means of both, and counts, in the ten bins of equal width that are not empty."""
-    index = np.minimum((predicted * 10).astype(int), 9)
+    """Means of both, and counts, in those of ten bins of equal width that are not empty."""
+    edges = np.linspace(predicted.min(), predicted.max(), 11)
+    index = np.minimum(np.searchsorted(edges, predicted, side="right"), 10)
     used = np.unique(index)
     rows = [(predicted[index == i].mean(), observed[index == i].mean(), float((index == i).sum())) for i in used]
     return tuple(np.array(rows).T)

@@ -1,4 +1,4 @@
-"""What there is to learn from: prompts with their features, scores and the share of quality that each plan keeps."""
+"""What there is to learn from: prompts with their features, their scores and the loss of each plan."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import plan_losses
-from controller.certificate.risks import Risk, loss_scale, plan_quality
+from controller.base import ChoiceRule
+from controller.certificate.risks import Risk, loss_scale, plan_losses
 from controller.features import Features, rows_of
 from oracle.frontier.frontier import sufficient_plans
 from oracle.labels.reader import judged
@@ -24,7 +24,7 @@ class Table:
         features: each set of raw features [N, F].
         scores: under each plan [N, K].
         sufficient: whether each plan is sufficient [N, K].
-        kept: what each plan keeps [N, K], see `controller.certificate.risks.plan_quality`.
+        losses: of each plan [N, K], see `controller.certificate.risks.plan_losses`.
         budgets: of each plan [K].
         risk: which loss the certificate bounds.
         labelled: which scores are known [N, K]; others are 0, and so are what is made of them. Only the split
@@ -36,7 +36,7 @@ class Table:
     features: Features
     scores: NDArray[np.float64]
     sufficient: NDArray[np.bool_]
-    kept: NDArray[np.float64]
+    losses: NDArray[np.float64]
     budgets: NDArray[np.float64]
     risk: Risk
     labelled: NDArray[np.bool_] | None = None
@@ -64,7 +64,7 @@ class Table:
             features=rows_of(features, rows),
             scores=known,
             sufficient=sufficient,
-            kept=plan_quality(risk, known, sufficient),
+            losses=plan_losses(risk, known, sufficient),
             budgets=budgets,
             risk=risk,
             labelled=None if labelled is None else labelled[rows],
@@ -79,14 +79,14 @@ class Table:
             features=rows_of(self.features, rows),
             scores=self.scores[rows],
             sufficient=self.sufficient[rows],
-            kept=self.kept[rows],
+            losses=self.losses[rows],
             labelled=None if self.labelled is None else self.labelled[rows],
         )
 
     @property
-    def losses(self) -> NDArray[np.float64]:
-        """Of each plan on each prompt [N, K]."""
-        return plan_losses(self.kept)
+    def rule(self) -> ChoiceRule:
+        """How plans are chosen at a price."""
+        return ChoiceRule(self.budgets, self.risk)
 
     @property
     def full(self) -> NDArray[np.float64]:

@@ -82,7 +82,7 @@ STAGES = (
         ("label", "features"),
         ("tuning.json", "winner.yaml"),
     ),
-    Stage("train", "train the controllers", (), ("tune",), ("controllers", "out_of_fold.npz")),
+    Stage("train", "train the controllers", (), ("tune",), ("controllers", "expected_losses.npz")),
     Stage(
         "calibrate",
         "certify a price, labelling what it chooses",

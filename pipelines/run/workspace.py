@@ -22,7 +22,7 @@ from oracle.labels.store import LabelStore, StoreError
 from oracle.prompts import Prompt, Split
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation.learning_table import Table
-from pipelines.run.model import RunModel
+from pipelines.run.model import Loaded, RunModel
 from pipelines.run.prompts import IN_FULL, RunPrompts
 
 Mask = NDArray[np.bool_]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import WIDE, FittedPredictor, Floats, choose
+from controller.base import WIDE, ChoiceRule, FittedPredictor, Floats
 from controller.certificate.calibration import PricePath, certify, first_price, on_path, valid_price
 from controller.certificate.certificate import Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
@@ -70,7 +70,7 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
             say(f"  {certificate.sentence}", style="red")
     valid = sorted((found for found in every if found.price is not None), key=lambda found: -found.keep)
     chosen = every[0] if every[0].price is not None or not valid else valid[0]
-    alarm_at = partial(drift_alarm, learned.projection(table.features), predicted, table.budgets)
+    alarm_at = partial(drift_alarm, learned.projection(table.features), predicted, table.rule)
     others = [found for found in valid if found is not chosen]
     allocator = _allocator(workspace, best, learned, alarm_at, chosen, others)
     allocator.save_pretrained(workspace.path("allocator"))
@@ -115,13 +115,14 @@ def first_tested(seen: Floats, fit: Table, keep: Sequence[float]) -> list[int]:
     """For each value of `keep` the place of the price that is tested first, from predictions out of fold [N, K]."""
     if max(keep) < 1:
         return [0 for _ in keep]
-    path = PricePath.of(seen, fit.losses, fit.budgets)
+    path = PricePath.of(seen, fit.losses, fit.rule)
     return [first_price(path, alpha_of(level), fit.full) for level in keep]
 
 
 def _labelled_table(workspace: Workspace, learned: FittedPredictor, workers: Workers | None) -> Table:
     """The calibrate prompts, labelled in full and under the plans that some price chooses for them."""
-    cells = on_path(learned.predict(workspace.features("calibrate")), np.array(workspace.menu().budgets))
+    rule = ChoiceRule(np.array(workspace.menu().budgets), workspace.config.calibration.risk)
+    cells = on_path(learned.predict(workspace.features("calibrate")), rule)
     label_cells(workspace, "calibrate", cells, workers)
     return workspace.table("calibrate", wanted=cells)
 
@@ -143,12 +144,12 @@ def certified(predicted: Floats, table: Table, *, keep: float, **terms: Any) -> 
     """The certificate at one level, by Learn-then-Test on the prompts of a table.
 
     Args:
-        predicted: expected quality [N, K].
+        predicted: expected losses [N, K].
         table: the N calibration prompts with their labels.
         keep, terms: what `certify` takes beside the table's.
     """
     return certify(
-        PricePath.of(predicted, table.losses, table.budgets, table.labelled),
+        PricePath.of(predicted, table.losses, table.rule, table.labelled),
         keep=keep,
         full=table.full,
         tasks=table.tasks,
@@ -170,7 +171,7 @@ def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection,
     It stands for what a certificate would allow where the calibrate split is labelled for another policy. The sequence
     begins where it would on these very prompts, so that it certifies nothing.
     """
-    path = PricePath.of(seen, fit.losses, fit.budgets)
+    path = PricePath.of(seen, fit.losses, fit.rule)
     return valid_price(
         path,
         alpha_of(keep),
@@ -184,18 +185,18 @@ def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection,
 
 
 def drift_alarm(
-    projected: Floats, predicted: Floats, budgets: NDArray[np.float64], price: float | None, false_alarm_rate: float
+    projected: Floats, predicted: Floats, rule: ChoiceRule, price: float | None, false_alarm_rate: float
 ) -> DriftAlarm:
     """The alarm of a certified price, by the N prompts that the price was certified on.
 
     Args:
         projected: what the controller sees of them [N, F].
-        predicted: what plans are expected to keep [N, K].
-        budgets: of the plans [K].
+        predicted: what plans are expected to lose [N, K].
+        rule: how plans are chosen.
         price: the certified one.
         false_alarm_rate: see `DriftAlarm`.
     """
-    return DriftAlarm(drift_scores(projected, budgets[choose(predicted, budgets, price)]), false_alarm_rate)
+    return DriftAlarm(drift_scores(projected, rule.budgets[rule.choose(predicted, price)]), false_alarm_rate)
 
 
 def _chat_format(workspace: Workspace) -> ChatFormat | None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.base import choose
 from controller.certificate.calibration import cheapest_valid_plan
 from controller.certificate.certificate import alpha_of
 from controller.report.headroom import LEVEL, frontier_card
@@ -53,7 +52,7 @@ def run(workspace: Workspace) -> Path:
     expected = load_out_of_fold(workspace)
     prices = {name: price_out_of_fold(own, fit, config.calibration, keep) for name, own in expected.items()}
     prices[best] = allocator.certificate.price
-    chosen = {name: choose(kept, test.budgets, prices[name]) for name, kept in predicted.items()}
+    chosen = {name: test.rule.choose(own, prices[name]) for name, own in predicted.items()}
     certified = [menu.plans[plan] for plan in chosen[best]]
     check_layers_run(allocator, *workspace.model.loaded, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
@@ -70,8 +69,8 @@ def run(workspace: Workspace) -> Path:
         name: {**asdict(card), "tokens_per_s": _tokens_per_s(card, speed)} for name, card in cards.items()
     }
     bounds = [alpha_of(level) * test.unit for level in config.calibration.keep]
-    for name, kept in predicted.items():
-        metrics[name]["regret"] = regret(kept, test.kept, test.budgets, bounds)
+    for name, own in predicted.items():
+        metrics[name]["regret"] = regret(own, test.losses, test.rule, bounds)
         metrics[name]["decision_ms"] = prompt_ms(trained[name].predict, test.features)
     frontier = asdict(frontier_card(chosen[best], test.scores, test.sufficient, test.budgets, alpha_of(keep)))
     metrics |= {
@@ -90,7 +89,7 @@ def run(workspace: Workspace) -> Path:
         },
         "certificate": calibration["certificate"],
         "certificates": [
-            {**found, "test": outcome(choose(predicted[best], test.budgets, found["price"]), test)}
+            {**found, "test": outcome(test.rule.choose(predicted[best], found["price"]), test)}
             for found in calibration["certificates"]
         ],
         "prompts": {
@@ -222,8 +221,8 @@ def _mixture_at(budget: float, table: Table) -> NDArray[np.float64]:
 def _card(chosen: Choices, test: Table, layers: list[float]) -> ReportCard:
     """Of a policy, or of several draws of one; `layers` are the plans' [K]."""
     repeats = len(chosen) // len(test.prompts)
-    scores, kept = np.tile(test.scores, (repeats, 1)), np.tile(test.kept, (repeats, 1))
-    return report_card(chosen, scores, kept, test.budgets, layers, test.unit)
+    scores, losses = np.tile(test.scores, (repeats, 1)), np.tile(test.losses, (repeats, 1))
+    return report_card(chosen, scores, losses, test.budgets, layers, test.unit)
 
 
 def _tokens_per_s(card: ReportCard, speed: dict[str, Any]) -> float:

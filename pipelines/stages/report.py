@@ -89,7 +89,7 @@ def _figures(
                 "oracle frontier, corrected for luck": [(float(x), float(y)) for x, y in corrected],
             },
             {
-                name: price_curve(learned.predict(table.features), table.scores, table.budgets)
+                name: price_curve(learned.predict(table.features), table.scores, table.rule)
                 for name, learned in decided.items()
             },
             {name: (metrics[name]["budget"], metrics[name]["quality"]) for name in policies},
@@ -100,7 +100,7 @@ def _figures(
             figures.colour_of(metrics["best"]),
         ),
         "reliability": lambda: figures.reliability(
-            {name: (learned.predict(table.features), table.kept) for name, learned in trained.items()}
+            {name: (learned.predict(table.features), table.losses) for name, learned in trained.items()}
         ),
     }
     drawn = {}

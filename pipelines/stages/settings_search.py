@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from backbone.errors import InputError, reason_of
 from backbone.interrupts import deaf_children
-from controller.base import CONTROLLERS
+from controller.base import CONTROLLERS, ChoiceRule
 from controller.features import Features
 from controller.learning import CrossFit, Settings
 from controller.report.report_card import regret
@@ -48,15 +48,15 @@ class Work:
 
     Attributes:
         features: of N prompts.
-        kept: share of quality that each plan keeps [N, K].
-        budgets: of the plans [K].
-        bounds: mean losses at which the regret counts, in the unit of `controller.base.lost`.
+        losses: of each plan [N, K].
+        rule: how plans are chosen.
+        bounds: mean losses at which the regret counts.
         tuning: how to search.
     """
 
     features: Features
-    kept: NDArray[np.float64]
-    budgets: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    rule: ChoiceRule
     bounds: Sequence[float]
     tuning: TuningSection
 
@@ -65,18 +65,19 @@ class Work:
         """Settings are judged around the mean loss that calibration will ask for, `alpha`."""
         around = max(abs(alpha) / 2, LEAST_AROUND)
         bounds = [bound * table.unit for bound in (alpha - around, alpha, alpha + around)]
-        return cls(table.features, table.kept, table.budgets, bounds, tuning)
+        return cls(table.features, table.losses, table.rule, bounds, tuning)
 
     @cached_property
     def _cross_fits(self) -> list[CrossFit]:
         """The one of the trials, then `REPEATS` others."""
         most, folds = max(self.tuning.components), self.tuning.folds
-        return [CrossFit(self.features, self.kept, self.budgets, folds, most, seed) for seed in range(REPEATS + 1)]
+        known = self.features, self.losses, self.rule.budgets
+        return [CrossFit(*known, folds, most, seed) for seed in range(REPEATS + 1)]
 
     @property
     def is_searched(self) -> bool:
         """Whether there are enough prompts for a search."""
-        return len(self.kept) >= self.tuning.search_from
+        return len(self.losses) >= self.tuning.search_from
 
     def regrets(self, settings: Settings) -> NDArray[np.float64]:
         """Regret on each held-out fold of the repeated cross-fits [REPEATS * folds]."""
@@ -85,14 +86,14 @@ class Work:
             before = 0
             for predicted, rows in cross_fit.predict(settings):
                 held, before = rows[before:], len(rows)
-                found.append(regret(predicted[held], self.kept[held], self.budgets, self.bounds))
+                found.append(regret(predicted[held], self.losses[held], self.rule, self.bounds))
         return np.array(found)
 
     def judge(self, settings: Settings, after_fold: Callable[[int, float], None] | None = None) -> float:
         """Regret of out-of-fold predictions; `after_fold` is told the regret so far."""
         for fold, (predicted, rows) in enumerate(self._cross_fits[0].predict(settings), 1):
             if after_fold or fold == self.tuning.folds:
-                found = regret(predicted[rows], self.kept[rows], self.budgets, self.bounds)
+                found = regret(predicted[rows], self.losses[rows], self.rule, self.bounds)
             if after_fold:
                 after_fold(fold, found)
         return found

@@ -10,7 +10,6 @@ import numpy as np
 from backbone.files import replacing
 from controller.base import CONTROLLERS, FittedPredictor, Floats
 from controller.certificate.outliers import OutlierTest
-from controller.certificate.risks import full_quality
 from controller.features import Features, Projection
 from controller.learning import CrossFit, Settings, learn
 from pipelines.evaluation.learning_table import Table
@@ -19,11 +18,12 @@ from pipelines.run.state import check_own
 from pipelines.run.workspace import Workspace
 
 PROJECTION = "projection.safetensors"
+OUT_OF_FOLD = "expected_losses.npz"
 FOLDS = 5
 
 
 def run(workspace: Workspace) -> Path:
-    """Fit every controller; writes `controllers/<name>/`, and `out_of_fold.npz` with what each expects out of fold."""
+    """Fit every controller; writes `controllers/<name>/`, and `expected_losses.npz`, out of fold."""
     target, unfinished = workspace.path("controllers"), workspace.path(".controllers.unfinished")
     check_own(target, _is_own)
     table, found = workspace.table("train", "tune"), tuned_settings(workspace)
@@ -31,13 +31,13 @@ def run(workspace: Workspace) -> Path:
     expected: dict[str, Floats] = {}
     with progress("controllers", len(found)) as advance:
         for name, settings in found.items():
-            learned = learn(settings, table.features, table.kept, table.budgets)
+            learned = learn(settings, table.features, table.losses, table.budgets)
             (unfinished / name).mkdir(parents=True)
             learned.projection.save(unfinished / name / PROJECTION)
             learned.controller.save(unfinished / name)
             expected[name] = out_of_fold(settings, table.features, table)
             advance(1)
-    with replacing(workspace.path("out_of_fold.npz")) as path, path.open("wb") as file:
+    with replacing(workspace.path(OUT_OF_FOLD)) as path, path.open("wb") as file:
         np.savez(file, **expected)  # type: ignore[arg-type]
     shutil.rmtree(target, ignore_errors=True)
     return unfinished.rename(target)
@@ -52,13 +52,13 @@ def _is_own(file: PurePath) -> bool:
 def out_of_fold(settings: Settings, features: Features, table: Table) -> Floats:
     """What is expected of each prompt [N, K] by a controller that did not see it."""
     n_folds = min(FOLDS, len(table.prompts))
-    *_, (predicted, _) = CrossFit(features, table.kept, table.budgets, n_folds, settings.components).predict(settings)
+    *_, (predicted, _) = CrossFit(features, table.losses, table.budgets, n_folds, settings.components).predict(settings)
     return predicted
 
 
 def load_out_of_fold(workspace: Workspace) -> dict[str, Floats]:
     """What each controller expects out of fold of the prompts to train and to tune [N, K]."""
-    with np.load(workspace.path("out_of_fold.npz"), allow_pickle=False) as saved:
+    with np.load(workspace.path(OUT_OF_FOLD), allow_pickle=False) as saved:
         return {name: saved[name] for name in tuned_settings(workspace)}
 
 
@@ -70,9 +70,8 @@ def tuned_settings(workspace: Workspace) -> dict[str, Settings]:
 
 def load_trained(workspace: Workspace, outliers: OutlierTest | None = None) -> dict[str, FittedPredictor]:
     """What this stage saved, each with a test that leaves outliers to the full plan."""
-    full = full_quality(workspace.config.calibration.risk)
     folders = {name: workspace.path("controllers") / name for name in tuned_settings(workspace)}
     return {
-        name: FittedPredictor(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), full, outliers)
+        name: FittedPredictor(Projection.load(folder / PROJECTION), CONTROLLERS[name].load(folder), outliers)
         for name, folder in folders.items()
     }

@@ -20,7 +20,7 @@ from backbone.healing.healing import Healing
 from backbone.model_source import PACKAGE_PREFIX, check_package
 from backbone.plan import PlanMenu
 from backbone.strict_json import parse
-from controller.base import CONTROLLERS
+from controller.base import CONTROLLERS, LossRange
 from controller.certificate.certificate import Certificate
 from controller.certificate.drift import DriftAlarm
 from controller.certificate.outliers import OutlierTest
@@ -166,13 +166,16 @@ def _loaded(kind: type[Parts], folder: Path, place: Path, manifest: Manifest) ->
         for file in files.keys() - {optional["healing"]}:
             if (size := (place / file).stat().st_size) > LARGEST_PART:
                 raise ArtefactError(f"{file} has {size} bytes; such a file has at most {LARGEST_PART}")
-        menu = PlanMenu.load(place / MENU)
+        menu, certificate = PlanMenu.load(place / MENU), Certificate.load(place / CERTIFICATE)
+        controller = CONTROLLERS[name].load(place)
+        if controller.loss_range is None:  # of before controllers predicted losses
+            controller.loss_range = LossRange(-1.0 if certificate.risk == "mean_score" else 0.0)
         allocator = kind(
             menu=menu,
-            controller=CONTROLLERS[name].load(place),
+            controller=controller,
             controller_name=name,
             projection=Projection.load(place / PROJECTION),
-            certificate=Certificate.load(place / CERTIFICATE),
+            certificate=certificate,
             decoding=Decoding.from_dict(manifest["decoding"]),
             fingerprint=manifest["model"]["fingerprint"],
             model_source=manifest["model"]["source"],

@@ -7,7 +7,7 @@ import optuna
 import pytest
 import torch
 
-from controller.base import CONTROLLERS, LearningError, choose, plan_losses
+from controller.base import CONTROLLERS, ChoiceRule, LearningError, LossRange
 from controller.models.gbdt import LightGBMController
 from controller.models.logistic import LogisticController
 from controller.models.mlp import MLPController, soft_regret
@@ -51,9 +51,9 @@ def test_trees_predict_bit_for_bit_as_lightgbm(monkeypatch, tmp_path, settings, 
     features[:, 3], features[:, 4] = np.round(features[:, 3]), 0.0
     features[:9, 2] = [tiny, tiny, tiny, -tiny, -tiny, -tiny, 1e-40, -1e-40, 0]
     noise = random.normal(size=(n, 3)) * 0.3
-    kept = np.clip(features[:, :1] * 2 + np.array([-0.5, 1.5, 99]) + noise, 0, 1).astype("float32")
+    losses = np.clip(np.array([1.5, -0.5, -99]) - features[:, :1] * 2 + noise, 0, 1).astype("float32")
     controller = LightGBMController(**settings)
-    controller.fit(features, kept, ControllerConformance.budgets)
+    controller.fit(features, losses, ControllerConformance.budgets)
     huge = np.full((2, 12), 3e38, "float32") * [[1], [-1]]
     fresh = np.concatenate([features, features * 3, features[::-1] * tiny, huge.astype("float32")])
     rows = fresh if settings.get("per_plan", True) else controller._rows(fresh)
@@ -68,13 +68,13 @@ def test_trees_predict_bit_for_bit_as_lightgbm(monkeypatch, tmp_path, settings, 
 
 
 def test_trees_that_would_not_load_again_are_not_trained(monkeypatch) -> None:
-    features, kept = ControllerConformance().data()
+    features, losses = ControllerConformance().data()
     monkeypatch.setattr("controller.models.gbdt.MOST_DEPTH", 2)
     with pytest.raises(LearningError, match=r"a depth of more than 2; train with smaller ones \(n_leaves\)"):
-        LightGBMController().fit(features, kept, ControllerConformance.budgets)
+        LightGBMController().fit(features, losses, ControllerConformance.budgets)
     monkeypatch.setattr("controller.models.gbdt.MOST_TREES", 5)
     with pytest.raises(LearningError, match=r"at most 5 trees .* train with fewer trees \(n_trees\)"):
-        LightGBMController().fit(features, kept, ControllerConformance.budgets)
+        LightGBMController().fit(features, losses, ControllerConformance.budgets)
 
 
 class TestMLP(ControllerConformance):
@@ -95,32 +95,32 @@ class TestLogistic(ControllerConformance):
 @pytest.mark.parametrize("name", LEARNED)
 def test_learned_controllers_learn(name) -> None:
     suite = ControllerConformance()
-    features, kept = suite.data(400)
+    features, losses = suite.data(400)
     controller = CONTROLLERS[name]()
-    controller.fit(features, kept, suite.budgets)
+    controller.fit(features, losses, suite.budgets)
     fresh, truth = suite.data(400, seed=1)
     assert np.abs(controller.predict(fresh) - truth).mean() < 0.13
     shuffled = CONTROLLERS[name]()
-    shuffled.fit(np.random.default_rng(0).permutation(features), kept, suite.budgets)
+    shuffled.fit(np.random.default_rng(0).permutation(features), losses, suite.budgets)
     assert np.abs(shuffled.predict(fresh) - truth).mean() > 0.2
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_one_class_only_is_learned_too(name) -> None:
     suite = ControllerConformance()
-    features, kept = suite.data()
+    features, losses = suite.data()
     controller = CONTROLLERS[name]()
-    controller.fit(features, np.ones_like(kept), suite.budgets)
-    assert (controller.predict(features) > 0.9).all()
+    controller.fit(features, np.zeros_like(losses), suite.budgets)
+    assert (controller.predict(features) < 0.1).all()
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_constant_features_give_the_mean(name) -> None:
     suite = ControllerConformance()
-    features, kept = suite.data(400)
+    features, losses = suite.data(400)
     controller = CONTROLLERS[name]()
-    controller.fit(np.ones_like(features), kept, suite.budgets)
-    np.testing.assert_allclose(controller.predict(np.ones_like(features))[0], kept.mean(0), atol=0.06)
+    controller.fit(np.ones_like(features), losses, suite.budgets)
+    np.testing.assert_allclose(controller.predict(np.ones_like(features))[0], losses.mean(0), atol=0.06)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -135,67 +135,94 @@ def test_a_search_may_begin_with_the_defaults(name) -> None:
     CONTROLLERS[name](**settings)
 
 
-def test_shares_outside_their_range_are_refused() -> None:
-    features, kept = ControllerConformance().data()
-    with pytest.raises(LearningError, match=r"must lie in \[0, 1\]"):
-        LogisticController().fit(features, kept * 2, ControllerConformance.budgets)
+def test_losses_outside_their_range_are_refused() -> None:
+    features, losses = ControllerConformance().data()
+    with pytest.raises(LearningError, match=r"must lie in \[-1, 1\]"):
+        LogisticController().fit(features, losses * 2, ControllerConformance.budgets)
 
 
 def test_lightgbm_never_expects_less_of_a_larger_budget() -> None:
     suite = TestLightGBM()
     controller, features = suite.fitted()
-    assert (np.diff(controller.predict(features), axis=1) >= 0).all()
+    assert (np.diff(controller.predict(features), axis=1) <= 0).all()
 
 
-def test_regret_is_least_for_the_true_shares() -> None:
+def test_regret_is_least_for_the_true_losses() -> None:
     generator = torch.Generator().manual_seed(0)
-    kept = torch.cat([torch.rand(500, 2, generator=generator), torch.ones(500, 1)], dim=1)
+    losses = torch.cat([torch.rand(500, 2, generator=generator), torch.zeros(500, 1)], dim=1)
     budgets = torch.tensor([0.5, 0.75, 1.0])
     torch.manual_seed(0)
-    right = soft_regret(kept[:, :-1], kept, budgets)
+    right = soft_regret(losses[:, :-1], losses, budgets)
     wrong = [
-        soft_regret(shares, kept, budgets) for shares in (torch.ones(500, 2), torch.zeros(500, 2), kept[:, [1, 0]])
+        soft_regret(other, losses, budgets) for other in (torch.ones(500, 2), torch.zeros(500, 2), losses[:, [1, 0]])
     ]
     assert all(right < other for other in wrong)
 
 
 def test_choose_weighs_loss_against_budget() -> None:
-    kept = np.array([[0.9, 0.95, 1.0], [0.1, 0.8, 1.0], [0.2, 0.3, 1.0], [np.nan, 0.9, 1.0], [1.0, 0.5, 1.0]])
-    budgets = np.array([0.5, 0.75, 1.0])
-    np.testing.assert_array_equal(choose(kept, budgets, 0.0), [0, 0, 0, 2, 0])
-    np.testing.assert_array_equal(choose(kept, budgets, 1.0), [0, 1, 2, 2, 0])
-    np.testing.assert_array_equal(choose(kept, budgets, 5.5), [2, 2, 2, 2, 0])
-    np.testing.assert_array_equal(choose(kept, budgets, 5.1), [2, 2, 2, 2, 0])
-    np.testing.assert_array_equal(choose(kept, budgets, 4.9), [0, 2, 2, 2, 0])
-    np.testing.assert_array_equal(choose(kept, budgets, float("inf")), [2, 2, 2, 2, 0])
-    np.testing.assert_array_equal(choose(kept, budgets, None), [2, 2, 2, 2, 2])
+    losses = np.array([[0.1, 0.05, 0], [0.9, 0.2, 0], [0.8, 0.7, 0], [np.nan, 0.1, 0], [0, 0.5, 0]])
+    rule = ChoiceRule(np.array([0.5, 0.75, 1.0]), "score_lost")
+    np.testing.assert_array_equal(rule.choose(losses, 0.0), [0, 0, 0, 2, 0])
+    np.testing.assert_array_equal(rule.choose(losses, 1.0), [0, 1, 2, 2, 0])
+    np.testing.assert_array_equal(rule.choose(losses, 5.5), [2, 2, 2, 2, 0])
+    np.testing.assert_array_equal(rule.choose(losses, 5.1), [2, 2, 2, 2, 0])
+    np.testing.assert_array_equal(rule.choose(losses, 4.9), [0, 2, 2, 2, 0])
+    np.testing.assert_array_equal(rule.choose(losses, float("inf")), [2, 2, 2, 2, 0])
+    np.testing.assert_array_equal(rule.choose(losses, None), [2, 2, 2, 2, 2])
 
 
 def test_choose_takes_plans_that_win() -> None:
-    """The full plan keeps 1/2; what a plan keeps beyond pays for its budget."""
-    kept = np.array([[0.6, 0.55, 0.5], [0.45, 0.7, 0.5], [0.45, 0.49, 0.5], [np.inf, 0.9, 0.5]], dtype=np.float32)
-    budgets = np.array([0.5, 0.75, 1.0])
-    np.testing.assert_allclose(plan_losses(kept[:3]), [[-0.2, -0.1, 0], [0.1, -0.4, 0], [0.1, 0.02, 0]], atol=1e-6)
-    np.testing.assert_array_equal(choose(kept, budgets, 0.1), [0, 0, 0, 2])
-    np.testing.assert_array_equal(choose(kept, budgets, 4.0), [0, 1, 1, 2])
-    np.testing.assert_array_equal(choose(kept, budgets, 100.0), [0, 1, 2, 2])
+    """What a plan wins pays for its budget."""
+    losses = np.array([[-0.2, -0.1, 0], [0.1, -0.4, 0], [0.1, 0.02, 0], [-np.inf, -0.8, 0]], dtype=np.float32)
+    rule = ChoiceRule(np.array([0.5, 0.75, 1.0]), "mean_score")
+    np.testing.assert_array_equal(rule.choose(losses, 0.1), [0, 0, 0, 2])
+    np.testing.assert_array_equal(rule.choose(losses, 4.0), [0, 1, 1, 2])
+    np.testing.assert_array_equal(rule.choose(losses, 100.0), [0, 1, 2, 2])
 
 
 def test_choose_follows_expected_wins_more_at_lower_prices() -> None:
     """What is expected to be won is noise here; still each price lets more prompts leave the full plan."""
-    kept = np.random.default_rng(0).normal(0.5, 0.02, (200, 3)).astype(np.float32)
-    kept[:, -1] = 0.5
-    left = [(choose(kept, np.array([0.5, 0.75, 1.0]), price) < 2).mean() for price in (1000.0, 100.0, 30.0, 10.0, 1.0)]
+    losses = np.random.default_rng(0).normal(0, 0.04, (200, 3)).astype(np.float32)
+    losses[:, -1] = 0
+    rule = ChoiceRule(np.array([0.5, 0.75, 1.0]), "mean_score")
+    left = [(rule.choose(losses, price) < 2).mean() for price in (1000.0, 100.0, 30.0, 10.0, 1.0)]
     assert left[0] == 0
     assert left[-1] == 1
     assert left == sorted(left)
     assert 0 < left[2] < left[3], "by and by"
 
 
-def test_the_full_plan_keeps_the_same_for_all() -> None:
-    features, kept = ControllerConformance().data()
-    with pytest.raises(LearningError, match="must keep the same for all"):
-        LogisticController().fit(features, kept[:, ::-1], ControllerConformance.budgets)
+def test_the_full_plan_loses_nothing() -> None:
+    features, losses = ControllerConformance().data()
+    with pytest.raises(LearningError, match="the full plan is the last one, and its loss must be 0"):
+        LogisticController().fit(features, losses[:, ::-1], ControllerConformance.budgets)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("least", [-1.0, 0.0])
+def test_the_range_of_losses_is_that_of_the_prompts(name, least, tmp_path) -> None:
+    features, losses = ControllerConformance().data()
+    losses[:, :-1] = least + (1 - least) * losses[:, :-1]
+    controller = CONTROLLERS[name]()
+    controller.fit(features, losses, ControllerConformance.budgets)
+    assert controller.predict(features).min() >= least
+    controller.save(tmp_path)
+    assert CONTROLLERS[name].load(tmp_path).loss_range == LossRange(least)
+
+
+class OfQuality(LogisticController):
+    """Of the contract before, in which the full plan kept all."""
+
+    def _predict(self, features):
+        return 1 - super()._predict(features)
+
+
+def test_a_controller_of_the_old_contract_is_told() -> None:
+    features, losses = ControllerConformance().data()
+    old = OfQuality()
+    old.fit(features, losses, ControllerConformance.budgets)
+    with pytest.raises(LearningError, match="OfQuality predicts 1 for the full plan, whose loss is 0: controllers"):
+        old.predict(features)
 
 
 def test_every_registered_name_resolves() -> None:

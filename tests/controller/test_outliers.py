@@ -5,7 +5,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from controller.base import LearningError, choose
+from controller.base import ChoiceRule, LearningError
 from controller.certificate.outliers import OutlierTest
 from controller.learning import Settings, learn
 
@@ -65,12 +65,12 @@ def test_outlier_test_with_few_held_out_prompts_finds_none() -> None:
 def test_outliers_get_the_full_plan_whatever_the_controller_says() -> None:
     random = np.random.default_rng(0)
     features = prompts(random, 100)
-    kept = np.column_stack([np.full(100, 0.9), np.full(100, 0.5)])
-    learned = learn(Settings("logistic", SETS, 2), features, kept, np.array([0.5, 1.0]))
-    with_test = type(learned)(learned.projection, learned.controller, learned.full, fitted())
+    losses, rule = np.column_stack([np.full(100, -0.8), np.zeros(100)]), ChoiceRule(np.array([0.5, 1.0]), "mean_score")
+    learned = learn(Settings("logistic", SETS, 2), features, losses, rule.budgets)
+    with_test = type(learned)(learned.projection, learned.controller, fitted())
     strange = prompts(random, 50, shift=60)
-    assert (choose(learned.predict(strange), np.array([0.5, 1.0]), 1.0) == 0).all()
-    assert (choose(with_test.predict(strange), np.array([0.5, 1.0]), 1.0) == 1).mean() > 0.95
+    assert (rule.choose(learned.predict(strange), 1.0) == 0).all()
+    assert (rule.choose(with_test.predict(strange), 1.0) == 1).mean() > 0.95
     like = prompts(random, 50)
     kept_plans = with_test.predict(like)
     sent = with_test.outliers.are_outliers(like)

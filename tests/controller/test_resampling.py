@@ -2,28 +2,30 @@ import numpy as np
 import pytest
 from redrawn_splits import Draw, redrawn, resampled_violations
 
+from controller.base import ChoiceRule
 from controller.certificate.calibration import last_valid, price_p_values
 from controller.certificate.risks import CalibrationError
 
 BUDGETS = np.array([0.6, 0.8, 1.0])
+LOST = ChoiceRule(BUDGETS, "score_lost")
 
 
 def pool(n: int, noise: float, risk: str = "score_lost", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Kept expected and losses [n, 3] of prompts whose need is known up to noise."""
+    """Expected and true losses [n, 3] of prompts whose need is known up to noise."""
     random = np.random.default_rng(seed)
     need = random.random((n, 1))
     lack = need - np.array([[0.5, 0.8, 1.0]])
     seen = lack + noise * random.normal(size=(n, 1))
     counted = risk == "insufficient"
-    kept = 1 / (1 + np.exp(seen / noise)) if counted else 1 - np.clip(seen, 0, 1)
-    kept[:, -1] = 1
-    return kept.astype(np.float32), (lack > 0).astype(float) if counted else np.clip(lack, 0, 1)
+    expected = 1 / (1 + np.exp(-seen / noise)) if counted else np.clip(seen, 0, 1)
+    expected[:, -1] = 0
+    return expected.astype(np.float32), (lack > 0).astype(float) if counted else np.clip(lack, 0, 1)
 
 
 @pytest.mark.parametrize("risk", ["insufficient", "score_lost"])
 def test_certificates_on_splits_hold_and_save_something(risk) -> None:
-    kept, losses = pool(500, 0.1, risk)
-    found = resampled_violations(kept, losses, BUDGETS, 0.06, 0.1, 250, 100, risk=risk)
+    expected, losses = pool(500, 0.1, risk)
+    found = resampled_violations(expected, losses, ChoiceRule(BUDGETS, risk), 0.06, 0.1, 250, 100)
     assert found.certified > 0.9
     assert found.of_pool.low <= 0.1
     assert found.of_pool.low <= found.of_pool.value <= found.of_pool.high
@@ -36,8 +38,8 @@ def test_certificates_of_the_mean_score_hold_and_save_something() -> None:
     random = np.random.default_rng(0)
     full, better = np.full(500, 0.5), random.random(500) < 0.5
     losses = np.column_stack([np.where(better, -0.3, 0.3) + random.uniform(-0.2, 0.2, 500), np.zeros((500, 2))])
-    kept = np.column_stack([np.where(better, 0.6, 0.4), np.full((500, 2), 0.5)]).astype(np.float32)
-    found = resampled_violations(kept, losses, BUDGETS, 0.05, 0.1, 250, 100, risk="mean_score", full=full)
+    expected = np.column_stack([np.where(better, -0.2, 0.2), np.zeros((500, 2))]).astype(np.float32)
+    found = resampled_violations(expected, losses, ChoiceRule(BUDGETS, "mean_score"), 0.05, 0.1, 250, 100, full=full)
     assert found.certified == 1
     assert found.of_pool.low <= 0.1
     assert found.mean_budget < 0.85, "it pays for more than the prompts it is better for"
@@ -45,21 +47,21 @@ def test_certificates_of_the_mean_score_hold_and_save_something() -> None:
 
 
 def test_losses_that_no_price_avoids_leave_the_full_plan() -> None:
-    kept = np.ones((300, 3), dtype=np.float32)  # a controller that sees no danger
+    expected = np.zeros((300, 3), dtype=np.float32)  # a controller that sees no danger
     losses = np.tile([0.5, 0.5, 0.0], (300, 1))
-    found = resampled_violations(kept, losses, BUDGETS, 0.06, 0.1, 150, 20, risk="score_lost")
+    found = resampled_violations(expected, losses, LOST, 0.06, 0.1, 150, 20)
     assert (found.certified, found.of_pool.value, found.mean_budget, found.mean_risk) == (0, 0, 1, 0)
 
 
 def test_splits_that_shorten_nothing_are_not_certified() -> None:
-    kept = np.tile(np.array([[np.nan, np.nan, 1.0]], dtype=np.float32), (300, 1))  # as of outliers
-    found = resampled_violations(kept, np.zeros((300, 3)), BUDGETS, 0.06, 0.1, 150, 20, risk="score_lost")
+    expected = np.tile(np.array([[np.nan, np.nan, 0.0]], dtype=np.float32), (300, 1))  # as of outliers
+    found = resampled_violations(expected, np.zeros((300, 3)), LOST, 0.06, 0.1, 150, 20)
     assert (found.certified, found.mean_budget) == (0, 1)
 
 
 def test_a_test_sample_is_a_harder_judge_than_the_pool() -> None:
-    kept, losses = pool(300, 0.1, "insufficient")
-    found = resampled_violations(kept, losses, BUDGETS, 0.1, 0.1, 150, 200)
+    expected, losses = pool(300, 0.1, "insufficient")
+    found = resampled_violations(expected, losses, ChoiceRule(BUDGETS, "insufficient"), 0.1, 0.1, 150, 200)
     assert found.of_test.value > found.of_pool.value
 
 
@@ -77,16 +79,16 @@ def test_the_rate_shown_is_that_of_fresh_prompts() -> None:
 
 
 def test_the_same_seed_draws_the_same_splits() -> None:
-    kept, losses = pool(300, 0.1)
-    runs = [resampled_violations(kept, losses, BUDGETS, 0.05, 0.1, 150, 20, s, risk="score_lost") for s in (0, 0, 1)]
+    expected, losses = pool(300, 0.1)
+    runs = [resampled_violations(expected, losses, LOST, 0.05, 0.1, 150, 20, s) for s in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
 
 
 @pytest.mark.parametrize("n_calibrate", [0, 300, 301])
 def test_a_split_has_two_sides(n_calibrate) -> None:
-    kept, losses = pool(300, 0.1)
+    expected, losses = pool(300, 0.1)
     with pytest.raises(CalibrationError, match="both sides"):
-        resampled_violations(kept, losses, BUDGETS, 0.05, 0.1, n_calibrate, risk="score_lost")
+        resampled_violations(expected, losses, LOST, 0.05, 0.1, n_calibrate)
 
 
 def test_a_draw_learns_from_some_and_draws_from_all_others() -> None:

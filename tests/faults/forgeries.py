@@ -135,7 +135,8 @@ def of_trees() -> Iterator[tuple[str, Forge]]:
     for change in (
         {"n_features": 0}, {"n_features": -1}, {"n_features": True}, {"n_features": 1.5}, {"n_features": HUGE},
         {"n_features": 4}, {"n_features": ...}, {"per_plan": 1}, {"per_plan": "x"}, {"per_plan": ...}, {"x": 1},
-        {"per_plan": False}, None, "", "[]", "{", "NaN", DEEP, "9" * 5000,
+        {"per_plan": False}, {"least_loss": 0.5}, {"least_loss": "x"}, {"least_loss": HUGE},
+        None, "", "[]", "{", "NaN", DEEP, "9" * 5000,
     ):  # fmt: skip
         yield f"metadata {str(change)[:30]}", partial(about_put, "controller", change)
 

@@ -17,7 +17,7 @@ from selection import selected
 FILES = (
     "run.json", "config.yaml", "model.*", "menu.json", "healing.safetensors", "adapt.json", "labels.db",
     "features.parquet", "tuning.db", "tuning.json", "winner.yaml", "controllers/mlp/controller.safetensors",
-    "controllers/mlp/projection.safetensors", "out_of_fold.npz", "calibration.json", "allocator/manifest.json",
+    "controllers/mlp/projection.safetensors", "expected_losses.npz", "calibration.json", "allocator/manifest.json",
     "allocator/menu.json", "allocator/controller.safetensors", "metrics.json", "choices.json", "report.html",
     "logged.json",
 )  # fmt: skip

@@ -19,6 +19,7 @@ from prices import price_of
 from scipy.stats import binom
 from tiny_run import tiny_settings, write_prompts
 
+from controller.base import ChoiceRule
 from controller.certificate.calibration import PricePath, on_path, valid_price
 from controller.certificate.risks import CalibrationError
 from oracle.labels.reader import judged
@@ -42,6 +43,7 @@ MOST = 0.5
 """Share of the labels on the path, where there are several plans; measured .29 to .37."""
 STORED = "model, prompt, plan, decoding, judge, answer, answer_ids, score"
 BUDGETS = np.linspace(0.5, 1, 6)
+RULE = ChoiceRule(BUDGETS, "mean_score")
 
 
 @pytest.fixture(scope="module", params=MENUS)
@@ -130,15 +132,15 @@ def test_a_stop_while_labelling_to_calibrate_loses_nothing(trained, tmp_path) ->
 
 
 def predictions(n: int) -> np.ndarray:
-    """Every second plan is expected to keep less than a cheaper one; the last prompt is an outlier."""
-    kept = 0.5 - np.linspace(0.2, 0, 6) * np.random.default_rng(0).uniform(0.2, 1, (n, 1))
-    kept[:, 1:-1:2] -= 0.2
-    kept[-1, :-1] = np.nan
-    return kept.astype(np.float32)
+    """Every second plan is expected to lose more than a cheaper one; the last prompt is an outlier."""
+    losses = np.linspace(0.4, 0, 6) * np.random.default_rng(0).uniform(0.2, 1, (n, 1))
+    losses[:, 1:-1:2] += 0.4
+    losses[-1, :-1] = np.nan
+    return losses.astype(np.float32)
 
 
 def test_half_of_the_labels_lie_on_the_path_where_plans_are_poor() -> None:
-    cells = on_path(predictions(40), BUDGETS)
+    cells = on_path(predictions(40), RULE)
     assert cells[:, -1].all()
     assert not cells[:, 1:-1:2].any()
     assert cells[-1].sum() == 1
@@ -148,19 +150,19 @@ def test_half_of_the_labels_lie_on_the_path_where_plans_are_poor() -> None:
 @pytest.mark.parametrize("unknown", [np.nan, -9.0, 9.0])
 def test_losses_off_the_path_are_not_read(unknown: float) -> None:
     predicted, losses = predictions(40), np.random.default_rng(1).random((40, 6))
-    cells = on_path(predicted, BUDGETS)
-    expected = PricePath.of(predicted, losses, BUDGETS)
-    found = PricePath.of(predicted, np.where(cells, losses, unknown), BUDGETS, cells)
+    cells = on_path(predicted, RULE)
+    expected = PricePath.of(predicted, losses, RULE)
+    found = PricePath.of(predicted, np.where(cells, losses, unknown), RULE, cells)
     np.testing.assert_array_equal(found.losses, expected.losses)
     np.testing.assert_array_equal(found.shortens, expected.shortens)
 
 
 def test_a_price_that_chooses_an_unlabelled_plan_is_refused() -> None:
     predicted = predictions(40)
-    cells = on_path(predicted, BUDGETS)
+    cells = on_path(predicted, RULE)
     cells[[3, 5], 0] = False
     with pytest.raises(CalibrationError, match="2 of 40 prompts lack labels"):
-        PricePath.of(predicted, np.zeros((40, 6)), BUDGETS, cells)
+        PricePath.of(predicted, np.zeros((40, 6)), RULE, cells)
 
 
 def test_a_table_keeps_which_scores_are_known() -> None:
@@ -249,7 +251,7 @@ def test_prices_that_are_shown_together_share_delta() -> None:
     case = certificates.cases()[0]
     table = case.draw(np.random.default_rng(0), 300).table(case.risk)
     predicted, settings = table.features["0"], CalibrationSection(keep=0.95, delta=0.1)
-    path = PricePath.of(predicted, table.losses, table.budgets)
+    path = PricePath.of(predicted, table.losses, table.rule)
     alone, together, looser = (
         price_of(predicted, table, settings, **terms) for terms in ({}, {"together": 4}, {"keep": 0.92, "together": 4})
     )

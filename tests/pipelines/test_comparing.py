@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from controller.certificate.risks import plan_quality
+from controller.certificate.risks import plan_losses
 from controller.learning import Settings
 from oracle.prompts import Prompt
 from pipelines.config import load_config
@@ -26,21 +26,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def table(n: int, seed: int) -> Table:
-    """The first state decides what the shortened plan keeps, whatever the task."""
+    """The first state decides what the shortened plan loses, whatever the task."""
     random = np.random.default_rng(seed)
     states = random.normal(size=(n, 6)).astype(np.float32)
     scores = np.column_stack([np.clip(states[:, 0] + 0.5, 0, 1), np.ones(n)])
     prompts = [Prompt(str(i), "abc"[i % 3], f"text {i}", "", "kl") for i in range(n)]
     features = {"states": states, "length": random.normal(size=(n, 1)).astype(np.float32)}
-    return Table(prompts, features, scores, scores >= 1, scores, np.array([0.5, 1.0]), "score_lost")
+    return Table(prompts, features, scores, scores >= 1, 1 - scores, np.array([0.5, 1.0]), "score_lost")
 
 
 def test_the_loss_is_what_the_certificate_bounds() -> None:
     scores = np.array([[0.2, 0.9, 0.6], [0.6, 0.5, 0.6]])
     sufficient = scores >= scores[:, -1:]
-    np.testing.assert_allclose(plan_quality("score_lost", scores, sufficient), [[0.6, 1, 1], [1, 0.9, 1]])
-    np.testing.assert_allclose(plan_quality("mean_score", scores, sufficient), [[0.3, 0.65, 0.5], [0.5, 0.45, 0.5]])
-    np.testing.assert_array_equal(plan_quality("insufficient", scores, sufficient), [[0, 1, 1], [1, 0, 1]])
+    np.testing.assert_allclose(plan_losses("score_lost", scores, sufficient), [[0.4, 0, 0], [0, 0.1, 0]])
+    np.testing.assert_allclose(plan_losses("mean_score", scores, sufficient), [[0.4, -0.3, 0], [0, 0.1, 0]])
+    np.testing.assert_array_equal(plan_losses("insufficient", scores, sufficient), [[1, 0, 0], [0, 1, 0]])
 
 
 def test_controls_see_what_they_are_named_after() -> None:

@@ -12,7 +12,7 @@ import pytest
 from redraws import searched, settings_for
 
 from backbone.errors import InputError
-from controller.base import LearningError
+from controller.base import ChoiceRule, LearningError
 from controller.learning import Settings
 from pipelines.config.learning_sections import TuningSection
 from pipelines.stages.settings_search import (
@@ -28,11 +28,12 @@ from pipelines.stages.settings_search import (
 
 
 def some_work(**tuning) -> Work:
-    """80 prompts whose length decides what the shortened plan keeps."""
+    """80 prompts whose length decides what the shortened plan loses."""
     length = np.random.default_rng(0).normal(size=(80, 1)).astype(np.float32)
-    kept = np.column_stack([np.clip(length[:, 0] + 0.5, 0, 1), np.ones(80)])
+    losses = np.column_stack([np.clip(0.5 - length[:, 0], 0, 1), np.zeros(80)])
     section = {"trials": 4, "feature_sets": [["length"]], "components": [3], "folds": 2, **tuning}
-    return Work({"length": length}, kept, np.array([0.5, 1.0]), (0.1,), TuningSection(**section))
+    rule = ChoiceRule(np.array([0.5, 1.0]), "score_lost")
+    return Work({"length": length}, losses, rule, (0.1,), TuningSection(**section))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_a_finished_trial_gives_its_settings_back(wanted) -> None:
 def test_the_length_is_worth_more_than_noise() -> None:
     work, settings = some_work(), Settings("logistic", ("length",), 3)
     shuffled = {"length": np.random.default_rng(1).permutation(work.features["length"])}
-    blind = Work(shuffled, work.kept, work.budgets, work.bounds, work.tuning)
+    blind = Work(shuffled, work.losses, work.rule, work.bounds, work.tuning)
     assert work.judge(settings) < blind.judge(settings) - 0.1
 
 
@@ -139,7 +140,7 @@ def test_what_a_worker_finds_wrong_is_said_once(wanted) -> None:
     with pytest.raises(InputError, match="prompts have features that are not finite"):
         search(wanted, work, lambda done: None)
     with pytest.raises(LearningError, match="features that are not finite"):
-        search(wanted, Work(work.features, work.kept, work.budgets, work.bounds, some_work().tuning), lambda done: None)
+        search(wanted, Work(work.features, work.losses, work.rule, work.bounds, some_work().tuning), lambda done: None)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny import padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import GREEDY, SETS, alone, make_allocator, with_healing
+from tiny_allocator import GREEDY, SETS, alone, make_allocator, resigned, with_healing
 
 from backbone.errors import ArtefactError, WrongModelError
+from controller.base import CONTROLLERS, LossRange
 from controller.features import prompt_features
 from controller.models.gbdt import LightGBMController
 from oracle.decoding import Decoding
@@ -48,6 +52,43 @@ def test_saving_and_loading_gives_the_same_choices(model, tmp_path, name, contro
     assert (loaded.menu, loaded.certificate, loaded.decoding) == (saved.menu, saved.certificate, saved.decoding)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["allocator"]
     assert "Layer allocator for tiny" in (tmp_path / "allocator" / "README.md").read_text()
+
+
+SHIPPED = {
+    0.97: "03030000200001003300033001001020332303200003000331330300200303233200020302030023",
+    1.0: "03030000200001003300133001001020332303200003000331330300200303233230020312030023",
+    1.05: "03030000202003023300133031201020332303200003020331332300200323233230020312031023",
+}
+"""What version 0.1 chose, whose controllers predicted quality: plans of 80 vectors of features at each level."""
+
+
+def test_the_shipped_allocator_chooses_as_before() -> None:
+    allocator = Allocator.from_pretrained("package:layerbudget")
+    features = np.random.default_rng(0).normal(size=(80, allocator.projection.n_features)).astype("float32")
+    predicted = allocator.controller.predict(features)
+    for keep, plans in SHIPPED.items():
+        price = allocator.at(keep).certificate.price
+        assert "".join(map(str, allocator.rule.choose(predicted, price))) == plans
+
+
+@pytest.mark.parametrize(("risk", "least"), [("mean_score", -1.0), ("insufficient", 0.0)])
+@pytest.mark.parametrize("name", ["logistic", "mlp", "lightgbm"])
+def test_a_file_without_a_range_of_losses_gets_that_of_the_risk(model, tmp_path, name, risk, least) -> None:
+    """The numbers of a controller's file are what they were before controllers predicted losses."""
+    saved = make_allocator(model, controller=CONTROLLERS[name](), name=name)
+    saved = replace(saved, certificate=replace(saved.certificate, risk=risk))
+    saved.controller.loss_range = LossRange(least)
+    saved.save_pretrained(tmp_path)
+    path = tmp_path / "controller.safetensors"
+    with safe_open(path, "numpy") as file:
+        about = json.loads(file.metadata()["controller"])
+    assert about.pop("least_loss") == least
+    save_file(load_file(path), path, {"controller": json.dumps(about)} if about else None)
+    resigned(tmp_path)
+    loaded = Allocator.from_pretrained(tmp_path)
+    features = np.random.default_rng(0).normal(size=(9, saved.projection.n_features)).astype("float32")
+    np.testing.assert_array_equal(loaded.controller.predict(features), saved.controller.predict(features))
+    assert loaded.controller.predict(features).min() >= least
 
 
 def _truncate(path):

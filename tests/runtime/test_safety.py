@@ -33,9 +33,9 @@ class Broken(ByLength):
 
 class Silent(ByLength):
     def _predict(self, features):
-        kept = super()._predict(features)
-        kept[3] = np.nan
-        return kept
+        losses = super()._predict(features)
+        losses[3] = np.nan
+        return losses
 
 
 class Slow(ByLength):
