@@ -151,7 +151,7 @@ def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
     changed = settings_for(config, pace, left, len(prompts))
     say(f"{pace.batched:.2g} s a prompt on this machine; for {minutes:g} minutes: {', '.join(changed)}")
     trial = load_config(path, [*settings, *changed])
-    run_all(trial, loaded)
+    run_all(trial, loaded, len(prompts))
     found = verdict(load_metrics(trial), len(prompts))
     write_atomically(trial.folder / "verdict.json", json.dumps(asdict(found), indent=2) + "\n")
     log_verdict(trial, found.reason)

@@ -191,7 +191,7 @@ def _plans_lose_too_much(found: _Findings) -> Sequence[str]:
 
 def _layers_do_not_matter(found: _Findings) -> Sequence[str]:
     speed, limit = found.metrics["speed"], found.metrics["speed"]["limit"]
-    if found.pays or limit["value"] >= WORTH:
+    if found.pays or limit["low"] is None or limit["value"] >= WORTH:
         return ()
     return (
         f"the layers matter too little for the time. The allocator leaves out {found.left_out} of the decoder, which "

@@ -11,10 +11,10 @@ CEILINGS = {  # lines of Python, files
     "controller": (2990, 22),
     "runtime": (3300, 19),
     "token_exits": (1350, 11),
-    "pipelines": (7000, 47),
+    "pipelines": (7450, 49),
     "serving": (2700, 26),
     "layerbudget": (1200, 11),
-    "tests": (20900, 150),
+    "tests": (21050, 150),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""

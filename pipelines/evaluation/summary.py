@@ -103,17 +103,35 @@ def headline(metrics: Metrics) -> str:
 def tiles(metrics: Metrics) -> dict[str, tuple[str, str]]:
     """The figure that stands large on the tiles of the report's first screen, and the sentence below it."""
     best, kept, prompts = _best(metrics), metrics["intervals"]["kept"], metrics["prompts"]["test"]
-    layers, quality = "nothing saved", "not measurable"
-    speed = "All layers run for every prompt, so that nothing gets faster."
+    layers, quality = ("nothing saved", "All layers run for every prompt."), "not measurable"
     text = f"of the full model's mean score, on {prompts} prompts that nothing here had seen"
     if saves(metrics):
-        layers = f"{percent(1 - best['budget'])} less"
-        speed = f"to compute in the layers, on the average of {prompts} prompts; on this machine {speeds(metrics)}."
+        share = f"{percent(1 - best['budget'])} less"
+        layers = share, f"to compute in the layers, on the average of {prompts} prompts."
     if kept["low"] is not None:
         quality = f"{percent(best['quality_ratio'], 1)} kept"
         text += f" (90% interval {_between(kept, 100, 0)}%)" if saves(metrics) else ""
     changed = f" {changes(metrics)}" if saves(metrics) else ""
-    return {"layers": (layers, speed), "quality": (quality, f"{text}. {judges(metrics)}{changed}")}
+    return {"layers": layers, "cost": _cost(metrics), "quality": (quality, f"{text}. {judges(metrics)}{changed}")}
+
+
+def _cost(metrics: Metrics) -> tuple[str, str]:
+    """The share of this machine's time a request that is saved, where the timings tell it from noise."""
+    if not saves(metrics):
+        return "nothing saved", "All layers run for every prompt, so that nothing gets faster."
+    ratios, said = metrics["speed"]["intervals"], f"On this machine {speeds(metrics)}."
+    ways = {"single": "one prompt at a time", "batch": f"in a batch of {metrics['speed']['prompts']}"}
+    known = [how for how in ways if ratios[how]["exceeds_noise"] and not exceeds_limit(metrics)]
+    if not known:
+        return "not measurable", said
+    share = 1 - 1 / ratios[known[0]]["value"]
+    figure = f"{percent(abs(share))} {'less' if share >= 0 else 'more'}"
+    return figure, f"of the machine's time for a request, {ways[known[0]]}. {said}"
+
+
+def saved(ratio: Metrics) -> dict[str, float | None]:
+    """The share of the time that something so many times as fast saves, with its interval."""
+    return {end: None if ratio[end] is None else 1 - 1 / ratio[end] for end in ("value", "low", "high")}
 
 
 def sentence(metrics: Metrics) -> str:
@@ -227,6 +245,13 @@ def _shown(row: Metrics, n_layers: int) -> Sequence[str]:
         f"    full model   {_answer(row['full_answer'])}  {n_layers:>4} layers  {row['full_ms']:6.0f} ms",
         f"    allocator    {_answer(row['answer'])}  {row['layers']:>4g} layers  {row['ms']:6.0f} ms{worse}",
     ]
+
+
+def ends(prompt: str, first: int = 80, last: int = 40) -> str:
+    """Beginning and end of a prompt on one line, without characters that cannot be printed."""
+    text = "".join(char if char.isprintable() else " " for char in prompt)
+    line = " ".join(text.split())
+    return line if len(line) <= first + last else f"{line[:first]} … {line[-last:]}"
 
 
 def tail(prompt: str, most: int = 72) -> str:

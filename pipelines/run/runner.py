@@ -29,9 +29,10 @@ from pipelines.search import described, find_least_plans, own_search_folder, wri
 from pipelines.stages import label
 
 
-def run_all(config: Config, loaded: Loaded | None = None) -> Workspace:
+def run_all(config: Config, loaded: Loaded | None = None, prompts: int | None = None) -> Workspace:
     """Run every stage, after the counts of `layerbudget check`; returns the finished run.
 
+    `prompts`: all that there are, for the report's verdict, where a trial takes some of them.
     Stages whose inputs did not change since they were done are skipped.
     Where all are done nothing is written, so that a finished run may lie in a read-only folder.
     `loaded` is the model and its tokenizer, where they are loaded already.
@@ -48,7 +49,7 @@ def run_all(config: Config, loaded: Loaded | None = None) -> Workspace:
             if state.is_done(stage):
                 _say_done(stage)
             else:
-                _run_stage(workspace, stage, state)
+                _run_stage(workspace, stage, state, **({"prompts": prompts} if stage is STAGES[-1] else {}))
     return workspace
 
 

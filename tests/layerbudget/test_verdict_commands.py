@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import layerbudget, refused
+from markupsafe import escape
 
 DRAW = random.Random(0)
 TEXTS = ["".join(DRAW.choices("abcdefgh", k=DRAW.randint(5, 20))) for _ in range(120)]
@@ -170,6 +171,9 @@ def test_try_ends_in_a_verdict_and_run_goes_on(project, model_folder) -> None:
     found = json.loads((project / "runs/p/verdict.json").read_text())
     assert found["reason"] in ("score_too_low", "too_few_prompts"), "random weights, 120 prompts"
     assert " ".join(found["sentences"]) in " ".join(done.stdout.split())
+    page = (project / "runs/p/report.html").read_text()
+    assert escape(found["sentences"][0]) in page, "the report has the same verdict"
+    assert page.count("<svg") == 8, "with speeds against quality"
     assert "for 9 minutes: data.limit=120" in " ".join(done.stdout.split())
     trial, full = (yaml.safe_load(Path(name).read_text()) for name in ("runs/p/config.yaml", "p.yaml"))
     assert "limit" not in full["data"]

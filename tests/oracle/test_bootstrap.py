@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from oracle.frontier.bootstrap import bootstrap_interval
+from oracle.frontier.bootstrap import bootstrap_band, bootstrap_interval
 
 
 def test_the_interval_of_a_mean_is_the_normal_one() -> None:
@@ -35,3 +35,11 @@ def test_the_seed_decides() -> None:
 
     assert bootstrap_interval(first, 1000) == bootstrap_interval(first, 1000)
     assert bootstrap_interval(first, 1000, seed=1) != bootstrap_interval(first, 1000)
+
+
+def test_a_band_holds_the_interval_of_each_statistic() -> None:
+    samples = np.random.default_rng(0).normal(0.0, 1.0, (3, 50))
+    low, high = bootstrap_band(lambda drawn: samples[:, drawn].mean(axis=1), 50)
+    for place, sample in enumerate(samples):
+        own = bootstrap_interval(lambda drawn, of=sample: float(of[drawn].mean()), 50)
+        assert (low[place], high[place]) == pytest.approx(own)

@@ -53,6 +53,7 @@ SLOW = {
     "best_static": card(1.0, 1.0, 2),
     "speed": {"intervals": {"single": ratio(1.02), "batch": ratio(1.01)}},
 }
+FEW = {**ratio(1.5), "low": None, "high": None, "exceeds_noise": False}
 CASES = {
     "worth_it": ({}, 1200, ("Worth it: 1.50 times (1.45 to 1.55)", "keeping 99.0% (95 to 102%)", "certify 97%")),
     "score_too_low": (
@@ -102,7 +103,12 @@ CASES = {
     ),
     "no_measured_gain": (SLOW, 1200, ("no gain shows on this machine", "A decision takes 12 ms")),
     "no_measured_gain, rounds": (
-        {"speed": {"intervals": {how: {**ratio(1.5), "low": None, "high": None} for how in ("single", "batch")}}},
+        {"speed": {"intervals": dict.fromkeys(("single", "batch"), FEW)}},
+        1200,
+        ("too few timed rounds",),
+    ),
+    "no_measured_gain, rounds and layers": (
+        {"speed": {"intervals": dict.fromkeys(("single", "batch"), FEW), "limit": {**FEW, "value": 1.02}}},
         1200,
         ("too few timed rounds",),
     ),

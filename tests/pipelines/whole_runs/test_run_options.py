@@ -68,7 +68,7 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
 def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, tmp_path) -> None:
     """The task tells a control nothing: it is left out by name."""
     rows = [
-        {**json.loads(line), "task": "only", "prompt": json.loads(line)["prompt"][:6]}
+        {**json.loads(line), "task": "<script>$x$", "prompt": json.loads(line)["prompt"][:6]}
         for line in write_prompts(tmp_path / "two.jsonl").read_text().splitlines()
     ]
     (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -85,7 +85,9 @@ def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, tmp_pa
     for name in metrics["left_out"]:
         assert f"{name} is left out: " in output
         assert name.replace("'", "&#39;") in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 6
+    assert "<script" not in page, "names of tasks are text"
+    assert page.count("&lt;script&gt;$x$") >= 5
 
 
 def test_shards_label_one_run_together(config_file, tmp_path) -> None:
