@@ -41,10 +41,11 @@ _ONE_ANSWER_A_PROMPT = (
 
 @dataclass(frozen=True, slots=True)
 class AllocatedText:
-    """A generated text, and the plan that it was generated with."""
+    """A generated text, the plan that it was generated with, and its tokens, special ones not counted."""
 
     text: str
     plan: LayerPlan
+    tokens: int = 0
 
 
 def generate_texts(
@@ -64,8 +65,7 @@ def generate_texts(
         **decoding_options(tokenizer, decoding),
     )
     assert not isinstance(output, torch.Tensor)
-    texts = new_texts(tokenizer, output.sequences, inputs["input_ids"].shape[1], decoding)
-    return [AllocatedText(text, plan) for text, plan in zip(texts, output["plans"], strict=True)]
+    return _described(tokenizer, output.sequences, inputs["input_ids"].shape[1], decoding, output["plans"])
 
 
 def decoding_options(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> dict[str, Any]:
@@ -81,16 +81,24 @@ def new_texts(
     return [cut_at_stop(text, decoding.stop) for text in texts]
 
 
+def _described(
+    tokenizer: PreTrainedTokenizerBase, sequences: torch.Tensor, prompt_width: int, decoding: Decoding, plans: Any
+) -> list[AllocatedText]:
+    texts, special = new_texts(tokenizer, sequences, prompt_width, decoding), {*tokenizer.all_special_ids}
+    tokens = [sum(token not in special for token in row) for row in sequences[:, prompt_width:].tolist()]
+    return [AllocatedText(*one) for one in zip(texts, plans, tokens, strict=True)]
+
+
 def finished_texts(
     allocator: AllocatorParts,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     *,
     batch_size: int,
     **options: Any,
 ) -> Iterator[list[tuple[int, AllocatedText]]]:
-    """Continue rendered prompts [N], each under its own plan, in batches as `Composer` makes them.
+    """Continue prompts [N], rendered or as tokens, each under its own plan, in batches as `Composer` makes them.
 
     Batches go on from the kept prefixes of their prompts. A batch that does not fit into the device's memory is run
     half by half. `options` are arguments of `generate()`, in place of those of the allocator.
@@ -104,7 +112,7 @@ def finished_texts(
     """
     if not prompts:
         return
-    tokens = [tokens_of(tokenizer, text) for text in prompts]
+    tokens = [tokens_of(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     if empty := [index for index, ids in enumerate(tokens) if not ids]:
         raise UnsupportedGenerationError(f"prompt {empty[0]} is empty: there is nothing to continue")
     settings = _settings(allocator, model, tokenizer, options)
@@ -115,10 +123,11 @@ def finished_texts(
     def run(part: Sequence[int]) -> list[tuple[int, AllocatedText]]:
         inputs = padded_inputs(model, [tokens[index] for index in part])
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with apply_plans(model, [plans[index] for index in part], healing), kept.replayed(model, part, copies):
+        own = [plans[index] for index in part]
+        with apply_plans(model, own, healing), kept.replayed(model, part, copies):
             output: torch.Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
-        texts = new_texts(tokenizer, output, inputs["input_ids"].shape[1], allocator.decoding)
-        return [(index, AllocatedText(text, plans[index])) for index, text in zip(part, texts, strict=True)]
+        texts = _described(tokenizer, output, inputs["input_ids"].shape[1], allocator.decoding, own)
+        return list(zip(part, texts, strict=True))
 
     copies = int(asked_for(model, settings, "num_beams") or 1)
     kept = _Kept(0 if any(asked_for(model, settings, name) for name in _SEVERAL_TOKENS_AT_ONCE) else KEPT_BYTES)

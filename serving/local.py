@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,18 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from runtime.allocator import Allocator
-from runtime.offline import AllocatedText
+from runtime.offline import AllocatedText, finished_texts
 from serving.router.admission import Admission
-from serving.router.app import CHAT, PLAN_HEADER, not_found
+from serving.router.app import CHAT, COMPLETIONS, PLAN_HEADER, not_found
 from serving.router.errors import RefusedError
 from serving.router.limits import Limits, ShutdownTimer
 from serving.router.metrics import Metrics
-from serving.router.requests import parsed
-from serving.router.selector import Choice
+from serving.router.record import PromptRecord
+from serving.router.requests import BodyThreads, LongPromptError, PromptReader, positions_of
+from serving.router.selector import Choice, Prompts
 
 logger = logging.getLogger(__name__)
 
-COMPLETIONS = "/v1/completions"
 IGNORED = {"model", "user", "metadata", "store", "stream", "stream_options", "prompt", "messages"}
 """Fields that change no token of an answer, or that are read elsewhere."""
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -45,13 +46,26 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 """Fields that are taken with these values alone."""
 
 
+@dataclass(frozen=True, slots=True)
+class LocalRequest:
+    """What a request asks.
+
+    Attributes:
+        prompts: tokens of each.
+        options: arguments of `generate()`.
+        is_stream: the answer comes as an event.
+    """
+
+    prompts: Prompts
+    options: dict[str, Any]
+    is_stream: bool
+
+
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """A request: prompts that are generated with the same options, and who waits for their texts."""
+    """A request, and who waits for its texts."""
 
-    prompts: list[Any]
-    raw: bool
-    options: dict[str, Any]
+    request: LocalRequest
     texts: asyncio.Future[list[AllocatedText]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -63,21 +77,31 @@ class LocalEngine:
     Args:
         allocator: chooses each prompt's plan; its decoding holds where a request names none.
         model: what answers.
-        tokenizer: of the model.
+        tokenizer: of the model. The thread that generates only decodes with it; see `PromptReader` for the rest.
+        record: keeps a share of the prompts; None for none.
         batch_size: prompts generated together, at most.
     """
 
     def __init__(
-        self, allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
+        self,
+        allocator: Allocator,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        record: PromptRecord | None = None,
+        batch_size: int = 8,
     ) -> None:
         self.allocator, self.model, self.tokenizer, self._batch_size = allocator, model, tokenizer, batch_size
+        tokenizer("a")  # the first call may change its settings, which must not happen while a thread decodes
+        offer = None if record is None else record.offer
+        self.reader, self.positions = PromptReader.of(allocator, model, tokenizer, offer), positions_of(model)
+        self._record = record
         self._waiting: list[_Waiting] = []
         self._some = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "layerbudget-generate")
 
-    async def texts_of(self, prompts: list[Any], raw: bool, options: dict[str, Any]) -> list[AllocatedText]:
-        """The texts of prompts; raises what generating them raised."""
-        asked = _Waiting(prompts, raw, options)
+    async def texts_of(self, request: LocalRequest) -> list[AllocatedText]:
+        """The texts of its prompts; raises what generating them raised."""
+        asked = _Waiting(request)
         self._waiting.append(asked)
         self._some.set()
         return await asked.texts
@@ -100,36 +124,33 @@ class LocalEngine:
                         asked.texts.set_exception(error)
                 continue
             for asked in group:
-                own = [next(texts) for _ in asked.prompts]
+                own = [next(texts) for _ in asked.request.prompts]
                 if not asked.texts.done():
                     asked.texts.set_result(own)
 
     def _next_group(self) -> list[_Waiting]:
         """The first request, and later ones like it as far as one batch holds them."""
-        first, size = self._waiting[0], 0
+        options, size = self._waiting[0].request.options, 0
         group: list[_Waiting] = []
         for asked in self._waiting:
-            if (asked.raw, asked.options) == (first.raw, first.options) and (
-                not group or size + len(asked.prompts) <= self._batch_size
-            ):
+            count = len(asked.request.prompts)
+            if asked.request.options == options and (not group or size + count <= self._batch_size):
                 group.append(asked)
-                size += len(asked.prompts)
+                size += count
         self._waiting = [asked for asked in self._waiting if asked not in group]
         return group
 
     def _generated(self, group: list[_Waiting]) -> list[AllocatedText]:
-        prompts = [prompt for asked in group for prompt in asked.prompts]
-        return self.allocator.generate_many(
-            self.model,
-            self.tokenizer,
-            prompts,
-            raw=group[0].raw,
-            batch_size=self._batch_size,
-            **group[0].options,
-        )
+        prompts, texts = [prompt for asked in group for prompt in asked.request.prompts], dict[int, AllocatedText]()
+        parts, options = (self.allocator, self.model, self.tokenizer), group[0].request.options
+        for batch in finished_texts(*parts, prompts, batch_size=self._batch_size, **options):
+            texts.update(batch)
+        return [texts[index] for index in range(len(prompts))]
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._record is not None:
+            self._record.close()
 
 
 def make_local_app(engine: LocalEngine, limits: Limits) -> FastAPI:
@@ -144,6 +165,7 @@ def make_local_app(engine: LocalEngine, limits: Limits) -> FastAPI:
             yield
         finally:
             generating.cancel()
+            routes.bodies.close()
             engine.close()
 
     app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -161,6 +183,7 @@ def make_local_app(engine: LocalEngine, limits: Limits) -> FastAPI:
 class _Routes:
     def __init__(self, engine: LocalEngine, limits: Limits, metrics: Metrics, stopping: ShutdownTimer) -> None:
         self._engine, self._limits, self._metrics, self._stopping = engine, limits, metrics, stopping
+        self.bodies = BodyThreads()
 
     async def models(self) -> Response:
         name = self._engine.allocator.model_source
@@ -173,45 +196,37 @@ class _Routes:
 
     async def answer(self, request: Request) -> Response:
         start, chat = time.perf_counter(), request.scope["path"] == CHAT
-        body = parsed(await request.body())
-        options = _options(body)
+        content = [chunk async for chunk in request.stream()]
         try:
-            prompts = self._prompts(body, chat)
-            tokens = [self._tokens(prompt, options, raw=not chat) for prompt in prompts]
             async with self._stopping.limited():
-                texts = await self._engine.texts_of(prompts, not chat, options)
+                asked = await self.bodies.read(content, partial(self._asked, chat))
+                texts = await self._engine.texts_of(asked)
         except InputError as error:
             raise RefusedError(400, str(error)) from None
+        tokens = sum(map(len, asked.prompts))
         seconds = time.perf_counter() - start
         plans = ", ".join(dict.fromkeys(str(one.plan) for one in texts))
         for one in texts:
             self._metrics.chosen(Choice(one.plan))
         self._metrics.first_byte.observe(seconds)
-        logger.info("prompts: %d, tokens: %d, plan: %s, %.0f ms", len(texts), sum(tokens), plans, seconds * 1000)
-        answer = self._described(texts, sum(tokens), options, chat)
-        if body.get("stream"):
+        logger.info("prompts: %d, tokens: %d, plan: %s, %.0f ms", len(texts), tokens, plans, seconds * 1000)
+        answer = self._described(texts, tokens, asked.options, chat)
+        if asked.is_stream:
             return Response(_events(answer, chat), media_type="text/event-stream", headers={PLAN_HEADER: plans})
         return JSONResponse(answer, headers={PLAN_HEADER: plans})
 
-    def _prompts(self, body: dict[str, Any], chat: bool) -> list[Any]:
-        if chat:
-            if not isinstance(body.get("messages"), list) or not body["messages"]:
-                raise RefusedError(400, f"messages should be a list of turns, got {body.get('messages')!r:.80}")
-            return [body["messages"]]
-        given = [body["prompt"]] if isinstance(body.get("prompt"), str) else body.get("prompt")
-        if not isinstance(given, list) or not given or not all(isinstance(one, str) and one for one in given):
-            raise RefusedError(400, f"prompt should be a text or a list of texts, got {body.get('prompt')!r:.80}")
-        return given
-
-    def _tokens(self, prompt: Any, options: dict[str, Any], *, raw: bool) -> int:
-        """Of one prompt. Raises RefusedError for one that is too long."""
-        engine = self._engine
-        n_tokens = int(engine.allocator.inputs(engine.tokenizer, [prompt], raw=raw)["input_ids"].shape[1])
-        new = options.get("max_new_tokens", engine.allocator.decoding.max_new_tokens)
-        positions = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
-        if n_tokens > (most := min(self._limits.decision_tokens, (positions or 2**31) - new)):
-            raise RefusedError(400, f"a prompt has {n_tokens} tokens; with {new} new ones at most {most} are taken")
-        return n_tokens
+    def _asked(self, chat: bool, body: dict[str, Any]) -> LocalRequest:
+        """What a body asks. Raises RefusedError or InputError for what cannot be served."""
+        options = _options(body)
+        new = options.get("max_new_tokens", self._engine.allocator.decoding.max_new_tokens)
+        most = min(self._limits.decision_tokens, self._engine.positions - new)
+        if most < 1:
+            raise RefusedError(400, f"max_tokens should be less than the model's {self._engine.positions}, got {new}")
+        try:
+            prompts = self._engine.reader.prompts_of(body, chat=chat, most_tokens=most)
+        except LongPromptError as error:
+            raise RefusedError(400, f"{error}, the most beside {new} new ones") from None
+        return LocalRequest(prompts, options, bool(body.get("stream")))
 
     def _described(
         self, texts: list[AllocatedText], n_prompt: int, options: dict[str, Any], chat: bool
@@ -220,10 +235,9 @@ class _Routes:
         most = options.get("max_new_tokens", engine.allocator.decoding.max_new_tokens)
         for index, one in enumerate(texts):
             text = _cut(one.text, options.get("stop_strings", []))
-            count = len(engine.tokenizer.tokenize(one.text))
-            n_new += count
+            n_new += one.tokens
             said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-            choices.append({"index": index, **said, "finish_reason": "length" if count >= most else "stop"})
+            choices.append({"index": index, **said, "finish_reason": "length" if one.tokens >= most else "stop"})
         return {
             "id": f"layerbudget-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",

@@ -97,7 +97,10 @@ def _figures(workspace: Workspace, measured: Measured, tasks: list[Row], left_ou
         shown = (
             static_points(scores, budgets),
             frontier_bands(scores, budgets),
-            {name: price_band(learned.predict(table.features), scores, table.rule) for name, learned in decided.items()},
+            {
+                name: price_band(learned.predict(table.features), scores, table.rule)
+                for name, learned in decided.items()
+            },
             {name: measured.spots[name] for name in measured.policies},
         )
         return _both("quality", lambda narrow: figures.quality_against_budget(*shown, narrow=narrow))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,15 +19,15 @@ from starlette.exceptions import HTTPException
 from serving.router.admission import Admission, sender_of
 from serving.router.engines import Engines, UpstreamCheck, Upstreams
 from serving.router.errors import CLIENT_LEFT, RefusedError
-from serving.router.limits import PLACE_BYTES, ShutdownTimer
+from serving.router.limits import ShutdownTimer
 from serving.router.metrics import Metrics
-from serving.router.requests import RequestBody, forwarded_headers, parsed
+from serving.router.requests import BodyThreads, RequestBody, forwarded_headers
 from serving.router.selector import Choice, Prompts, RequestSelector
 
 PLAN_HEADER = "x-layer-plan"
 """Header of every engine answer: the plan that its prompt ran."""
 
-CHAT = "/v1/chat/completions"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HEALTH_S = 10.0
 
 
@@ -45,7 +44,7 @@ def make_app(selector: RequestSelector, upstreams: Upstreams, *, is_checked: boo
     app.state.stopping = router.stopping
     app.add_exception_handler(HTTPException, not_found)
     app.add_middleware(Admission, metrics=router.metrics, limits=selector.limits, stopping=router.stopping)
-    for path in ("/v1/completions", CHAT):
+    for path in (COMPLETIONS, CHAT):
         app.add_api_route(path, router.answer, methods=["POST"])
     app.add_api_route("/v1/models", router.models, methods=["GET"])
     app.add_api_route("/health", router.health, methods=["GET"])
@@ -60,7 +59,7 @@ class _Router:
         self.stopping = ShutdownTimer()
         self.metrics = Metrics(selector.allocator.menu.n_layers)
         self._engines = Engines(selector.limits.engine_s, self.stopping, self.metrics.broken.inc)
-        self._readers = [ThreadPoolExecutor(1, f"layerbudget-{size}-bodies") for size in ("small", "large")]
+        self._bodies = BodyThreads()
         self._checking: asyncio.Task[dict[str, bool]] | None = None
 
     @asynccontextmanager
@@ -73,8 +72,7 @@ class _Router:
         finally:
             deciding.cancel()
             self._check.end()
-            for reader in self._readers:
-                reader.shutdown(wait=False, cancel_futures=True)
+            self._bodies.close()
             self._selector.close()
             await self._engines.close()
 
@@ -128,18 +126,14 @@ class _Router:
     async def _select(self, request: Request, content: list[bytes]) -> tuple[Choice, str, bytes]:
         """The choice, the engine's URL, and the body for it."""
         chat = request.scope["path"] == CHAT
-        large = sum(map(len, content)) > PLACE_BYTES  # small bodies do not wait for large ones
-        reading = asyncio.get_running_loop().run_in_executor(self._readers[large], self._read, content, chat)
-        body, prompts = await reading
+
+        def read(body: dict[str, Any]) -> tuple[RequestBody, Prompts | str]:
+            return RequestBody.of(body), self._selector.read(body, chat=chat)
+
+        body, prompts = await self._bodies.read(content, read)
         choice = self._available(await self._selector.plan_for(prompts, sender_of(request.scope)))
         url, xarg = self._upstreams.route(choice.plan)
         return choice, url, body.with_plan(xarg)
-
-    def _read(self, content: list[bytes], chat: bool) -> tuple[RequestBody, Prompts | str]:
-        whole = b"".join(content)
-        content.clear()  # the body is held once, not twice
-        body = parsed(whole)
-        return RequestBody.of(body), self._selector.read(body, chat=chat)
 
     def _available(self, choice: Choice) -> Choice:
         """The choice, if there is an engine that runs it."""

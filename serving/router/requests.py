@@ -5,18 +5,20 @@ A body is refused unless the engine can be sent exactly what the allocator read.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self, TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backbone.errors import InputError
 from runtime.parts import AllocatorParts
 from serving.router.errors import RefusedError
-from serving.router.limits import MOST_LEVELS
+from serving.router.limits import MOST_LEVELS, PLACE_BYTES
 
 KEY = "layer_plan"
 """As `layerbudget-vllm` reads it, inside `XARGS`."""
@@ -24,6 +26,8 @@ KEY = "layer_plan"
 XARGS = "vllm_xargs"
 
 Body = Mapping[str, Any]
+Record = Callable[[Sequence[Any]], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +124,11 @@ _RENDERED_OTHERWISE = ("tools", "chat_template", "documents", "chat_template_kwa
 
 
 class UnreadablePromptError(InputError):
-    """A request whose prompt the allocator cannot judge: it runs the full plan."""
+    """A request whose prompt the allocator cannot judge."""
 
 
 class LongPromptError(InputError):
-    """A request with too many tokens for a decision: it runs the full plan."""
+    """A prompt with too many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,61 +138,105 @@ class PromptReader:
     Attributes:
         allocator: has the chat template.
         tokenizer: of the model.
-        most_tokens: of one request, padded.
         vocabulary: tokens that the model has.
+        most_recorded: tokens of a prompt that leave room for an answer as long as the certificate's.
+        record: is given the prompts that were read, as clients sent them, but for longer ones; None for nothing.
     """
 
     allocator: AllocatorParts
     tokenizer: PreTrainedTokenizerBase
-    most_tokens: int
     vocabulary: int
+    most_recorded: int
+    record: Record | None
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # a fast tokenizer fails in two threads
 
-    def prompts_of(self, body: Body, *, chat: bool) -> list[list[int]]:
+    @classmethod
+    def of(
+        cls,
+        allocator: AllocatorParts,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        record: Record | None = None,
+    ) -> Self:
+        embedded = next(model.get_input_embeddings().parameters()).shape[0]
+        most_recorded = positions_of(model) - allocator.decoding.max_new_tokens
+        return cls(allocator, tokenizer, min(embedded, len(tokenizer)), most_recorded, record)
+
+    def prompts_of(self, body: Body, *, chat: bool, most_tokens: int) -> list[list[int]]:
         """The tokens of each prompt of a request, as the engine will see them.
 
         Args:
             body: of the request.
             chat: `messages` are put into the allocator's chat template; else `prompt` is continued as it is.
+            most_tokens: of one prompt. A text that is too long by its characters alone is not tokenized.
 
         Raises:
             UnreadablePromptError: no prompt that can be read, or one that the engine renders otherwise.
             ChatError: turns without a template, or that it cannot render.
             LongPromptError: more tokens than `most_tokens`.
         """
-        if least_tokens(body.get("messages" if chat else "prompt"), self.most_tokens) > self.most_tokens:
-            raise LongPromptError(f"a request of more than {self.most_tokens} tokens")
-        prompts = [self._conversation(body)] if chat else self._texts(body.get("prompt"))
+        given = [_conversation(body)] if chat else _prompts(body.get("prompt"))
+        if any(least_tokens(one, most_tokens) > most_tokens for one in given):
+            raise LongPromptError(f"a prompt has more than {most_tokens} tokens")
+        prompts = [self._tokens(one, raw=not chat) for one in given]
         if any(not prompt or min(prompt) < 0 or max(prompt) >= self.vocabulary for prompt in prompts):
             raise UnreadablePromptError(f"a prompt has one token or more, each from 0 to {self.vocabulary - 1}")
-        if len(prompts) * max(map(len, prompts)) > self.most_tokens:
-            raise LongPromptError(f"a request of more than {self.most_tokens} tokens, padded")
+        if (longest := max(map(len, prompts))) > most_tokens:
+            raise LongPromptError(f"a prompt has {longest} tokens, more than {most_tokens}")
+        if self.record is not None:
+            self.record([one for one, own in zip(given, prompts, strict=True) if len(own) <= self.most_recorded])
         return prompts
 
-    def _conversation(self, body: Body) -> list[int]:
-        if changed := [name for name in _RENDERED_OTHERWISE if body.get(name)]:
-            raise UnreadablePromptError(f"{changed[0]} changes how the engine renders the conversation")
-        if not isinstance(body.get("messages"), list):
-            raise UnreadablePromptError("messages is a list of turns")
-        return self._tokens(body["messages"])
-
-    def _texts(self, prompt: Any) -> list[list[int]]:
-        given = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
-        if not isinstance(given, list) or not given:
-            raise UnreadablePromptError("a request has messages, or a prompt: a text, tokens, or a list of these")
-        return [self._one(text) for text in given]
-
-    def _one(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str) and prompt:
-            return self._tokens(prompt, raw=True)
+    def _tokens(self, prompt: Any, *, raw: bool) -> list[int]:
         if _is_tokens(prompt):
             return list(prompt)
-        raise UnreadablePromptError(f"a prompt is a text or tokens of the model, got {prompt!r:.80}")
-
-    def _tokens(self, prompt: Any, *, raw: bool = False) -> list[int]:
         with self._tokenizing:
             inputs = self.allocator.inputs(self.tokenizer, [prompt], raw=raw)
         return inputs["input_ids"][0].tolist()  # type: ignore[no-any-return]
+
+
+def _conversation(body: Body) -> list[Any]:
+    if changed := [name for name in _RENDERED_OTHERWISE if body.get(name)]:
+        raise UnreadablePromptError(f"{changed[0]} changes how the engine renders the conversation")
+    if not isinstance(turns := body.get("messages"), list) or not turns:
+        raise UnreadablePromptError(f"messages should be a list of turns, got {turns!r:.80}")
+    return turns
+
+
+def _prompts(given: Any) -> list[str | list[int]]:
+    prompts = [given] if isinstance(given, str) or _is_tokens(given) else given
+    if not isinstance(prompts, list) or not all((isinstance(one, str) and one) or _is_tokens(one) for one in prompts):
+        prompts = []
+    if not prompts:
+        raise UnreadablePromptError(f"prompt should be a text, tokens, or a list of these, got {given!r:.80}")
+    return prompts
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """Tokens that the model takes, prompt and answer; 2**31 where its configuration names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+class BodyThreads:
+    """Threads that parse and tokenize bodies: the event loop waits for none, small bodies for no large one."""
+
+    def __init__(self) -> None:
+        self._threads = [ThreadPoolExecutor(1, f"layerbudget-{size}-bodies") for size in ("small", "large")]
+
+    async def read(self, content: list[bytes], of: Callable[[dict[str, Any]], T]) -> T:
+        """What `of` makes of the parsed body; `content` is empty afterwards, so that the body is held once."""
+
+        def read() -> T:
+            whole = b"".join(content)
+            content.clear()
+            return of(parsed(whole))
+
+        large = sum(map(len, content)) > PLACE_BYTES
+        return await asyncio.get_running_loop().run_in_executor(self._threads[large], read)
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 def least_tokens(value: Any, most: int) -> int:

@@ -20,7 +20,8 @@ from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from runtime.parts import AllocatorParts
 from serving.router.limits import Limits
-from serving.router.requests import Body, LongPromptError, PromptReader
+from serving.router.record import PromptRecord
+from serving.router.requests import Body, LongPromptError, PromptReader, least_tokens, positions_of
 
 T = TypeVar("T")
 Prompts = list[list[int]]
@@ -88,28 +89,33 @@ class RequestSelector:
         model: its first layers; see `load_probe`.
         tokenizer: of the model.
         limits: of a decision's time and tokens.
+        record: keeps a share of the prompts; None for none.
     """
 
     allocator: AllocatorParts
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     limits: Limits = field(default_factory=Limits)
+    record: PromptRecord | None = None
     _reader: PromptReader = field(init=False)
+    _most: int = field(init=False)
     _short: FairQueue[_Waiting] = field(default_factory=FairQueue)
     _long: FairQueue[_Waiting] = field(default_factory=FairQueue)
     _some: asyncio.Event = field(default_factory=asyncio.Event)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "layerbudget-probe"))
 
     def __post_init__(self) -> None:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        most = min(self.limits.decision_tokens, positions or self.limits.decision_tokens)
-        embedded = next(self.model.get_input_embeddings().parameters()).shape[0]
-        self._reader = PromptReader(self.allocator, self.tokenizer, most, min(embedded, len(self.tokenizer)))
+        self._most = min(self.limits.decision_tokens, positions_of(self.model))
+        record = None if self.record is None else self.record.offer
+        self._reader = PromptReader.of(self.allocator, self.model, self.tokenizer, record)
 
     def read(self, body: Body, *, chat: bool) -> Prompts | str:
         """The tokens of a request's prompts, or why the request runs in full. Raises nothing."""
         try:
-            return self._reader.prompts_of(body, chat=chat)
+            if least_tokens(body.get("messages" if chat else "prompt"), self._most) > self._most:
+                return "long"
+            prompts = self._reader.prompts_of(body, chat=chat, most_tokens=self._most)
+            return prompts if len(prompts) * max(map(len, prompts)) <= self._most else "long"
         except LongPromptError:
             return "long"
         except InputError:
@@ -161,6 +167,8 @@ class RequestSelector:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self.record is not None:
+            self.record.close()
 
     def choose(self, requests: Sequence[Prompts]) -> list[Choice]:
         """The plan of each request. Raises nothing: a failure means the full plan."""

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from controller.base import ChoiceRule
 from controller.report.headroom import Estimate
 from controller.report.report_card import price_curve
 from oracle.frontier.frontier import oracle_hull, static_points, upper_hull
@@ -332,7 +333,8 @@ def test_no_heading_skips_a_level() -> None:
 
 SCORES = np.array([[0.0, 0.5, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
 BUDGETS = np.array([0.4, 0.7, 1.0])
-PREDICTED = np.array([[0.1, 0.6, 1.0], [0.9, 0.2, 1.0], [0.2, 0.8, 1.0], [0.5, 0.5, 1.0], [0.9, 0.9, 1.0]], np.float32)
+RULE = ChoiceRule(BUDGETS, "score_lost")
+LOSSES = np.array([[0.9, 0.4, 0.0], [0.1, 0.8, 0.0], [0.8, 0.2, 0.0], [0.5, 0.5, 0.0], [0.1, 0.1, 0.0]], np.float32)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_a_spot_of_a_model_that_scores_nothing_keeps_no_share() -> None:
 
 
 def test_bands_hold_their_curves() -> None:
-    bands = {**frontier_bands(SCORES, BUDGETS), "prices": price_band(PREDICTED, SCORES, BUDGETS)}
+    bands = {**frontier_bands(SCORES, BUDGETS), "prices": price_band(LOSSES, SCORES, RULE)}
     for name, band in bands.items():
         assert (band.low <= band.scores + 1e-12).all(), name
         assert (band.scores <= band.high + 1e-12).all(), name
@@ -366,7 +368,7 @@ def test_bands_hold_their_curves() -> None:
     curves = {"mixture": upper_hull(static_points(SCORES, BUDGETS)), "oracle": oracle_hull(SCORES, BUDGETS)}
     for name, points in curves.items():
         assert np.interp(bands[name].budgets, *np.array(points).T) == pytest.approx(bands[name].scores)
-    prices = np.array(price_curve(PREDICTED, SCORES, BUDGETS)).T
+    prices = np.array(price_curve(LOSSES, SCORES, RULE)).T
     assert np.stack([bands["prices"].budgets, bands["prices"].scores]) == pytest.approx(prices)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -13,6 +15,7 @@ from routed import counted
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import ByLength, make_allocator
 
+import serving.local
 from serving.local import LocalEngine, make_local_app
 from serving.router.limits import Limits
 from serving.router.server import make_server
@@ -53,14 +56,13 @@ def test_answers_are_those_of_the_allocator(engine) -> None:
 
 
 def test_waiting_requests_share_a_batch(engine, monkeypatch) -> None:
-    allocator, sizes = engine[0], []
-    real = type(allocator).generate_many
+    sizes, real = [], serving.local.finished_texts
 
-    def noted(self, model, tokenizer, prompts, **options):
+    def noted(allocator, model, tokenizer, prompts, **options):
         sizes.append(len(prompts))
-        return real(self, model, tokenizer, prompts, **options)
+        return real(allocator, model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr(type(allocator), "generate_many", noted)
+    monkeypatch.setattr(serving.local, "finished_texts", noted)
     with client_of(engine) as client, ThreadPoolExecutor(8) as threads:
         body = {"model": "tiny", "prompt": "the cat sat", "max_tokens": 6}
         answers = list(threads.map(lambda _: client.post("/v1/completions", json=body), range(8)))
@@ -87,10 +89,13 @@ def test_a_stream_and_a_stop_are_served(engine) -> None:
         ({"prompt": "a", "max_tokens": 0}, "max_tokens should be a number from 1"),
         ({"prompt": "a", "temperature": True}, "temperature should be a number from 0 to 2"),
         ({"prompt": "a", "stop": [""]}, "stop should be a text or a list of texts"),
-        ({"prompt": [1, 2]}, "prompt should be a text or a list of texts"),
-        ({"prompt": ""}, "prompt should be a text or a list of texts"),
-        ({}, "prompt should be a text or a list of texts"),
-        ({"prompt": "a " * 5000}, "tokens; with 6 new ones at most"),
+        ({"prompt": [[]]}, "prompt should be a text, tokens, or a list of these, got [[]]"),
+        ({"prompt": ""}, "prompt should be a text, tokens, or a list of these"),
+        ({}, "prompt should be a text, tokens, or a list of these, got None"),
+        ({"prompt": [[1, 10**6]]}, "a prompt has one token or more, each from 0 to"),
+        ({"prompt": "a" * 300}, "a prompt has 300 tokens, more than 250, the most beside 6 new ones"),
+        ({"prompt": "a " * 5000}, "a prompt has more than 250 tokens, the most beside 6 new ones"),
+        ({"prompt": "a", "max_tokens": 256}, "max_tokens should be less than the model's 256, got 256"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_sentence(engine, body, message) -> None:
@@ -106,3 +111,54 @@ def test_turns_without_a_template_are_refused(engine) -> None:
         answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
     assert answer.status_code == 400
     assert "template" in answer.json()["error"]["message"]
+
+
+def test_tokens_give_the_answer_of_their_text(engine) -> None:
+    tokens = engine[2](PROMPTS[1]).input_ids
+    with client_of(engine) as client:
+        bodies = ({"prompt": prompt, "max_tokens": 4} for prompt in (PROMPTS[1], tokens, [tokens]))
+        answers = [client.post("/v1/completions", json=body).json() for body in bodies]
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+    assert [answer["usage"]["prompt_tokens"] for answer in answers] == [len(tokens)] * 3
+
+
+def test_each_prompt_is_tokenized_once_by_one_thread_at_a_time(engine, monkeypatch) -> None:
+    seen, working, overlaps = Counter(), threading.Lock(), []
+    real = type(engine[2])._encode_plus
+
+    def noted(self, text, *arguments, **options):
+        free = working.acquire(blocking=False)
+        try:
+            seen[text] += 1
+            overlaps.append(not free)
+            return real(self, text, *arguments, **options)
+        finally:
+            if free:
+                working.release()
+
+    prompts = [f"prompt {number}" for number in range(24)]
+    with client_of(engine) as client, ThreadPoolExecutor(8) as threads:
+        monkeypatch.setattr(type(engine[2]), "_encode_plus", noted)
+        bodies = [{"prompt": prompt, "max_tokens": 2} for prompt in prompts]
+        answers = list(threads.map(lambda body: client.post("/v1/completions", json=body), bodies))
+    assert {answer.status_code for answer in answers} == {200}
+    assert seen == dict.fromkeys(prompts, 1)
+    assert not any(overlaps)
+
+
+def test_health_is_answered_while_a_prompt_is_tokenized(engine, monkeypatch) -> None:
+    begun, answered, in_time, real = threading.Event(), threading.Event(), [], type(engine[2])._encode_plus
+
+    def slow(self, *arguments, **options):
+        begun.set()
+        in_time.append(answered.wait(10))
+        return real(self, *arguments, **options)
+
+    with client_of(engine) as client, ThreadPoolExecutor(1) as threads:
+        monkeypatch.setattr(type(engine[2]), "_encode_plus", slow)
+        asked = threads.submit(client.post, "/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        assert begun.wait(20)
+        assert client.get("/health").status_code == 200
+        answered.set()
+        assert asked.result().status_code == 200
+    assert in_time == [True]
