@@ -18,7 +18,7 @@ from backbone.plan import LayerPlan
 N_LAYERS = 6
 VOCABULARY = 97
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "num_hidden_layers": N_LAYERS,
@@ -71,7 +71,7 @@ UNDECLARED: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str, *, seed: int = 0, layer_scale: float = 1.0, **options: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **{**_COMMON, **{**OPTIONS, **UNDECLARED}[family], **options})
+    config = AutoConfig.for_model(family, **{**COMMON, **{**OPTIONS, **UNDECLARED}[family], **options})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # spread the logits, so that greedy tokens do not hang on rounding
@@ -122,6 +122,7 @@ def check_shared_passes(
         for plan in order:
             with apply_plan(model, plan, healing):
                 expected = model(**batch, use_cache=False).logits
-            with shared.next_plan():
+            with shared.next_plan() as running:
+                assert running == plan
                 assert torch.equal(model(**batch, use_cache=False).logits, expected)
     assert shared.layers_run < sum(plan.layers for plan in order)

@@ -17,7 +17,7 @@ from backbone.families import decoder_layers, decoder_of
 from backbone.plan import LayerPlan
 
 FAMILIES = ("llama", "gemma3_text", "gpt2", "falcon")
-FULL, SHORT = LayerPlan.full(N_LAYERS), LayerPlan.skipping(N_LAYERS, {1, 4})
+FULL, SHORT = LayerPlan.full(N_LAYERS), LayerPlan.skipping(N_LAYERS, {0, 4})
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import pytest
-from tiny import OPTIONS, UNDECLARED, tiny_model
+from tiny import COMMON, OPTIONS, UNDECLARED, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from backbone.errors import UnsupportedModelError
@@ -13,17 +13,7 @@ from backbone.execution.apply_plan import apply_plan
 from backbone.model_source import check_supported
 from backbone.plan import LayerPlan
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+CONFIG = {**COMMON, **OPTIONS["llama"], "num_hidden_layers": 4}
 MIXED: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"] * 2}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1}
 PERIOD = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}
@@ -56,7 +46,7 @@ BUILT = ("bamba", "falcon_h1", "jamba", "lfm2", "mamba", "qwen3_next", "recurren
 
 
 def config_of(kind: str):
-    return AutoConfig.for_model(kind, **{**COMMON, **HYBRIDS[kind]})
+    return AutoConfig.for_model(kind, **{**CONFIG, **HYBRIDS[kind]})
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
@@ -84,7 +74,7 @@ def test_attention_models_are_supported(kind) -> None:
 
 
 def test_hybrid_family_of_attention_layers_alone_is_supported() -> None:
-    check_supported(AutoConfig.for_model("granitemoehybrid", **COMMON, **MAMBA, layer_types=["attention"] * 4))
+    check_supported(AutoConfig.for_model("granitemoehybrid", **CONFIG, **MAMBA, layer_types=["attention"] * 4))
 
 
 def test_layer_types_of_a_declared_family_are_looked_at() -> None:

@@ -91,16 +91,14 @@ def test_menu_is_sorted_ends_full_and_survives_a_file(tmp_path) -> None:
     assert PlanMenu.load(tmp_path / "menu.json") == menu
 
 
-def test_menu_refuses_a_plan_that_skips_a_probe_layer() -> None:
-    with pytest.raises(PlanError, match="skips layer 2, but every plan runs the first 3 layers"):
-        PlanMenu.build([LayerPlan.skipping(8, {2})], BYTES, probe_depth=3)
-
-
-def test_menu_refuses_a_head_where_all_layers_are_the_probe() -> None:
-    with pytest.raises(PlanError, match="probe_depth must be below 8"):
-        PlanMenu.build([LayerPlan.parse("0-7h", 8)], BYTES, probe_depth=8)
-
-
-def test_menu_refuses_plans_of_another_model() -> None:
-    with pytest.raises(PlanError, match="is for 9 layers, the model has 8"):
-        PlanMenu.build([LayerPlan.full(9)], BYTES, probe_depth=1)
+@pytest.mark.parametrize(
+    ("plan", "probe_depth", "message"),
+    [
+        (LayerPlan.skipping(8, {2}), 3, "skips layer 2, but every plan runs the first 3 layers"),
+        (LayerPlan.parse("0-7h", 8), 8, "probe_depth must be below 8"),
+        (LayerPlan.full(9), 1, "is for 9 layers, the model has 8"),
+    ],
+)
+def test_menu_refuses_plans_that_do_not_fit(plan, probe_depth, message) -> None:
+    with pytest.raises(PlanError, match=message):
+        PlanMenu.build([plan], BYTES, probe_depth)

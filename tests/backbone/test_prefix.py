@@ -76,15 +76,11 @@ def test_rows_may_be_chosen_and_repeated() -> None:
     model, batch = tiny_model("mistral"), padded_batch()
     rows = torch.tensor([3, 1, 1])
     chosen = {name: tensor[rows] for name, tensor in batch.items()}
+    prefix = prefix_of(model, batch)
     with apply_plan(model, PLANS[1]):
         expected = model.generate(**chosen, **GREEDY)
-        with replaying(model, prefix_of_outside(model, batch), rows):
+        with replaying(model, prefix, rows):
             assert torch.equal(model.generate(**chosen, **GREEDY), expected)
-
-
-def prefix_of_outside(model, batch):
-    """A prefix cannot be run inside `apply_plan`, so this one is made on a second model with the same weights."""
-    return prefix_of(tiny_model(model.config.model_type), batch)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "bloom", "falcon", "gpt2", "mistral"])

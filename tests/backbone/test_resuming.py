@@ -1,8 +1,6 @@
 import pytest
-import torch
-from tiny import N_LAYERS, OPTIONS, padded_batch, tiny_model
+from tiny import N_LAYERS, OPTIONS, check_shared_passes, padded_batch, tiny_model
 
-from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import SharedPasses, common_depth, sharing_order
 from backbone.plan import LayerPlan
 
@@ -27,15 +25,7 @@ def test_common_depth_is_where_two_plans_part() -> None:
 @pytest.mark.parametrize("order", [PLANS, PLANS[::-1], sharing_order(PLANS)], ids=["given", "reversed", "sharing"])
 @pytest.mark.parametrize("family", sorted(OPTIONS))
 def test_shared_passes_equal_separate_ones(family, order) -> None:
-    model, batch = tiny_model(family), padded_batch()
-    shared = SharedPasses(model, order)
-    with torch.no_grad():
-        for plan in order:
-            with apply_plan(model, plan):
-                expected = model(**batch, use_cache=False).logits
-            with shared.next_plan() as running:
-                assert running == plan
-                assert torch.equal(model(**batch, use_cache=False).logits, expected)
+    check_shared_passes(tiny_model(family), order)
 
 
 def test_shared_passes_run_what_is_new_only() -> None:

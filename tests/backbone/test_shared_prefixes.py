@@ -26,24 +26,17 @@ def rows_of(head: int, tails: list[int], seed: int) -> list[list[int]]:
     ]
 
 
-CASES = {
-    "alike": rows_of(40, [1, 5, 9, 30], 0),
-    "two kinds": [*rows_of(40, [1, 5, 2], 0), *rows_of(33, [7, 8, 8, 1], 1)],
-    "nothing shared": rows_of(0, [40, 41, 50], 0),
-    "one token shared": rows_of(1, [40, 41, 50], 0),
-    "equal to the beginning": rows_of(40, [0, 0, 4, 6], 0),
-    "all equal": rows_of(40, [0, 0, 0], 0),
-    "one": rows_of(40, [3], 0),
+TABLE = {
+    "alike": (rows_of(40, [1, 5, 9, 30], 0), {40}),
+    "two kinds": ([*rows_of(40, [1, 5, 2], 0), *rows_of(33, [7, 8, 8, 1], 1)], {40, 33}),
+    "nothing shared": (rows_of(0, [40, 41, 50], 0), {0}),
+    "one token shared": (rows_of(1, [40, 41, 50], 0), {0}),
+    "equal to the beginning": (rows_of(40, [0, 0, 4, 6], 0), {40}),
+    "all equal": (rows_of(40, [0, 0, 0], 0), {40}),
+    "one": (rows_of(40, [3], 0), {0}),
 }
-SHARED = {
-    "alike": {40},
-    "two kinds": {40, 33},
-    "nothing shared": {0},
-    "one token shared": {0},
-    "equal to the beginning": {40},
-    "all equal": {40},
-    "one": {0},
-}
+"""Sequences, and how many tokens each of them shares."""
+CASES, SHARED = ({case: row[column] for case, row in TABLE.items()} for column in (0, 1))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from child import Limits
-from outcome import GOOD, RED, Outcome
-from project import Project, finished_project
+from outcome import GOOD, RED, Check, Outcome, answer, judged, may_be_accepted
+from project import GENERATE, Project, finished_project
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -54,6 +54,33 @@ def expect_good(record_property: Callable[[str, Any], None]) -> Callable[[Outcom
         assert outcome in GOOD, f"{outcome}: {seen}"
 
     return expect
+
+
+@pytest.fixture
+def attempt(limits: Limits, expect_good: Callable[[Outcome, str], None]) -> Callable[..., None]:
+    """A command in a project must have a good outcome; `check` looks at what it left behind where it was accepted."""
+    usual = limits
+
+    def attempt(project: Project, *words: object, check: Check = may_be_accepted, limits: Limits = usual) -> None:
+        foreign = project.foreign
+        ended = project.command(*words, limits=limits)
+        expect_good(*judged(ended, project, foreign, check))
+
+    return attempt
+
+
+@pytest.fixture(scope="session")
+def answers(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Name of an undamaged project -> what its allocator answers."""
+
+    class Lazily(dict[str, str]):
+        def __missing__(self, owner: str) -> str:
+            ended = request.getfixturevalue(owner).command(*GENERATE, "abcabc")
+            assert ended.status == 0, ended.err
+            self[owner] = answer(ended.out)
+            return self[owner]
+
+    return Lazily()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

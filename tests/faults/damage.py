@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -15,48 +16,29 @@ DEEP = 100_000
 """Brackets inside one another: a parser that calls itself for each runs out of stack."""
 
 
-def missing(path: Path) -> None:
-    path.unlink()
+def content(change: Callable[[bytes], bytes]) -> Damage:
+    """Another content, made of the old one."""
+
+    def damage(path: Path) -> None:
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def truncated(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def last_byte_gone(path: Path) -> None:
-    content = path.read_bytes().rstrip()
-    path.write_bytes(content[:-1])
-
-
-def garbage_first(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(random.Random(0).randbytes(64) + content[64:])
-
-
-def garbage_behind(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + random.Random(1).randbytes(64))
+def in_the_middle(added: bytes) -> Damage:
+    return content(lambda old: old[: len(old) // 2] + added + old[len(old) // 2 :])
 
 
 def bits_flipped(seed: int) -> Damage:
     """Flips one bit in each of eight places."""
 
-    def damage(path: Path) -> None:
-        content, draw = bytearray(path.read_bytes()), random.Random(seed)
+    def flip(old: bytes) -> bytes:
+        new, draw = bytearray(old), random.Random(seed)
         for _ in range(8):
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        path.write_bytes(content)
+            new[draw.randrange(len(new))] ^= 1 << draw.randrange(8)
+        return bytes(new)
 
-    return damage
-
-
-def zeros(path: Path) -> None:
-    """What some file systems leave after a power cut."""
-    path.write_bytes(bytes(path.stat().st_size))
+    return content(flip)
 
 
 def folder_in_its_place(path: Path) -> None:
@@ -70,95 +52,53 @@ def link_to_itself(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-def unreadable(path: Path) -> None:
-    path.chmod(0)
+def tensors(change: Callable[[dict[str, Any]], dict[str, Any]], with_metadata: bool = True) -> Damage:
+    """Other tensors, made of the old ones in the order of their names."""
+
+    def damage(path: Path) -> None:
+        with safe_open(path, "numpy") as file:
+            metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in sorted(file.keys())}
+        save_file(change(arrays), path, metadata if with_metadata else None)
+
+    return damage
 
 
-def not_utf8(path: Path) -> None:
-    content = path.read_bytes()
-    middle = len(content) // 2
-    path.write_bytes(content[:middle] + b"\xff\xfe\xe9" + content[middle:])
-
-
-def utf16(path: Path) -> None:
-    path.write_bytes(path.read_text().encode("utf-16"))
-
-
-def nul_bytes(path: Path) -> None:
-    content = path.read_bytes()
-    middle = len(content) // 2
-    path.write_bytes(content[:middle] + bytes(8) + content[middle:])
-
-
-def deep(path: Path) -> None:
-    path.write_text("[" * DEEP + "]" * DEEP)
-
-
-def a_list(path: Path) -> None:
-    path.write_text("[]\n")
-
-
-def no_keys(path: Path) -> None:
-    path.write_text("{}\n")
-
-
-def a_huge_number(path: Path) -> None:
-    path.write_text("9" * 5000 + "\n")
-
-
-def no_tensors(path: Path) -> None:
-    save_file({}, path)
-
-
-def one_tensor_missing(path: Path) -> None:
-    """Keeps the metadata, so that only the tensor is not as it should be."""
-    with safe_open(path, "numpy") as file:
-        names = sorted(file.keys())
-        metadata, kept = file.metadata(), {name: file.get_tensor(name) for name in names[1:]}
-    save_file(kept, path, metadata)
-
-
-def tensors_not_a_number(path: Path) -> None:
-    with safe_open(path, "numpy") as file:
-        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in sorted(file.keys())}
-    save_file({name: array * float("nan") for name, array in arrays.items()}, path, metadata)
-
-
-def tensors_of_another_shape(path: Path) -> None:
-    with safe_open(path, "numpy") as file:
-        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in sorted(file.keys())}
-    save_file({name: array.reshape(-1)[:1] for name, array in arrays.items()}, path, metadata)
-
-
-def no_metadata(path: Path) -> None:
-    with safe_open(path, "numpy") as file:
-        arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    save_file(arrays, path)
+def each_tensor(change: Callable[[Any], Any]) -> Damage:
+    return tensors(lambda arrays: {name: change(array) for name, array in arrays.items()})
 
 
 ANY: dict[str, Damage] = {
-    "missing": missing,
-    "empty": empty,
-    "truncated": truncated,
-    "last byte gone": last_byte_gone,
-    "garbage first": garbage_first,
-    "garbage behind": garbage_behind,
+    "missing": Path.unlink,
+    "empty": content(lambda old: b""),
+    "truncated": content(lambda old: old[: len(old) // 2]),
+    "last byte gone": content(lambda old: old.rstrip()[:-1]),
+    "garbage first": content(lambda old: random.Random(0).randbytes(64) + old[64:]),
+    "garbage behind": content(lambda old: old + random.Random(1).randbytes(64)),
     "bits flipped 1": bits_flipped(1),
     "bits flipped 2": bits_flipped(2),
     "bits flipped 3": bits_flipped(3),
-    "zeros": zeros,
+    "zeros": content(lambda old: bytes(len(old))),  # what some file systems leave after a power cut
     "a folder": folder_in_its_place,
     "a link to itself": link_to_itself,
-    "unreadable": unreadable,
+    "unreadable": lambda path: path.chmod(0),
 }
-TEXT: dict[str, Damage] = {"not UTF-8": not_utf8, "UTF-16": utf16, "NUL bytes": nul_bytes}
-JSON: dict[str, Damage] = {"deep": deep, "a list": a_list, "no keys": no_keys, "a huge number": a_huge_number}
+TEXT: dict[str, Damage] = {
+    "not UTF-8": in_the_middle(b"\xff\xfe\xe9"),
+    "UTF-16": content(lambda old: old.decode().encode("utf-16")),
+    "NUL bytes": in_the_middle(bytes(8)),
+}
+JSON: dict[str, Damage] = {
+    "deep": content(lambda old: b"[" * DEEP + b"]" * DEEP),
+    "a list": content(lambda old: b"[]\n"),
+    "no keys": content(lambda old: b"{}\n"),
+    "a huge number": content(lambda old: b"9" * 5000 + b"\n"),
+}
 TENSORS: dict[str, Damage] = {
-    "no tensors": no_tensors,
-    "one tensor missing": one_tensor_missing,
-    "not a number": tensors_not_a_number,
-    "another shape": tensors_of_another_shape,
-    "no metadata": no_metadata,
+    "no tensors": lambda path: save_file({}, path),
+    "one tensor missing": tensors(lambda arrays: dict(list(arrays.items())[1:])),
+    "not a number": each_tensor(lambda array: array * float("nan")),
+    "another shape": each_tensor(lambda array: array.reshape(-1)[:1]),
+    "no metadata": tensors(lambda arrays: arrays, with_metadata=False),
 }
 
 

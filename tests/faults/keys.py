@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+
+from damage import Damage
 
 Keys = tuple[str, ...]
 
@@ -24,39 +24,22 @@ WRONG: dict[str, str] = {
     "half a character": '"\\ud800"',
 }
 """Name -> JSON text that is put in the place of a value."""
+WAYS = ("missing", *WRONG)
 
 _PLACE = "the value goes here"
 
 
-def keys_in(data: dict[str, Any], depth: int = 2) -> Iterator[Keys]:
-    """The path of every key, down to a depth."""
-    for key, value in data.items():
-        yield (key,)
-        if isinstance(value, dict) and depth > 1:
-            yield from ((key, *rest) for rest in keys_in(value, depth - 1))
-
-
-def without(keys: Keys) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        data = json.loads(path.read_text())
-        del _parent(data, keys)[keys[-1]]
-        path.write_text(json.dumps(data))
-
-    return damage
-
-
-def wrong(keys: Keys, text: str) -> Callable[[Path], None]:
-    """The key's value becomes this JSON text."""
+def value_damaged(keys: Keys, way: str) -> Damage:
+    """The value at the end of a path of keys is missing, or becomes the text of that name."""
 
     def damage(path: Path) -> None:
-        data = json.loads(path.read_text())
-        _parent(data, keys)[keys[-1]] = _PLACE
-        path.write_text(json.dumps(data).replace(json.dumps(_PLACE), text))
+        data = parent = json.loads(path.read_text())
+        for key in keys[:-1]:
+            parent = parent[key]
+        if way == "missing":
+            del parent[keys[-1]]
+        else:
+            parent[keys[-1]] = _PLACE
+        path.write_text(json.dumps(data).replace(json.dumps(_PLACE), WRONG.get(way, "")))
 
     return damage
-
-
-def _parent(data: dict[str, Any], keys: Keys) -> dict[str, Any]:
-    for key in keys[:-1]:
-        data = data[key]
-    return data

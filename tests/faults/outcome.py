@@ -41,20 +41,35 @@ def _refusal(ended: Ended) -> Outcome:
     return "refused in one sentence" if good else "traceback"
 
 
-def judged(ended: Ended, project: Project, foreign: dict, check: Callable[[], str | None]) -> tuple[Outcome, str]:
-    """The outcome and, for a red one, what was seen.
+Check = Callable[[Ended], str | None]
+"""Looks at what an accepted case left behind; what is wrong with it, or None."""
 
-    Args:
-        foreign: files that belong to somebody else, as they were before.
-        check: looks at what an accepted case left behind; what is wrong with it, or None.
-    """
+
+def must_be_refused(ended: Ended) -> str | None:
+    return "it should have been refused"
+
+
+def may_be_accepted(ended: Ended) -> str | None:
+    return None
+
+
+def answers_as(before: str) -> Check:
+    """An accepted allocator must answer as the undamaged one did."""
+    return lambda ended: None if answer(ended.out) == before else "another answer than undamaged"
+
+
+def answer(out: str) -> str:
+    """What was answered, without the spinner and bars before it."""
+    return out[out.index("\nabcabc") :]
+
+
+def judged(ended: Ended, project: Project, foreign: dict, check: Check) -> tuple[Outcome, str]:
+    """The outcome and, for a red one, what was seen; `foreign` files are somebody else's, as they were before."""
     outcome = outcome_of(ended)
     seen = f"status {ended.status}\n{ended.out[-1500:]}\n{ended.err[-3000:]}"
-    if changed := [
-        str(path) for path, content in foreign.items() if not path.is_file() or path.read_bytes() != content
-    ]:
+    if changed := [str(path) for path, old in foreign.items() if not path.is_file() or path.read_bytes() != old]:
         return "data lost", f"{', '.join(changed)} changed\n{seen}"
-    if outcome == "harmless and correct" and (wrong := check()):
+    if outcome == "harmless and correct" and (wrong := check(ended)):
         return "accepted damage", f"{wrong}\n{seen}"
     return outcome, "" if outcome in GOOD else seen
 

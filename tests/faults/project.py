@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,6 +22,8 @@ SMALL_TREES = {
 }
 """With the defaults so few prompts grow no tree."""
 NOTES = "What somebody else keeps here.\n"
+GENERATE = ("generate", "--allocator", "runs/tiny/allocator")
+QUICK_MENU = ("menu", "tiny.yaml", "--set", "menu={method: given, given: ['0-1,5'], probe_depth: 2}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class Project:
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
         return Project(folder)
 
+    def without_run(self, folder: Path) -> Project:
+        """A new project of the same configuration and prompts, in which nothing was done."""
+        folder.mkdir()
+        for name in ("tiny.yaml", "prompts.jsonl", "notes.txt"):
+            shutil.copy(self.folder / name, folder)
+        return Project(folder)
+
     def command(self, *arguments: object, limits: Limits | None = None) -> Ended:
         return command(self.folder, *arguments, limits=limits)
 
@@ -66,16 +74,8 @@ def finished_project(
     write_prompts(folder / "prompts.jsonl")
     settings = tiny_settings(Path(), model, Path("prompts.jsonl"))
     given = {"lightgbm": SMALL_TREES} if "lightgbm" in controllers else {}
-    tuning = {
-        "search_from": 0,
-        "trials": 1,
-        "components": [6],
-        "folds": 2,
-        "controllers": [*controllers],
-        "given": given,
-    }
-    settings |= {"tuning": tuning}
-    settings |= {"tracking": {"uri": f"sqlite:///{tracking / 'mlflow.db'}"}}
+    tuning = {"search_from": 0, "trials": 1, "components": [6], "folds": 2, "controllers": [*controllers]}
+    settings |= {"tuning": {**tuning, "given": given}, "tracking": {"uri": f"sqlite:///{tracking / 'mlflow.db'}"}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (folder / "notes.txt").write_text(NOTES)
     project = Project(folder)
@@ -83,7 +83,3 @@ def finished_project(
     assert ended.status == 0, ended.out + ended.err
     (project.run / "notes.txt").write_text(NOTES)
     return project
-
-
-def prompt_rows(project: Project) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (project.folder / "prompts.jsonl").read_text().splitlines()]

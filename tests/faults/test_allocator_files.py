@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from damage import Damage, damages_of
-from keys import WRONG, Keys, without, wrong
-from outcome import GOOD, Outcome, judged
-from project import Project
+from keys import WAYS, Keys, value_damaged
+from outcome import GOOD, answers_as, judged, may_be_accepted
+from project import GENERATE, Project
 from selection import selected
 
 MLP = ("menu.json", "projection.safetensors", "certificate.json", "controller.safetensors", "drift.safetensors",
        "outliers.safetensors", "healing.safetensors")  # fmt: skip
-TREES = ("controller.safetensors",)
-FILES = [("finished", name) for name in (*MLP, "README.md", "manifest.json")] + [("trees", name) for name in TREES]
-
-ANY_DAMAGE = [(owner, name, damage) for owner, name in FILES for damage in damages_of(name)]
-
+UNSIGNED = ("README.md", "manifest.json")
+FILES = [*(("finished", name) for name in (*MLP, *UNSIGNED)), ("trees", "controller.safetensors")]
 FLIPS_AND_TEXT = ("bits flipped", "a folder", "a link", "unreadable", "garbage behind", "last byte gone")
 """Under a digest that fits, a flipped bit is another allocator, and the rest is no content to take a digest of."""
 
-SIGNED = [
-    (owner, name, damage)
-    for owner, name in FILES
-    if name not in ("README.md", "manifest.json")
-    for damage in damages_of(name)
-    if not damage.startswith(FLIPS_AND_TEXT)
+UNDER_OLD_DIGESTS = [(owner, name, way, False) for owner, name in FILES for way in damages_of(name)]
+UNDER_FITTING_DIGESTS = [
+    (owner, name, way, True)
+    for owner, name, way, _ in UNDER_OLD_DIGESTS
+    if name not in UNSIGNED and not way.startswith(FLIPS_AND_TEXT)
 ]
 KEYS: list[Keys] = [
     *[(key,) for key in ("format_version", "model", "controller", "decoding", "files")],
@@ -41,119 +38,84 @@ LEGAL = {(("decoding", "max_new_tokens"), "a number"), (("model", "source"), "a 
 OTHER_NAMES = ("../notes.txt", "/etc/hostname", "sub/notes.txt", "..", "", "manifest.json", "no\0name", "a" * 300)
 
 
-def digest_of(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def file_added(name: str) -> Damage:
+    def damage(path: Path) -> None:
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps({**manifest, "files": {**manifest["files"], name: "0" * 64}}))
+
+    return damage
+
+
+MANIFESTS = {
+    f"{'.'.join(keys)} {way}": value_damaged(keys, way) for keys in KEYS for way in WAYS if (keys, way) not in LEGAL
+}
+OTHER_PLACES = {f"lists {name!a}": file_added(name) for name in OTHER_NAMES}
+METRICS = damages_of("metrics.json") | {
+    f"{key} {way}": value_damaged((key,), way)
+    for key in ("prompts", "best", "captured_headroom", "full")
+    for way in WAYS
+}
 
 
 def signed(folder: Path) -> None:
     """The manifest as if the damaged files had been saved so."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for name in list(manifest["files"]):
-        if (folder / name).is_file():
-            manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        else:
-            del manifest["files"][name]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {name: folder / name for name in manifest["files"] if (folder / name).is_file()}
+    manifest["files"] = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     write_manifest(folder, manifest)
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     manifest.pop("digest", None)
     try:
-        digest = digest_of(manifest)
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     except UnicodeEncodeError:
         digest = ""
     (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest}))
 
 
-def check(project: Project, limits, before: str) -> tuple[Outcome, str]:
-    """`generate` and `inspect`, the worse of both; an accepted allocator must answer as before."""
-    foreign = project.foreign
-    answered = project.command("generate", "--allocator", "runs/tiny/allocator", "abcabc", limits=limits)
-    outcome, seen = judged(
-        answered, project, foreign, lambda: None if answer(answered.out) == before else "another answer than undamaged"
-    )
-    if outcome not in GOOD:
-        return outcome, seen
-    shown = project.command("inspect", "runs/tiny/allocator", limits=limits)
-    inspected = judged(shown, project, foreign, lambda: None)
-    return (outcome, seen) if inspected[0] in GOOD else inspected
+@pytest.fixture
+def expect_refused(limits, answers, expect_good) -> Callable[[Project, str], None]:
+    """`generate` and `inspect` refuse an allocator, or use it as if it were undamaged; the worse of both counts."""
+
+    def expect(project: Project, owner: str) -> None:
+        foreign = project.foreign
+        answered = project.command(*GENERATE, "abcabc", limits=limits)
+        found = judged(answered, project, foreign, answers_as(answers[owner]))
+        if found[0] in GOOD:
+            shown = project.command("inspect", "runs/tiny/allocator", limits=limits)
+            inspected = judged(shown, project, foreign, may_be_accepted)
+            found = found if inspected[0] in GOOD else inspected
+        expect_good(*found)
+
+    return expect
 
 
-def answer(out: str) -> str:
-    """What was answered, without the spinner and bars before it."""
-    return out[out.index("\nabcabc") :]
+@pytest.mark.parametrize(
+    ("owner", "name", "way", "fitting"),
+    [*selected(UNDER_OLD_DIGESTS, every=30), *selected(UNDER_FITTING_DIGESTS, every=30)],
+)
+def test_a_damaged_file_is_refused(request, tmp_path, expect_refused, owner, name, way, fitting) -> None:
+    project = request.getfixturevalue(owner).copy(tmp_path / "project")
+    damages_of(name)[way](project.allocator / name)
+    if fitting:
+        signed(project.allocator)
+    expect_refused(project, owner)
 
 
-@pytest.fixture(scope="session")
-def answers(request: pytest.FixtureRequest) -> dict[str, str]:
-    """The answer of each undamaged allocator."""
-
-    class Lazily(dict[str, str]):
-        def __missing__(self, owner: str) -> str:
-            ended = request.getfixturevalue(owner).command("generate", "--allocator", "runs/tiny/allocator", "abcabc")
-            assert ended.status == 0, ended.err
-            self[owner] = answer(ended.out)
-            return self[owner]
-
-    return Lazily()
-
-
-def _damaged(request, tmp_path: Path, owner: str, name: str, damage: Damage) -> Project:
-    project: Project = request.getfixturevalue(owner).copy(tmp_path / "project")
-    damage(project.allocator / name)
-    return project
-
-
-@pytest.mark.parametrize(("owner", "name", "damage"), selected(ANY_DAMAGE, every=30))
-def test_a_damaged_file_is_refused(request, tmp_path, limits, answers, owner, name, damage, expect_good) -> None:
-    project = _damaged(request, tmp_path, owner, name, damages_of(name)[damage])
-    expect_good(*check(project, limits, answers[owner]))
-
-
-@pytest.mark.parametrize(("owner", "name", "damage"), selected(SIGNED, every=30))
-def test_a_wrong_file_under_fitting_digests_is_refused(
-    request, tmp_path, limits, answers, owner, name, damage, expect_good
-) -> None:
-    project = _damaged(request, tmp_path, owner, name, damages_of(name)[damage])
-    signed(project.allocator)
-    expect_good(*check(project, limits, answers[owner]))
-
-
-WRONG_KEYS = [(keys, what) for keys in KEYS for what in ("missing", *WRONG) if (keys, what) not in LEGAL]
-
-
-@pytest.mark.parametrize(("keys", "what"), selected(WRONG_KEYS, every=50))
-def test_a_manifest_with_a_wrong_value_is_refused(project, limits, answers, keys, what, expect_good) -> None:
+@pytest.mark.parametrize("case", [*selected(list(MANIFESTS), every=50), *selected(list(OTHER_PLACES), every=4)])
+def test_a_manifest_with_a_wrong_value_is_refused(project, expect_refused, case) -> None:
     path = project.allocator / "manifest.json"
-    (without(keys) if what == "missing" else wrong(keys, WRONG[what]))(path)
+    {**MANIFESTS, **OTHER_PLACES}[case](path)
     with suppress(ValueError, RecursionError):  # of some no digest can be taken
         write_manifest(project.allocator, json.loads(path.read_text()))
-    expect_good(*check(project, limits, answers["finished"]))
+    expect_refused(project, "finished")
 
 
-@pytest.mark.parametrize("name", selected(OTHER_NAMES, every=4))
-def test_a_manifest_that_lists_other_places_is_refused(project, limits, answers, name, expect_good) -> None:
-    manifest = json.loads((project.allocator / "manifest.json").read_text())
-    manifest["files"][name] = "0" * 64
-    write_manifest(project.allocator, manifest)
-    expect_good(*check(project, limits, answers["finished"]))
-
-
-METRICS = [*damages_of("metrics.json"), *(f"{key}: {what}" for key in ("prompts", "best", "captured_headroom", "full")
-           for what in ("missing", *WRONG))]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", selected(METRICS, every=12))
-def test_inspect_beside_damaged_metrics(project, limits, case, expect_good) -> None:
-    path = project.run / "metrics.json"
-    key, colon, what = case.partition(": ")
-    if not colon:
-        damages_of("metrics.json")[case](path)
-    else:
-        (without((key,)) if what == "missing" else wrong((key,), WRONG[what]))(path)
-    ended = project.command("inspect", "runs/tiny/allocator", limits=limits)
-    expect_good(*judged(ended, project, project.foreign, lambda: None))
+@pytest.mark.parametrize("case", selected(list(METRICS), every=12))
+def test_inspect_beside_damaged_metrics(project, attempt, case) -> None:
+    METRICS[case](project.run / "metrics.json")
+    attempt(project, "inspect", "runs/tiny/allocator")
 
 
 def test_inspect_shows_control_characters_as_escapes(project) -> None:

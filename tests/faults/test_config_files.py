@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import yaml
 from damage import DEEP, damages_of
-from outcome import judged
-from project import Project
+from outcome import must_be_refused
+from project import QUICK_MENU, Project
 from selection import selected
 
 REPLACED: dict[str, str] = {
@@ -67,16 +67,11 @@ SETTINGS = (
     "unknown=1", "=1", "name", ".=1", "name.=1", "data..path=x",
 )  # fmt: skip
 
-QUICK = ("--set", "menu={method: given, given: ['0-1,5'], probe_depth: 2}")
-
 
 @pytest.mark.parametrize("name", selected(list(damages_of("tiny.yaml")), every=9))
-def test_a_damaged_configuration_is_refused(project, limits, name, expect_good) -> None:
-    path = project.folder / "tiny.yaml"
-    damages_of("tiny.yaml")[name](path)
-    foreign = project.foreign
-    ended = project.command("menu", "tiny.yaml", *QUICK, limits=limits)
-    expect_good(*judged(ended, project, foreign, lambda: _still_says_what_the_file_says(project)))
+def test_a_damaged_configuration_is_refused(project, attempt, name) -> None:
+    damages_of("tiny.yaml")[name](project.folder / "tiny.yaml")
+    attempt(project, *QUICK_MENU, check=lambda ended: _still_says_what_the_file_says(project))
 
 
 def _still_says_what_the_file_says(project: Project) -> str | None:
@@ -88,16 +83,12 @@ def _still_says_what_the_file_says(project: Project) -> str | None:
 
 
 @pytest.mark.parametrize("name", selected(list(REPLACED), every=6))
-def test_a_configuration_that_could_be_meant_otherwise_is_refused(project, limits, name, expect_good) -> None:
+def test_a_configuration_that_could_be_meant_otherwise_is_refused(project, attempt, name) -> None:
     path = project.folder / "tiny.yaml"
     path.write_text(REPLACED[name].replace("{}", path.read_text(), 1))
-    foreign = project.foreign
-    ended = project.command("menu", "tiny.yaml", *QUICK, limits=limits)
-    expect_good(*judged(ended, project, foreign, lambda: "it should have been refused"))
+    attempt(project, *QUICK_MENU, check=must_be_refused)
 
 
 @pytest.mark.parametrize("setting", selected(SETTINGS, every=24), ids=lambda setting: setting[:60])
-def test_a_senseless_setting_is_refused(project, limits, setting, expect_good) -> None:
-    foreign = project.foreign
-    ended = project.command("run", "tiny.yaml", "--set", setting, limits=limits)
-    expect_good(*judged(ended, project, foreign, lambda: "it should have been refused"))
+def test_a_senseless_setting_is_refused(project, attempt, setting) -> None:
+    attempt(project, "run", "tiny.yaml", "--set", setting, check=must_be_refused)

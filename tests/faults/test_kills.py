@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import random
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from child import Limits
-from outcome import Outcome, differences, judged
+from outcome import differences
 from project import Project
 from selection import LONG
 
@@ -25,38 +23,18 @@ KILLS = [(name, number) for name in NAMES for number in range(23)] if LONG else 
 @pytest.fixture(scope="session")
 def stages(base: Path, finished: Project) -> dict[str, Project]:
     """By stage, a project in which all stages before it are done and nothing else has happened."""
-    found, last = {}, finished
+    found, last = {}, finished.without_run(base / "before-all")
     for name in NAMES:
-        folder = base / f"before-{name}"
-        if name == NAMES[0]:
-            found[name] = _without_a_run(finished, folder)
-        else:
-            found[name] = last.copy(folder)
-        last = found[name].copy(base / f"after-{name}")
+        found[name] = last.copy(base / f"before-{name}")
+        last = last.copy(base / f"after-{name}")
         ended = last.command(name, "tiny.yaml")
         assert ended.status == 0, ended.out + ended.err
     assert differences(finished, last) is None
     return found
 
 
-def _without_a_run(finished: Project, folder: Path) -> Project:
-    project = Project(folder)
-    folder.mkdir()
-    for name in ("tiny.yaml", "prompts.jsonl", "notes.txt"):
-        (folder / name).write_bytes((finished.folder / name).read_bytes())
-    return project
-
-
 @pytest.mark.parametrize(("stage", "number"), KILLS)
-def test_a_killed_stage_goes_on(
-    finished: Project,
-    stages: dict[str, Project],
-    tmp_path: Path,
-    stage: str,
-    number: int,
-    expect_good: Callable[[Outcome, str], None],
-    record_property: Callable[[str, Any], None],
-) -> None:
+def test_a_killed_stage_goes_on(finished, stages, tmp_path, stage, number, attempt, record_property) -> None:
     project = stages[stage].copy(tmp_path / "project")
     seconds = json.loads((finished.run / "run.json").read_text())["stages"][stage]["seconds"] + 0.15
     delay = random.Random(f"{stage} {number}").random() * seconds
@@ -65,7 +43,5 @@ def test_a_killed_stage_goes_on(
     assert killed.status in (-signal.SIGKILL, 0), killed.err  # or it was over before
     if killed.status:
         record_property("counted", f"SIGKILLs in or after {stage}")
-    foreign = project.foreign
-    ended = project.command("run", "tiny.yaml")
-    expect_good(*judged(ended, project, foreign, lambda: differences(finished, project)))
+    attempt(project, "run", "tiny.yaml", check=lambda ended: differences(finished, project))
     assert not [path.name for path in project.run.iterdir() if path.name.startswith(".controllers")]

@@ -8,28 +8,32 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from child import ROOT
-from damage import damages_of
-from outcome import differences, judged
-from project import Project, prompt_rows
+from damage import TEXT, content, damages_of
+from outcome import answers_as, differences, may_be_accepted, must_be_refused
+from project import GENERATE, QUICK_MENU, Project
 from selection import selected
-
-QUICK = ("--set", "menu={method: given, given: ['0-1,5'], probe_depth: 2}", "--set", "name=new")
 
 
 def _table(project: Project) -> Path:
     """The prompts as a folder with a CSV file, which `datasets` loads."""
     folder = project.folder / "table"
     folder.mkdir()
-    rows = prompt_rows(project)
+    rows = [json.loads(line) for line in (project.folder / "prompts.jsonl").read_text().splitlines()]
     with (folder / "train.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows({**row, "reference": "x"} for row in rows)
     return folder / "train.csv"
+
+
+def _second_line(text: str) -> Callable[[bytes], bytes]:
+    return lambda old: old.replace(b"\n", f"\n{text}\n".encode(), 1)
 
 
 LINES = {
@@ -40,22 +44,20 @@ LINES = {
     "an open quote": 'id-x,long,"abc,x,agreement',
     "U+2028": "id-x,long,ab\u2028cd,x,agreement",
 }
-FROM_TABLES = [*damages_of("table.csv"), "not UTF-8", *LINES, "another header"]
+TABLES = {
+    **damages_of("table.csv"),
+    "not UTF-8": TEXT["not UTF-8"],
+    **{name: content(_second_line(line)) for name, line in LINES.items()},
+    "another header": content(lambda old: old.replace(b"prompt", b"question", 1)),
+}
+NO_TABLE = {*LINES, "another header", "missing", "empty", "zeros"} - {"U+2028", "too many columns"}
 
 
-@pytest.mark.parametrize("name", selected(FROM_TABLES, every=12))
-def test_a_damaged_table_of_prompts(project, limits, name, expect_good) -> None:
-    path = _table(project)
-    if name in LINES:
-        path.write_text(path.read_text().replace("\n", f"\n{LINES[name]}\n", 1))
-    elif name == "another header":
-        path.write_text(path.read_text().replace("prompt", "question", 1))
-    else:
-        damages_of("table.txt" if name == "not UTF-8" else "table.csv")[name](path)
-    foreign = project.foreign
-    ended = project.command("menu", "tiny.yaml", *QUICK, "--set", "data.path=table", limits=limits)
-    must = {*LINES, "another header", "missing", "empty", "zeros"} - {"U+2028", "too many columns"}
-    expect_good(*judged(ended, project, foreign, lambda: "it should have been refused" if name in must else None))
+@pytest.mark.parametrize("name", selected(list(TABLES), every=12))
+def test_a_damaged_table_of_prompts(project, attempt, name) -> None:
+    TABLES[name](_table(project))
+    check = must_be_refused if name in NO_TABLE else may_be_accepted
+    attempt(project, *QUICK_MENU, "--set", "name=new", "--set", "data.path=table", check=check)
 
 
 WEIGHTS = "model.safetensors"
@@ -67,27 +69,11 @@ OF_MODELS = [
 
 
 @pytest.mark.parametrize(("name", "damage"), selected(OF_MODELS, every=30))
-def test_a_damaged_model(project, finished, base, limits, name, damage, expect_good) -> None:
+def test_a_damaged_model(project, base, answers, attempt, name, damage) -> None:
     """A finished run knows its model; what is damaged is refused, or makes no difference to any result."""
-    shutil.copytree(base / "model", project.folder / "model")
-    path = project.folder / "model" / name
-    damages_of(name)[damage](path)
-    foreign = project.foreign
-    model = ("--model", project.folder / "model")
-    ended = project.command("generate", "--allocator", "runs/tiny/allocator", *model, "abcabc", limits=limits)
-    undamaged = finished.command("generate", "--allocator", "runs/tiny/allocator", "abcabc")
-    expect_good(
-        *judged(
-            ended,
-            project,
-            foreign,
-            lambda: None if _answer(ended.out) == _answer(undamaged.out) else "another answer than undamaged",
-        )
-    )
-
-
-def _answer(out: str) -> str:
-    return out[out.index("\nabcabc") :]
+    model = shutil.copytree(base / "model", project.folder / "model")
+    damages_of(name)[damage](model / name)
+    attempt(project, *GENERATE, "--model", model, "abcabc", check=answers_as(answers["finished"]))
 
 
 @pytest.mark.parametrize(
@@ -95,10 +81,8 @@ def _answer(out: str) -> str:
     ["tracking.uri=sqlite:////dev/full/x.db", "tracking.uri=sqlite:///notes.txt", "tracking.experiment=' '",
      "tuning.storage=sqlite:///notes.txt", "tuning.storage=sqlite:////dev/full/x.db"],
 )  # fmt: skip
-def test_stores_that_are_none(project, finished, setting, expect_good) -> None:
-    foreign = project.foreign
-    ended = project.command("run", "tiny.yaml", "--set", setting)
-    expect_good(*judged(ended, project, foreign, lambda: differences(finished, project)))
+def test_stores_that_are_none(project, finished, setting, attempt) -> None:
+    attempt(project, "run", "tiny.yaml", "--set", setting, check=lambda ended: differences(finished, project))
 
 
 ODD_WORDS = {
@@ -123,25 +107,25 @@ ODD_WORDS = {
 
 
 @pytest.mark.parametrize("name", selected(list(ODD_WORDS), every=6))
-def test_odd_words_on_the_command_line(project, name, expect_good) -> None:
-    ended = project.command("generate", "--allocator", "runs/tiny/allocator", *ODD_WORDS[name])
-    expect_good(*judged(ended, project, project.foreign, lambda: "it should have been refused"))
+def test_odd_words_on_the_command_line(project, name, attempt) -> None:
+    attempt(project, *GENERATE, *ODD_WORDS[name], check=must_be_refused)
 
 
-def _inspect(project: Project, stdout) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "layerbudget", "inspect", "runs/tiny/allocator"],
-        cwd=project.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-    )
+def _started(
+    project: Project, *words: str, stdout: Any = subprocess.PIPE, **environment: str
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "layerbudget", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(command, cwd=project.folder, env=environment, stdout=stdout, stderr=subprocess.PIPE)
+
+
+INSPECT = ("inspect", "runs/tiny/allocator")
 
 
 def test_a_reader_that_has_gone_is_left_in_peace(finished) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    process = _inspect(finished, writer)
+    process = _started(finished, *INSPECT, stdout=writer)
     os.close(writer)
     assert process.communicate(timeout=120)[1] == b""
     assert process.returncode == 1
@@ -152,24 +136,19 @@ def test_an_output_that_takes_no_more_is_one_sentence(finished) -> None:
     if not full.exists():
         pytest.skip("this system has no /dev/full")
     with full.open("w") as out:
-        error = _inspect(finished, out).communicate(timeout=120)[1].decode()
+        error = _started(finished, *INSPECT, stdout=out).communicate(timeout=120)[1].decode()
     assert error.startswith("error: cannot read or write a file: no space left on device")
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [("ab\u03a9",), ("--prompts", "more.jsonl")], ids=["a prompt", "a file"])
-def test_an_output_that_lacks_characters_gets_their_numbers(project, words) -> None:
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [(("ab\u03a9",), b"ab\\u03a9"), (("--prompts", "more.jsonl"), b'"prompt": "ab\\u03a9"')],
+    ids=["a prompt", "a file"],
+)
+def test_an_output_that_lacks_characters_gets_their_numbers(project, words, shown) -> None:
     (project.folder / "more.jsonl").write_text(json.dumps({"prompt": "ab\u03a9"}) + "\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "layerbudget", "generate", "--allocator", "runs/tiny/allocator", *words],
-        cwd=project.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"},
-        capture_output=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    if words[0] == "--prompts":
-        assert json.loads(done.stdout)["prompt"] == "ab\u03a9"
-    else:
-        assert b"ab\\u03a9" in done.stdout
+    process = _started(project, *GENERATE, *words, PYTHONUTF8="0", PYTHONIOENCODING="latin-1")
+    out, error = process.communicate(timeout=180)
+    assert process.returncode == 0, error
+    assert shown in out

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import DEEP, damages_of
-from outcome import judged
-from project import Project
+from child import Ended
+from damage import DEEP, Damage, content, damages_of
+from outcome import Check, may_be_accepted, must_be_refused
+from project import GENERATE, QUICK_MENU, Project
 from selection import selected
 
 Row = dict[str, Any]
@@ -18,41 +18,35 @@ CHANGED = 80
 """The line that is changed where only one is."""
 
 
-def _line(text: str) -> Callable[[Path], None]:
+_ROW: Row = {"id": "changed", "task": "long", "prompt": "abc", "reference": "", "judge": "agreement"}
+
+
+def _line(text: str) -> Damage:
     """Puts another line in the place of one."""
 
-    def damage(path: Path) -> None:
-        lines = path.read_text().split("\n")
-        lines[CHANGED] = text
-        path.write_text("\n".join(lines), newline="")
+    def change(old: bytes) -> bytes:
+        lines = old.split(b"\n")
+        lines[CHANGED] = text.encode()
+        return b"\n".join(lines)
 
-    return damage
+    return content(change)
 
 
-def _row(**fields: Any) -> Callable[[Path], None]:
+def _row(**fields: Any) -> Damage:
     return _line(json.dumps({**_ROW, **fields}, ensure_ascii=False))
 
 
-def _turns(messages: Any) -> Callable[[Path], None]:
+def _turns(messages: Any) -> Damage:
     """A row that is a conversation."""
     return _line(json.dumps({**{key: value for key, value in _ROW.items() if key != "prompt"}, "messages": messages}))
 
 
-def _with(text: str) -> Callable[[Path], None]:
+def _with(text: str) -> Damage:
     """A row with one more key, of this JSON text."""
     return _line(json.dumps(_ROW)[:-1] + f', "more": {text}}}')
 
 
-def _whole(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        path.write_bytes(change(path.read_bytes()))
-
-    return damage
-
-
-_ROW: Row = {"id": "changed", "task": "long", "prompt": "abc", "reference": "", "judge": "agreement"}
-
-ACCEPTED: dict[str, Callable[[Path], None]] = {
+ACCEPTED: dict[str, Damage] = {
     "U+2028 in a prompt": _row(prompt="ab\u2028cd"),
     "U+2029 and U+0085 in a prompt": _row(prompt="ab\u2029c\x85d"),
     "a NUL in a prompt": _row(prompt="ab\0cd"),
@@ -64,14 +58,16 @@ ACCEPTED: dict[str, Callable[[Path], None]] = {
     "numbers as texts": _row(id=3, task=2.5, reference=4),
     "no id, no task, no reference": _line('{"prompt": "abc", "judge": "agreement"}'),
     "the number of a line as text": _line(json.dumps({**_ROW, "id": str(CHANGED + 1)})),
-    "BOM": _whole(lambda content: b"\xef\xbb\xbf" + content),
-    "CRLF": _whole(lambda content: content.replace(b"\n", b"\r\n")),
-    "no last newline": _whole(bytes.rstrip),
+    "BOM": content(lambda content: b"\xef\xbb\xbf" + content),
+    "CRLF": content(lambda content: content.replace(b"\n", b"\r\n")),
+    "no last newline": content(bytes.rstrip),
 }
-REFUSED: dict[str, Callable[[Path], None]] = {
+REFUSED: dict[str, Damage] = {
     "half a character": _line(json.dumps(_ROW).replace('"abc"', '"ab\\ud800"')),
     "half a character in an id": _line(json.dumps(_ROW).replace('"changed"', '"\\udfff"')),
-    "half a character as bytes": _whole(lambda content: content.replace(b'"prompt": "', b'"prompt": "\xed\xa0\x80', 1)),
+    "half a character as bytes": content(
+        lambda content: content.replace(b'"prompt": "', b'"prompt": "\xed\xa0\x80', 1)
+    ),
     "deep": _with("[" * DEEP + "]" * DEEP),
     "a huge number": _with("9" * 5000),
     "a number too large": _with("1e999"),
@@ -102,9 +98,9 @@ REFUSED: dict[str, Callable[[Path], None]] = {
     "an empty turn": _turns([{"role": "user", "content": " "}]),
     "a call of a tool": _turns([{"role": "user", "content": "abc", "tool_calls": [1]}]),
     "the assistant's turn last": _turns([{"role": "assistant", "content": "abc"}]),
-    "old Macintosh line ends": _whole(lambda content: content.replace(b"\n", b"\r")),
+    "old Macintosh line ends": content(lambda content: content.replace(b"\n", b"\r")),
 }
-OF_RUNS: dict[str, Callable[[Path], None]] = {
+OF_RUNS: dict[str, Damage] = {
     "a number as judge": _row(judge=3),
     "a reference that the judge cannot use": _row(judge="contains"),
     "an unknown judge": _row(judge="taste"),
@@ -113,9 +109,7 @@ OF_RUNS: dict[str, Callable[[Path], None]] = {
     "a judge that is no function": _row(judge="math:pi"),
     "no judge": _line(json.dumps({key: value for key, value in _ROW.items() if key != "judge"})),
 }
-ANYHOW = damages_of("prompts.jsonl")
-CASES = {**ANYHOW, **ACCEPTED, **REFUSED}
-QUICK_MENU = "menu={method: given, given: ['0-1,5'], probe_depth: 2}"
+CASES = {**damages_of("prompts.jsonl"), **ACCEPTED, **REFUSED}
 
 
 def _rows(path: Path) -> list[Row]:
@@ -124,31 +118,26 @@ def _rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
-def _answered_as_written(project: Project, name: str) -> str | None:
-    if name in REFUSED:
-        return "it should have been refused"
-    rows = _rows(project.folder / "prompts.jsonl")
-    wanted = [(str(row.get("id", f"prompts-{number}")), row["prompt"]) for number, row in enumerate(rows, 1)]
-    lines = (project.folder / "answers.jsonl").read_bytes().decode().split("\n")[:-1]
-    found = [(row["id"], row["prompt"]) for row in map(json.loads, lines)]
-    return None if found == wanted else f"{len(found)} answers are not to the {len(wanted)} prompts"
+def _answered_as_written(project: Project) -> Check:
+    def check(ended: Ended) -> str | None:
+        rows = _rows(project.folder / "prompts.jsonl")
+        wanted = [(str(row.get("id", f"prompts-{number}")), row["prompt"]) for number, row in enumerate(rows, 1)]
+        lines = (project.folder / "answers.jsonl").read_bytes().decode().split("\n")[:-1]
+        found = [(row["id"], row["prompt"]) for row in map(json.loads, lines)]
+        return None if found == wanted else f"{len(found)} answers are not to the {len(wanted)} prompts"
+
+    return check
 
 
 @pytest.mark.parametrize("name", selected(list(CASES), every=12))
-def test_generate_answers_what_a_line_says_or_refuses_it(project, limits, name, expect_good) -> None:
+def test_generate_answers_what_a_line_says_or_refuses_it(project, attempt, name) -> None:
     CASES[name](project.folder / "prompts.jsonl")
-    foreign = project.foreign
-    ended = project.command(
-        *("generate", "--allocator", "runs/tiny/allocator", "--prompts", "prompts.jsonl", "--out", "answers.jsonl"),
-        limits=limits,
-    )
-    expect_good(*judged(ended, project, foreign, lambda: _answered_as_written(project, name)))
+    check = must_be_refused if name in REFUSED else _answered_as_written(project)
+    attempt(project, *GENERATE, "--prompts", "prompts.jsonl", "--out", "answers.jsonl", check=check)
 
 
 @pytest.mark.parametrize("name", selected([*CASES, *OF_RUNS], every=12))
-def test_a_run_uses_what_a_line_says_or_refuses_it(project, limits, name, expect_good) -> None:
+def test_a_run_uses_what_a_line_says_or_refuses_it(project, attempt, name) -> None:
     {**CASES, **OF_RUNS}[name](project.folder / "prompts.jsonl")
-    foreign = project.foreign
-    ended = project.command("menu", "tiny.yaml", "--set", QUICK_MENU, "--set", "name=new", limits=limits)
-    wrong = "it should have been refused" if name in {**REFUSED, **OF_RUNS} else None
-    expect_good(*judged(ended, project, foreign, lambda: wrong))
+    check = must_be_refused if name in {**REFUSED, **OF_RUNS} else may_be_accepted
+    attempt(project, *QUICK_MENU, "--set", "name=new", check=check)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
+from child import Ended
 from damage import Damage, damages_of
-from keys import WRONG, without, wrong
-from outcome import differences, judged, lost_labels
+from keys import WAYS, value_damaged
+from outcome import differences, lost_labels
 from project import Project
 from selection import selected
 
@@ -21,7 +22,8 @@ FILES = (
     "allocator/menu.json", "allocator/controller.safetensors", "metrics.json", "choices.json", "report.html",
     "logged.json",
 )  # fmt: skip
-CASES = [(name, damage) for name in FILES for damage in damages_of(name)]
+DamagedFile = tuple[str, str, Damage]
+"""Name of a file, how it is damaged, and the damage."""
 
 
 def _sql(*statements: str) -> Damage:
@@ -35,7 +37,7 @@ def _sql(*statements: str) -> Damage:
     return damage
 
 
-DATABASES: list[tuple[str, str, Damage]] = [
+DATABASES: list[DamagedFile] = [
     ("labels.db", "half of the labels", _sql("DELETE FROM labels WHERE prompt < '8'")),
     ("labels.db", "no labels", _sql("DELETE FROM labels")),
     ("labels.db", "no table", _sql("DROP TABLE labels")),
@@ -58,73 +60,56 @@ def _features(change: Callable) -> Damage:
     return damage
 
 
-FEATURES: dict[str, Damage] = {
-    "no ids": _features(lambda table: table.drop_columns(["id"])),
-    "half of the rows": _features(lambda table: table.slice(0, table.num_rows // 2)),
-    "no metadata": _features(lambda table: table.replace_schema_metadata(None)),
-    "no columns": _features(lambda table: table.select([])),
-}
-STATE = [
-    (keys, what)
-    for keys in [("config",), ("model",), ("stages",), ("stages", "menu"), ("stages", "label"), ("stages", "report")]
-    for what in ("missing", *WRONG)
+FEATURES: list[DamagedFile] = [
+    ("features.parquet", "no ids", _features(lambda table: table.drop_columns(["id"]))),
+    ("features.parquet", "half of the rows", _features(lambda table: table.slice(0, table.num_rows // 2))),
+    ("features.parquet", "no metadata", _features(lambda table: table.replace_schema_metadata(None))),
+    ("features.parquet", "no columns", _features(lambda table: table.select([]))),
 ]
+STATES: list[DamagedFile] = [
+    ("run.json", f"{'.'.join(keys)} {way}", value_damaged(keys, way))
+    for keys in [("config",), ("model",), ("stages",), ("stages", "menu"), ("stages", "label"), ("stages", "report")]
+    for way in WAYS
+]
+TREES = "controllers/lightgbm/controller.safetensors"
 
 
-def _checked(project: Project, finished: Project, name: str, ended, foreign) -> tuple:
-    def wrong() -> str | None:
-        return differences(finished, project) or (None if name == "labels.db" else lost_labels(finished, project))
-
-    return judged(ended, project, foreign, wrong)
+def in_any_way(*names: str) -> list[DamagedFile]:
+    return [(name, way, damage) for name in names for way, damage in damages_of(name).items()]
 
 
-@pytest.mark.parametrize(("name", "damage"), selected(CASES, every=40))
-def test_a_run_makes_a_damaged_file_again_or_refuses_it(project, finished, limits, name, damage, expect_good) -> None:
-    (path,) = project.run.glob(name)
-    damages_of(path.name)[damage](path)
-    ended = project.command("run", "tiny.yaml", limits=limits)
-    expect_good(*_checked(project, finished, name, ended, project.foreign))
+DATABASES_AND_FEATURES = [*selected(DATABASES, every=5), *selected(FEATURES, every=4)]
+CASES = {
+    "run": [
+        *selected(in_any_way(*FILES), every=40),
+        *selected(in_any_way(TREES), every=20),
+        *selected(STATES, every=26),
+        *DATABASES_AND_FEATURES,
+    ],
+    "tune": [*DATABASES_AND_FEATURES, *selected(in_any_way("tuning.db"), every=7)],
+    "calibrate": selected(FEATURES, every=4),
+}
+"""By the command that meets the damaged file; a finished search is only looked into by `tune`."""
 
 
-@pytest.mark.parametrize("damage", selected(list(damages_of("controller.safetensors")), every=20))
-def test_a_run_makes_damaged_trees_again_or_refuses_them(trees, tmp_path, limits, damage, expect_good) -> None:
-    project = trees.copy(tmp_path / "project")
-    damages_of("controller.safetensors")[damage](project.run / "controllers" / "lightgbm" / "controller.safetensors")
-    ended = project.command("run", "tiny.yaml", limits=limits)
-    expect_good(*_checked(project, trees, "controllers", ended, project.foreign))
-
-
-@pytest.mark.parametrize(("keys", "what"), selected(STATE, every=26))
-def test_a_wrong_state_of_the_stages(project, finished, limits, keys, what, expect_good) -> None:
-    (without(keys) if what == "missing" else wrong(keys, WRONG[what]))(project.run / "run.json")
-    ended = project.command("run", "tiny.yaml", limits=limits)
-    expect_good(*_checked(project, finished, "run.json", ended, project.foreign))
-
-
-@pytest.mark.parametrize("command", ["run", "tune"])
 @pytest.mark.parametrize(
-    ("name", "what", "damage"), selected(DATABASES, every=5), ids=lambda value: value if isinstance(value, str) else ""
+    ("command", "name", "damage"),
+    [
+        pytest.param(command, name, damage, id=f"{command} {name} {way}")
+        for command, cases in CASES.items()
+        for name, way, damage in cases
+    ],
 )
-def test_a_damaged_database(project, finished, limits, command, name, what, damage, expect_good) -> None:
-    damage(project.run / name)
-    ended = project.command(command, "tiny.yaml", limits=limits)
-    expect_good(*_checked(project, finished, name, ended, project.foreign))
+def test_a_damaged_file_is_made_again_or_refused(request, tmp_path, attempt, command, name, damage) -> None:
+    whole: Project = request.getfixturevalue("trees" if name == TREES else "finished")
+    project = whole.copy(tmp_path / "project")
+    (path,) = project.run.glob(name)
+    damage(path)
 
+    def wrong(ended: Ended) -> str | None:
+        return differences(whole, project) or (None if name == "labels.db" else lost_labels(whole, project))
 
-@pytest.mark.parametrize("command", ["run", "tune", "calibrate"])
-@pytest.mark.parametrize("what", selected(list(FEATURES), every=4))
-def test_damaged_features(project, finished, limits, command, what, expect_good) -> None:
-    FEATURES[what](project.run / "features.parquet")
-    ended = project.command(command, "tiny.yaml", limits=limits)
-    expect_good(*_checked(project, finished, "features.parquet", ended, project.foreign))
-
-
-@pytest.mark.parametrize("damage", selected(list(damages_of("tuning.db")), every=7))
-def test_a_stage_that_goes_on_with_a_damaged_search(project, finished, limits, damage, expect_good) -> None:
-    """The search is only looked into when the stage is done again."""
-    damages_of("tuning.db")[damage](project.run / "tuning.db")
-    ended = project.command("tune", "tiny.yaml", limits=limits)
-    expect_good(*_checked(project, finished, "tuning.db", ended, project.foreign))
+    attempt(project, command, "tiny.yaml", check=wrong)
 
 
 def test_every_file_of_a_run_is_in_the_table(finished) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from child import Ended, Limits
-from outcome import Outcome, judged
+from outcome import judged
 from project import Project
 from selection import LONG
 
@@ -20,11 +19,7 @@ SLOW = Limits(sync_seconds=0.03)
 @pytest.fixture(scope="session")
 def before_labels(base: Path, finished: Project) -> Project:
     """A project that is about to be labelled."""
-    folder = base / "before-shards"
-    folder.mkdir()
-    for name in ("tiny.yaml", "prompts.jsonl", "notes.txt"):
-        (folder / name).write_bytes((finished.folder / name).read_bytes())
-    project = Project(folder)
+    project = finished.without_run(base / "before-shards")
     for stage in ("menu", "adapt"):
         ended = project.command(stage, "tiny.yaml")
         assert ended.status == 0, ended.err
@@ -32,34 +27,22 @@ def before_labels(base: Path, finished: Project) -> Project:
 
 
 @pytest.mark.parametrize("number", STARTS)
-def test_shards_that_start_together(
-    finished: Project,
-    before_labels: Project,
-    tmp_path: Path,
-    number: int,
-    expect_good: Callable[[Outcome, str], None],
-    record_property: Callable[[str, Any], None],
-) -> None:
+def test_shards_that_start_together(finished, before_labels, tmp_path, number, expect_good, record_property) -> None:
     project = before_labels.copy(tmp_path / "project")
     (project.run / "config.yaml").unlink()  # so that both have to write it
-    foreign, ended = project.foreign, {}
-    together = threading.Barrier(2)
+    foreign, together = project.foreign, threading.Barrier(2)
 
-    def label(shard: str) -> None:
+    def label(shard: str) -> Ended:
         together.wait()
-        ended[shard] = project.command("label", "tiny.yaml", "--shard", shard, limits=SLOW)
+        return project.command("label", "tiny.yaml", "--shard", shard, limits=SLOW)
 
-    threads = [threading.Thread(target=label, args=(shard,)) for shard in ("1/2", "2/2")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failed: list[Ended] = [one for one in ended.values() if one.status != 0]
-    assert not failed, failed[0].err
+    with ThreadPoolExecutor(2) as threads:
+        failed = [ended.err for ended in threads.map(label, ("1/2", "2/2")) if ended.status != 0]
+    assert not failed, failed[0]
     record_property("counted", "pairs of shards started together without a crash")
     if number % 10 == 0:
         rest = project.command("run", "tiny.yaml")
-        expect_good(*judged(rest, project, foreign, lambda: None if _same(finished, project) else "other labels"))
+        expect_good(*judged(rest, project, foreign, lambda _: None if _same(finished, project) else "other labels"))
 
 
 def _same(finished: Project, project: Project) -> bool:

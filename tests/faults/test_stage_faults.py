@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 from child import Limits
-from outcome import Outcome, differences, judged, lost_labels
+from outcome import Outcome, differences, judged, lost_labels, may_be_accepted
 from project import Project
 from selection import selected
-
-ExpectGood = Callable[[Outcome, str], None]
 
 RESULTS = {
     "menu": "menu.json",
@@ -46,33 +44,33 @@ def undone(project: Project, stage: str) -> None:
         (project.run / "tuning.db").unlink()
 
 
-def _goes_on(project: Project, finished: Project) -> str | None:
-    """The run, given again when the machine allows everything: what is wrong with its end."""
-    ended = project.command("run", "tiny.yaml")
-    if ended.status != 0:
-        return f"the run does not go on: status {ended.status}\n{ended.err[-2000:]}"
-    return differences(finished, project)
+@pytest.fixture
+def expect_to_go_on(finished: Project, expect_good: Callable[[Outcome, str], None]) -> Callable[..., None]:
+    """A stage under limits; afterwards no label is gone and, once `repair` was called, the run goes on to its end."""
 
+    def expect(
+        project: Project, stage: str, limits: Limits | None = None, repair: Callable[[], Any] = lambda: None
+    ) -> None:
+        foreign = project.foreign
+        ended = project.command(stage, "tiny.yaml", limits=limits)
+        repair()
+        lost = None if stage == "label" else lost_labels(finished, project)
+        outcome, seen = judged(ended, project, foreign, may_be_accepted)
+        if not seen:
+            again = project.command("run", "tiny.yaml")
+            end = differences(finished, project) if again.status == 0 else f"it does not go on: {again.err[-2000:]}"
+            if wrong := lost or end:
+                outcome, seen = "data lost", f"{wrong}\nafter: {ended.err[-1500:]}"
+        expect_good(outcome, seen)
 
-def _check(
-    project: Project, finished: Project, stage: str, expect_good: ExpectGood, limits: Limits, repair: Callable[[], Any]
-) -> None:
-    """The stage under limits; afterwards no label is gone, and, once `repair` was called, the run goes on."""
-    foreign = project.foreign
-    ended = project.command(stage, "tiny.yaml", limits=limits)
-    repair()
-    lost = None if stage == "label" else lost_labels(finished, project)
-    outcome, seen = judged(ended, project, foreign, lambda: None)
-    if not seen and (wrong := lost or _goes_on(project, finished)):
-        outcome, seen = "data lost", f"{wrong}\nafter: {ended.err[-1500:]}"
-    expect_good(outcome, seen)
+    return expect
 
 
 @pytest.mark.parametrize("size", selected([1000, 0, 20_000], every=3))
 @pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
-def test_no_file_may_grow(project, finished, stage, size, expect_good) -> None:
+def test_no_file_may_grow(project, stage, size, expect_to_go_on) -> None:
     undone(project, stage)
-    _check(project, finished, stage, expect_good, Limits(file_bytes=size), lambda: None)
+    expect_to_go_on(project, stage, Limits(file_bytes=size))
 
 
 @pytest.fixture
@@ -104,11 +102,11 @@ def _fill(path: Path, left: int) -> None:
 
 @pytest.mark.parametrize("left", selected([8192, 0, 65536], every=3))
 @pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
-def test_the_disk_is_full(small_disk, finished, stage, left, expect_good) -> None:
+def test_the_disk_is_full(small_disk, stage, left, expect_to_go_on) -> None:
     undone(small_disk, stage)
     filler = small_disk.folder.parent / "filler"
     _fill(filler, left)
-    _check(small_disk, finished, stage, expect_good, Limits(), filler.unlink)
+    expect_to_go_on(small_disk, stage, repair=filler.unlink)
 
 
 def _modes(folder: Path, writable: bool) -> None:
@@ -117,34 +115,31 @@ def _modes(folder: Path, writable: bool) -> None:
         path.chmod(mode | stat.S_IWUSR if writable else mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
 
 
-@pytest.mark.parametrize("stage", [*selected(ALL_STAGES, every=5), "run"])
-def test_the_run_folder_is_read_only(project, finished, stage, expect_good) -> None:
-    """A finished run needs no write; one whose result is gone does."""
-    if stage != "run":
-        undone(project, stage)
+@pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
+def test_the_run_folder_is_read_only(project, limits, stage, expect_to_go_on) -> None:
+    undone(project, stage)
     _modes(project.run, writable=False)
-    limits = Limits(obeys_modes=True)
-    _check(project, finished, stage, expect_good, limits, lambda: _modes(project.run, writable=True))
+    expect_to_go_on(project, stage, limits, repair=lambda: _modes(project.run, writable=True))
 
 
-def test_a_finished_run_answers_from_a_read_only_folder(project) -> None:
+def test_a_finished_run_answers_from_a_read_only_folder(project, limits) -> None:
     _modes(project.run, writable=False)
-    ended = project.command("run", "tiny.yaml", limits=Limits(obeys_modes=True))
+    ended = project.command("run", "tiny.yaml", limits=limits)
     assert ended.status == 0, ended.err
     assert ended.out.count("done before") == 9
     _modes(project.run, writable=True)
 
 
 @pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
-def test_a_result_of_an_earlier_stage_is_gone(project, finished, stage, expect_good) -> None:
+def test_a_result_of_an_earlier_stage_is_gone(project, stage, expect_to_go_on) -> None:
     gone = project.run / BEFORE[stage] if stage in BEFORE else project.folder / "prompts.jsonl"
     kept = gone.read_bytes()
     gone.unlink()
-    _check(project, finished, stage, expect_good, Limits(), lambda: gone.write_bytes(kept))
+    expect_to_go_on(project, stage, repair=lambda: gone.write_bytes(kept))
 
 
 @pytest.mark.parametrize("stage", selected(ALL_STAGES, every=5))
-def test_something_else_lies_where_the_result_belongs(project, finished, stage, expect_good) -> None:
+def test_something_else_lies_where_the_result_belongs(project, stage, expect_good) -> None:
     """A folder of somebody's where a file belongs, a file of somebody's where a folder belongs."""
     path = project.run / RESULTS[stage]
     was_folder = path.is_dir()
@@ -156,5 +151,4 @@ def test_something_else_lies_where_the_result_belongs(project, finished, stage, 
 
     foreign = {**project.foreign, theirs: theirs.read_bytes()}
     ended = project.command(stage, "tiny.yaml")
-    outcome, seen = judged(ended, project, foreign, lambda: None)
-    expect_good(outcome, seen)
+    expect_good(*judged(ended, project, foreign, may_be_accepted))

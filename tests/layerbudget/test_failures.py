@@ -10,28 +10,40 @@ from pipelines.run import check
 GOES_ON = "; once that is put right, the same command goes on from here"
 
 
-def test_a_path_is_named_where_it_is_known() -> None:
-    named = sentence_of(OSError(errno.ENOSPC, "No space left on device", "runs/x/menu.json"))
-    assert named == f"cannot use runs/x/menu.json: no space left on device{GOES_ON}"
-    unnamed = sentence_of(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert unnamed == f"cannot read or write a file: disk quota exceeded{GOES_ON}"
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
-def test_the_target_of_a_move_is_the_path() -> None:
-    error = IsADirectoryError(errno.EISDIR, "Is a directory", ".menu.json.new", None, "menu.json")
-    assert str(sentence_of(error)).startswith("cannot use menu.json: is a directory")
+FULL_DISK = "cannot read or write a file: no space left on device"
+DENIED = PermissionError(errno.EACCES, "Permission denied", "labels.db")
+SENTENCES = [
+    (
+        OSError(errno.ENOSPC, "No space left", "runs/x/menu.json"),
+        "cannot use runs/x/menu.json: no space left on device",
+    ),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "cannot read or write a file: disk quota exceeded"),
+    (IsADirectoryError(errno.EISDIR, "", ".menu.json.new", None, "menu.json"), "cannot use menu.json: is a directory"),
+    (caused(RuntimeError("the storage failed"), DENIED), "cannot use labels.db: permission denied"),
+    (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL_DISK),
+    (RuntimeError("[Errno 28] cannot write"), FULL_DISK),
+    (RuntimeError("errno: 28"), FULL_DISK),
+]
+OURS = [
+    KeyError("x"),
+    FileNotFoundError(errno.ENOENT, "No such file", "x"),
+    sqlite3.OperationalError("no such table: x"),
+]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Error while serializing: I/O error: No space left on device (os error 28)",
-        "[Errno 28] cannot write",
-        "errno: 28",
-    ],
-)
-def test_the_number_is_found_in_what_other_languages_say(text) -> None:
-    assert "no space left on device" in str(sentence_of(RuntimeError(text)))
+@pytest.mark.parametrize(("error", "sentence"), SENTENCES)
+def test_what_the_machine_refuses_is_one_sentence(error, sentence) -> None:
+    assert sentence_of(error) == sentence + GOES_ON
+
+
+@pytest.mark.parametrize("error", OURS)
+def test_faults_of_ours_stay_what_they_are(error) -> None:
+    assert sentence_of(error) is None
 
 
 def test_a_read_only_database_is_named(tmp_path) -> None:
@@ -42,20 +54,6 @@ def test_a_read_only_database_is_named(tmp_path) -> None:
         connection.execute("INSERT INTO x VALUES (1)")
     connection.close()
     assert str(sentence_of(caught.value)).startswith("cannot use a database of this run: attempt to write a readonly")
-
-
-def test_what_lies_beneath_counts() -> None:
-    error = RuntimeError("the storage failed")
-    error.__cause__ = PermissionError(errno.EACCES, "Permission denied", "labels.db")
-    assert str(sentence_of(error)).startswith("cannot use labels.db: permission denied")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [KeyError("x"), FileNotFoundError(errno.ENOENT, "No such file", "x"), sqlite3.OperationalError("no such table: x")],
-)
-def test_faults_of_ours_stay_what_they_are(error) -> None:
-    assert sentence_of(error) is None
 
 
 @pytest.mark.parametrize(

@@ -31,35 +31,17 @@ class ExhaustiveSearch(Searcher):
                 return
 
 
-class TestExhaustive(SearcherConformance):
-    def make(self):
-        return ExhaustiveSearch()
+def suite_of(searcher: type[Searcher]) -> type[SearcherConformance]:
+    return type(f"Test{searcher.__name__}", (SearcherConformance,), {"make": lambda self: searcher()})
 
 
-class TestExhaustiveOverAMenuThatIsNotNested(TestExhaustive):
-    def space(self):
-        plans = [LayerPlan.evenly(8, n, probe_depth=2) for n in range(3, 8)]
-        sizes = super().space().sublayer_bytes
-        return SearchSpace(PlanMenu.build(plans, sizes, 2), sizes)
-
-
-class TestBisection(SearcherConformance):
-    def make(self):
-        return BisectionSearch()
-
-
-class TestGreedy(SearcherConformance):
-    def make(self):
-        return RemovalSearch()
-
-
-class TestMcts(SearcherConformance):
-    def make(self):
-        return MctsSearch()
-
+TestBisection, TestRemoval, TestMcts = map(suite_of, (BisectionSearch, RemovalSearch, MctsSearch))
 
 NESTED = SearcherConformance().space()
-UNNESTED = TestExhaustiveOverAMenuThatIsNotNested().space()
+UNNESTED = SearchSpace(
+    PlanMenu.build([LayerPlan.evenly(8, n, probe_depth=2) for n in range(3, 8)], NESTED.sublayer_bytes, 2),
+    NESTED.sublayer_bytes,
+)
 TABLES = SearcherConformance().tables()
 
 

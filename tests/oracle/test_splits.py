@@ -43,12 +43,6 @@ def test_another_seed_gives_other_splits_of_equal_sizes() -> None:
     assert first["test"] != second["test"]
 
 
-def test_a_quarter_of_120_is_30() -> None:
-    for start in range(20):
-        prompts = [replace(prompt, id=f"{start}-{prompt.id}") for prompt in prompts_of([120])]
-        assert [len(some) for some in splits_of(prompts, SHARES).values()] == [18, 36, 12, 30, 24]
-
-
 @pytest.mark.parametrize(("size", "slack"), [(1, 1), (2, 1), (5, 3), (24, 24)])
 def test_groups_stay_together_as_near_to_the_shares_as_they_allow(size, slack) -> None:
     prompts = prompts_of([60, 60], lambda number: f"g{number // size}")

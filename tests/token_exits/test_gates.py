@@ -26,43 +26,20 @@ from token_exits.testing import GateConformance
 MODEL = tiny_model("llama")
 
 
-class Conformance(GateConformance):
-    gate: Gate
-
-    def make(self, heads: ExitHeads) -> Gate:
-        return self.gate
-
-    def heads(self) -> ExitHeads:
-        return ExitHeads(MODEL, {}, torch.arange(3, 40))
+WEIGHTS = torch.linspace(-1, 1, MODEL.config.hidden_size), 0.1
+GATES = (
+    *(TopProbability(), Margin(), Entropy(), Patience(), Saturation(), Oracle()),
+    Classifier(dict.fromkeys(GateConformance.DEPTHS, WEIGHTS)),
+)
 
 
-class TestTopProbability(Conformance):
-    gate = TopProbability()
+def suite_of(gate: Gate) -> type[GateConformance]:
+    parts = {"make": lambda self, heads: gate, "heads": lambda self: ExitHeads(MODEL, {}, torch.arange(3, 40))}
+    return type(f"Test{type(gate).__name__}", (GateConformance,), parts)
 
 
-class TestMargin(Conformance):
-    gate = Margin()
-
-
-class TestEntropy(Conformance):
-    gate = Entropy()
-
-
-class TestPatience(Conformance):
-    gate = Patience()
-
-
-class TestSaturation(Conformance):
-    gate = Saturation()
-
-
-class TestOracle(Conformance):
-    gate = Oracle()
-
-
-class TestClassifier(Conformance):
-    weights = torch.linspace(-1, 1, MODEL.config.hidden_size), 0.1
-    gate = Classifier(dict.fromkeys(GateConformance.DEPTHS, weights))
+for gate in GATES:
+    globals()[f"Test{type(gate).__name__}"] = suite_of(gate)
 
 
 class GivenLogits(ExitHeads):
@@ -80,12 +57,20 @@ def seen(states: torch.Tensor, before: torch.Tensor | None = None, **fields: obj
     return Candidate(2, states, before, torch.arange(len(states)), len(states), GivenLogits(), **fields)  # type: ignore[arg-type]
 
 
-def test_logit_gates_match_hand_computed_values() -> None:
-    candidate = seen(torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log())
-    torch.testing.assert_close(TopProbability().confidence(candidate), torch.tensor([0.5, 1 / 3]))
-    torch.testing.assert_close(Margin().confidence(candidate), torch.tensor([0.25, 0.0]), atol=1e-6, rtol=0)
-    entropy = torch.tensor([1 - 1.5 * math.log(2) / math.log(3), 0.0])
-    torch.testing.assert_close(Entropy().confidence(candidate), entropy, atol=1e-6, rtol=0)
+TWO_TOKENS = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log()
+THREE_STATES = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
+VALUES = [
+    (TopProbability(), seen(TWO_TOKENS), [0.5, 1 / 3]),
+    (Margin(), seen(TWO_TOKENS), [0.25, 0.0]),
+    (Entropy(), seen(TWO_TOKENS), [1 - 1.5 * math.log(2) / math.log(3), 0.0]),
+    (Saturation(), seen(THREE_STATES, torch.tensor([[1.0, 0.0]] * 3)), [1.0, math.sqrt(0.5), 0.0]),
+    (Constant(0.25), seen(torch.zeros(3, 2)), [0.25] * 3),
+]
+
+
+@pytest.mark.parametrize(("gate", "candidate", "expected"), VALUES, ids=[type(row[0]).__name__ for row in VALUES])
+def test_confidence_matches_hand_computed_values(gate, candidate, expected) -> None:
+    torch.testing.assert_close(gate.confidence(candidate), torch.tensor(expected), atol=1e-6, rtol=1e-5)
 
 
 def test_patience_counts_agreements_in_a_row() -> None:
@@ -94,11 +79,6 @@ def test_patience_counts_agreements_in_a_row() -> None:
     steps = [torch.stack([a, a]), torch.stack([a, b]), torch.stack([a, b]), torch.stack([b, b])]
     found = [Patience().confidence(seen(states, memory=memory)).tolist() for states in steps]
     assert found == [[0, 0], [0.5, 0], [pytest.approx(2 / 3), 0.5], [0, pytest.approx(2 / 3)]]
-
-
-def test_saturation_is_the_cosine() -> None:
-    candidate = seen(torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]), torch.tensor([[1.0, 0.0]] * 3))
-    torch.testing.assert_close(Saturation().confidence(candidate), torch.tensor([1.0, math.sqrt(0.5), 0.0]))
 
 
 def test_classifier_learns_what_a_direction_says() -> None:
@@ -117,7 +97,3 @@ def test_oracle_knows_the_last_prediction() -> None:
     last[2] += 1
     candidate = Candidate(2, states, states, torch.arange(4), 4, heads, last=last)
     assert Oracle().confidence(candidate).tolist() == [1, 1, 0, 1]
-
-
-def test_constant() -> None:
-    assert Constant(0.25).confidence(seen(torch.zeros(3, 2))).tolist() == [0.25] * 3

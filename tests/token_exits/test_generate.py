@@ -102,38 +102,44 @@ def test_other_threads_stay_stock(model) -> None:
     assert torch.equal(found[1], stock)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"num_beams": 2}, "beam_search"),
-        ({"use_cache": False}, "dynamic cache"),
-        ({"cache_implementation": "static"}, "StaticCache"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
-        ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
-        ({"assistant_model": "other"}, "assistant_model"),
-    ],
-)
-def test_ways_of_generating_that_are_refused(model, arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(UnsupportedGenerationError, match=words):
-        exits_of(model).generate(model, **padded_batch(), **{**GREEDY, **arguments})
+REFUSED: list[tuple[type[Exception], str, dict[str, Any], dict[str, Any]]] = [
+    (UnsupportedGenerationError, "beam_search", {}, {"num_beams": 2}),
+    (UnsupportedGenerationError, "dynamic cache", {}, {"use_cache": False}),
+    (UnsupportedGenerationError, "StaticCache", {}, {"cache_implementation": "static"}),
+    (
+        UnsupportedGenerationError,
+        "output_hidden_states",
+        {},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+    ),
+    (UnsupportedGenerationError, "prefill_chunk_size", {}, {"prefill_chunk_size": 4}),
+    (UnsupportedGenerationError, "assistant_model", {}, {"assistant_model": "other"}),
+    (UnsupportedGenerationError, "padding", {}, {"attention_mask": padded_batch()["attention_mask"].flip(1)}),
+    (UnsupportedModelError, "olmo2.*known are gemma2", {"family": "olmo2"}, {}),
+    (
+        TokenExitsError,
+        "first of each kind lie before layer 3",
+        {"family": "gemma3_text", "strategy": "share", "depths": (2, 4)},
+        {},
+    ),
+    (TokenExitsError, "window 6", {"family": "gemma3_text", "strategy": "recompute"}, {}),
+    (TokenExitsError, "takes no plan", {"strategy": "recompute"}, {"plan": LayerPlan.skipping(6, {1})}),
+    (TokenExitsError, "takes none from outside", {"strategy": "recompute"}, {"cache": DynamicCache()}),
+]
+"""An error, its words, the options of the exits and the arguments of `generate()`."""
 
 
-def test_right_padding_is_refused(model) -> None:
-    batch = padded_batch()
-    batch["attention_mask"] = batch["attention_mask"].flip(1)
-    with pytest.raises(UnsupportedGenerationError, match="padding"):
-        exits_of(model).generate(model, **batch, **GREEDY)
+@pytest.mark.parametrize(("error", "words", "options", "arguments"), REFUSED, ids=[row[1] for row in REFUSED])
+def test_what_cannot_be_generated_is_refused(error, words, options, arguments) -> None:
+    exits_options = dict(options)
+    model = tiny_model(exits_options.pop("family", "llama"))
+    with pytest.raises(error, match=words):
+        exits_of(model, **exits_options).generate(model, **{**padded_batch(), **GREEDY, **arguments})
 
 
 def test_heads_of_another_model_are_refused(model) -> None:
     with pytest.raises(TokenExitsError, match="another LlamaForCausalLM"):
         exits_of(tiny_model("llama")).generate(model, **padded_batch(), **GREEDY)
-
-
-def test_families_without_known_projections_are_refused() -> None:
-    other = tiny_model("olmo2")
-    with pytest.raises(UnsupportedModelError, match=r"olmo2.*known are gemma2"):
-        exits_of(other).generate(other, **padded_batch(), **GREEDY)
 
 
 def test_projections_that_are_not_the_model_s_are_refused() -> None:
@@ -145,23 +151,7 @@ def test_projections_that_are_not_the_model_s_are_refused() -> None:
         exits_of(other).generate(other, **padded_batch(), **GREEDY)
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "arguments", "words"),
-    [
-        ("gemma3_text", {"strategy": "share", "depths": (2, 4)}, {}, "first of each kind lie before layer 3"),
-        ("gemma3_text", {"strategy": "recompute"}, {}, "window 6"),
-        ("llama", {"strategy": "recompute"}, {"plan": LayerPlan.skipping(6, {1})}, "takes no plan"),
-    ],
-)
-def test_unusable_strategies_are_refused(family: str, options: Any, arguments: Any, words: str) -> None:
-    model = tiny_model(family)
-    with pytest.raises(TokenExitsError, match=words):
-        exits_of(model, **options).generate(model, **padded_batch(), **GREEDY, **arguments)
-
-
-def test_recompute_takes_no_cache_from_outside(model) -> None:
-    with pytest.raises(TokenExitsError, match="takes none from outside"):
-        exits_of(model, strategy="recompute").generate(model, **padded_batch(), **GREEDY, cache=DynamicCache())
+def test_recompute_gives_no_cache(model) -> None:
     output: Any = exits_of(model, strategy="recompute").generate(
         model, **padded_batch(), **GREEDY, return_dict_in_generate=True
     )
