@@ -26,6 +26,13 @@ def layerbudget(*arguments) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
+def ran(*arguments) -> str:
+    """What a command prints that must end with status 0."""
+    done = layerbudget(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def refused(*arguments) -> str:
     """The one sentence of a command that must end with status 2."""
     done = layerbudget(*arguments)

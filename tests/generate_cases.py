@@ -8,7 +8,7 @@ from inspect import signature
 
 import torch
 from tiny import padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import ByLength, Recorder, make_allocator
+from tiny_allocator import Ban, ByLength, Recorder, make_allocator
 from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
@@ -18,7 +18,7 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
-from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.generation import StoppingCriteria
 
 IDS = padded_batch()["input_ids"][:1]
 S = IDS.shape[1]
@@ -32,11 +32,6 @@ class AlwaysFull(ByLength):
         losses = super()._predict(features)
         losses[:, :-1] = 1
         return losses
-
-
-class Ban(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        return scores.index_fill(1, torch.tensor(TOKENS[2]), -torch.inf)
 
 
 class StopAt(StoppingCriteria):
@@ -134,7 +129,7 @@ CASES = {
     "prefill_chunk_size": {"prefill_chunk_size": 4},
     "inputs": {"inputs": IDS, "input_ids": None},
     "generation_config": {"generation_config": GenerationConfig(max_new_tokens=3), "max_new_tokens": None},
-    "logits_processor": {"logits_processor": [Ban()]},
+    "logits_processor": {"logits_processor": [Ban(TOKENS[2])]},
     "stopping_criteria": {"stopping_criteria": [StopAt()]},
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda row, ids: [4, 5, 6 + len(ids)]},
     "streamer": {"streamer": Recorder()},

@@ -1,13 +1,18 @@
 """The benchmarks run, and the README says what they measured."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import end_to_end
+import gate
 import pytest
+import readme
+import table
+import timing
 from tiny_allocator import make_allocator
 
 from backbone.loading import load_backbone
@@ -20,15 +25,19 @@ from runtime.step_costs import StepCosts
 ROOT = Path(__file__).parents[1]
 
 
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    if str(ROOT / "benchmarks") not in sys.path:
-        sys.path.append(str(ROOT / "benchmarks"))  # as when it is run, for what the scripts share
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Runs a script of `benchmarks/` as a command, and gives what it wrote."""
+
+    def run(name: str, written: str, *options: object) -> dict:
+        module = import_module(name)
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+        words = [word for option in options for word in (option.split() if isinstance(option, str) else [str(option)])]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        module.main()
+        return json.loads((tmp_path / f"{written}.json").read_text())
+
+    return run
 
 
 FIGURE = re.compile(r"\d%|\d times\b|\b\d+\.\d+ (?:of|layers)|(?<![\w.])\d*\.\d\d\b|\d ms\b")
@@ -37,20 +46,19 @@ FIGURE = re.compile(r"\d%|\d times\b|\b\d+\.\d+ (?:of|layers)|(?<![\w.])\d*\.\d\
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_pages_show_the_committed_results(page) -> None:
-    readme, text = script("readme"), (ROOT / page).read_text()
+    text = (ROOT / page).read_text()
     assert readme.rendered(text) == text, "run `python benchmarks/readme.py`"
     assert len(readme.BLOCK.findall(text)) >= 2
 
 
 def test_readme_has_no_figure_beside_those_of_results() -> None:
-    outside = script("readme").BLOCK.sub("", (ROOT / "README.md").read_text())
+    outside = readme.BLOCK.sub("", (ROOT / "README.md").read_text())
     assert [line for line in outside.splitlines() if FIGURE.search(line)] == []
     told = ["keeps 98.6% of", "1.10 times as fast", "13.9 of 18 layers", "22 of 51 ms", "a loss of .25"]
     assert all(FIGURE.search(line) for line in told)
 
 
 def test_a_static_plan_of_equal_quality_is_the_cheapest() -> None:
-    table = script("table")
     assert table.cheapest([(0.5, 0.1), (0.7, 0.9), (0.9, 0.8), (1.0, 0.95)], 0.85) == 1
     assert table.cheapest([(0.5, 0.1), (1.0, 0.95)], 0.96) == 1  # nothing keeps so much: the full plan
 
@@ -77,55 +85,45 @@ GOOD = {
     ],
 )
 def test_the_gate_is_red_outside_its_bands(change, outside) -> None:
-    gate, bands = script("gate"), json.loads((ROOT / "configs" / "demo.bands.json").read_text())
+    bands = json.loads((ROOT / "configs" / "demo.bands.json").read_text())
     assert set(bands) == set(GOOD)
     assert sorted(gate.outside({**GOOD, **change}, bands)) == sorted(outside)
 
 
-def test_decode_compares_plan_stock_and_deleted_model(model_folder, tmp_path, monkeypatch, capsys) -> None:
-    decode = script("decode")
-    monkeypatch.setattr(decode, "RESULTS", tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", f"decode.py --model {model_folder} --name tiny --batches 2 --rounds 2 --budgets 1 0.5".split()
-    )
-    decode.main()
-    rows = json.loads((tmp_path / "decode-tiny-cpu-eager.json").read_text())["rows"]
+def test_decode_compares_plan_stock_and_deleted_model(model_folder, measured, capsys) -> None:
+    options = "--name tiny --batches 2 --rounds 2 --budgets 1 0.5"
+    rows = measured("decode", "decode-tiny-cpu-eager", "--model", model_folder, options)["rows"]
     assert [row["layers"] for row in rows] == [6, 3]
     assert all(row["cache_bytes"] == row["cache_bytes_deleted"] > 0 for row in rows)
     assert rows[1]["cache_bytes"] * 2 == rows[0]["cache_bytes"]
     assert "x the time of the deleted model" in capsys.readouterr().out
 
 
-def test_mixed_batches_are_compared_step_by_step_and_a_stopped_run_goes_on(
-    model_folder, tmp_path, monkeypatch, capsys
+def test_mixed_batches_are_compared_and_a_stopped_run_goes_on(
+    model_folder, tmp_path, monkeypatch, measured, capsys
 ) -> None:
     """The comparison that runs on a GPU with a large shape, here on a tiny one."""
-    mixed = script("mixed")
     (tmp_path / "demo.json").write_text((ROOT / "benchmarks" / "results" / "demo.json").read_text())
-    monkeypatch.setattr(mixed, "RESULTS", tmp_path)
     # Times of a tiny model are noise, which the law would take over; how they are measured is tested with the runtime.
     costs = StepCosts((1, 8), (2.0, 3.0), (0.5, 0.6), (1, 8), (2.0, 3.0), measured=True)
     monkeypatch.setattr("runtime.step_costs.measure_step_costs", lambda model: costs)
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
-    sizes = ["--rounds", "1", "--new-tokens", "3", "--contexts", "8", "--caches", "dynamic", "static"]
+    options = "--name tiny --dtype float32 --rounds 1 --new-tokens 3 --contexts 8 --caches dynamic static"
     finished = tmp_path / "run"
     finished.mkdir()
     menu = PlanMenu.build([LayerPlan.exiting(6, 4)], ((1, 1),) * 6, probe_depth=2)
     menu.save(finished / "menu.json")
     (finished / "metrics.json").write_text(json.dumps({"best": "mlp", "mlp": {"plan_shares": [0.75, 0.25]}}))
 
-    def run(*batches: str, minutes: str = "9") -> list[dict]:
-        of = ["--model", str(model_folder), "--name", "tiny", "--dtype", "float32", "--run", str(finished)]
-        command = ["mixed.py", *of, *sizes, "--minutes", minutes, "--batches", *batches]
-        monkeypatch.setattr(sys, "argv", command)
-        mixed.main()
-        return json.loads((tmp_path / "mixed-tiny-cpu-float32.json").read_text())["rows"]
+    def run(more: str) -> list[dict]:
+        places = ("--model", model_folder, "--run", finished)
+        return measured("mixed", "mixed-tiny-cpu-float32", *places, options, more)["rows"]
 
-    single = run("1")
+    single = run("--minutes 9 --batches 1")
     assert [(row["cache"], row["case"]) for row in single] == [
         (cache, case) for cache in ("dynamic", "static") for case in ("stock", "alone")
     ]
-    rows = run("1", "4")
+    rows = run("--minutes 9 --batches 1 4")
     assert rows[: len(single)] == single, "what was measured is kept"
     mixtures = [row for row in rows if row["batch"] == 4 and row["case"] != "stock"]
     assert [row["case"] for row in mixtures] == ["exit_half", "last_layer", "gap", "demo", "run"] * 2
@@ -134,44 +132,33 @@ def test_mixed_batches_are_compared_step_by_step_and_a_stopped_run_goes_on(
         assert row["cache_to_stock"] == pytest.approx(row["layers"] / 6, abs=1e-3)
         assert row["step_ms"] > 0
         assert 0 < row["law"] <= 1
-    assert run("1", "4", "8", minutes="0") == rows
+    assert run("--minutes 0 --batches 1 4 8") == rows
     assert "not begun: the time is up" in capsys.readouterr().out
 
 
-def test_frontier_writes_time_and_gap_of_every_problem(tmp_path, monkeypatch, capsys) -> None:
-    frontier = script("frontier")
-    monkeypatch.setattr(frontier, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["frontier.py", "--prompts", "200", "--plans", "6", "--rounds", "1"])
-    frontier.main()
-    result = json.loads((tmp_path / "frontier.json").read_text())
-    assert len(result["rows"]) == 2
-    assert all(row["seconds"] >= 0 and row["gap"] < 1 / 200 for row in result["rows"])
+def test_frontier_writes_time_and_gap_of_every_problem(measured, capsys) -> None:
+    rows = measured("frontier", "frontier", "--prompts 200 --plans 6 --rounds 1")["rows"]
+    assert len(rows) == 2
+    assert all(row["seconds"] >= 0 and row["gap"] < 1 / 200 for row in rows)
     assert "from the bound" in capsys.readouterr().out
 
 
-def test_menus_are_compared_as_static_plans(model_folder, prompts_file, tmp_path, monkeypatch) -> None:
-    menus = script("menus")
-    monkeypatch.setattr(menus, "RESULTS", tmp_path)
+def test_menus_are_compared_as_static_plans(model_folder, prompts_file, measured) -> None:
     options = "--name tiny --prompts 12 --search-prompts 4 --plans 3 --max-new-tokens 3 --cheapest-budget 0.7"
-    data = ["--model", str(model_folder), "--data", str(prompts_file)]
-    monkeypatch.setattr(sys, "argv", ["menus.py", *data, *options.split(), "--methods", "exits", "greedy"])
-    menus.main()
-    result = json.loads((tmp_path / "menus-tiny.json").read_text())
+    data = ("--model", model_folder, "--data", prompts_file)
+    result = measured("menus", "menus-tiny", *data, options, "--methods exits greedy")
     assert {row["method"] for row in result["plans"]} == {"exits", "greedy"}
     assert all(row["quality_ratio"] == 1 for row in result["plans"] if row["budget"] == 1)
     assert 0.6 < result["oracle"]["equal_mean_budget"] <= result["oracle"]["own_score_budget"] <= 1
 
 
-def test_labelling_compares_its_ways(model_folder, prompts_file, tmp_path, monkeypatch) -> None:
-    labelling = script("labelling")
-    monkeypatch.setattr(labelling, "RESULTS", tmp_path)
+def test_labelling_compares_its_ways(model_folder, prompts_file, monkeypatch, measured) -> None:
+    labelling = import_module("labelling")
     monkeypatch.setattr(labelling, "KILLS", 1)
     monkeypatch.setattr(labelling, "million", lambda folder: {})
     options = "--prompts 16 --plans 3 --max-new-tokens 3 --alone 2 --judges agreement --device cpu"
-    data = ["--model", str(model_folder), "--data", str(prompts_file)]
-    monkeypatch.setattr(sys, "argv", ["labelling.py", *data, *options.split()])
-    labelling.main()
-    result = json.loads((tmp_path / "labelling-embedded.json").read_text())
+    data = ("--model", model_folder, "--data", prompts_file)
+    result = measured("labelling", "labelling-embedded", *data, options)
     assert result["kills"]["hash_equal"]
     assert result["kills"]["labels"] == result["kills"]["expected"]
     for menu in ("exits", "greedy"):
@@ -179,21 +166,14 @@ def test_labelling_compares_its_ways(model_folder, prompts_file, tmp_path, monke
         assert result[menu]["agreement"]["shortcut"]["forward_tokens_to_exhaustive"] < 1
 
 
-def test_healing_are_compared_on_the_same_prompts(model_folder, tmp_path, monkeypatch) -> None:
+def test_healing_is_compared_on_the_same_prompts(model_folder, tmp_path, measured) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    rows = [
-        {"id": str(i), "task": "ab"[i % 2], "prompt": f"{i} abcdef", "reference": "", "judge": "agreement"}
-        for i in range(40)
-    ]
+    rows = [{"task": "ab"[i % 2], "prompt": f"{i} abcdef", "reference": "", "judge": "agreement"} for i in range(40)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    adapt = script("adapt")
-    monkeypatch.setattr(adapt, "RESULTS", tmp_path)
     options = "--name tiny --train 20 --test 10 --plans 3 --probe-depth 2 --max-new-tokens 3 --search-prompts 4"
     steps = "--decode-steps 4 --leave-out a --epochs 1 --menus exits --methods none bridges both --stop"
-    data = ["--model", str(model_folder), "--data", str(prompts), "--work", str(tmp_path / "work")]
-    monkeypatch.setattr(sys, "argv", ["adapt.py", *data, *options.split(), *steps.split()])
-    adapt.main()
-    result = json.loads((tmp_path / "adapt-tiny.json").read_text())
+    places = ("--model", model_folder, "--data", prompts, "--work", tmp_path / "work")
+    result = measured("adapt", "adapt-tiny", *places, options, steps)
     frozen, bridged, _ = result["rows"]
     assert frozen["quality"][-1] == bridged["quality"][-1] == 1
     assert all(after > before for before, after in zip(frozen["budgets"][:-1], bridged["budgets"][:-1], strict=True))
@@ -202,15 +182,12 @@ def test_healing_are_compared_on_the_same_prompts(model_folder, tmp_path, monkey
     assert "work" not in result["settings"]
 
 
-def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monkeypatch) -> None:
+def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monkeypatch, measured) -> None:
     run_all(load_config(config_file(tuning={"components": [6], "folds": 2})))
-    controllers = script("controllers")
-    monkeypatch.setattr(controllers, "RESULTS", tmp_path)
+    run = tmp_path / "runs" / "tiny"
     options = "--name tiny --alphas 0.1 --splits 20 --new-tokens 3 --tuning-prompts 120 --tuning-trials 4 --workers 1"
-    monkeypatch.setattr(sys, "argv", ["controllers.py", "--run", str(tmp_path / "runs" / "tiny"), *options.split()])
-    controllers.main()
-    result = json.loads((tmp_path / "controllers-tiny.json").read_text())
-    split = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())["prompts"]
+    result = measured("controllers", "controllers-tiny", "--run", run, options)
+    split = json.loads((run / "metrics.json").read_text())["prompts"]
     assert result["prompts"] == sum(split.values()) - split["adapt"]
     assert {row["policy"] for row in result["captured"]} >= {"lightgbm", "mlp", "shuffled"}
     assert {(row["risk"], row["controller"]) for row in result["certificate"]} == {
@@ -220,26 +197,17 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     assert all(row["violations"] <= 0.3 for row in result["simulated"])
     assert 0 < result["milliseconds"]["decision"] < result["milliseconds"]["generation"] * 100
     assert result["tuning"]["trials_each"] == 2
-    keep = script("keep")
-    monkeypatch.setattr(keep, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["keep.py", "--run", str(tmp_path / "runs" / "tiny")])
-    keep.main()
-    kept = (tmp_path / "tiny.json").read_text()
-    assert "settings" in json.loads(kept)["tuning"]["controllers"]["mlp"]
-    assert "examples" not in json.loads(kept)
-    assert str(tmp_path) not in kept
-    _check_redraws(tmp_path, monkeypatch)
+    kept = measured("keep", "tiny", "--run", run)
+    assert "settings" in kept["tuning"]["controllers"]["mlp"]
+    assert "examples" not in kept
+    assert str(tmp_path) not in json.dumps(kept)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    _check_redraws(measured("redraws", "redraws-tiny", "--run", run, "--name tiny --draws 2 --calibrations 2"))
+    assert readme.levels(kept).count("\n") == 1 + len(kept["certificates"])
+    assert "the allocator" in readme.contributions(kept)
 
 
-def _check_redraws(tmp_path, monkeypatch) -> None:
-    redraws = script("redraws")
-    monkeypatch.setattr(redraws, "RESULTS", tmp_path)
-    run = str(tmp_path / "runs" / "tiny")
-    monkeypatch.setattr(
-        sys, "argv", ["redraws.py", "--run", run, "--name", "tiny", "--draws", "2", "--calibrations", "2"]
-    )
-    redraws.main()
-    result = json.loads((tmp_path / "redraws-tiny.json").read_text())
+def _check_redraws(result) -> None:
     assert result["draws"] == 2
     policies = result["policies"]
     assert policies.keys() == {"allocator", "task", "best_static", "oracle"}
@@ -247,28 +215,17 @@ def _check_redraws(tmp_path, monkeypatch) -> None:
     assert 0 < budget["low"] <= budget["mean"] <= budget["high"] <= 1
     assert policies["oracle"]["quality_ratio"]["low"] > 0.999, "at the full model's mean score, or above"
     assert policies["task"].keys() == policies["allocator"].keys() >= {"certified", "broken", "worse", "better"}
-    pages = script("readme")
-    monkeypatch.setattr(pages, "RESULTS", tmp_path)
-    assert pages.redrawn("tiny").count("\n") == 5
-    assert "of 4 draws" in pages.bounds("tiny")
-    metrics = json.loads((tmp_path / "tiny.json").read_text())
-    assert pages.levels(metrics).count("\n") == 1 + len(metrics["certificates"])
-    assert "the allocator" in pages.contributions(metrics)
+    assert readme.redrawn("tiny").count("\n") == 5
+    assert "of 4 draws" in readme.bounds("tiny")
 
 
-def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, capsys) -> None:
+def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, measured, capsys) -> None:
     model, _ = load_backbone(str(model_folder))
     make_allocator(model).save_pretrained(tmp_path / "allocator")
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
-    runtime, results = script("end_to_end"), []
-    monkeypatch.setattr(runtime, "RESULTS", tmp_path)
-    data = ["--model", str(model_folder), "--allocator", str(tmp_path / "allocator"), "--data", str(prompts_file)]
-    options = "--prompts 8 --new-tokens 4 --rounds 2 --name tiny --peers"
-    for sizes in ("1,4", "1,4,offline"):
-        monkeypatch.setattr(sys, "argv", ["runtime.py", *data, *options.split(), "--sizes", sizes])
-        runtime.main()
-        results.append(json.loads((tmp_path / "runtime-tiny.json").read_text()))
-    first, result = results
+    data = ("--model", model_folder, "--allocator", tmp_path / "allocator", "--data", prompts_file)
+    options = "--prompts 8 --new-tokens 4 --rounds 2 --name tiny --peers --sizes"
+    first, result = (measured("end_to_end", "runtime-tiny", *data, options, size) for size in ("1,4", "1,4,offline"))
     assert result["runs"][:2] == first["runs"], "what was measured is kept"
     assert result["differing"] == {"rows": 8, "tokens": 0, "rows_parted_at_a_near_tie": 0}
     assert [run["batch"] for run in result["runs"]] == [1, 4, "offline"]
@@ -289,9 +246,7 @@ def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path,
     assert "allocator" not in result["settings"], "no paths"
     assert "0 differing tokens" in capsys.readouterr().out
     few = "--prompts 2 --new-tokens 4 --rounds 0 --name few --differing 2 --sizes 1 --only lossless"
-    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *data, *few.split()])
-    runtime.main()
-    found = json.loads((tmp_path / "runtime-few.json").read_text())
+    found = measured("end_to_end", "runtime-few", *data, few)
     ours = {name for name, row in found["runs"][0]["contestants"].items() if "not_run" not in row}
     assert ours == {"stock", "lossless"}
     assert found["runs"][0]["contestants"]["stock"]["rounds"] == 1
@@ -299,15 +254,13 @@ def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path,
 
 
 def test_speed_beyond_the_layers_left_out_is_marked() -> None:
-    runtime = script("end_to_end")
-    measured = sys.modules["timing"].Measured
-    answers = sys.modules["timing"].Answers()
-    found = {name: measured(answers, 50, 0, [1.0]) for name in ("known", "ideal", "allocator", "layer_skip")}
-    found["stock"] = measured(answers, 100, 0, [1.9])
+    answers = timing.Answers()
+    found = {name: timing.Measured(answers, 50, 0, [1.0]) for name in ("known", "ideal", "allocator", "layer_skip")}
+    found["stock"] = timing.Measured(answers, 100, 0, [1.9])
     found["known"].seconds = [0.9]
     found["layer_skip"].seconds = [0.5]
     found["tide"] = "it failed"
-    rows = runtime.rows_of(found, dict.fromkeys(found, 1.0), 6, 1, 1)["contestants"]
+    rows = end_to_end.rows_of(found, dict.fromkeys(found, 1.0), 6, 1, 1)["contestants"]
     assert rows["tide"] == {"not_run": "it failed"}
     assert rows["allocator"]["layers"] == 3
     assert rows["allocator"]["credible"] is True

@@ -15,7 +15,14 @@ from command import layerbudget as command
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import make_allocator
 
+import layerbudget
+from layerbudget.cli import app
+
 ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
 def test_no_dependency_owns_one_of_our_names() -> None:
@@ -26,21 +33,17 @@ def test_no_dependency_owns_one_of_our_names() -> None:
 
 def test_a_shadowed_package_is_named(tmp_path) -> None:
     (tmp_path / "controller.py").write_text("")
-    code = "import layerbudget; layerbudget.Allocator"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert f"Python finds {tmp_path.resolve() / 'controller.py'}; rename that module" in done.stderr
+    said = python("import layerbudget; layerbudget.Allocator", tmp_path).stderr
+    assert f"Python finds {tmp_path.resolve() / 'controller.py'}; rename that module" in said
 
 
 def test_importing_layerbudget_is_light() -> None:
     heavy = ("torch", "transformers", "mlflow")
     code = f"import sys, layerbudget, layerbudget.cli; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert python(code).stdout.strip() == "[]"
 
 
 def test_public_names_resolve() -> None:
-    import layerbudget
-
     assert {getattr(layerbudget, name).__name__ for name in layerbudget.__all__} == set(layerbudget.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Alocator'"):
         _ = layerbudget.Alocator
@@ -93,8 +96,6 @@ def test_the_wheel_generates_beside_packages_of_the_same_names(wheel, tmp_path) 
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    import layerbudget
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert layerbudget.__version__ == project["version"]
     done = command("--version")
@@ -102,37 +103,23 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 def test_what_users_catch_is_public() -> None:
-    import layerbudget
-
     errors = {name for name in layerbudget.__all__ if name.endswith("Error")}
     assert all(issubclass(getattr(layerbudget, name), layerbudget.InputError) for name in errors)
     raised = {"LoadError", "PlanError", "WrongModelError", "UnsupportedGenerationError"}
     assert raised | {"InputError", "UnsupportedModelError", "ArtefactError"} <= errors
 
 
-NOT_IN_CORE = (
-    "datasets",
-    "jinja2",
-    "lightgbm",
-    "mapie",
-    "mlflow",
-    "optuna",
-    "pyarrow",
-    "pydantic",
-    "rouge_score",
-    "sklearn",
-)
+EXTRA = ["datasets", "jinja2", "lightgbm", "mapie", "mlflow", "optuna", "pyarrow", "pydantic", "rouge_score", "sklearn"]
 
 
 def test_without_the_pipelines_extra_generation_works_and_stages_say_what_to_install(tmp_path) -> None:
     """As in an environment that has only the core dependencies: the others cannot be imported."""
-    block = f"import sys; sys.modules.update(dict.fromkeys({NOT_IN_CORE}))"
-    use = (
-        "import layerbudget, runtime.answer_files, controller.models.gbdt, controller.models.mlp; layerbudget.Allocator"
-    )
-    subprocess.run([sys.executable, "-c", f"{block}; {use}"], check=True, cwd=tmp_path)
+    block = f"import sys; sys.modules.update(dict.fromkeys({EXTRA}))"
+    modules = "layerbudget, runtime.answer_files, controller.models.gbdt, controller.models.mlp"
+    use = f"import {modules}; layerbudget.Allocator"
+    assert python(f"{block}; {use}", tmp_path).returncode == 0
     run = "from layerbudget.cli import main; sys.argv = ['layerbudget', 'run', 'x.yaml']; main()"
-    done = subprocess.run([sys.executable, "-c", f"{block}; {run}"], capture_output=True, text=True, cwd=tmp_path)
+    done = python(f"{block}; {run}", tmp_path)
     assert done.returncode == 2
     assert "is not installed; `pip install 'layerbudget[pipelines]'` brings it" in done.stderr
 
@@ -142,8 +129,6 @@ def test_readme_commands_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^ *make (\w+)", text, re.M)) <= targets
     assert {"demo", "test"} <= set(re.findall(r"^ *make (\w+)", text, re.M))
-    from layerbudget.cli import app
-
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     used = set(re.findall(r"^    layerbudget (\w+) ", text, re.M))
     assert {"run", "inspect", "generate"} <= used <= commands

@@ -36,12 +36,7 @@ OLD = {
 @pytest.mark.parametrize("today", OLD)
 def test_old_words_are_gone(today) -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
-    pages += [
-        path
-        for folder in FOLDERS
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".yaml", ".j2")
-    ]
+    pages += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
     found = [
         f"{path.relative_to(ROOT)}: {match[0]}"
         for path in pages

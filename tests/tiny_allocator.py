@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tiny import N_LAYERS, padded_batch
+from transformers.generation import LogitsProcessor
 
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import model_fingerprint, sublayer_bytes
@@ -25,7 +26,11 @@ from runtime.saving.file_bundle import digest_of, file_hash
 
 SETS = ("states", "path", "length")
 PLANS = [LayerPlan.skipping(N_LAYERS, {3, 4}), LayerPlan.skipping(N_LAYERS, {4})]
+FULL = LayerPlan.full(N_LAYERS)
+CHOSEN = [FULL, PLANS[1], PLANS[0], PLANS[0]]
+"""The plans that `ByLength` chooses for `padded_batch`."""
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
+DICT = {"return_dict_in_generate": True}
 
 
 class ByLength(Controller):
@@ -57,6 +62,26 @@ class Recorder:
 
     def end(self) -> None:
         self.ends += 1
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for put in self.put_ for token in torch.tensor(put).flatten().tolist()]
+
+
+class Ban(LogitsProcessor):
+    """Keeps one token from being said."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor(self.token), -torch.inf)
+
+
+def prompt(row: int) -> torch.Tensor:
+    """One prompt [1, S] of `padded_batch`, without its padding."""
+    batch = padded_batch()
+    return batch["input_ids"][row : row + 1, batch["attention_mask"][row].bool()]
 
 
 @cache

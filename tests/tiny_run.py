@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ def write_prompts(path: Path) -> Path:
         rows.append({"id": f"{task}-{number}", "task": task, "prompt": text, "reference": "", "judge": "agreement"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def change_prompts(path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> None:
+    """Put what `change` makes of a row's number and the row in its place, in a file of prompts."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(number, row)) + "\n" for number, row in enumerate(rows)))
 
 
 def tiny_settings(folder: Path, model: Path, prompts: Path) -> dict[str, Any]:

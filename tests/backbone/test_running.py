@@ -13,7 +13,6 @@ from transformers import CompileConfig
 from backbone.errors import PlanError, UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan, apply_plans
 from backbone.execution.prompt_prefix import probe_states
-from backbone.execution.rows import remembered_plans
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from backbone.testing import patches

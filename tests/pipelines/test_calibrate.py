@@ -1,6 +1,5 @@
 """The split `calibrate`: labelled where prices choose, and a bound that is broken as seldom as promised."""
 
-import importlib
 import json
 import pickle
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import certificates
 import numpy as np
 import pytest
 import yaml
@@ -175,9 +175,6 @@ def test_a_table_keeps_which_scores_are_known() -> None:
     assert replace(table, labelled=None).rows(np.array([1])).labelled is None
 
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-certificates = importlib.import_module("certificates")
-
 DELTA = certificates.DELTA
 FAILED = float("nan")
 
@@ -220,21 +217,14 @@ def test_prompts_of_one_group_or_of_one_text_go_together(prompts, expected) -> N
 
 
 rare = certificates.rare_loss
+failing, grouped, many = (
+    partial(rare, **how)
+    for how in ({"rate": 0.2, "score": FAILED}, {"rate": 0.4, "copies": 8}, {"rate": 0.2, "controllers": 6})
+)
 CASES = [
-    certificates.Case(
-        "judge fails", partial(rare, rate=0.2, score=FAILED), (0.03,), n=150, wrong=certificates.without_failures
-    ),
-    certificates.Case(
-        "groups of eight", partial(rare, rate=0.4, copies=8), (0.2,), "score_lost", 240, wrong=certificates.each_apart
-    ),
-    certificates.Case(
-        "best of six controllers",
-        partial(rare, rate=0.2, controllers=6),
-        (0.1,),
-        "score_lost",
-        60,
-        wrong=lambda table: table,
-    ),
+    certificates.Case("judge fails", failing, (0.03,), n=150, wrong=certificates.without_failures),
+    certificates.Case("groups of eight", grouped, (0.2,), "score_lost", 240, wrong=certificates.each_apart),
+    certificates.Case("best of six controllers", many, (0.1,), "score_lost", 60, wrong=lambda table: table),
 ]
 
 

@@ -17,17 +17,18 @@ def test_every_shipped_config_loads_and_says_its_command(path) -> None:
     assert any(f"layerbudget run configs/{path.name}" in line for line in first_lines)
 
 
+DEMO = ROOT / "configs/demo.yaml"
+
+
 def test_settings_go_over_the_file_over_the_defaults() -> None:
-    config = load_config(
-        ROOT / "configs/demo.yaml", ["data.limit=64", "name=mixed", "decoding.stop=[]", "label.tolerance=0.1"]
-    )
+    config = load_config(DEMO, ["data.limit=64", "name=mixed", "decoding.stop=[]", "label.tolerance=0.1"])
     assert (config.data.limit, config.name, config.decoding.stop, config.label.tolerance) == (64, "mixed", [], 0.1)
     assert config.menu.method == "given", "what the file says and the command line does not"
     assert config.tuning.components == [12, 24, 48, 96]
 
 
 def test_a_dumped_config_is_the_same_run(tmp_path) -> None:
-    config = load_config(ROOT / "configs/demo.yaml", ["data.limit=64"])
+    config = load_config(DEMO, ["data.limit=64"])
     (tmp_path / "demo.yaml").write_text(config.dump())
     assert load_config(tmp_path / "demo.yaml").model_dump() == config.model_dump()
 
@@ -60,10 +61,7 @@ def test_the_reference_shows_every_key() -> None:
         ("judge=exact", "unknown key 'judge'; that name has 'data.judge'"),
         ("batch_size=8", "that name has 'label.batch_size', 'features.batch_size'"),
         ("token_exits.enabled=true", "finished run: `python benchmarks/exits.py comparison --run RUN`"),
-        (
-            "tuning.given={mlp: {sets: [length], component: 3}}",
-            "component'; 'tuning.given.mlp' takes no",
-        ),
+        ("tuning.given={mlp: {sets: [length], component: 3}}", "component'; 'tuning.given.mlp' takes no"),
         ("zeal=1", "unknown key 'zeal'; the keys are name, runs, model, data, decoding"),
         ("model=gpt2", "model should hold keys of its own, got 'gpt2'; the keys of 'model' are source, dtype, device"),
         ("calibration.keep=20", "calibration.keep.0: Input should be less than 10, got 20"),
@@ -105,10 +103,7 @@ def test_the_reference_shows_every_key() -> None:
         ("decoding.stop=['']", "decoding.stop.0: String should have at least 1 character"),
         ("adapt.epochs=.inf", "adapt.epochs: Input should be a finite number"),
         ("data.columns={promt: x}", "columns names the field 'promt'; the fields of a prompt are id, task"),
-        (
-            "evaluation.own_judges=4",
-            "unknown key 'evaluation.own_judges'; rescoring a finished run by",
-        ),
+        ("evaluation.own_judges=4", "unknown key 'evaluation.own_judges'; rescoring a finished run by"),
         ("evaluation.frozen=true", "plans with and without healing parts are now compared by benchmarks/adapt.py"),
         ("evaluation.control_trials=4", "controls have default settings; benchmarks/redraws.py searches"),
         ("evaluation.template=x", "yourself, and give them to `layerbudget compare`"),
@@ -122,7 +117,7 @@ def test_the_reference_shows_every_key() -> None:
 )
 def test_wrong_settings_are_named(setting, message) -> None:
     with pytest.raises(ConfigError) as error:
-        load_config(ROOT / "configs/demo.yaml", [setting])
+        load_config(DEMO, [setting])
     assert message in str(error.value)
 
 
@@ -151,18 +146,15 @@ def test_wrong_files_are_named(tmp_path, text, message) -> None:
         load_config(tmp_path / "none.yaml")
 
 
-def test_a_single_prompt_to_try_is_one_prompt() -> None:
+def test_a_single_value_is_a_list_of_one() -> None:
     for setting in ("try_prompts=what is this", "try_prompts=[what is this]"):
-        assert load_config(ROOT / "configs/demo.yaml", [setting]).try_prompts == ["what is this"]
+        assert load_config(DEMO, [setting]).try_prompts == ["what is this"]
+    for setting, keep in (("calibration.keep=1.05", [1.05]), ("calibration.keep=[0.97, 1, 1.05]", [0.97, 1.0, 1.05])):
+        assert load_config(DEMO, [setting]).calibration.keep == keep
 
 
 def test_a_head_at_full_depth_needs_fitted_heads() -> None:
     menu = "menu={method: given, given: [0-9, 0-17h]}"
     with pytest.raises(ConfigError, match=r"the full depth with an exit head, and adapt\.method=bridges fits none"):
-        load_config(ROOT / "configs/demo.yaml", [menu, "adapt={method: bridges}"])
-    assert load_config(ROOT / "configs/demo.yaml", [menu, "adapt={method: heads}"]).menu.given == ["0-9", "0-17h"]
-
-
-def test_keep_is_a_number_or_a_list() -> None:
-    for setting, keep in (("calibration.keep=1.05", [1.05]), ("calibration.keep=[0.97, 1, 1.05]", [0.97, 1.0, 1.05])):
-        assert load_config(ROOT / "configs/demo.yaml", [setting]).calibration.keep == keep
+        load_config(DEMO, [menu, "adapt={method: bridges}"])
+    assert load_config(DEMO, [menu, "adapt={method: heads}"]).menu.given == ["0-9", "0-17h"]

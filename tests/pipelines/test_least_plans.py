@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from command import layerbudget, refused
+from command import layerbudget, ran, refused
 from tiny import N_LAYERS
 
 from backbone.plan import LayerPlan
@@ -17,18 +17,16 @@ MENU = {"method": "exits", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4}
 @pytest.fixture
 def path(config_file):
     path = config_file(menu=MENU)
-    done = layerbudget("menu", path)
-    assert done.returncode == 0, done.stderr
+    ran("menu", path)
     return path
 
 
 def searched(path: Path, name: str, *options: object) -> tuple[list[dict[str, str]], str]:
-    done = layerbudget("search", path, "--searcher", name, *options)
-    assert done.returncode == 0, done.stderr
+    said = ran("search", path, "--searcher", name, *options)
     folder = path.parent / "runs" / "tiny" / "search"
     assert (folder / f"{name}.svg").read_text().startswith("<svg")
     with (folder / f"{name}.csv").open() as file:
-        return list(csv.DictReader(file)), " ".join(done.stdout.split())
+        return list(csv.DictReader(file)), " ".join(said.split())
 
 
 def count(path: Path) -> int:
@@ -41,6 +39,7 @@ def test_the_whole_menu_proves_what_it_finds(path) -> None:
     rows, said = searched(path, "bisection", "--prompts", 12)
     menu = [plan["runs"] for plan in json.loads((path.parent / "runs/tiny/menu.json").read_text())["plans"]]
     assert len(rows) == 12
+    assert len({row["id"] for row in rows}) == 12
     assert {row["task"] for row in rows} == {"short", "long"}
     for row in rows:
         assert row["plan"] in menu
@@ -69,9 +68,8 @@ def test_search_beyond_the_menu_resumes_and_gets_no_dearer(path) -> None:
 
 def test_a_run_takes_no_notice(path) -> None:
     searched(path, "bisection", "--prompts", 4)
-    assert layerbudget("adapt", path).returncode == 0
-    done = layerbudget("label", path)
-    assert done.returncode == 0, done.stderr
+    for stage in ("adapt", "label"):
+        ran(stage, path)
 
 
 def test_what_cannot_be_searched_is_one_sentence(path, config_file) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -42,15 +43,8 @@ def test_durations_are_told_in_the_unit_that_suits(seconds: float, text: str) ->
 
 
 @pytest.fixture
-def config(tmp_path: Path):
-    class Tracking:
-        experiment = "mine"
-        uri = ""
-
-    class Config:
-        tracking = Tracking()
-
-    yield Config()
+def config():
+    yield SimpleNamespace(tracking=SimpleNamespace(experiment="mine", uri=""))
     mlflow.set_tracking_uri(None)
 
 

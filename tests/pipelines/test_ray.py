@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from command import layerbudget, refused
+from command import ran, refused
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from ray_processes import content, finish, label_until_killed, label_while_killing
@@ -59,10 +59,9 @@ def test_killed_drivers_lose_and_double_nothing(alone, tmp_path) -> None:
 def test_stages_on_ray_end_as_in_one_process(config_file, tmp_path) -> None:
     paths = [config_file(f"{name}.yaml", name=name, label={"batch_size": 4}) for name in ("one", "two")]
     for path, words in zip(paths, ([], ["--ray"]), strict=True):
-        assert layerbudget("menu", path).returncode == 0
+        ran("menu", path)
         for stage in ("adapt", "label", "features"):
-            done = layerbudget(stage, path, *words)
-            assert done.returncode == 0, done.stderr
+            ran(stage, path, *words)
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     assert content(one / "labels.db") == content(two / "labels.db")
     assert (one / "healing.safetensors").read_bytes() == (two / "healing.safetensors").read_bytes()
@@ -95,5 +94,5 @@ def divided(piece: int) -> float:
 def test_a_cluster_that_is_not_there_is_named(config_file) -> None:
     path = config_file()
     for stage in ("menu", "adapt"):
-        assert layerbudget(stage, path).returncode == 0
+        ran(stage, path)
     assert "no Ray cluster can be used at 'auto'" in refused("label", path, "--ray", "auto")

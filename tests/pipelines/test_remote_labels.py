@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from command import layerbudget, refused
+from command import layerbudget, ran, refused
 
 from backbone.healing.fit_bridges import bridges_of, fit_bridges
 from layerbudget import cli
@@ -58,8 +58,7 @@ def alone(config_file):
     """A run whose stages up to `features` one process did, in several blocks and batches."""
     config = load_config(config_file(label={"batch_size": 4}, features={"batch_size": 8}))
     for stage in ("menu", "adapt", "label", "features"):
-        done = layerbudget(stage, config.file)
-        assert done.returncode == 0, done.stderr
+        ran(stage, config.file)
     return config
 
 
@@ -67,7 +66,7 @@ def alone(config_file):
 def other(alone, config_file):
     """The same run, of which only the menu is made."""
     path = config_file("other.yaml", name="other", label={"batch_size": 4}, features={"batch_size": 8})
-    assert layerbudget("menu", path).returncode == 0
+    ran("menu", path)
     return load_config(path)
 
 
@@ -193,19 +192,12 @@ def test_the_address_may_be_left_out(given, read) -> None:
     assert LOCAL == distributed.LOCAL
 
 
-def test_without_ray_a_sentence_says_what_to_install(alone, monkeypatch) -> None:
+def test_what_cannot_be_shared_out_is_one_sentence(alone, tmp_path, monkeypatch) -> None:
+    before = content(alone.folder / "labels.db")
+    done = layerbudget("label", alone.file, "--ray", "auto", "--shard", "1/2")
+    assert (done.returncode, "--shard and --ray were both given" in done.stderr) == (2, True)
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "pip install 'layerbudget[ray]'" in refused("label", alone.file, "--ray")
-
-
-def test_shards_are_the_way_without_ray(alone) -> None:
-    done = layerbudget("label", alone.file, "--ray", "auto", "--shard", "1/2")
-    assert done.returncode == 2
-    assert "--shard and --ray were both given" in done.stderr
-
-
-def test_what_is_no_store_is_not_merged(alone, tmp_path) -> None:
-    before = content(alone.folder / "labels.db")
     assert "there is no label store" in refused("merge", alone.file, tmp_path / "nowhere.db")
     assert "cannot use the label store" in refused("merge", alone.file, alone.file)
     assert content(alone.folder / "labels.db") == before

@@ -1,6 +1,5 @@
 """Which prompts stand for a run, and what `generate()` runs for them."""
 
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -14,7 +13,6 @@ from oracle.chat import padded_prompts
 from pipelines.config import load_config
 from pipelines.evaluation.examples import check_layers_run, example_rows
 from pipelines.evaluation.speed import timed_rows
-from pipelines.run import runner
 from pipelines.run.runner import run_one
 from pipelines.run.workspace import Workspace
 from pipelines.stages import adapt
@@ -25,12 +23,8 @@ from runtime import plan_selection as deciding
 @pytest.mark.parametrize("method", ["both", "best"])
 @pytest.mark.parametrize("wanted", [8, 400])
 def test_adapt_fits_on_every_prompt_once(config_file, method, wanted) -> None:
-    config = load_config(
-        config_file(
-            menu={"method": "exits", "probe_depth": 2, "plans": 3},
-            adapt={"method": method, "prompts": wanted, "references": False},
-        )
-    )
+    menu = {"method": "exits", "probe_depth": 2, "plans": 3}
+    config = load_config(config_file(menu=menu, adapt={"method": method, "prompts": wanted, "references": False}))
     run_one(config, "menu")
     given = {}
 
@@ -62,30 +56,11 @@ def test_adapt_fits_on_every_prompt_once(config_file, method, wanted) -> None:
         assert given["bridges"] == sequences, "of which every so many-th is held out"
 
 
-def _searched(names: list[str], wanted: int) -> list[str]:
-    """What `layerbudget search` looks at."""
-    seen: list[str] = []
-    workspace = SimpleNamespace(prompts=SimpleNamespace(splits={"train": names}))
-    state = SimpleNamespace(is_done=lambda stage: True)
-    with (
-        patch.object(runner, "_checked", return_value=workspace),
-        patch.object(runner, "_own_folder") as folder,
-        patch.object(runner, "own_search_folder"),
-        patch.object(runner, "find_least_plans", lambda *given: seen.extend(given[-1]) or []),
-        patch.object(runner, "described", return_value=[]),
-        patch.object(runner, "write_least_plans", return_value=[]),
-    ):
-        folder.return_value.__enter__.return_value = state
-        runner.run_search(SimpleNamespace(), "mcts", 1, "train", wanted)
-    return seen
-
-
 PICKED = {
     "menu": (
         lambda names, wanted: [name for part in _parts(names, wanted) for name in part],
         lambda count, wanted: count,
     ),
-    "search": (_searched, min),
     "timed": (lambda names, wanted: timed_rows(np.arange(len(names)) % 3, wanted), min),
     "shown": (
         lambda names, wanted: example_rows([name[-1] for name in names], np.arange(len(names)) == 3, wanted),
@@ -106,19 +81,18 @@ def test_no_prompt_is_picked_twice(place) -> None:
 TASKS = ["a", "a", "b", "a", "b", "c"]
 
 
-def _worse(*rows: int) -> np.ndarray:
-    return np.isin(np.arange(len(TASKS)), rows)
-
-
-def test_examples_are_the_first_of_each_kind_then_the_second() -> None:
-    assert example_rows(TASKS, _worse(), 3) == [0, 2, 5]
-    assert example_rows(TASKS, _worse(), 5) == [0, 2, 5, 1, 4]
-    assert example_rows(TASKS, _worse(), 9) == [0, 2, 5, 1, 4, 3]
-
-
-def test_examples_show_one_worse_answer_if_there_is_any() -> None:
-    assert example_rows(TASKS, _worse(3, 4), 3) == [0, 2, 4]
-    assert example_rows(TASKS, _worse(2, 4), 3) == [0, 2, 5]
+@pytest.mark.parametrize(
+    ("worse", "wanted", "shown"),
+    [
+        ([], 3, [0, 2, 5]),
+        ([], 5, [0, 2, 5, 1, 4]),
+        ([], 9, [0, 2, 5, 1, 4, 3]),
+        ([3, 4], 3, [0, 2, 4]),
+        ([2, 4], 3, [0, 2, 5]),
+    ],
+)
+def test_examples_are_of_each_kind_and_one_is_worse(worse, wanted, shown) -> None:
+    assert example_rows(TASKS, np.isin(np.arange(len(TASKS)), worse), wanted) == shown
 
 
 TEXTS = ["abc", "abcd", "bcd", "bcde", "cde", "cdef", "def", "defg", 11 * "a", 11 * "b"]

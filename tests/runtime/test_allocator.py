@@ -21,19 +21,14 @@ from runtime.allocator import Allocator
 from runtime.offline import generate_texts
 
 
-@pytest.fixture(scope="module")
-def allocator(model) -> Allocator:
-    return make_allocator(model)
-
-
-def test_another_model_is_refused(allocator) -> None:
+def test_another_model_is_refused(plain) -> None:
     with pytest.raises(WrongModelError, match=r"was made for llama-6x32-.* the model given is llama-6x32-"):
-        allocator.allocate(tiny_model("llama", seed=5), **padded_batch())
+        plain.allocate(tiny_model("llama", seed=5), **padded_batch())
 
 
-def test_a_copy_in_float16_is_told_why_it_is_another_model(allocator) -> None:
+def test_a_copy_in_float16_is_told_why_it_is_another_model(plain) -> None:
     with pytest.raises(WrongModelError, match=r"the model given is .*, in float16, .* load it in bfloat16 or float32"):
-        allocator.allocate(tiny_model("llama").half(), **padded_batch())
+        plain.allocate(tiny_model("llama").half(), **padded_batch())
 
 
 def test_without_a_certificate_every_prompt_runs_the_full_model(model) -> None:
@@ -129,9 +124,9 @@ def test_folders_without_an_allocator_and_newer_formats_are_refused(model, tmp_p
             Allocator.from_pretrained(tmp_path / "other")
 
 
-def test_a_repository_is_downloaded_as_asked(model, tmp_path, monkeypatch) -> None:
-    saved, asked = make_allocator(model), []
-    saved.save_pretrained(tmp_path / "snapshot" / "small" / "one")
+def test_a_repository_is_downloaded_as_asked(plain, tmp_path, monkeypatch) -> None:
+    asked = []
+    plain.save_pretrained(tmp_path / "snapshot" / "small" / "one")
 
     def download(repo_id, **options):
         asked.append((repo_id, options))
@@ -141,7 +136,7 @@ def test_a_repository_is_downloaded_as_asked(model, tmp_path, monkeypatch) -> No
     options = {"revision": "v2", "token": "hf_secret", "cache_dir": tmp_path / "cache"}
     loaded = Allocator.from_pretrained("me/mine", **options, subfolder="small/one")
     assert asked == [("me/mine", {**options, "allow_patterns": "small/one/*"})]
-    assert loaded.menu == saved.menu
+    assert loaded.menu == plain.menu
     with pytest.raises(ArtefactError, match="holds no allocator"):
         Allocator.from_pretrained("me/mine", subfolder="small/two")
     with pytest.raises(ArtefactError, match="holds no allocator"):
@@ -149,10 +144,9 @@ def test_a_repository_is_downloaded_as_asked(model, tmp_path, monkeypatch) -> No
     assert asked[-1] == ("me/mine", {"revision": None, "token": None, "cache_dir": None, "allow_patterns": None})
 
 
-def test_a_local_folder_has_subfolders_but_no_revisions(model, tmp_path) -> None:
-    saved = make_allocator(model)
-    saved.save_pretrained(tmp_path / "mine")
-    assert Allocator.from_pretrained(tmp_path, subfolder="mine").menu == saved.menu
+def test_a_local_folder_has_subfolders_but_no_revisions(plain, tmp_path) -> None:
+    plain.save_pretrained(tmp_path / "mine")
+    assert Allocator.from_pretrained(tmp_path, subfolder="mine").menu == plain.menu
     with pytest.raises(ArtefactError, match=r"revision 'v2' was asked for, but .* is a local folder"):
         Allocator.from_pretrained(tmp_path / "mine", revision="v2")
     for outside in ("../mine", str(tmp_path / "mine")):
@@ -160,7 +154,7 @@ def test_a_local_folder_has_subfolders_but_no_revisions(model, tmp_path) -> None
             Allocator.from_pretrained(tmp_path / "mine", subfolder=outside)
 
 
-def test_push_to_hub_uploads_the_saved_folder(model, allocator, monkeypatch) -> None:
+def test_push_to_hub_uploads_the_saved_folder(plain, monkeypatch) -> None:
     uploads = {}
 
     class Api:
@@ -174,15 +168,15 @@ def test_push_to_hub_uploads_the_saved_folder(model, allocator, monkeypatch) -> 
             uploads[repo_id] = json.loads((folder_path / "manifest.json").read_text())
 
     monkeypatch.setattr("runtime.saving.allocator_files.HfApi", Api)
-    assert allocator.push_to_hub("me/mine") == "hub/me/mine"
+    assert plain.push_to_hub("me/mine") == "hub/me/mine"
     assert uploads["me/mine"]["controller"] == "mlp"
 
 
-def test_texts_come_with_their_plans(model, allocator) -> None:
-    texts = generate_texts(allocator.generate, model, tiny_tokenizer(), ["abcdefgh", "ab"], Decoding(5))
+def test_texts_come_with_their_plans(model, plain) -> None:
+    texts = generate_texts(plain.generate, model, tiny_tokenizer(), ["abcdefgh", "ab"], Decoding(5))
     assert len(texts) == 2
     for text, prompt in zip(texts, ["abcdefgh", "ab"], strict=True):
-        single = generate_texts(allocator.generate, model, tiny_tokenizer(), [prompt], Decoding(5))[0]
+        single = generate_texts(plain.generate, model, tiny_tokenizer(), [prompt], Decoding(5))[0]
         assert single == text
 
 

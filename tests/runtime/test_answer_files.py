@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import layerbudget, refused, snapshot
+from command import layerbudget, ran, refused, snapshot
 from tiny import tiny_model, tiny_tokenizer
 from tiny_allocator import make_allocator
 
@@ -21,104 +21,65 @@ from backbone.loading import load_backbone
 from controller.models.mlp import MLPController
 from oracle.decoding import Decoding
 from oracle.prompts import PromptError
-from runtime.answer_files import answer_file, check_places
+from runtime.answer_files import answer_file
 
 LINE = b'{"layerbudget_answers": "0"}\n{"id": "p0", "prompt": "a", "answer": 5}\n'
 ROWS = [{"id": f"p{i}", "prompt": "abcdefgh"[: i + 1]} for i in range(6)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
-def allocator(model):
-    return replace(make_allocator(model), decoding=Decoding(3))
+def allocator(plain):
+    return replace(plain, decoding=Decoding(3))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture
 def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write(tmp_path / "prompts.jsonl", ROWS)
 
 
 def answer(allocator, model, prompts, out, **options) -> None:
     answer_file(allocator, model, tiny_tokenizer(), prompts, out, batch_size=2, **options)
 
 
-def the_prompts(folder):
-    return folder / "prompts.jsonl"
+def at_out(make):
+    """The place `out.jsonl`, once something is there."""
+
+    def place(folder):
+        make(folder / "out.jsonl")
+        return folder / "out.jsonl"
+
+    return place
 
 
-def other_spelling(folder):
-    (folder / "sub").mkdir()
-    return folder / "sub" / ".." / "prompts.jsonl"
+def linked(out) -> None:
+    out.with_name("target.jsonl").write_text("mine")
+    out.symlink_to("target.jsonl")
 
 
-def hard_link(folder):
-    os.link(folder / "prompts.jsonl", folder / "out.jsonl")
-    return folder / "out.jsonl"
-
-
-def symbolic_link(folder):
-    (folder / "target.jsonl").write_text("mine")
-    (folder / "out.jsonl").symlink_to(folder / "target.jsonl")
-    return folder / "out.jsonl"
-
-
-def dangling_link(folder):
-    (folder / "out.jsonl").symlink_to(folder / "nowhere")
-    return folder / "out.jsonl"
-
-
-def fifo(folder):
-    os.mkfifo(folder / "out.jsonl")
-    return folder / "out.jsonl"
-
-
-def unix_socket(folder):
-    socket.socket(socket.AF_UNIX).bind(str(folder / "out.jsonl"))
-    return folder / "out.jsonl"
-
-
-def directory(folder):
-    (folder / "out.jsonl").mkdir()
-    return folder / "out.jsonl"
-
-
-def device(folder):
-    return Path("/dev/null")
-
-
-def missing_parent(folder):
-    return folder / "none" / "out.jsonl"
-
-
-def partial_is_the_prompts(folder):
-    os.link(folder / "prompts.jsonl", folder / "out.jsonl.partial")
-    return folder / "out.jsonl"
+PLACES = {
+    "the prompts": (lambda folder: folder / "prompts.jsonl", "is the file of prompts itself"),
+    "another spelling": (lambda folder: folder / ".." / folder.name / "prompts.jsonl", "is the file of prompts itself"),
+    "hard link": (at_out(lambda out: os.link(out.with_name("prompts.jsonl"), out)), "is the file of prompts itself"),
+    "symbolic link": (at_out(linked), "is a symbolic link"),
+    "dangling link": (at_out(lambda out: out.symlink_to("nowhere")), "is a symbolic link"),
+    "pipe": (at_out(os.mkfifo), "is no regular file"),
+    "socket": (at_out(lambda out: socket.socket(socket.AF_UNIX).bind(str(out))), "is no regular file"),
+    "folder": (at_out(Path.mkdir), "is no regular file"),
+    "device": (lambda folder: Path("/dev/null"), "is no regular file"),
+    "missing folder": (lambda folder: folder / "none" / "out.jsonl", "cannot be written"),
+    "partial": (at_out(lambda out: os.link(out.with_name("prompts.jsonl"), f"{out}.partial")), "is not layerbudget's"),
+}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        (the_prompts, "is the file of prompts itself"),
-        (other_spelling, "is the file of prompts itself"),
-        (hard_link, "is the file of prompts itself"),
-        (symbolic_link, "is a symbolic link"),
-        (dangling_link, "is a symbolic link"),
-        (fifo, "is no regular file"),
-        (unix_socket, "is no regular file"),
-        (directory, "is no regular file"),
-        (device, "is no regular file"),
-        (missing_parent, "cannot be written"),
-        (partial_is_the_prompts, "is not layerbudget's"),
-    ],
-)
-def test_what_must_not_be_replaced_is_refused_before_anything_is_loaded(prompts, place, message, overwrite) -> None:
+@pytest.mark.parametrize("name", PLACES)
+def test_what_must_not_be_replaced_is_refused_before_anything_is_loaded(prompts, name, overwrite) -> None:
+    place, message = PLACES[name]
     out = place(prompts.parent)
     files = snapshot(prompts.parent)
     flags = ["--overwrite"] if overwrite else []
@@ -180,20 +141,20 @@ def files_up_to(size: int):
 
 
 def test_after_a_full_disk_the_same_command_goes_on(model_folder, tmp_path, prompts) -> None:
-    rows = [{"id": f"p{i}", "prompt": "abcdefgh"[: 1 + i % 8] * 20} for i in range(30)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(prompts, [{"id": f"p{i}", "prompt": "abcdefgh"[: 1 + i % 8] * 20} for i in range(30)])
     model, _ = load_backbone(str(model_folder), device="cpu")
     made = replace(make_allocator(model), decoding=Decoding(3), model_source=str(model_folder))
     made.save_pretrained(tmp_path / "allocator")
-    command = ("generate", "--allocator", tmp_path / "allocator", "--prompts", prompts, "--batch-size", 2)
-    assert layerbudget(*command, "--out", tmp_path / "whole.jsonl", "--device", "cpu").returncode == 0
+    files = ("--allocator", tmp_path / "allocator", "--prompts", prompts)
+    command = ("generate", *files, "--batch-size", 2, "--device", "cpu")
+    ran(*command, "--out", tmp_path / "whole.jsonl")
     out = tmp_path / "out.jsonl"
     with files_up_to(4096):
-        assert "file too large" in refused(*command, "--out", out, "--device", "cpu")
+        assert "file too large" in refused(*command, "--out", out)
     assert not out.exists()
     begun = (tmp_path / "out.jsonl.partial").read_bytes()
     assert begun.count(b"\n") > 2
-    assert layerbudget(*command, "--out", out, "--device", "cpu").returncode == 0
+    ran(*command, "--out", out)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert {path.name for path in tmp_path.glob("*out*")} == {"out.jsonl"}
 
@@ -234,15 +195,22 @@ def begun(allocator, model, prompts) -> None:
         answer(allocator, model, prompts, prompts.with_name("out.jsonl"), advance=stop)
 
 
-def test_a_retrained_controller_of_the_same_price_is_another_one(allocator, model, prompts) -> None:
+@pytest.mark.parametrize("other", ["controller", "decoding", "dtype"])
+def test_answers_of_other_settings_are_not_mixed_in(allocator, model, prompts, other) -> None:
     begun(allocator, model, prompts)
-    retrained = make_allocator(model, controller=MLPController(epochs=2, hidden=16))
-    retrained = replace(retrained, decoding=Decoding(3))
-    assert retrained.certificate == allocator.certificate
-    with pytest.raises(InputError, match="another allocator or other settings"):
-        answer(retrained, model, prompts, prompts.with_name("out.jsonl"))
-    answer(retrained, model, prompts, prompts.with_name("out.jsonl"), overwrite=True)
-    assert len(prompts.with_name("out.jsonl").read_text().splitlines()) == len(ROWS)
+    out, used = prompts.with_name("out.jsonl"), model
+    if other == "controller":  # of the same price
+        retrained = make_allocator(model, controller=MLPController(epochs=2, hidden=16))
+        assert retrained.certificate == allocator.certificate
+        allocator = replace(retrained, decoding=Decoding(3))
+    elif other == "decoding":
+        allocator = replace(allocator, decoding=Decoding(2))
+    else:
+        used = tiny_model("llama").to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"out\.jsonl\.partial was begun with another allocator or other settings"):
+        answer(allocator, used, prompts, out)
+    answer(allocator, used, prompts, out, overwrite=True)
+    assert len(out.read_text().splitlines()) == len(ROWS)
 
 
 def test_the_same_allocator_loaded_again_goes_on(allocator, model, prompts) -> None:
@@ -255,12 +223,6 @@ def test_the_same_allocator_loaded_again_goes_on(allocator, model, prompts) -> N
     assert counts == [(2, len(ROWS))]
 
 
-def test_answers_in_another_dtype_are_not_mixed_in(allocator, model, prompts) -> None:
-    begun(allocator, model, prompts)
-    with pytest.raises(InputError, match="other settings"):
-        answer(allocator, tiny_model("llama").to(torch.bfloat16), prompts, prompts.with_name("out.jsonl"))
-
-
 def test_a_second_process_is_told_to_wait(allocator, model, prompts) -> None:
     out = prompts.with_name("out.jsonl")
     with lock_of(out), pytest.raises(InputError, match="another process is writing"):
@@ -268,17 +230,10 @@ def test_a_second_process_is_told_to_wait(allocator, model, prompts) -> None:
 
 
 def test_prompts_too_long_for_the_model_are_named_first(allocator, model, prompts) -> None:
-    rows = [*ROWS, {"id": "long", "prompt": "a" * 254}]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(prompts, [*ROWS, {"id": "long", "prompt": "a" * 254}])
     out = prompts.with_name("out.jsonl")
     with pytest.raises(PromptError, match=r"'long' has 254 tokens, which with 3 new ones is more than the 256"):
         answer(allocator, model, prompts, out)
     assert not list(prompts.parent.glob("out*"))
     with pytest.raises(PromptError, match="'p0' has 1 tokens, which with 1000 new ones"):
         answer(replace(allocator, decoding=Decoding(1000)), model, prompts, out)
-
-
-def test_a_file_without_prompts_is_named(tmp_path) -> None:
-    (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(PromptError, match="holds no prompts"):
-        check_places(tmp_path / "none.jsonl", None, overwrite=False)

@@ -18,14 +18,10 @@ HUGE = 10**12
 LAST = -1
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def check_refused(allocator, folder, edit, message) -> None:
+def check_refused(allocator, folder, name, change, message) -> None:
+    """With the content of one file changed."""
     allocator.save_pretrained(folder)
-    edit(folder)
+    (edited_json if name.endswith("json") else edited_tensors)(folder, name, change)
     resigned(folder)
     with pytest.raises(ArtefactError, match=message) as error:
         Allocator.from_pretrained(folder)
@@ -49,12 +45,9 @@ def edited_tensors(folder, name, change) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(n_layers=HUGE), "a model has from 1 to 10000 layers"),
-        (lambda m: m.update(n_layers=6.0), "a model has from 1 to 10000 layers"),
         (lambda m: m["plans"][0].update(runs=f"0-{HUGE}"), "cannot read '0-1000000000000'"),
         (lambda m: m["plans"][0].update(runs=["0-5"]), "a plan is a text"),
         (lambda m: m["plans"][0].update(budget=float("nan")), "holds NaN"),
-        (lambda m: m["plans"][0].update(budget=-0.5), "a share above 0 and at most 1, got -0.5"),
-        (lambda m: m["plans"][LAST].update(budget=True), "a share above 0 and at most 1, got True"),
         (lambda m: m["plans"][LAST].update(budget="1"), "a share above 0 and at most 1, got '1'"),
         (lambda m: m["plans"][0].pop("budget"), "each plan of a menu holds runs and budget"),
         (lambda m: m.update(plans={}), "a list of plans"),
@@ -62,54 +55,26 @@ def edited_tensors(folder, name, change) -> None:
         (lambda m: m.pop("probe_depth"), "a menu holds n_layers, probe_depth"),
     ],
 )
-def test_a_menu_that_says_something_odd_is_refused(model, tmp_path, change, message) -> None:
-    check_refused(make_allocator(model), tmp_path, lambda folder: edited_json(folder, "menu.json", change), message)
+def test_a_menu_that_says_something_odd_is_refused(plain, tmp_path, change, message) -> None:
+    check_refused(plain, tmp_path, "menu.json", change, message)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("n", -4),
-        ("n", "x"),
-        ("n", 1.5),
-        ("fewest_prompts", 1.5),
-        ("prompts_needed", -1),
-        ("full_score", None),
-        ("observed_risk", "x"),
-        ("observed_risk", None),
-        ("tolerance", "x"),
-        ("price", True),
-        ("price", 10**400),
-        ("price", 0),
-        ("keep", 1),
-        ("keep", 0),
-        ("levels", [2]),
-        ("delta", True),
-        ("per_task", []),
-        ("per_task", {"a": 1}),
-        ("per_task", {"a": {"n": 1}}),
-        ("does_not_cover", "text"),
-        ("does_not_cover", [1]),
-        ("date", 5),
-        ("prompts_hash", []),
-        ("decoding", 7),
-        ("risk", ["loss"]),
-    ],
+    [("n", "x"), ("tolerance", "x"), ("price", 0), ("per_task", {"a": {"n": 1}}), ("risk", ["loss"])],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_certificate_that_says_something_odd_is_refused(model, tmp_path, name, value) -> None:
-    def edit(folder) -> None:
-        edited_json(folder, "certificate.json", lambda data: data.update({name: value}))
-
-    check_refused(make_allocator(model), tmp_path, edit, rf"is not a certificate .*\({name} is ")
+def test_a_certificate_that_says_something_odd_is_refused(plain, tmp_path, name, value) -> None:
+    """What else is refused stands in the table of forgeries; here the sentence names the field."""
+    message = rf"is not a certificate .*\({name} is "
+    check_refused(plain, tmp_path, "certificate.json", lambda data: data.update({name: value}), message)
 
 
 CONTROLLER_DAMAGE = [
     (lambda t: {**t, "other": torch.zeros(1)}, "holds no controller of this kind"),
     (lambda t: {name: t[name] for name in list(t)[1:]}, "holds no controller of this kind"),
     (lambda t: {name: tensor[:1] for name, tensor in t.items()}, "not a number for each of 3 plans|of this kind"),
-    (lambda t: {name: tensor[None] for name, tensor in t.items()}, "holds no controller of this kind"),
     (lambda t: {name: tensor.double() for name, tensor in t.items()}, "not finite, or not float32"),
-    (lambda t: {name: tensor.long() for name, tensor in t.items()}, "not finite, or not float32"),
     (lambda t: {**t, "bias": t["bias"] * float("inf")}, "not finite, or not float32"),
 ]
 
@@ -118,7 +83,7 @@ CONTROLLER_DAMAGE = [
 @pytest.mark.parametrize("name", ["mlp", "logistic"])
 def test_tensors_that_are_no_controller_are_refused(model, tmp_path, name, change, message) -> None:
     allocator = make_allocator(model, controller=LogisticController() if name == "logistic" else None, name=name)
-    check_refused(allocator, tmp_path, lambda folder: edited_tensors(folder, "controller.safetensors", change), message)
+    check_refused(allocator, tmp_path, "controller.safetensors", change, message)
 
 
 def of_bridges(part: str, tensor: torch.Tensor):
@@ -148,7 +113,7 @@ def of_bridges(part: str, tensor: torch.Tensor):
 )
 def test_tensors_that_are_no_healing_are_refused(tmp_path, change, message) -> None:
     allocator = with_healing(tiny_model("llama"))
-    check_refused(allocator, tmp_path, lambda folder: edited_tensors(folder, "healing.safetensors", change), message)
+    check_refused(allocator, tmp_path, "healing.safetensors", change, message)
 
 
 def test_healing_for_states_of_another_size_are_refused_by_the_model(tmp_path) -> None:
@@ -172,17 +137,15 @@ def test_healing_for_states_of_another_size_are_refused_by_the_model(tmp_path) -
         (lambda rates: rates.popitem(), "acceptance.json should hold a rate for each plan of the menu"),
         (lambda rates: rates.update({"0-1": 0.5}), "acceptance.json should hold a rate for each plan of the menu"),
         (lambda rates: rates.update({"0-5": 1.5}), "a share from 0 to 1, got 1.5"),
-        (lambda rates: rates.update({"0-5": "1"}), "a share from 0 to 1, got '1'"),
         (lambda rates: rates.update({"0-5": float("nan")}), "holds NaN"),
     ],
 )
-def test_rates_of_acceptance(tmp_path, change, message) -> None:
-    allocator = replace(make_allocator(tiny_model("llama")), acceptance=(0.5, 0.75, 1.0))
-    check_refused(allocator, tmp_path, lambda folder: edited_json(folder, "acceptance.json", change), message)
+def test_odd_rates_of_acceptance_are_refused(plain, tmp_path, change, message) -> None:
+    allocator = replace(plain, acceptance=(0.5, 0.75, 1.0))
+    check_refused(allocator, tmp_path, "acceptance.json", change, message)
 
 
-def test_rates_of_acceptance_are_saved_and_may_be_missing(tmp_path) -> None:
-    allocator = make_allocator(tiny_model("llama"))
+def test_rates_of_acceptance_are_saved_and_may_be_missing(plain, tmp_path) -> None:
     for name, rates in (("with", (0.5, 0.75, 1.0)), ("without", None)):
-        replace(allocator, acceptance=rates).save_pretrained(tmp_path / name)
+        replace(plain, acceptance=rates).save_pretrained(tmp_path / name)
         assert Allocator.from_pretrained(tmp_path / name).acceptance == rates

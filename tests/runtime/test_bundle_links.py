@@ -2,34 +2,16 @@
 
 import os
 import shutil
-from dataclasses import replace
 from functools import partial
 
 import pytest
 from command import snapshot
-from tiny_allocator import make_allocator
 
 from backbone.errors import ArtefactError
-from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 from runtime.saving.allocator_files import content_digest
 
 LINKED = ("manifest.json", "menu.json", "controller.safetensors")
-
-
-@pytest.fixture(scope="module")
-def plain(model) -> Allocator:
-    return make_allocator(model)
-
-
-@pytest.fixture(scope="module")
-def other(model) -> Allocator:
-    return replace(make_allocator(model), decoding=Decoding(9))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def linked(how, folder, name) -> None:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import N_LAYERS, padded_batch, tiny_model
-from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_healing
+from tiny_allocator import CHOSEN, DICT, FULL, GREEDY, PLANS, ByLength, make_allocator, prompt, with_healing
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DummyLayer
 
@@ -13,18 +13,11 @@ from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.plan import LayerPlan
 
-DICT = {"return_dict_in_generate": True}
-FULL = LayerPlan.full(N_LAYERS)
-
-
-@pytest.fixture(scope="module")
-def allocator(model):
-    return make_allocator(model, controller=ByLength())
-
-
-def prompt(row: int) -> torch.Tensor:
-    batch = padded_batch()
-    return batch["input_ids"][row : row + 1, batch["attention_mask"][row].bool()]
+CACHES = {
+    "none": lambda config: None,
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=64),
+}
 
 
 def next_turn(sequences: torch.Tensor) -> torch.Tensor:
@@ -32,15 +25,11 @@ def next_turn(sequences: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "bloom"])
-@pytest.mark.parametrize("own_cache", [None, "dynamic", "static"])
-def test_a_second_turn_goes_on_under_the_plan_of_the_first(family, own_cache) -> None:
+@pytest.mark.parametrize("caches", CACHES)
+def test_a_second_turn_goes_on_under_the_plan_of_the_first(family, caches) -> None:
     model = tiny_model(family)
     allocator = make_allocator(model, controller=ByLength())
-    cache = {
-        None: lambda: None,
-        "dynamic": lambda: DynamicCache(config=model.config),
-        "static": lambda: StaticCache(config=model.config, max_cache_len=64),
-    }[own_cache]()
+    cache = CACHES[caches](model.config)
     first = allocator.generate(model, input_ids=prompt(3), **GREEDY, **DICT, cache=cache)
     assert first.plans == [PLANS[0]]
     longer = next_turn(first.sequences)
@@ -75,13 +64,12 @@ def test_a_prefilled_cache_may_be_copied_and_its_plan_be_none_of_the_menu(model,
 def test_every_row_of_a_batch_goes_on_under_its_own_plan(model, allocator) -> None:
     batch, cache = padded_batch(), DynamicCache(config=model.config)
     first = allocator.generate(model, **batch, **GREEDY, **DICT, cache=cache)
-    plans = [FULL, PLANS[1], PLANS[0], PLANS[0]]
-    assert first.plans == plans
+    assert first.plans == CHOSEN
     longer = next_turn(first.sequences)
     mask = torch.cat([batch["attention_mask"], torch.ones(4, longer.shape[1] - 11, dtype=torch.long)], 1)
     second = allocator.generate(model, input_ids=longer, attention_mask=mask, **GREEDY, **DICT, cache=cache)
-    assert second.plans == plans
-    for row, plan in enumerate(plans):
+    assert second.plans == CHOSEN
+    for row, plan in enumerate(CHOSEN):
         with apply_plan(model, plan):
             alone = model.generate(input_ids=longer[row : row + 1], attention_mask=mask[row : row + 1], **GREEDY)
         assert torch.equal(second.sequences[row : row + 1], alone)

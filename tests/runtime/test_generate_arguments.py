@@ -7,18 +7,16 @@ from itertools import product
 import pytest
 import torch
 from generate_cases import BASE, CASES, IDS, TOKENS, S, given, own_allocator, own_model
-from tiny import N_LAYERS, tiny_tokenizer
-from tiny_allocator import PLANS
+from tiny import tiny_tokenizer
+from tiny_allocator import FULL, PLANS
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import StoppingCriteria
 
 from backbone.errors import InputError, UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.plan import LayerPlan
 from runtime import generate_arguments, lossless
 from runtime.generate_arguments import LIKE_STOCK, OTHER_LOOPS, REFUSED, REFUSED_BY_LOSSLESS, refuse_undecided
 
-FULL = LayerPlan.full(N_LAYERS)
 WITHOUT_TOKENIZER = ("stop_strings", "token_healing")
 """transformers drops their tokenizer on its way to a `custom_generate`, and then refuses them."""
 
@@ -37,7 +35,7 @@ def run(generate, arguments: dict):
     streamer = arguments.get("streamer")
     if streamer is None:
         return found, None
-    return found, ([token for put in streamer.put_ for token in torch.tensor(put).flatten().tolist()], streamer.ends)
+    return found, (streamer.tokens, streamer.ends)
 
 
 @cache

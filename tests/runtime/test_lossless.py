@@ -4,40 +4,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import N_LAYERS, OPTIONS, UNDECLARED, padded_batch, tiny_model
-from tiny_allocator import PLANS, ByLength, make_allocator, with_healing
+from tiny import OPTIONS, UNDECLARED, padded_batch, tiny_model
+from tiny_allocator import DICT, FULL, PLANS, Ban, ByLength, Recorder, make_allocator, prompt, with_healing
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation import LogitsProcessor
 
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
-from backbone.plan import LayerPlan
 from backbone.testing import patches
 from runtime import lossless
 from runtime.lossless import MAX_DRAFT, PRIOR_JUDGED, DraftPlan, best_draft, draft_plans
 from runtime.step_costs import StepCosts
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "min_new_tokens": 24}
-DICT = {"return_dict_in_generate": True}
 
 FLAT = StepCosts((1, 2), (1.0, 1.0), (0.0, 0.0), (1, 2), (1.0, 1.0), True)
 """A check of several tokens takes as long as a step."""
-
-
-def prompt(row: int) -> torch.Tensor:
-    batch = padded_batch()
-    return batch["input_ids"][row : row + 1, batch["attention_mask"][row].bool()]
 
 
 @pytest.fixture
 def cheap_drafts(monkeypatch) -> None:
     """However few tokens are accepted, three are drafted."""
     monkeypatch.setattr(lossless, "best_draft", lambda costs, plans: (plans[0], 3))
-
-
-@pytest.fixture(scope="module")
-def allocator(model):
-    return make_allocator(model, controller=ByLength())
 
 
 @pytest.mark.parametrize("family", [*sorted(OPTIONS), *UNDECLARED])
@@ -78,31 +66,12 @@ def test_a_padded_prompt_is_answered_as_without_padding(model, allocator, cheap_
     assert torch.equal(output[:, 11:], model.generate(prompt(3), **GREEDY)[:, 4:])
 
 
-class Recorder:
-    def __init__(self) -> None:
-        self.tokens = []
-
-    def put(self, value) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.tokens.append("end")
-
-
-class Ban(LogitsProcessor):
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-    def __call__(self, input_ids, scores):
-        return scores.index_fill(1, torch.tensor(self.token), -torch.inf)
-
-
 def test_stock_features_go_on_working(model, allocator, cheap_drafts) -> None:
     ids = prompt(3)
     stock = model.generate(ids, **GREEDY)
     recorder = Recorder()
     output = allocator.generate(model, input_ids=ids, **GREEDY, lossless=True, streamer=recorder)
-    assert recorder.tokens == [*output[0].tolist(), "end"]
+    assert (recorder.tokens, recorder.ends) == (output[0].tolist(), 1)
     end = int(stock[0, 4 + 9])
     ending = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": [end], "pad_token_id": 0}
     assert torch.equal(allocator.generate(model, input_ids=ids, **ending, lossless=True), model.generate(ids, **ending))
@@ -179,10 +148,10 @@ def test_where_no_plan_pays_the_full_model_decodes_as_ever(model, allocator, mon
     monkeypatch.setattr(lossless, "known_step_costs", lambda model: FLAT)
     hopeless, streamed = replace(allocator, acceptance=(0.1, 0.1, 1.0)), Recorder()
     output = hopeless.generate(model, input_ids=prompt(0), **GREEDY, **DICT, lossless=True, streamer=streamed)
-    assert output.plans == [LayerPlan.full(N_LAYERS)]
+    assert output.plans == [FULL]
     assert (output.draft_tokens, output.acceptance, output.full_passes) == (0, None, 24)
     assert torch.equal(output.sequences, model.generate(prompt(0), **GREEDY))
-    assert streamed.tokens == [*output.sequences[0].tolist(), "end"]
+    assert (streamed.tokens, streamed.ends) == (output.sequences[0].tolist(), 1)
     assert output.first_token_s > 0
 
 
@@ -212,26 +181,18 @@ def test_what_the_labels_say_and_what_stands_in_for_it(allocator) -> None:
     assert [draft.rate for draft in unknown] == pytest.approx([1 - 2 * (1 - b) for b in allocator.menu.budgets[:2]])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"cache_implementation": "static"}, "cache_implementation='static': drafts are taken back"),
-        ({"use_cache": False}, "use_cache=False: drafts are taken back"),
-        ({"cache": DynamicCache()}, r"cache \(DynamicCache\): drafts are taken back"),
-        ({"num_beams": 2}, "num_beams=2: drafts are checked for one prompt"),
-        ({"do_sample": True, "num_return_sequences": 3}, "num_return_sequences=3: drafts are checked for one prompt"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_drafted_is_refused_by_name(model, allocator, options, message) -> None:
+REFUSED = {
+    "static": ({"cache_implementation": "static"}, "cache_implementation='static': drafts are taken back"),
+    "cache": ({"cache": DynamicCache()}, r"cache \(DynamicCache\): drafts are taken back"),
+    "beams": ({"num_beams": 2}, "num_beams=2: drafts are checked for one prompt"),
+    "prompts": (padded_batch(), "one prompt at a time, got 4"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_drafted_is_refused_by_name(model, allocator, name) -> None:
+    options, message = REFUSED[name]
     before = patches(model)
     with pytest.raises(UnsupportedGenerationError, match=message):
-        allocator.generate(
-            model, input_ids=prompt(3), **{"do_sample": False, **options}, max_new_tokens=4, lossless=True
-        )
+        allocator.generate(model, **{"input_ids": prompt(3), **GREEDY, **options}, lossless=True)
     assert patches(model) == before
-
-
-def test_several_prompts_are_refused(model, allocator) -> None:
-    with pytest.raises(UnsupportedGenerationError, match="one prompt at a time, got 4"):
-        allocator.generate(model, **padded_batch(), max_new_tokens=4, lossless=True)

@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import N_LAYERS, tiny_model, tiny_tokenizer
-from tiny_allocator import PLANS, ByLength, make_allocator
+from tiny import tiny_model, tiny_tokenizer
+from tiny_allocator import FULL, PLANS, ByLength, make_allocator
+from transformers import GenerationConfig
 
-from backbone.errors import InputError, UnsupportedGenerationError, WrongModelError
+from backbone.errors import UnsupportedGenerationError, WrongModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
@@ -21,7 +22,7 @@ from runtime.answer_files import answer_file
 from runtime.offline import Composer
 from runtime.step_costs import StepCosts
 
-FULL = LayerPlan.full(N_LAYERS)
+TWICE = {"num_return_sequences": 2, "do_sample": True}
 PROMPTS = ["abcdefghijk"[: 3 + i % 9] + "xyz"[: i % 4] for i in range(23)]
 
 
@@ -37,22 +38,17 @@ def single(model, prompt, plan) -> str:
     return tiny_tokenizer().decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def batches_of(model):
-    """Rows and tokens of every prompt pass of the whole model; the probe runs its decoder only."""
-    seen = []
+def test_prompts_run_their_own_plans_in_the_fewest_batches(model, allocator) -> None:
+    done, passes = [], []
 
     def note(module, args, kwargs):
-        if kwargs["input_ids"].shape[1] > 1:
-            seen.append(tuple(kwargs["input_ids"].shape))
+        if kwargs["input_ids"].shape[1] > 1:  # the probe runs the decoder only
+            passes.append(kwargs["input_ids"].shape)
 
-    return seen, model.register_forward_pre_hook(note, with_kwargs=True)
-
-
-def test_texts_come_in_input_order_each_under_its_own_plan(model, allocator) -> None:
-    done = []
-    texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=4, advance=done.append)
-    assert sum(done) == len(PROMPTS)
-    assert max(done) == 4
+    with model.register_forward_pre_hook(note, with_kwargs=True):
+        texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=4, advance=done.append)
+    assert len(passes) == 6, "23 prompts fit into 6 batches of 4"
+    assert (sum(done), max(done)) == (len(PROMPTS), 4)
     assert {text.plan for text in texts} == {FULL, *PLANS}
     for prompt, text in zip(PROMPTS, texts, strict=True):
         ids = tiny_tokenizer()([prompt], return_tensors="pt")["input_ids"]
@@ -68,11 +64,8 @@ def first_layer_tokens(model):
     def count(module, args, output):
         counts[0] += output.shape[:-1].numel() if output.shape[-2] > 1 else 0
 
-    hook = decoder_layers(model)[0].mlp.register_forward_hook(count)
-    try:
+    with decoder_layers(model)[0].mlp.register_forward_hook(count):
         yield counts
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -91,11 +84,8 @@ def test_the_first_layers_see_a_prompt_once_as_long_as_memory_suffices(model, al
 
 
 def test_assisted_decoding_computes_prompts_again(model, allocator) -> None:
-    expected = allocator.generate_many(model, tiny_tokenizer(), PROMPTS[:5], batch_size=1)
-    assert (
-        allocator.generate_many(model, tiny_tokenizer(), PROMPTS[:5], batch_size=1, prompt_lookup_num_tokens=2)
-        == expected
-    )
+    many = partial(allocator.generate_many, model, tiny_tokenizer(), PROMPTS[:5], batch_size=1)
+    assert many(prompt_lookup_num_tokens=2) == many()
 
 
 def flat(per_row: float) -> StepCosts:
@@ -133,19 +123,6 @@ def test_prompts_of_like_length_run_together_where_padding_costs_more_than_plans
     assert Composer(flat(0.0), plans, lengths, 2).composed(2) == [[0, 1], [2, 3]]
 
 
-def test_every_prompt_runs_its_own_plan_in_the_fewest_batches(model, allocator) -> None:
-    own = [text.plan for text in allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=1)]
-    seen, hook = batches_of(model)
-    try:
-        texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=4)
-    finally:
-        hook.remove()
-    assert len(seen) == 6, "23 prompts fit into 6 batches of 4"
-    assert [text.plan for text in texts] == own
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        assert text.text == single(model, prompt, text.plan)
-
-
 def test_too_little_memory_halves_a_batch(model, allocator) -> None:
     expected = allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=8)
 
@@ -153,17 +130,8 @@ def test_too_little_memory_halves_a_batch(model, allocator) -> None:
         if len(kwargs["input_ids"]) > 2:
             raise torch.OutOfMemoryError
 
-    hook = model.register_forward_pre_hook(scarce, with_kwargs=True)  # the probe runs its decoder only
-    try:
+    with model.register_forward_pre_hook(scarce, with_kwargs=True):  # the probe runs its decoder only
         assert allocator.generate_many(model, tiny_tokenizer(), PROMPTS, batch_size=8) == expected
-    finally:
-        hook.remove()
-
-
-def test_options_go_to_generate(model, allocator) -> None:
-    texts = allocator.generate_many(model, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=2)
-    assert all(len(text.text) <= 2 for text in texts)
-    assert allocator.generate_many(model, tiny_tokenizer(), []) == []
 
 
 @pytest.mark.parametrize(
@@ -171,6 +139,9 @@ def test_options_go_to_generate(model, allocator) -> None:
     [
         (["a"], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         (["a"], {"num_return_sequences": 2}, "which num_return_sequences does not fit"),
+        (["a"], {"generation_config": GenerationConfig(**TWICE)}, "which num_return_sequences does not fit"),
+        (["a"], {"input_ids": torch.ones(1, 3)}, "which input_ids does not fit"),
+        (["a"], {"cache": object()}, "which cache does not fit"),
         (["a"], {"return_dict_in_generate": True}, "which return_dict_in_generate does not fit"),
         (["a", ""], {}, "prompt 1: the prompt is empty"),
     ],
@@ -180,7 +151,8 @@ def test_what_does_not_fit_is_refused_by_name(model, allocator, prompts, options
         allocator.generate_many(model, tiny_tokenizer(), prompts, **options)
 
 
-def test_another_model_is_refused(allocator) -> None:
+def test_another_model_is_refused_and_no_prompts_are_answered(model, allocator) -> None:
+    assert allocator.generate_many(model, tiny_tokenizer(), []) == []
     with pytest.raises(WrongModelError):
         allocator.generate_many(tiny_model("llama", seed=5), tiny_tokenizer(), PROMPTS)
 
@@ -233,27 +205,6 @@ def test_a_killed_run_goes_on_where_it_was(model, allocator, prompts_path, batch
     assert sum(rest) == len(PROMPTS) - sum(done) + torn
 
 
-def test_answers_of_other_settings_are_not_mixed_in(model, allocator, prompts_path) -> None:
-    def kill(count: int) -> None:
-        raise KilledError
-
-    with pytest.raises(KilledError):
-        answered(allocator, model, prompts_path, "out.jsonl", advance=kill)
-    other = replace(allocator, decoding=Decoding(3))
-    with pytest.raises(InputError, match=r"out\.jsonl\.partial was begun with another allocator or other settings"):
-        answered(other, model, prompts_path, "out.jsonl")
-    partial = prompts_path.with_name("out.jsonl.partial")
-    partial.write_text("what is this\n")
-    with pytest.raises(InputError, match="is damaged"):
-        answered(allocator, model, prompts_path, "out.jsonl")
-
-
-def test_lines_that_are_there_twice_are_refused(model, allocator, prompts_path) -> None:
-    prompts_path.write_text(prompts_path.read_text() * 2)
-    with pytest.raises(PromptError, match=r"the id 'p0' was used before, at line 1; ids must differ"):
-        answered(allocator, model, prompts_path, "out.jsonl")
-
-
 def test_without_a_file_answers_go_to_the_terminal(model, allocator, prompts_path, capsys) -> None:
     answer_file(allocator, model, tiny_tokenizer(), prompts_path, None, batch_size=4)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -266,6 +217,8 @@ def test_without_a_file_answers_go_to_the_terminal(model, allocator, prompts_pat
         (None, "no prompts file"),
         ('{"id": "a"}\n', "has no column 'prompt' or 'messages'; it has id"),
         ("[]", "expected an object"),
+        ('{"id": "a", "prompt": "b"}\n' * 2, "the id 'a' was used before, at line 1; ids must differ"),
+        ("", "holds no prompts"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_read_is_named(model, allocator, tmp_path, text, message) -> None:

@@ -8,15 +8,13 @@ from typing import get_args, get_overloads, get_type_hints
 import pytest
 import torch
 from tiny import N_LAYERS, padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator
+from tiny_allocator import CHOSEN, DICT, FULL, GREEDY, ByLength, make_allocator
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from backbone.families import sublayer_bytes
 from backbone.plan import LayerPlan
 from layerbudget import AllocatedBeamOutput, AllocatedOutput, Allocator, UncertifiedDecodingWarning
 from runtime.output import share_of_decoder, summary_line
-
-FULL = LayerPlan.full(N_LAYERS)
 
 
 @pytest.fixture
@@ -27,18 +25,20 @@ def allocator(model):
 
 def test_a_dictionary_has_stock_fields_plans_and_seconds(model, allocator) -> None:
     batch = padded_batch()
-    found = allocator.generate(model, **batch, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    found = allocator.generate(model, **batch, **GREEDY, **DICT, output_scores=True)
     assert type(found) is AllocatedOutput
     assert isinstance(found, GenerateDecoderOnlyOutput)
     assert len(found.scores) == found.sequences.shape[1] - batch["input_ids"].shape[1]
-    assert found.plans == [FULL, PLANS[1], PLANS[0], PLANS[0]]
+    assert found.plans == CHOSEN
     assert found.layers == pytest.approx((6 + 5 + 4 + 4) / 4)
     budgets = dict(zip(allocator.menu.plans, allocator.menu.budgets, strict=True))
     assert found.share_of_decoder == pytest.approx(sum(budgets[plan] for plan in found.plans) / 4)
     assert 0 < found.allocation_s < found.first_token_s < found.total_s < 60
     assert (found.drift, found.acceptance, found.logits) == (None, None, None)
     assert {"sequences", "scores", "plans", "layers"} <= found.keys()
-    assert type(allocator.generate(model, **batch, **GREEDY)) is torch.Tensor
+    tokens = allocator.generate(model, **batch, **GREEDY)
+    assert type(tokens) is torch.Tensor
+    assert torch.equal(tokens, found.sequences)
 
 
 def test_beams_keep_their_own_fields(model, allocator) -> None:

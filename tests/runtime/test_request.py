@@ -2,26 +2,20 @@
 
 import pytest
 import torch
-from tiny import N_LAYERS, padded_batch, tiny_model, tiny_tokenizer
-from tiny_allocator import GREEDY, PLANS, ByLength, Recorder, alone, make_allocator
+from tiny import padded_batch, tiny_model, tiny_tokenizer
+from tiny_allocator import CHOSEN, GREEDY, PLANS, Recorder, alone, make_allocator
 from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 from transformers.generation import LogitsProcessor
 
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
-from backbone.plan import LayerPlan
+from backbone.testing import patches
 
 S = 11
-CHOSEN = [LayerPlan.full(N_LAYERS), PLANS[1], PLANS[0], PLANS[0]]
 WAYS = {
     "allocator": lambda allocator, model, **arguments: allocator.generate(model, **arguments),
     "model": lambda allocator, model, **arguments: model.generate(**arguments, custom_generate=allocator),
 }
-
-
-@pytest.fixture(scope="module")
-def allocator(model):
-    return make_allocator(model, controller=ByLength())
 
 
 def test_inputs_and_configuration_come_as_in_stock_generate(model, allocator) -> None:
@@ -37,8 +31,11 @@ def test_inputs_and_configuration_come_as_in_stock_generate(model, allocator) ->
 
 def test_stop_strings_of_a_configuration_end_their_rows(allocator) -> None:
     model, tokenizer, batch = tiny_model("llama"), tiny_tokenizer(), padded_batch()
-    text = tokenizer.decode([alone(model, CHOSEN, batch, **GREEDY)[3][1]])
+    token = alone(model, CHOSEN, batch, **GREEDY)[3][1]
+    text = tokenizer.decode([token])
     expected = allocator.generate(model, **batch, **GREEDY, pad_token_id=0, stop_strings=[text], tokenizer=tokenizer)
+    assert expected[3, S + 1] == token
+    assert set(expected[3, S + 2 :].tolist()) <= {0, token}
     assert not torch.equal(expected, allocator.generate(model, **batch, **GREEDY, pad_token_id=0))
     config = GenerationConfig(**GREEDY, pad_token_id=0, stop_strings=[text])
     for _ in range(2):
@@ -68,21 +65,23 @@ class Broken(LogitsProcessor):
         raise ZeroDivisionError("a broken processor")
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"logits_processor": [Broken()]}, ZeroDivisionError),
-        ({"assistant_model": object()}, UnsupportedGenerationError),
-        ({"synced_gpus": True}, UnsupportedGenerationError),
-        ({"num_beams": 2}, UnsupportedGenerationError),
-    ],
-    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
-)
-def test_a_streamer_is_ended_once_by_an_error(model, allocator, options, error) -> None:
-    recorder = Recorder()
-    with pytest.raises(error):
-        allocator.generate(model, **padded_batch(), **{**GREEDY, **options}, streamer=recorder)
+ERRORS = {
+    "logits_processor": ([Broken()], ZeroDivisionError, "a broken processor"),
+    "assistant_model": (object(), UnsupportedGenerationError, r"assistant_model \(object\)"),
+    "prompt_lookup_num_tokens": (3, UnsupportedGenerationError, "=3 asks for assisted generation"),
+    "synced_gpus": (True, UnsupportedGenerationError, "synced_gpus=True"),
+    "num_beams": (2, UnsupportedGenerationError, "a streamer cannot follow beam search"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_names_its_cause_and_ends_a_streamer_once(model, allocator, name) -> None:
+    value, error, message = ERRORS[name]
+    recorder, before = Recorder(), patches(model)
+    with pytest.raises(error, match=message):
+        allocator.generate(model, **padded_batch(), **{**GREEDY, name: value}, streamer=recorder)
     assert recorder.ends == 1
+    assert patches(model) == before
 
 
 def test_a_reader_of_a_streamer_does_not_wait_for_ever(model, allocator) -> None:

@@ -3,14 +3,15 @@
 import threading
 import time
 import warnings
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny import N_LAYERS, VOCABULARY, padded_batch, tiny_model
-from tiny_allocator import GREEDY, PLANS, ByLength, make_allocator, with_healing
+from tiny_allocator import CHOSEN, DICT, FULL, GREEDY, PLANS, ByLength, alone, make_allocator, with_healing
 
 from backbone.errors import InputError, PlanError, UnsupportedModelError, WrongModelError
 from backbone.execution.apply_plan import apply_plan
@@ -22,8 +23,7 @@ from runtime import plan_selection
 from runtime.output import check_layers
 from runtime.plan_selection import FullPlanWarning
 
-FULL = LayerPlan.full(N_LAYERS)
-DICT = {"return_dict_in_generate": True}
+ALL_FULL = [FULL] * 4
 
 
 class Broken(ByLength):
@@ -47,31 +47,43 @@ class Slow(ByLength):
         return super()._predict(features)
 
 
-def check_all_run_full(model, allocator, warning=None, **options) -> None:
-    batch = padded_batch()
-    with nullcontext() if warning is None else pytest.warns(FullPlanWarning, match=warning):
+def broken_probe(*args, **kwargs):
+    raise RuntimeError("no memory for the probe")
+
+
+def odd_states(*args):
+    features = extract(*args)
+    features["states"][2, 0] = np.nan
+    return features
+
+
+NOT_FINITE = "not finite in torch.float32; 1 prompts run the full plan; later"
+FAILED = r"the controller failed \(ZeroDivisionError: a broken controller\); 4 prompts run the full plan"
+FAILURES = {
+    "probe": (ByLength, ("run_prefix", broken_probe), {}, "no memory for the probe", ALL_FULL),
+    "states": (ByLength, ("extract", odd_states), {}, NOT_FINITE, [FULL, PLANS[1], FULL, PLANS[0]]),
+    "controller": (Broken, None, {}, FAILED, ALL_FULL),
+    "controller in time": (Broken, None, {"allocation_limit_ms": 60_000}, "a broken controller", ALL_FULL),
+    "predictions": (Silent, None, {}, "the controller gave no number; 1 prompts run", [*CHOSEN[:3], FULL]),
+    "time": (ByLength, None, {"allocation_limit_ms": 1e-6}, "the decision took longer than", ALL_FULL),
+}
+"""Controller, what is patched in the plan selection, options, the warning, and the plans that run."""
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_decision_means_the_full_plan(model, monkeypatch, failure) -> None:
+    controller, patch, options, sentence, plans = FAILURES[failure]
+    allocator, batch = make_allocator(model, controller=controller()), padded_batch()
+    if patch:
+        monkeypatch.setattr(plan_selection, *patch)
+    with pytest.warns(FullPlanWarning, match=sentence):
         output = allocator.generate(model, **batch, **GREEDY, **DICT, **options)
-    assert output.plans == [FULL] * 4
-    assert torch.equal(output.sequences, model.generate(**batch, **GREEDY))
+    assert output.plans == plans
+    assert output.sequences[:, 11:].tolist() == alone(model, plans, batch, **GREEDY)
 
 
-def test_a_controller_that_raises_means_the_full_plan(model) -> None:
-    sentence = r"the controller failed \(ZeroDivisionError: a broken controller\); 4 prompts run the full plan"
-    check_all_run_full(model, make_allocator(model, controller=Broken()), sentence)
-
-
-def test_a_probe_that_raises_means_the_full_plan(model, monkeypatch) -> None:
-    def broken(*args, **kwargs):
-        raise RuntimeError("no memory for the probe")
-
-    allocator = make_allocator(model, controller=ByLength())
-    monkeypatch.setattr(plan_selection, "run_prefix", broken)
-    check_all_run_full(model, allocator, "no memory for the probe")
-
-
-def test_a_probe_that_breaks_off_half_way_leaves_nothing_behind(model) -> None:
-    allocator, before = make_allocator(model, controller=ByLength()), patches(model)
-    calls = []
+def test_a_probe_that_breaks_off_half_way_leaves_nothing_behind(model, allocator) -> None:
+    before, calls = patches(model), []
 
     def interrupt(module, args):
         calls.append(module)
@@ -79,26 +91,10 @@ def test_a_probe_that_breaks_off_half_way_leaves_nothing_behind(model) -> None:
             raise RuntimeError("interrupted")
 
     hook = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
-    try:
-        with pytest.warns(FullPlanWarning, match="interrupted"):
-            output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT)
-    finally:
-        hook.remove()
-    assert output.plans == [FULL] * 4
+    with hook, pytest.warns(FullPlanWarning, match="interrupted"):
+        output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT)
+    assert output.plans == ALL_FULL
     assert patches(model) == before
-
-
-def test_states_that_are_not_finite_get_the_full_plan(model, monkeypatch) -> None:
-    def broken(*args):
-        features = extract(*args)
-        features["states"][2, 0] = np.nan
-        return features
-
-    allocator = make_allocator(model, controller=ByLength())
-    monkeypatch.setattr(plan_selection, "extract", broken)
-    with pytest.warns(FullPlanWarning, match="not finite in torch.float32; 1 prompts run the full plan; later"):
-        plans = allocator.allocate(model, **padded_batch())
-    assert plans == [FULL, PLANS[1], FULL, PLANS[0]]
 
 
 def at_the_edge_of_float16(tokens):
@@ -119,7 +115,7 @@ def test_states_that_a_dtype_cannot_hold_name_it() -> None:
     sentence = "not finite in torch.float16; 1 prompts run the full plan; load the model in bfloat16 or float32"
     with pytest.warns(FullPlanWarning, match=sentence):
         assert allocator.allocate(model, **batch) == [FULL, PLANS[1], FULL, PLANS[0]]
-    assert allocator.allocate(model.bfloat16(), **batch) == [FULL, PLANS[1], PLANS[0], PLANS[0]]
+    assert allocator.allocate(model.bfloat16(), **batch) == CHOSEN
 
 
 def test_a_model_whose_dtype_holds_no_state_at_all_is_refused() -> None:
@@ -132,31 +128,17 @@ def test_a_model_whose_dtype_holds_no_state_at_all_is_refused() -> None:
         pass
 
 
-def test_predictions_that_are_not_finite_get_the_full_plan(model) -> None:
-    with pytest.warns(FullPlanWarning, match="the controller gave no number; 1 prompts run the full plan"):
-        plans = make_allocator(model, controller=Silent()).allocate(model, **padded_batch())
-    assert plans == [FULL, PLANS[1], PLANS[0], FULL]
-
-
-def test_a_controller_that_is_too_slow_means_the_full_plan(model) -> None:
+def test_a_controller_that_is_too_slow_is_not_waited_for(model) -> None:
     controller = Slow()
     allocator = make_allocator(model, controller=controller)
     start = time.monotonic()
-    check_all_run_full(model, allocator, "the decision took longer than 200 ms", allocation_limit_ms=200)
+    with pytest.warns(FullPlanWarning, match="the decision took longer than 200 ms"):
+        output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT, allocation_limit_ms=200)
+    assert output.plans == ALL_FULL
     assert time.monotonic() - start < 25, "the controller was waited for"
     controller.may_go_on.set()
     output = allocator.generate(model, **padded_batch(), **GREEDY, **DICT, allocation_limit_ms=60_000)
-    assert output.plans == [FULL, PLANS[1], PLANS[0], PLANS[0]]
-
-
-def test_a_limit_that_the_probe_has_used_up_is_over(model) -> None:
-    allocator = make_allocator(model, controller=ByLength())
-    check_all_run_full(model, allocator, "the decision took longer than", allocation_limit_ms=1e-6)
-
-
-def test_a_controller_that_fails_in_time_is_named(model) -> None:
-    allocator = make_allocator(model, controller=Broken())
-    check_all_run_full(model, allocator, "a broken controller", allocation_limit_ms=60_000)
+    assert output.plans == CHOSEN
 
 
 def test_a_failure_is_warned_of_once_and_by_each_reason(model) -> None:
@@ -164,7 +146,7 @@ def test_a_failure_is_warned_of_once_and_by_each_reason(model) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for copy in (allocator, allocator, replace(allocator, drift=None)):
-            assert copy.generate(model, **batch, **GREEDY, **DICT).plans == [FULL] * 4
+            assert copy.generate(model, **batch, **GREEDY, **DICT).plans == ALL_FULL
         allocator.generate(model, **batch, **GREEDY, allocation_limit_ms=1e-6)
         make_allocator(model, controller=Broken()).allocate(model, **batch)
     assert [warning.category for warning in seen] == [FullPlanWarning] * 3
@@ -192,8 +174,7 @@ def test_healing_of_the_probe_layers_are_refused() -> None:
         allocator.generate(model, **padded_batch(), **GREEDY)
 
 
-def test_inside_a_plan_no_allocator_can_work(model, caplog) -> None:
-    allocator = make_allocator(model, controller=ByLength())
+def test_inside_a_plan_no_allocator_can_work(model, allocator, caplog) -> None:
     with apply_plan(model, PLANS[0]), pytest.raises(PlanError):
         allocator.generate(model, **padded_batch(), **GREEDY)
     assert caplog.text == "", "what is the caller's fault is no failure of the probe"
@@ -234,18 +215,9 @@ def test_threads_on_one_model_get_what_they_get_alone() -> None:
     batch = padded_batch()
     inputs = [{name: tensor[rows] for name, tensor in batch.items()} for rows in ([0, 3], [1, 2], [3, 2], [0, 1, 2])]
     expected = [allocator.generate(model, **one, **GREEDY) for one in inputs]
-    found: dict[int, list[torch.Tensor]] = {i: [] for i in range(4)}
-
-    def work(i: int) -> None:
-        for _ in range(3):
-            found[i].append(allocator.generate(model, **inputs[i], **GREEDY))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(len(found[i]) == 3 and all(torch.equal(one, expected[i]) for one in found[i]) for i in range(4))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda one: allocator.generate(model, **one, **GREEDY), inputs * 3))
+    assert all(map(torch.equal, found, expected * 3))
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen2", "falcon"])
@@ -255,32 +227,25 @@ def test_stock_generate_in_other_threads_stays_stock(family) -> None:
     allocator = make_allocator(model) if family == "falcon" else with_healing(model)
     expected = model.generate(**batch, **GREEDY)
     allocated = allocator.generate(model, **batch, **GREEDY)
-    stop, found, errors = threading.Event(), [], []
+    stop, found = threading.Event(), []
 
     def stock() -> None:
         while not stop.is_set():
-            try:
-                found.append(torch.equal(model.generate(**batch, **GREEDY), expected))
-            except Exception as error:
-                errors.append(error)
+            found.append(torch.equal(model.generate(**batch, **GREEDY), expected))
 
-    threads = [threading.Thread(target=stock) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    same = [torch.equal(allocator.generate(model, **batch, **GREEDY), allocated) for _ in range(12)]
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
+    with ThreadPoolExecutor(3) as threads, ExitStack() as ending:
+        ending.callback(stop.set)
+        others = [threads.submit(stock) for _ in range(3)]
+        same = [torch.equal(allocator.generate(model, **batch, **GREEDY), allocated) for _ in range(12)]
+    assert [other.result() for other in others] == [None] * 3
     assert len(found) > 3
     assert all(found), f"{found.count(False)} of {len(found)} answers of the stock model are wrong"
     assert all(same)
 
 
-def test_the_decision_waits_for_the_device_once(model, monkeypatch) -> None:
+def test_the_decision_waits_for_the_device_once(model, allocator, monkeypatch) -> None:
     """Everything that waits reads a value on the host; only the features may."""
-    allocator, waits = make_allocator(model, controller=ByLength()), []
-    batch = padded_batch()
+    batch, waits = padded_batch(), []
     with apply_plan(model, FULL):
         pass
     selector = allocator.selector()

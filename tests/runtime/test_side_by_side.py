@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from command import layerbudget, refused
+from command import layerbudget, ran, refused
 from tiny import padded_batch, tiny_tokenizer
 from tiny_allocator import make_allocator
 
@@ -38,9 +38,8 @@ def prompts(tmp_path):
 
 
 def test_both_answers_stand_side_by_side(saved, prompts, model_folder, tmp_path) -> None:
-    out = tmp_path / "out.jsonl"
-    done = layerbudget("compare", "--allocator", saved, "--prompts", prompts, "--out", out)
-    assert done.returncode == 0, done.stderr
+    out, command = tmp_path / "out.jsonl", ("compare", "--allocator", saved, "--prompts", prompts)
+    assert "4 prompts: " in ran(*command, "--out", out)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line.keys() for line in lines] == [ENTRIES.keys() | {"id", "prompt"}] * 4
     model, tokenizer = load_backbone(str(model_folder))
@@ -52,10 +51,9 @@ def test_both_answers_stand_side_by_side(saved, prompts, model_folder, tmp_path)
         assert line["full"] == line["allocated"] or line["layers"] < 6
         assert min(line["full_ms"], line["allocated_ms"]) > 0
     assert len({line["plan"] for line in lines}) > 1
-    assert "4 prompts: " in done.stdout
     assert not out.with_name("out.jsonl.partial").exists()
-    assert "exists already" in refused("compare", "--allocator", saved, "--prompts", prompts, "--out", out)
-    shown = layerbudget("compare", "--allocator", saved, "--prompts", prompts).stdout
+    assert "exists already" in refused(*command, "--out", out)
+    shown = ran(*command)
     assert "full model" in shown
     assert all(f"{line['layers']:g} layers" in shown for line in lines)
 

@@ -12,10 +12,8 @@ COSTS = StepCosts((1, 3, 5), (10.0, 12.0, 20.0), (4.0, 4.0, 6.0), (1, 2, 4), (10
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path))
+def nothing_known(monkeypatch) -> None:
     monkeypatch.setattr(step_costs, "_known", {})
-    return tmp_path
 
 
 def test_times_lie_on_straight_lines_between_the_measured_ones() -> None:

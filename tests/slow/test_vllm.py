@@ -33,46 +33,36 @@ ANSWER = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_i
 
 
 @contextmanager
-def process(command: list[str], url: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, once its `/health` answers."""
-    with running(command, log) as started:
-        wait_until_well(url, [started], log, seconds=240)
-        yield started
-
-
-@contextmanager
-def engine(model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def process(command: list[str], options: dict[str, str], log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server and its URL, once its `/health` answers."""
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
+    words = [word for option in {**options, "--port": str(port)}.items() for word in option]
+    with running([*command, *words], log) as started:
+        wait_until_well(f"http://127.0.0.1:{port}", [started], log, seconds=240)
+        yield started, f"http://127.0.0.1:{port}"
+
+
+def engine(model: Path, log: Path) -> Any:
     options = {
+        "--model": str(model),
         "--host": "127.0.0.1",
-        "--port": str(port),
         "--worker-cls": "layerbudget_vllm.workers.PlannedCPUWorker",
         "--dtype": "float32",
         "--max-model-len": "128",
         "--kv-cache-memory-bytes": str(64 << 20),
         "--served-model-name": "tiny",
     }
-    words = [word for option in options.items() for word in option]
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words, "--enforce-eager"]
-    with process(command, url, log) as started:
-        yield started, url
+    return process([PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"], options, log)
 
 
-@contextmanager
-def router(folder: Path, upstream: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
+def router(folder: Path, upstream: str, log: Path) -> Any:
     options = {
         "--allocator": str(folder / "allocator"),
         "--model": str(folder / "model"),
         "--upstream": upstream,
-        "--port": str(port),
         "--decision-limit-ms": "20000",
     }
-    words = [word for option in options.items() for word in option]
-    with process([sys.executable, "-m", "layerbudget", "serve", *words], url, log) as started:
-        yield started, url
+    return process([sys.executable, "-m", "layerbudget", "serve"], options, log)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """A run on a model with a chat template: every stage reads the same text, and its results name the template."""
 
-import json
 import shutil
 
 import pytest
 from chat_templates import WITH_BEGIN, WITH_SYSTEM, chat_tokenizer
-from command import layerbudget, refused
+from command import ran, refused
 from tiny import tiny_model
+from tiny_run import change_prompts
 
 from backbone.loading import load_backbone
 from oracle.chat import ChatTemplate, tokens_of
@@ -34,11 +34,14 @@ def chat_model(tmp_path_factory):
 @pytest.fixture
 def settings(config_file, chat_model, prompts_file):
     """A configuration of a run on the model with a template; every second prompt is a conversation."""
-    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
-    for row in rows[::2]:
+
+    def conversation(number, row):
+        if number % 2:
+            return row
         turns = [("user", "abc"), ("assistant", "de"), ("user", row.pop("prompt"))]
-        row["messages"] = [{"role": role, "content": content} for role, content in turns]
-    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return row | {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    change_prompts(prompts_file, conversation)
 
     def write(chat_template="auto", **sections):
         data = {"path": str(prompts_file), "chat_template": chat_template}
@@ -71,21 +74,21 @@ def test_a_run_renders_every_prompt_once_and_says_with_what(settings, chat_model
         label = labels[prompt.hash, "agreement"]
         assert label.prompt_tokens == inputs["input_ids"].shape[1] == len(tokens_of(tokenizer, prompt.prompt))
         assert list(label.answer_ids) == output[0, label.prompt_tokens :].tolist()
-    again = layerbudget("run", file)
-    assert again.returncode == 0
-    assert again.stdout.count("done before") == 9
-    assert "abcabc\n" in again.stdout, "try_prompts show what was asked"
+    again = ran("run", file)
+    assert again.count("done before") == 9
+    assert "abcabc\n" in again, "try_prompts show what was asked"
 
 
 def test_raw_prompts_alone_leave_an_allocator_without_a_template(settings, prompts_file) -> None:
     file = settings(tuning={"trials": 1, "components": [6], "folds": 2, "controllers": ["logistic"]})
-    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
-    for row in rows:
+
+    def raw(number, row):
         turns = row.pop("messages", [{"content": row.get("prompt")}])
-        row |= {"prompt": turns[-1]["content"], "raw": True}
-    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return row | {"prompt": turns[-1]["content"], "raw": True}
+
+    change_prompts(prompts_file, raw)
     for stage in ("menu", "adapt", "label", "features", "tune", "train", "calibrate"):
-        assert layerbudget(stage, file).returncode == 0
+        ran(stage, file)
     allocator = Allocator.from_pretrained(load_config(file).folder / "allocator")
     assert allocator.chat is None
     assert allocator.certificate.chat_template == ""
@@ -97,7 +100,7 @@ def keys(config) -> list[str]:
 
 def test_another_template_makes_stages_undone(settings, tmp_path, chat_model, monkeypatch) -> None:
     file, path = settings(), tmp_path / "chat.jinja"
-    assert layerbudget("menu", file).returncode == 0
+    ran("menu", file)
     path.write_text(WITH_SYSTEM)
     own = keys(load_config(file))
     assert own == keys(load_config(file))
@@ -114,18 +117,13 @@ def test_a_model_whose_template_has_changed_is_another_one(settings, tmp_path, c
     shutil.copytree(chat_model, folder)
     file = settings()
     source = ("--set", f"model.source={folder}")
-    assert layerbudget("menu", file, *source).returncode == 0
+    ran("menu", file, *source)
     chat_tokenizer(WITH_BEGIN + " ").save_pretrained(folder)
     assert "was made with the chat template" in refused("menu", file, *source)
 
 
-def test_what_cannot_be_rendered_is_refused_in_one_sentence(settings, tmp_path, model_folder, prompts_file) -> None:
-    file = settings("never")
-    assert "messages need a chat template" in refused("menu", file)
-    assert "cannot read the chat template" in refused("menu", settings(str(tmp_path / "none.jinja")))
-    assert not (tmp_path / "runs").exists(), "both are known before anything is loaded"
+def test_what_cannot_be_rendered_is_refused_in_one_sentence(settings, tmp_path) -> None:
+    assert "messages need a chat template" in refused("menu", settings("never"))
+    assert not (tmp_path / "runs").exists(), "known before anything is loaded"
     (tmp_path / "bad.jinja").write_text("{{ raise_exception('no') }}")
     assert "cannot render it: no" in refused("menu", settings(str(tmp_path / "bad.jinja")))
-    assert "messages need a chat template" in refused(
-        "menu", settings(), "--set", f"model.source={model_folder}", "--set", "name=none"
-    )

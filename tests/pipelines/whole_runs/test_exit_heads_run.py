@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_run import change_prompts
 
 from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan, apply_plans
@@ -27,11 +28,8 @@ MENU = {"method": "exits", "probe_depth": 2}
 
 @pytest.mark.parametrize(("judge", "chosen"), [("agreement", {"own"}), ("exact", {"own", "references"})])
 def test_a_run_fits_heads_and_labels_exits_in_one_pass(config_file, prompts_file, judge, chosen) -> None:
-    tasks = {json.loads(line)["task"] for line in prompts_file.read_text().splitlines()}
     if judge == "exact":
-        rows = [json.loads(line) | {"judge": judge} for line in prompts_file.read_text().splitlines()]
-        texts = (json.dumps(row | {"reference": row["prompt"][-1]}) + "\n" for row in rows)
-        prompts_file.write_text("".join(texts))
+        change_prompts(prompts_file, lambda number, row: row | {"judge": judge, "reference": row["prompt"][-1]})
     config = load_config(config_file(menu=MENU, adapt={"method": "auto"}, evaluation={"speed_rounds": 1}))
     run_all(config)
     adapt, metrics = (json.loads((config.folder / name).read_text()) for name in ("adapt.json", "metrics.json"))
@@ -43,7 +41,7 @@ def test_a_run_fits_heads_and_labels_exits_in_one_pass(config_file, prompts_file
     assert adapt["method"] == "heads"
     fits = adapt["heads"]["fits"][adapt["heads"]["targets"]]
     assert list(fits) == ["0-2", "0-3", "0-4"]
-    assert {task for fit in fits.values() for task in fit["by_task"]} == tasks
+    assert {task for fit in fits.values() for task in fit["by_task"]} == {"short", "long"}
 
 
 def test_heads_of_other_plans_are_refused(model) -> None:
@@ -100,8 +98,7 @@ def test_a_menu_with_a_head_at_full_depth_runs_at_several_levels(
     config_file, prompts_file, model_folder, tmp_path
 ) -> None:
     """Every head says the reference, which the model says for one prompt of six."""
-    rows = [json.loads(line) | {"judge": "exact", "reference": "?"} for line in prompts_file.read_text().splitlines()]
-    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change_prompts(prompts_file, lambda number, row: row | {"judge": "exact", "reference": "?"})
     model, tokenizer = load_backbone(str(model_folder))
     given = ["0-2", "0-3", "0-5h"]
     plans = [LayerPlan.parse(text, 6) for text in given]

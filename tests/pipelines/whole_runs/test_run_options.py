@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from command import layerbudget, refused
+from command import ran, refused
 from filelock import FileLock
 from own_judges import rescored
-from tiny_run import write_prompts
+from tiny_run import change_prompts
 
 from oracle.judges import JudgeError, check_judge
 from oracle.labels.store import CUT
@@ -21,6 +20,7 @@ from oracle.prompts import load_prompts
 from oracle.splits import splits_of
 from pipelines.config import load_config
 from pipelines.config.sections import DataSection
+from pipelines.run.state import STAGES
 
 
 def test_ctrl_c_says_how_to_go_on_and_a_second_process_waits(config_file, tmp_path) -> None:
@@ -34,7 +34,7 @@ def test_ctrl_c_says_how_to_go_on_and_a_second_process_waits(config_file, tmp_pa
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "stopped; the same command goes on from here" in errors
-    assert layerbudget("run", path, "--set", "tuning.trials=2").returncode == 0
+    ran("run", path, "--set", "tuning.trials=2")
 
 
 def test_every_controller_and_option_of_the_report_card(config_file, prompts_file) -> None:
@@ -43,15 +43,10 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
         calibration={"risk": "insufficient", "keep": 0.7, "delta": 0.2, "per_task": True},
         data={"path": str(prompts_file), "force_judge": "kl"},
         label={"tolerance": 0.3},
-        evaluation={
-            "speed_prompts": 2,
-            "speed_tokens": 2,
-            "speed_rounds": 1,
-        },
+        evaluation={"speed_prompts": 2, "speed_tokens": 2, "speed_rounds": 1},
     )
-    done = layerbudget("run", path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
+    ran("run", path)
+    folder = path.parent / "runs" / "tiny"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["best"] in ("logistic", "mlp")
     assert metrics["certificate"]["risk"] == "insufficient"
@@ -65,17 +60,11 @@ def test_every_controller_and_option_of_the_report_card(config_file, prompts_fil
     assert "No gain is shown over" in page or metrics["comparison"]["knows_the_prompt"]
 
 
-def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, tmp_path) -> None:
+def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, prompts_file, tmp_path) -> None:
     """The task tells a control nothing: it is left out by name."""
-    rows = [
-        {**json.loads(line), "task": "<script>$x$", "prompt": json.loads(line)["prompt"][:6]}
-        for line in write_prompts(tmp_path / "two.jsonl").read_text().splitlines()
-    ]
-    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tuning = {"components": [6], "folds": 2, "controllers": ["mlp"]}
-    done = layerbudget("run", config_file(data={"path": str(tmp_path / "one.jsonl")}, tuning=tuning))
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder, output = tmp_path / "runs" / "tiny", " ".join(done.stdout.split())
+    change_prompts(prompts_file, lambda number, row: row | {"task": "<script>$x$", "prompt": row["prompt"][:6]})
+    said = ran("run", config_file(tuning={"components": [6], "folds": 2, "controllers": ["mlp"]}))
+    folder, output = tmp_path / "runs" / "tiny", " ".join(said.split())
     assert "are fewer than tuning.search_from (500): default settings, no search" in output
     assert json.loads((folder / "tuning.json").read_text())["controllers"]["mlp"]["trials"] == 0
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -90,25 +79,28 @@ def test_prompts_of_one_task_and_one_length_are_measured_too(config_file, tmp_pa
     assert page.count("&lt;script&gt;$x$") >= 5
 
 
+def label_count(folder: Path) -> int:
+    with sqlite3.connect(folder / "runs" / "tiny" / "labels.db") as connection:
+        return connection.execute("SELECT COUNT(*) FROM labels").fetchone()[0]
+
+
 def test_shards_label_one_run_together(config_file, tmp_path) -> None:
     path = config_file()
     assert "the stage 'label' needs 'menu' first" in refused("label", path, "--shard", "1/2")
-    assert layerbudget("menu", path).returncode == 0
+    ran("menu", path)
     assert "the stage 'label' needs 'adapt' first" in refused("label", path, "--shard", "1/2")
-    assert layerbudget("adapt", path).returncode == 0
+    ran("adapt", path)
     assert "a shard is written NUMBER/OF" in refused("label", path, "--shard", "3/2")
     with FileLock(tmp_path / "runs" / "tiny" / ".lock-1-of-2"):
         assert "another process is working on this shard of" in refused("label", path, "--shard", "1/2")
     counts = []
     for shard in ("1/2", "2/2", "2/2"):
-        assert layerbudget("label", path, "--shard", shard).returncode == 0
-        with sqlite3.connect(tmp_path / "runs" / "tiny" / "labels.db") as connection:
-            counts += connection.execute("SELECT COUNT(*) FROM labels").fetchone()
+        ran("label", path, "--shard", shard)
+        counts.append(label_count(tmp_path))
     assert 0 < counts[0] < counts[1] == counts[2]
-    assert layerbudget("label", path).returncode == 0
-    with sqlite3.connect(tmp_path / "runs" / "tiny" / "labels.db") as connection:
-        assert connection.execute("SELECT COUNT(*) FROM labels").fetchone() == (counts[2],)
-    assert "done before" in layerbudget("run", path).stdout
+    ran("label", path)
+    assert label_count(tmp_path) == counts[2]
+    assert "done before" in ran("run", path)
 
 
 def test_an_answer_that_a_judge_fails_on_counts_as_lost(config_file, prompts_file, tmp_path, monkeypatch) -> None:
@@ -116,14 +108,11 @@ def test_an_answer_that_a_judge_fails_on_counts_as_lost(config_file, prompts_fil
     (tmp_path / "fussy.py").write_text(
         "def judge(answer, reference, full):\n    return 1 / len(reference) / (answer == full)\n"
     )
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row |= {"judge": "fussy:judge", "reference": "" if number % 20 == 0 else "ab"}
-    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = layerbudget("run", config_file())
-    assert done.returncode == 0, done.stdout + done.stderr
-    output = " ".join(done.stdout.split())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    change_prompts(
+        prompts_file, lambda number, row: row | {"judge": "fussy:judge", "reference": "ab" if number % 20 else ""}
+    )
+    output = " ".join(ran("run", config_file()).split())
     assert "labels have no score, the first since the judge 'fussy:judge' failed on prompt" in output
     metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
     assert metrics["full"]["quality"] == 0.5
@@ -140,12 +129,9 @@ def test_an_answer_that_a_judge_fails_on_counts_as_lost(config_file, prompts_fil
 
 
 def test_judge_kl_needs_no_reference_and_only_full_answers(config_file, prompts_file) -> None:
-    rows = [json.loads(line) | {"judge": "kl"} for line in prompts_file.read_text().splitlines()[:80]]
-    prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = config_file(label={"tolerance": 0.1})
-    done = layerbudget("run", path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = Path(yaml.safe_load(path.read_text())["runs"]) / "tiny"
+    change_prompts(prompts_file, lambda number, row: row | {"judge": "kl"})
+    ran("run", config_file(data={"path": str(prompts_file), "limit": 80}, label={"tolerance": 0.1}))
+    folder = prompts_file.parent / "runs" / "tiny"
     with sqlite3.connect(folder / "labels.db") as store:
         labels = store.execute("SELECT plan, answer, score FROM labels").fetchall()
     assert {score for plan, _, score in labels if plan == "0-5"} == {1.0}
@@ -161,10 +147,6 @@ def test_judge_kl_needs_no_reference_and_only_full_answers(config_file, prompts_
     assert all(0 < rate < 1 for rate in rates.values()), "what a plan says is not all the full model's"
 
 
-def test_a_single_stage_names_the_one_it_needs(config_file) -> None:
-    assert "the stage 'train' needs 'menu' first" in refused("train", config_file())
-
-
 def test_device_cuda_without_a_gpu_is_refused(config_file) -> None:
     import torch
 
@@ -176,22 +158,9 @@ def test_device_cuda_without_a_gpu_is_refused(config_file) -> None:
 
 
 def test_help_reads_well() -> None:
-    text = layerbudget("--help").stdout
-    for name in (
-        "run",
-        "menu",
-        "label",
-        "features",
-        "tune",
-        "train",
-        "calibrate",
-        "evaluate",
-        "report",
-        "generate",
-        "inspect",
-    ):
-        assert name in text
-    assert "resumes" in layerbudget("run", "--help").stdout
+    text = ran("--help")
+    assert {*(stage.name for stage in STAGES), "run", "generate", "inspect"} <= {*text.split()}
+    assert "resumes" in ran("run", "--help")
 
 
 @pytest.mark.parametrize(

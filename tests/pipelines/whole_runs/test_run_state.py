@@ -9,18 +9,24 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import layerbudget, refused, snapshot
+from command import ran, refused, snapshot
+from tiny_run import change_prompts, tiny_settings, write_prompts
 
 from pipelines.run.state import content_hash
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, module_config) -> Path:
+def made(tmp_path_factory, model_folder, give_store) -> Path:
     """A project whose run is finished."""
     folder = tmp_path_factory.mktemp("made")
-    path = module_config(folder)
-    done = layerbudget("run", path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    settings = tiny_settings(folder, model_folder, write_prompts(folder / "prompts.jsonl")) | {
+        "menu": {"method": "exits", "probe_depth": 2, "plans": 3, "cheapest_budget": 0.4},
+        "tuning": {"trials": 1, "components": [4], "folds": 2, "controllers": ["lightgbm"]},
+        "try_prompts": [],
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    give_store(folder)
+    ran("run", folder / "tiny.yaml")
     return folder
 
 
@@ -38,32 +44,6 @@ def point_at(folder: Path) -> None:
     config = yaml.safe_load((folder / "tiny.yaml").read_text())
     config["runs"], config["data"]["path"] = str(folder / "runs"), str(folder / "prompts.jsonl")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-
-
-@pytest.fixture(scope="module")
-def module_config(model_folder):
-    def write(folder: Path) -> Path:
-        rows = [
-            {"id": str(i), "task": "ab"[i % 2], "prompt": f"{i:03d}"[::-1] * (1 + i % 2), "reference": "x"}
-            for i in range(120)
-        ]
-        (folder / "prompts.jsonl").write_text("".join(json.dumps({**row, "judge": "agreement"}) + "\n" for row in rows))
-        config = {
-            "name": "tiny",
-            "runs": str(folder / "runs"),
-            "model": {"source": str(model_folder), "device": "cpu"},
-            "data": {"path": str(folder / "prompts.jsonl")},
-            "decoding": {"max_new_tokens": 3},
-            "menu": {"method": "exits", "probe_depth": 2, "plans": 3, "cheapest_budget": 0.4},
-            "tuning": {"trials": 1, "components": [4], "folds": 2, "controllers": ["lightgbm"]},
-            "calibration": {"keep": 0.7, "delta": 0.2},
-            "evaluation": {"speed_prompts": 2, "speed_tokens": 2, "speed_rounds": 1},
-            "tracking": {"uri": f"sqlite:///{folder}/mlruns/mlflow.db"},
-        }
-        (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-        return folder / "tiny.yaml"
-
-    return write
 
 
 USER_FILES = {
@@ -106,8 +86,7 @@ def test_somebodys_file_in_a_folder_that_is_replaced_stays(project, stage, file)
     assert f"{theirs} lies in a folder that a stage replaces" in refused(stage, project / "tiny.yaml")
     assert theirs.read_text() == "mine"
     theirs.unlink()
-    done = layerbudget("run", project / "tiny.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
+    ran("run", project / "tiny.yaml")
 
 
 def test_a_file_in_the_place_of_the_folder_is_left_alone(project) -> None:
@@ -117,7 +96,7 @@ def test_a_file_in_the_place_of_the_folder_is_left_alone(project) -> None:
     assert other.read_text() == "mine"
     other.unlink()
     other.mkdir()
-    assert layerbudget("menu", project / "tiny.yaml", "--set", "name=other").returncode == 0, "an empty folder is used"
+    ran("menu", project / "tiny.yaml", "--set", "name=other")  # an empty folder is used
 
 
 def test_projects_of_one_name_do_not_share_a_run(project, tmp_path) -> None:
@@ -135,9 +114,7 @@ def test_a_project_that_was_moved_goes_on(project, tmp_path) -> None:
     moved = tmp_path / "moved"
     project.rename(moved)
     point_at(moved)
-    again = layerbudget("run", moved / "tiny.yaml")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 9
+    assert ran("run", moved / "tiny.yaml").count("done before") == 9
 
 
 def test_a_config_in_its_own_run_folder_is_not_overwritten(project) -> None:
@@ -148,8 +125,18 @@ def test_a_config_in_its_own_run_folder_is_not_overwritten(project) -> None:
     assert snapshot(project) == before
 
 
+def check_answers(project: Path) -> None:
+    """A finished run only answers."""
+    said = ran("run", project / "tiny.yaml", "--set", 'try_prompts=["abc"]')
+    assert said.count("done before") == 9
+    assert "of 6 layers" in said
+
+
 def test_a_finished_run_writes_nothing(project, monkeypatch) -> None:
-    before = _times(project)
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (project / "runs").rglob("*") if path.is_file()}
+
+    before = times()
 
     def forbidden(*arguments: object, **options: object) -> None:
         raise OSError("read-only")
@@ -157,15 +144,8 @@ def test_a_finished_run_writes_nothing(project, monkeypatch) -> None:
     monkeypatch.setattr(Path, "mkdir", forbidden)
     monkeypatch.setattr("tempfile.mkstemp", forbidden)
     monkeypatch.setattr("pipelines.run.runner.FileLock", forbidden)
-    done = layerbudget("run", project / "tiny.yaml", "--set", 'try_prompts=["abc"]')
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == 9
-    assert "of 6 layers" in done.stdout
-    assert _times(project) == before
-
-
-def _times(project: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (project / "runs").rglob("*") if path.is_file()}
+    check_answers(project)
+    assert times() == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount")
@@ -177,12 +157,9 @@ def test_a_finished_run_answers_from_a_read_only_folder(project) -> None:
     try:
         with pytest.raises(OSError, match="Read-only"):
             (project / "try").write_text("")
-        done = layerbudget("run", project / "tiny.yaml", "--set", 'try_prompts=["abc"]')
+        check_answers(project)
     finally:
         subprocess.run(["umount", "--lazy", str(project)], check=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done before") == 9
-    assert "of 6 layers" in done.stdout
 
 
 @pytest.mark.parametrize("all_are_lost", [False, True])
@@ -194,39 +171,33 @@ def test_labels_that_are_missing_are_made_again_and_nothing_else(project, all_ar
     else:
         with sqlite3.connect(folder / "labels.db") as store:
             store.execute("DELETE FROM labels WHERE prompt >= '8'")
-    done = layerbudget("run", project / "tiny.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "label: answer and judge" in done.stdout
-    assert done.stdout.count("done before") == 8, "the labels are the same, so what follows is"
+    said = ran("run", project / "tiny.yaml")
+    assert "label: answer and judge" in said
+    assert said.count("done before") == 8, "the labels are the same, so what follows is"
     after = snapshot(folder)
     changed = {name for name in before if not name.startswith("labels.db") and after[name] != before[name]}
     assert changed <= {"run.json", "config.yaml"}, "times, and where the copy lies"
 
 
-def test_a_damaged_store_is_one_sentence(project) -> None:
-    (project / "runs" / "tiny" / "labels.db").write_bytes(b"no database" * 1000)
-    assert "cannot use the label store" in refused("run", project / "tiny.yaml")
-
-
-def test_scores_that_were_changed_are_not_taken_for_ours(project) -> None:
+def test_a_damaged_store_and_changed_scores_are_refused(project) -> None:
     with sqlite3.connect(project / "runs" / "tiny" / "labels.db") as store:
         store.execute("UPDATE labels SET score = 1 - score")
     assert "no longer holds the labels that this run made" in refused("run", project / "tiny.yaml")
+    (project / "runs" / "tiny" / "labels.db").write_bytes(b"no database" * 1000)
+    assert "cannot use the label store" in refused("run", project / "tiny.yaml")
 
 
 def test_a_stage_with_another_result_makes_later_ones_undone(project) -> None:
     path, folder = project / "tiny.yaml", project / "runs" / "tiny"
     menu = json.loads((folder / "menu.json").read_text())
-    assert layerbudget("menu", path).returncode == 0
-    assert layerbudget("run", path).stdout.count("done before") == 9, "the same menu again"
+    ran("menu", path)
+    assert ran("run", path).count("done before") == 9, "the same menu again"
     state = json.loads((folder / "run.json").read_text())
     menu["plans"][0]["budget"] *= 0.99
     (folder / "menu.json").write_text(json.dumps(menu))
     state["stages"]["menu"]["files"]["menu.json"] = content_hash(folder / "menu.json")
     (folder / "run.json").write_text(json.dumps(state))
-    again = layerbudget("run", path)
-    assert again.stdout.count("done before") == 1, again.stdout
-    assert again.returncode == 0
+    assert ran("run", path).count("done before") == 1
 
 
 def test_reading_labels_takes_no_language_model(project, monkeypatch) -> None:
@@ -235,8 +206,7 @@ def test_reading_labels_takes_no_language_model(project, monkeypatch) -> None:
 
     monkeypatch.setattr("pipelines.run.model.load_backbone", forbidden)
     for stage in ("tune", "train", "calibrate"):
-        done = layerbudget(stage, project / "tiny.yaml")
-        assert done.returncode == 0, done.stdout + done.stderr
+        ran(stage, project / "tiny.yaml")
 
 
 def test_a_changed_generation_config_is_said(project, model_folder, tmp_path) -> None:
@@ -248,15 +218,14 @@ def test_a_changed_generation_config_is_said(project, model_folder, tmp_path) ->
 
 
 def test_a_run_follows_the_models_generation_config_and_says_so(project) -> None:
+    folder = project / "runs" / "penalised"
     options = ("--set", "name=penalised", "--set", "decoding.options={repetition_penalty: 1.5}")
-    done = layerbudget("run", project / "tiny.yaml", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "label.verify steps aside: with repetition_penalty=1.5" in " ".join(done.stdout.split())
-    shown = layerbudget("inspect", project / "runs" / "penalised" / "allocator").stdout
-    assert "repetition_penalty=1.5" in shown
-    certificate = json.loads((project / "runs" / "penalised" / "allocator" / "certificate.json").read_text())
+    said = ran("run", project / "tiny.yaml", *options)
+    assert "label.verify steps aside: with repetition_penalty=1.5" in " ".join(said.split())
+    assert "repetition_penalty=1.5" in ran("inspect", folder / "allocator")
+    certificate = json.loads((folder / "allocator" / "certificate.json").read_text())
     assert certificate["decoding"].endswith("repetition_penalty=1.5")
-    with sqlite3.connect(project / "runs" / "penalised" / "labels.db") as store:
+    with sqlite3.connect(folder / "labels.db") as store:
         ((decoding,),) = store.execute("SELECT DISTINCT decoding FROM labels").fetchall()
     assert decoding.endswith("repetition_penalty=1.5")
 
@@ -268,20 +237,18 @@ def judge_with(project: Path, folder: Path, monkeypatch, module: str, failure: s
         "    return float(answer == full)\n"
     )
     monkeypatch.syspath_prepend(str(folder))
-    rows = [json.loads(line) for line in (project / "prompts.jsonl").read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row |= {"judge": f"{module}:judge", "reference": "stop" if number % 30 == 0 else "x"}
-    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change_prompts(
+        project / "prompts.jsonl",
+        lambda number, row: row | {"judge": f"{module}:judge", "reference": "x" if number % 30 else "stop"},
+    )
 
 
 def test_a_judge_that_exits_has_failed_on_that_prompt(project, tmp_path, monkeypatch) -> None:
     judge_with(project, tmp_path, monkeypatch, "exiting_judge", "sys.exit(0)")
-    done = layerbudget("run", project / "tiny.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
-    output = " ".join(done.stdout.split())
-    assert "labels have no score" in output
-    assert "SystemExit: 0" in output
-    assert "report.html" in done.stdout
+    said = " ".join(ran("run", project / "tiny.yaml").split())
+    assert "labels have no score" in said
+    assert "SystemExit: 0" in said
+    assert "report.html" in said
 
 
 def test_a_judge_may_say_anything_in_brackets(project, tmp_path, monkeypatch) -> None:
@@ -289,7 +256,6 @@ def test_a_judge_may_say_anything_in_brackets(project, tmp_path, monkeypatch) ->
     judge_with(project, tmp_path, monkeypatch, "bracket_judge", "raise ValueError('no [/] and no [/red]')")
     folder = project / "runs [" / "red]"
     for stage in ("menu", "adapt", "label"):
-        done = layerbudget(stage, project / "tiny.yaml", "--set", f"runs='{folder}'")
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "no [/] and no [/red]" in " ".join(done.stdout.split())
-    assert "runs [/red]/tiny/labels.db" in done.stdout.replace("\n", "")
+        said = ran(stage, project / "tiny.yaml", "--set", f"runs='{folder}'")
+    assert "no [/] and no [/red]" in " ".join(said.split())
+    assert "runs [/red]/tiny/labels.db" in said.replace("\n", "")
