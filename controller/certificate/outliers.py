@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from backbone.strict_json import parse
-from controller.base import LearningError, check_sets
-from controller.features import ARRAYS, Features, Floats, Projection
+from controller.base import Floats, LearningError, check_sets
+from controller.features import ARRAYS, Features, Projection
 
 COMPONENTS = 12
 """Principal components of the distances, each scaled to variance 1; chosen by measurement, `docs/controllers.md`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Measured:
         menu, table, metrics: of the run.
         policies: names of those that are compared.
         chosen: plan of each prompt under the best controller [N].
-        spots: each policy with its intervals; one that draws plans at random has the mean of its draws.
+        spots: each policy with its intervals; one that draws plans at random has the intervals of its mean.
     """
 
     menu: PlanMenu
@@ -56,12 +56,18 @@ class Measured:
             for name in (*policies, "full_with_head")
             if name in metrics
         }
-        spots = {name: spot(own, table.scores, table.budgets) for name, own in shares.items()}
+        spots = {name: _at(metrics[name], spot(own, table.scores, table.budgets)) for name, own in shares.items()}
         return cls(menu, table, metrics, policies, np.array(chosen[metrics["best"]]), spots)
 
     @property
     def best(self) -> Spot:
         return self.spots[self.metrics["best"]]
+
+
+def _at(card: Row, found: Spot) -> Spot:
+    """The spot at the means of the policy's own draws."""
+    budget, quality = replace(found.budget, value=card["budget"]), replace(found.quality, value=card["quality"])
+    return replace(found, budget=budget, quality=quality)
 
 
 def contestant_rows(metrics: Metrics, spots: dict[str, Spot]) -> list[Row]:

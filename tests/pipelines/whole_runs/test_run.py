@@ -141,6 +141,7 @@ def _check_report(page: str, metrics) -> None:
     ids = re.findall(r' id="([^"]+)"', page)
     assert len({*ids}) == len(ids)
     assert {*re.findall(r'href="#([^"]+)"', page)} <= {*ids}
+    assert all(f"mean score {metrics[name]['quality']:.3f} (" in page for name in POLICIES), "said by their dots"
     assert page.count("(full model ") == 2 * metrics["prompts"]["test"], "each test prompt has its dot"
     assert "confidence" in page
     assert "Does the controller know the prompt?" in page
