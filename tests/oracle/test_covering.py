@@ -17,7 +17,7 @@ from backbone.plan import LayerPlan, PlanMenu
 from oracle.decoding import Decoding
 from oracle.labels.labeller import Labeller
 from oracle.labels.store import LabelStore
-from oracle.menus import build_menu, p_median, search_steps
+from oracle.menus import LOSSES, build_menu, p_median, search_steps
 from oracle.menus.base import MenuTask, TaskLabels
 from oracle.menus.covering import Measured, pool_plans
 from oracle.menus.p_median import best_plans, oracle_budget, substituted
@@ -54,17 +54,36 @@ def test_the_menu_is_the_best_of_all_choices(seed) -> None:
     assert len(found) == 4
 
 
-def test_the_menu_without_nodes_is_the_substituted_one() -> None:
+def test_the_menu_without_steps_is_the_substituted_one() -> None:
     scores, budgets = drawn(1)
-    assert best_plans(scores, budgets, 4, [0.05], nodes=0) == substituted(scores, budgets, 4, [0.05])
+    assert best_plans(scores, budgets, 4, [0.05], steps=0) == substituted(scores, budgets, 4, [0.05])
 
 
-def test_the_solver_stops_at_nodes_never_at_a_clock(monkeypatch) -> None:
-    options = []
-    real = p_median.milp
-    monkeypatch.setattr(p_median, "milp", lambda *a, **k: options.append({**k["options"]}) or real(*a, **k))
-    best_plans(*drawn(0), 4, [0.0])
-    assert options == [{"node_limit": p_median.NODES, "mip_rel_gap": p_median.GAP}]
+def graded(seed: int, n: int = 96, p: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """As many prompts and plans as a search has; a prompt is answered where a plan runs about what it needs."""
+    draw = np.random.default_rng(seed)
+    budgets = np.append(np.sort(draw.uniform(0.5, 0.97, p - 1)), 1.0)
+    enough = 1 / (1 + np.exp((draw.uniform(0.3, 1.1, (n, 1)) - budgets) / 0.08))
+    return (draw.random((n, p)) < enough).astype(float), budgets
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_search_for_a_bound_betters_the_substituted_menu(seed) -> None:
+    scores, budgets = graded(seed)
+    before, after = (best_plans(scores, budgets, 8, LOSSES, steps=steps) for steps in (0, 300))
+    assert oracle_budget(scores, budgets, after, LOSSES) < 0.997 * oracle_budget(scores, budgets, before, LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("problem", "count"), [(graded(2), 1 + 40 + 1 + p_median.STARTS), (drawn(0, 96, 60), 2)], ids=["open", "proved"]
+)
+def test_the_search_for_a_bound_looks_at_one_choice_a_step(problem, count, monkeypatch) -> None:
+    """It ends where a bound proves a choice the best, and without one after so many steps and exchanges."""
+    looked, real = [], p_median.oracle_budget
+    monkeypatch.setattr(p_median, "substituted", lambda *_, begun=(): [*range(7), 59])
+    monkeypatch.setattr(p_median, "oracle_budget", lambda *given: looked.append(1) or real(*given))
+    best_plans(*problem, 8, LOSSES, steps=40)
+    assert len(looked) == count
 
 
 def test_of_as_many_plans_as_there_are_all_are_taken() -> None:
