@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oracle.frontier.frontier import ROUNDING, budget_at
+from oracle.frontier.frontier import budget_at
+from oracle.frontier.knapsack import ROUNDING
 from oracle.frontier.sweep import path, sweep
 
 Floats = NDArray[np.float64]
