@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from controller.testing import ControllerConformance as ControllerConformance
     from oracle.chat import ChatError as ChatError
     from oracle.menus.base import MenuTask as MenuTask
+    from oracle.prompt_sources import embedded_prompts as embedded_prompts
     from oracle.search.base import Searcher as Searcher
     from oracle.search.testing import SearcherConformance as SearcherConformance
     from pipelines.training import train as train
@@ -63,6 +64,7 @@ _NAMES = {
     "controller.testing": ("ControllerConformance",),
     "oracle.chat": ("ChatError",),
     "oracle.menus.base": ("MenuTask",),
+    "oracle.prompt_sources": ("embedded_prompts",),
     "oracle.search.base": ("Searcher",),
     "oracle.search.testing": ("SearcherConformance",),
     "pipelines.training": ("train",),

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oracle.frontier.frontier import ROUNDING, budget_at
+from oracle.frontier.frontier import budget_at
+from oracle.frontier.knapsack import ROUNDING
 from oracle.frontier.sweep import path, sweep
 
 Floats = NDArray[np.float64]
@@ -25,6 +26,8 @@ GAP = 1e-3
 """A choice this close to the best possible, relatively, is taken to be the best."""
 STEPS, PATIENCE = 300, 10
 """Steps towards the bound, at most, the same on every machine, and those without a better bound that halve a step."""
+STARTS = 5
+"""Choices that such a search has come by from which plans are exchanged anew, where no bound proves one the best."""
 
 
 def best_plans(scores: Floats, budgets: Floats, count: int, losses: Sequence[float], steps: int = STEPS) -> list[int]:
@@ -50,8 +53,13 @@ def oracle_budget(scores: Floats, budgets: Floats, plans: Sequence[int], losses:
     return float(np.mean([budget_at(points, (1 - loss) * full) for loss in losses]))
 
 
-def substituted(scores: Floats, budgets: Floats, count: int, losses: Sequence[float]) -> list[int]:
-    """Plans taken one after another, each the best beside those before, then exchanged while that helps."""
+def substituted(
+    scores: Floats, budgets: Floats, count: int, losses: Sequence[float], begun: Sequence[int] = ()
+) -> list[int]:
+    """Plans taken one after another, each the best beside those before, then exchanged while that helps.
+
+    `begun` holds plans that are in the choice already, before any is exchanged.
+    """
     full, alone = scores.shape[1] - 1, scores.mean(axis=0)
 
     def spent(plans: Sequence[int]) -> float:
@@ -62,7 +70,7 @@ def substituted(scores: Floats, budgets: Floats, count: int, losses: Sequence[fl
         more = ([*plans, plan] for plan in range(full) if plan not in plans)
         return min(more, key=lambda plans: (spent(plans), -alone[plans[-1]]))
 
-    chosen = [full]
+    chosen = [*begun] or [full]
     while len(chosen) < min(count, full + 1):
         chosen = best_beside(chosen)
     least, left = spent(chosen), [plan for plan in chosen if plan != full]
@@ -76,14 +84,14 @@ def substituted(scores: Floats, budgets: Floats, count: int, losses: Sequence[fl
 
 
 def _bettered(plans: list[int], scores: Floats, budgets: Floats, losses: Sequence[float], steps: int) -> list[int]:
-    """The best choice that the search for a lower bound comes by, or the one given.
+    """A choice that a lower bound proves the best, or the best of those that the search for the bound comes by.
 
     The bound is Lagrangian: each prompt may pay for its plan at each target (`paid` [T, N]), and a unit of score has a
     price at each target (`prices` [T]). A plan is then worth by itself what it saves prompts over what they pay, and
     the plans worth most are a choice. Both are moved along the subgradient, with Polyak's length of a step.
     """
     missing = (1 - np.array(losses))[:, None, None] * scores[:, -1].mean() - scores  # [T, N, P]
-    best, least = plans, oracle_budget(scores, budgets, plans, losses)
+    best, least, seen = plans, oracle_budget(scores, budgets, plans, losses), dict[tuple[int, ...], float]()
     prices = np.array([_price(scores[:, plans], budgets[plans], loss) for loss in losses])
     paid = (budgets[plans] + prices[:, None, None] * missing[..., plans]).min(axis=2)
     bound, length, stale, at_bound = -np.inf, 1.0, 0, (paid, prices)
@@ -93,19 +101,30 @@ def _bettered(plans: list[int], scores: Floats, budgets: Floats, losses: Sequenc
         chosen = sorted([*np.argsort(-worth[:-1], kind="stable")[: len(plans) - 1].tolist(), len(worth) - 1])
         value = float(paid.mean() - worth[chosen].sum())
         bound, stale, at_bound = (value, 0, (paid, prices)) if value > bound else (bound, stale + 1, at_bound)
-        if (spent := oracle_budget(scores, budgets, chosen, losses)) < least:
+        seen[tuple(chosen)] = spent = oracle_budget(scores, budgets, chosen, losses)
+        if spent < least:
             best, least = chosen, spent
         if bound >= (1 - GAP) * least:
-            break
+            return best
         if stale == PATIENCE:
             length, stale, (paid, prices) = length / 2, 0, at_bound
             continue
-        taken = saved[..., chosen] > 0
-        up = (1 - taken.sum(axis=2)) / paid.size
-        dearer = (taken * missing[..., chosen]).sum(axis=(1, 2)) / paid.size
-        step = length * (least - value) / ((up**2).sum() + (dearer**2).sum())
-        paid, prices = paid + step * up, np.maximum(prices + step * dearer, 0)
-    return best
+        paid, prices = _moved(paid, prices, saved[..., chosen] > 0, missing[..., chosen], length * (least - value))
+    starts = sorted(seen.keys() - {tuple(plans)}, key=lambda choice: (seen[choice], choice))[:STARTS]
+    exchanged = [substituted(scores, budgets, len(plans), losses, begun=start) for start in starts]
+    return min([best, *exchanged], key=lambda plans: oracle_budget(scores, budgets, plans, losses))
+
+
+def _moved(
+    paid: Floats, prices: Floats, taken: NDArray[np.bool_], missing: Floats, gain: float
+) -> tuple[Floats, Floats]:
+    """What prompts pay, and the prices, after a step along the subgradient that would raise a linear bound by `gain`.
+
+    `taken` says which of the K chosen plans save a prompt anything, and `missing` what they lack [T, N, K].
+    """
+    up, dearer = (1 - taken.sum(axis=2)) / paid.size, (taken * missing).sum(axis=(1, 2)) / paid.size
+    step = gain / ((up**2).sum() + (dearer**2).sum())
+    return paid + step * up, np.maximum(prices + step * dearer, 0)
 
 
 def _price(scores: Floats, budgets: Floats, loss: float) -> float:

