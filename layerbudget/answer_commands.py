@@ -1,7 +1,8 @@
-"""`layerbudget generate` and `layerbudget compare`: answers with the layers that a saved allocator chooses."""
+"""`layerbudget generate`, `compare` and `lm-eval`: answers with the layers that a saved allocator chooses."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,15 @@ def compare(
         _print_table(lines)
     plans = [LayerPlan.parse(line["plan"], loaded.menu.n_layers) for line in lines]
     typer.echo(summary(lines, loaded.menu.n_layers, share_of_decoder(plans, loaded.menu, network)))
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Score an allocator with lm-evaluation-harness: its command line, which then knows --model layerbudget."""
+    from lm_eval.__main__ import cli_evaluate
+
+    importlib.import_module("layerbudget.lm_eval_model")  # registers the model
+    sys.argv = ["lm-eval", *context.args]
+    cli_evaluate()
 
 
 def loaded_allocator(

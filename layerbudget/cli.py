@@ -12,7 +12,7 @@ import typer
 import layerbudget
 from backbone.errors import InputError
 from backbone.interrupts import INTERRUPTED, say_stopped, stoppable
-from layerbudget.answer_commands import compare, generate
+from layerbudget.answer_commands import compare, generate, lm_eval
 from layerbudget.certify_command import certify
 from layerbudget.failures import sentence_of, visible
 from layerbudget.inspection import inspect
@@ -30,8 +30,10 @@ app = typer.Typer(
 )
 
 PIPELINES = "datasets jinja2 mapie matplotlib mlflow optuna peft pyarrow pydantic rich rouge_score scipy sklearn yaml"
-EXTRAS = {"serve": "fastapi httpx2 prometheus_client uvicorn", "pipelines": PIPELINES}
+EXTRAS = {"serve": "fastapi httpx2 prometheus_client uvicorn", "lm-eval": "lm_eval", "pipelines": PIPELINES}
 """Which of our extras bring which modules, that not every command needs."""
+ALL_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For a command that hands its arguments on."""
 
 
 def _print_version(asked: bool) -> None:
@@ -55,6 +57,7 @@ app.command()(run)
 app.command()(check)
 app.command()(generate)
 app.command()(compare)
+app.command("lm-eval", add_help_option=False, context_settings=ALL_ARGUMENTS)(lm_eval)
 app.command()(inspect)
 app.command()(certify)
 app.command()(serve)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from backbone import strict_json
 from backbone.errors import InputError
+from oracle.lm_eval_tasks import is_task, read_task
 from oracle.prompt_sources import (
     EMBEDDED,
     PromptError,
@@ -33,9 +34,11 @@ T = TypeVar("T")
 
 
 def read_source(source: str, columns: Mapping[str, str], dataset_split: str) -> Source:
-    """The rows of a file or data set as they stand there. Raises PromptError where it cannot be read as a whole."""
+    """The rows of a file, data set or task as they stand there. Raises PromptError for one that cannot be read."""
     if source == EMBEDDED:
         return Source(EMBEDDED, EMBEDDED, [(f"prompt {i}", row) for i, row in enumerate(embedded_prompts(), 1)])
+    if is_task(source):
+        return read_task(source, dataset_split)
     if not is_file_name(source):
         return read_dataset(str(expanded(source)) if source.startswith("~") else source, dataset_split)
     return read_file(Path(source), [columns.get(name, name) for name in ASKED])

@@ -39,11 +39,13 @@ class Source:
         where: its name in messages.
         name: what rows without id or task are named after.
         rows: place in the source, and the row, or the reason why it cannot be read.
+        unjudged: what to say where rows name no judge and the configuration names none either; empty for the usual.
     """
 
     where: str
     name: str
     rows: list[tuple[str, Row | PromptError]]
+    unjudged: str = ""
 
     @property
     def columns(self) -> list[str]:

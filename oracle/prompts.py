@@ -159,11 +159,11 @@ def load_prompts(
     """The prompts of a source, in its order.
 
     Args:
-        source: `embedded` (the project's own), a file (see `oracle.prompt_sources.ENDINGS`), or a name or folder that
-            `datasets.load_dataset` takes.
+        source: `embedded` (the project's own), a file (see `oracle.prompt_sources.ENDINGS`), `lm_eval:TASK` (see
+            `oracle.lm_eval_tasks`), or a name or folder that `datasets.load_dataset` takes.
         limit: keep this many, chosen by a hash of the id, so that a larger limit only adds prompts.
         columns: our field -> its column; fields not named keep their own names.
-        dataset_split: which split of the data set to read.
+        dataset_split: which split of the data set or task to read.
         judge: the judge of prompts that name none.
         force_judge: the judge of all prompts, whatever they name.
 
@@ -176,7 +176,10 @@ def load_prompts(
         return _prompt({**row, "judge": force_judge or row["judge"] or judge}, checked)
 
     columns = {} if source == EMBEDDED else columns or {}
-    return limited(prompts_from(read_source(source, columns, dataset_split), columns, make), limit)
+    found = read_source(source, columns, dataset_split)
+    if found.unjudged and not (judge or force_judge):
+        raise PromptError(found.unjudged)
+    return limited(prompts_from(found, columns, make), limit)
 
 
 def questions_of(path: Path) -> list[tuple[str, Question]]:

@@ -131,6 +131,7 @@ def propose(
         Decision("name", name or run_name(path), "the folder is runs/NAME"),
         Decision("model.source", model.source, f"{model.n_layers} layers"),
         Decision("data.path", path, f"{count} prompts"),
+        *([] if prompts.split == "train" else [Decision("data.split", prompts.split, "there is no split train")]),
         *([Decision("data.columns", prompts.columns, "our field: the file's column")] if prompts.columns else []),
         *([judged] if judged.value else []),
         chat,
@@ -180,6 +181,8 @@ def _chat(prompts: AskedPrompts, model: AskedModel) -> Decision:
 
 
 def _stop(prompts: AskedPrompts, *, is_raw: bool) -> Decision:
+    if prompts.stop is not None:
+        return Decision("decoding.stop", prompts.stop, "as the task ends its answers")
     if not is_raw:
         return Decision("decoding.stop", [], "the model ends its turn itself")
     if prompts.have_lines:

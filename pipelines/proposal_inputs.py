@@ -16,6 +16,7 @@ from oracle.decoding import Decoding
 from oracle.intake import ASKED, prompts_from, read_source
 from oracle.judges import KL
 from oracle.labels.generation import answer_batch
+from oracle.lm_eval_tasks import decoding_of, first_split, is_task
 from oracle.prompt_sources import Row, Source
 from oracle.text_normalisation import last_number
 from pipelines.run.model import Loaded
@@ -88,13 +89,17 @@ class AskedPrompts:
         references: the first right answers, where there are any.
         judges: of the rows, None for rows that name none.
         are_turns: whether any prompt is a conversation.
+        split: of a data set or task, which is read.
+        stop: where a task of lm-evaluation-harness ends its answers; None for other prompts.
 
     Raises:
         PromptError: prompts that cannot be read.
     """
 
     def __init__(self, path: str, columns: Mapping[str, str]) -> None:
-        source = read_source(path, columns, "train")
+        self.split = first_split(path) if is_task(path) else "train"
+        self.stop: list[str] | None = decoding_of(path)["stop"] if is_task(path) else None
+        source = read_source(path, columns, self.split)
         self.columns = _columns(source) | dict(columns)
         self.rows: list[Row] = prompts_from(source, self.columns, dict)
         self.references: list[str] = [t for row in self.rows for t in (row["reference"] or ())[:1] if t.strip()]

@@ -124,6 +124,14 @@ def test_without_the_pipelines_extra_generation_works_and_stages_say_what_to_ins
     assert "is not installed; `pip install 'layerbudget[pipelines]'` brings it" in done.stderr
 
 
+def test_lm_eval_says_which_extra_brings_it(tmp_path) -> None:
+    command = "from layerbudget.cli import main; sys.argv = ['layerbudget', 'lm-eval', '--help']; main()"
+    code = f"import sys; sys.modules['lm_eval'] = None; {command}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "'lm_eval' is not installed; `pip install 'layerbudget[lm-eval]'` brings it" in done.stderr
+
+
 def test_readme_commands_exist() -> None:
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
@@ -143,7 +151,7 @@ def test_readme_python_runs_as_far_as_names_go() -> None:
 
 def test_extras_are_those_the_code_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"pipelines", "ray", "serve", "gguf", "demo", "dev"}
+    assert set(project["optional-dependencies"]) == {"pipelines", "ray", "serve", "gguf", "lm-eval", "demo", "dev"}
 
 
 def test_prompts_become_tokens_in_one_place() -> None:

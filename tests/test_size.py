@@ -7,14 +7,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CEILINGS = {  # lines of Python, files
     "backbone": (5100, 38),
-    "oracle": (4450, 35),
+    "oracle": (4650, 36),
     "controller": (2990, 22),
     "runtime": (3300, 19),
     "token_exits": (1350, 11),
     "pipelines": (7450, 49),
     "serving": (2900, 27),
-    "layerbudget": (1200, 11),
-    "tests": (21250, 151),
+    "layerbudget": (1300, 12),
+    "tests": (21300, 152),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""

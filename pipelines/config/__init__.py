@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
+from oracle.lm_eval_tasks import decoding_of, is_task
 from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines.config.learning_sections import CalibrationSection, EvaluationSection, TuningSection
 from pipelines.config.parsing import NotYAMLError, hint_of, parse_yaml, renamed
@@ -120,13 +121,23 @@ def checked_config(data: dict[str, Any], settings: Sequence[str] = ()) -> Config
 
     Raises:
         ConfigError: see `load_config`.
+        PromptError: a task of lm-evaluation-harness that cannot be read.
     """
     for setting in settings:
         _put(data, setting)
     try:
-        return Config.model_validate(data)
+        return _as_the_task_decodes(Config.model_validate(data))
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
+
+
+def _as_the_task_decodes(config: Config) -> Config:
+    """Takes from a task of lm-evaluation-harness what the section `decoding` leaves open."""
+    given = {name: getattr(config.decoding, name) for name in config.decoding.model_fields_set}
+    if not is_task(config.data.path) or {"max_new_tokens", "stop"} <= given.keys():
+        return config
+    decoding = DecodingSection.model_validate({**decoding_of(config.data.path), **given})
+    return config.model_copy(update={"decoding": decoding})
 
 
 def _put(data: dict[str, Any], setting: str) -> None:

@@ -38,14 +38,14 @@ class ModelSection(Section):
 
 class DataSection(Section):
     path: Text = "embedded"
-    """`embedded`, a file (.jsonl, .ndjson, .json, .csv, .tsv; or .gz after that), or a name or folder that `datasets`
-    loads."""
+    """`embedded`, a file (.jsonl, .ndjson, .json, .csv, .tsv; or .gz after that), `lm_eval:TASK`, or a name or folder
+    that `datasets` loads."""
     limit: int | None = Field(None, ge=8)
     """Use this many of the prompts, chosen by a hash of the id; a larger limit only adds prompts."""
     columns: dict[str, Text] = {}
     """Our field -> the source's column; fields not named keep their own names."""
     split: Text = "train"
-    """For a data set: which of its splits to read."""
+    """For a data set or a task: which of its splits to read."""
     judge: Text | None = None
     """For prompts that name no judge."""
     force_judge: Text | None = None
@@ -76,6 +76,8 @@ class DataSection(Section):
 
 
 class DecodingSection(Section):
+    """How answers end; with `lm_eval:TASK` the task says what is not given here."""
+
     max_new_tokens: int = Field(32, ge=1)
     """Tokens of an answer, at most."""
     stop: list[Text] = []
