@@ -4,7 +4,6 @@ import csv
 import json
 import random
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,14 +32,9 @@ def write_csv(path: Path, delimiter: str = ",", header=("id", "question", "answe
     return path
 
 
-def write_jsonl(path: Path, **fields) -> Path:
-    """Fields of every row may be given, also as a function of its number."""
-    rows = [
-        {"id": number, "prompt": text, "reference": text[:1]}
-        | {name: field(number) if callable(field) else field for name, field in fields.items()}
-        for number, text in enumerate(TEXTS)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_jsonl(path: Path, change=lambda number, row: row) -> Path:
+    rows = [{"id": number, "prompt": text, "reference": text[:1]} for number, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(change(number, row)) + "\n" for number, row in enumerate(rows)))
     return path
 
 
@@ -51,8 +45,10 @@ def test_init_takes_a_csv_as_it_is(project, model_folder, delimiter) -> None:
     assert done.returncode == 0, done.stderr
     assert "menu.method" in done.stdout
     assert "answers are short" in done.stdout
-    columns = yaml.safe_load(Path("my-prompts.yaml").read_text())["data"]["columns"]
-    assert columns == {"prompt": "question", "reference": "answer"}
+    assert yaml.safe_load(Path("my-prompts.yaml").read_text())["data"]["columns"] == {
+        "prompt": "question",
+        "reference": "answer",
+    }
     checked = layerbudget("check", "my-prompts.yaml")
     assert checked.returncode == 0, checked.stderr
     assert "120 of 1 kinds, judged by exact" in checked.stdout
@@ -88,48 +84,64 @@ def _no_weights(folder: Path, model_folder: Path) -> Path:
 def _hybrid(folder: Path, model_folder: Path) -> Path:
     shutil.copytree(model_folder, folder / "hybrid")
     config = json.loads((folder / "hybrid" / "config.json").read_text())
-    config |= {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"] * 3}
-    (folder / "hybrid" / "config.json").write_text(json.dumps(config))
+    kinds = ["linear_attention", "full_attention"] * 3
+    (folder / "hybrid" / "config.json").write_text(
+        json.dumps({**config, "model_type": "qwen3_next", "layer_types": kinds})
+    )
     return folder / "hybrid"
 
 
-MODELS = {"wrong folder": _no_weights, "hybrid model": _hybrid}
-"""Models of the mistakes that are made with them; the others have a right one."""
+def _same(folder: Path, model_folder: Path) -> Path:
+    return model_folder
+
+
 MISTAKES = {
     "wrong column": (
         lambda path: write_csv(path.with_suffix(".csv"), header=("nr", "frage", "antwort")),
+        _same,
         "no column 'prompt' or 'messages'; it has nr, frage, antwort: set data.columns, or give `layerbudget init` "
         "--column FIELD=NAME",
     ),
     "ids twice": (
-        partial(write_jsonl, id=lambda number: number // 2),
+        lambda path: write_jsonl(path, lambda number, row: {**row, "id": number // 2}),
+        _same,
         "the id '0' was used before, at line 1; ids must differ",
     ),
-    "unknown judge": (partial(write_jsonl, judge="exat"), "unknown judge 'exat'; did you mean 'exact'?"),
+    "unknown judge": (
+        lambda path: write_jsonl(path, lambda number, row: {**row, "judge": "exat"}),
+        _same,
+        "unknown judge 'exat'; did you mean 'exact'?",
+    ),
     "missing reference": (
-        partial(write_jsonl, reference=lambda number: None if number == 7 else "a"),
+        lambda path: write_jsonl(path, lambda number, row: {**row, "reference": None if number == 7 else "a"}),
+        _same,
         "line 8: the reference is missing, and the judge 'exact' needs one; add it, or take 'agreement'",
     ),
-    "wrong folder": (write_jsonl, "there is no config.json; name the one that save_pretrained wrote"),
-    "no file": (lambda path: path, "no prompts file"),
+    "wrong folder": (
+        write_jsonl,
+        _no_weights,
+        "there is no config.json; name the one that save_pretrained wrote",
+    ),
+    "no file": (lambda path: path, _same, "no prompts file"),
     "too few prompts": (
         lambda path: write_csv(path.with_suffix(".csv"), ";", count=20),
+        _same,
         "holds 20 prompts, and a run needs 64 at least for its five splits: add prompts",
     ),
     "no template": (
-        partial(write_jsonl, prompt=None, messages=TURNS),
+        lambda path: write_jsonl(path, lambda number, row: {"id": number, "messages": TURNS, "reference": "a"}),
+        _same,
         "has no chat template: give prompt, a text, or a model for conversations",
     ),
-    "hybrid model": (write_jsonl, "qwen3_next is not made of attention layers alone"),
+    "hybrid model": (write_jsonl, _hybrid, "qwen3_next is not made of attention layers alone"),
 }
 
 
 @pytest.mark.parametrize("command", ["init", "try"])
 @pytest.mark.parametrize("name", MISTAKES)
 def test_first_mistakes_are_one_sentence(name, command, project, model_folder) -> None:
-    make_prompts, sentence = MISTAKES[name]
-    prompts = make_prompts(project / "prompts.jsonl")
-    model = MODELS[name](project, model_folder) if name in MODELS else model_folder
+    make_prompts, make_model, sentence = MISTAKES[name]
+    prompts, model = make_prompts(project / "prompts.jsonl"), make_model(project, model_folder)
     before = {path.name for path in project.iterdir()}
     assert sentence in refused(command, model, prompts)
     assert {path.name for path in project.iterdir()} == before, "nothing is written"

@@ -24,8 +24,8 @@ from token_exits.heads import ExitHeads
 from token_exits.testing import GateConformance
 
 MODEL = tiny_model("llama")
-
-
+HEADS = ExitHeads(MODEL)
+"""Checks the model, once for all heads of it: `GivenLogits` would not pass."""
 WEIGHTS = torch.linspace(-1, 1, MODEL.config.hidden_size), 0.1
 GATES = (
     *(TopProbability(), Margin(), Entropy(), Patience(), Saturation(), Oracle()),
@@ -91,9 +91,8 @@ def test_classifier_learns_what_a_direction_says() -> None:
 
 
 def test_oracle_knows_the_last_prediction() -> None:
-    heads = ExitHeads(MODEL)
     states = torch.randn(4, MODEL.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    last = heads.predictions(states).clone()
+    last = HEADS.predictions(states).clone()
     last[2] += 1
-    candidate = Candidate(2, states, states, torch.arange(4), 4, heads, last=last)
+    candidate = Candidate(2, states, states, torch.arange(4), 4, HEADS, last=last)
     assert Oracle().confidence(candidate).tolist() == [1, 1, 0, 1]
