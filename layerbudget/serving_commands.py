@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
+from backbone.errors import InputError
 from backbone.interrupts import left_to_a_server, safe_place
 from layerbudget.options import AllocatorSource, ChatTemplateFile, Device, Keep, ModelSource
+
+SHARE = 0.01
 
 
 def serve(
@@ -44,6 +47,13 @@ def serve(
     stop_limit_s: Annotated[
         float, typer.Option(min=0, help="Time for the requests in flight after SIGTERM or Ctrl-C.")
     ] = 30.0,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", readable=False, help="Keep a share of the prompts for `certify`."),
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Probability with which --record keeps a prompt; default: 0.01.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Answer the OpenAI routes: by itself on this machine, or before an engine that serves many users.
@@ -56,6 +66,7 @@ def serve(
     from serving.router.app import make_app
     from serving.router.engines import Upstreams
     from serving.router.limits import Limits
+    from serving.router.record import PromptRecord
     from serving.router.selector import RequestSelector, load_probe
     from serving.router.server import allow_connections, make_server
 
@@ -68,23 +79,28 @@ def serve(
         decision_tokens=max_decision_tokens,
         stop_s=stop_limit_s,
     )
-    loaded = Allocator.from_pretrained(allocator, chat_template=chat_template, keep=keep)
     if upstream is None and pool:
         raise typer.BadParameter("--pool needs --upstream, the engine that serves the full model")
+    if record is None and share is not None:
+        raise InputError("--share needs --record, the file that prompts are kept in")
+    kept = None if record is None else PromptRecord(record, SHARE if share is None else share)
+    loaded = Allocator.from_pretrained(allocator, chat_template=chat_template, keep=keep)
     if upstream is None:
         network, tokenizer = load_backbone(model or loaded.model_source, device="cpu" if device is None else device)
         loaded.prepare(network)
-        app = make_local_app(LocalEngine(loaded, network, tokenizer), limits)
+        app = make_local_app(LocalEngine(loaded, network, tokenizer, kept), limits)
     else:
         upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
         if not (is_checked := upstreams.check()):
             text = f"the engine at {upstreams.engine} does not answer yet; until then all run the full plan"
             typer.echo(text, err=True)
         network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
-        app = make_app(RequestSelector(loaded, network, tokenizer, limits), upstreams, is_checked=is_checked)
+        app = make_app(RequestSelector(loaded, network, tokenizer, limits, kept), upstreams, is_checked=is_checked)
     allow_connections(limits)
     safe_place()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if kept is not None:
+        typer.echo(kept.sentence, err=True)
     typer.echo(f"listening on http://{host}:{port}/v1", err=True)
     with left_to_a_server():
         make_server(app, limits, host, port).run()

@@ -27,6 +27,7 @@ from serving.router.app import CHAT, COMPLETIONS, PLAN_HEADER, not_found
 from serving.router.errors import RefusedError
 from serving.router.limits import Limits, ShutdownTimer
 from serving.router.metrics import Metrics
+from serving.router.record import PromptRecord
 from serving.router.requests import BodyThreads, LongPromptError, PromptReader, positions_of
 from serving.router.selector import Choice, Prompts
 
@@ -77,15 +78,23 @@ class LocalEngine:
         allocator: chooses each prompt's plan; its decoding holds where a request names none.
         model: what answers.
         tokenizer: of the model. The thread that generates only decodes with it; see `PromptReader` for the rest.
+        record: keeps a share of the prompts; None for none.
         batch_size: prompts generated together, at most.
     """
 
     def __init__(
-        self, allocator: Allocator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
+        self,
+        allocator: Allocator,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        record: PromptRecord | None = None,
+        batch_size: int = 8,
     ) -> None:
         self.allocator, self.model, self.tokenizer, self._batch_size = allocator, model, tokenizer, batch_size
         tokenizer("a")  # the first call may change its settings, which must not happen while a thread decodes
-        self.reader, self.positions = PromptReader.of(allocator, model, tokenizer), positions_of(model)
+        offer = None if record is None else record.offer
+        self.reader, self.positions = PromptReader.of(allocator, model, tokenizer, offer), positions_of(model)
+        self._record = record
         self._waiting: list[_Waiting] = []
         self._some = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "layerbudget-generate")
@@ -140,6 +149,8 @@ class LocalEngine:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._record is not None:
+            self._record.close()
 
 
 def make_local_app(engine: LocalEngine, limits: Limits) -> FastAPI:

@@ -19,6 +19,7 @@ from tiny_allocator import ByLength, make_allocator
 from serving.router.app import make_app
 from serving.router.engines import Upstreams
 from serving.router.limits import Limits
+from serving.router.record import PromptRecord
 from serving.router.selector import RequestSelector
 from serving.router.server import make_server
 
@@ -36,20 +37,26 @@ def router_parts() -> tuple[Any, ...]:
 
 @contextmanager
 def routed(
-    engine: FakeEngine | str, pools: Any = None, *, parts: Any = None, is_checked: bool = True, **limits: Any
+    engine: FakeEngine | str,
+    pools: Any = None,
+    *,
+    parts: Any = None,
+    is_checked: bool = True,
+    record: PromptRecord | None = None,
+    **limits: Any,
 ) -> Iterator[httpx2.Client]:
     """A client of a router before an engine: a `FakeEngine`, or the URL of one, or of none."""
     allocator, model, tokenizer = (parts or router_parts())[:3]
     own = Limits(**{"decision_ms": 20_000.0, **limits})
     if isinstance(engine, str):
         upstreams = Upstreams(engine, pools or {})
-        app = make_app(RequestSelector(allocator, model, tokenizer, own), upstreams, is_checked=is_checked)
+        app = make_app(RequestSelector(allocator, model, tokenizer, own, record), upstreams, is_checked=is_checked)
         with running(make_server(app, own)) as url, httpx2.Client(base_url=url, timeout=30) as client:
             yield client
         return
     with (
         served(engine.app) as url,
-        routed(url, pools, parts=parts, is_checked=is_checked, **asdict(own)) as client,
+        routed(url, pools, parts=parts, is_checked=is_checked, record=record, **asdict(own)) as client,
     ):
         yield client
 

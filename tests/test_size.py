@@ -12,9 +12,9 @@ CEILINGS = {  # lines of Python, files
     "runtime": (3300, 19),
     "token_exits": (1350, 11),
     "pipelines": (6950, 47),
-    "serving": (2700, 26),
+    "serving": (2900, 27),
     "layerbudget": (1200, 11),
-    "tests": (20900, 150),
+    "tests": (21100, 150),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self, TypeVar
@@ -26,6 +26,7 @@ KEY = "layer_plan"
 XARGS = "vllm_xargs"
 
 Body = Mapping[str, Any]
+Record = Callable[[Sequence[Any]], None]
 T = TypeVar("T")
 
 
@@ -138,17 +139,28 @@ class PromptReader:
         allocator: has the chat template.
         tokenizer: of the model.
         vocabulary: tokens that the model has.
+        most_recorded: tokens of a prompt that leave room for an answer as long as the certificate's.
+        record: is given the prompts that were read, as clients sent them, but for longer ones; None for nothing.
     """
 
     allocator: AllocatorParts
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
+    most_recorded: int
+    record: Record | None
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # a fast tokenizer fails in two threads
 
     @classmethod
-    def of(cls, allocator: AllocatorParts, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Self:
+    def of(
+        cls,
+        allocator: AllocatorParts,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        record: Record | None = None,
+    ) -> Self:
         embedded = next(model.get_input_embeddings().parameters()).shape[0]
-        return cls(allocator, tokenizer, min(embedded, len(tokenizer)))
+        most_recorded = positions_of(model) - allocator.decoding.max_new_tokens
+        return cls(allocator, tokenizer, min(embedded, len(tokenizer)), most_recorded, record)
 
     def prompts_of(self, body: Body, *, chat: bool, most_tokens: int) -> list[list[int]]:
         """The tokens of each prompt of a request, as the engine will see them.
@@ -171,6 +183,8 @@ class PromptReader:
             raise UnreadablePromptError(f"a prompt has one token or more, each from 0 to {self.vocabulary - 1}")
         if (longest := max(map(len, prompts))) > most_tokens:
             raise LongPromptError(f"a prompt has {longest} tokens, more than {most_tokens}")
+        if self.record is not None:
+            self.record([one for one, own in zip(given, prompts, strict=True) if len(own) <= self.most_recorded])
         return prompts
 
     def _tokens(self, prompt: Any, *, raw: bool) -> list[int]:

@@ -20,6 +20,7 @@ from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from runtime.parts import AllocatorParts
 from serving.router.limits import Limits
+from serving.router.record import PromptRecord
 from serving.router.requests import Body, LongPromptError, PromptReader, least_tokens, positions_of
 
 T = TypeVar("T")
@@ -88,12 +89,14 @@ class RequestSelector:
         model: its first layers; see `load_probe`.
         tokenizer: of the model.
         limits: of a decision's time and tokens.
+        record: keeps a share of the prompts; None for none.
     """
 
     allocator: AllocatorParts
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     limits: Limits = field(default_factory=Limits)
+    record: PromptRecord | None = None
     _reader: PromptReader = field(init=False)
     _most: int = field(init=False)
     _short: FairQueue[_Waiting] = field(default_factory=FairQueue)
@@ -103,7 +106,8 @@ class RequestSelector:
 
     def __post_init__(self) -> None:
         self._most = min(self.limits.decision_tokens, positions_of(self.model))
-        self._reader = PromptReader.of(self.allocator, self.model, self.tokenizer)
+        record = None if self.record is None else self.record.offer
+        self._reader = PromptReader.of(self.allocator, self.model, self.tokenizer, record)
 
     def read(self, body: Body, *, chat: bool) -> Prompts | str:
         """The tokens of a request's prompts, or why the request runs in full. Raises nothing."""
@@ -163,6 +167,8 @@ class RequestSelector:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self.record is not None:
+            self.record.close()
 
     def choose(self, requests: Sequence[Prompts]) -> list[Choice]:
         """The plan of each request. Raises nothing: a failure means the full plan."""
