@@ -57,8 +57,12 @@ class PromptRecord:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InputError(f"another process records to {path}; name another file") from None
-        os.close(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
-        self._append(b"")
+        try:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+            self._append(b"")
+        except (OSError, InputError):
+            self._lock.release()
+            raise
         self._draw, self._fails = random.Random(), False
         self._lines: queue.Queue[bytes | None] = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._write, name="layerbudget-record", daemon=True)

@@ -42,8 +42,13 @@ _IMPORTED = [
     "runtime.answer_files",
     "runtime.saving.allocator_files",
     "datasets",
+    "lightgbm",
+    "mapie.risk_control",
     "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "sklearn.decomposition",
 ]
+"""Whatever a run imports, early or late, so that no forked child imports it again."""
 
 
 @dataclass(frozen=True, slots=True)
