@@ -260,21 +260,19 @@ class Allocator(AllocatorParts):
             return self.at(keep)(*own, allocation_limit_ms, lossless, **model_kwargs)
         start, began = Moment(model.device), time.perf_counter()
         loop = loop_arguments(logits_processor, stopping_criteria, streamer)
-        request = Request(model, input_ids, generation_config, model_kwargs, loop)
-        if lossless:
-            check_lossless(request)
-        healing = self.prepare(model)
+        request = Request(model, input_ids, generation_config, model_kwargs, loop, self.prepare(model))
         if self.chat is not None and not request.goes_on:
             self.chat.warn_without(request.input_ids, request.kwargs.get("attention_mask"))
         if lossless:
+            check_lossless(request)
             allocation_s = time.perf_counter() - began
-            output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start, healing)
+            output, first_token_ms, plans = generate_losslessly(request, draft_plans(self), start)
         else:
             warn_of_other_decoding(self, request.decoding)
-            plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms), healing)
+            plans, prefix = plans_of(request, self.menu, self.selector(allocation_limit_ms))
             request.check_plans(plans)
             allocation_s = time.perf_counter() - began
-            output, first_token_ms = decode(request, plans, start, prefix, healing)
+            output, first_token_ms = decode(request, plans, start, prefix)
         if isinstance(output, torch.Tensor):
             return output
         return allocated(

@@ -29,7 +29,6 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
-from backbone.healing.healing import ReadyHealing
 from backbone.left_padding import position_inputs
 from backbone.plan import LayerPlan
 from runtime.generate_arguments import REFUSED_BY_LOSSLESS, refuse
@@ -115,7 +114,7 @@ def check_lossless(request: Request) -> None:
 
 
 def generate_losslessly(
-    request: Request, plans: Sequence[DraftPlan], start: Moment, healing: ReadyHealing | None
+    request: Request, plans: Sequence[DraftPlan], start: Moment
 ) -> tuple[Output, float, list[LayerPlan]]:
     """Decode one prompt with the full model, drafting under one of some plans, from the moment `start`.
 
@@ -125,7 +124,7 @@ def generate_losslessly(
         `full_passes` (the prompt's among them).
     """
     full = LayerPlan.full(len(decoder_layers(request.model)))
-    drafter = Drafter(request, plans, healing)
+    drafter = Drafter(request, plans)
     if drafter.pays:
         output, first_token_ms = _decode_with_drafts(request, drafter, start)
     else:
@@ -165,9 +164,8 @@ class Drafter(CandidateGenerator):
         accepted: of these, tokens that the full model kept.
     """
 
-    def __init__(self, request: Request, plans: Sequence[DraftPlan], healing: ReadyHealing | None = None) -> None:
-        self._request, self._plans, self._healing = request, plans, healing
-        self._costs = known_step_costs(request.model)
+    def __init__(self, request: Request, plans: Sequence[DraftPlan]) -> None:
+        self._request, self._plans, self._costs = request, plans, known_step_costs(request.model)
         self._mask = request.kwargs.get("attention_mask")
         self._offered = 0
         self._draft_plan, self._length = best_draft(self._costs, plans)
@@ -210,7 +208,7 @@ class Drafter(CandidateGenerator):
         self.last = plan
         config, stops, is_stopped = self._request.config, self._request.loop["stopping_criteria"], False
         unknown = _UnknownScores() if config.return_dict_in_generate and config.output_scores else None
-        with apply_plan(self._request.model, plan, self._healing):
+        with apply_plan(self._request.model, plan, self._request.healing):
             while len(scores) < self._offered and not is_stopped:
                 logits = self._request.model(**self._step(ids), cache=cache, use_cache=True).logits[:, -1]
                 scores.append(self.processors(ids, logits.to(input_ids.device, torch.float32, copy=True)))

@@ -58,6 +58,7 @@ class Request:
         config: the generation configuration, complete.
         kwargs: what `generate()` prepared for the model: attention mask, cache, position ids and so on.
         loop: what it prepared for the decoding loop: logits processors, stopping criteria, streamer.
+        healing: what shortened plans run with.
 
     Raises:
         UnsupportedGenerationError: assisted or other decoding, a streamer of beams, embeddings without tokens, or
@@ -69,6 +70,7 @@ class Request:
     config: GenerationConfig
     kwargs: dict[str, Any]
     loop: dict[str, Any]
+    healing: ReadyHealing | None = None
 
     def __post_init__(self) -> None:
         refuse_other_loops(self.config)
@@ -130,8 +132,8 @@ class Request:
             for name, value in given.items()
         }
 
-    def plans_of_cache(self, healing: ReadyHealing | None) -> list[LayerPlan] | None:
-        """The plans [B] that the given cache was filled under, which go on with `healing`; None if the cache is empty.
+    def plans_of_cache(self) -> list[LayerPlan] | None:
+        """The plans [B] that the given cache was filled under, which go on; None if the cache is empty.
 
         Raises:
             UnsupportedGenerationError: it was filled under plans that are not known, for another number of prompts, or
@@ -152,7 +154,7 @@ class Request:
                 f"{self.n_prompts}; give the same prompts, or start with a new cache"
             )
         shortest = min(plans, key=lambda plan: plan.layers)
-        if filled != (own := healing_digest(healing, shortest)):
+        if filled != (own := healing_digest(self.healing, shortest)):
             raise UnsupportedGenerationError(
                 f"the cache passed in was filled under plan {shortest} with {filled or 'no'} healing parts, and the "
                 f"plan would go on with {own or 'none'}; start with a new cache"
@@ -245,38 +247,28 @@ class FirstToken(LogitsProcessor):
         return scores
 
 
-def plans_of(
-    request: Request, menu: PlanMenu, selector: PlanSelector, healing: ReadyHealing | None
-) -> tuple[list[LayerPlan], Prefix | None]:
+def plans_of(request: Request, menu: PlanMenu, selector: PlanSelector) -> tuple[list[LayerPlan], Prefix | None]:
     """The plans of the prompts [B], those of a given cache if it is filled, and the kept prefix, if any."""
-    if (plans := request.plans_of_cache(healing)) is not None:
+    if (plans := request.plans_of_cache()) is not None:
         return plans, None
     decision = selector.decide(request.model, **request.prompts(), keep_cache=not request.captures_layers)
     return [menu.plans[index] for index in decision.chosen], decision.prefix
 
 
 def decode(
-    request: Request,
-    plans: Sequence[LayerPlan],
-    start: Moment,
-    prefix: Prefix | None = None,
-    healing: ReadyHealing | None = None,
+    request: Request, plans: Sequence[LayerPlan], start: Moment, prefix: Prefix | None = None
 ) -> tuple[Output, float]:
-    """Decode with the model's own loop, which sees all rows in their order.
+    """Decode with the model's own loop; gives the milliseconds from `start` to the first tokens too.
 
     Args:
         request: the prepared call.
         plans: of the B prompts.
         start: when the call began.
         prefix: what the first layers made of the prompts; None to run them again. Its memory is given back.
-        healing: what shortened plans run with.
-
-    Returns:
-        The output, and the milliseconds from `start` to the first tokens.
     """
     clock = FirstToken(request.model.device)
     loop = {**request.loop, "logits_processor": LogitsProcessorList([*request.loop["logits_processor"], clock])}
-    with apply_plans(request.model, plans, healing), ExitStack() as stack:
+    with apply_plans(request.model, plans, request.healing), ExitStack() as stack:
         if prefix is not None:
             rows = torch.arange(request.n_prompts, device=request.model.device).repeat_interleave(request.copies)
             chosen = None if request.copies == 1 else rows

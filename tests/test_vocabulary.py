@@ -15,6 +15,7 @@ OLD = {
     "plan selection": r"\bDecider\b|\bdeciding\.py",
     "distillation": r"\b[Ll]esson|\btaught\b|\bteaches\b",
     "fitted predictor": r"\bLearned\b",
+    "losses": r"\bplan_quality\b|\bfull_quality\b",
     "loss scale": r"\bunit_of\b|\bkept_by_full\b",
     "verification": r"\bShortcut\b|\bhas_parted\b|\bis_settled\b|\bworth_leading\b|\bparted\b",
     "test martingale": r"\b[Gg]ambl|\bgames?\b",

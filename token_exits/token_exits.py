@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from backbone.errors import UnsupportedGenerationError
 from backbone.execution.apply_plan import apply_plan
 from backbone.families import decoder_layers
-from backbone.healing.healing import Healing
+from backbone.healing.healing import Healing, ready
 from backbone.plan import LayerPlan
 from runtime.generate_arguments import generate_by
 from runtime.request import Request, loop_arguments
@@ -89,14 +89,14 @@ class TokenExits:
         """The decoding loop that `generate(custom_generate=exits)` calls after preparing its inputs."""
         loop = loop_arguments(logits_processor, stopping_criteria, streamer)
         _check_mode(generation_config)
-        request = Request(model, input_ids, generation_config, model_kwargs, loop)
+        request = Request(model, input_ids, generation_config, model_kwargs, loop, ready(healing, model))
         plan = LayerPlan.full(len(decoder_layers(model))) if plan is None else plan
         self._check(request, plan)
-        return self._decode(request, plan, healing)
+        return self._decode(request, plan)
 
-    def _decode(self, request: Request, plan: LayerPlan, healing: Healing | None) -> Output:
+    def _decode(self, request: Request, plan: LayerPlan) -> Output:
         model, steps = request.model, request.max_new_tokens
-        with apply_plan(model, plan, healing), token_exits(model, self.settings, plan, steps) as driver:
+        with apply_plan(model, plan, request.healing), token_exits(model, self.settings, plan, steps) as driver:
             output: Output = request.decoding_loop(
                 request.input_ids, generation_config=request.config, **request.loop, **request.kwargs
             )

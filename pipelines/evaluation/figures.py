@@ -208,7 +208,7 @@ def least_budgets(budgets: Sequence[float]) -> str:
 
 def _bins(predicted: NDArray[np.float32], observed: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
     """Means of both, and counts, in those of ten bins of equal width that are not empty."""
-    edges = np.linspace(predicted.min(), predicted.max(), 11)
+    edges = np.linspace(np.nanmin(predicted), np.nanmax(predicted), 11)
     index = np.minimum(np.searchsorted(edges, predicted, side="right"), 10)
     used = np.unique(index)
     rows = [(predicted[index == i].mean(), observed[index == i].mean(), float((index == i).sum())) for i in used]

@@ -22,6 +22,9 @@ from pipelines.run.workspace import Workspace
 
 YARDSTICKS = ("full", "best_static", "static_mixture", "random", "oracle")
 DRAWN_AT_RANDOM = ("static_mixture", "random")
+STOCK = Contestant(
+    "stock generate()", "stock generate()", colour_of("full"), Estimate(1.0, None, None), Estimate(1.0, None, None)
+)
 Metrics = dict[str, Any]
 Row = dict[str, Any]
 
@@ -85,14 +88,12 @@ def contestant_rows(metrics: Metrics, spots: dict[str, Spot]) -> list[Row]:
 
 
 def timed_alone(measured: Measured) -> list[Contestant]:
-    speed, best = measured.metrics["speed"], measured.metrics["best"]
-    timed = {
-        "the same layers deleted": (colour_of("random"), measured.best, _estimate(speed["limit"])),
-        "allocator": (colour_of(best), measured.best, _estimate(speed["intervals"]["single"])),
-    }
+    speed, kept, deleted = measured.metrics["speed"], measured.best.kept, "the same layers deleted"
+    single, colour = _estimate(speed["intervals"]["single"]), colour_of(measured.metrics["best"])
     return [
-        _stock(measured),
-        *(Contestant(name, name, colour, at.kept, ratio) for name, (colour, at, ratio) in timed.items()),
+        STOCK,
+        Contestant(deleted, deleted, colour_of("random"), kept, _estimate(speed["limit"])),
+        Contestant("allocator", "allocator", colour, kept, single),
     ]
 
 
@@ -107,12 +108,7 @@ def timed_in_batches(measured: Measured) -> list[Contestant]:
     ]
     ratio = _estimate(metrics["speed"]["intervals"]["batch"])
     own = Contestant("allocator", "allocator", colour_of(metrics["best"]), measured.best.kept, ratio)
-    return [_stock(measured), *statics, own]
-
-
-def _stock(measured: Measured) -> Contestant:
-    one = Estimate(1.0, None, None)
-    return Contestant("stock generate()", "stock generate()", colour_of("full"), one, one)
+    return [STOCK, *statics, own]
 
 
 def _estimate(ratio: Row) -> Estimate:

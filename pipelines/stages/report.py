@@ -44,12 +44,8 @@ def run(workspace: Workspace, prompts: int | None = None) -> Path:
 
     `prompts`: all that there are, for the verdict; None for those of the run.
     """
-    config, tuning, measured, left_out = (
-        workspace.config,
-        workspace.read("tuning.json"),
-        Measured.of(workspace),
-        Omissions(),
-    )
+    config, tuning, left_out = workspace.config, workspace.read("tuning.json"), Omissions()
+    measured = Measured.of(workspace)
     metrics, tasks = measured.metrics, task_rows(measured)
     drawn = _figures(workspace, measured, tasks, left_out)
     environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
@@ -128,7 +124,6 @@ def _figures(workspace: Workspace, measured: Measured, tasks: list[Row], left_ou
         predicted = {name: (learned.predict(table.features), table.losses) for name, learned in trained.items()}
         return {"reliability": figures.reliability(predicted)}
 
-    draw: dict[str, Callable[[], dict[str, str]]]
     draw = {"quality": quality, "prompts": prompts, "tasks": needs, "reliability": reliability}
     if metrics["speed"]["limit"]["low"] is not None:  # enough rounds to tell a gain from noise
         draw["speed"] = speed
