@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from runtime.generation import mean_layers, share_of_decoder, summary_line
 
 from backbone.errors import InputError
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
 from runtime.allocator import Allocator
 from runtime.generate_arguments import warn_of_other_decoding
+from runtime.output import mean_layers, share_of_decoder, summary_line
 
 TAKEN = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "add_bos_token"),
