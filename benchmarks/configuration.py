@@ -10,19 +10,15 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from pipelines.config import Config
+from pipelines.config.sections import Section
 
-from pipelines.config import Config  # noqa: E402
-from pipelines.config.sections import Section  # noqa: E402
-
-PAGE = ROOT / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
 A run is one YAML file. Only `name` and `model.source` have no default. `--set section.key=value` goes over the file,

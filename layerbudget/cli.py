@@ -81,9 +81,10 @@ def main() -> None:
     except InputError as error:
         _refuse(str(error))
     except ModuleNotFoundError as error:
-        extra = next((extra for extra, names in EXTRAS.items() if error.name in names.split()), None)
+        name = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, names in EXTRAS.items() if name in names.split()), None)
         bring = f"`pip install 'layerbudget[{extra}]'` brings it" if extra else "install the package that holds it"
-        _refuse(f"{error.name!r} is not installed; {bring}")
+        _refuse(f"{name!r} is not installed; {bring}")
     except BrokenPipeError:
         _stop_quietly()
     except SystemExit as stop:

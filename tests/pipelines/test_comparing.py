@@ -122,6 +122,7 @@ def test_where_the_task_says_all_the_prompt_is_not_known(by_task: bool, knows: b
         lines = np.eye(3)[[ord(task) - ord("a") for task in some.tasks]]
         some.features["states"][:, :3] = 3 * lines + 0.3 * random.normal(size=(400, 3))
         some.scores[:, 0] = random.random(400) < lines @ [0.2, 0.7, 0.95]
+        some.losses[:, 0] = 1 - some.scores[:, 0]
     settings = Settings("logistic", ("states",), 6)
     named = replace(settings, sets=("task",))
     expected = {
