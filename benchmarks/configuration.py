@@ -21,9 +21,9 @@ from pipelines.config.sections import Section
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
-A run is one YAML file. Only `name` and `model.source` have no default. `--set section.key=value` goes over the file,
-and `layerbudget check CONFIG` says at once what would fail. `layerbudget init MODEL PROMPTS` writes a file with a
-reason for each value. This page is made from the code by `python benchmarks/configuration.py`.
+A run is one YAML file. Only `name` and `model.source` have no default. `--set section.key=value` overrides the file,
+and `layerbudget check CONFIG` reports what would fail. `layerbudget init MODEL PROMPTS` writes a file with a reason for
+each value. `python benchmarks/configuration.py` makes this page from the code.
 """
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 NAMES = {"string": "text", "boolean": "true or false", "object": "keys and values"}

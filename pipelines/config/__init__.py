@@ -38,9 +38,9 @@ class ConfigError(InputError):
 
 class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=LONGEST_NAME)
-    """Of the run; its folder is `runs/<name>`."""
+    """The run's name; its folder is `runs/<name>`."""
     runs: Path = Path("runs")
-    """The folder of all runs."""
+    """Folder that holds all runs."""
     model: ModelSection
     data: DataSection = DataSection()
     decoding: DecodingSection = DecodingSection()
@@ -56,7 +56,7 @@ class Config(Section):
     try_prompts: Annotated[list[Text], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = (
         Field([])
     )
-    """Prompts, or a single one, that `run` answers with the finished allocator at the end."""
+    """Prompts, or a single one, that `run` answers with the finished allocator."""
     file: str = Field("", exclude=True)
     """Path of the YAML file this came from."""
 

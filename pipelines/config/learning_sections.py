@@ -24,28 +24,28 @@ class GivenSettings(Section):
 
 class TuningSection(Section):
     controllers: list[Annotated[Text, AfterValidator(CONTROLLERS.checked)]] = Field(["lightgbm", "mlp"], min_length=1)
-    """Models to learn with: `lightgbm`, `mlp`, `logistic`, or one of your own. The best one is saved."""
+    """Controllers to train: `lightgbm`, `mlp`, `logistic`, or one of your own. The best one is saved."""
     search_from: int = Field(500, ge=0)
-    """Prompts to train and to tune from which on settings are searched. With fewer the defaults are taken: a search
-    among so few finds noise (docs/controllers.md)."""
+    """Prompts in `train` and `tune` from which on settings are searched. With fewer the defaults are taken, since a
+    search among so few finds noise (docs/controllers.md)."""
     trials: int = Field(20, ge=1)
-    """Finished trials of each controller, for the least regret; the first one tries the defaults, and those that fall
-    behind after some folds are given up. What is found must beat the defaults by more than a standard error."""
+    """Finished trials per controller, for the least regret; the first tries the defaults, and trials that fall behind
+    after some folds are pruned. What is found must beat the defaults by more than a standard error."""
     feature_sets: list[list[str]] = Field(
         [["length", "path", "states"], ["length", "tokens", "path", "states"], ["length", "path", "states", "windows"]],
         min_length=1,
     )
-    """Combinations of sets of features to choose from."""
+    """Combinations of feature sets to choose from."""
     components: list[Annotated[int, Field(ge=1)]] = Field([12, 24, 48, 96], min_length=1)
     """Numbers of principal components of the wide sets to choose from."""
     folds: int = Field(4, ge=2, le=50)
-    """A trial is judged on the prompts to train and to tune, each predicted by a controller that did not see it."""
+    """Folds of the cross-validation on `train` and `tune` that scores a trial."""
     workers: int = Field(1, ge=1)
     """Processes that try settings at the same time."""
     given: dict[str, GivenSettings] = Field(default_factory=dict)
-    """Settings of controllers for which nothing is searched, as in a run's tuning.json."""
+    """Settings of controllers that are not searched, as in a run's tuning.json."""
     storage: Text | None = None
-    """Any URL that Optuna takes; default: tuning.db in the run folder."""
+    """Optuna's storage URL; default: tuning.db in the run folder."""
 
     @model_validator(mode="after")
     def _check_names(self) -> TuningSection:
@@ -62,24 +62,24 @@ class TuningSection(Section):
 
 class CalibrationSection(Section):
     risk: Risk = "mean_score"
-    """What is bounded: how far the mean score falls below the full model's, `mean_score`, where answers that win make
-    up for answers that lose; the mean of the score that answers lose, `score_lost`; or the share of answers that are no
-    longer sufficient (`label.tolerance`), `insufficient`."""
+    """What is bounded (docs/controllers.md): how far the mean score falls below the full model's, where wins offset
+    losses (`mean_score`); the mean score that answers lose (`score_lost`); or the share of answers that are not
+    sufficient by `label.tolerance` (`insufficient`)."""
     keep: Annotated[list[Level], BeforeValidator(lambda given: given if isinstance(given, list) else [given])] = Field(
         [0.9], min_length=1, max_length=MOST_LEVELS
     )
-    """The bound, or several. For `mean_score` the share of the full model's mean score that answers keep at least,
-    which may be 1 or more where heads or bridges win; else 1 less the largest mean loss. Several values share `delta`.
-    Each is certified and saved, all policies are compared at each, and the allocator runs at the first."""
+    """The bound, or several. For `mean_score` the least share of the full model's mean score, which may be 1 or more
+    where heads or bridges win; else 1 less the largest mean loss. Several values share `delta`. Each is certified,
+    saved and compared, and the allocator runs at the first."""
     delta: float = Field(0.1, gt=0, lt=1)
-    """Probability that the bound fails."""
+    """Largest probability that a certified bound does not hold."""
     per_task: bool = False
     """Bound the loss of every task instead of their mean."""
     outliers: float = Field(0.05, ge=0, lt=1)
-    """Share of prompts like the calibration prompts that a test may take for unlike all known ones and send to the full
-    plan, before calibration; 0 for no such test."""
+    """Share of prompts like the calibration prompts that the outlier test may send to the full plan; 0 for no such
+    test."""
     false_alarms: float = Field(0.01, gt=0, lt=1)
-    """Probability that the drift alarm is ever triggered although the prompts are like the calibration prompts."""
+    """Largest probability that the drift alarm is ever triggered although prompts are like the calibration prompts."""
 
     @model_validator(mode="after")
     def _check_keep(self) -> CalibrationSection:
@@ -104,10 +104,10 @@ class CalibrationSection(Section):
 
 class EvaluationSection(Section):
     speed_prompts: int = Field(8, ge=1)
-    """Test prompts that speeds are measured on, as one batch and one at a time."""
+    """Test prompts for speed measurements, as one batch and one at a time."""
     speed_tokens: int = Field(16, ge=2)
-    """New tokens of each."""
+    """New tokens per prompt in speed measurements."""
     speed_rounds: int = Field(20, ge=1)
-    """Rounds of timing, at most, after a warm-up; fewer once the figures are exact."""
+    """Timing rounds after a warm-up, at most; fewer once the figures are exact."""
     speed_seconds: float = Field(60.0, gt=0)
-    """No round begins after this time, as long as there are five."""
+    """Seconds after which no round begins, once there are five."""

@@ -31,9 +31,9 @@ class ModelSection(Section):
     source: Text
     """Hub id, folder, .gguf file, or package:NAME."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What the model computes in; `auto` for bfloat16 where the device computes in it, else float32."""
+    """Number format; `auto` is bfloat16 if the device computes in it, else float32."""
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N` or `mps`; `auto` for a CUDA GPU where there is one, else the CPU."""
+    """`cpu`, `cuda`, `cuda:N` or `mps`; `auto` is a CUDA GPU if there is one, else the CPU."""
 
 
 class DataSection(Section):
@@ -43,21 +43,22 @@ class DataSection(Section):
     limit: int | None = Field(None, ge=8)
     """Use this many of the prompts, chosen by a hash of the id; a larger limit only adds prompts."""
     columns: dict[str, Text] = {}
-    """Our field -> the source's column; fields not named keep their own names."""
+    """Maps layerbudget's fields to the source's columns; other fields keep their names."""
     split: Text = "train"
     """For a data set or a task: which of its splits to read."""
     judge: Text | None = None
-    """For prompts that name no judge."""
+    """Judge of prompts that name none (docs/oracle.md)."""
     force_judge: Text | None = None
-    """For all prompts, whatever judge they name; `kl` and `agreement` hold answers against the full model's own."""
+    """Judge of all prompts, also of those that name another; `kl` and `agreement` compare answers with the full
+    model's."""
     chat_template: Text = "auto"
-    """What puts prompts into the form of a conversation: `auto`, the tokenizer's own template where it has one;
-    `never`; or a file with a Jinja template. Prompts marked `raw` are given as they are."""
+    """Template of the prompts: `auto`, the tokenizer's own if there is one; `never`; or a file with a Jinja template.
+    Prompts marked `raw` get none."""
     shares: dict[Split, float] = {"adapt": 0.15, "train": 0.2, "tune": 0.05, "calibrate": 0.4, "test": 0.2}
-    """Splits of the prompts. Menus and healing are made from `adapt` alone, whose prompts need no labels. Those to
-    calibrate take about half of the labels of those to train (docs/log.md has what other shares give)."""
+    """Shares of the splits. Menu and healing are made from `adapt` alone, whose prompts need no labels. A prompt of
+    `calibrate` needs about half as many labels as one of `train` (docs/log.md compares shares)."""
     seed: int = Field(0, ge=0)
-    """Another one deals the prompts to other splits of the same sizes."""
+    """Another seed gives other splits of the same sizes."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> DataSection:
@@ -76,15 +77,15 @@ class DataSection(Section):
 
 
 class DecodingSection(Section):
-    """How answers end; with `lm_eval:TASK` the task says what is not given here."""
+    """How answers end; with `lm_eval:TASK` the task gives the defaults."""
 
     max_new_tokens: int = Field(32, ge=1)
-    """Tokens of an answer, at most."""
+    """Maximum number of tokens in an answer."""
     stop: list[Text] = []
-    """Strings; an answer ends before the first of them."""
+    """Stop strings; an answer ends before the first of them."""
     options: dict[str, Any] = {}
-    """Further arguments of `generate()` that change greedy answers, such as `repetition_penalty`, in place of what the
-    model's own generation config says."""
+    """Further arguments of `generate()` that change greedy answers, such as `repetition_penalty`; they override the
+    model's generation config."""
 
     @model_validator(mode="after")
     def _check_options(self) -> DecodingSection:
@@ -97,20 +98,22 @@ class DecodingSection(Section):
 
 class MenuSection(Section):
     method: Annotated[Text, AfterValidator(MENUS.checked)] = "covering"
-    """How plans are chosen: `given`, `exits`, `gaps`, `evenly`, `greedy`, `covering`, or one of your own."""
+    """How plans are chosen (docs/oracle.md): `given`, `exits`, `gaps`, `evenly`, `greedy`, `covering`, or your own
+    method."""
     probe_depth: int = Field(4, ge=1)
-    """First layers that every plan runs, and whose states the controller reads."""
+    """Number of first layers that every plan runs and whose states the controller reads."""
     given: list[str] = []
-    """Plans in their text form, such as 0-12,16, for the method `given`; the full plan is added."""
+    """Plans as text, such as 0-12,16, for the method `given`; the full plan is added."""
     plans: int = Field(8, ge=2)
-    """K, the full plan included."""
+    """Number of plans, the full one included."""
     cheapest_budget: float = Field(0.5, gt=0, lt=1)
-    """Share of the decoder that the cheapest plan runs, at least."""
+    """Least share of the decoder that the cheapest plan runs."""
     prompts: int = Field(32, ge=1)
-    """Prompts of the split `adapt` that a search looks at, half of them at most; `covering` fits bridges on others."""
+    """Prompts of the split `adapt` that a search uses, at most half of the split; `covering` fits bridges on the
+    others."""
     losses: list[Annotated[float, Field(ge=0, lt=1)]] = Field(list(LOSSES), min_length=1)
-    """Shares of the full model's mean score that the oracle of a menu that `covering` picks may lose, each weighing the
-    same. The search scores plans as their bridges alone make them, before any training; see docs/oracle.md."""
+    """Shares of the full model's mean score that the oracle may lose when `covering` picks a menu, all with equal
+    weight. Plans are scored with bridges, before any training (docs/oracle.md)."""
 
     @model_validator(mode="after")
     def _check_method(self) -> MenuSection:
@@ -121,48 +124,48 @@ class MenuSection(Section):
 
 class AdaptSection(Section):
     method: AdaptMethod = "bridges"
-    """What makes the menu's plans better: exit heads for a menu of early exits, where answers are short; closed-form
-    bridges over their gaps, a trained adapter, both, or nothing;
-    `auto` makes heads where every plan is an early exit and the full model's answers have a few tokens, and otherwise
-    compares bridges and an adapter; `best` compares nothing, bridges, an adapter, and both. What is compared is kept by
-    what it does for the time it takes, on a fifth of the prompts held out. `given` takes those of the file
-    `adapt.given`."""
+    """How the menu's plans are healed (docs/healing.md): `none`; exit `heads`, for early exits and short answers;
+    `bridges`, in closed form; a trained `adapter`; or `both` of these two. `auto` makes heads if every plan is an early
+    exit and the full model's answers have a few tokens, and otherwise compares bridges and an adapter. `best` compares
+    none, bridges, an adapter and both. Comparisons weigh quality and time on a held-out fifth of the prompts. `given`
+    takes the file `adapt.given`."""
     given: Text | None = None
-    """Healing parts that another run of this model and menu made, for example on a GPU: its `healing.safetensors`. What
-    they were fitted and trained on should lie in the split `adapt`, so keep that run's prompts and `data.shares`."""
+    """Healing parts of another run with this model and menu, for example from a GPU: its `healing.safetensors`. Keep
+    that run's prompts and `data.shares`, so that the prompts they were fitted on lie in the split `adapt`."""
     prompts: int | None = Field(None, ge=8)
-    """Prompts of the split `adapt`, with the full model's answers, to fit and train on. By default all for heads, which
-    gain from every prompt, and 400 for the other methods."""
+    """Prompts of the split `adapt` to fit and train on. Default: all for heads, which gain from every prompt, and 400
+    for other methods."""
     form: Form = "full"
-    """Of bridges: maps of full rank, or `low_rank`."""
+    """Rank of the bridges, `full` or `low_rank`."""
     rank: int = Field(64, ge=1)
-    """Of bridges that are `low_rank`."""
+    """Rank of `low_rank` bridges."""
     in_order: bool = False
-    """Fit a plan's later gaps on the states that it produces with its bridges so far."""
+    """Fit a plan's later gaps on the states that it produces with its earlier bridges."""
     targets: Targets = "auto"
-    """What exit heads are fitted on, at the places that predict the answer: the full model's `own` distribution, or the
-    `references` beside it. `auto` fits both at three depths where prompts are judged by references, and keeps for all
-    depths what says more of them on an eighth of the prompts, held out."""
+    """What exit heads are fitted on, at the positions that predict the answer: the full model's `own` distribution, or
+    the `references` too. `auto` fits both at three depths if judges use references, and takes for all depths the one
+    that predicts more of them on a held-out eighth of the prompts."""
     where: Where = "all"
-    """Weights that the adapter changes; `nowhere` trains the bridges alone."""
+    """Weights that the adapter changes: in all layers after the probe, or in those beside a gap; `nowhere` trains the
+    bridges alone."""
     lora_rank: int = Field(16, ge=1)
-    """Of the adapter."""
+    """Rank of the adapter."""
     epochs: float = Field(2.0, gt=0)
-    """Times that the adapter sees each prompt."""
+    """Passes of the adapter's training over the prompts."""
     minutes: float | None = Field(None, gt=0)
-    """Train for so long, instead of `epochs`, on this machine; the methods `adapter` and `both`, and each of them with
-    `best`."""
+    """Training time on this machine, instead of `epochs`, for the methods `adapter` and `both`, and for each of them
+    with `best`."""
     batch_tokens: int = Field(1024, ge=16)
     """Tokens of a training step, padding included."""
     plans_per_step: int = Field(3, ge=1)
     """Plans that a training step runs each prompt under."""
     learning_rate: float = Field(3e-4, gt=0)
-    """Of the adapter's training."""
+    """Learning rate of the adapter."""
     evaluate_every: int = Field(25, ge=1)
-    """Steps between looks at held-out prompts, at each of which a checkpoint is written; a GPU's steps are short beside
-    a look, and a hundred suit it better."""
+    """Steps between evaluations on held-out prompts, each with a checkpoint; a hundred suit a GPU better, whose steps
+    are short."""
     references: bool = False
-    """Train towards the references too, where prompts have one; otherwise towards the full model alone."""
+    """Train the adapter on references too, where prompts have one, not on the full model's distribution alone."""
 
     @model_validator(mode="after")
     def _check_trained(self) -> AdaptSection:
@@ -199,20 +202,20 @@ class LabelSection(Section):
     batch_size: int = Field(32, ge=1)
     """Prompts that are answered together."""
     limit: int | None = Field(None, ge=8)
-    """Label this many of the prompts that are not in the split `adapt`, chosen by a hash of the id."""
+    """Label only this many of the prompts outside the split `adapt`, chosen by a hash of the id."""
     verify: bool = True
     """End each answer where its score is decided, and verify early exits along the full model's answer where that is
     cheaper; `false` generates every answer to its end."""
     tolerance: float = Field(0.0, ge=0, lt=1)
-    """A plan is sufficient if its score is at least the full plan's less this. With the judge `kl`, under which a
-    shortened plan hardly ever scores the full plan's 1, it has to be above 0."""
+    """A plan is sufficient if its score is at most this much below the full plan's. It must be above 0 with the judge
+    `kl`, under which a shortened plan hardly ever scores 1."""
 
 
 class FeaturesSection(Section):
     batch_size: int = Field(32, ge=1)
     """Prompts that are read together."""
     sets: list[str] = ["length", "tokens", "embedding", "states", "windows", "path"]
-    """Sets of features to read from the probe layers; `lens` is dearer, since it runs the output head."""
+    """Feature sets of the probe layers (docs/controllers.md); `lens` costs more, since it runs the output head."""
 
     @model_validator(mode="after")
     def _check_sets(self) -> FeaturesSection:
@@ -224,22 +227,22 @@ class FeaturesSection(Section):
 
 class TrackingSection(Section):
     uri: Text = "sqlite:///mlruns/mlflow.db"
-    """Any URI that MLflow takes."""
+    """MLflow's tracking URI."""
     experiment: Text = "layerbudget"
-    """MLflow's experiment that the run belongs to."""
+    """MLflow's experiment of the run."""
 
 
 class RaySection(Section):
-    """Workers of a cluster, with `--ray`. Changes when results come, not what they are."""
+    """Workers of a Ray cluster, with `--ray`. They change how fast results come, not the results."""
 
     min_workers: int = Field(1, ge=1)
-    """Ray Data lets workers go that have nothing to do, down to this number."""
+    """Fewest workers; Ray Data releases idle ones down to this number."""
     max_workers: int | None = Field(None, ge=1)
-    """Default: as many as there is room for in the cluster when it is joined."""
+    """Default: as many as the cluster has room for when it is joined."""
     cpus: float = Field(1.0, gt=0)
     """Cores of a worker, and its threads."""
     gpus: float | None = Field(None, ge=0)
-    """GPUs of a worker. Default: one where the cluster has any, else none."""
+    """GPUs of a worker. Default: one if the cluster has any, else none."""
 
     @model_validator(mode="after")
     def _check_workers(self) -> RaySection:
