@@ -97,7 +97,7 @@ class LocalEngine:
         self._record = record
         self._waiting: list[_Waiting] = []
         self._some = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "layerbudget-generate")
+        self._thread, self._is_closed = ThreadPoolExecutor(1, "layerbudget-generate"), False
 
     async def texts_of(self, request: LocalRequest) -> list[AllocatedText]:
         """The texts of its prompts; raises what generating them raised."""
@@ -144,10 +144,14 @@ class LocalEngine:
         prompts, texts = [prompt for asked in group for prompt in asked.request.prompts], dict[int, AllocatedText]()
         parts, options = (self.allocator, self.model, self.tokenizer), group[0].request.options
         for batch in finished_texts(*parts, prompts, batch_size=self._batch_size, **options):
+            if self._is_closed:
+                raise RuntimeError("the server stopped")
             texts.update(batch)
         return [texts[index] for index in range(len(prompts))]
 
     def close(self) -> None:
+        """End the thread that generates, after the batch that it is at."""
+        self._is_closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._record is not None:
             self._record.close()

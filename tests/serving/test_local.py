@@ -71,6 +71,29 @@ def test_waiting_requests_share_a_batch(engine, monkeypatch) -> None:
     assert len(sizes) < 8
 
 
+def test_a_stopped_server_ends_after_the_batch_that_it_is_at(engine, monkeypatch) -> None:
+    looked, asked, stopped = [], threading.Event(), threading.Event()
+
+    def batches(*_, **__):
+        for number in range(100):
+            looked.append(number)
+            asked.set()
+            assert stopped.wait(60)
+            yield []
+
+    monkeypatch.setattr(serving.local, "finished_texts", batches)
+    with ThreadPoolExecutor(1) as threads:
+        with client_of(engine, stop_s=0.1) as client:
+            answer = threads.submit(client.post, "/v1/completions", json={"prompt": "a"})
+            assert asked.wait(60)
+        stopped.set()
+        assert answer.exception() or answer.result().status_code >= 500
+    for thread in threading.enumerate():
+        if thread.name.startswith("layerbudget-generate"):
+            thread.join(60)
+    assert looked == [0]
+
+
 def test_a_stream_and_a_stop_are_served(engine) -> None:
     with client_of(engine) as client:
         whole = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 6}).json()["choices"][0]["text"]
