@@ -38,8 +38,8 @@ class ModelSection(Section):
 
 class DataSection(Section):
     path: Text = "embedded"
-    """`embedded`, a file (.jsonl, .ndjson, .json, .csv, .tsv; or .gz after that), `lm_eval:TASK`, or a name or folder
-    that `datasets` loads."""
+    """`embedded` for the project's own prompts; a file (.jsonl, .ndjson, .json, .csv, .tsv; or .gz after that);
+    `lm_eval:TASK`; or a name or folder that `datasets` loads."""
     limit: int | None = Field(None, ge=8)
     """Use this many of the prompts, chosen by a hash of the id; a larger limit only adds prompts."""
     columns: dict[str, Text] = {}
