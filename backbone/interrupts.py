@@ -1,8 +1,8 @@
-"""Ctrl-C on the command line: the first one stops at the next safe place, the second one at once.
+"""Ctrl-C on the command line: the first stops at the next safe place, the second at once.
 
-Python's own handler raises KeyboardInterrupt anywhere, also where a library drops or logs it. The handler here raises
-nothing. Work asks at its safe places, between batches, trials and stages. Where none is reached within `PATIENCE_S` the
-process ends all the same: every file and database of a run survives that at any moment.
+Python's own handler raises KeyboardInterrupt anywhere, also in library code that swallows it. The handler here only
+sets a flag. Commands call `safe_place` between batches, trials and stages, which raises if the flag is set. A process
+that reaches no safe place within `PATIENCE_S` is ended: files and databases of a run survive an end at any moment.
 """
 
 from __future__ import annotations
@@ -16,51 +16,51 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 INTERRUPTED, PATIENCE_S = 130, 5.0
-"""Exit status after Ctrl-C; seconds from the first one to the end of a process that reaches no safe place."""
+"""Exit status after Ctrl-C; seconds after which a process that reaches no safe place is ended."""
 LINE = b"stopped; the same command goes on from here\n"
 
-_unsaid = threading.Lock()
-_wakeup, _asked, _is_over = -1, False, False
+_line_lock = threading.Lock()
+_wakeup, _interrupted, _command_ended = -1, False, False
 
 
 def install() -> None:
-    """Take Ctrl-C over for this process, in its main thread. For commands, never for a library."""
+    """Handle Ctrl-C in this process; call from the main thread of a command, never from a library."""
     global _wakeup
     if _wakeup != -1:
         return
     reader, _wakeup = os.pipe()
     os.set_blocking(_wakeup, False)
-    signal.signal(signal.SIGINT, _note)
+    signal.signal(signal.SIGINT, _on_sigint)
     signal.set_wakeup_fd(_wakeup, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
 
 
 def safe_place() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed: nothing is lost here, and no library swallows the exception."""
-    if _asked:
+    """Raises KeyboardInterrupt if Ctrl-C was pressed. Call where no work is lost and no library can swallow it."""
+    if _interrupted:
         raise KeyboardInterrupt
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raises SystemExit with `INTERRUPTED` after Ctrl-C, however the command in it ends."""
-    global _is_over
+    """Run a command in this block; after Ctrl-C it raises SystemExit with `INTERRUPTED`, however the block ends."""
+    global _command_ended
     try:
         safe_place()
         yield
     except BaseException:
-        if not _asked:
+        if not _interrupted:
             raise
     finally:
-        _is_over = True
-    if _asked:
+        _command_ended = True
+    if _interrupted:
         raise SystemExit(INTERRUPTED)
 
 
 @contextmanager
 def left_to_a_server() -> Iterator[None]:
-    """The server in it has a handler of its own; a Ctrl-C that it raises again at its end counts afterwards."""
+    """Leave Ctrl-C in this block to a server's own handler; one that the server raises again at its end counts."""
     before = signal.set_wakeup_fd(-1)
     try:
         yield
@@ -70,7 +70,7 @@ def left_to_a_server() -> Iterator[None]:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes started in it do not hear the Ctrl-C of their terminal; whoever started them ends them."""
+    """Processes started in this block ignore Ctrl-C in the terminal; their parent must end them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -79,41 +79,41 @@ def deaf_children() -> Iterator[None]:
 
 
 def say_stopped() -> None:
-    """The one line on the standard error, once."""
-    if _unsaid.acquire(blocking=False):
+    """Write `LINE` to standard error, once in a process."""
+    if _line_lock.acquire(blocking=False):
         with suppress(OSError):
             os.write(2, LINE)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked = True
-    if _is_over:
-        _end()
+def _on_sigint(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    _interrupted = True
+    if _command_ended:
+        _exit_now()
 
 
 def _watch(reader: int) -> None:
-    """Waits in a thread of its own: Python calls a handler only once the main thread is back from native code."""
-    _await(reader)
-    if not _is_over:
-        patience = threading.Timer(PATIENCE_S, _end)
+    """End the process on a second Ctrl-C or after `PATIENCE_S`; a thread, since native code delays signal handlers."""
+    _wait_for_sigint(reader)
+    if not _command_ended:
+        patience = threading.Timer(PATIENCE_S, _exit_now)
         patience.daemon = True
         patience.start()
-        _await(reader)
-    _end()
+        _wait_for_sigint(reader)
+    _exit_now()
 
 
-def _await(reader: int) -> None:
+def _wait_for_sigint(reader: int) -> None:
     while os.read(reader, 1)[0] != signal.SIGINT:
         pass
 
 
-def _end() -> None:
-    """End the process here and now, with the processes that it started."""
+def _exit_now() -> None:
+    """End the process at once, with the processes that it started."""
     say_stopped()
     with suppress(Exception):
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h")  # a bar hides the cursor
+            os.write(1, b"\x1b[?25h")  # show the cursor, which a progress bar hides
         if (processes := sys.modules.get("multiprocessing.process")) is not None:
             for child in processes.active_children():
                 child.kill()

@@ -1,4 +1,7 @@
-"""What is known of a model before it is loaded: its family, its configuration, its files. Needs no torch."""
+"""A model's family, configuration and files, read before the model is loaded.
+
+Models of declared families need no torch for this.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from backbone.errors import LoadError, UnsupportedModelError
 
-if TYPE_CHECKING:  # torch, which `layerbudget check` does without for declared families
+if TYPE_CHECKING:  # imports torch, which declared families do without
     from transformers import PreTrainedConfig
 
 
@@ -56,11 +59,14 @@ FAMILIES: dict[str, Family] = {
 
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Kinds of layers, as `config.layer_types` calls them, of declared families."""
+"""Values of `config.layer_types` that declared families may have."""
 
 
 def check_supported(config: PreTrainedConfig | Mapping[str, Any]) -> None:
-    """Check by a configuration, or by the content of `config.json`, whether a model can skip layers.
+    """Check whether layers of a model can be skipped.
+
+    Args:
+        config: its configuration, or the content of its `config.json`.
 
     Raises:
         UnsupportedModelError: encoder-decoder, multimodal and KV-sharing models; hybrids and other models whose layers
@@ -80,14 +86,14 @@ def check_supported(config: PreTrainedConfig | Mapping[str, Any]) -> None:
         )
     if kind in FAMILIES and ATTENTION.issuperset(given("layer_types") or ()):
         return
-    if state := _state_beside_keys(config):
+    if state := _state_in_place_of_keys(config):
         raise UnsupportedModelError(
             f"{kind} is not made of attention layers alone: {state}; layerbudget cannot skip layers of such models yet"
         )
 
 
-def _state_beside_keys(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:
-    """What layers keep beside keys and values, as a clause; None for nothing, or where a model has to be loaded."""
+def _state_in_place_of_keys(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:
+    """A clause on what layers keep in place of keys and values; None for nothing, or where only loading can tell."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, DynamicCache
     from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
@@ -97,7 +103,7 @@ def _state_beside_keys(config: PreTrainedConfig | Mapping[str, Any]) -> str | No
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
-    except Exception:  # a model with code or kinds of layers of its own is known once it is loaded
+    except Exception:  # custom code or kinds of layers: only the loaded model can tell
         return None
     kinds = getattr(text, "layer_types", None)
     if kinds is None and getattr(model_class, "_is_stateful", False):
@@ -105,7 +111,7 @@ def _state_beside_keys(config: PreTrainedConfig | Mapping[str, Any]) -> str | No
     for index, layer in enumerate(layers):
         if not isinstance(layer, DynamicLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
             kind = f" ({kinds[index]})" if kinds else ""
-            return f"layer {index}{kind} keeps no keys and values but a {type(layer).__name__}"
+            return f"layer {index}{kind} keeps a {type(layer).__name__} in place of keys and values"
     return None
 
 
@@ -114,13 +120,16 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 def look_at(source: str) -> dict[str, Any] | None:
-    """The configuration of a model, from its folder or the hub's cache; None where it has to be loaded to be known.
+    """Read a model's configuration from its folder or the hub's cache.
 
     Args:
         source: as `backbone.loading.load_backbone` takes it.
 
+    Returns:
+        None for packages, GGUF files and repositories that are not in the cache: loading them gives the configuration.
+
     Raises:
-        LoadError: there cannot be a model.
+        LoadError: no model can be loaded from the source.
     """
     if source.startswith(PACKAGE_PREFIX):
         check_package(source.removeprefix(PACKAGE_PREFIX))
@@ -128,7 +137,7 @@ def look_at(source: str) -> dict[str, Any] | None:
     if source.endswith(".gguf"):
         gguf_file(Path(source).expanduser())
         return None
-    return _of_hub(source) if (folder := folder_of(source)) is None else _of_folder(folder)
+    return _hub_config(source) if (folder := folder_of(source)) is None else _folder_config(folder)
 
 
 def is_weights_file(source: str) -> bool:
@@ -159,27 +168,27 @@ def local_file(source: str, name: str) -> Path | None:
 def local_settings(source: str, name: str) -> dict[str, Any]:
     """The content of a JSON file of a model; empty where there is none. Raises LoadError for a damaged one."""
     path = local_file(source, name)
-    return {} if path is None else _parsed(path)
+    return {} if path is None else _read_json(path)
 
 
 def check_package(name: str) -> None:
     """Raises LoadError unless a package is installed."""
     try:
         found = find_spec(name)
-    except Exception:  # a package in which it should lie may do anything
+    except Exception:  # the import of a parent package can raise anything
         found = None
     if found is None:
         pip_name = name.replace("_", "-")
-        raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` would bring it")
+        raise LoadError(f"no package {name!r} is installed; `pip install {pip_name}` installs it")
 
 
 def gguf_file(path: Path) -> Path:
-    """The file; raises LoadError unless it begins as GGUF does."""
+    """Return `path`; raises LoadError unless it is a file that begins with `GGUF`."""
     if not path.is_file():
         raise LoadError(f"no such GGUF file: {path}")
     with path.open("rb") as file:
         if (begin := file.read(4)) != b"GGUF":
-            raise LoadError(f"{path} is no GGUF file: it begins with {begin!r}")
+            raise LoadError(f"{path} is no GGUF file: it begins with {begin!r}, not with b'GGUF'")
     return path
 
 
@@ -187,18 +196,18 @@ def check_folder(path: Path) -> None:
     """Raises LoadError for a folder that is missing or holds no configuration of a model."""
     if not (path / "config.json").is_file():
         raise LoadError(
-            f"no model in the folder {path}: there is no config.json; name the one that save_pretrained wrote"
+            f"no model in the folder {path}: there is no config.json; name the folder that save_pretrained wrote"
         )
 
 
-def _of_folder(path: Path) -> dict[str, Any]:
+def _folder_config(path: Path) -> dict[str, Any]:
     check_folder(path)
     if not any(found for pattern in WEIGHTS for found in path.glob(pattern)):
         raise LoadError(f"no model in the folder {path}: there are no weights, such as model.safetensors")
-    return _parsed(path / "config.json")
+    return _read_json(path / "config.json")
 
 
-def _of_hub(name: str) -> dict[str, Any] | None:
+def _hub_config(name: str) -> dict[str, Any] | None:
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -209,17 +218,17 @@ def _of_hub(name: str) -> dict[str, Any] | None:
         raise LoadError(f"{name!r} is neither a folder nor the name of a hub repository: {error}") from None
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
-        return _parsed(Path(cached))
+        return _read_json(Path(cached))
     if constants.HF_HUB_OFFLINE:
-        raise LoadError(f"{name!r} is not in the hub's cache, and HF_HUB_OFFLINE forbids to download it")
+        raise LoadError(f"{name!r} is not in the hub's cache, and HF_HUB_OFFLINE forbids the download")
     return None
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} is damaged: {error}") from None
     if not isinstance(config, dict):
-        raise LoadError(f"{path} is damaged: it holds no keys and values")
+        raise LoadError(f"{path} is damaged: it holds a {type(config).__name__}, not a JSON object")
     return config

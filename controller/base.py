@@ -1,9 +1,9 @@
 """The contract of controllers, and the choice of plans from predictions.
 
-To add a controller: a class that keeps this contract, a line that registers it (in `CONTROLLERS`, or in the entry
-points of your own package), and a test class that inherits `controller.testing.ControllerConformance`.
+A new controller takes three things: a subclass of `Controller`, a line that registers it (in `CONTROLLERS`, or in the
+entry points of your own package), and a test class that inherits `controller.testing.ControllerConformance`.
 
-Shapes: `N` prompts, `F` features, `K` plans, cheapest first, the last full.
+Shapes: `N` prompts, `F` features, `K` plans, cheapest first; the last one is the full plan.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Floats = NDArray[np.float32]
 FEATURE_SETS = ("length", "tokens", "embedding", "states", "windows", "path", "lens")
 """Names of the sets of features; `controller.features` computes them."""
 WIDE = ("embedding", "states", "windows")
-"""Sets as wide as the hidden size, of which controllers see principal components."""
+"""Feature sets as wide as the hidden size; controllers see their principal components."""
 
 
 class LearningError(InputError):
-    """Features or prompts that teach nothing, or a damaged file."""
+    """Features or losses that nothing can be learned from, or a damaged file of a controller."""
 
 
 def check_sets(sets: Sequence[str]) -> None:
-    """Raises LearningError for names that are no sets of features."""
+    """Raises LearningError for names that are not in `FEATURE_SETS`."""
     if unknown := [name for name in sets if name not in FEATURE_SETS]:
         raise LearningError(f"unknown features {unknown[0]!r}; known are {', '.join(FEATURE_SETS)}")
 
@@ -55,19 +55,20 @@ class Trial(Protocol):
 
 
 class Controller(ABC):
-    """Predicts the loss of each plan for each prompt, from -1 to 1, below 0 where the plan is expected to win.
+    """Predicts the loss of each plan for each prompt.
 
-    The losses are those of `controller.certificate.risks.plan_losses`; the full plan's is 0.
+    Losses lie in [-1, 1], see `controller.certificate.risks.plan_losses`. The full plan has the loss 0, and a plan that
+    scores better than the full plan has a loss below 0.
 
-    `fit` is called once, by the tune and train stages, `predict` any number of times, also while serving, from several
-    threads. A row's prediction does not depend on the other rows, and has the same bits after `save` and `load`. A
-    controller keeps no reference to its arguments. A new one implements `_fit` and `_predict`, which see finite numbers
-    only.
+    The tune and train stages call `fit` once. `predict` is called any number of times, also from several threads while
+    serving. The prediction for a row does not depend on the other rows, and has the same bits after `save` and `load`.
+    A controller keeps no reference to its arguments. Subclasses implement `_fit` and `_predict`, which are given finite
+    numbers only.
 
     Attributes:
         FILES: names of the files that `save` writes and `load` reads, each `controller.*` (`controller.models.files`).
-        loss_range: of a model that learns by cross-entropy. None in files of before losses were predicted; whoever
-            loads those sets it.
+        loss_range: the losses that a model trained by cross-entropy can predict. None after `load` from the files of
+            older versions, which do not hold it; the caller of `load` then sets it.
     """
 
     FILES: ClassVar[tuple[str, ...]]
@@ -82,30 +83,30 @@ class Controller(ABC):
             budgets: share of the decoder that each plan runs [K], ascending, the last 1.
 
         Raises:
-            LearningError: features that are not finite, losses outside [-1, 1], or a full plan that loses something.
+            LearningError: features that are not finite, losses outside [-1, 1], or a full plan with a loss.
         """
         if bad := int((~np.isfinite(features).all(axis=1)).sum()):
             raise LearningError(f"{bad} of {len(features)} prompts have features that are not finite; leave them out")
-        if not (np.abs(losses) <= 1).all():
-            raise LearningError("the losses to learn from must lie in [-1, 1]")
-        if losses[:, -1].any():
-            raise LearningError("the full plan is the last one, and its loss must be 0 for all prompts")
+        if (outside := losses[~(np.abs(losses) <= 1)]).size:
+            raise LearningError(f"a loss is {outside[0]:g}; losses must lie in [-1, 1]")
+        if (full := losses[:, -1]).any():
+            raise LearningError(f"the last plan has a loss of {full[full != 0][0]:g}; it is the full plan, with loss 0")
         self._fit(np.array(features, np.float32), np.array(losses, np.float32), np.array(budgets, np.float32))
 
     def predict(self, features: Floats) -> Floats:
-        """Expected losses [N, K] for features [N, F]; the full plan's is 0.
+        """Expected losses [N, K] for features [N, F]; 0 for the full plan.
 
-        A row with a feature that is not finite is NaN under every shortened plan, so it gets the full plan.
+        A row with a feature that is not finite has the losses NaN under all shortened plans, so it gets the full plan.
 
         Raises:
-            LearningError: `_predict` gave the full plan a loss.
+            LearningError: `_predict` returned a loss other than 0 for the full plan.
         """
         finite = np.asarray(np.isfinite(features).all(axis=1))
         losses = self._predict(np.where(finite[:, None], features, 0.0).astype(np.float32)).astype(np.float32)
-        if (wrong := np.abs(losses[:, -1]) > 0.1).any():  # else it is rounding
+        if (wrong := np.abs(losses[:, -1]) > 0.1).any():  # smaller ones are rounding
             raise LearningError(
-                f"{type(self).__name__} predicts {losses[wrong, -1][0]:g} for the full plan, whose loss is 0: "
-                "controllers predict losses, no longer the quality kept; change and fit it anew"
+                f"{type(self).__name__} predicts {losses[wrong, -1][0]:g} for the full plan, whose loss is 0; "
+                "`_predict` must return losses, not quality"
             )
         losses[~finite] = np.nan
         losses[:, -1] = 0.0
@@ -130,12 +131,12 @@ class Controller(ABC):
 
     @staticmethod
     def suggest(trial: Trial) -> dict[str, Any]:
-        """Constructor arguments to try, drawn from the trial; none where nothing is tuned."""
+        """Draw constructor arguments from a trial of the tune stage; empty where nothing is tuned."""
         return {}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Defaults of constructor arguments, within the ranges of `suggest`."""
+        """Defaults of the constructor arguments; they lie within the ranges of `suggest`."""
         arguments = inspect.signature(cls.__init__).parameters.values()
         return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
@@ -143,23 +144,23 @@ class Controller(ABC):
 def fitted(model: T | None) -> T:
     """The model of a controller; raises RuntimeError where there is none yet."""
     if model is None:
-        raise RuntimeError("this controller was not fitted")
+        raise RuntimeError("the controller is not fitted; call `fit` or `load` first")
     return model
 
 
 @dataclass(frozen=True, slots=True)
 class LossRange:
-    """Losses from the least one, -1 or 0, to 1, between which a model that learns by cross-entropy predicts."""
+    """The range of losses that a model trained by cross-entropy can predict: from `least`, -1 or 0, to 1."""
 
     least: float
 
     @classmethod
     def of(cls, losses: Floats) -> LossRange:
-        """From -1 if a plan wins on any prompt, else from 0."""
+        """From -1 if any plan scores better than the full plan on any prompt, otherwise from 0."""
         return cls(-1.0 if (losses < 0).any() else 0.0)
 
     def targets(self, losses: Floats) -> Floats:
-        """Targets of cross-entropy in [0, 1] for losses of shortened plans; 1 for the least loss."""
+        """Cross-entropy targets for losses of shortened plans: 1 for the loss `least`, 0 for the loss 1."""
         return np.ascontiguousarray((1.0 - losses) / (1.0 - self.least))
 
     def losses(self, predicted: NDArray[Any]) -> Floats:
@@ -168,23 +169,25 @@ class LossRange:
 
 
 CAUTION = 1e-3
-"""Expected gain that a plan must have, in units of loss for each unit of the price, where plans can win."""
+"""Added to each expected loss, for each unit of the price, where losses can be negative; see `ChoiceRule`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRule:
-    """Choose the plan of least budget + price x expected loss.
+    """Choose the plan with the least budget + price x expected loss.
 
-    That is the Lagrangian of "the least mean budget whose mean loss is at most alpha" (the multiple-choice knapsack of
-    Glavas et al. 2024, arXiv 2410.20022, section 4, with predictions for scores). Of equally costly plans the cheaper
-    one. Under `mean_score` plans can win. Expected gains are noisy, and the highest price would follow every one of
-    them; so a gain counts less `CAUTION` times the price. Then the highest price runs the full plan for all, each lower
-    one shortens more prompts, and the sequence of tests (`controller.certificate.calibration`) does not fail at its
-    first step.
+    This is the Lagrangian of "the least mean budget whose mean loss is at most alpha" (the multiple-choice knapsack of
+    Glavas et al. 2024, arXiv 2410.20022, section 4, with predictions in place of scores). A tie goes to the plan with
+    the smaller budget.
+
+    Under `mean_score` losses can be negative, and a high price would follow every such prediction, noise included. So
+    `CAUTION` times the price is added to the expected losses of shortened plans. The highest prices then choose the
+    full plan for all prompts, and lower prices shorten more and more of them. So the sequence of tests in
+    `controller.certificate.calibration`, from high to low prices, does not fail at its first step.
 
     Attributes:
-        budgets: of each plan [K].
-        risk: which loss is predicted.
+        budgets: share of the decoder that each plan runs [K].
+        risk: definition of the predicted loss.
     """
 
     budgets: NDArray[Any]
@@ -193,14 +196,15 @@ class ChoiceRule:
     def choose(self, losses: Floats, price: float | None) -> NDArray[np.intp]:
         """Plans [N] for predicted losses [N, K]; a row with a value that is not finite gets the full plan.
 
-        The price is that of a loss of 1, in decoders; inf accepts no expected loss, None is the full plan for all.
+        `price` is what a loss of 1 costs, in units of the full decoder's cost. inf allows no expected loss; None means
+        the full plan for all prompts.
         """
         if price is None:
             return np.full(len(losses), losses.shape[1] - 1)
         return np.asarray(self.choose_each(losses, np.array([price]))[0])
 
     def choose_each(self, losses: Floats, prices: NDArray[np.float64]) -> NDArray[np.intp]:
-        """The choices of `choose` at each of T prices [T, N]; needs memory for T x N x K numbers."""
+        """Choose at each of T prices, as `choose` does [T, N]; needs memory for T x N x K numbers."""
         each = prices[:, None, None]
         expected = np.asarray(losses, np.float64) + (CAUTION * each if self.risk == "mean_score" else 0.0)
         with np.errstate(invalid="ignore"):
@@ -223,7 +227,7 @@ class FittedPredictor:
         return self.without_outliers(self.controller.predict(self.projection(features)), features)
 
     def without_outliers(self, losses: Floats, features: Features) -> Floats:
-        """The same [N, K] with NaN under every shortened plan for outliers, so that they run the full plan."""
+        """`losses` [N, K], changed in place: NaN under every shortened plan for outliers, so they run the full plan."""
         if self.outliers is not None:
             losses[self.outliers.are_outliers(features), :-1] = np.nan
         return losses

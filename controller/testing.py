@@ -1,4 +1,4 @@
-"""The conformance suite of controllers, to be inherited by a test class.
+"""Conformance suite of controllers, for a test class to inherit.
 
     class TestMine(ControllerConformance):
         def make(self):
@@ -18,16 +18,16 @@ from controller.base import ChoiceRule, Controller, Floats, LearningError
 
 
 class ControllerConformance:
-    """Inherit, and override `make`; pytest finds the tests."""
+    """Tests that every controller must pass; a subclass overrides `make`."""
 
     budgets: Floats = np.array([0.5, 0.75, 1.0], dtype=np.float32)
 
     def make(self) -> Controller:
-        """A new controller that was not fitted."""
+        """A new controller, not yet fitted."""
         raise NotImplementedError
 
     def data(self, n: int = 120, seed: int = 0) -> tuple[Floats, Floats]:
-        """Features [n, 6] and losses [n, 3]: the first feature decides the losses of the plans."""
+        """Features [n, 6] and losses [n, 3], which follow from the first feature alone."""
         random = np.random.default_rng(seed)
         features = random.normal(size=(n, 6)).astype(np.float32)
         losses = np.clip(np.array([1.5, -0.5, -99.0]) - features[:, :1] * 2, 0, 1)

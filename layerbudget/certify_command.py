@@ -19,13 +19,13 @@ def certify(
     allocator: Annotated[str, typer.Argument(metavar="DIR", help="Folder or hub repository of a saved allocator.")],
     prompts: Annotated[
         Path,
-        typer.Option(metavar="FILE", readable=False, help="JSONL, CSV, TSV or JSON of prompts that it has never seen."),
+        typer.Option(metavar="FILE", readable=False, help="JSONL, CSV, TSV or JSON of prompts new to the allocator."),
     ],
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", readable=False, help="Where to save; default: the allocator's folder."),
     ] = None,
-    judge: Annotated[str | None, typer.Option(help="Judge of prompts that name none.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Judge for prompts that name none.")] = None,
     model: ModelSource = None,
     chat_template: ChatTemplateFile = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 32,
@@ -33,8 +33,8 @@ def certify(
 ) -> None:
     """Certify a saved allocator on later prompts, without training; resumes where it stopped.
 
-    Each prompt is answered in full and under every plan that a price could choose. Where no bound is certified nothing
-    is saved, and the status is 1.
+    Each prompt is answered in full and under every plan that a price could choose. If no bound is certified, nothing
+    is saved and the exit status is 1.
     """
     from pipelines.certify import certify_file
 
@@ -48,18 +48,18 @@ def certify(
         batch_size=batch_size,
         device="auto" if device is None else device,
     )
-    for line in _compared(found):
+    for line in _comparison(found):
         typer.echo(visible(line))
     if found.folder is None:
-        typer.echo(f"Nothing is saved: no bound is certified on these prompts, and {allocator} stays as it is.")
+        typer.echo(f"Nothing is saved: no bound is certified on these prompts. {allocator} is unchanged.")
         raise typer.Exit(1)
-    typer.echo(f"Saved to {found.folder}, the old certificate beside it.")
+    typer.echo(f"Saved to {found.folder}. The old certificate is kept there as certificate-DATE.json.")
     if (found.folder.parent / "run.json").is_file():
-        typer.echo("`layerbudget run` of its run would make the old certificate again; --out DIR keeps both.")
+        typer.echo("A later `layerbudget run` of this run restores the old certificate; --out DIR keeps both.")
 
 
-def _compared(found: Certified) -> Iterator[str]:
-    """The sentences of each bound, old and new."""
+def _comparison(found: Certified) -> Iterator[str]:
+    """For each bound its old and its new certificate, in a sentence each."""
     for keep, new in found.after.items():
         old = found.before.get(keep)
         yield f"keep={keep:g}"

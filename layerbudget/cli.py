@@ -31,9 +31,9 @@ app = typer.Typer(
 
 PIPELINES = "datasets jinja2 mapie matplotlib mlflow optuna peft pyarrow pydantic rich rouge_score scipy sklearn yaml"
 EXTRAS = {"serve": "fastapi httpx2 prometheus_client uvicorn", "lm-eval": "lm_eval", "pipelines": PIPELINES}
-"""Which of our extras bring which modules, that not every command needs."""
+"""Extra of this package -> modules that the extra installs and only some commands import."""
 ALL_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""For a command that hands its arguments on."""
+"""Settings of a command that passes its arguments on to another program."""
 
 
 def _print_version(asked: bool) -> None:
@@ -48,7 +48,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What comes before the command."""
+    """Options that come before the name of a command."""
 
 
 app.command()(init)
@@ -69,8 +69,9 @@ for _name, _text in STAGES.items():
 
 
 def main() -> None:
-    """Entry point: what is the input's fault or the machine's becomes one sentence and status 2; Ctrl-C becomes status
-    130. Any other exception is a fault of ours and shows where it happened."""
+    """Run the command line: bad input and failures of the machine end with one sentence and status 2, Ctrl-C with 130.
+
+    Any other exception is a bug of layerbudget and keeps its traceback."""
     _escape_unencodable_output()
     try:
         with stoppable():
@@ -99,7 +100,7 @@ def main() -> None:
 
 
 def _escape_unencodable_output() -> None:
-    """A prompt or an answer may hold what the terminal's encoding does not have."""
+    """Print characters that the terminal's encoding lacks as escapes, instead of failing on a prompt or an answer."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -111,6 +112,6 @@ def _refuse(sentence: str) -> NoReturn:
 
 
 def _stop_quietly() -> NoReturn:
-    """Discard the rest of the output, whose reader has gone, for example `head`."""
+    """Discard the rest of the output after its reader, for example `head`, has ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)

@@ -21,10 +21,11 @@ def inspect(
 ) -> None:
     """Show a saved allocator: its model, menu, price, certificate and report card."""
     from layerbudget import Allocator
+    from runtime.saving.allocator_files import run_folder
 
     for line in _described(Allocator.from_pretrained(folder)):
         typer.echo(visible(line))
-    print_report_card(Path(folder).expanduser().parent / "metrics.json")
+    print_report_card(run_folder(folder) / "metrics.json")
 
 
 def _described(allocator: Allocator) -> Iterator[str]:
@@ -35,9 +36,9 @@ def _described(allocator: Allocator) -> Iterator[str]:
         f"from the first {allocator.menu.probe_depth} layers"
     )
     yield f"Decoding     {allocator.decoding}"
-    chat = "none: prompts are given as they are"
+    chat = "none: prompts are used unchanged"
     if allocator.chat is not None:
-        chat = f"{allocator.chat.hash}: prompts are put into it"
+        chat = f"{allocator.chat.hash}: prompts are rendered with it"
     yield f"Template     {chat}"
     price = "none: every prompt runs the full model" if certificate.price is None else f"{certificate.price:.4g}"
     yield f"Price        {price}"
@@ -57,7 +58,7 @@ def _described(allocator: Allocator) -> Iterator[str]:
 
 
 def print_report_card(path: Path) -> None:
-    """Print the test figures in `metrics.json` of an allocator's run, if it is there.
+    """Print the figures on the test split from a run's `metrics.json`, if that file exists.
 
     Raises:
         InputError: a damaged file.
@@ -87,4 +88,4 @@ def _report_card(metrics: dict[str, Any], path: Path) -> Iterator[str]:
     if metrics["captured_headroom"] is not None:
         found = metrics["frontier"]["captured_headroom"]
         interval = f"{found['value']:.0%} ({found['low']:.0%} to {found['high']:.0%})"
-        yield f"  {metrics['best']} captures {interval} of the headroom over static plans, by an oracle that flatters"
+        yield f"  {metrics['best']} captures {interval} of the headroom over static plans; the oracle is an upper bound"

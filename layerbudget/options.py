@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 LOCAL = "local"
-"""See `pipelines.ray.distributed.LOCAL`, which is not imported here, since it takes long."""
+"""The value of `pipelines.ray.distributed.LOCAL`, whose import is slow."""
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", readable=False, help="YAML file of the run, such as configs/demo.yaml.")
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the file's; may be given again."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the file; may be given again."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: CUDA where there is one.")]
 AllocatorSource = Annotated[
@@ -40,12 +40,12 @@ ChatTemplateFile = Annotated[
     ),
 ]
 Keep = Annotated[
-    float | None, typer.Option("--keep", help="Another certified bound to run at, such as 0.95; default: its own.")
+    float | None, typer.Option("--keep", help="Certified bound to run at, such as 0.95; default: the allocator's own.")
 ]
 Stop = Annotated[
     list[str] | None,
     typer.Option(
-        "--stop", metavar="STRING", help="Answers end before it; may be given again. Default: as in training."
+        "--stop", metavar="STRING", help="Answers end before this string; may be given again. Default: as in training."
     ),
 ]
 _PROMPT_FILE = typer.Option(
@@ -59,14 +59,14 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="Let the workers of a Ray cluster do it: HOST:PORT, `auto` for one that runs on this machine; without an "
-        "address one of this machine's cores is started.",
+        help="Do the work on a Ray cluster: HOST:PORT, or `auto` for a cluster that runs on this machine. Without an "
+        "address a cluster of this machine's cores is started.",
     ),
 ]
 
 
 def with_ray_address(arguments: Sequence[str]) -> list[str]:
-    """The arguments with a bare `--ray` as `--ray=local`.
+    """Give `--ray` without an address the value `local`.
 
     Typer has no options whose value may be left out.
     """

@@ -1,4 +1,4 @@
-"""`layerbudget serve` and `layerbudget export`: plans for an engine that serves many users."""
+"""`layerbudget serve` and `layerbudget export`: serve answers here, or with an engine for many users."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from backbone.errors import InputError
 from backbone.interrupts import left_to_a_server, safe_place
 from layerbudget.options import AllocatorSource, ChatTemplateFile, Device, Keep, ModelSource
 
-SHARE = 0.01
+SHARE = 0.01  # default of --share
 
 
 def serve(
     allocator: AllocatorSource,
     upstream: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="The engine that serves the full model; without, this process does."),
+        typer.Option(metavar="URL", help="Engine that serves the full model; without it this process answers."),
     ] = None,
     pool: Annotated[
         list[str] | None,
@@ -31,10 +31,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8100,
     decision_limit_ms: Annotated[
-        float, typer.Option(min=1, help="A request without a plan after this time runs in full.")
+        float, typer.Option(min=1, help="A request that has no plan after this time runs the full model.")
     ] = 500.0,
     max_decision_tokens: Annotated[
-        int, typer.Option(min=1, help="A request with more tokens, padded, runs in full.")
+        int, typer.Option(min=1, help="A request with more tokens, padding included, runs the full model.")
     ] = 4096,
     max_in_flight: Annotated[
         int, typer.Option(min=1, help="Requests beyond this, or half of it from one sender, are refused with 429.")
@@ -56,10 +56,10 @@ def serve(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Answer the OpenAI routes: by itself on this machine, or before an engine that serves many users.
+    """Answer the OpenAI routes, on this machine alone or in front of an engine that serves many users.
 
-    With --upstream each request's layers are chosen here and run there: the engine is a vLLM with layerbudget-vllm, or
-    there is a pool for each plan (`layerbudget export`).
+    With --upstream this process chooses the plan of each request, and the engine runs it. The engine is a vLLM with
+    layerbudget-vllm, or there is one --pool for each plan (see `layerbudget export`).
     """
     from layerbudget import Allocator, load_backbone
     from serving.local import LocalEngine, make_local_app
@@ -92,7 +92,7 @@ def serve(
     else:
         upstreams = Upstreams.of(upstream, pool or [], loaded.menu)
         if not (is_checked := upstreams.check()):
-            text = f"the engine at {upstreams.engine} does not answer yet; until then all run the full plan"
+            text = f"the engine at {upstreams.engine} does not answer yet; until it does, all run the full plan"
             typer.echo(text, err=True)
         network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
         app = make_app(RequestSelector(loaded, network, tokenizer, limits, kept), upstreams, is_checked=is_checked)
@@ -108,14 +108,14 @@ def serve(
 
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shortened checkpoint; must not exist.")],
-    plan: Annotated[str, typer.Option(help="The layers that it runs, such as 0-9,14-17.")],
+    plan: Annotated[str, typer.Option(help="The layers that the checkpoint keeps, such as 0-9,14-17.")],
     allocator: Annotated[
-        str | None, typer.Option("--allocator", metavar="DIR", help="Its adapter is merged, its model is the default.")
+        str | None, typer.Option("--allocator", metavar="DIR", help="Merges its adapter; its model is the default.")
     ] = None,
     model: ModelSource = None,
     device: Device = None,
 ) -> None:
-    """Write the model of one plan as an ordinary, shorter checkpoint, which any engine serves."""
+    """Write the model of one plan as an ordinary, shorter checkpoint that any engine can serve."""
     from layerbudget import Allocator, load_backbone
     from serving.router.export import export_plan
 

@@ -37,6 +37,7 @@ from pipelines.stages.label import fill
 from runtime.allocator import Allocator
 from runtime.parts import OperatingPoint
 from runtime.saving.allocator_checks import optional_parts
+from runtime.saving.allocator_files import run_folder
 
 SAFER = 2.0
 """Times the old price at which the test of a bound of 1 or more begins. At the old price itself, the lowest that the
@@ -98,7 +99,7 @@ def certify_file(
     check_enough(allocator.certificate, given)
     beside = folder.with_name(f"{folder.name}-certify")
     with _alone(beside):
-        check_unused(given, beside / USED, Path(source).expanduser().parent / RUN_CONFIG)
+        check_unused(given, beside / USED, run_folder(source) / RUN_CONFIG)
         loaded = load_backbone(allocator.model_source if model is None else model, device=device)
         healing = allocator.prepare(loaded[0])
         shown = _rendered(allocator, *loaded, given)

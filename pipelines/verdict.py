@@ -1,4 +1,4 @@
-"""Whether an allocator is worth it, and if not why, from `metrics.json` alone."""
+"""Whether an allocator is worth its use, and why not, by the `metrics.json` of a run."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from controller.certificate.risks import CalibrationError
 from pipelines.evaluation.summary import NOTHING_LEFT_OUT, exceeds_limit, percent, quality, times
 
 WORTH = 1.1
-"""Times as fast as stock generation from which on an allocator is worth it."""
+"""Least speed-up over stock generation of an allocator that is worth its use."""
 SAME = 0.98
-"""Share of the allocator's speed from which on a single plan counts as fast as it."""
-LOOK_AT_ANSWERS = (
-    "Look at the model's answers first: the chat template, decoding.stop and the judge may be wrong for them."
-)
+"""Least share of the allocator's speed at which a single plan counts as equally fast."""
+LOOK_AT_ANSWERS = "Look at the model's answers first: the chat template, decoding.stop or the judge may not fit them."
 IN_PARTS = ("heads", "bridges", "both")
-"""Healing whose plans no ordinary checkpoint holds."""
+"""Values of `adapt.method` whose parts no ordinary checkpoint holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do with these prompts and this model.
+    """Whether to use an allocator for these prompts and this model.
 
     Attributes:
-        worth: whether the allocator is worth it.
+        worth: whether the allocator is worth its use.
         reason: one of `REASONS`, or `worth_it`.
         sentences: for people; the first one is the verdict.
     """
@@ -43,7 +41,7 @@ def verdict(metrics: Mapping[str, Any], prompts: int) -> Verdict:
 
     Args:
         metrics: of the run, as `metrics.json` holds them.
-        prompts: all that there are, of which the run may have used some.
+        prompts: number of all prompts there are; the run may have used fewer.
     """
     found = _Findings(metrics, prompts)
     for reason, why in REASONS.items():
@@ -54,16 +52,17 @@ def verdict(metrics: Mapping[str, Any], prompts: int) -> Verdict:
 
 
 class _Findings:
-    """Figures that several reasons look at.
+    """Figures of a run that several reasons use.
 
     Attributes:
-        certificate: of the highest level that was asked for.
-        is_certified: whether the allocator runs at any certified level.
-        in_reach: whether it does, and a full run would likely certify the highest level.
-        size, full_size: independent calibration prompts, of this run and of one with all prompts.
-        best, static: the allocator's figures and those of the best single plan.
-        single, batch: how many times as fast the allocator is.
-        static_speed: how many times as fast the best single plan is in a batch.
+        certificate: certificate of the highest level that was asked for.
+        is_certified: whether any level is certified for the allocator.
+        in_reach: `is_certified`, and a run with all prompts would likely certify the highest level.
+        size, full_size: number of independent calibration prompts of this run, and of a run with all prompts.
+        best, static: report cards of the allocator and of the best single plan.
+        single, batch: speed-up of the allocator over stock generation, with one prompt at a time and in a batch.
+        static_plan, static_speed: the best single plan, and its speed-up in a batch.
+        left_out: share of the decoder that the allocator leaves out, as a text.
     """
 
     def __init__(self, metrics: Mapping[str, Any], prompts: int) -> None:
@@ -88,7 +87,7 @@ class _Findings:
 
     @property
     def shortens(self) -> bool:
-        """Whether enough is left out; with few calibration prompts a price is careful."""
+        """Whether the allocator leaves enough out, or is faster all the same, as with a high price from few prompts."""
         return self.in_reach and (self.best["budget"] <= 1 / WORTH or self.pays)
 
     @property
@@ -97,7 +96,7 @@ class _Findings:
         return f"{times(self.single)} as fast one prompt at a time and {times(self.batch)} in a batch of {rows}"
 
     def may_certify(self, certificate: Mapping[str, Any]) -> bool:
-        """Whether a full run would likely certify a level that this run may have failed to."""
+        """Whether a run with all prompts would likely certify a level, whether or not this run did."""
         is_possible = bool(certificate["prompts_needed"]) and _needed(certificate) <= self.full_size
         return certificate["price"] is not None or is_possible
 
@@ -107,7 +106,7 @@ def _pays(ratio: Mapping[str, Any]) -> bool:
 
 
 def _least(certificate: Mapping[str, Any], full_score: float) -> float:
-    """Calibration prompts that a bound takes whatever is lost, where the full model scores so much."""
+    """Least number of calibration prompts that can certify a bound, even without any loss, at a full model's score."""
     if certificate["keep"] >= 1 or not full_score:
         return 0.0 if full_score else inf
     delta = certificate["delta"] / max(1, len(certificate["levels"]))
@@ -119,7 +118,7 @@ def _least(certificate: Mapping[str, Any], full_score: float) -> float:
 
 
 def _needed(certificate: Mapping[str, Any]) -> float:
-    """Calibration prompts that a bound takes, at the spread of what is lost where that is known."""
+    """Number of calibration prompts that a bound needs; includes the spread of the losses where that is known."""
     return max(_least(certificate, certificate["full_score"]), certificate["prompts_needed"] or 0)
 
 
@@ -131,9 +130,9 @@ def _scores_too_low(found: _Findings) -> Sequence[str]:
     if found.in_reach or not least > found.full_size >= _least(certificate, 1.0):
         return ()
     return (
-        f"the model scores too low for the bound. Its mean score is {certificate['full_score']:.3g}, and to keep "
-        f"{percent(certificate['keep'])} of so little takes {_count(least)} calibration prompts; all {found.prompts} "
-        f"prompts give {found.full_size}.",
+        f"the model scores too low for the bound. Its mean score is {certificate['full_score']:.3g}, and to certify "
+        f"{percent(certificate['keep'])} of that takes {_count(least)} calibration prompts; a run with all "
+        f"{found.prompts} prompts has {found.full_size}.",
         LOOK_AT_ANSWERS,
     )
 
@@ -152,7 +151,7 @@ def _single_plan(found: _Findings) -> Sequence[str]:
 
 
 def _use(found: _Findings) -> str:
-    """How the best single plan is used without an allocator."""
+    """A sentence on how to use the best single plan without an allocator."""
     method = found.metrics["healing"]["method"]
     if method not in IN_PARTS:
         return (
@@ -194,10 +193,10 @@ def _layers_do_not_matter(found: _Findings) -> Sequence[str]:
     if found.pays or limit["low"] is None or limit["value"] >= WORTH:
         return ()
     return (
-        f"the layers matter too little for the time. The allocator leaves out {found.left_out} of the decoder, which "
-        f"makes prompts of {speed['prompt_tokens']:.0f} and answers of {speed['new_tokens']} tokens {times(limit)} as "
-        "fast at most.",
-        "The output head runs for every new token whatever the plan: a smaller vocabulary or shorter answers help.",
+        f"the layers take too small a share of the time. The allocator leaves out {found.left_out} of the decoder, "
+        f"which makes prompts of {speed['prompt_tokens']:.0f} and answers of {speed['new_tokens']} tokens "
+        f"{times(limit)} as fast at most.",
+        "The output head runs for every new token under any plan: a smaller vocabulary or shorter answers help.",
     )
 
 
@@ -205,12 +204,12 @@ def _no_measured_gain(found: _Findings) -> Sequence[str]:
     if found.pays and not exceeds_limit(found.metrics):
         return ()
     if found.single["low"] is None:
-        return "too few timed rounds tell no gain from noise; raise evaluation.speed_rounds to 5 or more.", ""
+        return ("the timed rounds are too few to tell a gain from noise; raise evaluation.speed_rounds to 5 or more.",)
     return (
-        f"no gain shows on this machine: {found.speeds}, where the layers left out allow "
+        f"no reliable gain was measured on this machine: {found.speeds}. The layers left out allow "
         f"{times(found.metrics['speed']['limit'])} at most.",
-        f"A decision takes {found.metrics['overhead_ms']:.0f} ms a prompt, which longer prompts earn back; other work "
-        "on the machine hides small gains.",
+        f"A decision takes {found.metrics['overhead_ms']:.0f} ms a prompt, which weighs less on longer prompts. Other "
+        "work on the machine hides small gains.",
     )
 
 
@@ -222,7 +221,7 @@ REASONS = {
     "layers_do_not_matter": _layers_do_not_matter,
     "no_measured_gain": _no_measured_gain,
 }
-"""Name -> its sentences, none where it does not apply; the first that applies is the verdict's."""
+"""Name -> function that gives the sentences of a reason, none where it does not apply; the first that does counts."""
 
 
 def _worth_it(found: _Findings) -> list[str]:

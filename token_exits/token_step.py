@@ -1,6 +1,6 @@
-"""One decode step: the newest token of each row, still active or already left.
+"""One decode step, in which rows exit at different layers.
 
-Shapes: `R` rows, `r` of them, `D` hidden size.
+Shapes: `R` rows of the batch, `r` some of these rows, `D` hidden size.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ class TokenStep:
 
     Attributes:
         n_rows: R.
-        step: place of the token in the answer, from 1.
-        threshold: the confidence at which tokens leave.
-        device: of the states.
-        active: places of the rows that have not left, ascending.
-        exited: places of the others, ascending.
-        exits: for each candidate layer where rows left: the layer, their places, inputs of the final norm [r, D].
+        step: number of the new token within the answer, from 1.
+        threshold: confidence from which on a row exits.
+        device: where the states lie.
+        active: indices of the rows that have not exited, ascending.
+        exited: indices of the rows that have exited, ascending.
+        exits: for each exit: the layer, the indices of its rows [r], and their inputs to the final norm [r, D].
         before: states [R, 1, D] before the last layer that ran.
-        memory: see `Candidate`.
-        inputs: arguments of each layer, for gates that look ahead.
+        memory: notes of the gate, see `Candidate.memory`.
+        inputs: keyword arguments of each layer, by layer, for gates that look ahead.
     """
 
     n_rows: int
@@ -52,20 +52,26 @@ class TokenStep:
         return not len(self.active)
 
     def exit(self, depth: int, leaves: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Let active rows leave before layer `depth` where `leaves` [r]; `outputs` [r, D] are of all."""
+        """Let some active rows exit.
+
+        Args:
+            depth: the layer before which they exit.
+            leaves: which of the r active rows exit [r].
+            outputs: inputs to the final norm of all active rows [r, D].
+        """
         rows = self.active[leaves]
         self.exits.append((depth, rows, outputs[leaves]))
         self.exited = torch.cat([self.exited, rows]).sort().values
         self.active = self.active[~leaves]
 
     def with_exits(self, states: torch.Tensor) -> torch.Tensor:
-        """Final states [R, 1, D] with the outputs of rows that left."""
+        """Final states [R, 1, D], with the outputs of `exit` for rows that exited."""
         for _, rows, outputs in self.exits:
             states = states.index_copy(0, rows, outputs[:, None].to(states.dtype))
         return states
 
     def depths(self, n_layers: int) -> torch.Tensor:
-        """The layer before which each row left [R]; `n_layers` for those that did not."""
+        """Layer before which each row exited [R]; `n_layers` for rows that ran all layers."""
         depths = torch.full((self.n_rows,), n_layers, device=self.device)
         for depth, rows, _ in self.exits:
             depths[rows] = depth
@@ -73,7 +79,7 @@ class TokenStep:
 
 
 def cut_to_rows(value: Any, rows: torch.Tensor, n_rows: int) -> Any:
-    """Cut a layer's argument of R rows to some of them."""
+    """Select rows of a layer argument that has R rows; any other value comes back unchanged."""
     if isinstance(value, (tuple, list)):
         return type(value)(cut_to_rows(item, rows, n_rows) for item in value)
     if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == n_rows and n_rows > 1:

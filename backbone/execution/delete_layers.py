@@ -1,4 +1,4 @@
-"""The physical limit of skipping: a second model in which the skipped layers do not exist."""
+"""Delete the layers that a plan skips; the speed of the result is the limit of what skipping can reach."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from backbone.plan import LayerPlan
 
 
 def delete_layers(model: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
-    """A model made of the layers that `plan` runs, renumbered; it computes what `model` computes under `plan`.
+    """A model of only the layers that `plan` runs, renumbered.
 
-    The weights are shared with `model`, not copied. `save_pretrained` writes an ordinary shorter checkpoint.
+    It computes what `model` computes under `plan`. The weights are shared with `model`, not copied. `save_pretrained`
+    writes an ordinary, shorter checkpoint.
 
     Raises:
         PlanError: the plan is for another number of layers, or runs half of a layer.
@@ -38,7 +39,7 @@ def delete_layers(model: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
                 module.__dict__["layer_idx"] = index
     config = short.config
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == n_layers:  # one entry a layer, such as layer_types
+        if isinstance(value, list) and len(value) == n_layers and name != "eos_token_id":  # such as layer_types
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
     return short

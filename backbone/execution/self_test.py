@@ -1,4 +1,4 @@
-"""Before a model's first plan: are its plans exact on this model, with this library, on this device?"""
+"""Self-test before a model's first plan: plans must be exact with this library, on this device."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.1
-"""Largest relative difference, in the Frobenius norm, of cached to uncached states; a wrong mask gives far more."""
+"""Largest relative difference (Frobenius norm) between cached and uncached states; a wrong mask gives far more."""
 
 PROMPT_TOKENS, STEPS, PADDING = 6, 2, 3
 
 ATTEMPTS = 3
-"""Times that the stock model and the full plan are compared: a process's first passes sometimes round differently."""
+"""Times that stock model and full plan are compared; the first passes of a process sometimes round differently."""
 
 
 @torch.no_grad()
 def check_exactness(model: PreTrainedModel) -> None:
-    """Compare, on two short left-padded rows, decoding with a cache under a few plans with the same without a cache.
+    """Compare decoding with and without a KV cache, under a few plans.
 
-    Costs about nine passes of the decoder over at most 16 tokens; the head does not run. Forward hooks on the model see
-    these passes too.
+    Two short left-padded rows are decoded. This costs about nine passes of the decoder over at most 16 tokens; the
+    output head does not run. Forward hooks on the model see these passes too.
 
     Raises:
         UnsupportedModelError: states differ by more than rounding, are not finite, or the full plan is not bit-equal
@@ -45,11 +45,13 @@ def check_exactness(model: PreTrainedModel) -> None:
         inputs = _inputs(model)
         if not _uncached(model, inputs)[inputs["attention_mask"].bool()].isfinite().all():
             raise UnsupportedModelError(
-                f"{_name(model)}: the hidden states of a few tokens are not finite, so nothing that this model says is "
-                f"of use{wider_dtypes(model.dtype)}"
+                f"{_name(model)}: the hidden states of a few tokens are not finite, so its answers are "
+                f"meaningless{wider_dtypes(model.dtype)}"
             )
         if not any(_full_plan_is_equal(model, inputs) for _ in range(ATTEMPTS)):
-            raise UnsupportedModelError(f"{_name(model)}: two passes over the same tokens differ, so no plan is exact")
+            raise UnsupportedModelError(
+                f"{_name(model)}: the full plan gives other states than the stock model, so no plan is exact"
+            )
         for plan in _plans(model):
             with executing(model, [plan]):
                 uncached = _uncached(model, inputs)[:, -STEPS:]
@@ -58,12 +60,12 @@ def check_exactness(model: PreTrainedModel) -> None:
             if not difference <= limit:
                 raise UnsupportedModelError(
                     f"{_name(model)}: under plan {plan} a step with a cache differs by {difference:.1%} from the same "
-                    f"computation without one (at most {limit:.1%} is rounding), so its layers cannot be skipped"
+                    f"step without a cache (rounding: at most {limit:.1%}), so layers of this model cannot be skipped"
                 )
 
 
 def rounding_limit(dtype: torch.dtype, device: torch.device) -> float:
-    """The largest difference that is rounding; where TF32 is allowed, a GPU rounds float32's products as float16's."""
+    """Largest relative difference due to rounding; with TF32 a GPU rounds products in float32 as it does in float16."""
     if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return HALF_TOLERANCE
     return TOLERANCE.get(dtype, HALF_TOLERANCE)
@@ -76,7 +78,7 @@ def _full_plan_is_equal(model: PreTrainedModel, inputs: dict[str, torch.Tensor])
 
 
 def wider_dtypes(dtype: torch.dtype) -> str:
-    """The end of a sentence about states that are not finite: a wider dtype to load the model in, if there is one."""
+    """Advice for states that are not finite, to end a sentence with; empty where no dtype is wider."""
     is_widest = torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max
     return "" if is_widest else "; load the model in bfloat16 or float32, which hold larger numbers"
 
@@ -130,7 +132,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and every module's own mode back afterwards."""
+    """Switch dropout off in this block, and restore the mode of each module after it."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

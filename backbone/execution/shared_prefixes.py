@@ -1,11 +1,11 @@
-"""Run the common beginning of many token sequences once, and go on from copies of its KV cache.
+"""Run the common beginning of many token sequences once, and copy its KV cache for each of them.
 
-A batch is left-padded as always; only its first columns come from the cache. A row that is shorter than the longest by
-n tokens computes the last n tokens of the common beginning anew, so that no row is padded in its middle. Positions,
-masks and sliding windows are thus those of the plain batch.
+A batch is left-padded as always, and its first columns come from the cache. A row that is n tokens shorter than the
+longest computes the last n tokens of the common beginning again: no row then has padding in its middle. So positions,
+masks and sliding windows are those of the plain batch.
 
-Shapes: `B` sequences, `S` tokens of the longest, `C` columns computed already, `P` tokens of a beginning, `D` hidden
-size.
+Shapes: `B` sequences, `S` tokens of the longest, `C` columns that come from the cache, `P` tokens of a beginning, `D`
+hidden size.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from backbone.left_padding import padded_inputs
 from backbone.plan import LayerPlan
 
 SHORTEST, FEWEST = 32, 3
-"""Tokens of a beginning, and sequences that share it, from which on sharing pays."""
+"""Least length in tokens of a shared beginning, and least number of sequences that share it, for sharing to pay."""
 CHARACTERS_PER_TOKEN, NEIGHBOURS = 4, 4096
-"""Of usual text; sequences of one group, at most, since finding groups takes time in proportion."""
+"""Characters of usual text for one token; largest group, as the time to find groups grows with it."""
 
 
 def shared_lengths(rows: Sequence[Sequence[Any]], shortest: int = SHORTEST) -> list[int]:
-    """For each sequence how much of its beginning runs once for its whole group; 0 for a sequence of no group.
+    """Length of the beginning that each sequence shares with its group; 0 for a sequence of no group.
 
-    The groups are those that save most. Sequences of one group have the same beginning.
+    The groups are those that save most computation.
 
     Args:
         rows: token ids, or texts.
-        shortest: items of a beginning, at least.
+        shortest: least length of a beginning, in items of a row.
     """
     order = sorted(range(len(rows)), key=lambda number: tuple(rows[number]))
     lengths = [0] * len(rows)
     saved, starts, shared = np.zeros(len(rows) + 1), [0] * (len(rows) + 1), [0] * (len(rows) + 1)
-    common = np.zeros(len(rows), dtype=np.int64)  # of the sequence at each place up to the newest
+    common = np.zeros(len(rows), dtype=np.int64)  # items common to the sequences from each place to the newest
     for end in range(1, len(rows) + 1):
         first, row = max(0, end - NEIGHBOURS), rows[order[end - 1]]
         before = rows[order[end - 2]] if end > 1 else ()
@@ -70,7 +70,7 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def groups_of(rows: Sequence[Sequence[Any]], lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of sequences with the same beginning of these lengths, longest first in and among groups."""
+    """Group the sequences whose first `lengths` items are the same; longest first, in and among groups."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for number in sorted(range(len(rows)), key=lambda number: -len(rows[number])):
         groups[tuple(rows[number][: lengths[number]])].append(number)
@@ -78,27 +78,28 @@ def groups_of(rows: Sequence[Sequence[Any]], lengths: Sequence[int]) -> list[lis
 
 
 def alike(texts: Sequence[str]) -> list[list[int]]:
-    """Numbers of texts that begin alike, longest first in and among groups; needs no tokenizer."""
+    """Group texts by their common beginnings, without a tokenizer; longest first, in and among groups."""
     return groups_of(texts, shared_lengths(texts, SHORTEST * CHARACTERS_PER_TOKEN))
 
 
 def can_share(model: PreTrainedModel) -> bool:
-    """Whether keys and values of a beginning are the same whatever follows, and a cache holds nothing else."""
+    """Whether a cache holds only keys and values, and these do not depend on the tokens that follow."""
     config: Any = decoder_of(model).config
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    stretched = "longrope" in (text := repr(config.to_dict())) or "'dynamic'" in text  # depends on the whole length
+    text = repr(config.to_dict())
+    stretched = "longrope" in text or "'dynamic'" in text  # positions are scaled by the whole length
     return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not stretched
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Begun:
-    """A left-padded batch of B sequences whose first C columns were computed already.
+    """A left-padded batch whose first C columns come from a common beginning.
 
     Attributes:
-        input_ids, mask: [B, S].
-        columns: C, 0 for none.
-        cache: of these columns.
-        states: by depth, of these columns [B, C, D].
+        input_ids, mask: token ids and attention mask [B, S].
+        columns: C, 0 where nothing is shared.
+        cache: keys and values of the first C columns.
+        states: states of the first C columns [B, C, D], by depth.
         positions: `position_ids` [B, S] where the decoder takes them.
     """
 
@@ -111,21 +112,21 @@ class Begun:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments of the decoder for the pass over the other columns."""
+        """Arguments of the decoder for the pass over the columns after the first C."""
         ids = self.input_ids[:, self.columns :]
         positions = {name: value[:, self.columns :] for name, value in self.positions.items()}
         return {"input_ids": ids, "attention_mask": self.mask, "cache": self.cache, "use_cache": True, **positions}
 
     def whole(self, states: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """States of all columns [B, S, D], from those that the pass gave [B, S - C, D]."""
+        """States of all columns [B, S, D], given those after the first C [B, S - C, D]."""
         return {d: torch.cat([self.states[d], new], 1) if self.columns else new for d, new in states.items()}
 
 
 class Beginning:
-    """What sequences begin with, run once through the first `depth` layers without healing.
+    """A common beginning of sequences, run once through the first `depth` layers without healing.
 
     Args:
-        tokens: P of them; none where nothing is shared.
+        tokens: token ids of the beginning [P]; empty where nothing is shared.
         kept: depths whose states are kept.
     """
 
@@ -140,7 +141,7 @@ class Beginning:
             self._prefix = Prefix(tuple(found.states[d] for d in self._kept), found.keys_values)
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Begun:
-        """Sequences that begin like this as a batch. At least one token of each is left to compute."""
+        """Make a batch of sequences with this beginning; at least one token of each is left to compute."""
         found = padded_inputs(self._model, rows)
         ids, mask = found.pop("input_ids"), found.pop("attention_mask")
         config: Any = decoder_of(self._model).config
@@ -149,7 +150,7 @@ class Beginning:
         if columns < 1:
             return Begun(ids, mask, 0, cache, {}, found)
         padding = torch.tensor([[width - len(row)] for row in rows])
-        places = (torch.arange(columns) - padding).clamp(min=0).to(ids.device)  # those of padding are masked
+        places = (torch.arange(columns) - padding).clamp(min=0).to(ids.device)  # padding is masked: any place will do
         for index, pair in enumerate(self._prefix.keys_values):
             keys, values = (tensor[0].transpose(0, 1)[places.to(tensor.device)].transpose(1, 2) for tensor in pair)
             cache.update(keys, values, index)
@@ -157,7 +158,7 @@ class Beginning:
         return Begun(ids, mask, columns, cache, dict(states), found)
 
     def states(self, rows: Sequence[Sequence[int]], depth: int, depths: Collection[int]) -> dict[int, torch.Tensor]:
-        """States [B, S, D] before some of the first `depth` layers, or after them; see `Prefix.states`."""
+        """States [B, S, D] at some of the depths up to `depth`; see `Prefix.states`."""
         layers, begun = decoder_layers(self._model), self.batch(rows)
         with (
             torch.no_grad(),
@@ -171,15 +172,16 @@ class Beginning:
 def beginnings(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], depth: int, kept: Collection[int] = ()
 ) -> Iterator[tuple[list[int], Beginning]]:
-    """Groups of sequences, each with what all of its sequences begin with; groups of a model that cannot share too.
+    """Group sequences by their common beginnings, and run each beginning once.
 
     Args:
+        model: the full model.
         rows: token ids of all sequences.
-        depth: layers that the beginnings run through.
+        depth: number of layers that run the beginnings.
         kept: depths whose states are kept.
 
     Yields:
-        Numbers of the sequences, longest first, and their beginning.
+        The numbers of a group's sequences, longest first, and their beginning (empty if the model cannot share).
     """
     lengths = shared_lengths(rows) if can_share(model) else [0] * len(rows)
     for numbers in groups_of(rows, lengths):

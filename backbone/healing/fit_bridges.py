@@ -1,4 +1,4 @@
-"""Fit the bridges of many plans at once, on the states that the model, or the shortened model, really produces."""
+"""Fit the bridges of many plans at once, on states of the full model or of the shortened one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from backbone.errors import InputError
 from backbone.execution.executor import executing
 from backbone.execution.live_changes import captured
 from backbone.families import decoder_layers, decoder_of
@@ -23,18 +24,18 @@ Fits = dict[LayerPlan, dict[int, Fit]]
 """For each plan its fitted bridges, by the first layer of the gap."""
 
 HELD = 8
-"""Every so many-th sequence is held out, to choose the ridge strength by."""
+"""One of every `HELD` sequences is held out, the first among them; held-out tokens choose the ridge strength."""
 
 Gap = tuple[LayerPlan, range]
 Batch = Sequence[tuple[int, Sequence[int]]]
-"""Sequences with their numbers."""
+"""Number and token ids of each sequence."""
 Sums = list[tuple[Moments, Moments]]
-"""Over the fitted and over the held tokens, for each of the different states before and after gaps."""
+"""Sums over the fitted and over the held-out tokens, one pair for all gaps that have the same states."""
 Over = Callable[["BatchSums", Sequence[Batch]], Iterable[tuple[int, Sums]]]
-"""Number of each batch, in any order, and its sums."""
+"""Makes the sums of batches elsewhere; yields the number of each batch, in any order, and its sums."""
 Passed = tuple[dict[int, torch.Tensor], dict[Gap, torch.Tensor], torch.Tensor, torch.Tensor]
-"""Of one batch: the full model's states by depth, the states before each gap, which places hold tokens [B, S], and
-which rows are held out [B, 1]."""
+"""One batch: the full model's states by depth, the states before each gap, the mask of tokens [B, S] (False for
+padding), and the mask of held-out rows [B, 1]."""
 
 
 @torch.no_grad()
@@ -50,18 +51,24 @@ def fit_bridges(
     advance: Callable[[int], None] = lambda done: None,
     over: Over | None = None,
 ) -> Fits:
-    """A bridge for every gap of every plan.
+    """Fit a bridge for every gap of every plan.
 
     Args:
-        sequences: token ids of prompts with their answers.
+        sequences: token ids of prompts with their answers; at least 2.
         plans: shortened plans; gaps are runs of layers that are skipped as a whole.
         form, rank: see `fit_bridge`.
-        in_order: fit a plan's second and later gaps on the states that it produces with its bridges so far, in as many
-            passes over the sequences as the plan has gaps; otherwise all on the full model's states, in one.
-        batch_tokens: tokens that run together.
-        advance: called with the number of sequences that were run.
-        over: makes the sums over all batches, for example in many processes; default: in this one.
+        in_order: fit a plan's gaps one after another, each on the states of the plan with its earlier bridges. This
+            takes one pass over the sequences for each gap. Otherwise all gaps are fitted on the full model's states.
+        batch_tokens: tokens of a batch, padding included.
+        advance: called after each batch with its number of sequences.
+        over: makes the sums of all batches, for example in many processes; default: in this process.
+
+    Raises:
+        InputError: fewer than 2 sequences.
+        UnsupportedModelError: the model's states are not finite.
     """
+    if len(sequences) < 2:
+        raise InputError(f"{len(sequences)} sequences are too few to fit bridges on; give at least 2, one is held out")
     fits: Fits = {plan: {} for plan in plans}
     batches = by_tokens(list(enumerate(sequences)), [len(tokens) for tokens in sequences], batch_tokens)
     for number in range(bridging_rounds(plans, in_order)):
@@ -77,12 +84,12 @@ def fit_bridges(
 
 
 def bridges_of(fits: Fits) -> dict[LayerPlan, dict[int, Bridge]]:
-    """The maps alone."""
+    """The bridges of fits, without what else is known of each fit."""
     return {plan: {first: fit.bridge for first, fit in of_plan.items()} for plan, of_plan in fits.items()}
 
 
 def bridging_rounds(plans: Sequence[LayerPlan], in_order: bool) -> int:
-    """How often `fit_bridges` runs all sequences: under the full plan, and under plans with earlier gaps."""
+    """How many passes over all sequences `fit_bridges` makes."""
     return max(len(plan.gaps) for plan in plans) if in_order else 1
 
 
@@ -93,14 +100,14 @@ def _sums(
     over: Over | None,
     advance: Callable[[int], None],
 ) -> dict[Gap, tuple[Moments, Moments]]:
-    """For each gap the sums over fitted and over held tokens; one object for gaps whose states are the same."""
+    """Sums of each gap over the fitted and the held-out tokens; gaps with the same states share one pair."""
     total = summing.nothing(model)
     if over is None:
         for batch in batches:
             summing.add(model, batch, total)
             advance(len(batch))
     else:
-        for number, sums in _in_order(over(summing, batches)):
+        for number, sums in _by_number(over(summing, batches)):
             for own, others in zip(total, sums, strict=True):
                 for moments, more in zip(own, others, strict=True):
                     moments.merge(more)
@@ -108,8 +115,8 @@ def _sums(
     return {gap: total[place] for gap, place in summing.places().items()}
 
 
-def _in_order(made: Iterable[tuple[int, Sums]]) -> Iterator[tuple[int, Sums]]:
-    """By number: sums that are added in another order round otherwise."""
+def _by_number(made: Iterable[tuple[int, Sums]]) -> Iterator[tuple[int, Sums]]:
+    """Yield the sums of batches by ascending number, since rounding depends on the order of addition."""
     early: dict[int, Sums] = {}
     wanted = 0
     for number, sums in made:
@@ -121,18 +128,18 @@ def _in_order(made: Iterable[tuple[int, Sums]]) -> Iterator[tuple[int, Sums]]:
 
 @dataclass(frozen=True)
 class BatchSums:
-    """Makes the sums over one batch.
+    """Adds batches to the sums of gaps.
 
     Attributes:
-        wanted: the gaps.
-        bridges: of the plans' earlier gaps, on whose states the sums are made; None for those of the full model.
+        wanted: the gaps, each with its plan.
+        bridges: of the earlier gaps, with which each plan runs to give its states; None for the full model's states.
     """
 
     wanted: Sequence[Gap]
     bridges: dict[LayerPlan, dict[int, Bridge]] | None
 
     def places(self) -> dict[Gap, int]:
-        """Which of the sums is each gap's: one for gaps whose states are the same."""
+        """Index of each gap's sums in `Sums`; gaps with the same states share it."""
         found: dict[Any, int] = {}
         return {
             (plan, gap): found.setdefault(gap if self.bridges is None else (plan, gap), len(found))
@@ -146,15 +153,15 @@ class BatchSums:
 
     @torch.no_grad()
     def add(self, model: PreTrainedModel, batch: Batch, sums: Sums) -> None:
-        """Count the tokens of a batch."""
+        """Add the tokens of a batch to `sums`."""
         gaps = {place: gap for gap, place in reversed(self.places().items())}
-        for full, before, mask, held in in_halves(batch, lambda part: [self._passed(model, part)]):
+        for full, before, mask, held in in_halves(batch, lambda part: [self._run(model, part)]):
             for place, (plan, gap) in gaps.items():
                 for moments, rows in zip(sums[place], (mask & ~held, mask & held), strict=True):
                     states = before[plan, gap][rows], full[gap.stop][rows]
                     moments.add(states[0].to(model.device), states[1].to(model.device))
 
-    def _passed(self, model: PreTrainedModel, batch: Batch) -> Passed:
+    def _run(self, model: PreTrainedModel, batch: Batch) -> Passed:
         inputs = padded_inputs(model, [tokens for _, tokens in batch])
         full = _states(model, inputs, {layer for _, gap in self.wanted for layer in (gap.start, gap.stop)})
         before = {(plan, gap): full[gap.start] for plan, gap in self.wanted}
@@ -172,7 +179,7 @@ def _states(
     plan: LayerPlan | None = None,
     bridges: Mapping[int, Bridge] | None = None,
 ) -> dict[int, torch.Tensor]:
-    """States [B, S, D] before the layers `depths`, under the full model or a plan with bridges; L: after the last."""
+    """States [B, S, D] before the layers `depths` (L: after the last), under the full model or a plan with bridges."""
     running = nullcontext() if plan is None else executing(model, [plan], ReadyHealing("", {plan: bridges or {}}))
     with running, captured(decoder_layers(model), depths) as states:
         decoder_of(model)(**inputs, use_cache=False)

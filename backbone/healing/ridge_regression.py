@@ -1,18 +1,20 @@
-"""Fit bridges by weighted ridge regression, from sums over tokens alone: no state is kept.
+"""Fit bridges by weighted ridge regression, from sums over tokens.
 
-With x the state before a gap and y the state after it, a bridge predicts the residual y - x from x. A token counts with
-1 / mean(y^2), since the next layer, or the head, normalises the state: errors matter relative to its size. Without this
-a few tokens with huge states (attention sinks) would decide everything.
+With x the state before a gap and y the state after it, a bridge predicts the residual y - x from x. A token has the
+weight 1 / mean(y^2): the next layer, or the head, normalises the state, so errors matter relative to its size. Without
+weights a few tokens with huge states (attention sinks) would dominate the fit. The states themselves are not kept.
 
 Shapes: `T` tokens, `D` hidden size, `r` rank. Sums are float64.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from backbone.errors import UnsupportedModelError
 from backbone.healing.healing import Bridge
 from backbone.healing.settings import Form
 
@@ -21,7 +23,7 @@ RIDGES = tuple(10.0**power for power in range(-9, 0))
 
 
 class Moments:
-    """Sums over tokens from which every bridge of one gap can be fitted, and its error computed.
+    """Sums over tokens, enough to fit any bridge of one gap and to compute its error.
 
     Attributes:
         inputs: sum of weighted x x^T, with a constant 1 appended to x [D + 1, D + 1].
@@ -37,7 +39,7 @@ class Moments:
         self.tokens = 0
 
     def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Count tokens with their states before and after the gap, each [T, D]."""
+        """Add tokens by their states before and after the gap, each [T, D]."""
         x, y = before.double(), after.double()
         weight = y.pow(2).mean(-1, keepdim=True).rsqrt()
         weighted = torch.cat([x * weight, weight], dim=-1)
@@ -48,7 +50,7 @@ class Moments:
         self.tokens += len(x)
 
     def merge(self, other: Moments) -> None:
-        """Count the tokens that another object has counted."""
+        """Add the sums of another object."""
         self.inputs += other.inputs.to(self.inputs.device)
         self.cross += other.cross.to(self.cross.device)
         self.residual += other.residual
@@ -66,11 +68,11 @@ class Fit:
 
     Attributes:
         bridge: the map, in float32.
-        form: what it is, which may be less than what was asked for.
+        form: of the bridge; `low_rank` also where the tokens were too few for `full`.
         ridge: the strength chosen.
-        error: on the held tokens, mean squared error relative to the mean square of the state.
-        skipping_error: the same without a bridge.
-        tokens: fitted on so many.
+        error: mean squared error on the held-out tokens, relative to the mean square of the state.
+        skipping_error: the same error without a bridge.
+        tokens: number of tokens that the bridge was fitted on.
     """
 
     bridge: Bridge
@@ -86,13 +88,15 @@ TOKENS_PER_INPUT = 2
 
 
 def fit_bridge(fitted: Moments, held: Moments, form: Form, rank: int) -> Fit:
-    """The bridge with the smallest error on held tokens, over all ridge strengths.
+    """Fit one bridge, with the ridge strength of the smallest error on held-out tokens.
 
     Args:
-        fitted, held: sums over the tokens to fit on, and over those to choose by.
-        form: `full`, or `low_rank`, a product of two matrices. With too few tokens for `full` it is `low_rank`, and the
-            result says so.
-        rank: r of the form `low_rank`; at most half of the number of tokens counts.
+        fitted, held: sums over the tokens to fit on, and over the held-out tokens.
+        form: `full`, or `low_rank`, a product of two matrices. Too few tokens for `full` give `low_rank`, see `Fit`.
+        rank: r of the form `low_rank`; lowered to half the number of tokens, or to D, where that is less.
+
+    Raises:
+        UnsupportedModelError: the states are not finite.
     """
     size = fitted.cross.shape[1]
     if form == "full" and fitted.tokens < TOKENS_PER_INPUT * size:
@@ -103,22 +107,22 @@ def fit_bridge(fitted: Moments, held: Moments, form: Form, rank: int) -> Fit:
         solution = _solve(fitted, ridge, None if form == "full" else rank)
         if solution is None:
             continue
-        if (error := held.error(solution)) == error and (best is None or error < best[0]):
+        error = held.error(solution)
+        if math.isfinite(error) and (best is None or error < best[0]):
             best = (error, ridge, solution)
     if best is None:
-        raise FloatingPointError("a bridge could not be fitted: the model's states are not finite")
+        raise UnsupportedModelError("no bridge can be fitted: hidden states are not finite; load the model in float32")
     error, ridge, solution = best
-    bridge = _as_bridge(solution, form, rank)
-    nothing = held.error(torch.zeros_like(solution))
-    return Fit(bridge, form, ridge, error, nothing, fitted.tokens)
+    skipping_error = held.error(torch.zeros_like(solution))
+    return Fit(_as_bridge(solution, form, rank), form, ridge, error, skipping_error, fitted.tokens)
 
 
 def _solve(moments: Moments, ridge: float, rank: int | None) -> torch.Tensor | None:
-    """[D + 1, D]: ridge regression; where a rank is given, its best approximation of that rank.
+    """Solve the ridge regression [D + 1, D], at a rank where one is given.
 
-    The latter is reduced-rank regression (Izenman 1975, Reduced-rank regression for the multivariate linear model): a
-    truncated singular value decomposition of the predictions. None where the ridge is too small for the sums to be
-    positive definite.
+    A rank makes it a reduced-rank regression (Izenman 1975, Reduced-rank regression for the multivariate linear model):
+    the singular value decomposition of the predictions is truncated. None where the ridge is too small for a positive
+    definite matrix.
     """
     size = moments.cross.shape[1]
     inputs = moments.inputs.clone()

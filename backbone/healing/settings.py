@@ -1,4 +1,4 @@
-"""How healing parts are made, in names and numbers alone: a configuration is checked without loading torch."""
+"""Settings of healing parts; importing them does not import torch."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 Form = Literal["full", "low_rank"]
-"""Of a bridge: one matrix, or a product of two narrow ones."""
+"""Form of a bridge: one matrix, or a product of two narrow matrices."""
 
 Where = Literal["all", "beside_gaps", "nowhere"]
-"""Weights that an adapter changes: all matrices, those of the layers next to a gap, or none."""
+"""Layers whose matrices an adapter changes: all after the probe, those next to a gap, or none."""
 
 
 @dataclass(frozen=True, slots=True)
 class DistillSettings:
-    """How to train.
+    """Settings of self-distillation.
 
     Attributes:
-        where: weights that the adapter changes; with `nowhere` the bridges alone are trained.
-        rank: of the LoRA matrices.
-        epochs: passes over the examples.
-        minutes: to train for, instead of epochs: the rate of the first steps says once how many steps that is.
-        batch_tokens: tokens of a step, padding included.
-        plans_per_step: how many plans run at a step, at least 1.
-        learning_rate, bridge_learning_rate: of AdamW, at their highest.
-        vocabulary: tokens, beside the likely ones, that a step's distributions range over; the others are left out.
-        evaluate_every: steps between looks at the held examples and checkpoints.
-        patience: looks without a better loss after which training stops.
+        where: see `Where`; with `nowhere` only the bridges are trained.
+        rank: rank of the LoRA matrices.
+        epochs: passes over the training examples.
+        minutes: duration of training, in place of `epochs`. A few timed steps at the start fix the number of steps.
+        batch_tokens: tokens of a training step, padding included.
+        plans_per_step: number of plans that run at a step, at least 1.
+        learning_rate, bridge_learning_rate: peak learning rates of AdamW, for the adapter and for the bridges.
+        vocabulary: number of tokens beside the likely ones that enter a step's distributions; others are left out.
+        evaluate_every: steps between evaluations on the held-out examples; each evaluation writes a checkpoint.
+        patience: evaluations in a row without a lower loss after which training stops.
         held: share of the examples that is held out.
-        seed: of everything random.
+        seed: seed of all random draws.
     """
 
     where: Where = "all"

@@ -24,19 +24,19 @@ from controller.base import Floats, LearningError, check_sets
 from controller.features import ARRAYS, Features, Projection
 
 COMPONENTS = 12
-"""Principal components of the distances, each scaled to variance 1; chosen by measurement, `docs/controllers.md`."""
+"""Principal components in which distances are taken, each scaled to variance 1; measured in `docs/controllers.md`."""
 LARGEST_DISTANCE, MOST_HELD = 1e9, 10**9
-"""Limits of the threshold and of the number of held-out prompts."""
+"""Upper limits of the threshold and of the number of held-out prompts in a file."""
 MOST_REFERENCES = 4000
-"""More references cost more time than they are worth."""
+"""References kept; a larger sample of them makes each test slower."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutlierTest:
     """Tells whether a prompt is unlike all references.
 
-    Of prompts exchangeable with the held-out ones (independent draws from one population are) at most a share `rate`
-    is taken for outliers, on average over draws of the held-out prompts.
+    At most a share `rate` of ordinary prompts is called an outlier, on average over draws of the held-out prompts.
+    Ordinary prompts are exchangeable with the held-out ones, as independent draws from one population are.
 
     Source: Vovk, Gammerman and Shafer 2005, Algorithmic Learning in a Random World, section 2.2, with the split of
     Papadopoulos et al. 2002 (inductive conformal prediction); distances to neighbours as scores: Laxhammar and Falkman
@@ -45,8 +45,8 @@ class OutlierTest:
     Attributes:
         projection: fitted on the references alone.
         references: projected features [R, F].
-        threshold: outliers score above it; inf where there are too few held-out prompts for the rate.
-        rate: share of ordinary prompts that may be taken for outliers, in (0, 1).
+        threshold: distance above which a prompt is an outlier; inf where the held-out prompts are too few for the rate.
+        rate: share of ordinary prompts that may be called outliers, in (0, 1).
         held: number of held-out prompts.
     """
 
@@ -60,7 +60,7 @@ class OutlierTest:
     def fit(
         cls, references: Features, held: Features, sets: Sequence[str], rate: float, n_components: int = COMPONENTS
     ) -> OutlierTest:
-        """Fit on features of training prompts [R] and of others like them [n]."""
+        """Fit on the features of training prompts [R] and of held-out prompts [n]; `sets` are the features compared."""
         projection = Projection.fit(references, sets, n_components)
         known = projection(references)
         if len(known) > MOST_REFERENCES:
@@ -87,10 +87,10 @@ class OutlierTest:
     def description(self) -> str:
         """The test in a sentence."""
         if math.isinf(self.threshold):
-            return f"none can be told: {self.held} prompts of the split tune are too few for a share of {self.rate:g}"
+            return f"off: {self.held} prompts of the split tune are too few for a rate of {self.rate:g}"
         return (
-            f"a prompt that lies farther from all of {len(self.references)} known ones than {1 - self.rate:.3g} of "
-            f"{self.held} others do runs the full model"
+            f"a prompt runs the full model if its distance to the nearest of {len(self.references)} training prompts "
+            f"exceeds that of {100 * (1 - self.rate):g}% of {self.held} held-out prompts"
         )
 
     def save(self, path: Path) -> None:
@@ -111,16 +111,17 @@ class OutlierTest:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise LearningError(f"{path} holds no outlier test: {error}") from None
         references, threshold = arrays["references"], arrays["threshold"]
-        # None can be told, and the threshold is infinite, only where the held-out prompts are too few.
+        # An infinite threshold is right only where the held-out prompts are too few for the rate.
         found = threshold.item() if threshold.shape == (1,) and threshold.dtype == np.float64 else math.nan
         fits = references.ndim == 2 and references.shape[1] == projection.n_features and len(references) > 0
         is_share = type(rate) is float and 0 < rate < 1 and type(held) is int and 0 <= held <= MOST_HELD
         checks = {
-            "its references are not numbers that fit its projection": fits
+            "its references are not finite float32 rows as wide as its projection": fits
             and references.dtype == np.float32
             and bool(np.isfinite(references).all()),
-            f"{rate!r:.40} of {held!r:.40} prompts is no share": is_share,
-            f"its threshold is no distance up to {LARGEST_DISTANCE:g}, got {found:g}": 0 <= found <= LARGEST_DISTANCE
+            f"its rate is {rate!r:.40}, not in (0, 1), or its number of prompts {held!r:.40}, not an integer from 0 to "
+            f"{MOST_HELD}": is_share,
+            f"its threshold is {found:g}, not a distance from 0 to {LARGEST_DISTANCE:g}": 0 <= found <= LARGEST_DISTANCE
             or (found == math.inf and is_share and _rank(rate, held) > held),
         }
         if wrong := [reason for reason, right in checks.items() if not right]:
@@ -129,5 +130,5 @@ class OutlierTest:
 
 
 def _rank(rate: float, held: int) -> int:
-    """Place of the threshold among the sorted held-out scores, from 1."""
+    """Rank of the threshold among the sorted held-out scores, from 1; above `held` where they are too few."""
     return math.ceil((1 - rate) * (held + 1))

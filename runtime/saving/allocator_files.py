@@ -104,6 +104,11 @@ def load_allocator(
         raise ArtefactError(str(error)) from None
 
 
+def run_folder(folder: str) -> Path:
+    """The folder of the run that a saved allocator lies in."""
+    return Path(folder).expanduser().absolute().parent
+
+
 def _folder_of_package(name: str) -> Path:
     """Raises ArtefactError for a package that is not installed, or brings no allocator."""
     try:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import N_LAYERS, OPTIONS, check_shared_passes, padded_batch, tiny_model
 
-from backbone.errors import ArtefactError, WrongModelError
+from backbone.errors import ArtefactError, InputError, UnsupportedModelError, WrongModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import sharing_order
 from backbone.families import model_fingerprint
@@ -89,8 +89,13 @@ def test_too_few_tokens_for_a_full_bridge_give_a_low_rank_and_say_so() -> None:
 def test_states_that_are_not_finite_are_refused() -> None:
     x, y = affine(rank=12)
     y[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(UnsupportedModelError, match="hidden states are not finite"):
         fit_bridge(moments(x, y), moments(x, y), "full", 4)
+
+
+def test_one_sequence_is_too_few_for_bridges() -> None:
+    with pytest.raises(InputError, match=r"^1 sequences are too few to fit bridges on"):
+        fit_bridges(tiny_model("llama"), sequences(1), PLANS)
 
 
 @pytest.mark.parametrize("in_order", [False, True])

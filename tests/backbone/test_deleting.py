@@ -25,9 +25,10 @@ def test_weights_are_shared_and_the_model_itself_stays_as_it_was() -> None:
 
 def test_it_is_saved_as_an_ordinary_shorter_checkpoint(tmp_path) -> None:
     model, batch = tiny_model("gemma3_text"), padded_batch()
+    model.config.eos_token_id = [*range(N_LAYERS)]  # as many as layers
     delete_layers(model, PLAN).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.num_hidden_layers == 4
+    assert (loaded.config.num_hidden_layers, loaded.config.eos_token_id) == (4, model.config.eos_token_id)
     with apply_plan(model, PLAN):
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
 

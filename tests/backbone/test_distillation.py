@@ -1,6 +1,7 @@
 """Self-distillation of adapters and bridges: what it gains, resumes and refuses."""
 
 import math
+from dataclasses import replace
 from itertools import count, pairwise
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from tiny import N_LAYERS, check_shared_passes, padded_batch, tiny_model
 
-from backbone.errors import UnsupportedModelError
+from backbone.errors import InputError, UnsupportedModelError
 from backbone.execution.apply_plan import apply_plan
 from backbone.execution.shared_passes import sharing_order, unchanged_depth
 from backbone.families import model_fingerprint
@@ -52,7 +53,7 @@ def trained(model, folder, settings=SHORT, plans=PLANS, bridges=None, some=None,
 )
 def test_training_brings_every_plan_nearer_and_leaves_the_model_as_it_was(family, where, tmp_path) -> None:
     model, untouched, batch = tiny_model(family, layer_scale=0.7), tiny_model(family, layer_scale=0.7), padded_batch()
-    settings = DistillSettings(**{**_fields(SHORT), "where": where, "held": 0.2})
+    settings = replace(SHORT, where=where, held=0.2)
     healing, history = trained(model, tmp_path, settings, some=examples(model, 96))
     assert history.ended == "all steps done"
     sums = [sum(losses.values()) for losses in history.held]
@@ -96,10 +97,6 @@ def test_a_model_in_half_precision_is_trained_in_it_with_parameters_in_float32(f
     assert healing.adapter is not None
 
 
-def _fields(settings: DistillSettings) -> dict[str, object]:
-    return {name: getattr(settings, name) for name in DistillSettings.__dataclass_fields__}
-
-
 @pytest.mark.parametrize("plans_per_step", [1, 2, 3])
 def test_no_plan_is_left_out_however_few_run_at_a_step(tmp_path, monkeypatch, plans_per_step) -> None:
     model, plans, ran = tiny_model("llama"), [*PLANS, LayerPlan.exiting(N_LAYERS, 5)], []
@@ -110,7 +107,7 @@ def test_no_plan_is_left_out_however_few_run_at_a_step(tmp_path, monkeypatch, pl
         return losses(self, batch, chosen, step)
 
     monkeypatch.setattr(distillation.DistillationLoss, "losses", noted)
-    trained(model, tmp_path, DistillSettings(**{**_fields(SHORT), "plans_per_step": plans_per_step}), plans)
+    trained(model, tmp_path, replace(SHORT, plans_per_step=plans_per_step), plans)
     assert {len(chosen) for chosen in ran} == {plans_per_step}
     assert set.union(*ran) == set(plans)
     cheapest, largest = PLANS[0], {PLANS[2], plans[3]}
@@ -139,15 +136,17 @@ def test_the_held_loss_is_the_divergence_of_the_merged_model(tmp_path) -> None:
         assert total / sum(example.answer for example in held) == pytest.approx(best[str(plan)], rel=0.05, abs=1e-3)
 
 
+class Killed(BaseException):
+    pass
+
+
+def kill(history: History) -> None:
+    if history.steps[-1] == 6:
+        raise Killed
+
+
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path) -> None:
     whole, _ = trained(tiny_model("llama"), tmp_path / "whole", bridges=_bridges())
-
-    class Killed(BaseException):
-        pass
-
-    def kill(history: History) -> None:
-        if history.steps[-1] == 6:
-            raise Killed
 
     model = tiny_model("llama")
     with pytest.raises(Killed):
@@ -170,14 +169,7 @@ def test_minutes_are_steps_that_a_killed_run_goes_on_with(tmp_path, monkeypatch)
         ticks = count(0, seconds)
 
     monkeypatch.setattr(distillation, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    settings = DistillSettings(**{**_fields(SHORT), "epochs": 0.5, "minutes": 0.5, "patience": 99})
-
-    class Killed(BaseException):
-        pass
-
-    def kill(history: History) -> None:
-        if history.steps[-1] == 6:
-            raise Killed
+    settings = replace(SHORT, epochs=0.5, minutes=0.5, patience=99)
 
     clock(1.0)
     whole, history = trained(tiny_model("llama"), tmp_path / "whole", settings)
@@ -196,17 +188,14 @@ def test_minutes_are_steps_that_a_killed_run_goes_on_with(tmp_path, monkeypatch)
 
 
 def _bridges():
-    return bridges_of(
-        fit_bridges(tiny_model("llama"), [e.tokens for e in examples(tiny_model("llama"))], PLANS, rank=4)
-    )
+    model = tiny_model("llama")
+    return bridges_of(fit_bridges(model, [example.tokens for example in examples(model)], PLANS, rank=4))
 
 
 def test_bridges_are_trained_with_the_adapter_or_alone(tmp_path) -> None:
     model, bridges = tiny_model("llama"), _bridges()
     both, _ = trained(model, tmp_path / "both", bridges=bridges)
-    alone, _ = trained(
-        model, tmp_path / "alone", DistillSettings(**{**_fields(SHORT), "where": "nowhere"}), bridges=bridges
-    )
+    alone, _ = trained(model, tmp_path / "alone", replace(SHORT, where="nowhere"), bridges=bridges)
     assert both.adapter is not None
     assert alone.adapter is None
     for made in (both, alone):
@@ -217,10 +206,8 @@ def test_bridges_are_trained_with_the_adapter_or_alone(tmp_path) -> None:
 
 def test_references_pull_towards_themselves(tmp_path) -> None:
     model = tiny_model("llama", layer_scale=0.7)
-    references = [
-        Example((*example.tokens[:-4], 11, 12, 13, 14), 4, from_reference=True) for example in examples(model)
-    ]
-    settings = DistillSettings(**{**_fields(SHORT), "learning_rate": 1e-2, "epochs": 30})
+    references = [Example((*some.tokens[:-4], 11, 12, 13, 14), 4, from_reference=True) for some in examples(model)]
+    settings = replace(SHORT, learning_rate=1e-2, epochs=30)
     healing, history = trained(model, tmp_path, settings, some=references)
     first, last = history.held[0], history.held[-1]
     assert all(last[plan] < 0.7 * first[plan] for plan in first)
@@ -261,9 +248,8 @@ def test_too_little_memory_makes_smaller_batches_with_the_same_result(tmp_path, 
 
 
 def test_training_stops_where_the_held_loss_no_longer_falls(tmp_path) -> None:
-    settings = DistillSettings(**{**_fields(SHORT), "learning_rate": 3.0, "epochs": 50, "patience": 2})
-    _, history = trained(tiny_model("llama"), tmp_path, settings)
-    assert "the held loss was best 2 looks ago" in history.ended
+    _, history = trained(tiny_model("llama"), tmp_path, replace(SHORT, learning_rate=3.0, epochs=50, patience=2))
+    assert "the held-out loss was lowest 2 evaluations ago" in history.ended
 
 
 def test_the_adapter_leaves_the_probe_alone(tmp_path) -> None:
@@ -287,3 +273,17 @@ def test_a_quantised_base_cannot_be_trained_through(tmp_path) -> None:
     module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match="a quantised model cannot be trained through"):
         trained(model, tmp_path, some=some)
+    assert all(p.requires_grad for p in model.parameters() if p.is_floating_point() and p is not module.weight)
+
+
+def test_a_first_evaluation_that_is_not_finite_keeps_the_untrained_parts(tmp_path, monkeypatch) -> None:
+    model, bridges = tiny_model("llama"), _bridges()
+    monkeypatch.setattr(distillation._Run, "_held_losses", lambda run: {str(plan): math.nan for plan in PLANS})
+    healing, history = trained(model, tmp_path, replace(SHORT, where="nowhere"), bridges=bridges)
+    assert history.ended == "stopped at step 0: the held-out loss is nan; the best parameters so far are kept"
+    assert torch.equal(healing.bridges[PLANS[2]][3].bias, bridges[PLANS[2]][3].bias.to(torch.bfloat16))
+
+
+def test_examples_that_are_all_held_out_are_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"^1 examples are too few to train on: 1 are held out"):
+        trained(tiny_model("llama"), tmp_path, some=examples(tiny_model("llama"), 1))

@@ -137,7 +137,7 @@ def test_a_search_may_begin_with_the_defaults(name) -> None:
 
 def test_losses_outside_their_range_are_refused() -> None:
     features, losses = ControllerConformance().data()
-    with pytest.raises(LearningError, match=r"must lie in \[-1, 1\]"):
+    with pytest.raises(LearningError, match=r"a loss is .*; losses must lie in \[-1, 1\]"):
         LogisticController().fit(features, losses * 2, ControllerConformance.budgets)
 
 
@@ -194,7 +194,7 @@ def test_choose_follows_expected_wins_more_at_lower_prices() -> None:
 
 def test_the_full_plan_loses_nothing() -> None:
     features, losses = ControllerConformance().data()
-    with pytest.raises(LearningError, match="the full plan is the last one, and its loss must be 0"):
+    with pytest.raises(LearningError, match=r"the last plan has a loss of .*; it is the full plan, with loss 0"):
         LogisticController().fit(features, losses[:, ::-1], ControllerConformance.budgets)
 
 

@@ -58,7 +58,7 @@ def test_outlier_test_with_few_held_out_prompts_finds_none() -> None:
     found = fitted(held=8)
     assert found.threshold == np.inf
     assert not found.are_outliers(prompts(np.random.default_rng(1), 50, shift=100)).any()
-    assert "8 prompts of the split tune are too few for a share of 0.1" in found.description
+    assert "8 prompts of the split tune are too few for a rate of 0.1" in found.description
     assert fitted(held=9).threshold < np.inf
 
 
@@ -90,15 +90,15 @@ def test_a_saved_test_decides_the_same(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "about", "message"),
     [
-        (lambda t: {**t, "references": t["references"][:, 1:]}, None, "references are not numbers that fit"),
-        (lambda t: {**t, "references": t["references"] * np.nan}, None, "references are not numbers that fit"),
-        (lambda t: {**t, "references": t["references"][:0]}, None, "references are not numbers that fit"),
-        (lambda t: {**t, "threshold": -t["threshold"]}, None, "its threshold is no distance up to"),
-        (lambda t: {**t, "threshold": t["threshold"] * np.nan}, None, "its threshold is no distance up to"),
+        (lambda t: {**t, "references": t["references"][:, 1:]}, None, "references are not finite float32 rows"),
+        (lambda t: {**t, "references": t["references"] * np.nan}, None, "references are not finite float32 rows"),
+        (lambda t: {**t, "references": t["references"][:0]}, None, "references are not finite float32 rows"),
+        (lambda t: {**t, "threshold": -t["threshold"]}, None, "its threshold is -.*, not a distance"),
+        (lambda t: {**t, "threshold": t["threshold"] * np.nan}, None, "its threshold is nan, not a distance"),
         (lambda t: {**t, "mean": t["mean"][1:]}, None, "holds no projection"),
         (lambda t: {name: t[name] for name in t if name != "scale"}, None, "holds no outlier test"),
-        (lambda t: t, '{"sets": ["states"], "rate": 2.0, "held": 60}', "2.0 of 60 prompts is no share"),
-        (lambda t: t, '{"sets": ["states"], "rate": 0.1, "held": "60"}', "of '60' prompts is no share"),
+        (lambda t: t, '{"sets": ["states"], "rate": 2.0, "held": 60}', "its rate is 2.0, not in"),
+        (lambda t: t, '{"sets": ["states"], "rate": 0.1, "held": "60"}', "its number of prompts '60', not an integer"),
         (lambda t: t, '{"sets": ["moods"], "rate": 0.1, "held": 60}', "unknown features 'moods'"),
         (lambda t: t, "{", "holds no outlier test"),
         (lambda t: t, "[]", "holds no outlier test"),

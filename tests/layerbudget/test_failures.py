@@ -29,7 +29,9 @@ SENTENCES = [
     (RuntimeError("[Errno 28] cannot write"), FULL_DISK),
     (RuntimeError("errno: 28"), FULL_DISK),
 ]
+IN_A_CIRCLE = ValueError("y")
 OURS = [
+    caused(KeyError("x"), caused(IN_A_CIRCLE, IN_A_CIRCLE)),
     KeyError("x"),
     FileNotFoundError(errno.ENOENT, "No such file", "x"),
     sqlite3.OperationalError("no such table: x"),

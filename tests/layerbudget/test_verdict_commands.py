@@ -120,7 +120,7 @@ MISTAKES = {
     "wrong folder": (
         write_jsonl,
         _no_weights,
-        "there is no config.json; name the one that save_pretrained wrote",
+        "there is no config.json; name the folder that save_pretrained wrote",
     ),
     "no file": (lambda path: path, _same, "no prompts file"),
     "too few prompts": (

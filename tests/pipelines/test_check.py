@@ -80,7 +80,7 @@ def test_models_that_are_not_there(fails, tmp_path) -> None:
         str(tmp_path / "no.gguf"): "no such GGUF file",
         str(tmp_path / "file.gguf"): "is no GGUF file: it begins with b'hell'",
         "no/such/repository": "neither a folder nor the name of a hub repository",
-        "no-such/model": "not in the hub's cache, and HF_HUB_OFFLINE forbids to download it",
+        "no-such/model": "not in the hub's cache, and HF_HUB_OFFLINE forbids the download",
     }.items():
         assert message in fails(model={"source": source, "device": "cpu"})
 

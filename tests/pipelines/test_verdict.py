@@ -101,16 +101,16 @@ CASES = {
         1200,
         ("leaves out 40% of the decoder, which makes prompts of 200 and answers of 4 tokens 1.04 times", "output head"),
     ),
-    "no_measured_gain": (SLOW, 1200, ("no gain shows on this machine", "A decision takes 12 ms")),
+    "no_measured_gain": (SLOW, 1200, ("no reliable gain was measured on this machine", "A decision takes 12 ms")),
     "no_measured_gain, rounds": (
         {"speed": {"intervals": dict.fromkeys(("single", "batch"), FEW)}},
         1200,
-        ("too few timed rounds",),
+        ("the timed rounds are too few",),
     ),
     "no_measured_gain, rounds and layers": (
         {"speed": {"intervals": dict.fromkeys(("single", "batch"), FEW), "limit": {**FEW, "value": 1.02}}},
         1200,
-        ("too few timed rounds",),
+        ("the timed rounds are too few",),
     ),
 }
 
@@ -126,6 +126,7 @@ def test_verdict_names_the_reason(name) -> None:
     assert found.reason == name.split(",")[0], found
     assert found.worth == (name == "worth_it")
     assert found.sentences[0].startswith("Worth it: " if found.worth else "Not worth it: ")
+    assert all(found.sentences)
     text = " ".join(found.sentences)
     assert [part for part in parts if part not in text] == [], text
 

@@ -12,13 +12,15 @@ from safetensors.numpy import load_file, save_file
 from tiny import padded_batch, tiny_model, tiny_tokenizer
 from tiny_allocator import GREEDY, SETS, alone, make_allocator, resigned, with_healing
 
-from backbone.errors import ArtefactError, WrongModelError
+from backbone.errors import ArtefactError, InputError, WrongModelError
 from controller.base import CONTROLLERS, LossRange
 from controller.features import prompt_features
 from controller.models.gbdt import LightGBMController
+from layerbudget.inspection import inspect
 from oracle.decoding import Decoding
 from runtime.allocator import Allocator
 from runtime.offline import generate_texts
+from runtime.saving.allocator_files import run_folder
 
 
 def test_another_model_is_refused(plain) -> None:
@@ -122,6 +124,15 @@ def test_folders_without_an_allocator_and_newer_formats_are_refused(model, tmp_p
         monkeypatch.undo()
         with pytest.raises(ArtefactError, match=f"has allocator format {other}, this version reads 8; make it again"):
             Allocator.from_pretrained(tmp_path / "other")
+
+
+def test_the_run_of_an_allocator_is_found_from_its_own_folder(plain, tmp_path, monkeypatch) -> None:
+    plain.save_pretrained(tmp_path / "allocator")
+    (tmp_path / "metrics.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "allocator")
+    assert run_folder(".") == tmp_path == run_folder(str(tmp_path / "allocator"))
+    with pytest.raises(InputError, match=r"metrics.json is damaged"):
+        inspect(".")
 
 
 def test_a_repository_is_downloaded_as_asked(plain, tmp_path, monkeypatch) -> None:
