@@ -182,7 +182,7 @@ def milliseconds(
     text = sorted((prompt.prompt for prompt in table.prompts), key=len)[len(table.prompts) // 2]
     inputs = dict(padded_prompts(tokenizer, [text]).to(model.device))
     full = LayerPlan.full(workspace.menu().n_layers)
-    stock = median_seconds({"stock": generation_under(model, inputs, full, new_tokens)}, 3, _no)["stock"] * 1000
+    stock = median_seconds({"stock": generation_under(model, inputs, full, new_tokens, None)}, 3, _no)["stock"] * 1000
     features = feature_ms(workspace, text, 10)
     sets = settings[best_of(workspace.config)].sets
     decision = sum(features[name] for name in sets) + rows[best_of(workspace.config)] * 1000
