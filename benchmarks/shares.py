@@ -54,7 +54,7 @@ def measured(name: str, prompts: int, share: float, alpha: float, draws: int) ->
         some, other = table.rows(fit), table.rows(calibrate)
         learned = learn(Settings(name, ("states",), 24), some.features, some.losses, some.budgets)
         predicted = learned.predict(other.features)
-        price = price_of(predicted, other, CalibrationSection(alpha=alpha))
+        price = price_of(predicted, other, CalibrationSection(keep=[1 - alpha]))
         found.append(float(BUDGETS[population.rule.choose(learned.predict(population.features), price)].mean()))
         labels.append(share + (1 - share) * float(on_path(predicted, other.rule).mean()))
     return {

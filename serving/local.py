@@ -91,7 +91,8 @@ class LocalEngine:
         batch_size: int = 8,
     ) -> None:
         self.allocator, self.model, self.tokenizer, self._batch_size = allocator, model, tokenizer, batch_size
-        tokenizer("a")  # the first call may change its settings, which must not happen while a thread decodes
+        # The first call may change the tokenizer's settings, which must not happen while a thread decodes.
+        tokenizer("a")
         offer = None if record is None else record.offer
         self.reader, self.positions = PromptReader.of(allocator, model, tokenizer, offer), positions_of(model)
         self._record = record
