@@ -32,7 +32,7 @@ def tiny_settings(folder: Path, model: Path, prompts: Path) -> dict[str, Any]:
     return {
         "name": "tiny",
         "runs": str(folder / "runs"),
-        "model": {"source": str(model), "device": "cpu"},
+        "model": {"source": str(model), "device": "cpu", "dtype": "float32"},  # bfloat16 rounds as batches fall
         "data": {"path": str(prompts)},
         "decoding": {"max_new_tokens": 3},
         "menu": {"method": "greedy", "probe_depth": 2, "plans": 4, "cheapest_budget": 0.4, "prompts": 6},
