@@ -154,12 +154,12 @@ def earlier_runs() -> str:
 
 
 def redraws() -> str:
-    """The middle run's policies over redraws of its splits: mean, and the range of 90% of the draws."""
+    """The policies of one demo run over redraws of its splits: mean, and the range of 90% of the draws."""
     return redrawn("demo")
 
 
 def redrawn_bounds() -> str:
-    """How often each bound of the middle run was exceeded over the redraws."""
+    """How often each bound of that run was exceeded over the redraws."""
     return bounds("demo")
 
 
@@ -167,8 +167,7 @@ def redrawn(name: str) -> str:
     found = json.loads((RESULTS / f"redraws-{name}.json").read_text())["policies"]
     columns = {"of the decoder": "budget", "mean score, of full": "quality_ratio", "worse": "worse", "better": "better"}
     rows = [
-        [REDRAWN[policy], *(_middle_range(figures[key]) for key in columns.values())]
-        for policy, figures in found.items()
+        [REDRAWN[policy], *(_over_draws(figures[key]) for key in columns.values())] for policy, figures in found.items()
     ]
     return _table(["", *columns], rows)
 
@@ -178,15 +177,14 @@ def bounds(name: str) -> str:
     allocator, count = found["policies"]["allocator"], found["draws"] * found["calibrations"]
     keeps = sorted((key.removeprefix("broken_") for key in allocator if key.startswith("broken_")), key=float)
     rows = [
-        [f"{float(keep):.0%}", _middle_range(allocator[f"budget_{keep}"]), f"{allocator[f'broken_{keep}']['mean']:.1%}"]
+        [f"{float(keep):.0%}", _over_draws(allocator[f"budget_{keep}"]), f"{allocator[f'broken_{keep}']['mean']:.1%}"]
         for keep in keeps
     ]
     return _table(["certified to keep", "of the decoder", f"bound exceeded, of {count} draws"], rows)
 
 
-def _middle_range(figure: Mapping[str, float]) -> str:
-    mean, low, high = (f"{figure[name]:.1%}" for name in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
+def _over_draws(figure: Mapping[str, float]) -> str:
+    return table.within({**figure, "value": figure["mean"]}, "{:.1%}")
 
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
