@@ -68,7 +68,7 @@ def serve(
     from serving.router.limits import Limits
     from serving.router.record import PromptRecord
     from serving.router.selector import RequestSelector, load_probe
-    from serving.router.server import allow_connections, make_server
+    from serving.router.server import allow_connections, make_server, rarely_collect
 
     limits = Limits(
         in_flight=max_in_flight,
@@ -97,6 +97,7 @@ def serve(
         network, tokenizer = load_probe(loaded, model, "auto" if device is None else device)
         app = make_app(RequestSelector(loaded, network, tokenizer, limits, kept), upstreams, is_checked=is_checked)
     allow_connections(limits)
+    rarely_collect()
     safe_place()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if kept is not None:

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -204,7 +203,7 @@ class _Routes:
         content = [chunk async for chunk in request.stream()]
         try:
             async with self._stopping.limited():
-                asked = await self.bodies.read(content, partial(self._asked, chat))
+                asked = await self.bodies.read(content, lambda body, _: self._asked(chat, body))
                 texts = await self._engine.texts_of(asked)
         except InputError as error:
             raise RefusedError(400, str(error)) from None

@@ -83,12 +83,14 @@ class _Bodies:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._unfinished: list[_Body] = []
+        self._bytes = 0  # of all these
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """Read a whole body; raises RefusedError or ClientLeftError."""
         self._check_size(int(dict(scope["headers"]).get(b"content-length", 0)))
         body = _Body(asyncio.timeout(self._limits.client_s))
         self._unfinished.append(body)
+        self._bytes += body.bytes
         try:
             async with body.deadline:
                 return await self._whole(body, receive)
@@ -99,6 +101,7 @@ class _Bodies:
             raise RefusedError(408, message, {"connection": "close"}) from None
         finally:
             self._unfinished.remove(body)
+            self._bytes -= body.bytes
 
     async def _whole(self, body: _Body, receive: Receive) -> bytes:
         while True:
@@ -106,7 +109,9 @@ class _Bodies:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeftError
+            before = body.bytes
             body.content += message.get("body", b"")
+            self._bytes += body.bytes - before
             self._check_size(len(body.content))
             if not message.get("more_body", False):
                 return bytes(body.content)
@@ -116,6 +121,8 @@ class _Bodies:
             raise RefusedError(413, f"the request's body has {size} bytes or more; at most {most} are read")
 
     def _make_room(self) -> None:
+        if len(self._unfinished) <= MOST_UNFINISHED and self._bytes <= self._limits.unfinished_bytes:
+            return
         held = [one for one in self._unfinished if not one.is_displaced and not one.deadline.expired()]
         if len(held) > MOST_UNFINISHED or sum(one.bytes for one in held) > self._limits.unfinished_bytes:
             largest = max(held, key=lambda one: one.bytes)

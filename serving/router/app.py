@@ -127,8 +127,8 @@ class _Router:
         """The choice, the engine's URL, and the body for it."""
         chat = request.scope["path"] == CHAT
 
-        def read(body: dict[str, Any]) -> tuple[RequestBody, Prompts | str]:
-            return RequestBody.of(body), self._selector.read(body, chat=chat)
+        def read(fields: dict[str, Any], body: RequestBody) -> tuple[RequestBody, Prompts | str]:
+            return body, self._selector.read(fields, chat=chat)
 
         body, prompts = await self._bodies.read(content, read)
         choice = self._available(await self._selector.plan_for(prompts, sender_of(request.scope)))

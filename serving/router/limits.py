@@ -18,6 +18,10 @@ MOST_UNFINISHED = 1024
 MOST_LEVELS = 100
 """Arrays and objects inside one another in a request's body."""
 
+MOST_COMMAS = 2**18
+"""In a request's body: a bound on its values, whose parsing stops all else. Text with more has more tokens than a model
+takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NoReturn, Self, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backbone.errors import InputError
 from runtime.parts import AllocatorParts
 from serving.router.errors import RefusedError
-from serving.router.limits import MOST_LEVELS, PLACE_BYTES
+from serving.router.limits import MOST_COMMAS, MOST_LEVELS, PLACE_BYTES
 
 KEY = "layer_plan"
 """As `layerbudget-vllm` reads it, inside `XARGS`."""
@@ -55,8 +57,10 @@ class RequestBody:
         return more if self.rest == b"{}" else self.rest[:-1] + b"," + more[1:]
 
 
-def parsed(content: bytes) -> dict[str, Any]:
+def parsed(content: bytes) -> tuple[dict[str, Any], RequestBody]:
     """Parse a JSON object; raises RefusedError for one that cannot be passed on unchanged."""
+    if (commas := content.count(b",")) > MOST_COMMAS:
+        raise RefusedError(413, f"the body has {commas} commas; one with more than {MOST_COMMAS} is not parsed")
     try:
         body = json.loads(content.decode(), parse_constant=_refuse_number)
     except UnicodeDecodeError:
@@ -69,7 +73,8 @@ def parsed(content: bytes) -> dict[str, Any]:
         raise _bad(f"the body is {content[:40]!r}")
     _check_levels(body)
     try:
-        encoded(body)
+        checked = RequestBody.of(body)
+        encoded({XARGS: checked.xargs})
     except UnicodeEncodeError:
         raise _bad("the body contains an unpaired surrogate, which is no character") from None
     except ValueError:
@@ -79,7 +84,7 @@ def parsed(content: bytes) -> dict[str, Any]:
         raise _bad(f"{XARGS} should be an object, got {xargs!r:.40}")
     if xargs and KEY in xargs:
         raise _bad(f"{XARGS}.{KEY} is chosen by the router; leave it out, or ask the engine itself")
-    return body
+    return body, checked
 
 
 def encoded(value: Body) -> bytes:
@@ -97,8 +102,8 @@ def forwarded_headers(given: Mapping[str, str]) -> dict[str, str]:
 def _check_levels(body: Any) -> None:
     level = [body]
     for _ in range(MOST_LEVELS):
-        inner = (value.values() if isinstance(value, dict) else value for value in level)
-        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        inner = chain.from_iterable(value.values() if type(value) is dict else value for value in level)
+        level = [one for one in inner if (type(one) is list or type(one) is dict) and one]
         if not level:
             return
     raise _too_deep()
@@ -217,25 +222,33 @@ def positions_of(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
+PAUSES = 9
+"""Times as long as a large body took, its thread rests afterwards: parsing stops all else in the process."""
+
+
 class BodyThreads:
     """Threads that parse and tokenize bodies: the event loop waits for none, small bodies for no large one."""
 
     def __init__(self) -> None:
-        self._threads = [ThreadPoolExecutor(1, f"layerbudget-{size}-bodies") for size in ("small", "large")]
+        self._small, self._large = (ThreadPoolExecutor(1, f"layerbudget-{size}-bodies") for size in ("small", "large"))
 
-    async def read(self, content: list[bytes], of: Callable[[dict[str, Any]], T]) -> T:
+    async def read(self, content: list[bytes], of: Callable[[dict[str, Any], RequestBody], T]) -> T:
         """What `of` makes of the parsed body; `content` is empty afterwards, so that the body is held once."""
+        is_large = sum(map(len, content)) > PLACE_BYTES
 
         def read() -> T:
-            whole = b"".join(content)
+            start, whole = time.perf_counter(), b"".join(content)
             content.clear()
-            return of(parsed(whole))
+            try:
+                return of(*parsed(whole))
+            finally:
+                if is_large:
+                    self._large.submit(time.sleep, PAUSES * (time.perf_counter() - start))
 
-        large = sum(map(len, content)) > PLACE_BYTES
-        return await asyncio.get_running_loop().run_in_executor(self._threads[large], read)
+        return await asyncio.get_running_loop().run_in_executor(self._large if is_large else self._small, read)
 
     def close(self) -> None:
-        for thread in self._threads:
+        for thread in (self._small, self._large):
             thread.shutdown(wait=False, cancel_futures=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from functools import partial
@@ -35,6 +36,17 @@ def make_server(app: FastAPI, limits: Limits, host: str = "127.0.0.1", port: int
         timeout_graceful_shutdown=int(limits.stop_s) + 3,
     )
     return _Server(config, clients, app.state.stopping, limits.stop_s)
+
+
+def rarely_collect() -> None:
+    """Collect garbage seldom, and never among what is loaded by now.
+
+    A body of a million lists otherwise stops the process for a second: each of the collections that its parsing causes
+    walks through all modules.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def allow_connections(limits: Limits) -> None:

@@ -17,6 +17,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n"
 STALLED = (b"", HEAD, HEAD + b'content-length: 99\r\n\r\n{"prompt"')
 BODIES = {
     "nested": b'{"prompt": "ab", "a": [' + b"[]," * 1_300_000 + b"1]}",
+    "values": b'{"prompt": "ab", "a": [' + b"[]," * 260_000 + b'"%s"]}' % (b"ab " * 1_000_000),
     "text": b'{"prompt": "%s"}' % (b"a b " * 900_000),
     "flood": b'{"prompt": "ab"}',
 }
@@ -55,7 +56,9 @@ def _send(port: int, flood: int, begun: Event, ended: Event, results: Queue[Coun
                 if name == "flood":
                     begun.set()
 
-    threads = [threading.Thread(target=sending, args=(name,)) for name in ("nested", "text", *["flood"] * flood)]
+    threads = [
+        threading.Thread(target=sending, args=(name,)) for name in ("nested", "values", "text", *["flood"] * flood)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -4,14 +4,15 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from fake_engine import FakeEngine
 from routed import ask, connected, counted, in_flight, logged_tracebacks, post, routed, router_parts, said, wait_for
 
-from serving.router import admission, server
+from serving.router import admission, requests, server
 from serving.router.errors import RefusedError
-from serving.router.limits import PLACE_BYTES, Limits
+from serving.router.limits import MOST_COMMAS, PLACE_BYTES, Limits
 from serving.router.requests import CHARACTERS_A_TOKEN, RequestBody, least_tokens, parsed
 from serving.router.selector import MOST_TOGETHER, MOST_TOKENS_TOGETHER, FairQueue, RequestSelector
 
@@ -101,7 +102,7 @@ def test_a_large_body_takes_the_places_of_several() -> None:
         ["a"] * 60 + ["a" * 60],
         ["a"] * 5000,
         "a" * 2_000_000,
-        [5] * 500_000,
+        [5] * 200_000,
     ],
 )
 def test_a_request_of_too_many_tokens_runs_in_full(prompt) -> None:
@@ -182,6 +183,31 @@ def test_a_client_does_not_choose_the_plan() -> None:
     for plan in ('"0-2"', "null", "1"):
         with pytest.raises(RefusedError, match="layer_plan is chosen by the router"):
             parsed(b'{"prompt": "ab", "vllm_xargs": {"layer_plan": %s}}' % plan.encode())
+
+
+@pytest.mark.parametrize(("values", "status"), [(MOST_COMMAS + 1, 400), (MOST_COMMAS + 2, 413)])
+def test_a_body_of_too_many_values_is_not_parsed(values, status) -> None:
+    engine = FakeEngine()
+    with routed(engine) as client:
+        answer = client.post("/v1/completions", content=b"[%s]" % b",".join([b"1"] * values))
+        assert (answer.status_code, "commas" in answer.text) == (status, status == 413)
+    assert not engine.bodies
+
+
+def test_the_thread_of_large_bodies_rests(monkeypatch) -> None:
+    """Nine times as long as each took, so that parsing leaves the process to others; small bodies never rest."""
+    slept, clock = [], iter([10.0, 10.5, 20.0])
+    monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=slept.append, perf_counter=lambda: next(clock)))
+
+    async def scenario() -> None:
+        threads = requests.BodyThreads()
+        for size in (2 * PLACE_BYTES, 10):
+            await threads.read([b'{"prompt": "%s"}' % (b"a" * size)], lambda fields, body: len(fields["prompt"]))
+        for thread in (threads._small, threads._large):
+            thread.shutdown()
+
+    asyncio.run(scenario())
+    assert slept == [requests.PAUSES * 0.5]
 
 
 def test_refusals_are_counted() -> None:
