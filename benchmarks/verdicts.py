@@ -43,7 +43,6 @@ def main() -> None:
     result = {
         "machine": machine(),
         "model": Path(arguments.model).name,
-        "minutes": arguments.minutes,
         "workloads": found,
         "agree": sum(each["trial"]["reason"] == each["full"]["reason"] for each in found.values()),
     }
@@ -61,12 +60,12 @@ def compared(model: str, prompts: Path, minutes: float, folder: Path) -> dict[st
         asked = ("try", model, str(prompts), "--minutes", str(minutes), "--out", f"{name}.yaml")
         seconds = _seconds(asked, folder)
         trial = json.loads((folder / "runs" / name / "verdict.json").read_text())
-        kept.write_text(json.dumps({**trial, "minutes": seconds / 60}) + "\n")
+        kept.write_text(json.dumps({**trial, "allowed": minutes, "minutes": seconds / 60}) + "\n")
     seconds = _seconds(("run", f"{name}.yaml"), folder)
     config = load_config(folder / f"{name}.yaml").model_copy(update={"runs": folder / "runs"})
-    full = verdict(load_metrics(config), count := len(prompts_of(config)))
+    full = verdict(load_metrics(config))
     return {
-        "prompts": count,
+        "prompts": len(prompts_of(config)),
         "trial": json.loads(kept.read_text()),
         "full": {**asdict(full), "minutes": seconds / 60},
     }

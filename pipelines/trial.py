@@ -28,7 +28,7 @@ from pipelines.run.prompts import prompts_of
 from pipelines.run.runner import run_all
 from pipelines.run.state import read_record
 from pipelines.run.tracking import log_verdict
-from pipelines.verdict import Verdict, verdict
+from pipelines.verdict import FullRun, Verdict, verdict
 from runtime.paired_timing import seconds_of
 
 TIMED = 8
@@ -37,7 +37,7 @@ FIXED_S = 60.0
 """What a trial takes beside prompts and timings: controllers, controls, reports."""
 EXAMPLES = 60
 """Answers, one at a time, in whose time the report's examples are made."""
-PASSES = {True: 1.5, False: 7.0}
+PASSES = {True: 0.8, False: 3.0}
 """How many times as long as its full answer a prompt takes in all stages: with exits alone, and with other plans."""
 HEAD_FIT = 16
 """Answers in whose time one exit head is fitted, whatever the number of prompts."""
@@ -151,8 +151,9 @@ def run_trial(path: Path, settings: Sequence[str], minutes: float) -> Verdict:
     changed = settings_for(config, pace, left, len(prompts))
     say(f"{pace.batched:.2g} s a prompt on this machine; for {minutes:g} minutes: {', '.join(changed)}")
     trial = load_config(path, [*settings, *changed])
-    run_all(trial, loaded, len(prompts))
-    found = verdict(load_metrics(trial), len(prompts))
+    full = FullRun(len(prompts), len(config.calibration.keep))
+    run_all(trial, loaded, full)
+    found = verdict(load_metrics(trial), full)
     write_atomically(trial.folder / "verdict.json", json.dumps(asdict(found), indent=2) + "\n")
     log_verdict(trial, found.reason)
     say(f"{duration(time.monotonic() - begun)} in all")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import Any
+from math import inf, log
+from typing import Any, NamedTuple
 
 from controller.certificate.certificate import alpha_of
 from controller.certificate.p_values import fewest_prompts
@@ -36,14 +36,22 @@ class Verdict:
     sentences: list[str]
 
 
-def verdict(metrics: Mapping[str, Any], prompts: int) -> Verdict:
+class FullRun(NamedTuple):
+    """The run that a trial stands for: its prompts, and the levels of `calibration.keep` that share delta there."""
+
+    prompts: int
+    levels: int
+
+
+def verdict(metrics: Mapping[str, Any], full: FullRun | None = None) -> Verdict:
     """The verdict on a run.
 
     Args:
         metrics: of the run, as `metrics.json` holds them.
-        prompts: number of all prompts there are; the run may have used fewer.
+        full: for a trial; None where this is the full run.
     """
-    found = _Findings(metrics, prompts)
+    own = FullRun(sum(metrics["prompts"].values()), len(metrics["certificates"]))
+    found = _Findings(metrics, own if full is None else full)
     for reason, why in REASONS.items():
         if sentences := why(found):
             first, *others = sentences
@@ -65,11 +73,11 @@ class _Findings:
         left_out: share of the decoder that the allocator leaves out, as a text.
     """
 
-    def __init__(self, metrics: Mapping[str, Any], prompts: int) -> None:
-        self.metrics, self.prompts = metrics, prompts
+    def __init__(self, metrics: Mapping[str, Any], full: FullRun) -> None:
+        self.metrics, self.full = metrics, full
         self.certificate: Mapping[str, Any] = max(metrics["certificates"], key=lambda each: each["keep"])
         self.size = int(self.certificate["groups"] or self.certificate["n"])
-        self.full_size = int(self.size * max(1.0, prompts / sum(metrics["prompts"].values())))
+        self.full_size = int(self.size * max(1.0, full.prompts / sum(metrics["prompts"].values())))
         self.is_certified = metrics["certificate"]["price"] is not None
         self.in_reach = self.is_certified and self.may_certify(self.certificate)
         self.best, self.static = metrics[metrics["best"]], metrics["best_static"]
@@ -96,43 +104,51 @@ class _Findings:
         return f"{times(self.single)} as fast one prompt at a time and {times(self.batch)} in a batch of {rows}"
 
     def may_certify(self, certificate: Mapping[str, Any]) -> bool:
-        """Whether a run with all prompts would likely certify a level, whether or not this run did."""
-        is_possible = bool(certificate["prompts_needed"]) and _needed(certificate) <= self.full_size
+        """Whether a full run would likely certify a level, whether or not this run did."""
+        is_possible = bool(certificate["prompts_needed"]) and self.needed(certificate) <= self.full_size
         return certificate["price"] is not None or is_possible
+
+    def least(self, certificate: Mapping[str, Any], score: float) -> float:
+        """Least number of calibration prompts that certify a bound in a full run where nothing is lost or won.
+
+        `score` is the full model's.
+        """
+        if certificate["keep"] >= 1 or not score:
+            return 0.0 if score else inf
+        delta, risk = certificate["delta"] / self.full.levels, certificate["risk"]
+        try:
+            return fewest_prompts(
+                alpha_of(certificate["keep"]), delta, risk, full_score=score if risk == "mean_score" else 1.0
+            )
+        except CalibrationError:
+            return inf
+
+    def needed(self, certificate: Mapping[str, Any]) -> float:
+        """Number of calibration prompts that a bound needs in a full run, by this run's wins and losses where known.
+
+        The wealth that a test has to win is 1 / its share of delta, and wealth grows exponentially.
+        """
+        if not (found := certificate["prompts_needed"]):
+            return self.least(certificate, certificate["full_score"])
+        delta, levels = certificate["delta"], max(1, len(certificate["levels"]))
+        return round(found * log(self.full.levels / delta) / log(levels / delta))
 
 
 def _pays(ratio: Mapping[str, Any]) -> bool:
     return ratio["low"] is not None and ratio["low"] > 1 and ratio["value"] >= WORTH
 
 
-def _least(certificate: Mapping[str, Any], full_score: float) -> float:
-    """Least number of calibration prompts that can certify a bound, even without any loss, at a full model's score."""
-    if certificate["keep"] >= 1 or not full_score:
-        return 0.0 if full_score else inf
-    delta = certificate["delta"] / max(1, len(certificate["levels"]))
-    score = full_score if certificate["risk"] == "mean_score" else 1.0
-    try:
-        return fewest_prompts(alpha_of(certificate["keep"]), delta, certificate["risk"], full_score=score)
-    except CalibrationError:
-        return inf
-
-
-def _needed(certificate: Mapping[str, Any]) -> float:
-    """Number of calibration prompts that a bound needs; includes the spread of the losses where that is known."""
-    return max(_least(certificate, certificate["full_score"]), certificate["prompts_needed"] or 0)
-
-
 def _scores_too_low(found: _Findings) -> Sequence[str]:
     certificate = found.certificate
     if not certificate["full_score"]:
         return "the full model scores 0 on all calibration prompts, so there is nothing to keep.", LOOK_AT_ANSWERS
-    least = _least(certificate, certificate["full_score"])
-    if found.in_reach or not least > found.full_size >= _least(certificate, 1.0):
+    least = found.least(certificate, certificate["full_score"])
+    if found.may_certify(certificate) or not least > found.full_size >= found.least(certificate, 1.0):
         return ()
     return (
         f"the model scores too low for the bound. Its mean score is {certificate['full_score']:.3g}, and to certify "
         f"{percent(certificate['keep'])} of that takes {_count(least)} calibration prompts; a run with all "
-        f"{found.prompts} prompts has {found.full_size}.",
+        f"{found.full.prompts} prompts has {found.full_size}.",
         LOOK_AT_ANSWERS,
     )
 
@@ -165,7 +181,7 @@ def _use(found: _Findings) -> str:
 
 
 def _too_few_prompts(found: _Findings) -> Sequence[str]:
-    needed = _needed(found.certificate)
+    needed = found.needed(found.certificate)
     if found.shortens or needed <= found.size:
         return ()
     there = f"A full run has {found.full_size} of them"

@@ -27,12 +27,13 @@ from pipelines.run.state import BY_NAME, LOCK, STAGES, RunState, Stage, all_befo
 from pipelines.run.workspace import Workspace
 from pipelines.search import described, find_least_plans, own_search_folder, write_least_plans
 from pipelines.stages import label
+from pipelines.verdict import FullRun
 
 
-def run_all(config: Config, loaded: Loaded | None = None, prompts: int | None = None) -> Workspace:
+def run_all(config: Config, loaded: Loaded | None = None, full: FullRun | None = None) -> Workspace:
     """Run every stage, after the counts of `layerbudget check`; returns the finished run.
 
-    `prompts`: all that there are, for the report's verdict, where a trial takes some of them.
+    `full` is for a trial: the run that the report's verdict is about.
     Stages whose inputs did not change since they were done are skipped.
     Where all are done nothing is written, so that a finished run may lie in a read-only folder.
     `loaded` is the model and its tokenizer, where they are loaded already.
@@ -49,7 +50,7 @@ def run_all(config: Config, loaded: Loaded | None = None, prompts: int | None = 
             if state.is_done(stage):
                 _say_done(stage)
             else:
-                _run_stage(workspace, stage, state, **({"prompts": prompts} if stage is STAGES[-1] else {}))
+                _run_stage(workspace, stage, state, **({"full": full} if stage is STAGES[-1] else {}))
     return workspace
 
 

@@ -32,17 +32,17 @@ from pipelines.run.state import RunState
 from pipelines.run.tracking import log_run
 from pipelines.run.workspace import Workspace
 from pipelines.stages.train import load_trained
-from pipelines.verdict import verdict
+from pipelines.verdict import FullRun, verdict
 from runtime.allocator import Allocator
 
 MOST_DOTS = 400
 """Prompts that are drawn one by one."""
 
 
-def run(workspace: Workspace, prompts: int | None = None) -> Path:
+def run(workspace: Workspace, full: FullRun | None = None) -> Path:
     """Writes `report.html`, then logs the run to `tracking.uri`.
 
-    `prompts`: all that there are, for the verdict; None for those of the run.
+    `full` is for a trial; see `pipelines.verdict.verdict`.
     """
     config, tuning, left_out = workspace.config, workspace.read("tuning.json"), Omissions()
     measured = Measured.of(workspace)
@@ -53,7 +53,7 @@ def run(workspace: Workspace, prompts: int | None = None) -> Path:
         config=config,
         metrics=metrics,
         headline=summary.headline(metrics),
-        verdict=verdict(metrics, prompts or sum(metrics["prompts"].values())),
+        verdict=verdict(metrics, full),
         tiles=summary.tiles(metrics),
         rival=summary.rival(metrics),
         exceeds_limit=summary.exceeds_limit(metrics),

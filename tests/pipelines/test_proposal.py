@@ -137,7 +137,7 @@ PACES = {
         Pace(0.6, 0.4),
         10,
         3000,
-        {"data.limit=519", "calibration.keep=[0.9, 0.8, 0.97]", "evaluation.speed_prompts=3"},
+        {"data.limit=974", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=3"},
     ),
     "all": (
         Pace(0.01, 0.01),
@@ -145,7 +145,7 @@ PACES = {
         900,
         {"data.limit=900", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=8"},
     ),
-    "slow": (Pace(2.0, 1.2), 13, 3000, {"calibration.keep=[0.8, 0.6, 0.97]", "tuning.trials=4"}),
+    "slow": (Pace(2.0, 1.2), 13, 3000, {"calibration.keep=[0.9, 0.8, 0.97]", "tuning.trials=4"}),
 }
 
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 
-from pipelines.verdict import REASONS, verdict
+from pipelines.verdict import REASONS, FullRun, verdict
 
 
 def ratio(value: float, low: float | None = None) -> dict:
@@ -86,6 +86,19 @@ CASES = {
         12000,
         ("some 700 calibration prompts", "A full run has 4000 of them, which would likely do"),
     ),
+    "too_few_prompts, where plans win": (
+        {"certificate": {**NONE, "n": 60, "full_score": 0.69, "prompts_needed": 120}, "best_static": card(1.0, 1.0, 2)},
+        2600,  # 141 calibration prompts without wins
+        ("some 120 calibration prompts", "A full run has 130 of them, which would likely do"),
+    ),
+    "too_few_prompts, of a trial with three levels": (
+        {
+            "certificate": {**NONE, "n": 86, "full_score": 0.6, "prompts_needed": 258, "levels": [0.9, 0.8, 0.97]},
+            "best_static": card(1.0, 1.0, 2),
+        },
+        3000,
+        ("some 175 calibration prompts", "A full run has 215 of them, which would likely do"),
+    ),
     "plans_lose_too_much": (
         {"certificate": {**NONE, "prompts_needed": 0}, "best_static": card(1.0, 1.0, 2), "mlp": card(1.0, 1.0, 2)},
         1200,
@@ -122,7 +135,7 @@ def test_verdict_names_the_reason(name) -> None:
     for key, values in changes.items():
         metrics[key] = {**metrics[key], **values} if key != "mlp" else values
     metrics["certificates"] = [metrics["certificate"]]
-    found = verdict(metrics, prompts)
+    found = verdict(metrics, FullRun(prompts, 1))
     assert found.reason == name.split(",")[0], found
     assert found.worth == (name == "worth_it")
     assert found.sentences[0].startswith("Worth it: " if found.worth else "Not worth it: ")
@@ -145,6 +158,8 @@ def test_a_lower_level_counts_where_the_wanted_one_is_in_reach(needed, prompts, 
     metrics["certificate"] = {**CERTIFICATE, "keep": 0.6}
     metrics["certificates"] = [metrics["certificate"], wanted]
     metrics["best_static"] = card(0.5, 0.7, 1)
-    assert verdict(metrics, prompts).reason == reason
+    assert verdict(metrics, FullRun(prompts, 1)).reason == reason
     metrics |= {"mlp": card(0.97, 0.99, 2), "speed": {**metrics["speed"], **SLOW["speed"]}}
-    assert verdict(metrics, prompts).reason == (reason if needed is None else "too_few_prompts"), "a careful price"
+    assert verdict(metrics, FullRun(prompts, 1)).reason == (reason if needed is None else "too_few_prompts"), (
+        "a careful price"
+    )
