@@ -61,13 +61,13 @@ def compared(model: str, prompts: Path, minutes: float, folder: Path) -> dict[st
         seconds = _seconds(asked, folder)
         trial = json.loads((folder / "runs" / name / "verdict.json").read_text())
         kept.write_text(json.dumps({**trial, "allowed": minutes, "minutes": seconds / 60}) + "\n")
-    seconds = _seconds(("run", f"{name}.yaml"), folder)
+    _seconds(("run", f"{name}.yaml"), folder)
     config = load_config(folder / f"{name}.yaml").model_copy(update={"runs": folder / "runs"})
-    full = verdict(load_metrics(config))
+    full, stages = verdict(load_metrics(config)), json.loads((config.folder / "run.json").read_text())["stages"]
     return {
         "prompts": len(prompts_of(config)),
         "trial": json.loads(kept.read_text()),
-        "full": {**asdict(full), "minutes": seconds / 60},
+        "full": {**asdict(full), "minutes": sum(stage["seconds"] for stage in stages.values()) / 60},
     }
 
 

@@ -55,7 +55,8 @@ def verdict(metrics: Mapping[str, Any], full: FullRun | None = None) -> Verdict:
     for reason, why in REASONS.items():
         if sentences := why(found):
             first, *others = sentences
-            return Verdict(False, reason, [f"Not worth it: {first}", *others])
+            said = "One plan is enough" if reason == "single_plan" else "Not worth it"
+            return Verdict(False, reason, [f"{said}: {first}", *others])
     return Verdict(True, "worth_it", _worth_it(found))
 
 
@@ -241,13 +242,16 @@ REASONS = {
 
 
 def _worth_it(found: _Findings) -> list[str]:
-    highest = max(each["keep"] for each in found.metrics["certificates"] if found.may_certify(each))
-    return [
+    said = [
         f"Worth it: {found.speeds}, keeping {quality(found.metrics)} of the full model's mean score with "
         f"{percent(found.best['budget'])} of the decoder on {found.metrics['prompts']['test']} unseen prompts.",
         found.metrics["certificate"]["sentence"],
-        f"A full run, with some {found.full_size} prompts to calibrate on, would likely certify {percent(highest)}.",
     ]
+    if found.full_size > found.size:
+        highest = max(each["keep"] for each in found.metrics["certificates"] if found.may_certify(each))
+        count = f"A full run, with some {found.full_size} prompts to calibrate on"
+        said.append(f"{count}, would likely certify {percent(highest)}.")
+    return said
 
 
 def _count(number: float) -> str:

@@ -55,7 +55,7 @@ SLOW = {
 }
 FEW = {**ratio(1.5), "low": None, "high": None, "exceeds_noise": False}
 CASES = {
-    "worth_it": ({}, 1200, ("Worth it: 1.50 times (1.45 to 1.55)", "keeping 99.0% (95 to 102%)", "certify 97%")),
+    "worth_it": ({}, 1500, ("Worth it: 1.50 times (1.45 to 1.55)", "keeping 99.0% (95 to 102%)", "certify 97%")),
     "score_too_low": (
         {"certificate": {**NONE, "n": 110, "full_score": 0.1}},
         1200,
@@ -138,7 +138,8 @@ def test_verdict_names_the_reason(name) -> None:
     found = verdict(metrics, FullRun(prompts, 1))
     assert found.reason == name.split(",")[0], found
     assert found.worth == (name == "worth_it")
-    assert found.sentences[0].startswith("Worth it: " if found.worth else "Not worth it: ")
+    said = {"worth_it": "Worth it: ", "single_plan": "One plan is enough: "}.get(found.reason, "Not worth it: ")
+    assert found.sentences[0].startswith(said)
     assert all(found.sentences)
     text = " ".join(found.sentences)
     assert [part for part in parts if part not in text] == [], text
