@@ -46,8 +46,7 @@ def export_plan(
         ExportError: the plan has bridges, the folder is there, or no configuration gives these layers.
     """
     plan = LayerPlan.parse(text, len(decoder_layers(model)))
-    if folder.exists():
-        raise ExportError(f"{folder} is there already; name a folder that is not")
+    check_place(folder)
     if plan.healed:
         raise ExportError(f"plan {plan} has an exit head, which no ordinary checkpoint holds")
     if allocator is not None:
@@ -55,11 +54,20 @@ def export_plan(
     short = delete_layers(model, plan)
     _check_configuration(short, plan)
     unfinished = folder.with_name(folder.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
     short.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
     return len(decoder_layers(short))
+
+
+def check_place(folder: Path) -> None:
+    """Remove what an interrupted export left. Raises ExportError for a folder that is there, OSError for no place."""
+    if folder.exists():
+        raise ExportError(f"{folder} is there already; name a folder that is not")
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    unfinished.rmdir()
 
 
 def _check_configuration(short: PreTrainedModel, plan: LayerPlan) -> None:

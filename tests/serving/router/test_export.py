@@ -65,9 +65,9 @@ def test_layers_that_no_configuration_gives_are_refused(folder) -> None:
     export_plan(model, tiny_tokenizer(), "0-3", folder / "short")
 
 
-def test_a_folder_that_is_there_is_left_alone(folder) -> None:
-    sentence = refused("export", "--model", folder / "model", "--plan", "0-3", folder / "model")
-    assert "is there already" in sentence
+def test_a_place_that_cannot_be_is_refused_before_the_model_loads(folder) -> None:
+    for out, said in (("model", "is there already"), ("model/config.json/short", "short.unfinished: not a directory")):
+        assert said in refused("export", "--model", folder / "none", "--plan", "0-3", folder / out)
 
 
 @pytest.mark.parametrize(
