@@ -128,7 +128,9 @@ def _splits(task: Task) -> dict[str, Callable[[], Iterable[Any]]]:
 def _rows(task: Task, split: str) -> Iterator[tuple[str, Row | PromptError]]:
     name, splits, judge = task.task_name, _splits(task), _judge(task)
     if split not in splits:
-        raise PromptError(f"the task {name!r} has no split {split!r}; it has {', '.join(splits)}: set data.split")
+        raise PromptError(
+            f"the task {name!r} has no split {split!r}; it has {', '.join(splits)}: set data.split or --split"
+        )
     task.set_fewshot_seed(EXAMPLES_SEED)
     if split == _split_of_examples(task) and split != task.config.test_split:
         task.sampler = _Others(task.sampler)

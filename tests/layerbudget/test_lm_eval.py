@@ -256,6 +256,12 @@ def test_lm_eval_model_refuses_what_no_certificate_covers(allocator, task, monke
 def test_longer_answers_than_certified_are_warned_of(allocator, task, monkeypatch) -> None:
     monkeypatch.setattr(harness, "TaskManager", OwnTasks)
     with pytest.warns(UncertifiedDecodingWarning, match=r"max_new_tokens=7, stop_strings=\['\\n', 'Q:'\]"):
+def test_certify_reads_the_split_that_is_named(allocator, task) -> None:
+    source = task(training_split=None)
+    assert "it has test: set data.split or --split" in refused("certify", allocator, "--prompts", source)
+    assert "there are 8 prompts" in refused("certify", allocator, "--prompts", source, "--split", "test")
+
+
         layerbudget(*scored(allocator, task(), "--limit", "2"))
 
 
