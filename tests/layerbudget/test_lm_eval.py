@@ -226,6 +226,14 @@ class OwnTasks(harness.TaskManager):
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **{**options, "include_defaults": False})
 
+def test_answers_of_a_cache_have_no_layers(allocator) -> None:
+    from layerbudget.lm_eval_model import LayerbudgetLM
+
+    model = LayerbudgetLM(str(allocator))
+    assert model.generate_until([]) == []
+    assert "layers" not in model.get_model_info()
+
+
 
 def by_ourselves(folder: Path, prompts: list[str]) -> list[str]:
     """The answers of `allocator.generate`, one prompt at a time, up to where the task ends them."""
