@@ -33,10 +33,13 @@ IN_A_CIRCLE = ValueError("y")
 OURS = [
     caused(KeyError("x"), caused(IN_A_CIRCLE, IN_A_CIRCLE)),
     KeyError("x"),
+HIDDEN = KeyError("x")
+HIDDEN.__context__, HIDDEN.__suppress_context__ = DENIED, True  # as `raise ... from None` leaves them
     FileNotFoundError(errno.ENOENT, "No such file", "x"),
     sqlite3.OperationalError("no such table: x"),
 ]
 
+    HIDDEN,
 
 @pytest.mark.parametrize(("error", "sentence"), SENTENCES)
 def test_what_the_machine_refuses_is_one_sentence(error, sentence) -> None:
