@@ -26,6 +26,7 @@ def certify(
         typer.Option("--out", metavar="DIR", readable=False, help="Where to save; default: the allocator's folder."),
     ] = None,
     judge: Annotated[str | None, typer.Option(help="Judge for prompts that name none.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set or of lm_eval:TASK in --prompts.")] = "train",
     model: ModelSource = None,
     chat_template: ChatTemplateFile = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 32,
@@ -44,6 +45,7 @@ def certify(
         out=out,
         model=model,
         judge=judge,
+        split=split,
         chat_template=chat_template,
         batch_size=batch_size,
         device="auto" if device is None else device,
@@ -54,7 +56,7 @@ def certify(
         typer.echo(f"Nothing is saved: no bound is certified on these prompts. {allocator} is unchanged.")
         raise typer.Exit(1)
     typer.echo(f"Saved to {found.folder}. The old certificate is kept there as certificate-DATE.json.")
-    if (found.folder.parent / "run.json").is_file():
+    if found.folder.name == "allocator" and (found.folder.parent / "run.json").is_file():
         typer.echo("A later `layerbudget run` of this run restores the old certificate; --out DIR keeps both.")
 
 

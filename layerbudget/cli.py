@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 import layerbudget
 from backbone.errors import InputError
@@ -21,7 +22,22 @@ from layerbudget.serving_commands import export, serve
 from layerbudget.stage_commands import STAGES, check, merge, run, search, stage_command
 from layerbudget.verdict_commands import init, try_prompts
 
+
+class _Commands(TyperGroup):
+    def invoke(self, context: Any) -> Any:
+        """Run a command. Typer takes every broken pipe for one of ours, and ends without a word."""
+        try:
+            return super().invoke(context)
+        except BrokenPipeError as error:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()  # breaks again if its reader has left
+            raise InputError(
+                "another process that works for this command has ended; start the command again"
+            ) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Learn how many decoder layers each prompt needs, and run only those.",
     no_args_is_help=True,
     add_completion=False,
@@ -82,7 +98,9 @@ def main() -> None:
     except InputError as error:
         _refuse(str(error))
     except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
+        if not error.name:
+            _refuse(f"a package is not installed: {error}")
+        name = error.name.partition(".")[0]
         extra = next((extra for extra, names in EXTRAS.items() if name in names.split()), None)
         bring = f"`pip install 'layerbudget[{extra}]'` brings it" if extra else "install the package that holds it"
         _refuse(f"{name!r} is not installed; {bring}")

@@ -33,12 +33,12 @@ def sentence_of(error: BaseException) -> str | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it, each once: `raise ... from` can make circles."""
+    """An error and what a traceback shows for its causes, each once: `raise ... from` can make circles."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _reason(error: BaseException) -> str | None:

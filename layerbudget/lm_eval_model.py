@@ -88,8 +88,9 @@ class LayerbudgetLM(HFLM):  # type: ignore[misc] # lm_eval has no types that are
         """The answers to requests [N], and a line in the log about the layers that ran."""
         begun, done = time.perf_counter(), len(self.plans)
         texts: list[str] = super().generate_until(requests, disable_tqdm)
-        line = summary_line(self.plans[done:], self.allocator.menu, self.model, time.perf_counter() - begun)
-        logging.getLogger("lm_eval").info(line)
+        if ran := self.plans[done:]:  # none where lm_eval's cache has all answers
+            line = summary_line(ran, self.allocator.menu, self.model, time.perf_counter() - begun)
+            logging.getLogger("lm_eval").info(line)
         return texts
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> NoReturn:
@@ -108,7 +109,9 @@ class LayerbudgetLM(HFLM):  # type: ignore[misc] # lm_eval has no types that are
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval keeps with its results: the allocator, and the layers that ran on average."""
-        share = share_of_decoder(self.plans, self.allocator.menu, self.model)
-        ran = {"allocator": repr(self.allocator), "layers": mean_layers(self.plans), "share_of_decoder": share}
-        return {**super().get_model_info(), **ran}
+        """What lm_eval keeps with its results: the allocator, and the layers that ran on average, if any did."""
+        found = {**super().get_model_info(), "allocator": repr(self.allocator)}
+        if self.plans:
+            share = share_of_decoder(self.plans, self.allocator.menu, self.model)
+            found |= {"layers": mean_layers(self.plans), "share_of_decoder": share}
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -68,8 +69,9 @@ Ray = Annotated[
 def with_ray_address(arguments: Sequence[str]) -> list[str]:
     """Give `--ray` without an address the value `local`.
 
-    Typer has no options whose value may be left out.
+    Typer has no options whose value may be left out. What follows `--` stays as it is.
     """
-    following = [*arguments[1:], "-"]
-    alone = [word == "--ray" and after.startswith("-") for word, after in zip(arguments, following, strict=False)]
-    return [f"--ray={LOCAL}" if bare else word for word, bare in zip(arguments, alone, strict=True)]
+    own = [*takewhile(lambda word: word != "--", arguments)]
+    pairs = zip(own, [*own[1:], "-"], strict=False)
+    given = [f"--ray={LOCAL}" if word == "--ray" and after.startswith("-") else word for word, after in pairs]
+    return [*given, *arguments[len(own) :]]

@@ -35,40 +35,42 @@ def is_task(source: str) -> bool:
     return source.startswith(PREFIX)
 
 
-def read_task(source: str, split: str) -> Source:
+def read_task(source: str, split: str, tasks: list[Task] | None = None) -> Source:
     """The prompts of one split of a task, or of all tasks of a group, each with its references and its judge.
 
     Args:
         source: `lm_eval:TASK`.
         split: of the task's data set; one that the task names as its training, validation or test split.
+        tasks: what `tasks_of` gives for the source, where that is known.
 
     Raises:
         PromptError: no such task or split, one that asks for no answer, or one that cannot be loaded.
         ModuleNotFoundError: the extra `lm-eval` is not installed.
     """
-    tasks = _tasks(source)
+    tasks = tasks or tasks_of(source)
     unjudged = (_unjudged(task) for task in tasks if _judge(task) is None)
     rows = [row for task in tasks for row in _rows(task, split)]
     return Source(source, source.removeprefix(PREFIX), rows, next(unjudged, ""))
 
 
-def decoding_of(source: str) -> dict[str, Any]:
-    """How a task ends its answers: `stop`, and `max_new_tokens` unless it is one of multiple choice.
+def decoding_of(tasks: list[Task]) -> dict[str, Any]:
+    """How tasks end their answers: `stop`, and `max_new_tokens` unless they are of multiple choice.
 
     Raises:
-        PromptError: see `read_task`; also tasks of a group that end their answers in several ways.
+        PromptError: they end their answers in several ways.
     """
-    found = [_decoding(task) for task in _tasks(source)]
+    found = [_decoding(task) for task in tasks]
     if any(one != found[0] for one in found):
+        names = ", ".join(task.task_name for task in tasks)
         raise PromptError(
-            f"the tasks of {source!r} end their answers in several ways: set decoding.stop and decoding.max_new_tokens"
+            f"the tasks {names} end their answers in several ways: set decoding.stop and decoding.max_new_tokens"
         )
     return found[0]
 
 
-def first_split(source: str) -> str:
-    """The split to learn from: the training split of a task, or the one that it has instead. Raises as `read_task`."""
-    return next(iter(_splits(_tasks(source)[0])))
+def first_split(tasks: list[Task]) -> str:
+    """The split to learn from: the training split of the first task, or the one that it has instead."""
+    return next(iter(_splits(tasks[0])))
 
 
 @cache
@@ -79,7 +81,8 @@ def _index(with_defaults: bool) -> Any:
     return TaskManager(include_defaults=with_defaults)
 
 
-def _tasks(source: str) -> list[Task]:
+def tasks_of(source: str) -> list[Task]:
+    """The task of a source, or all of a group, with their data. Raises as `read_task`."""
     name = source.removeprefix(PREFIX)
     is_file = name.endswith((".yaml", ".yml"))
     if is_file and not expanded(name).is_file():
@@ -128,15 +131,16 @@ def _splits(task: Task) -> dict[str, Callable[[], Iterable[Any]]]:
 def _rows(task: Task, split: str) -> Iterator[tuple[str, Row | PromptError]]:
     name, splits, judge = task.task_name, _splits(task), _judge(task)
     if split not in splits:
-        raise PromptError(f"the task {name!r} has no split {split!r}; it has {', '.join(splits)}: set data.split")
+        raise PromptError(
+            f"the task {name!r} has no split {split!r}; it has {', '.join(splits)}: set data.split or --split"
+        )
     task.set_fewshot_seed(EXAMPLES_SEED)
-    if split == _split_of_examples(task) and split != task.config.test_split:
-        task.sampler = _Others(task.sampler)
+    leaves_out = split == _split_of_examples(task) and split != task.config.test_split
     for number, doc in enumerate(splits[split]()):
         place = f"{name}, document {number}"
         try:
-            row = {"id": f"{name}-{split}-{number}", "task": name, "prompt": _prompt(task, doc), "judge": judge}
-            yield place, {**row, "reference": _references(task, doc)}
+            row = {"id": f"{name}-{split}-{number}", "task": name, "prompt": _prompt(task, doc, leaves_out)}
+            yield place, {**row, "judge": judge, "reference": _references(task, doc)}
         except Exception as error:  # of a task's own code
             yield place, PromptError(f"{type(error).__name__}: {reason_of(error)}")
 
@@ -150,18 +154,21 @@ def _split_of_examples(task: Task) -> str | None:
 class _Others:
     """A task's worked examples without the document that is asked, which lm_eval leaves out of its test split alone."""
 
-    def __init__(self, sampler: Any) -> None:
-        self._sampler, self.asked = sampler, None
+    def __init__(self, sampler: Any, asked: Any) -> None:
+        self._sampler, self._asked = sampler, asked
 
     def sample(self, n: int, **_: object) -> Any:
-        return self._sampler.sample(n=n, eval_doc=self.asked)
+        return self._sampler.sample(n=n, eval_doc=self._asked)
 
 
-def _prompt(task: Task, doc: Any) -> str:
-    if isinstance(task.sampler, _Others):
-        task.sampler.asked = doc
-    examples = task.config.num_fewshot or 0
-    return str(task.fewshot_context(doc=doc, num_fewshot=examples, gen_prefix=task.doc_to_prefix(doc)))
+def _prompt(task: Task, doc: Any, leaves_out: bool) -> str:
+    examples, sampler = task.config.num_fewshot or 0, task.sampler
+    if leaves_out:
+        task.sampler = _Others(sampler, doc)
+    try:
+        return str(task.fewshot_context(doc=doc, num_fewshot=examples, gen_prefix=task.doc_to_prefix(doc)))
+    finally:
+        task.sampler = sampler
 
 
 def _references(task: Task, doc: Any) -> list[str]:

@@ -67,6 +67,7 @@ def certify_file(
     out: Path | None = None,
     model: str | None = None,
     judge: str | None = None,
+    split: str = "train",
     chat_template: Path | None = None,
     batch_size: int = 32,
     device: str = "auto",
@@ -82,6 +83,7 @@ def certify_file(
         out: where to save; None for the allocator's own folder.
         model: where to load the model from; None for the allocator's `model_source`.
         judge: of prompts that name none.
+        split: of a data set or task that `prompts` names.
         chat_template: see `Allocator.from_pretrained`.
         batch_size: prompts answered together.
         device: see `load_backbone`.
@@ -93,7 +95,7 @@ def certify_file(
     """
     allocator = Allocator.from_pretrained(source, chat_template=chat_template)
     folder = _place(source, out)
-    given = load_prompts(str(prompts), judge=judge)
+    given = load_prompts(str(prompts), judge=judge, dataset_split=split)
     for name in sorted({prompt.judge for prompt in given} - {KL}):
         try_judge(name, [prompt for prompt in given if prompt.judge == name])
     check_enough(allocator.certificate, given)
@@ -120,9 +122,9 @@ def certify_file(
 
 def _place(source: str, out: Path | None) -> Path:
     if out is not None:
-        if out.exists() and not out.is_dir():
+        if (folder := out.expanduser().absolute()).exists() and not folder.is_dir():
             raise InputError(f"--out {out} is a file; name a folder")
-        return out.expanduser().absolute()
+        return folder
     if not (folder := Path(source).expanduser()).is_dir():
         raise InputError(f"the allocator {source} is no folder of this machine; name one to save to by --out DIR")
     return folder.absolute()

@@ -16,7 +16,7 @@ from oracle.decoding import Decoding
 from oracle.intake import ASKED, prompts_from, read_source
 from oracle.judges import KL
 from oracle.labels.generation import answer_batch
-from oracle.lm_eval_tasks import decoding_of, first_split, is_task
+from oracle.lm_eval_tasks import decoding_of, first_split, is_task, read_task, tasks_of
 from oracle.prompt_sources import Row, Source
 from oracle.text_normalisation import last_number
 from pipelines.run.model import Loaded
@@ -97,9 +97,10 @@ class AskedPrompts:
     """
 
     def __init__(self, path: str, columns: Mapping[str, str]) -> None:
-        self.split = first_split(path) if is_task(path) else "train"
-        self.stop: list[str] | None = decoding_of(path)["stop"] if is_task(path) else None
-        source = read_source(path, columns, self.split)
+        tasks = tasks_of(path) if is_task(path) else []
+        self.split = first_split(tasks) if tasks else "train"
+        self.stop: list[str] | None = decoding_of(tasks)["stop"] if tasks else None
+        source = read_task(path, self.split, tasks) if tasks else read_source(path, columns, self.split)
         self.columns = _columns(source) | dict(columns)
         self.rows: list[Row] = prompts_from(source, self.columns, dict)
         self.references: list[str] = [t for row in self.rows for t in (row["reference"] or ())[:1] if t.strip()]

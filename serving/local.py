@@ -22,7 +22,7 @@ from backbone.errors import InputError
 from runtime.allocator import Allocator
 from runtime.offline import AllocatedText, finished_texts
 from serving.router.admission import Admission
-from serving.router.app import CHAT, COMPLETIONS, PLAN_HEADER, not_found
+from serving.router.app import CHAT, COMPLETIONS, PLAN_HEADER, cancelled_on_disconnect, not_found
 from serving.router.errors import RefusedError
 from serving.router.limits import Limits, ShutdownTimer
 from serving.router.metrics import Metrics
@@ -199,8 +199,10 @@ class _Routes:
         return Response(page, media_type="text/plain; version=0.0.4")
 
     async def answer(self, request: Request) -> Response:
-        start, chat = time.perf_counter(), request.scope["path"] == CHAT
-        content = [chunk async for chunk in request.stream()]
+        start, content = time.perf_counter(), [chunk async for chunk in request.stream()]
+        return await cancelled_on_disconnect(request, self._answer(content, start, request.scope["path"] == CHAT))
+
+    async def _answer(self, content: list[bytes], start: float, chat: bool) -> Response:
         try:
             async with self._stopping.limited():
                 asked = await self.bodies.read(content, lambda body, _: self._asked(chat, body))

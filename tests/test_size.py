@@ -6,15 +6,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CEILINGS = {  # lines of Python, files
-    "backbone": (5050, 35),
-    "oracle": (4700, 36),
+    "backbone": (5075, 35),
+    "oracle": (4710, 36),
     "controller": (2990, 20),
     "runtime": (3350, 18),
     "token_exits": (1350, 11),
-    "pipelines": (7470, 49),
-    "serving": (2900, 27),
-    "layerbudget": (1320, 12),
-    "tests": (20700, 152),
+    "pipelines": (7450, 49),
+    "serving": (2945, 27),
+    "layerbudget": (1345, 12),
+    "tests": (20840, 152),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""

@@ -71,7 +71,7 @@ UNDECLARED: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str, *, seed: int = 0, layer_scale: float = 1.0, **options: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **{**COMMON, **{**OPTIONS, **UNDECLARED}[family], **options})
+    config = AutoConfig.for_model(family, **{**COMMON, **{**OPTIONS, **UNDECLARED}.get(family, _LLAMA_LIKE), **options})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # spread the logits, so that greedy tokens do not hang on rounding

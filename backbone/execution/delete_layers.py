@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +13,29 @@ from transformers import PreTrainedModel
 from backbone.errors import PlanError
 from backbone.families import decoder_layers, decoder_of, family_of
 from backbone.plan import LayerPlan
+
+
+def _of_each(values: list[Any], kept: list[int]) -> list[Any]:
+    return [values[layer] for layer in kept]
+
+
+def _renumbered(layers: list[int], kept: list[int]) -> list[int]:
+    return [new for new, old in enumerate(kept) if old in layers]
+
+
+def _counted(first: int, kept: list[int]) -> int:
+    return sum(layer < first for layer in kept)
+
+
+LAYER_FIELDS: dict[str, Callable[[Any, list[int]], Any]] = {
+    **dict.fromkeys(("layer_types", "mlp_layer_types", "no_rope_layers"), _of_each),
+    **dict.fromkeys(("mlp_only_layers", "moe_layers"), _renumbered),
+    **dict.fromkeys(("first_k_dense_replace", "max_window_layers", "num_dense_layers"), _counted),
+}
+"""Fields of a configuration: a value for each layer, numbers of layers, and how many of the first layers.
+
+Another list with as many values as layers is taken for one of the first kind.
+"""
 
 
 def delete_layers(model: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
@@ -38,8 +63,12 @@ def delete_layers(model: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
             if "layer_idx" in module.__dict__:
                 module.__dict__["layer_idx"] = index
     config = short.config
+    if (step := getattr(config, "decoder_sparse_step", 1)) > 1:  # every so many layers have experts
+        dense = {*config.mlp_only_layers, *(layer for layer in range(n_layers) if (layer + 1) % step)}
+        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == n_layers and name != "eos_token_id":  # such as layer_types
-            setattr(config, name, [value[i] for i in kept])
+        is_list = isinstance(value, list) and len(value) == n_layers and name != "eos_token_id"
+        if value is not None and (renumber := LAYER_FIELDS.get(name, _of_each if is_list else None)):
+            setattr(config, name, renumber(value, kept))
     config.num_hidden_layers = len(kept)
     return short

@@ -1,8 +1,9 @@
 """Fit bridges by weighted ridge regression, from sums over tokens.
 
 With x the state before a gap and y the state after it, a bridge predicts the residual y - x from x. A token has the
-weight 1 / mean(y^2): the next layer, or the head, normalises the state, so errors matter relative to its size. Without
-weights a few tokens with huge states (attention sinks) would dominate the fit. The states themselves are not kept.
+weight 1 / mean(y^2), or 0 where y is 0: the next layer, or the head, normalises the state, so errors matter relative
+to its size. Without weights a few tokens with huge states (attention sinks) would dominate the fit. The states themselves
+are not kept.
 
 Shapes: `T` tokens, `D` hidden size, `r` rank. Sums are float64.
 """
@@ -42,12 +43,13 @@ class Moments:
         """Add tokens by their states before and after the gap, each [T, D]."""
         x, y = before.double(), after.double()
         weight = y.pow(2).mean(-1, keepdim=True).rsqrt()
+        weight = torch.where(weight.isinf(), 0.0, weight)  # of a state of zeros, which no error is relative to
         weighted = torch.cat([x * weight, weight], dim=-1)
         residual = (y - x) * weight
         self.inputs += weighted.T @ weighted
         self.cross += weighted.T @ residual
         self.residual += float(residual.pow(2).sum())
-        self.tokens += len(x)
+        self.tokens += int(weight.count_nonzero())
 
     def merge(self, other: Moments) -> None:
         """Add the sums of another object."""

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from backbone.errors import InputError
-from oracle.lm_eval_tasks import decoding_of, is_task
+from oracle.lm_eval_tasks import decoding_of, is_task, tasks_of
 from oracle.menus import LOOK_AT_NO_PROMPTS
 from pipelines.config.learning_sections import CalibrationSection, EvaluationSection, TuningSection
 from pipelines.config.parsing import NotYAMLError, hint_of, parse_yaml, renamed
@@ -136,7 +136,7 @@ def _as_the_task_decodes(config: Config) -> Config:
     given = {name: getattr(config.decoding, name) for name in config.decoding.model_fields_set}
     if not is_task(config.data.path) or {"max_new_tokens", "stop"} <= given.keys():
         return config
-    decoding = DecodingSection.model_validate({**decoding_of(config.data.path), **given})
+    decoding = DecodingSection.model_validate({**decoding_of(tasks_of(config.data.path)), **given})
     return config.model_copy(update={"decoding": decoding})
 
 

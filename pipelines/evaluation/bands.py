@@ -47,14 +47,18 @@ class Band:
 
 def spot(shares: Floats, scores: Floats, budgets: Floats) -> Spot:
     """A policy that runs plan `k` with probability `shares[i, k]` for prompt `i` [N, K]."""
-    spent, won, full = shares @ budgets, (shares * scores).sum(axis=1), scores[:, -1]
+    return spot_of(shares @ budgets, (shares * scores).sum(axis=1), scores[:, -1])
+
+
+def spot_of(spent: Floats, won: Floats, full: Floats) -> Spot:
+    """A policy by its budgets and scores for N prompts, and the full model's scores for them."""
 
     def kept(drawn: Choices) -> float:
         return float(won[drawn].mean() / full[drawn].mean()) if full[drawn].any() else float("nan")
 
     def estimate(statistic: Callable[[Choices], float]) -> Estimate:
-        everyone = np.arange(len(scores))
-        return Estimate.of(statistic(everyone), bootstrap_interval(statistic, len(scores), level=LEVEL))
+        everyone = np.arange(len(full))
+        return Estimate.of(statistic(everyone), bootstrap_interval(statistic, len(full), level=LEVEL))
 
     return Spot(
         budget=estimate(lambda drawn: float(spent[drawn].mean())),

@@ -124,7 +124,8 @@ def _cost(metrics: Metrics) -> tuple[str, str]:
     known = [how for how in ways if ratios[how]["exceeds_noise"] and not exceeds_limit(metrics)]
     if not known:
         return "not measurable", said
-    share = 1 - 1 / ratios[known[0]]["value"]
+    share = saved(ratios[known[0]])["value"]
+    assert share is not None  # what exceeds the noise has a value
     figure = f"{percent(abs(share))} {'less' if share >= 0 else 'more'}"
     return figure, f"of the machine's time for a request, {ways[known[0]]}. {said}"
 

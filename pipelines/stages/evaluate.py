@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 
 from controller.certificate.calibration import cheapest_valid_plan
 from controller.certificate.certificate import alpha_of
-from controller.report.headroom import LEVEL, frontier_card
+from controller.report.headroom import frontier_card
 from controller.report.report_card import ReportCard, regret, report_card
-from oracle.frontier.bootstrap import bootstrap_interval
 from oracle.frontier.frontier import least_sufficient, static_points, upper_hull
 from oracle.frontier.knapsack import cheapest_choices
 from oracle.judges import KL
 from pipelines.config import Config
+from pipelines.evaluation.bands import spot_of
 from pipelines.evaluation.controls import comparison, outcome
 from pipelines.evaluation.examples import answered_both_ways, check_layers_run
 from pipelines.evaluation.learning_table import Table
@@ -117,21 +116,8 @@ def run(workspace: Workspace) -> Path:
 
 def _intervals(chosen: Choices, test: Table) -> dict[str, dict[str, float | None]]:
     """How far the allocator's figures could be off if other test prompts had been drawn."""
-    scores, full = test.scores[np.arange(len(chosen)), chosen], test.scores[:, -1]
-    spent = test.budgets[chosen]
-
-    def kept(drawn: Choices) -> float:
-        return float(scores[drawn].mean() / full[drawn].mean()) if full[drawn].any() else float("nan")
-
-    statistics: dict[str, Callable[[Choices], float]] = {
-        "kept": kept,
-        "budget": lambda d: float(spent[d].mean()),
-    }
-    ends = {name: bootstrap_interval(found, len(chosen), level=LEVEL) for name, found in statistics.items()}
-    return {
-        name: {end: None if np.isnan(value) else value for end, value in zip(("low", "high"), found, strict=True)}
-        for name, found in ends.items()
-    }
+    found = spot_of(test.budgets[chosen], test.scores[np.arange(len(chosen)), chosen], test.scores[:, -1])
+    return {name: {"low": own.low, "high": own.high} for name, own in (("kept", found.kept), ("budget", found.budget))}
 
 
 def _worst_task(chosen: Choices, test: Table) -> dict[str, Any] | None:

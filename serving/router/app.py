@@ -77,7 +77,7 @@ class _Router:
             await self._engines.close()
 
     async def models(self, request: Request) -> Response:
-        return await _cancelled_on_disconnect(request, self._models(request))
+        return await cancelled_on_disconnect(request, self._models(request))
 
     async def _models(self, request: Request) -> Response:
         async with self.stopping.limited():
@@ -112,7 +112,7 @@ class _Router:
     async def answer(self, request: Request) -> Response:
         """Select a plan, ask the engine, pass its answer back."""
         content = [chunk async for chunk in request.stream()]
-        return await _cancelled_on_disconnect(request, self._forward(request, content))
+        return await cancelled_on_disconnect(request, self._forward(request, content))
 
     async def _forward(self, request: Request, content: list[bytes]) -> Response:
         async with self.stopping.limited():
@@ -148,7 +148,7 @@ async def not_found(request: Request, error: Exception) -> Response:
     return RefusedError(error.status_code, f"{request.scope['method']} of this path: {error.detail}").response
 
 
-async def _cancelled_on_disconnect(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def cancelled_on_disconnect(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The result of the work, which is cancelled if the client leaves."""
 
     async def gone() -> None:

@@ -15,6 +15,10 @@ def caused(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+def missing(name: str | None) -> ModuleNotFoundError:
+    return ModuleNotFoundError("it is not there", name=name)
+
+
 FULL_DISK = "cannot read or write a file: no space left on device"
 DENIED = PermissionError(errno.EACCES, "Permission denied", "labels.db")
 SENTENCES = [
@@ -29,10 +33,13 @@ SENTENCES = [
     (RuntimeError("[Errno 28] cannot write"), FULL_DISK),
     (RuntimeError("errno: 28"), FULL_DISK),
 ]
+HIDDEN = KeyError("x")
+HIDDEN.__context__, HIDDEN.__suppress_context__ = DENIED, True  # as `raise ... from None` leaves them
 IN_A_CIRCLE = ValueError("y")
 OURS = [
     caused(KeyError("x"), caused(IN_A_CIRCLE, IN_A_CIRCLE)),
     KeyError("x"),
+    HIDDEN,
     FileNotFoundError(errno.ENOENT, "No such file", "x"),
     sqlite3.OperationalError("no such table: x"),
 ]
@@ -59,19 +66,24 @@ def test_a_read_only_database_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"),
+    ("error", "sentence"),
     [
-        ("mlflow", "`pip install 'layerbudget[pipelines]'` brings it"),
-        ("uvicorn", "`pip install 'layerbudget[serve]'` brings it"),
-        ("psycopg2", "install the package that holds it"),
+        (missing("mlflow"), "'mlflow' is not installed; `pip install 'layerbudget[pipelines]'` brings it"),
+        (missing("uvicorn"), "'uvicorn' is not installed; `pip install 'layerbudget[serve]'` brings it"),
+        (missing("psycopg2"), "'psycopg2' is not installed; install the package that holds it"),
+        (missing(None), "a package is not installed: it is not there"),
+        (
+            BrokenPipeError(errno.EPIPE, "Broken pipe"),
+            "another process that works for this command has ended; start the command again",
+        ),
     ],
 )
-def test_a_missing_module_has_its_own_remedy(name, remedy, config_file, monkeypatch) -> None:
+def test_an_error_of_a_command_has_its_own_remedy(error, sentence, config_file, monkeypatch) -> None:
     def check_run(config) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        raise error
 
     monkeypatch.setattr(check, "check_run", check_run)
-    assert refused("check", config_file()) == f"error: {name!r} is not installed; {remedy}"
+    assert refused("check", config_file()) == f"error: {sentence}"
 
 
 def test_control_characters_become_visible() -> None:

@@ -97,6 +97,9 @@ def test_no_prompt_shows_its_own_answer(task) -> None:
         for prompt in load_prompts(task(num_fewshot=6, **keys)):
             asked = re.findall(r"Q: (.*)\n", prompt.prompt)
             assert len({*asked}) == len(asked) == 7
+    tasks = lm_eval_tasks.tasks_of(source := task(num_fewshot=6))
+    first, again = (lm_eval_tasks.read_task(source, "train", tasks).rows for _ in range(2))
+    assert first == again
 
 
 @pytest.mark.parametrize(
@@ -183,8 +186,11 @@ def test_check_and_init_take_a_task(task, config_file, model_folder, tmp_path, m
     done = layerbudget("check", config_file(data={"path": source, "split": "test", "limit": 60}))
     assert done.returncode == 0, done.stderr
     assert "60 of 1 kinds, judged by exact" in done.stdout
+    load, loads = harness.TaskManager.load, []
+    monkeypatch.setattr(harness.TaskManager, "load", lambda *given: loads.append(1) or load(*given))
     done = layerbudget("init", model_folder, source, "--out", "mine-run.yaml")
     assert done.returncode == 0, done.stderr
+    assert len(loads) == 2, "one for the proposal, one for the check of what is written"
     written = yaml.safe_load(Path("mine-run.yaml").read_text())
     assert written["data"]["split"] == "test"
     assert written["decoding"]["stop"] == ["\n", "Q:"]
@@ -220,6 +226,14 @@ def test_lm_eval_scores_what_the_allocator_answers(allocator, task, tmp_path, mo
     assert answers == by_ourselves(allocator, [f"Say it.\n\nQ: new {number}\nA:" for number in range(8)])
 
 
+def test_answers_of_a_cache_have_no_layers(allocator) -> None:
+    from layerbudget.lm_eval_model import LayerbudgetLM
+
+    model = LayerbudgetLM(str(allocator))
+    assert model.generate_until([]) == []
+    assert "layers" not in model.get_model_info()
+
+
 class OwnTasks(harness.TaskManager):
     """Does not list the 14,000 tasks of lm_eval, which takes seconds."""
 
@@ -240,6 +254,12 @@ def by_ourselves(folder: Path, prompts: list[str]) -> list[str]:
         text = tokenizer.decode(ids, skip_special_tokens=True)
         answers.append(re.split("\n|Q:|<eos>", text)[0])
     return answers
+
+
+def test_certify_reads_the_split_that_is_named(allocator, task) -> None:
+    source = task(training_split=None)
+    assert "it has test: set data.split or --split" in refused("certify", allocator, "--prompts", source)
+    assert "there are 8 prompts" in refused("certify", allocator, "--prompts", source, "--split", "test")
 
 
 @pytest.mark.filterwarnings("ignore::layerbudget.UncertifiedDecodingWarning")

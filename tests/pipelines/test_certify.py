@@ -49,6 +49,7 @@ def project(model_folder, tmp_path_factory):
 def allocator(project, tmp_path, monkeypatch) -> Path:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("LAYERBUDGET_CACHE", str(tmp_path / "cache"))
     return Path("runs/tiny/allocator")
 
@@ -95,7 +96,7 @@ def test_a_certification_predicts_once_and_leaves_out_what_no_judge_read(allocat
 
 def test_a_certification_goes_on_and_saves_elsewhere(allocator, monkeypatch) -> None:
     prompts, before, added = later(Path("later.jsonl")), snapshot(allocator), []
-    add = LabelStore.add
+    add, new = LabelStore.add, allocator.with_name("new")
 
     def stopping(store, labels) -> None:
         if len(added) == 2:
@@ -105,15 +106,16 @@ def test_a_certification_goes_on_and_saves_elsewhere(allocator, monkeypatch) -> 
 
     monkeypatch.setattr(LabelStore, "add", stopping)
     with pytest.raises(RuntimeError, match="killed"):
-        certify(allocator, prompts, "--out", "new")
+        certify(allocator, prompts, "--out", new)
     first = sum(added)
     monkeypatch.setattr(LabelStore, "add", lambda store, labels: (added.append(len(labels)), add(store, labels)))
-    done = certify(allocator, prompts, "--out", "new")
+    done = certify(allocator, prompts, "--out", new)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "restores the old certificate" not in done.stdout
     assert snapshot(allocator) == before
-    assert Allocator.from_pretrained("new").certificate.n == 150
-    assert len(list(Path("new").glob("certificate-????-??-??.json"))) == 1
-    store = LabelStore(Path("new-certify/labels.db"), read_only=True)
+    assert Allocator.from_pretrained(new).certificate.n == 150
+    assert len(list(new.glob("certificate-????-??-??.json"))) == 1
+    store = LabelStore(new.with_name("new-certify") / "labels.db", read_only=True)
     assert 0 < first < sum(added) == len(store)
 
 
@@ -136,7 +138,7 @@ def test_a_bound_that_does_not_hold_saves_nothing(allocator) -> None:
     [
         ({"prompts": "prompts.jsonl"}, "160 of 160 prompts were used for this allocator before"),
         ({"n": 2}, "there are 2 prompts; keep=0.6 at delta 0.2 takes"),
-        ({"out": "tiny.yaml"}, "--out tiny.yaml is a file; name a folder"),
+        ({"out": "~/tiny.yaml"}, "--out ~/tiny.yaml is a file; name a folder"),
         ({"moved": "elsewhere"}, "holds the prompts of the allocator's own certificate"),
     ],
     ids=["seen", "few", "file", "own"],

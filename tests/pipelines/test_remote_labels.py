@@ -184,6 +184,7 @@ def test_parts_of_features_are_there_as_a_whole(tmp_path) -> None:
         ("label c.yaml --ray --set a=b", f"label c.yaml --ray={LOCAL} --set a=b"),
         ("label c.yaml --ray auto --set a=b", "label c.yaml --ray auto --set a=b"),
         ("label c.yaml --ray=h:1", "label c.yaml --ray=h:1"),
+        ("generate --ray -- --ray", f"generate --ray={LOCAL} -- --ray"),
         ("", ""),
     ],
 )

@@ -71,6 +71,31 @@ def test_waiting_requests_share_a_batch(engine, monkeypatch) -> None:
     assert len(sizes) < 8
 
 
+def test_a_client_that_leaves_has_nothing_generated(engine, monkeypatch) -> None:
+    sizes, real, begun, free = [], serving.local.finished_texts, threading.Event(), threading.Event()
+
+    def held(*parts, max_new_tokens, **options):
+        sizes.append(max_new_tokens)
+        begun.set()
+        assert free.wait(60)
+        return real(*parts, max_new_tokens=max_new_tokens, **options)
+
+    monkeypatch.setattr(serving.local, "finished_texts", held)
+    with client_of(engine) as client, ThreadPoolExecutor(1) as threads:
+
+        def ask(tokens, **options):
+            return client.post("/v1/completions", json={"prompt": "a", "max_tokens": tokens}, **options)
+
+        first = threads.submit(ask, 2)
+        assert begun.wait(60)
+        with pytest.raises(httpx2.ReadTimeout):
+            ask(3, timeout=0.5)
+        client.get("/health")
+        free.set()
+        assert {first.result().status_code, ask(4).status_code} == {200}
+    assert sizes == [2, 4]
+
+
 def test_a_stopped_server_ends_after_the_batch_that_it_is_at(engine, monkeypatch) -> None:
     looked, asked, stopped = [], threading.Event(), threading.Event()
 

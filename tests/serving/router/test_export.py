@@ -58,9 +58,16 @@ def test_bridges_are_refused_by_name(folder) -> None:
     assert not (folder / "short").exists()
 
 
-def test_a_folder_that_is_there_is_left_alone(folder) -> None:
-    sentence = refused("export", "--model", folder / "model", "--plan", "0-3", folder / "model")
-    assert "is there already" in sentence
+def test_layers_that_no_configuration_gives_are_refused(folder) -> None:
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ExportError, match=r"holds plan 0-1,4-5: .* in the place of layer 4"):
+        export_plan(model, tiny_tokenizer(), "0-1,4-5", folder / "short")
+    export_plan(model, tiny_tokenizer(), "0-3", folder / "short")
+
+
+def test_a_place_that_cannot_be_is_refused_before_the_model_loads(folder) -> None:
+    for out, said in (("model", "is there already"), ("model/config.json/short", "short.unfinished: not a directory")):
+        assert said in refused("export", "--model", folder / "none", "--plan", "0-3", folder / out)
 
 
 @pytest.mark.parametrize(

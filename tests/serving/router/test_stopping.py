@@ -1,6 +1,8 @@
 """SIGTERM: what is in flight is answered within a limit, what is on its way is answered, nothing is reset."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -16,6 +18,19 @@ from serving.router.server import make_server
 
 BODY = b'{"prompt": "ab"}'
 EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: one\n\n"
+
+
+def test_garbage_is_collected_rarely_and_not_among_modules() -> None:
+    code = """if True:
+        import gc, json
+        from serving.router.server import rarely_collect
+        rarely_collect()
+        seen = []
+        gc.callbacks.append(lambda phase, info: seen.append(len(gc.get_objects())) if phase == "start" else None)
+        body = json.loads("[" + "[]," * 200_000 + "[]]")
+        assert 1 <= len(seen) <= 25, len(seen)
+        assert seen[0] < 20_000, seen[0]"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @contextmanager
