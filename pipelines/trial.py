@@ -47,6 +47,8 @@ SAFE = 0.85
 """Share of the time that is planned for."""
 LOWER = (0.9, 0.8, 0.6)
 """Bounds that fewer prompts can show, for a trial that cannot show what is wanted."""
+SCORES = 1.5
+"""How many times as many prompts a bound takes at the full model's score, as it may be, as at a score of 1."""
 MOST_TIMED = 8
 """Prompts that speeds are measured on, at most."""
 
@@ -126,7 +128,7 @@ def _levels(config: Config, calibrate: int) -> list[float]:
     """The wanted bound and lower ones, of which the first has to be in reach of so many calibration prompts."""
     wanted = config.calibration.keep[0]
     lower = dict.fromkeys(keep for keep in (wanted, *LOWER) if keep <= wanted)
-    shown = [keep for keep in lower if least_prompts(keep, config.calibration.delta / 3) <= calibrate]
+    shown = [keep for keep in lower if SCORES * least_prompts(keep, config.calibration.delta / 3) <= calibrate]
     return list(dict.fromkeys([*shown[:2], wanted]))
 
 

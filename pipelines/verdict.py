@@ -132,7 +132,7 @@ class _Findings:
         if not (found := certificate["prompts_needed"]):
             return self.least(certificate, certificate["full_score"])
         delta, levels = certificate["delta"], max(1, len(certificate["levels"]))
-        return round(found * log(self.full.levels / delta) / log(levels / delta))
+        return max(self.size + 1, round(found * log(self.full.levels / delta) / log(levels / delta)))
 
 
 def _pays(ratio: Mapping[str, Any]) -> bool:

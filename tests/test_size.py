@@ -11,10 +11,10 @@ CEILINGS = {  # lines of Python, files
     "controller": (2990, 20),
     "runtime": (3350, 18),
     "token_exits": (1350, 11),
-    "pipelines": (7450, 49),
+    "pipelines": (7475, 49),
     "serving": (2945, 27),
     "layerbudget": (1345, 12),
-    "tests": (20840, 152),
+    "tests": (20865, 152),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""

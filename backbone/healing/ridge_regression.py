@@ -2,8 +2,8 @@
 
 With x the state before a gap and y the state after it, a bridge predicts the residual y - x from x. A token has the
 weight 1 / mean(y^2), or 0 where y is 0: the next layer, or the head, normalises the state, so errors matter relative
-to its size. Without weights a few tokens with huge states (attention sinks) would dominate the fit. The states themselves
-are not kept.
+to its size. Without weights a few tokens with huge states (attention sinks) would dominate the fit. The states are not
+kept.
 
 Shapes: `T` tokens, `D` hidden size, `r` rank. Sums are float64.
 """

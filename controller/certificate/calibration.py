@@ -278,12 +278,15 @@ def _fewest_prompts(alpha: float, delta: float, risk: Risk, tasks: Names | None,
 def _prompts_needed(
     losses: Floats, alpha: float, delta: float, risk: Risk, tasks: Names | None, full: Floats
 ) -> int | None:
-    """Number of prompts with losses like these [n] that would suffice, by repeating each."""
-    for times in (2, 3, 4, 6, 8, 12, 16, 24, 32):
-        names = None if tasks is None else np.tile(np.asarray(tasks), times)
-        values = price_p_values(np.tile(losses, times)[None], alpha, delta, risk, names, np.tile(full, times))
-        if values[0] <= delta:
-            return times * len(full)
+    """Number of prompts that would suffice if they lost like these [n]: a larger sample of the same quantiles."""
+    names = np.zeros(len(full)) if tasks is None else np.asarray(tasks)
+    order = np.lexsort((full, losses, names))
+    for times in (1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8, 12, 16, 24, 32):
+        count = round(times * len(full))
+        rows = order[np.linspace(0, len(full) - 1, count).round().astype(int)]
+        tested = None if tasks is None else names[rows]
+        if price_p_values(losses[rows][None], alpha, delta, risk, tested, full[rows])[0] <= delta:
+            return count
     return None
 
 

@@ -233,7 +233,7 @@ def from_place(place: int) -> np.ndarray:
         (0.5, from_place(100), None, "nor would many more like them: it loses too much at the first price that"),
         (0.0, from_place(len(PRICES)), None, "the controller chooses the full plan for all 200 calibration prompts"),
         (0.0, from_place(100), PRICES[-1], "With 90% confidence"),
-        (0.02, from_place(100), None, "at the spread of what they lose it takes about 400"),
+        (0.02, from_place(100), None, "at the spread of what they lose it takes about 300"),
     ],
 )
 def test_a_price_that_shortens_nothing_is_no_certificate(loss, shortens, price, words) -> None:

@@ -145,7 +145,7 @@ PACES = {
         900,
         {"data.limit=900", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=8"},
     ),
-    "slow": (Pace(2.0, 1.2), 13, 3000, {"calibration.keep=[0.9, 0.8, 0.97]", "tuning.trials=4"}),
+    "slow": (Pace(2.0, 1.2), 13, 3000, {"calibration.keep=[0.8, 0.6, 0.97]", "tuning.trials=4"}),
 }
 
 
