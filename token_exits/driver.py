@@ -8,7 +8,7 @@ Shapes: `R` rows, `r` of them, `D` hidden size, `L` layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from backbone.execution.live_changes import Forward, replaced
-from backbone.families import decoder_layers, decoder_of
+from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from token_exits.gates import Candidate
 from token_exits.kv_strategies import DeferredKV, KVStrategy, PropagatedKV
@@ -46,7 +46,7 @@ class Driver:
     """One decoding loop.
 
     Attributes:
-        layers_run: for each pass the number of layers that each row ran [R].
+        layers_run: for each pass the number of layers that each of the R rows ran.
     """
 
     def __init__(self, model: PreTrainedModel, settings: ExitSettings, plan: LayerPlan, steps: int) -> None:
@@ -55,7 +55,7 @@ class Driver:
         self._running = plan.attention | plan.mlp
         # Inside a gap, and before one, a state has not changed since the layer before: no candidate.
         self._depths = frozenset(depth for depth in settings.depths if depth in self._running)
-        self._counts = torch.tensor([sum(i < depth for i in self._running) for depth in range(len(self._layers) + 1)])
+        self._counts = [sum(i < depth for i in self._running) for depth in range(len(self._layers) + 1)]
         self._kv: KVStrategy = (
             DeferredKV()
             if settings.strategy == "recompute"
@@ -63,37 +63,20 @@ class Driver:
         )
         self._token: TokenStep | None = None
         self._observed: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self.layers_run: list[torch.Tensor] = []
+        self.layers_run: list[list[int]] = []
 
     def forwards(self) -> Iterator[tuple[nn.Module, Forward]]:
-        """The replacements in the model: the decoder's forward, and each layer's."""
-        decoder = decoder_of(self._model)
-        yield decoder, self._decoder_forward(decoder.forward)
+        """Each layer with the forward that takes the place of its own."""
         for index, layer in enumerate(self._layers):
             yield layer, self._layer_forward(index, layer.forward)
-
-    def _decoder_forward(self, forward: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            ids: torch.Tensor = args[0] if args else kwargs["input_ids"]
-            step, n_layers = len(self.layers_run), len(self._layers)
-            self._token = None
-            if step and ids.shape[1] == 1:
-                threshold = self._settings.threshold_at(step, self._steps)
-                self._token = TokenStep(len(ids), step, threshold, ids.device)
-                self._kv.begin(self._token, kwargs["cache"])
-            output = forward(*args, **kwargs)
-            depths = torch.full((len(ids),), n_layers) if self._token is None else self._token.depths(n_layers).cpu()
-            self.layers_run.append(self._counts[depths])
-            self._token = None
-            return output
-
-        return run
 
     def _layer_forward(self, index: int, forward: Forward) -> Forward:
         is_last, is_candidate = index == len(self._layers) - 1, index in self._depths
         looks_ahead = self._settings.gate.looks_ahead
 
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if index == 0:
+                self._begin(hidden_states, kwargs)
             token = self._token
             if token is None:
                 return forward(hidden_states, *args, **kwargs)
@@ -104,14 +87,25 @@ class Driver:
             output = self._kv.run(token, index, forward, hidden_states, kwargs)
             if index in self._running:
                 token.before = hidden_states
-            if not is_last:
-                return output
-            if looks_ahead:
-                self._decide_afterwards(token, output, kwargs["cache"])
-            self._kv.end()
-            return token.with_exits(output)
+            return self._end(token, output, kwargs) if is_last else output
 
         return run
+
+    def _begin(self, states: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+        """A pass begins: states [R, S, D] and the arguments of layer 0."""
+        step, self._token = len(self.layers_run), None
+        self.layers_run.append([self._counts[-1]] * len(states))
+        if step and states.shape[1] == 1:
+            self._token = TokenStep(len(states), step, self._settings.threshold_at(step, self._steps), states.device)
+            self._kv.begin(self._token, kwargs["cache"])
+
+    def _end(self, token: TokenStep, states: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The last layer has run: final states [R, 1, D] from its output and arguments."""
+        if self._settings.gate.looks_ahead:
+            self._decide_afterwards(token, states, kwargs["cache"])
+        self._kv.end()
+        self.layers_run[-1] = [self._counts[depth] for depth in token.depths(len(self._layers))]
+        return token.with_exits(states)
 
     def _decide(self, token: TokenStep, depth: int, states: torch.Tensor) -> None:
         """Ask the gate about the active rows; the confident ones leave."""

@@ -17,10 +17,11 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from backbone.execution.live_changes import Forward
+from backbone.execution.rows import cut, taken, with_rows
 from backbone.families import decoder_layers
 from backbone.plan import LayerPlan
 from token_exits.kv_projection import KeysValues, project
-from token_exits.token_step import TokenStep, cut_to_rows
+from token_exits.token_step import TokenStep
 
 MOST_DEFERRED = 8
 """A row with this many deferred tokens runs all layers at its next one."""
@@ -81,7 +82,8 @@ class PropagatedKV(KVStrategy):
         embeddings = kwargs["position_embeddings"]
         if len(rows) == len(states):
             return project(self._layers[index], states, embeddings)
-        return project(self._layers[index], states.index_select(0, rows), cut_to_rows(embeddings, rows, len(states)))
+        own = cut(embeddings, len(states), lambda _: rows)
+        return project(self._layers[index], taken(states, rows), own)
 
     def run(
         self, step: TokenStep, index: int, forward: Forward, states: torch.Tensor, kwargs: dict[str, Any]
@@ -94,10 +96,10 @@ class PropagatedKV(KVStrategy):
             if filled is not None:
                 kwargs["cache"].update(*filled, index)
             return states
-        own = {name: cut_to_rows(value, step.active, step.n_rows) for name, value in kwargs.items()}
+        own = step.cut(kwargs)
         if filled is not None:
             own["cache"] = _RowCache(kwargs["cache"], step.active, step.exited, filled)
-        return states.index_copy(0, step.active, forward(states.index_select(0, step.active), **own))
+        return with_rows(states, step.active, forward(taken(states, step.active), **own))
 
 
 class _RowCache:
@@ -184,7 +186,7 @@ class DeferredKV(KVStrategy):
             return states
         rows, tokens = step.active, self._aligned(step, states)
         slots = torch.tensor([[token.slot for token in line] for line in tokens], device=rows.device)
-        own = {name: cut_to_rows(value, rows, step.n_rows) for name, value in kwargs.items()}
+        own = step.cut(kwargs)
         own["cache"] = _SlotCache(kwargs["cache"], rows, slots)
         own["position_embeddings"] = self._embeddings_of(tokens, rows, index)
         own["attention_mask"] = _mask_of(own.get("attention_mask"), slots, self._slot + 1)
@@ -192,7 +194,7 @@ class DeferredKV(KVStrategy):
         for place, line in enumerate(tokens):
             for column, token in enumerate(line):
                 token.state = output[place, column]
-        return states.index_copy(0, rows, output[:, -1:])
+        return with_rows(states, rows, output[:, -1:])
 
     def _aligned(self, step: TokenStep, states: torch.Tensor) -> list[list[_Token]]:
         """The s tokens of each active row, padded at the front with harmless copies of the newest."""

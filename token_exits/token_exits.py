@@ -102,7 +102,7 @@ class TokenExits:
             )
         if not isinstance(output, torch.Tensor):
             new_tokens = output.sequences.shape[1] - request.input_ids.shape[1]
-            output["layers_run"] = torch.stack(driver.layers_run[:new_tokens], dim=1)
+            output["layers_run"] = torch.tensor(driver.layers_run[:new_tokens]).T.contiguous()
             if self.settings.strategy == "recompute":
                 output["cache"] = None
         return output

@@ -5,10 +5,13 @@ Shapes: `R` rows of the batch, `r` some of these rows, `D` hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from backbone.execution.rows import cut, with_rows
 
 
 @dataclass(eq=False)
@@ -67,21 +70,17 @@ class TokenStep:
     def with_exits(self, states: torch.Tensor) -> torch.Tensor:
         """Final states [R, 1, D], with the outputs of `exit` for rows that exited."""
         for _, rows, outputs in self.exits:
-            states = states.index_copy(0, rows, outputs[:, None].to(states.dtype))
+            states = with_rows(states, rows, outputs[:, None].to(states.dtype))
         return states
 
-    def depths(self, n_layers: int) -> torch.Tensor:
+    def depths(self, n_layers: int) -> list[int]:
         """Layer before which each row exited [R]; `n_layers` for rows that ran all layers."""
-        depths = torch.full((self.n_rows,), n_layers, device=self.device)
+        depths = [n_layers] * self.n_rows
         for depth, rows, _ in self.exits:
-            depths[rows] = depth
+            for row in rows.tolist():
+                depths[row] = depth
         return depths
 
-
-def cut_to_rows(value: Any, rows: torch.Tensor, n_rows: int) -> Any:
-    """Select rows of a layer argument that has R rows; any other value comes back unchanged."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(cut_to_rows(item, rows, n_rows) for item in value)
-    if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == n_rows and n_rows > 1:
-        return value.index_select(0, rows)
-    return value
+    def cut(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer's arguments with each tensor that holds R rows cut to the active ones."""
+        return {name: cut(value, self.n_rows, lambda _: self.active) for name, value in arguments.items()}

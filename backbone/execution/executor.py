@@ -233,18 +233,14 @@ class _Executor:
         name = str(plans[0]) if len(plans) == 1 else "of each row"
         holding = [self._running(index)[0] for index in range(len(self._layers))]
         held: dict[int, list[Rows]] = {}
-        if len(plans) == 1:
-            held[0] = [None if prompts else () for prompts in holding]
 
         def fit_cache(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = _named_arguments(names, args, kwargs)
-            n_rows = 0
-            if len(plans) > 1:
+            if len(plans) > 1:  # the rows of one plan are never told apart, and stay one, however many a pass has
                 given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-                n_rows = len(next(value for value in given if isinstance(value, torch.Tensor)))
-                self._rows.begin(n_rows)
-                if n_rows not in held:
-                    held[n_rows] = [self._rows.rows(p) if len(p) < len(plans) else None for p in holding]
+                self._rows.begin(len(next(value for value in given if isinstance(value, torch.Tensor))))
+            if (n_rows := self._rows.n_rows) not in held:
+                held[n_rows] = [self._rows.rows(p) if len(p) < len(plans) else None for p in holding]
             cache, use_cache = kwargs.get("cache"), kwargs.get("use_cache")
             if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
                 cache = kwargs["cache"] = DynamicCache(config=decoder.config)

@@ -5,7 +5,7 @@ Shapes: `B` prompts, each in `c` neighbouring rows, `R = B * c` rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -102,16 +102,20 @@ class RowSets:
 
     def cut(self, value: Any, inside: Prompts) -> Any:
         """A value with each tensor in it that holds the current rows cut to some of them."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(self.cut(item, inside) for item in value)
-        n_rows = self.n_rows
-        if not isinstance(value, torch.Tensor) or value.dim() < 2 or len(value) not in (n_rows, n_rows * self._heads):
-            return value
-        places = self.places(inside, value.device)
-        if len(value) == n_rows:
-            return taken(value, places)
-        by_row = value.reshape(n_rows, -1, *value.shape[1:])  # some masks have rows and heads in one dimension
-        return taken(by_row, places).flatten(0, 1)
+        return cut(value, self.n_rows, lambda device: self.places(inside, device), self._heads)
+
+
+def cut(value: Any, n_rows: int, places: Callable[[torch.device], Places], n_heads: int = 1) -> Any:
+    """A value with each tensor in it that holds R rows, or R * heads, cut to some places; any other as it is."""
+    if isinstance(value, (tuple, list)):
+        make = getattr(value, "_make", type(value))  # a named tuple takes its items one by one
+        return make(cut(item, n_rows, places, n_heads) for item in value)
+    if not isinstance(value, torch.Tensor) or value.dim() < 2 or len(value) not in (n_rows, n_rows * n_heads):
+        return value
+    if len(value) == n_rows:
+        return taken(value, places(value.device))
+    by_row = value.reshape(n_rows, -1, *value.shape[1:])  # some masks have rows and heads in one dimension
+    return taken(by_row, places(value.device)).flatten(0, 1)
 
 
 def taken(tensor: torch.Tensor, places: Places) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A plan for each row: what stands in for layers, what the cache holds, and what is refused."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.execution.rows import cache_bytes, remembered_plans
+from backbone.execution.rows import cache_bytes, cut, remembered_plans
 from backbone.families import model_fingerprint
 from backbone.healing.healing import Adapter, Bridge, Healing
 from backbone.plan import LayerPlan
@@ -249,3 +250,20 @@ def test_other_rows_than_plans_are_refused() -> None:
     with pytest.raises(ValueError, match="layers"), apply_plans(model, [FULL, LayerPlan.full(4)]):
         pass
     assert model(**batch).logits.shape[0] == 4
+
+
+class Pair(NamedTuple):
+    cosines: torch.Tensor
+    sines: list[torch.Tensor | None]
+
+
+@pytest.mark.parametrize("places", [slice(1, 3), torch.tensor([0, 2]), slice(0, 0), torch.tensor([1]), slice(0, 3)])
+def test_what_holds_the_rows_is_cut_and_the_rest_passes(places) -> None:
+    rows, heads, cache = torch.arange(12.0).view(3, 2, 2), torch.arange(12.0).view(6, 1, 2), DynamicCache()
+    found = cut(Pair(rows, [rows, None]), 3, lambda _: places, n_heads=2)
+    assert type(found) is Pair
+    assert torch.equal(found.cosines, rows[places])
+    assert torch.equal(found.sines[0], rows[places])
+    assert torch.equal(cut(heads, 3, lambda _: places, n_heads=2), heads.view(3, 2, 1, 2)[places].flatten(0, 1))
+    for other in (None, True, cache, torch.arange(3), rows[:1], rows.flatten(0, 1)[None], heads):
+        assert cut(other, 3, lambda _: places) is other
