@@ -122,6 +122,18 @@ def qwen_classify_speeds() -> str:
     return _table(["", "times stock"], rows)
 
 
+def verdicts() -> str:
+    """The verdicts of ten minutes beside those of the full runs."""
+    rows = [
+        [
+            name.replace("_", " "),
+            *(f"`{each[run]['reason']}`, {each[run]['minutes']:.0f} minutes" for run in ("trial", "full")),
+        ]
+        for name, each in _result("verdicts")["workloads"].items()
+    ]
+    return _table(["prompts", "`layerbudget try`", "full run"], rows)
+
+
 def contributions(metrics: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -191,7 +203,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
         *(gain, policies, fresh_runs, explained, redraws, redrawn_bounds),
-        *(qwen_classify, qwen_classify_levels, qwen_classify_speeds, earlier_runs),
+        *(verdicts, qwen_classify, qwen_classify_levels, qwen_classify_speeds, earlier_runs),
     )
 }
 

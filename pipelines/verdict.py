@@ -129,7 +129,8 @@ class _Findings:
 
         The wealth that a test has to win is 1 / its share of delta, and wealth grows exponentially.
         """
-        if not (found := certificate["prompts_needed"]):
+        found: int | None = certificate["prompts_needed"]
+        if not found:
             return self.least(certificate, certificate["full_score"])
         delta, levels = certificate["delta"], max(1, len(certificate["levels"]))
         return max(self.size + 1, round(found * log(self.full.levels / delta) / log(levels / delta)))

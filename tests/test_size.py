@@ -14,7 +14,7 @@ CEILINGS = {  # lines of Python, files
     "pipelines": (7475, 49),
     "serving": (2945, 27),
     "layerbudget": (1345, 12),
-    "tests": (20865, 152),
+    "tests": (20875, 152),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""
