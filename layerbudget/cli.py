@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -29,11 +30,23 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(context)
         except BrokenPipeError as error:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()  # breaks again if its reader has left
+            if any(map(_has_lost_reader, (sys.stdout, sys.stderr))):
+                raise
             raise InputError(
                 "another process that works for this command has ended; start the command again"
             ) from error
+
+
+def _has_lost_reader(stream: TextIO) -> bool:
+    """Whether nobody reads a stream any more, also where that cannot be known."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 app = typer.Typer(

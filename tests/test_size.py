@@ -13,7 +13,7 @@ CEILINGS = {  # lines of Python, files
     "token_exits": (1350, 11),
     "pipelines": (7475, 49),
     "serving": (2945, 27),
-    "layerbudget": (1345, 12),
+    "layerbudget": (1355, 12),
     "tests": (20875, 152),
 }
 SIDE_BY_SIDE = 14
