@@ -118,11 +118,11 @@ def export(
 ) -> None:
     """Write the model of one plan as an ordinary, shorter checkpoint that any engine can serve."""
     from layerbudget import Allocator, load_backbone
-    from serving.router.export import check_place, export_plan
+    from serving.router.export import clear_place, export_plan
 
     if model is None and allocator is None:
         raise typer.BadParameter("give --model M or --allocator DIR")
-    check_place(out)
+    clear_place(out)
     loaded = None if allocator is None else Allocator.from_pretrained(allocator)
     source = model if model is not None or loaded is None else loaded.model_source
     network, tokenizer = load_backbone(str(source), device="cpu" if device is None else device)

@@ -46,7 +46,7 @@ def export_plan(
         ExportError: the plan has bridges, the folder is there, or no configuration gives these layers.
     """
     plan = LayerPlan.parse(text, len(decoder_layers(model)))
-    check_place(folder)
+    clear_place(folder)
     if plan.healed:
         raise ExportError(f"plan {plan} has an exit head, which no ordinary checkpoint holds")
     if allocator is not None:
@@ -60,7 +60,7 @@ def export_plan(
     return len(decoder_layers(short))
 
 
-def check_place(folder: Path) -> None:
+def clear_place(folder: Path) -> None:
     """Remove what an interrupted export left. Raises ExportError for a folder that is there, OSError for no place."""
     if folder.exists():
         raise ExportError(f"{folder} is there already; name a folder that is not")

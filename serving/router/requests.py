@@ -223,7 +223,7 @@ def positions_of(model: PreTrainedModel) -> int:
 
 
 PAUSES = 9
-"""Times as long as a large body took, its thread rests afterwards: parsing stops all else in the process."""
+"""Times as long as a large body took, its thread rests before the next one: parsing stops all else in the process."""
 
 
 class BodyThreads:
@@ -231,19 +231,23 @@ class BodyThreads:
 
     def __init__(self) -> None:
         self._small, self._large = (ThreadPoolExecutor(1, f"layerbudget-{size}-bodies") for size in ("small", "large"))
+        self._rested = 0.0  # when the next large body may be parsed
 
     async def read(self, content: list[bytes], of: Callable[[dict[str, Any], RequestBody], T]) -> T:
         """What `of` makes of the parsed body; `content` is empty afterwards, so that the body is held once."""
         is_large = sum(map(len, content)) > PLACE_BYTES
 
         def read() -> T:
+            if is_large:
+                time.sleep(max(0.0, self._rested - time.perf_counter()))
             start, whole = time.perf_counter(), b"".join(content)
             content.clear()
             try:
                 return of(*parsed(whole))
             finally:
                 if is_large:
-                    self._large.submit(time.sleep, PAUSES * (time.perf_counter() - start))
+                    end = time.perf_counter()
+                    self._rested = end + PAUSES * (end - start)
 
         return await asyncio.get_running_loop().run_in_executor(self._large if is_large else self._small, read)
 

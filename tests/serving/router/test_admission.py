@@ -194,20 +194,26 @@ def test_a_body_of_too_many_values_is_not_parsed(values, status) -> None:
     assert not engine.bodies
 
 
-def test_the_thread_of_large_bodies_rests(monkeypatch) -> None:
-    """Nine times as long as each took, so that parsing leaves the process to others; small bodies never rest."""
-    slept, clock = [], iter([10.0, 10.5, 20.0])
-    monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=slept.append, perf_counter=lambda: next(clock)))
+def test_a_burst_of_large_bodies_is_parsed_with_rests_between(monkeypatch) -> None:
+    """Nine times as long as each took, also where they wait in line, so that parsing leaves the process to others."""
+    done, now = [], [10.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(requests, "time", clock)
+
+    def parse(fields, body) -> None:
+        done.append((len(fields["prompt"]) > PLACE_BYTES, now[0]))
+        now[0] += 0.5  # what it takes
 
     async def scenario() -> None:
         threads = requests.BodyThreads()
-        for size in (2 * PLACE_BYTES, 10):
-            await threads.read([b'{"prompt": "%s"}' % (b"a" * size)], lambda fields, body: len(fields["prompt"]))
-        for thread in (threads._small, threads._large):
-            thread.shutdown()
+        large, small = ([b'{"prompt": "%s"}' % (b"a" * size)] for size in (2 * PLACE_BYTES, 10))
+        await asyncio.gather(*(threads.read(large.copy(), parse) for _ in range(3)))
+        await threads.read(small.copy(), parse)
+        threads.close()
 
     asyncio.run(scenario())
-    assert slept == [requests.PAUSES * 0.5]
+    assert [when for is_large, when in done if is_large] == [10.0, 15.0, 20.0]
+    assert done[-1] == (False, 20.5)
 
 
 def test_refusals_are_counted() -> None:
