@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -247,6 +247,11 @@ class PlanMenu:
         added = [budget + costs.get(str(plan), 0.0) for plan, budget in zip(self.plans, self.budgets, strict=True)]
         order = sorted(range(len(self)), key=lambda index: (self.plans[index].is_full, added[index]))
         return PlanMenu(tuple(self.plans[i] for i in order), tuple(min(added[i], 1.0) for i in order), self.probe_depth)
+
+    def only(self, texts: Container[str]) -> PlanMenu:
+        """The plans of this menu that have one of these texts, and the full one."""
+        kept = [number for number, plan in enumerate(self.plans) if plan.is_full or str(plan) in texts]
+        return PlanMenu(tuple(self.plans[i] for i in kept), tuple(self.budgets[i] for i in kept), self.probe_depth)
 
     @property
     def n_layers(self) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from backbone.errors import InputError, PlanError
-from backbone.plan import LayerPlan
 from controller.certificate.certificate import alpha_of
 from controller.certificate.p_values import fewest_prompts
 from oracle.batches import spread
@@ -204,16 +203,14 @@ def _lengths(
 
 
 def _menu(n_layers: int, mean: float) -> Iterator[Decision]:
-    probe = max(1, n_layers // 4)
-    counts = sorted({max(probe, round(share * n_layers)) for share in (1 / 3, 1 / 2, 2 / 3)} - {n_layers})
+    probe = max(1, n_layers // 6)
     if mean <= SHORT:
-        given = [*(str(LayerPlan.exiting(n_layers, count)) for count in counts), f"0-{n_layers - 1}h"]
-        yield Decision("menu.method", "given", f"answers are short ({mean:.1f} tokens): early exits")
-        yield Decision("menu.given", given, "after 1/3, 1/2 and 2/3 of the layers, and the full depth with a head")
+        yield Decision("menu.method", "heads", f"answers are short ({mean:.1f} tokens): the best of some early exits")
+        yield Decision("menu.cheapest_budget", 0.15, "share of the decoder from which on exits are tried")
     else:
         yield Decision("menu.method", "covering", f"answers are long ({mean:.0f} tokens): plans of any shape")
         yield Decision("menu.plans", 8, "plans to choose from, the full one included")
-    yield Decision("menu.probe_depth", probe, "every plan runs a quarter of the layers, which the controller reads")
+    yield Decision("menu.probe_depth", probe, "every plan runs a sixth of the layers, which the controller reads")
 
 
 def _healing(prompts: int, uses_references: bool, *, is_short: bool) -> Iterator[Decision]:

@@ -18,6 +18,7 @@ from backbone.plan import LayerPlan
 from oracle.batches import spread
 from oracle.chat import ChatTemplate
 from oracle.labels.generation import answer_batch
+from oracle.menus.methods import TRIED_EXITS
 from oracle.prompts import Prompt
 from pipelines.config import Config, load_config
 from pipelines.evaluation.speed import FEWEST_ROUNDS
@@ -87,9 +88,14 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
     Raises:
         InputError: too few prompts fit.
     """
-    seconds, are_exits, timed = 60 * minutes * SAFE, config.menu.method == "given", _timed(config, pace, minutes)
-    heads = len(config.menu.given) if config.adapt.method == "heads" else 0
-    fixed = FIXED_S + pace.single * EXAMPLES + pace.batched * HEAD_FIT * heads
+    seconds, are_exits, timed = (
+        60 * minutes * SAFE,
+        config.menu.method in ("given", "heads"),
+        _timed(config, pace, minutes),
+    )
+    heads = len(config.menu.given) or TRIED_EXITS // 2  # those that are compared are trained in part
+    fixed = FIXED_S + pace.single * EXAMPLES
+    fixed += pace.batched * HEAD_FIT * heads if config.adapt.method == "heads" else 0
     fixed += max(seconds * TIMINGS, timed * _timing_s(config, pace))
     each = pace.batched * PASSES[are_exits]
     limit = min(prompts, fitting := int(max(0.0, seconds - fixed) / each))

@@ -30,14 +30,13 @@ class HeadSettings:
     """How heads are trained.
 
     Attributes:
-        steps: of Adam, for each head, at most.
+        steps: of Adam, for each head.
         batch: places of a step; three in four of them predict an answer.
         learning_rate: at first, for inputs and outputs of deviation 1; half a cosine brings it down to nothing.
         weight_decay: of AdamW.
         vocabulary: tokens that the losses range over, at most, beside those that are drawn anew at each step.
-        held: every so many-th text is held out, to choose the ridge and when to stop.
+        held: every so many-th text is held out, to choose the ridge and which of the heads seen in training.
         look_every: steps between looks at the held-out texts.
-        patience: looks without fewer wrong tokens after which training ends.
         seed: of everything random.
     """
 
@@ -48,7 +47,6 @@ class HeadSettings:
     vocabulary: int = 2048
     held: int = 8
     look_every: int = 20
-    patience: int = 5
     seed: int = 0
 
 
@@ -60,8 +58,8 @@ class HeadFit:
         head: in float32, on the CPU.
         loss: on held-out answer places, after the ridge regression and after training (nats a place).
         wrong: share of these places where the likeliest token is not the target's, before and after.
-        steps: of training.
-        said: number of each held-out text -> whether the head says every token of the answer along it.
+        steps: of training after which this head was seen; 0 for the ridge regression.
+        said: number of each held-out text -> whether the head says every token of the answer along it, of all tokens.
     """
 
     head: Bridge
@@ -95,7 +93,7 @@ class HeadFitter:
         self._model, self._settings = model, settings
         is_held = places.text % settings.held == 0
         self._fitted, self._held = places.of(~is_held), places.of(is_held & places.is_answer)
-        self._kept = _vocabulary(model, self._fitted, settings.vocabulary)
+        self._kept = _vocabulary(model, places, settings.vocabulary)
         self._last = max(places.states)
         self._answers, self._others = (
             mask.nonzero()[:, 0] for mask in (self._fitted.is_answer, ~self._fitted.is_answer)
@@ -112,23 +110,18 @@ class HeadFitter:
         """
         settings, generator = self._settings, torch.Generator().manual_seed(self._settings.seed)
         heads = {depth: self._start(depth, references) for depth in depths}
-        active = dict(heads)
         for step in range(1, settings.steps + 1):
             with torch.enable_grad():
-                now = {depth: head.now for depth, head in active.items()}
+                now = {depth: head.now for depth, head in heads.items()}
                 losses, _ = self._losses(now, self._drawn(generator), references, generator)
                 losses.sum().backward()  # type: ignore[no-untyped-call]
-            for head in active.values():
+            for head in heads.values():
                 head.step()
             if step % settings.look_every == 0 or step == settings.steps:
-                found = self._held_out({depth: head.now for depth, head in active.items()}, references)
-                going = {
-                    depth: head for (depth, head), one in zip(active.items(), found, strict=True) if head.improves(one)
-                }
-                advance(len(active) - len(going) if step < settings.steps else len(active))
-                active = going
-            if not active:
-                break
+                found = self._held_out({depth: head.now for depth, head in heads.items()}, references)
+                for head, one in zip(heads.values(), found, strict=True):
+                    head.note(one, step)
+            advance(len(heads) * step // settings.steps - len(heads) * (step - 1) // settings.steps)
         return {depth: head.fit(self._said(depth, head.best)) for depth, head in heads.items()}
 
     def _start(self, depth: int, references: float) -> _Head:
@@ -182,8 +175,8 @@ class HeadFitter:
 
     @torch.no_grad()
     def _said(self, depth: int, head: Bridge) -> dict[int, bool]:
-        with head_on(self._model, self._kept):
-            said = self._kept[_logs(self._model, head(self._held.states[depth])).argmax(-1)]
+        states = torch.split(self._held.states[depth], AT_ONCE)
+        said = torch.cat([_logits(self._model, head(some)).argmax(-1).cpu() for some in states])
         wrong = set(self._held.text[said != self._held.following].tolist())
         return {text: text not in wrong for text in sorted(set(self._held.text.tolist()))}
 
@@ -229,11 +222,11 @@ class _Head:
 
     def __init__(self, weight: torch.Tensor, units: _Units, found: Score, settings: HeadSettings) -> None:
         self._parts = [weight.clone().requires_grad_(), torch.zeros(len(weight), requires_grad=True)]
-        self._units, self._settings = units, settings
+        self._units = units
         rate, decay = settings.learning_rate, settings.weight_decay
         self._optimizer = torch.optim.AdamW(self._parts, lr=rate, weight_decay=decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.steps)
-        self._first, self._least, self._steps, self._since = found, found, 0, 0
+        self._first, self._least, self._steps = found, found, 0
         self.best = units.bridge(weight)
 
     @property
@@ -244,25 +237,26 @@ class _Head:
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
-        self._steps += 1
 
-    def improves(self, found: Score) -> bool:
-        """Note the score on the held-out texts; False once it has not improved for `patience` looks."""
+    def note(self, found: Score, step: int) -> None:
+        """Keep the head as it is now, after so many steps, if its score on the held-out texts is the best so far."""
         if found < self._least:
             self.best = self._units.bridge(*(part.detach().clone() for part in self._parts))
-            self._least, self._since = found, 0
-        else:
-            self._since += 1
-        return self._since < self._settings.patience
+            self._least, self._steps = found, step
 
     def fit(self, said: Mapping[int, bool]) -> HeadFit:
         (wrong, loss), (least_wrong, least_loss) = self._first, self._least
         return HeadFit(self.best, (loss, least_loss), (wrong, least_wrong), self._steps, said)
 
 
+def _logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Of states on the CPU, where the model is."""
+    return output_logits(model, states.to(model.device, model.dtype))
+
+
 def _logs(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """Log-probabilities on the CPU, of states on the CPU."""
-    return output_logits(model, states.to(model.device, model.dtype)).float().log_softmax(-1).cpu()
+    return _logits(model, states).float().log_softmax(-1).cpu()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
     {
         "given": "oracle.menus.methods:given",
         "exits": "oracle.menus.methods:exits",
+        "heads": "oracle.menus.methods:heads",
         "gaps": "oracle.menus.methods:gaps",
         "evenly": "oracle.menus.methods:evenly",
         "greedy": "oracle.menus.methods:greedy",
@@ -26,7 +27,7 @@ MENUS: Registry[Callable[[MenuTask, Advance], list[LayerPlan]]] = Registry(
 )
 """Name -> method: `method(task, advance)` proposes shortened plans; it may call `advance` at every step of a search."""
 
-LOOK_AT_NO_PROMPTS = frozenset({"given", "exits", "gaps", "evenly"})
+LOOK_AT_NO_PROMPTS = frozenset({"given", "exits", "heads", "gaps", "evenly"})
 """The methods that need no prompts; any other may read the model's answers to those of its task."""
 
 LOSSES = (0.0, 0.02, 0.05)

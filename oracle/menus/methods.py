@@ -15,6 +15,8 @@ from oracle.labels.verification import Row, diverge
 from oracle.menus.base import Advance, MenuTask
 from oracle.search.searchers import one_layer_less
 
+TRIED_EXITS = 16
+"""Early exits that heads are fitted for, at most."""
 GAP_LENGTHS = 8
 """Lengths of gaps that are tried, at most."""
 
@@ -33,6 +35,16 @@ def given(task: MenuTask, advance: Advance) -> list[LayerPlan]:
 def exits(task: MenuTask, advance: Advance) -> list[LayerPlan]:
     """Early exits, evenly spread from the cheapest budget to the last layer."""
     return [LayerPlan.exiting(task.n_layers, count) for count in task.counts]
+
+
+def heads(task: MenuTask, advance: Advance) -> list[LayerPlan]:
+    """Early exits and the full depth, all with heads to be fitted, of which the stage `adapt` keeps the best."""
+    counts = spread(range(task.fewest_layers, task.n_layers), TRIED_EXITS)
+    full = range(task.n_layers)
+    return [
+        *(LayerPlan.exiting(task.n_layers, count) for count in counts),
+        LayerPlan(task.n_layers, frozenset(full), frozenset(full), healed=True),
+    ]
 
 
 def evenly(task: MenuTask, advance: Advance) -> list[LayerPlan]:

@@ -79,6 +79,10 @@ class Config(Section):
                 f"menu.given names {healed[0]}, the full depth with an exit head, and "
                 f"adapt.method={self.adapt.method} fits none; take 'heads'"
             )
+        if self.menu.method == "heads" and self.adapt.method != "heads":
+            raise ValueError(
+                f"menu.method=heads chooses exits by the heads that adapt.method=heads fits, got {self.adapt.method!r}"
+            )
         return self
 
     @property

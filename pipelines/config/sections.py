@@ -98,8 +98,8 @@ class DecodingSection(Section):
 
 class MenuSection(Section):
     method: Annotated[Text, AfterValidator(MENUS.checked)] = "covering"
-    """How plans are chosen (docs/oracle.md): `given`, `exits`, `gaps`, `evenly`, `greedy`, `covering`, or your own
-    method."""
+    """How plans are chosen (docs/oracle.md): `given`, `exits`, `heads`, `gaps`, `evenly`, `greedy`, `covering`, or your
+    own method."""
     probe_depth: int = Field(4, ge=1)
     """Number of first layers that every plan runs and whose states the controller reads."""
     given: list[str] = []

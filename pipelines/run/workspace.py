@@ -57,12 +57,13 @@ class Workspace:
         return self.path(name)
 
     def frozen_menu(self) -> PlanMenu:
-        """The menu as the stage `menu` made it."""
+        """The menu as the stage `menu` made it; of the method `heads` the plans that the stage `adapt` tries."""
         return PlanMenu.load(self.path("menu.json"))
 
     def menu(self) -> PlanMenu:
-        """The menu whose budgets count the bridges too."""
-        return self.frozen_menu().with_added(self.read("adapt.json")["added_budget"])
+        """The plans that the stage `adapt` kept, with budgets that count the bridges too."""
+        added = self.read("adapt.json")["added_budget"]
+        return self.frozen_menu().only(added).with_added(added)
 
     @cached_property
     def healing(self) -> Healing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +59,7 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
         "method": chosen,
         "fitted_prompts": 0 if chosen in ("none", "given") else len({prompt.id for prompt in made.prompts}),
         "digest": "" if healing.is_empty else healing.digest,
-        "added_budget": {str(plan): healing.cost(model, plan) for plan in workspace.frozen_menu().plans},
+        "added_budget": {str(plan): healing.cost(model, plan) for plan in made.plans},
         "compared": curves,
         **made.record,
     }
@@ -72,13 +72,14 @@ class _HealingMaker:
     """Makes healing parts by each method; what methods share is made once.
 
     Attributes:
+        plans: that they are for.
         record: how they were made, for `adapt.json`.
     """
 
     def __init__(self, workspace: Workspace, workers: Workers | None) -> None:
         self._workspace, self._settings, self._workers = workspace, workspace.config.adapt, workers
         self._menu = workspace.frozen_menu()
-        self._plans = self._menu.plans[:-1]
+        self.plans: Sequence[LayerPlan] = self._menu.plans[:-1]
         self._model, self._tokenizer = workspace.model.loaded
         self._fingerprint = workspace.model.facts.fingerprint
         self.record: dict[str, Any] = {}
@@ -95,7 +96,7 @@ class _HealingMaker:
 
     def _are_short_exits(self) -> bool:
         """Whether every plan is an early exit, and the full model's answers have a few tokens."""
-        if any(exit_depth(plan) is None for plan in self._plans):
+        if any(exit_depth(plan) is None for plan in self.plans):
             return False
         few = self._answers_to(spread(self._workspace.prompts.splits["adapt"], LOOKED_AT))
         return float(np.mean([example.answer for example in few])) <= SHORT
@@ -121,7 +122,7 @@ class _HealingMaker:
             healing, history = distil(
                 self._model,
                 examples,
-                self._plans,
+                self.plans,
                 {} if method == "adapter" else self._bridges,
                 self._menu.probe_depth,
                 self._settings.settings(),
@@ -135,15 +136,23 @@ class _HealingMaker:
         return healing
 
     def _heads(self) -> Bridges:
-        """Exit heads, on the model's own distribution or on references too, whichever says more references."""
+        """Exit heads, on the model's own distribution or on references too, whichever says more references.
+
+        Of the menu `heads` those plans stay that say most for what they cost.
+        """
         right = [p for p in self.prompts if p.reference and p.judge not in ("agreement", KL)]
         examples = reference_examples(self._tokenizer, right, self._workspace.model.decoding)
         others = [prompt for prompt in self.prompts if prompt not in right]
         examples += self._answers_to(others) if others else []
         tasks = [prompt.task for prompt in (*right, *others)]
         targets = self._settings.targets if right else "own"
-        fits, self.record["heads"] = make_heads(self._model, examples, tasks, self._plans, targets)
-        return {plan: {len(plan.attention): fits[plan].head} for plan in self._plans}
+        budgets = dict(zip(self._menu.plans, self._menu.budgets, strict=True))
+        chooses = self._workspace.config.menu.method == "heads"
+        fits, self.record["heads"] = make_heads(
+            self._model, examples, tasks, self.plans, targets, budgets if chooses else None
+        )
+        self.plans = list(fits)
+        return {plan: {len(plan.attention): fit.head} for plan, fit in fits.items()}
 
     def _given(self) -> Healing:
         """Those of a file, which must be this model's and know the menu's gaps."""
@@ -153,7 +162,7 @@ class _HealingMaker:
                 f"adapt.given, {self._settings.given}, holds healing of {found.fingerprint}, and this run's model is "
                 f"{self._fingerprint}"
             )
-        without = [plan for plan in self._plans if (plan.gaps or plan.healed) and plan not in found.bridges]
+        without = [plan for plan in self.plans if (plan.gaps or plan.healed) and plan not in found.bridges]
         if found.bridges and without:
             raise ArtefactError(
                 f"adapt.given, {self._settings.given}, has no bridges for the plan {without[0]}; it has them for "
@@ -166,12 +175,12 @@ class _HealingMaker:
         """Closed-form ones."""
         sequences = [example.tokens[:-1] for example in self._answered]
         start, settings = time.perf_counter(), self._settings
-        steps = bridging_rounds(self._plans, settings.in_order) * len(sequences)
+        steps = bridging_rounds(self.plans, settings.in_order) * len(sequences)
         with progress("sequences for bridges", steps) as advance:
             fits = fit_bridges(
                 self._model,
                 sequences,
-                self._plans,
+                self.plans,
                 form=settings.form,
                 rank=settings.rank,
                 in_order=settings.in_order,

@@ -1,10 +1,11 @@
-"""Fit the exit heads of a menu of early exits, and choose their targets on held-out prompts."""
+"""Fit the exit heads of a menu of early exits, and choose targets and plans on held-out prompts."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from backbone.healing.exit_places import places_bytes, read_places
 from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
 from oracle.batches import spread
+from oracle.frontier.frontier import upper_hull
 from oracle.labels.exit_answers import exit_depth
 from pipelines.config import ConfigError
 from pipelines.config.sections import Targets
@@ -22,6 +24,8 @@ from pipelines.run.progress import console, progress
 
 WEIGHTS = {"own": 0.0, "references": 0.7}
 """Weight of the references in the loss; the full model's own distribution has the rest."""
+SCREENED = 4
+"""Heads of plans that are compared are trained for the steps of a head, divided by this."""
 TRIED = 3
 """Depths, evenly spread, at which targets are compared; the other depths are fitted on the better ones alone."""
 STATES_BYTES = 2**31
@@ -34,8 +38,11 @@ def make_heads(
     tasks: Sequence[str],
     plans: Sequence[LayerPlan],
     targets: Targets,
+    budgets: Mapping[LayerPlan, float] | None = None,
 ) -> tuple[dict[LayerPlan, HeadFit], dict[str, Any]]:
     """A head for each plan, and how they were fitted; the model runs in full, once over each example.
+
+    With budgets, heads trained for a quarter of the steps say which plans are best (see `best_exits`).
 
     Args:
         model: that the heads are for.
@@ -43,6 +50,7 @@ def make_heads(
         tasks: of the examples.
         plans: early exits.
         targets: see `AdaptSection.targets`.
+        budgets: of the plans, if only the best of them are to get a head; None for all.
 
     Raises:
         ConfigError: a plan that is no early exit.
@@ -55,7 +63,17 @@ def make_heads(
     with progress("prompts for heads", len(numbers)) as advance:
         places = read_places(model, [examples[number] for number in numbers], wanted, advance=advance)
     read = time.perf_counter()
-    fitter, names = HeadFitter(model, places, HeadSettings()), list(WEIGHTS) if targets == "auto" else [targets]
+    settings, names = HeadSettings(), list(WEIGHTS) if targets == "auto" else [targets]
+    screened: dict[LayerPlan, float] = {}
+    if budgets is not None:
+        short = HeadFitter(model, places, replace(settings, steps=settings.steps // SCREENED))
+        with progress("heads to compare exits by", len(wanted)) as advance:
+            compared = short.fit(wanted, WEIGHTS[names[-1]], advance)
+        screened = {plan: compared[depth].right for plan, depth in depths.items()}
+        depths = {plan: depths[plan] for plan in best_exits(screened, budgets)}
+        wanted = sorted({*depths.values()})
+        console.print(f"  of {len(screened)} exits these are best: {', '.join(map(str, depths))}")
+    fitter = HeadFitter(model, places, settings)
     with progress("heads", len(wanted) + (len(names) - 1) * min(TRIED, len(wanted))) as advance:
         tried = spread(wanted, TRIED) if len(names) > 1 else wanted
         found = {name: fitter.fit(tried, WEIGHTS[name], advance) for name in names}
@@ -68,6 +86,7 @@ def make_heads(
         "prompts": len(numbers),
         "places": len(places),
         "seconds": {"states": read - start, "heads": time.perf_counter() - read},
+        "screened": {str(plan): right for plan, right in screened.items()},
         "fits": {
             name: {str(plan): _described(own[depth], of_texts) for plan, depth in depths.items() if depth in own}
             for name, own in found.items()
@@ -77,6 +96,17 @@ def make_heads(
     on = "the full model alone" if chosen == "own" else "references too"
     console.print(f"  heads fitted on {on}; held-out answers said: {said}")
     return {plan: fits[depth] for plan, depth in depths.items()}, record
+
+
+def best_exits(right: Mapping[LayerPlan, float], budgets: Mapping[LayerPlan, float]) -> list[LayerPlan]:
+    """The plans on the upper hull of budget and share of answers said, cheapest first.
+
+    Of any other plan some mixture of two of these says more for the same budget. A menu that an oracle spends less with
+    is no better for a controller: the oracle also picks what is right by luck (docs/log.md).
+    """
+    points = {plan: (budgets[plan], share) for plan, share in right.items()}
+    hull = upper_hull([*points.values()])
+    return [next(plan for plan, point in points.items() if point == corner) for corner in hull]
 
 
 def _depths(plans: Sequence[LayerPlan]) -> dict[LayerPlan, int]:

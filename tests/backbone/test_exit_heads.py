@@ -59,6 +59,20 @@ def test_a_head_on_the_models_own_distribution_brings_an_exit_nearer(model) -> N
     assert fits[5].loss[1] < fits[2].loss[1], "a later exit knows more"
 
 
+def test_answers_that_no_fitted_text_has_are_said(model) -> None:
+    """Held-out texts, every eighth, have the larger half of the answers, as names are that occur once."""
+    prompts = [example.tokens[:-1] for example in examples_of(600)]
+    with torch.no_grad():
+        said = model(input_ids=torch.tensor(prompts)).logits[:, -1].argmax(-1).tolist()
+    ordered = sorted(zip(said, prompts, strict=True))
+    common, rare = ordered[:140], [one for one in ordered if one[0] > ordered[139][0]][:20]
+    for place, one in enumerate(rare):
+        common.insert(8 * place, one)
+    examples = [Example((*prompt, answer), 1) for answer, prompt in common]
+    fitter = HeadFitter(model, read_places(model, examples, [6]), HeadSettings(steps=20, vocabulary=1))
+    assert fitter.fit([6], 0.0)[6].right > 0.7, "the full depth says its own answers"
+
+
 def test_a_head_learns_as_well_where_few_dimensions_are_large(model) -> None:
     places = read_places(model, examples_of(400), [1])
     sizes = torch.ones(places.states[1].shape[1])

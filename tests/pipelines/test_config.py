@@ -95,7 +95,10 @@ def test_the_reference_shows_every_key() -> None:
             "calibration.risk: Input should be 'mean_score', 'score_lost' or 'insufficient', got 'doubt'",
         ),
         ("adapt.exit_steps=5", "unknown key 'adapt.exit_steps'; 'adapt.method: heads' does that"),
-        ("menu.method=magic", "menu.method: 'magic' is not among the menus, known are given, exits, gaps, evenly,"),
+        (
+            "menu.method=magic",
+            "menu.method: 'magic' is not among the menus, known are given, exits, heads, gaps, evenly,",
+        ),
         ("menu.method=exits", "the method 'given' and a list of plans in menu.given go together"),
         ("data.shares={train: 1.0}", "data: shares must name adapt, train, tune, calibrate, test"),
         (f"name={'a' * 300}", "name: String should have at most 200 characters"),

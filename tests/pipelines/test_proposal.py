@@ -29,7 +29,6 @@ class Model:
 
 
 LONG = "the weather in the north was cold and there was a lot of snow on most of the roads"
-SHORT_EXITS = ["0-5", "0-8", "0-11", "0-17h"]
 CASES = {
     "short references": (
         {"question": "is it so {}?", "answer": "yes"},
@@ -40,7 +39,7 @@ CASES = {
             "data.chat_template": "never",
             "decoding.max_new_tokens": 3,
             "decoding.stop": ["\n"],
-            "menu.given": SHORT_EXITS,
+            "menu.method": "heads",
             "menu.probe_depth": 4,
             "adapt.method": "heads",
             "adapt.targets": "references",
@@ -80,7 +79,7 @@ CASES = {
     "few layers": (
         {"prompt": "tell {}", "reference": "a"},
         Model(2),
-        {"menu.given": ["0", "0-1h"], "menu.probe_depth": 1},
+        {"menu.method": "heads", "menu.probe_depth": 1},
     ),
 }
 

@@ -20,7 +20,7 @@ from pipelines.run.workspace import Workspace
 from pipelines.stages import exit_heads
 from pipelines.stages import menu as menus
 from pipelines.stages.adapt import _HealingMaker
-from pipelines.stages.exit_heads import make_heads
+from pipelines.stages.exit_heads import best_exits, make_heads
 from runtime.allocator import Allocator
 
 MENU = {"method": "exits", "probe_depth": 2}
@@ -42,6 +42,47 @@ def test_a_run_fits_heads_and_labels_exits_in_one_pass(config_file, prompts_file
     fits = adapt["heads"]["fits"][adapt["heads"]["targets"]]
     assert list(fits) == ["0-2", "0-3", "0-4"]
     assert {task for fit in fits.values() for task in fit["by_task"]} == {"short", "long"}
+
+
+def test_of_a_menu_of_heads_the_best_exits_stay(config_file, prompts_file) -> None:
+    """The plans that the stage `adapt` keeps are those of every later stage."""
+    change_prompts(prompts_file, lambda number, row: row | {"judge": "exact", "reference": row["prompt"][-1]})
+    menu = {"method": "heads", "probe_depth": 2, "cheapest_budget": 0.34}
+    config = load_config(config_file(menu=menu, adapt={"method": "heads"}, evaluation={"speed_rounds": 1}))
+    run_all(config)
+    workspace, adapt = Workspace(config), json.loads((config.folder / "adapt.json").read_text())
+    frozen = workspace.frozen_menu()
+    tried = {plan: adapt["heads"]["screened"][str(plan)] for plan in frozen.plans[:-1]}
+    assert [str(plan) for plan in tried] == ["0-1", "0-2", "0-3", "0-4", "0-5h"]
+    kept = best_exits(tried, dict(zip(frozen.plans, frozen.budgets, strict=True)))
+    assert list(workspace.menu().plans) == [*kept, frozen.plans[-1]]
+    assert set(workspace.healing.bridges) == set(kept)
+    assert {*adapt["added_budget"]} == {*map(str, kept)} == {*adapt["heads"]["fits"][adapt["heads"]["targets"]]}
+    assert Allocator.from_pretrained(config.folder / "allocator").menu == workspace.menu()
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [
+        ([0.3, 0.2, 0.5, 0.6], ["0", "0-2", "0-5h"]),
+        ([0.3, 0.3, 0.5, 0.5], ["0", "0-2"]),
+        ([0.6, 0.2, 0.5, 0.6], ["0"]),
+        ([0.0, 0.1, 0.8, 0.9], ["0", "0-2", "0-5h"]),
+        ([0.0, 0.0, 0.0, 0.0], ["0"]),
+    ],
+    ids=[
+        "one says less than a cheaper one",
+        "one adds nothing",
+        "the cheapest says most",
+        "a mixture says more",
+        "none",
+    ],
+)
+def test_the_best_exits_are_those_of_which_no_mixture_says_more(right, expected) -> None:
+    plans = [LayerPlan.parse(text, 6) for text in ("0", "0-1", "0-2", "0-5h")]
+    budgets = {plan: plan.layers / 6 for plan in plans}
+    found = best_exits(dict(zip(plans, right, strict=True)), budgets)
+    assert [str(plan) for plan in found] == expected
 
 
 def test_heads_of_other_plans_are_refused(model) -> None:
