@@ -88,11 +88,8 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
     Raises:
         InputError: too few prompts fit.
     """
-    seconds, are_exits, timed = (
-        60 * minutes * SAFE,
-        config.menu.method in ("given", "heads"),
-        _timed(config, pace, minutes),
-    )
+    seconds, timed = 60 * minutes * SAFE, _timed(config, pace, minutes)
+    are_exits = config.menu.method in ("given", "heads")
     heads = len(config.menu.given) or TRIED_EXITS // 2  # those that are compared are trained in part
     fixed = FIXED_S + pace.single * EXAMPLES
     fixed += pace.batched * HEAD_FIT * heads if config.adapt.method == "heads" else 0

@@ -99,14 +99,16 @@ def make_heads(
 
 
 def best_exits(right: Mapping[LayerPlan, float], budgets: Mapping[LayerPlan, float]) -> list[LayerPlan]:
-    """The plans on the upper hull of budget and share of answers said, cheapest first.
+    """The plans on the upper hull of budget and share of answers said, and the full depth, cheapest first.
 
     Of any other plan some mixture of two of these says more for the same budget. A menu that an oracle spends less with
-    is no better for a controller: the oracle also picks what is right by luck (docs/log.md).
+    is no better for a controller: the oracle also picks what is right by luck (docs/log.md). The full depth stays, so
+    that a report shows what its head alone gains.
     """
     points = {plan: (budgets[plan], share) for plan, share in right.items()}
     hull = upper_hull([*points.values()])
-    return [next(plan for plan, point in points.items() if point == corner) for corner in hull]
+    kept = {next(plan for plan, point in points.items() if point == corner) for corner in hull}
+    return [plan for plan in right if plan in kept or plan.healed]
 
 
 def _depths(plans: Sequence[LayerPlan]) -> dict[LayerPlan, int]:

@@ -23,7 +23,7 @@ DEMO = ROOT / "configs/demo.yaml"
 def test_settings_go_over_the_file_over_the_defaults() -> None:
     config = load_config(DEMO, ["data.limit=64", "name=mixed", "decoding.stop=[]", "label.tolerance=0.1"])
     assert (config.data.limit, config.name, config.decoding.stop, config.label.tolerance) == (64, "mixed", [], 0.1)
-    assert config.menu.method == "given", "what the file says and the command line does not"
+    assert config.menu.method == "heads", "what the file says and the command line does not"
     assert config.tuning.components == [12, 24, 48, 96]
 
 
@@ -99,7 +99,8 @@ def test_the_reference_shows_every_key() -> None:
             "menu.method=magic",
             "menu.method: 'magic' is not among the menus, known are given, exits, heads, gaps, evenly,",
         ),
-        ("menu.method=exits", "the method 'given' and a list of plans in menu.given go together"),
+        ("menu.given=[0-5]", "the method 'given' and a list of plans in menu.given go together, got 'heads'"),
+        ("adapt.method=bridges", "menu.method=heads chooses exits by the heads that adapt.method=heads fits"),
         ("data.shares={train: 1.0}", "data: shares must name adapt, train, tune, calibrate, test"),
         (f"name={'a' * 300}", "name: String should have at most 200 characters"),
         ("name=a.", "name: String should match pattern"),

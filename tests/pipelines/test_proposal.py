@@ -40,7 +40,7 @@ CASES = {
             "decoding.max_new_tokens": 3,
             "decoding.stop": ["\n"],
             "menu.method": "heads",
-            "menu.probe_depth": 4,
+            "menu.probe_depth": 3,
             "adapt.method": "heads",
             "adapt.targets": "references",
             "adapt.prompts": 128,

@@ -65,10 +65,10 @@ def test_of_a_menu_of_heads_the_best_exits_stay(config_file, prompts_file) -> No
     ("right", "expected"),
     [
         ([0.3, 0.2, 0.5, 0.6], ["0", "0-2", "0-5h"]),
-        ([0.3, 0.3, 0.5, 0.5], ["0", "0-2"]),
-        ([0.6, 0.2, 0.5, 0.6], ["0"]),
+        ([0.3, 0.3, 0.5, 0.5], ["0", "0-2", "0-5h"]),
+        ([0.6, 0.2, 0.5, 0.6], ["0", "0-5h"]),
         ([0.0, 0.1, 0.8, 0.9], ["0", "0-2", "0-5h"]),
-        ([0.0, 0.0, 0.0, 0.0], ["0"]),
+        ([0.0, 0.0, 0.0, 0.0], ["0", "0-5h"]),
     ],
     ids=[
         "one says less than a cheaper one",
@@ -78,7 +78,7 @@ def test_of_a_menu_of_heads_the_best_exits_stay(config_file, prompts_file) -> No
         "none",
     ],
 )
-def test_the_best_exits_are_those_of_which_no_mixture_says_more(right, expected) -> None:
+def test_the_best_exits_are_those_below_no_mixture_and_the_full_depth(right, expected) -> None:
     plans = [LayerPlan.parse(text, 6) for text in ("0", "0-1", "0-2", "0-5h")]
     budgets = {plan: plan.layers / 6 for plan in plans}
     found = best_exits(dict(zip(plans, right, strict=True)), budgets)
