@@ -111,7 +111,7 @@ def demo_plans(n_layers: int, count: int) -> list[LayerPlan]:
 
 def chosen_plans(run: Path, count: int) -> list[LayerPlan]:
     """Plans of a run's menu, as many of each as its best controller chose at the certified price, in no order."""
-    metrics, menu = json.loads((run / "metrics.json").read_text()), PlanMenu.load(run / "menu.json")
+    metrics, menu = json.loads((run / "metrics.json").read_text()), PlanMenu.load(run / "allocator" / "menu.json")
     ends = np.round(np.cumsum(metrics[metrics["best"]]["plan_shares"]) * count).astype(int)
     plans = [plan for plan, n in zip(menu.plans, np.diff(ends, prepend=0), strict=True) for _ in range(n)]
     return random.Random(0).sample(plans, count)

@@ -203,14 +203,15 @@ def _lengths(
 
 
 def _menu(n_layers: int, mean: float) -> Iterator[Decision]:
-    probe = max(1, n_layers // 6)
+    part, named = (6, "sixth") if mean <= SHORT else (4, "quarter")
     if mean <= SHORT:
         yield Decision("menu.method", "heads", f"answers are short ({mean:.1f} tokens): the best of some early exits")
         yield Decision("menu.cheapest_budget", 0.15, "share of the decoder from which on exits are tried")
     else:
         yield Decision("menu.method", "covering", f"answers are long ({mean:.0f} tokens): plans of any shape")
         yield Decision("menu.plans", 8, "plans to choose from, the full one included")
-    yield Decision("menu.probe_depth", probe, "every plan runs a sixth of the layers, which the controller reads")
+    why = f"every plan runs a {named} of the layers, which the controller reads"
+    yield Decision("menu.probe_depth", max(1, n_layers // part), why)
 
 
 def _healing(prompts: int, uses_references: bool, *, is_short: bool) -> Iterator[Decision]:

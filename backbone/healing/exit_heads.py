@@ -59,7 +59,7 @@ class HeadFit:
         loss: on held-out answer places, after the ridge regression and after training (nats a place).
         wrong: share of these places where the likeliest token is not the target's, before and after.
         steps: of training after which this head was seen; 0 for the ridge regression.
-        said: number of each held-out text -> whether the head says every token of the answer along it, of all tokens.
+        said: number of each held-out text -> whether, of the whole vocabulary, the head says every token of the answer.
     """
 
     head: Bridge

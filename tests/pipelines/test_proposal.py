@@ -56,7 +56,13 @@ CASES = {
     "long references": (
         {"prompt": "tell {}", "reference": LONG},
         Model(28),
-        {"data.judge": "rouge_l", "menu.method": "covering", "adapt.method": "bridges", "decoding.max_new_tokens": 30},
+        {
+            "data.judge": "rouge_l",
+            "menu.method": "covering",
+            "menu.probe_depth": 7,
+            "adapt.method": "bridges",
+            "decoding.max_new_tokens": 30,
+        },
     ),
     "many long ones": ({"prompt": "t {}", "reference": LONG, "n": 2400}, Model(), {"adapt.method": "both"}),
     "none": (
