@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -243,15 +243,11 @@ class PlanMenu:
         return cls(tuple(ordered), tuple(plan.budget(sublayer_bytes) for plan in ordered), probe_depth)
 
     def with_added(self, costs: Mapping[str, float]) -> PlanMenu:
-        """This menu with something added to the budgets of some plans, named by their texts; sorted again."""
-        added = [budget + costs.get(str(plan), 0.0) for plan, budget in zip(self.plans, self.budgets, strict=True)]
-        order = sorted(range(len(self)), key=lambda index: (self.plans[index].is_full, added[index]))
-        return PlanMenu(tuple(self.plans[i] for i in order), tuple(min(added[i], 1.0) for i in order), self.probe_depth)
-
-    def only(self, texts: Container[str]) -> PlanMenu:
-        """The plans of this menu that have one of these texts, and the full one."""
-        kept = [number for number, plan in enumerate(self.plans) if plan.is_full or str(plan) in texts]
-        return PlanMenu(tuple(self.plans[i] for i in kept), tuple(self.budgets[i] for i in kept), self.probe_depth)
+        """The plans named by their texts, with something added to their budgets, and the full one; sorted again."""
+        pairs = zip(self.plans, self.budgets, strict=True)
+        added = {p: budget + costs.get(str(p), 0.0) for p, budget in pairs if p.is_full or str(p) in costs}
+        order = sorted(added, key=lambda plan: (plan.is_full, added[plan]))
+        return PlanMenu(tuple(order), tuple(min(added[plan], 1.0) for plan in order), self.probe_depth)
 
     @property
     def n_layers(self) -> int:

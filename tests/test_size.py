@@ -7,14 +7,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CEILINGS = {  # lines of Python, files
     "backbone": (5075, 35),
-    "oracle": (4710, 36),
+    "oracle": (4720, 36),
     "controller": (2990, 20),
     "runtime": (3350, 18),
     "token_exits": (1350, 11),
-    "pipelines": (7475, 49),
-    "serving": (2945, 27),
+    "pipelines": (7550, 49),
+    "serving": (2950, 27),
     "layerbudget": (1355, 12),
-    "tests": (20875, 152),
+    "tests": (20970, 152),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""

@@ -68,7 +68,13 @@ CASES = {
     "none": (
         {"prompt": "tell {}"},
         Model(answer=f"two words\n{LONG}"),
-        {"data.judge": "agreement", "adapt.targets": "own", "decoding.max_new_tokens": 5},
+        {
+            "data.judge": "agreement",
+            "menu.given": ["0-5", "0-8", "0-11", "0-17h"],
+            "menu.probe_depth": 4,
+            "adapt.targets": "own",
+            "decoding.max_new_tokens": 5,
+        },
     ),
     "judges in the file": (
         {"prompt": "tell {}", "reference": "a", "judge": "contains"},
@@ -142,7 +148,7 @@ PACES = {
         Pace(0.6, 0.4),
         10,
         3000,
-        {"data.limit=974", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=3"},
+        {"data.limit=894", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=2"},
     ),
     "all": (
         Pace(0.01, 0.01),
@@ -150,7 +156,7 @@ PACES = {
         900,
         {"data.limit=900", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=8"},
     ),
-    "slow": (Pace(2.0, 1.2), 13, 3000, {"calibration.keep=[0.8, 0.6, 0.97]", "tuning.trials=4"}),
+    "slow": (Pace(2.0, 1.2), 13, 3000, {"calibration.keep=[0.6, 0.97]", "tuning.trials=4"}),
 }
 
 
