@@ -26,7 +26,7 @@ def task_of(model, **changes) -> MenuTask:
 def test_menus_keep_the_contract(method, family) -> None:
     task = task_of(tiny_model(family))
     menu = build_menu(method, task)
-    assert 2 <= len(menu) <= (5 if method == "heads" else 4)  # of whose plans the stage `adapt` keeps as many
+    assert 2 <= len(menu) <= (5 if method == "heads" else 4)  # `heads` tries every depth
     assert menu.plans[-1].is_full
     assert 0.33 <= menu.budgets[0] < 0.75
     assert all({0, 1} <= plan.attention & plan.mlp for plan in menu.plans)
@@ -77,4 +77,4 @@ def test_menus_leave_out_a_layer_or_say_why_not(method) -> None:
             said = len(build_menu(method, task_of(model, **changes)))
         except PlanError as error:
             said = str(error)
-        assert said in range(2, 8) or (most and said.startswith(most)), (changes, said)
+        assert said in range(2, 7 if method == "heads" else 5) or (most and said.startswith(most)), (changes, said)
