@@ -242,12 +242,12 @@ class PlanMenu:
         ordered = sorted(distinct, key=lambda plan: (plan.budget(sublayer_bytes), plan.is_full, str(plan)))
         return cls(tuple(ordered), tuple(plan.budget(sublayer_bytes) for plan in ordered), probe_depth)
 
-    def with_added(self, costs: Mapping[str, float]) -> PlanMenu:
-        """The plans named by their texts, with something added to their budgets, and the full one; sorted again."""
+    def keeping(self, added: Mapping[str, float]) -> PlanMenu:
+        """The plans whose texts `added` names, with what it adds to their budgets, and the full one; sorted again."""
         pairs = zip(self.plans, self.budgets, strict=True)
-        added = {p: budget + costs.get(str(p), 0.0) for p, budget in pairs if p.is_full or str(p) in costs}
-        order = sorted(added, key=lambda plan: (plan.is_full, added[plan]))
-        return PlanMenu(tuple(order), tuple(min(added[plan], 1.0) for plan in order), self.probe_depth)
+        costs = {p: budget + added.get(str(p), 0.0) for p, budget in pairs if p.is_full or str(p) in added}
+        order = sorted(costs, key=lambda plan: (plan.is_full, costs[plan]))
+        return PlanMenu(tuple(order), tuple(min(costs[plan], 1.0) for plan in order), self.probe_depth)
 
     @property
     def n_layers(self) -> int:

@@ -87,7 +87,7 @@ def bridged(model: Any, menu: PlanMenu, labels: TaskLabels) -> tuple[PlanMenu, H
     """The menu with the costs of its bridges, which are fitted on the task's prompts, and these."""
     fitted = bridges_of(fit_bridges(model, labels.sequences(), menu.plans[:-1]))
     healing = Healing(model_fingerprint(model), fitted)
-    return menu.with_added({str(plan): healing.cost(model, plan) for plan in menu.plans[:-1]}), healing
+    return menu.keeping({str(plan): healing.cost(model, plan) for plan in menu.plans[:-1]}), healing
 
 
 def figures(menu: PlanMenu, scores: NDArray[np.float64]) -> dict[str, Any]:

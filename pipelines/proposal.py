@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from backbone.errors import InputError, PlanError
-from backbone.plan import LayerPlan
 from controller.certificate.certificate import alpha_of
 from controller.certificate.p_values import fewest_prompts
 from oracle.batches import spread
@@ -138,7 +137,7 @@ def propose(
         Decision("data.shares", shares, "healing parts are fitted on the split adapt, exit heads on many prompts"),
         Decision("decoding.max_new_tokens", min(most, int(1.5 * np.quantile(lengths, 0.99)) + 2), why),
         stop,
-        *_menu(model.n_layers, mean, prompts.uses_references(judged.value)),
+        *_menu(model.n_layers, mean),
         *_healing(round(count * shares["adapt"]), prompts.uses_references(judged.value), is_short=mean <= SHORT),
         *_certificate(keep, int(count * shares["calibrate"])),
         Decision("tuning.trials", 10, "settings that are tried for each controller"),
@@ -203,23 +202,16 @@ def _lengths(
     return [max(1, model.count(text)) for text in own], f"{len(own)} of the model's own answers"
 
 
-def _menu(n_layers: int, mean: float, uses_references: bool) -> Iterator[Decision]:
-    chooses = mean <= SHORT and uses_references
-    part, named = (6, "sixth") if chooses else (4, "quarter")
-    probe = max(1, n_layers // part)
-    if chooses:
+def _menu(n_layers: int, mean: float) -> Iterator[Decision]:
+    part, named = (6, "sixth") if mean <= SHORT else (4, "quarter")
+    if mean <= SHORT:
         yield Decision("menu.method", "heads", f"answers are short ({mean:.1f} tokens): the best of some early exits")
         yield Decision("menu.cheapest_budget", 0.15, "share of the decoder from which on exits are tried")
-    elif mean <= SHORT:  # heads without references have a menu of few exits far apart, which is worse (docs/log.md)
-        counts = sorted({max(probe, round(share * n_layers)) for share in (1 / 3, 1 / 2, 2 / 3)} - {n_layers})
-        given = [*(str(LayerPlan.exiting(n_layers, count)) for count in counts), f"0-{n_layers - 1}h"]
-        yield Decision("menu.method", "given", f"answers are short ({mean:.1f} tokens): early exits")
-        yield Decision("menu.given", given, "after 1/3, 1/2 and 2/3 of the layers, and the full depth with a head")
     else:
         yield Decision("menu.method", "covering", f"answers are long ({mean:.0f} tokens): plans of any shape")
         yield Decision("menu.plans", 8, "plans to choose from, the full one included")
     why = f"every plan runs a {named} of the layers, which the controller reads"
-    yield Decision("menu.probe_depth", probe, why)
+    yield Decision("menu.probe_depth", max(1, n_layers // part), why)
 
 
 def _healing(prompts: int, uses_references: bool, *, is_short: bool) -> Iterator[Decision]:

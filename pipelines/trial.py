@@ -90,7 +90,7 @@ def settings_for(config: Config, pace: Pace, minutes: float, prompts: int) -> li
     """
     seconds, timed = 60 * minutes * SAFE, _timed(config, pace, minutes)
     are_exits = config.menu.method in ("given", "heads")
-    heads = len(config.menu.given) or TRIED_EXITS // 2  # those that are compared are trained in part
+    heads = len(config.menu.given) or TRIED_EXITS // 4 + config.menu.plans  # a quarter of the steps for those tried
     fixed = FIXED_S + pace.single * EXAMPLES
     fixed += pace.batched * HEAD_FIT * heads if config.adapt.method == "heads" else 0
     fixed += max(seconds * TIMINGS, timed * _timing_s(config, pace))

@@ -10,7 +10,7 @@ Shapes: `T` places, `D` hidden size, `L` layers, `v` tokens of a vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -99,7 +99,14 @@ class HeadFitter:
             mask.nonzero()[:, 0] for mask in (self._fitted.is_answer, ~self._fitted.is_answer)
         )
 
-    def fit(self, depths: Sequence[int], references: float, advance: Advance = lambda done: None) -> dict[int, HeadFit]:
+    def fit(
+        self,
+        depths: Sequence[int],
+        references: float,
+        advance: Advance = lambda done: None,
+        *,
+        steps: int | None = None,
+    ) -> dict[int, HeadFit]:
         """A head for each of some depths.
 
         Args:
@@ -107,9 +114,11 @@ class HeadFitter:
             references: weight of the cross-entropy where the target is known; the divergence from the full model has
                 the rest, and all of the weight elsewhere.
             advance: called with the number of heads that were fitted.
+            steps: in place of those of the settings.
         """
-        settings, generator = self._settings, torch.Generator().manual_seed(self._settings.seed)
-        heads = {depth: self._start(depth, references) for depth in depths}
+        settings = self._settings if steps is None else replace(self._settings, steps=steps)
+        generator = torch.Generator().manual_seed(settings.seed)
+        heads = {depth: self._start(depth, references, settings) for depth in depths}
         for step in range(1, settings.steps + 1):
             with torch.enable_grad():
                 now = {depth: head.now for depth, head in heads.items()}
@@ -122,9 +131,14 @@ class HeadFitter:
                 for head, one in zip(heads.values(), found, strict=True):
                     head.note(one, step)
             advance(len(heads) * step // settings.steps - len(heads) * (step - 1) // settings.steps)
-        return {depth: head.fit(self._said(depth, head.best)) for depth, head in heads.items()}
+        return {depth: head.fit(self._said(head.best(self._held.states[depth]))) for depth, head in heads.items()}
 
-    def _start(self, depth: int, references: float) -> _Head:
+    @property
+    def stock(self) -> dict[int, bool]:
+        """Of the full model as it is, what `HeadFit.said` is of a head."""
+        return self._said(self._held.states[self._last])
+
+    def _start(self, depth: int, references: float, settings: HeadSettings) -> _Head:
         """The ridge regression that is best on the held-out texts."""
         x, y = self._fitted.states[depth], self._fitted.states[self._last]
         y = y / y.pow(2).mean(-1, keepdim=True).sqrt()  # a final norm sees no other difference
@@ -136,7 +150,7 @@ class HeadFitter:
         solved = [torch.linalg.solve(inner + strength * scale * eye, cross) for strength in RIDGES]
         found = [self._held_out({depth: units.bridge(each)}, references)[0] for each in solved]
         best = found.index(min(found))
-        return _Head(solved[best], units, found[best], self._settings)
+        return _Head(solved[best], units, found[best], settings)
 
     def _drawn(self, generator: torch.Generator) -> Places:
         """Places of a step."""
@@ -174,9 +188,9 @@ class HeadFitter:
         return [*zip(wrong.tolist(), losses.tolist(), strict=True)]
 
     @torch.no_grad()
-    def _said(self, depth: int, head: Bridge) -> dict[int, bool]:
-        states = torch.split(self._held.states[depth], AT_ONCE)
-        said = torch.cat([_logits(self._model, head(some)).argmax(-1).cpu() for some in states])
+    def _said(self, states: torch.Tensor) -> dict[int, bool]:
+        """Of final states at the held-out places [T, D]."""
+        said = torch.cat([_logits(self._model, some).argmax(-1).cpu() for some in torch.split(states, AT_ONCE)])
         wrong = set(self._held.text[said != self._held.following].tolist())
         return {text: text not in wrong for text in sorted(set(self._held.text.tolist()))}
 

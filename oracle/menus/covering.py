@@ -150,7 +150,7 @@ class _Pool:
                 self._advance()
 
         menu = PlanMenu.build(plans, sublayer_bytes(model), self._task.probe_depth)
-        menu = menu.with_added({str(plan): healing.cost(model, plan) for plan in plans})
+        menu = menu.keeping({str(plan): healing.cost(model, plan) for plan in plans})
         scores = self._labels.scores(menu.plans, healing, judge, advance)
         return Measured(list(menu.plans), np.array(menu.budgets), scores)
 

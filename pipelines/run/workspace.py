@@ -62,7 +62,7 @@ class Workspace:
 
     def menu(self) -> PlanMenu:
         """The plans that the stage `adapt` kept, with budgets that count the bridges too."""
-        return self.frozen_menu().with_added(self.read("adapt.json")["added_budget"])
+        return self.frozen_menu().keeping(self.read("adapt.json")["added_budget"])
 
     @cached_property
     def healing(self) -> Healing:

@@ -138,7 +138,7 @@ class _HealingMaker:
     def _heads(self) -> Bridges:
         """Exit heads, on the model's own distribution or on references too, whichever says more references.
 
-        Of the menu `heads` those plans stay that say most for what they cost.
+        Of the menu `heads` those plans stay with which an oracle spends least.
         """
         right = [p for p in self.prompts if p.reference and p.judge not in ("agreement", KL)]
         examples = reference_examples(self._tokenizer, right, self._workspace.model.decoding)
@@ -146,11 +146,9 @@ class _HealingMaker:
         examples += self._answers_to(others) if others else []
         tasks = [prompt.task for prompt in (*right, *others)]
         targets = self._settings.targets if right else "own"
-        budgets = dict(zip(self._menu.plans, self._menu.budgets, strict=True))
-        chooses = self._workspace.config.menu.method == "heads"
-        fits, self.record["heads"] = make_heads(
-            self._model, examples, tasks, self.plans, targets, budgets if chooses else None
-        )
+        menu = self._workspace.config.menu
+        choice = menu if menu.method == "heads" else None
+        fits, self.record["heads"] = make_heads(self._model, examples, tasks, self.plans, targets, choice)
         self.plans = list(fits)
         return {plan: {len(plan.attention): fit.head} for plan, fit in fits.items()}
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from backbone.families import sublayer_bytes
 from backbone.healing.exit_heads import HeadFit, HeadFitter, HeadSettings
 from backbone.healing.exit_places import places_bytes, read_places
 from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
 from oracle.batches import spread
-from oracle.frontier.frontier import upper_hull
 from oracle.labels.exit_answers import exit_depth
+from oracle.menus.covering import Measured
 from pipelines.config import ConfigError
-from pipelines.config.sections import Targets
+from pipelines.config.sections import MenuSection, Targets
 from pipelines.run.progress import console, progress
 
 WEIGHTS = {"own": 0.0, "references": 0.7}
@@ -38,11 +38,11 @@ def make_heads(
     tasks: Sequence[str],
     plans: Sequence[LayerPlan],
     targets: Targets,
-    budgets: Mapping[LayerPlan, float] | None = None,
+    choice: MenuSection | None = None,
 ) -> tuple[dict[LayerPlan, HeadFit], dict[str, Any]]:
     """A head for each plan, and how they were fitted; the model runs in full, once over each example.
 
-    With budgets, heads trained for a quarter of the steps say which plans are best (see `best_exits`).
+    With a choice, heads trained for a quarter of the steps say which plans are best (see `best_exits`).
 
     Args:
         model: that the heads are for.
@@ -50,7 +50,7 @@ def make_heads(
         tasks: of the examples.
         plans: early exits.
         targets: see `AdaptSection.targets`.
-        budgets: of the plans, if only the best of them are to get a head; None for all.
+        choice: how many of the plans are to get a head, and at which losses they are to be the best; None for all.
 
     Raises:
         ConfigError: a plan that is no early exit.
@@ -64,16 +64,17 @@ def make_heads(
         places = read_places(model, [examples[number] for number in numbers], wanted, advance=advance)
     read = time.perf_counter()
     settings, names = HeadSettings(), list(WEIGHTS) if targets == "auto" else [targets]
-    screened: dict[LayerPlan, float] = {}
-    if budgets is not None:
-        short = HeadFitter(model, places, replace(settings, steps=settings.steps // SCREENED))
+    fitter = HeadFitter(model, places, settings)
+    screened: dict[str, float] = {}
+    if choice is not None:
         with progress("heads to compare exits by", len(wanted)) as advance:
-            compared = short.fit(wanted, WEIGHTS[names[-1]], advance)
-        screened = {plan: compared[depth].right for plan, depth in depths.items()}
-        depths = {plan: depths[plan] for plan in best_exits(screened, budgets)}
+            compared = fitter.fit(wanted, WEIGHTS[names[-1]], advance, steps=settings.steps // SCREENED)
+        screened = {str(plan): compared[depth].right for plan, depth in depths.items()}
+        texts, sizes = {plan: compared[depth].said for plan, depth in depths.items()}, sublayer_bytes(model)
+        best = best_exits(texts, fitter.stock, [plan.budget(sizes) for plan in texts], choice.plans, choice.losses)
+        depths = {plan: depths[plan] for plan in best}
         wanted = sorted({*depths.values()})
         console.print(f"  of {len(screened)} exits these are best: {', '.join(map(str, depths))}")
-    fitter = HeadFitter(model, places, settings)
     with progress("heads", len(wanted) + (len(names) - 1) * min(TRIED, len(wanted))) as advance:
         tried = spread(wanted, TRIED) if len(names) > 1 else wanted
         found = {name: fitter.fit(tried, WEIGHTS[name], advance) for name in names}
@@ -86,7 +87,7 @@ def make_heads(
         "prompts": len(numbers),
         "places": len(places),
         "seconds": {"states": read - start, "heads": time.perf_counter() - read},
-        "screened": {str(plan): right for plan, right in screened.items()},
+        "screened": screened,
         "fits": {
             name: {str(plan): _described(own[depth], of_texts) for plan, depth in depths.items() if depth in own}
             for name, own in found.items()
@@ -98,17 +99,29 @@ def make_heads(
     return {plan: fits[depth] for plan, depth in depths.items()}, record
 
 
-def best_exits(right: Mapping[LayerPlan, float], budgets: Mapping[LayerPlan, float]) -> list[LayerPlan]:
-    """The plans on the upper hull of budget and share of answers said, and the full depth, cheapest first.
+def best_exits(
+    said: Mapping[LayerPlan, Mapping[int, bool]],
+    stock: Mapping[int, bool],
+    budgets: Sequence[float],
+    count: int,
+    losses: Sequence[float],
+) -> list[LayerPlan]:
+    """The plans with which an oracle spends least on held-out texts, and the full depth, cheapest first.
 
-    Of any other plan some mixture of two of these says more for the same budget. A menu that an oracle spends less with
-    is no better for a controller: the oracle also picks what is right by luck (docs/log.md). The full depth stays, so
-    that a report shows what its head alone gains.
+    They are chosen as those of a covering menu are. The full depth stays, so that a report shows what its head alone
+    gains.
+
+    Args:
+        said: of each plan, cheapest first, whether its head says the answer of each text.
+        stock: the same of the full model as it is.
+        budgets: of the plans.
+        count: plans that are chosen, the full model counted.
+        losses: see `oracle.menus.p_median.best_plans`.
     """
-    points = {plan: (budgets[plan], share) for plan, share in right.items()}
-    hull = upper_hull([*points.values()])
-    kept = {next(plan for plan, point in points.items() if point == corner) for corner in hull}
-    return [plan for plan in right if plan in kept or plan.healed]
+    full = LayerPlan.full(next(iter(said)).n_layers)
+    scores = np.array([[one[text] for one in (*said.values(), stock)] for text in stock], dtype=float)
+    best = Measured([*said, full], np.array([*budgets, 1.0]), scores).best(count, losses)
+    return [plan for plan in said if plan in best or plan.healed]
 
 
 def _depths(plans: Sequence[LayerPlan]) -> dict[LayerPlan, int]:

@@ -70,8 +70,8 @@ CASES = {
         Model(answer=f"two words\n{LONG}"),
         {
             "data.judge": "agreement",
-            "menu.given": ["0-5", "0-8", "0-11", "0-17h"],
-            "menu.probe_depth": 4,
+            "menu.method": "heads",
+            "menu.probe_depth": 3,
             "adapt.targets": "own",
             "decoding.max_new_tokens": 5,
         },

@@ -13,6 +13,7 @@ from backbone.healing.healing import Bridge, Healing
 from backbone.healing.training_targets import Example
 from backbone.loading import load_backbone
 from backbone.plan import LayerPlan
+from oracle.menus import LOSSES
 from pipelines.config import ConfigError, load_config
 from pipelines.evaluation.summary import closing
 from pipelines.run.runner import run_all
@@ -47,41 +48,38 @@ def test_a_run_fits_heads_and_labels_exits_in_one_pass(config_file, prompts_file
 def test_of_a_menu_of_heads_the_best_exits_stay(config_file, prompts_file) -> None:
     """The plans that the stage `adapt` keeps are those of every later stage."""
     change_prompts(prompts_file, lambda number, row: row | {"judge": "exact", "reference": row["prompt"][-1]})
-    menu = {"method": "heads", "probe_depth": 2, "cheapest_budget": 0.34}
+    menu = {"method": "heads", "probe_depth": 2, "cheapest_budget": 0.34, "plans": 3}
     config = load_config(config_file(menu=menu, adapt={"method": "heads"}, evaluation={"speed_rounds": 1}))
     run_all(config)
     workspace, adapt = Workspace(config), json.loads((config.folder / "adapt.json").read_text())
     frozen = workspace.frozen_menu()
-    tried = {plan: adapt["heads"]["screened"][str(plan)] for plan in frozen.plans[:-1]}
-    assert [str(plan) for plan in tried] == ["0-1", "0-2", "0-3", "0-4", "0-5h"]
-    kept = best_exits(tried, dict(zip(frozen.plans, frozen.budgets, strict=True)))
-    assert list(workspace.menu().plans) == [*kept, frozen.plans[-1]]
+    assert list(adapt["heads"]["screened"]) == ["0-1", "0-2", "0-3", "0-4", "0-5h"] == list(map(str, frozen.plans[:-1]))
+    *kept, full = workspace.menu().plans
+    assert full == frozen.plans[-1]
+    assert str(kept[-1]) == "0-5h"
+    assert 2 <= len(kept) <= 3  # two of a menu of three are chosen, and the full depth stays in any case
     assert set(workspace.healing.bridges) == set(kept)
     assert {*adapt["added_budget"]} == {*map(str, kept)} == {*adapt["heads"]["fits"][adapt["heads"]["targets"]]}
     assert Allocator.from_pretrained(config.folder / "allocator").menu == workspace.menu()
 
 
 @pytest.mark.parametrize(
-    ("right", "expected"),
+    ("said", "stock", "count", "expected"),
     [
-        ([0.3, 0.2, 0.5, 0.6], ["0", "0-2", "0-5h"]),
-        ([0.3, 0.3, 0.5, 0.5], ["0", "0-2", "0-5h"]),
-        ([0.6, 0.2, 0.5, 0.6], ["0", "0-5h"]),
-        ([0.0, 0.1, 0.8, 0.9], ["0", "0-2", "0-5h"]),
-        ([0.0, 0.0, 0.0, 0.0], ["0", "0-5h"]),
+        (["1100", "1100", "1111", "1111"], "1111", 3, ["0", "0-2", "0-5h"]),
+        (["1100", "0011", "1100", "1100"], "1111", 3, ["0", "0-1", "0-5h"]),
+        (["0000", "0000", "1111", "1111"], "1111", 2, ["0-2", "0-5h"]),
+        (["1111", "1111", "1111", "1111"], "0000", 2, ["0", "0-5h"]),
+        (["0000", "0000", "0000", "0000"], "1111", 2, ["0", "0-5h"]),
+        (["1000", "1100", "1110", "1111"], "1111", 9, ["0", "0-1", "0-2", "0-5h"]),
     ],
-    ids=[
-        "one says less than a cheaper one",
-        "one adds nothing",
-        "the cheapest says most",
-        "a mixture says more",
-        "none",
-    ],
+    ids=["an exit adds nothing", "exits complete each other", "one", "the full model is never right", "none", "all"],
 )
-def test_the_best_exits_are_those_below_no_mixture_and_the_full_depth(right, expected) -> None:
+def test_the_best_exits_are_those_that_an_oracle_spends_least_with(said, stock, count, expected) -> None:
     plans = [LayerPlan.parse(text, 6) for text in ("0", "0-1", "0-2", "0-5h")]
-    budgets = {plan: plan.layers / 6 for plan in plans}
-    found = best_exits(dict(zip(plans, right, strict=True)), budgets)
+    of = [{text: digit == "1" for text, digit in enumerate(each)} for each in (*said, stock)]
+    budgets = [plan.layers / 6 for plan in plans]
+    found = best_exits(dict(zip(plans, of, strict=False)), of[-1], budgets, count, LOSSES)
     assert [str(plan) for plan in found] == expected
 
 
