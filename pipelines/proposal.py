@@ -207,6 +207,7 @@ def _menu(n_layers: int, mean: float) -> Iterator[Decision]:
     if mean <= SHORT:
         yield Decision("menu.method", "heads", f"answers are short ({mean:.1f} tokens): the best of some early exits")
         yield Decision("menu.cheapest_budget", 0.15, "share of the decoder from which on exits are tried")
+        yield Decision("menu.plans", 5, "four exits and the full model; the full depth with a head is added")
     else:
         yield Decision("menu.method", "covering", f"answers are long ({mean:.0f} tokens): plans of any shape")
         yield Decision("menu.plans", 8, "plans to choose from, the full one included")

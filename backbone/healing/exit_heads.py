@@ -133,11 +133,6 @@ class HeadFitter:
             advance(len(heads) * step // settings.steps - len(heads) * (step - 1) // settings.steps)
         return {depth: head.fit(self._said(head.best(self._held.states[depth]))) for depth, head in heads.items()}
 
-    @property
-    def stock(self) -> dict[int, bool]:
-        """Of the full model as it is, what `HeadFit.said` is of a head."""
-        return self._said(self._held.states[self._last])
-
     def _start(self, depth: int, references: float, settings: HeadSettings) -> _Head:
         """The ridge regression that is best on the held-out texts."""
         x, y = self._fitted.states[depth], self._fitted.states[self._last]

@@ -105,7 +105,7 @@ class MenuSection(Section):
     given: list[str] = []
     """Plans as text, such as 0-12,16, for the method `given`; the full plan is added."""
     plans: int = Field(8, ge=2)
-    """Number of plans, the full one included."""
+    """Number of plans, the full one included; `heads` adds the full depth with its head."""
     cheapest_budget: float = Field(0.5, gt=0, lt=1)
     """Least share of the decoder that the cheapest plan runs."""
     prompts: int = Field(32, ge=1)

@@ -147,8 +147,8 @@ class _HealingMaker:
         tasks = [prompt.task for prompt in (*right, *others)]
         targets = self._settings.targets if right else "own"
         menu = self._workspace.config.menu
-        choice = menu if menu.method == "heads" else None
-        fits, self.record["heads"] = make_heads(self._model, examples, tasks, self.plans, targets, choice)
+        count = menu.plans if menu.method == "heads" else None
+        fits, self.record["heads"] = make_heads(self._model, examples, tasks, self.plans, targets, count)
         self.plans = list(fits)
         return {plan: {len(plan.attention): fit.head} for plan, fit in fits.items()}
 

@@ -17,9 +17,9 @@ from backbone.healing.training_targets import Example
 from backbone.plan import LayerPlan
 from oracle.batches import spread
 from oracle.labels.exit_answers import exit_depth
-from oracle.menus.covering import Measured
+from oracle.menus.p_median import best_plans
 from pipelines.config import ConfigError
-from pipelines.config.sections import MenuSection, Targets
+from pipelines.config.sections import Targets
 from pipelines.run.progress import console, progress
 
 WEIGHTS = {"own": 0.0, "references": 0.7}
@@ -38,11 +38,11 @@ def make_heads(
     tasks: Sequence[str],
     plans: Sequence[LayerPlan],
     targets: Targets,
-    choice: MenuSection | None = None,
+    count: int | None = None,
 ) -> tuple[dict[LayerPlan, HeadFit], dict[str, Any]]:
     """A head for each plan, and how they were fitted; the model runs in full, once over each example.
 
-    With a choice, heads trained for a quarter of the steps say which plans are best (see `best_exits`).
+    With a count, heads trained for a quarter of the steps say which plans are best (see `best_exits`).
 
     Args:
         model: that the heads are for.
@@ -50,7 +50,7 @@ def make_heads(
         tasks: of the examples.
         plans: early exits.
         targets: see `AdaptSection.targets`.
-        choice: how many of the plans are to get a head, and at which losses they are to be the best; None for all.
+        count: plans of the menu that is to be chosen, the full model counted; None for all.
 
     Raises:
         ConfigError: a plan that is no early exit.
@@ -66,12 +66,12 @@ def make_heads(
     settings, names = HeadSettings(), list(WEIGHTS) if targets == "auto" else [targets]
     fitter = HeadFitter(model, places, settings)
     screened: dict[str, float] = {}
-    if choice is not None:
+    if count is not None:
         with progress("heads to compare exits by", len(wanted)) as advance:
             compared = fitter.fit(wanted, WEIGHTS[names[-1]], advance, steps=settings.steps // SCREENED)
         screened = {str(plan): compared[depth].right for plan, depth in depths.items()}
         texts, sizes = {plan: compared[depth].said for plan, depth in depths.items()}, sublayer_bytes(model)
-        best = best_exits(texts, fitter.stock, [plan.budget(sizes) for plan in texts], choice.plans, choice.losses)
+        best = best_exits(texts, [plan.budget(sizes) for plan in texts], count)
         depths = {plan: depths[plan] for plan in best}
         wanted = sorted({*depths.values()})
         console.print(f"  of {len(screened)} exits these are best: {', '.join(map(str, depths))}")
@@ -99,29 +99,21 @@ def make_heads(
     return {plan: fits[depth] for plan, depth in depths.items()}, record
 
 
-def best_exits(
-    said: Mapping[LayerPlan, Mapping[int, bool]],
-    stock: Mapping[int, bool],
-    budgets: Sequence[float],
-    count: int,
-    losses: Sequence[float],
-) -> list[LayerPlan]:
+def best_exits(said: Mapping[LayerPlan, Mapping[int, bool]], budgets: Sequence[float], count: int) -> list[LayerPlan]:
     """The plans with which an oracle spends least on held-out texts, and the full depth, cheapest first.
 
-    They are chosen as those of a covering menu are. The full depth stays, so that a report shows what its head alone
-    gains.
+    The oracle gives each text the cheapest plan whose head says the answer, and the full model where none does. The
+    full depth stays, so that a report shows what its head alone gains.
 
     Args:
         said: of each plan, cheapest first, whether its head says the answer of each text.
-        stock: the same of the full model as it is.
         budgets: of the plans.
-        count: plans that are chosen, the full model counted.
-        losses: see `oracle.menus.p_median.best_plans`.
+        count: plans that the oracle chooses from, the full model counted.
     """
-    full = LayerPlan.full(next(iter(said)).n_layers)
-    scores = np.array([[one[text] for one in (*said.values(), stock)] for text in stock], dtype=float)
-    best = Measured([*said, full], np.array([*budgets, 1.0]), scores).best(count, losses)
-    return [plan for plan in said if plan in best or plan.healed]
+    texts = next(iter(said.values()))
+    scores = np.array([[*(one[text] for one in said.values()), True] for text in texts], dtype=float)
+    places = best_plans(scores, np.array([*budgets, 1.0]), count, losses=[0.0])
+    return [plan for place, plan in enumerate(said) if place in places or plan.healed]
 
 
 def _depths(plans: Sequence[LayerPlan]) -> dict[LayerPlan, int]:
