@@ -102,6 +102,16 @@ def explained() -> str:
     return contributions(_demo()["metrics"])
 
 
+def demo_own() -> str:
+    """What explains the score of the demo without references."""
+    return contributions(_result("demo_own"))
+
+
+def demo_own_levels() -> str:
+    """Every certified level of that run, on unseen prompts."""
+    return levels(_result("demo_own"))
+
+
 def qwen_classify() -> str:
     """What explains the score of Qwen on prompts to classify."""
     return contributions(_result("qwen_classify"))
@@ -202,7 +212,7 @@ def _over_draws(figure: Mapping[str, float]) -> str:
 BLOCKS: Mapping[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
-        *(gain, policies, fresh_runs, explained, redraws, redrawn_bounds),
+        *(gain, policies, fresh_runs, explained, redraws, redrawn_bounds, demo_own, demo_own_levels),
         *(verdicts, qwen_classify, qwen_classify_levels, qwen_classify_speeds, earlier_runs),
     )
 }

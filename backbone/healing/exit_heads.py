@@ -100,12 +100,7 @@ class HeadFitter:
         )
 
     def fit(
-        self,
-        depths: Sequence[int],
-        references: float,
-        advance: Advance = lambda done: None,
-        *,
-        steps: int | None = None,
+        self, depths: Sequence[int], references: float, advance: Advance = lambda done: None, steps: int | None = None
     ) -> dict[int, HeadFit]:
         """A head for each of some depths.
 
