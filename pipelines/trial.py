@@ -123,7 +123,8 @@ def _timed(config: Config, pace: Pace, minutes: float) -> int:
 
 def _timing_s(config: Config, pace: Pace) -> float:
     """Seconds that the fewest rounds of timings take for a prompt, in a batch under each plan and four times alone."""
-    plans = len(config.menu.given) + 1 if config.menu.given else config.menu.plans
+    menu = config.menu
+    plans = len(menu.given) + 1 if menu.given else menu.plans + (menu.method == "heads")  # with the full depth's head
     return (FEWEST_ROUNDS + 1) * pace.single * (0.6 * plans + 4)
 
 

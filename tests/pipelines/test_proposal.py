@@ -148,7 +148,7 @@ PACES = {
         Pace(0.6, 0.4),
         10,
         3000,
-        {"data.limit=894", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=2"},
+        {"data.limit=874", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=2"},
     ),
     "all": (
         Pace(0.01, 0.01),
@@ -156,7 +156,7 @@ PACES = {
         900,
         {"data.limit=900", "calibration.keep=[0.97, 0.9]", "evaluation.speed_prompts=8"},
     ),
-    "slow": (Pace(2.0, 1.2), 13, 3000, {"calibration.keep=[0.6, 0.97]", "tuning.trials=4"}),
+    "slow": (Pace(2.0, 1.2), 12, 3000, {"calibration.keep=[0.6, 0.97]", "tuning.trials=4"}),
 }
 
 
