@@ -56,7 +56,7 @@ STAGES = (
     Stage(
         "adapt",
         "make the shortened plans better",
-        ("adapt", "label.batch_size"),
+        ("adapt", "decoding", "label.batch_size", "menu.method", "menu.plans"),
         ("menu",),
         ("healing.safetensors", "adapt.json"),
         notes=("adapt.json",),

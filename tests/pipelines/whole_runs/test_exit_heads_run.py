@@ -16,6 +16,7 @@ from backbone.plan import LayerPlan
 from pipelines.config import ConfigError, load_config
 from pipelines.evaluation.summary import closing
 from pipelines.run.runner import run_all
+from pipelines.run.state import stage_key
 from pipelines.run.workspace import Workspace
 from pipelines.stages import exit_heads
 from pipelines.stages import menu as menus
@@ -78,6 +79,17 @@ def test_the_best_exits_are_those_that_an_oracle_spends_least_with(said, count, 
     of = [{text: digit == "1" for text, digit in enumerate(each)} for each in said]
     found = best_exits(dict(zip(plans, of, strict=True)), [plan.layers / 6 for plan in plans], count)
     assert [str(plan) for plan in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "changed"),
+    [("menu", {"plans": 4}), ("menu", {"method": "exits"}), ("decoding", {"max_new_tokens": 5})],
+)
+def test_heads_are_made_anew_for_another_menu_and_other_answers(config_file, prompts_file, section, changed) -> None:
+    """The stage `menu` leaves the same file whatever these are."""
+    config = load_config(config_file(menu={"method": "heads", "probe_depth": 2}, adapt={"method": "heads"}))
+    other = config.model_copy(update={section: getattr(config, section).model_copy(update=changed)})
+    assert stage_key(Workspace(other), "adapt") != stage_key(Workspace(config), "adapt")
 
 
 def test_heads_of_other_plans_are_refused(model) -> None:
