@@ -39,7 +39,7 @@ def test_plans_are_exact_on_real_weights(gemma, plan) -> None:
 
 def test_a_bridge_brings_an_early_exit_back_and_the_full_model_stays_bit_equal(gemma) -> None:
     model, tokenizer = gemma
-    prompts = load_prompts("embedded", limit=16)
+    prompts = load_prompts("embedded", limit=48)
     plan, full = LayerPlan.exiting(18, 14), LayerPlan.full(18)
     sequences = [tokenizer(prompt.prompt + " " + prompt.reference).input_ids for prompt in prompts]
     inputs = tokenizer(["cat -> animal\nhammer -> tool\nbread -> food\nhorse ->"], return_tensors="pt")
@@ -61,7 +61,7 @@ def test_a_bridge_brings_an_early_exit_back_and_the_full_model_stays_bit_equal(g
 
 def test_the_full_model_does_the_embedded_work_and_a_stump_does_not(gemma) -> None:
     model, tokenizer = gemma
-    prompts = load_prompts("embedded", limit=12)
+    prompts = load_prompts("embedded", limit=24)
     means = {}
     for plan in (LayerPlan.full(18), LayerPlan.exiting(18, 8)):
         answers = answer_batch(model, tokenizer, [p.prompt for p in prompts], plan, Decoding(8, ("\n",)))
