@@ -3,7 +3,7 @@
     python benchmarks/readme.py           # rewrites both files
     python benchmarks/readme.py --check   # exits with status 1 where a figure is not that of its file
 
-Figures stand between `<!-- figures: NAME -->` and `<!-- end -->`; NAME is one of the functions of `BLOCKS`.
+Figures stand between `<!-- figures: NAME -->` and `<!-- end -->`; NAME is a key of `BLOCKS`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
 EARLIER = ("qwen_embedded", "smollm2_chat", "qwen_chat")
 """Runs of earlier versions, as committed; docs/results.md says what has changed since."""
+RUNS = ("demo_own", "qwen_classify")
+"""Runs with two blocks each: NAME, what explains the score on unseen prompts, and NAME_levels, the certified levels."""
 
 REDRAWN = {
     "allocator": "the allocator",
@@ -102,28 +105,8 @@ def explained() -> str:
     return contributions(_demo()["metrics"])
 
 
-def demo_own() -> str:
-    """What explains the score of the demo without references."""
-    return contributions(_result("demo_own"))
-
-
-def demo_own_levels() -> str:
-    """Every certified level of that run, on unseen prompts."""
-    return levels(_result("demo_own"))
-
-
-def qwen_classify() -> str:
-    """What explains the score of Qwen on prompts to classify."""
-    return contributions(_result("qwen_classify"))
-
-
-def qwen_classify_levels() -> str:
-    """Every certified level of that run, on unseen prompts."""
-    return levels(_result("qwen_classify"))
-
-
 def qwen_classify_speeds() -> str:
-    """How many times as fast as stock generation that run's allocator is."""
+    """How many times as fast as stock generation the allocator of Qwen on prompts to classify is."""
     found = _result("qwen_classify")["speed"]
     rows = [
         [name, table.within(found["intervals"][key], "{:.2f}")]
@@ -209,12 +192,20 @@ def _over_draws(figure: Mapping[str, float]) -> str:
     return table.within({**figure, "value": figure["mean"]}, "{:.1%}")
 
 
+def _shown(show: Callable[[Mapping[str, Any]], str], run: str) -> str:
+    return show(_result(run))
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
-        *(gain, policies, fresh_runs, explained, redraws, redrawn_bounds, demo_own, demo_own_levels),
-        *(verdicts, qwen_classify, qwen_classify_levels, qwen_classify_speeds, earlier_runs),
+        *(gain, policies, fresh_runs, explained, redraws, redrawn_bounds),
+        *(verdicts, qwen_classify_speeds, earlier_runs),
     )
+} | {
+    f"{run}{suffix}": partial(_shown, show, run)
+    for run in RUNS
+    for suffix, show in (("", contributions), ("_levels", levels))
 }
 
 
