@@ -46,7 +46,8 @@ from oracle.search.driver import search_prompts
 from oracle.search.searchers import BisectionSearch
 
 RESULTS = Path(__file__).parent / "results"
-KILLS = 100
+KILLS, LABELLED = 100, 3000
+"""Times that a run is killed, and the prompts that it labels."""
 
 
 def main() -> None:
@@ -153,7 +154,7 @@ def kills(folder: Path) -> dict[str, Any]:
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     menu = PlanMenu.build([LayerPlan.exiting(6, n) for n in (3, 4, 5)], sublayer_bytes(model), 2)
-    texts = [" ".join(str((i * k + i // 97) % 97) for k in range(1, 9)) for i in range(3000)]
+    texts = [" ".join(str((i * k + i // 97) % 97) for k in range(1, 9)) for i in range(LABELLED)]
     prompts = [Prompt(f"p{i}", "t", text, "", "agreement") for i, text in enumerate(texts)]
 
     def label(path: Path) -> None:

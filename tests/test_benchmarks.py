@@ -155,6 +155,7 @@ def test_menus_are_compared_as_static_plans(model_folder, prompts_file, measured
 def test_labelling_compares_its_ways(model_folder, prompts_file, monkeypatch, measured) -> None:
     labelling = import_module("labelling")
     monkeypatch.setattr(labelling, "KILLS", 1)
+    monkeypatch.setattr(labelling, "LABELLED", 400)
     monkeypatch.setattr(labelling, "million", lambda folder: {})
     options = "--prompts 16 --plans 3 --max-new-tokens 3 --alone 2 --judges agreement --device cpu"
     data = ("--model", model_folder, "--data", prompts_file)

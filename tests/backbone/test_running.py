@@ -131,9 +131,10 @@ def compiled() -> dict[str, object]:
     return {**GREEDY, "cache_implementation": "static", "compile_config": config}
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_each_plan_is_compiled_once_whatever_comes_between() -> None:
     model, batch = tiny_model("llama"), padded_batch()
-    plans = [LayerPlan.skipping(N_LAYERS, {i, j}) for i in range(3) for j in range(3, 6)]  # one more than dynamo keeps
+    plans = [LayerPlan.skipping(N_LAYERS, {i}) for i in range(2, 5)]  # one more than dynamo keeps
     stock = model.generate(**batch, **GREEDY)
     assert torch.equal(model.generate(**batch, **compiled()), stock)
     graphs = []
