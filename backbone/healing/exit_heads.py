@@ -23,6 +23,8 @@ LOOKED_AT = 256
 """Places of answers at which the full model's likely tokens are taken into the vocabulary."""
 AT_ONCE = 64
 """Places whose logits over the whole vocabulary are made together."""
+SEARCHED = 64
+"""Places at which a look at a head finds tokens of the whole vocabulary that the losses do not range over yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,10 @@ class HeadSettings:
         batch: places of a step; three in four of them predict an answer.
         learning_rate: at first, for inputs and outputs of deviation 1; half a cosine brings it down to nothing.
         weight_decay: of AdamW.
-        vocabulary: tokens that the losses range over, at most, beside those that are drawn anew at each step.
+        vocabulary: tokens that the losses range over at first, at most. Others are drawn anew at each step, and those
+            stay that a head says at a look: else a token that is in no text could become the likeliest unseen.
         held: every so many-th text is held out, to choose the ridge and which of the heads seen in training.
-        look_every: steps between looks at the held-out texts.
+        look_every: steps between looks at the held-out texts, and at the whole vocabulary.
         seed: of everything random.
     """
 
@@ -122,8 +125,12 @@ class HeadFitter:
             for head in heads.values():
                 head.step()
             if step % settings.look_every == 0 or step == settings.steps:
-                found = self._held_out({depth: head.now for depth, head in heads.items()}, references)
-                for head, one in zip(heads.values(), found, strict=True):
+                now = {depth: head.now for depth, head in heads.items()}
+                if self._has_learned_tokens(now, generator):
+                    again = self._held_out({depth: head.best for depth, head in heads.items()}, references)
+                    for head, one in zip(heads.values(), again, strict=True):
+                        head.least = one
+                for head, one in zip(heads.values(), self._held_out(now, references), strict=True):
                     head.note(one, step)
             advance(len(heads) * step // settings.steps - len(heads) * (step - 1) // settings.steps)
         return {depth: head.fit(self._said(head.best(self._held.states[depth]))) for depth, head in heads.items()}
@@ -173,6 +180,14 @@ class HeadFitter:
         return torch.where(is_target, mixed, divergence).mean(-1), wrong.float().mean(-1)
 
     @torch.no_grad()
+    def _has_learned_tokens(self, heads: Mapping[int, Bridge], generator: torch.Generator) -> bool:
+        """Whether heads say tokens, at some fitted places, that the losses range over from now on."""
+        some = self._answers[torch.randint(len(self._answers), (SEARCHED,), generator=generator)]
+        said = [_said(self._model, head(self._fitted.states[depth][some])) for depth, head in heads.items()]
+        before, self._kept = len(self._kept), torch.unique(torch.cat([self._kept, *said]))
+        return len(self._kept) > before
+
+    @torch.no_grad()
     def _held_out(self, heads: Mapping[int, Bridge], references: float) -> list[Score]:
         losses, wrong = self._losses(heads, self._held, references)
         return [*zip(wrong.tolist(), losses.tolist(), strict=True)]
@@ -180,7 +195,7 @@ class HeadFitter:
     @torch.no_grad()
     def _said(self, states: torch.Tensor) -> dict[int, bool]:
         """Of final states at the held-out places [T, D]."""
-        said = torch.cat([_logits(self._model, some).argmax(-1).cpu() for some in torch.split(states, AT_ONCE)])
+        said = _said(self._model, states)
         wrong = set(self._held.text[said != self._held.following].tolist())
         return {text: text not in wrong for text in sorted(set(self._held.text.tolist()))}
 
@@ -222,7 +237,12 @@ Score = tuple[float, float]
 
 
 class _Head:
-    """A head in training: its weight [D, D] in some units at first, and what was found of that on held-out texts."""
+    """A head in training: its weight [D, D] in some units at first, and what was found of that on held-out texts.
+
+    Attributes:
+        best: the head so far.
+        least: its score.
+    """
 
     def __init__(self, weight: torch.Tensor, units: _Units, found: Score, settings: HeadSettings) -> None:
         self._parts = [weight.clone().requires_grad_(), torch.zeros(len(weight), requires_grad=True)]
@@ -230,7 +250,7 @@ class _Head:
         rate, decay = settings.learning_rate, settings.weight_decay
         self._optimizer = torch.optim.AdamW(self._parts, lr=rate, weight_decay=decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.steps)
-        self._first, self._least, self._steps = found, found, 0
+        self._first, self._steps, self.least = found, 0, found
         self.best = units.bridge(weight)
 
     @property
@@ -244,18 +264,23 @@ class _Head:
 
     def note(self, found: Score, step: int) -> None:
         """Keep the head as it is now, after so many steps, if its score on the held-out texts is the best so far."""
-        if found < self._least:
+        if found < self.least:
             self.best = self._units.bridge(*(part.detach().clone() for part in self._parts))
-            self._least, self._steps = found, step
+            self.least, self._steps = found, step
 
     def fit(self, said: Mapping[int, bool]) -> HeadFit:
-        (wrong, loss), (least_wrong, least_loss) = self._first, self._least
+        (wrong, loss), (least_wrong, least_loss) = self._first, self.least
         return HeadFit(self.best, (loss, least_loss), (wrong, least_wrong), self._steps, said)
 
 
 def _logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """Of states on the CPU, where the model is."""
     return output_logits(model, states.to(model.device, model.dtype))
+
+
+def _said(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of the whole vocabulary [T], of states [T, D] on the CPU."""
+    return torch.cat([_logits(model, some).argmax(-1).cpu() for some in torch.split(states, AT_ONCE)])
 
 
 def _logs(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:

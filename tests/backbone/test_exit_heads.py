@@ -7,6 +7,7 @@ import torch
 from tiny import OPTIONS, VOCABULARY, tiny_model
 
 from backbone.execution.output_head import head_on, output_logits
+from backbone.healing import exit_heads
 from backbone.healing.exit_heads import HeadFitter, HeadSettings
 from backbone.healing.exit_places import read_places
 from backbone.healing.training_targets import Example
@@ -71,6 +72,18 @@ def test_answers_that_no_fitted_text_has_are_said(model) -> None:
     examples = [Example((*prompt, answer), 1) for answer, prompt in common]
     fitter = HeadFitter(model, read_places(model, examples, [6]), HeadSettings(steps=20, vocabulary=1))
     assert fitter.fit([6], 0.0)[6].right > 0.7, "the full depth says its own answers"
+
+
+def test_tokens_that_no_text_has_do_not_drown_the_answers(monkeypatch) -> None:
+    """Each answer's token has a twin, a row of the output head like its own; unseen, twins win half of the answers."""
+    monkeypatch.setattr(exit_heads, "DRAWN", 0)
+    model = tiny_model("llama")
+    rows = model.get_output_embeddings().weight.data
+    noise = torch.randn(17, rows.shape[1], generator=torch.Generator().manual_seed(0))
+    rows[60:77] = rows[3:20] + 0.8 * rows[3:20].std() * noise
+    settings = HeadSettings(learning_rate=1e-2, vocabulary=1)
+    fit = HeadFitter(model, read_places(model, examples_of(400), [1]), settings).fit([1], 0.7)[1]
+    assert fit.right > 0.9
 
 
 def test_a_head_learns_as_well_where_few_dimensions_are_large(model) -> None:
