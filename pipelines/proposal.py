@@ -203,12 +203,13 @@ def _lengths(
 
 
 def _menu(n_layers: int, mean: float) -> Iterator[Decision]:
-    part, named = (6, "sixth") if mean <= SHORT else (4, "quarter")
     if mean <= SHORT:
+        part, named = 6, "sixth"
         yield Decision("menu.method", "heads", f"answers are short ({mean:.1f} tokens): the best of some early exits")
         yield Decision("menu.cheapest_budget", 0.15, "share of the decoder from which on exits are tried")
         yield Decision("menu.plans", 5, "four exits and the full model; the full depth with a head is added")
     else:
+        part, named = 4, "quarter"
         yield Decision("menu.method", "covering", f"answers are long ({mean:.0f} tokens): plans of any shape")
         yield Decision("menu.plans", 8, "plans to choose from, the full one included")
     why = f"every plan runs a {named} of the layers, which the controller reads"

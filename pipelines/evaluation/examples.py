@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ from pipelines.run.workspace import Workspace
 from runtime.allocator import Allocator
 from runtime.offline import decoding_options, generate_texts, new_texts
 from runtime.output import check_layers
-from runtime.paired_timing import median_seconds
+from runtime.paired_timing import seconds_of
 
-SHOWN, ROUNDS = 6, 5
-"""Prompts that are shown, and times that each answer is timed after a warm-up."""
+SHOWN, ROUNDS = 6, 3
+"""Prompts that are shown, and times that each answer is timed after the one that is shown."""
 COMPARED = 16
 """Prompts of which `generate()` is checked to run the plans that were certified, at most."""
 RULE = "the first test prompt of each kind, one of whose answers is worse than the full model's, if there is any"
@@ -89,7 +90,7 @@ def answered_both_ways(
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
     rows = np.arange(len(test.prompts))
     picked = example_rows(test.tasks.tolist(), test.scores[rows, chosen] < test.scores[:, -1])
-    with progress("answers to show", len(picked) * 2 * (ROUNDS + 2)) as advance:
+    with progress("answers to show", len(picked) * 2 * (ROUNDS + 1)) as advance:
         return [_answered(workspace, timed, test.prompts[row], advance) for row in picked]
 
 
@@ -110,7 +111,11 @@ def _answered(
 
     full_answer, answer = text(full()), text(output.sequences)
     advance(2)
-    seconds = median_seconds({"full": full, "allocated": allocated}, ROUNDS, lambda: advance(1))
+    times = []
+    for _ in range(ROUNDS):
+        times.append((seconds_of(full), seconds_of(allocated)))
+        advance(2)
+    full_ms, ms = (1000 * median(each) for each in zip(*times, strict=True))
     return {
         "id": prompt.id,
         "task": prompt.task,
@@ -122,8 +127,8 @@ def _answered(
         "score": _score(prompt, answer, full_answer),
         "plan": str(plan),
         "layers": plan.layers,
-        "full_ms": 1000 * seconds["full"],
-        "ms": 1000 * seconds["allocated"],
+        "full_ms": full_ms,
+        "ms": ms,
     }
 
 

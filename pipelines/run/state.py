@@ -40,7 +40,7 @@ class Stage:
         reads: the configuration keys that its result depends on.
         follows: the stages whose results it uses.
         files: what it leaves in the run folder.
-        notes: files that only tell how it went (times, dates); no later stage depends on them.
+        notes: files that tell how it went (times, dates); a later stage depends on what else the stage leaves.
     """
 
     name: str

@@ -146,9 +146,9 @@ class _HealingMaker:
         examples += self._answers_to(others) if others else []
         tasks = [prompt.task for prompt in (*right, *others)]
         targets = self._settings.targets if right else "own"
-        menu = self._workspace.config.menu
-        count = menu.plans if menu.method == "heads" else None
-        fits, self.record["heads"] = make_heads(self._model, examples, tasks, self.plans, targets, count)
+        asked = self._workspace.config.menu
+        count = asked.plans if asked.method == "heads" else None
+        fits, self.record["heads"] = make_heads(self._model, examples, tasks, self._menu, targets, count)
         self.plans = list(fits)
         return {plan: {len(plan.attention): fit.head} for plan, fit in fits.items()}
 

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from backbone.families import sublayer_bytes
 from backbone.healing.exit_heads import HeadFit, HeadFitter, HeadSettings
 from backbone.healing.exit_places import places_bytes, read_places
 from backbone.healing.training_targets import Example
-from backbone.plan import LayerPlan
+from backbone.plan import LayerPlan, PlanMenu
 from oracle.batches import spread
 from oracle.labels.exit_answers import exit_depth
 from oracle.menus.p_median import best_plans
@@ -36,11 +35,11 @@ def make_heads(
     model: PreTrainedModel,
     examples: Sequence[Example],
     tasks: Sequence[str],
-    plans: Sequence[LayerPlan],
+    menu: PlanMenu,
     targets: Targets,
     count: int | None = None,
 ) -> tuple[dict[LayerPlan, HeadFit], dict[str, Any]]:
-    """A head for each plan, and how they were fitted; the model runs in full, once over each example.
+    """A head for each plan of a menu, and how they were fitted; the model runs in full, once over each example.
 
     With a count, heads trained for a quarter of the steps say which plans are best (see `best_exits`).
 
@@ -48,14 +47,14 @@ def make_heads(
         model: that the heads are for.
         examples: prompts with their references, or with the model's own answers where they have none.
         tasks: of the examples.
-        plans: early exits.
+        menu: of early exits and the full model.
         targets: see `AdaptSection.targets`.
         count: plans of the menu that is to be chosen, the full model counted; None for all.
 
     Raises:
         ConfigError: a plan that is no early exit.
     """
-    depths = _depths(plans)
+    depths = _depths(menu.plans[:-1])
     start, wanted = time.perf_counter(), sorted({*depths.values()})
     numbers = list(range(len(examples)))
     if (size := places_bytes(model, examples, wanted)) > STATES_BYTES:
@@ -70,8 +69,8 @@ def make_heads(
         with progress("heads to compare exits by", len(wanted)) as advance:
             compared = fitter.fit(wanted, WEIGHTS[names[-1]], advance, steps=settings.steps // SCREENED)
         screened = {str(plan): compared[depth].right for plan, depth in depths.items()}
-        texts, sizes = {plan: compared[depth].said for plan, depth in depths.items()}, sublayer_bytes(model)
-        best = best_exits(texts, [plan.budget(sizes) for plan in texts], count)
+        said = {plan: compared[depth].said for plan, depth in depths.items()}
+        best = best_exits(said, menu.budgets[:-1], count)
         depths = {plan: depths[plan] for plan in best}
         wanted = sorted({*depths.values()})
         console.print(f"  of {len(screened)} exits these are best: {', '.join(map(str, depths))}")
@@ -93,9 +92,9 @@ def make_heads(
             for name, own in found.items()
         },
     }
-    said = ", ".join(f"{plan} {fits[depth].right:.0%}" for plan, depth in depths.items())
+    right = ", ".join(f"{plan} {fits[depth].right:.0%}" for plan, depth in depths.items())
     on = "the full model alone" if chosen == "own" else "references too"
-    console.print(f"  heads fitted on {on}; held-out answers said: {said}")
+    console.print(f"  heads fitted on {on}; held-out answers said: {right}")
     return {plan: fits[depth] for plan, depth in depths.items()}, record
 
 

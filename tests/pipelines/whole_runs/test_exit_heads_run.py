@@ -8,11 +8,11 @@ from tiny_run import change_prompts
 
 from backbone.errors import PlanError
 from backbone.execution.apply_plan import apply_plan, apply_plans
-from backbone.families import model_fingerprint
+from backbone.families import model_fingerprint, sublayer_bytes
 from backbone.healing.healing import Bridge, Healing
 from backbone.healing.training_targets import Example
 from backbone.loading import load_backbone
-from backbone.plan import LayerPlan
+from backbone.plan import LayerPlan, PlanMenu
 from pipelines.config import ConfigError, load_config
 from pipelines.evaluation.summary import closing
 from pipelines.run.runner import run_all
@@ -92,9 +92,13 @@ def test_heads_are_made_anew_for_another_menu_and_other_answers(config_file, pro
     assert stage_key(Workspace(other), "adapt") != stage_key(Workspace(config), "adapt")
 
 
+def menu_of(model, *plans: LayerPlan) -> PlanMenu:
+    return PlanMenu.build(plans, sublayer_bytes(model), probe_depth=1)
+
+
 def test_heads_of_other_plans_are_refused(model) -> None:
     with pytest.raises(ConfigError, match="the menu has the plan 0-2,4-5; take 'bridges'"):
-        make_heads(model, [Example((3, 4, 5), 1)], ["t"], [LayerPlan.skipping(6, {3})], "auto")
+        make_heads(model, [Example((3, 4, 5), 1)], ["t"], menu_of(model, LayerPlan.skipping(6, {3})), "auto")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_targets_are_compared_at_a_few_depths(model) -> None:
     draws = torch.randint(3, 20, (160, 6), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [Example((*row, row[-1]), 1, from_reference=True) for row in draws]
     plans = [LayerPlan.exiting(6, depth) for depth in range(1, 6)]
-    heads, record = make_heads(model, examples, ["t"] * 160, plans, "auto")
+    heads, record = make_heads(model, examples, ["t"] * 160, menu_of(model, *plans), "auto")
     assert set(heads) == set(plans)
     kept, other = record["targets"], {"own", "references"} - {record["targets"]}
     assert list(record["fits"][kept]) == [str(plan) for plan in plans]
@@ -126,11 +130,10 @@ def test_targets_are_compared_at_a_few_depths(model) -> None:
 
 def test_too_many_states_are_read_from_fewer_prompts(model, monkeypatch) -> None:
     examples = [Example((3, 4, 5, 6), 1)] * 64
-    plans = [LayerPlan.exiting(6, 3)]
     size = exit_heads.places_bytes(model, examples, [3])
     assert size == 64 * 3 * 2 * 32 * 4
     monkeypatch.setattr(exit_heads, "STATES_BYTES", size // 2)
-    _, record = make_heads(model, examples, ["t"] * 64, plans, "own")
+    _, record = make_heads(model, examples, ["t"] * 64, menu_of(model, LayerPlan.exiting(6, 3)), "own")
     assert record["prompts"] == 32
 
 
@@ -172,9 +175,8 @@ def test_a_menu_with_a_head_at_full_depth_runs_at_several_levels(
 def test_a_head_at_full_depth_is_fitted_like_others(model) -> None:
     healed, early = LayerPlan.parse("0-5h", 6), LayerPlan.exiting(6, 3)
     tokens = torch.randint(3, 20, (40, 5), generator=torch.Generator().manual_seed(0)).tolist()
-    fits, record = make_heads(
-        model, [Example((*row, row[-1]), 1) for row in tokens], ["t"] * 40, [early, healed], "own"
-    )
+    examples, menu = [Example((*row, row[-1]), 1) for row in tokens], menu_of(model, early, healed)
+    fits, record = make_heads(model, examples, ["t"] * 40, menu, "own")
     assert set(fits) == {early, healed}
     assert set(record["fits"]["own"]) == {"0-2", "0-5h"}
     assert fits[healed].loss[0] < 1e-3 < fits[early].loss[0], "of its own distribution the model needs no head"
