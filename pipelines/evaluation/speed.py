@@ -137,7 +137,7 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
 
     `batch` is all of them at once, `single` one after the other. The prompts are picked evenly along the plans chosen
     for them, so that a few stand for all. `limit` is what the layers left out allow one at a time: each prompt on a
-    model without the layers that its plan leaves out, and without a decision.
+    model without the layers that its plan, as `generate()` runs it, leaves out, and without a decision.
     """
     (model, tokenizer), settings = workspace.model.loaded, workspace.config.evaluation
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
@@ -145,6 +145,7 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
     texts = [test.prompts[index].prompt for index in picked]
     batch = dict(padded_prompts(tokenizer, texts).to(model.device))
     singles = [dict(padded_prompts(tokenizer, [text]).to(model.device)) for text in texts]
+    ran = [timed.allocate(model, **one)[0] for one in singles]  # rounding: for a few not what a larger batch chooses
     exact = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
     shortened = {
         str(plan): generation_under(model, batch, plan, n_tokens, timed.healing) for plan in timed.menu.plans[:-1]
@@ -155,7 +156,7 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
         "stock_single": lambda: [model.generate(**one, **exact) for one in singles],  # type: ignore[operator]
         "allocator_single": lambda: [timed.generate(model, **one, **exact) for one in singles],
         "allocate_single": lambda: [timed.allocate(model, **one) for one in singles],
-        "shortened_single": _shortened(timed, model, singles, [int(chosen[index]) for index in picked], exact),
+        "shortened_single": _shortened(model, singles, ran, timed.healing, exact),
     }
     plans = [*shortened, "stock_batch"]  # which runs the full plan
     pairs = {
@@ -175,7 +176,8 @@ def speeds(workspace: Workspace, allocator: Allocator, test: Table, chosen: Choi
         )
     ratios = {name: paired_ratio(rounds[a], rounds[b]) for name, (a, b) in pairs.items()}
     seconds = {name: median(times) for name, times in rounds.items()}
-    limit = 1 / float(test.budgets[chosen[picked]].mean())
+    budgets = dict(zip(timed.menu.plans, timed.menu.budgets, strict=True))
+    limit = len(ran) / sum(budgets[plan] for plan in ran)
     return {
         "prompts": len(texts),
         "prompt_tokens": float(batch["attention_mask"].sum(-1).float().mean()),
@@ -203,15 +205,14 @@ def timed_rows(chosen: Choices, count: int) -> list[int]:
 
 
 def _shortened(
-    allocator: Allocator,
     model: PreTrainedModel,
     singles: list[dict[str, torch.Tensor]],
-    chosen: list[int],
+    plans: list[LayerPlan],
+    healing: Healing | None,
     exact: dict[str, Any],
 ) -> Callable[[], object]:
     """Stock generation for each prompt on a model in which the layers that its plan leaves out do not exist; a plan
     that runs half of a layer is applied instead, which takes the same time within 2%."""
-    plans, healing = [allocator.menu.plans[index] for index in chosen], allocator.healing
     halves = {plan for plan in plans if plan.attention != plan.mlp}
     short = {plan: model if plan in halves else delete_layers(model, plan) for plan in {*plans}}
 
