@@ -6,12 +6,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CEILINGS = {  # lines of Python, files
-    "backbone": (5075, 35),
+    "backbone": (5090, 35),
     "oracle": (4720, 36),
     "controller": (2990, 20),
     "runtime": (3350, 18),
     "token_exits": (1350, 11),
-    "pipelines": (7550, 49),
+    "pipelines": (7530, 49),
     "serving": (2950, 27),
     "layerbudget": (1355, 12),
     "tests": (20970, 152),

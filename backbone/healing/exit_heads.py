@@ -125,13 +125,11 @@ class HeadFitter:
             for head in heads.values():
                 head.step()
             if step % settings.look_every == 0 or step == settings.steps:
-                now = {depth: head.now for depth, head in heads.items()}
-                if self._has_learned_tokens(now, generator):
-                    again = self._held_out({depth: head.best for depth, head in heads.items()}, references)
-                    for head, one in zip(heads.values(), again, strict=True):
-                        head.least = one
-                for head, one in zip(heads.values(), self._held_out(now, references), strict=True):
-                    head.note(one, step)
+                self._learn_tokens({depth: head.now for depth, head in heads.items()}, generator)
+                best = self._held_out({depth: head.best for depth, head in heads.items()}, references)
+                found = self._held_out({depth: head.now for depth, head in heads.items()}, references)
+                for head, *scores in zip(heads.values(), best, found, strict=True):
+                    head.note(scores[0], scores[1], step)
             advance(len(heads) * step // settings.steps - len(heads) * (step - 1) // settings.steps)
         return {depth: head.fit(self._said(head.best(self._held.states[depth]))) for depth, head in heads.items()}
 
@@ -180,12 +178,11 @@ class HeadFitter:
         return torch.where(is_target, mixed, divergence).mean(-1), wrong.float().mean(-1)
 
     @torch.no_grad()
-    def _has_learned_tokens(self, heads: Mapping[int, Bridge], generator: torch.Generator) -> bool:
-        """Whether heads say tokens, at some fitted places, that the losses range over from now on."""
+    def _learn_tokens(self, heads: Mapping[int, Bridge], generator: torch.Generator) -> None:
+        """Let the losses range over what heads say at some fitted places too."""
         some = self._answers[torch.randint(len(self._answers), (SEARCHED,), generator=generator)]
         said = [_said(self._model, head(self._fitted.states[depth][some])) for depth, head in heads.items()]
-        before, self._kept = len(self._kept), torch.unique(torch.cat([self._kept, *said]))
-        return len(self._kept) > before
+        self._kept = torch.unique(torch.cat([self._kept, *said]))
 
     @torch.no_grad()
     def _held_out(self, heads: Mapping[int, Bridge], references: float) -> list[Score]:
@@ -237,12 +234,7 @@ Score = tuple[float, float]
 
 
 class _Head:
-    """A head in training: its weight [D, D] in some units at first, and what was found of that on held-out texts.
-
-    Attributes:
-        best: the head so far.
-        least: its score.
-    """
+    """A head in training: its weight [D, D] in some units at first, and what was found of that on held-out texts."""
 
     def __init__(self, weight: torch.Tensor, units: _Units, found: Score, settings: HeadSettings) -> None:
         self._parts = [weight.clone().requires_grad_(), torch.zeros(len(weight), requires_grad=True)]
@@ -250,7 +242,7 @@ class _Head:
         rate, decay = settings.learning_rate, settings.weight_decay
         self._optimizer = torch.optim.AdamW(self._parts, lr=rate, weight_decay=decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.steps)
-        self._first, self._steps, self.least = found, 0, found
+        self._first, self._least, self._steps = found, found, 0
         self.best = units.bridge(weight)
 
     @property
@@ -262,14 +254,15 @@ class _Head:
         self._schedule.step()
         self._optimizer.zero_grad()
 
-    def note(self, found: Score, step: int) -> None:
-        """Keep the head as it is now, after so many steps, if its score on the held-out texts is the best so far."""
-        if found < self.least:
+    def note(self, best: Score, found: Score, step: int) -> None:
+        """Keep the head as it is now, after so many steps, if it scores below the best one on the held-out texts."""
+        self._least = min(best, found)
+        if found < best:
             self.best = self._units.bridge(*(part.detach().clone() for part in self._parts))
-            self.least, self._steps = found, step
+            self._steps = step
 
     def fit(self, said: Mapping[int, bool]) -> HeadFit:
-        (wrong, loss), (least_wrong, least_loss) = self._first, self.least
+        (wrong, loss), (least_wrong, least_loss) = self._first, self._least
         return HeadFit(self.best, (loss, least_loss), (wrong, least_wrong), self._steps, said)
 
 

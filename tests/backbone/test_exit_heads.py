@@ -81,9 +81,8 @@ def test_tokens_that_no_text_has_do_not_drown_the_answers(monkeypatch) -> None:
     rows = model.get_output_embeddings().weight.data
     noise = torch.randn(17, rows.shape[1], generator=torch.Generator().manual_seed(0))
     rows[60:77] = rows[3:20] + 0.8 * rows[3:20].std() * noise
-    settings = HeadSettings(learning_rate=1e-2, vocabulary=1)
-    fit = HeadFitter(model, read_places(model, examples_of(400), [1]), settings).fit([1], 0.7)[1]
-    assert fit.right > 0.9
+    places = read_places(model, examples_of(400), [1])
+    assert HeadFitter(model, places, HeadSettings(learning_rate=1e-2, vocabulary=1)).fit([1], 0.7)[1].right > 0.9
 
 
 def test_a_head_learns_as_well_where_few_dimensions_are_large(model) -> None:
