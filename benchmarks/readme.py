@@ -25,12 +25,15 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
 EARLIER = ("qwen_embedded", "smollm2_chat", "qwen_chat")
 """Runs of earlier versions, as committed; docs/results.md says what has changed since."""
-RUNS = ("demo_own", "qwen_classify")
-"""Runs with two blocks each: NAME, what explains the score on unseen prompts, and NAME_levels, the certified levels."""
+RUNS = ("demo_own", "qwen_classify", "qwen_classify_own")
+"""Runs with blocks of their own: NAME, what explains the score on unseen prompts, NAME_levels, the certified levels,
+NAME_speeds and, as for the demo, NAME_redraws and NAME_bounds."""
 
 REDRAWN = {
     "allocator": "the allocator",
     "task": "the task's name as router",
+    "shuffled": "a controller with shuffled features",
+    "embedding": "a controller with the mean embedding alone",
     "best_static": "the best single plan",
     "oracle": "the oracle (flattered)",
 }
@@ -74,6 +77,25 @@ def gain() -> str:
     )
 
 
+def larger_model() -> str:
+    """What Qwen runs, scores and gains, with references and without."""
+    with_references, without = (_first_level(_result(name)) for name in ("qwen_classify", "qwen_classify_own"))
+    return (
+        "Qwen2.5-Coder 1.5B on five kinds of prompts to classify, with heads fitted on right answers:\n"
+        f"{with_references}.\nWith heads fitted on its own answers alone: {without}."
+    )
+
+
+def _first_level(metrics: Mapping[str, Any]) -> str:
+    """What the allocator is certified to keep, runs, scores and gains."""
+    ours, keep = metrics["contributions"][-1], metrics["certificates"][0]["keep"]
+    return (
+        f"{ours['budget']:.0%} of the decoder and {ours['quality_ratio']:.0%} of the full model's score,\n"
+        f"certified to keep {keep:.0%}, at {table.within(metrics['speed']['intervals']['single'], '{:.2f}')} times "
+        "its requests a second one at a time"
+    )
+
+
 def policies() -> str:
     """Four ways to answer the middle run's unseen prompts."""
     metrics = _demo()["metrics"]
@@ -105,9 +127,9 @@ def explained() -> str:
     return contributions(_demo()["metrics"])
 
 
-def qwen_classify_speeds() -> str:
-    """How many times as fast as stock generation the allocator of Qwen on prompts to classify is."""
-    found = _result("qwen_classify")["speed"]
+def speeds(metrics: Mapping[str, Any]) -> str:
+    """How many times as fast as stock generation the allocator is."""
+    found = metrics["speed"]
     rows = [
         [name, table.within(found["intervals"][key], "{:.2f}")]
         for name, key in (("one at a time", "single"), (f"{found['prompts']} in a batch", "batch"))
@@ -158,26 +180,23 @@ def earlier_runs() -> str:
     return _table(table.COLUMNS, rows)
 
 
-def redraws() -> str:
-    """The policies of one demo run over redraws of its splits: mean, and the range of 90% of the draws."""
-    return redrawn("demo")
-
-
-def redrawn_bounds() -> str:
-    """How often each bound of that run was exceeded over the redraws."""
-    return bounds("demo")
-
-
 def redrawn(name: str) -> str:
+    """The policies of one run over redraws of its splits: mean, and the range of 90% of the draws."""
     found = json.loads((RESULTS / f"redraws-{name}.json").read_text())["policies"]
     columns = {"of the decoder": "budget", "mean score, of full": "quality_ratio", "worse": "worse", "better": "better"}
     rows = [
         [REDRAWN[policy], *(_over_draws(figures[key]) for key in columns.values())] for policy, figures in found.items()
     ]
-    return _table(["", *columns], rows)
+    head = ["", *columns]
+    if any("beaten" in figures for figures in found.values()):
+        head.append("draws in which it runs more than the allocator")
+        for row, figures in zip(rows, found.values(), strict=True):
+            row.append(f"{figures['beaten']['mean']:.0%}" if "beaten" in figures else "")
+    return _table(head, rows)
 
 
 def bounds(name: str) -> str:
+    """How often each bound of that run was exceeded over the redraws."""
     found = json.loads((RESULTS / f"redraws-{name}.json").read_text())
     allocator, count = found["policies"]["allocator"], found["draws"] * found["calibrations"]
     keeps = sorted((key.removeprefix("broken_") for key in allocator if key.startswith("broken_")), key=float)
@@ -196,16 +215,22 @@ def _shown(show: Callable[[Mapping[str, Any]], str], run: str) -> str:
     return show(_result(run))
 
 
-BLOCKS: Mapping[str, Callable[[], str]] = {
+BLOCKS: dict[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
-        *(gain, policies, fresh_runs, explained, redraws, redrawn_bounds),
-        *(verdicts, qwen_classify_speeds, earlier_runs),
+        *(gain, larger_model, policies, fresh_runs, explained),
+        *(verdicts, earlier_runs),
     )
-} | {
+}
+BLOCKS |= {
     f"{run}{suffix}": partial(_shown, show, run)
     for run in RUNS
-    for suffix, show in (("", contributions), ("_levels", levels))
+    for suffix, show in (("", contributions), ("_levels", levels), ("_speeds", speeds))
+}
+BLOCKS |= {
+    f"{run}{suffix}": partial(show, run)
+    for run in ("demo", *RUNS)
+    for suffix, show in (("_redraws", redrawn), ("_bounds", bounds))
 }
 
 

@@ -2,17 +2,19 @@
 
     python benchmarks/redraws.py --run runs/demo --name demo
 
-One split of a hundred test prompts is an anecdote. In each draw a random part of all labelled prompts, as large as
-the run's, is what controllers learn from. Their settings and the best of them are found anew, by the rule of the
-stage `tune`. The other prompts stand for the population: prompts to calibrate on and to test on are drawn from them
-with replacement, in the run's sizes; `--calibrations` draws them several times for each part learned from, which is
-most of the time. The control that sees the task's name alone has the same choice of controllers,
-the same rule for settings and the same outlier test. Reported is the mean over the draws and the range that holds 90%
-of them, which is where a fresh run on such prompts, here or elsewhere, should lie. Draws share prompts, and menu and
-bridges are the run's, so the mean is known less well than their number suggests. `broken` is the share of the draws
-in which the mean loss of the whole population exceeds any bound that was certified. What the run left out of the labels
-of its prompts to calibrate is generated first. Finished draws are kept in the run's folder, so that a stopped command
-goes on. Writes benchmarks/results/redraws-NAME.json.
+One split of a hundred test prompts is an anecdote. In each draw a random part of all labelled prompts, as large as the
+run's, is what controllers learn from. Their settings and the best of them are found anew, by the rule of the stage
+`tune`. The other prompts stand for the population: prompts to calibrate on and to test on are drawn from them with
+replacement, in the run's sizes; `--calibrations` draws them several times for each part learned from, which is most of
+the time. The control that sees the task's name alone has the same choice of controllers and the same rule for settings;
+the controls that see another prompt's features or the mean embedding alone are of the best controller's kind at default
+settings, as in a run's evaluation. All have the same outlier test. `beaten` is the share of the draws in which the
+allocator runs less of the decoder than a control that is certified on the same prompts. Reported is the mean over the
+draws and the range that holds 90% of them, which is where a fresh run on such prompts, here or elsewhere, should lie.
+Draws share prompts, and menu and bridges are the run's, so the mean is known less well than their number suggests.
+`broken` is the share of the draws in which the mean loss of the whole population exceeds any bound that was certified.
+What the run left out of the labels of its prompts to calibrate is generated first. Finished draws are kept in the run's
+folder, so that a stopped command goes on. Writes benchmarks/results/redraws-NAME.json.
 """
 
 from __future__ import annotations
@@ -31,21 +33,23 @@ from typing import Any
 import numpy as np
 import optuna
 import workload
-from prices import price_of
 from redrawn_splits import Draw, Rows
 
 from controller.base import FittedPredictor
+from controller.certificate.calibration import PricePath, cheapest_valid_plan, choices, valid_price
+from controller.certificate.certificate import alpha_of
+from controller.features import Features
 from controller.learning import Settings, learn
 from controller.report.report_card import report_card
 from oracle.frontier.bootstrap import percentile_interval
 from oracle.frontier.knapsack import cheapest_choices
 from pipelines.config import Config, load_config
-from pipelines.evaluation.controls import with_task
+from pipelines.config.learning_sections import CalibrationSection
+from pipelines.evaluation.controls import control_features, control_settings, with_task
 from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
 from pipelines.stages.calibrate import first_tested, outlier_test
-from pipelines.stages.evaluate import best_static
 from pipelines.stages.settings_search import (
     Work,
     default_settings,
@@ -58,8 +62,10 @@ from pipelines.stages.train import out_of_fold
 
 RESULTS = Path(__file__).parent / "results"
 LEVEL = 0.9
-CONTROL = "task"
-"""The control that knows the kind of each prompt and nothing else of it; the hardest to beat."""
+SEARCHED = "task"
+"""The control that knows the kind of each prompt and nothing else of it; the hardest to beat, so it gets a search."""
+AT_DEFAULTS = ("shuffled", "embedding")
+"""Controls at default settings."""
 
 
 def main() -> None:
@@ -90,7 +96,8 @@ def redrawn(config: Config, draws: int, workers: int = 1, calibrations: int = 1)
     """Mean and range over the draws of every figure of every policy, beside the sizes of the splits."""
     workspace = Workspace(config)
     workload.table_in_full(workspace)
-    key = hashlib.sha256(f"{config.model_dump_json()} {calibrations}".encode()).hexdigest()[:8]
+    of_draws = f"{config.model_dump_json()} {calibrations} {SEARCHED} {AT_DEFAULTS}"
+    key = hashlib.sha256(of_draws.encode()).hexdigest()[:8]
     finished = workspace.path(f"redraws-{key}.jsonl")
     finished.touch()
     found = dict(json.loads(line) for line in finished.read_text().splitlines())
@@ -126,39 +133,64 @@ def _material(config: str) -> tuple[Workspace, Table]:
 
 
 def _figures(config: Config, number: int, calibrations: int) -> list[dict[str, dict[str, Any]]]:
-    """Of the draws of one part to learn from, each on its test prompts: the allocator, the control, the best static
+    """Of the draws of one part to learn from, each on its test prompts: the allocator, the controls, the best static
     plan, and the oracle."""
     workspace, table = _material(config.model_dump_json())
     sizes = {name: len(some) for name, some in workspace.prompts.labelled_splits.items()}
     draws = Draw.of(len(table.prompts), sizes, number, calibrations)
     fit = table.rows(draws[0].fit)
     named = replace(table, features=with_task(table, fit.tasks))
-    learned, starts = _best(config, fit, config.tuning.feature_sets)
-    outliers = outlier_test(learned, fit, draws[0].held, config)
-    control, of_control = _best(config, named.rows(draws[0].fit), [[CONTROL]])
+    best = _best(config, fit, config.tuning.feature_sets)
+    by_name = _best(config, named.rows(draws[0].fit), [[SEARCHED]])
+    learned = {
+        "allocator": _learned(config, best, fit, fit.features),
+        SEARCHED: _learned(config, by_name, fit, with_task(fit, fit.tasks)),
+    }
+    for name in AT_DEFAULTS:
+        features, sets = control_features(name, fit, best.sets)
+        learned[name] = _learned(config, control_settings(best, sets, config.tuning), fit, features)
+    outliers = outlier_test(learned["allocator"][0], fit, draws[0].held, config)
 
-    def of(draw: Draw) -> dict[str, dict[str, Any]]:
+    keeps = config.calibration.keep
+    certified = {
+        name: _allocated(
+            workspace,
+            replace(each, outliers=outliers),
+            starts,
+            keeps if name == "allocator" else keeps[:1],
+            named,
+            draws,
+        )
+        for name, (each, starts) in learned.items()
+    }
+
+    def of(number: int, draw: Draw) -> dict[str, dict[str, Any]]:
         test = table.rows(draw.test)
-        static = best_static(config, table.rows(draw.calibrate), fit)
+        static = _best_static(config, table.rows(draw.calibrate), fit)
         oracle = cheapest_choices(test.scores, test.budgets, float(test.full.mean()))
+        found = {name: each[number] for name, each in certified.items()}
+        for name in (SEARCHED, *AT_DEFAULTS):
+            found[name]["beaten"] = float(found["allocator"]["budget"] < found[name]["budget"])
         return {
-            "allocator": _allocated(workspace, replace(learned, outliers=outliers), starts, table, draw),
-            CONTROL: _allocated(workspace, replace(control, outliers=outliers), of_control, named, draw),
+            **found,
             "best_static": _card(workspace, np.full(len(test.prompts), static), test),
             "oracle": _card(workspace, oracle, test),
         }
 
-    return [of(draw) for draw in draws]
+    return [of(number, draw) for number, draw in enumerate(draws)]
 
 
-def _best(config: Config, fit: Table, sets: list[list[str]]) -> tuple[FittedPredictor, list[int]]:
-    """What the controller of least regret learned, with the settings that the stage `tune` would take, and for each
-    value of `calibration.keep` the place of the price that is tested first."""
+def _best(config: Config, fit: Table, sets: list[list[str]]) -> Settings:
+    """Of the controller of least regret, the settings that the stage `tune` would take."""
     tuning = config.tuning.model_copy(update={"feature_sets": sets, "given": {}})
     work = Work.of(fit, config.calibration.alpha, tuning)
-    best = min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
-    starts = first_tested(out_of_fold(best, fit.features, fit), fit, config.calibration.keep)
-    return learn(best, fit.features, fit.losses, fit.budgets), starts
+    return min((settings_for(name, work) for name in tuning.controllers), key=work.judge)
+
+
+def _learned(config: Config, settings: Settings, fit: Table, features: Features) -> tuple[FittedPredictor, list[int]]:
+    """What a controller learned, and for each value of `calibration.keep` the place of the price tested first."""
+    starts = first_tested(out_of_fold(settings, features, fit), fit, config.calibration.keep)
+    return learn(settings, features, fit.losses, fit.budgets), starts
 
 
 def settings_for(name: str, work: Work) -> Settings:
@@ -176,24 +208,74 @@ def searched(name: str, work: Work) -> Settings:
 
 
 def _allocated(
-    workspace: Workspace, learned: FittedPredictor, starts: list[int], table: Table, draw: Draw
-) -> dict[str, Any]:
-    """Of one controller, certified on the draw's prompts at every level: measured at the first on its test prompts, and
-    whether the population breaks the bound, for any of them and for each (`broken_KEEP`, `budget_KEEP`)."""
-    test, calibrate, population = (table.rows(rows) for rows in (draw.test, draw.calibrate, draw.population))
-    expected = [learned.predict(some.features) for some in (calibrate, test, population)]
-    calibration, found = workspace.config.calibration, {}
-    for keep, start in zip(calibration.keep, starts, strict=True):
-        price = price_of(expected[0], calibrate, calibration, keep, start=start)
-        served, whole = (
-            _card(workspace, some.rule.choose(own, price), some)
-            for own, some in zip(expected[1:], (test, population), strict=True)
-        )
-        if not found:
-            found = {**served, "certified": float(price is not None)}
-        found[f"broken_{keep:g}"] = float(price is not None and whole["loss"] > 1 - keep)
-        found[f"budget_{keep:g}"] = served["budget"]
-    return {**found, "broken": max(found[f"broken_{keep:g}"] for keep in calibration.keep)}
+    workspace: Workspace,
+    learned: FittedPredictor,
+    starts: list[int],
+    keeps: list[float],
+    table: Table,
+    draws: list[Draw],
+) -> list[dict[str, Any]]:
+    """Of one controller, certified on each draw's prompts at some levels: measured at the first on its test prompts,
+    and whether the population breaks the bound, for any of them and for each (`broken_KEEP`, `budget_KEEP`)."""
+    calibration, expected = workspace.config.calibration, learned.predict(table.features)
+    chosen = choices(expected, table.rule)
+
+    def of(draw: Draw) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for keep, start in zip(keeps, starts, strict=False):
+            price = price_on(draw.calibrate, chosen, table, calibration, keep, start)
+            served, whole = (
+                _card(workspace, table.rule.choose(expected[rows], price), table.rows(rows))
+                for rows in (draw.test, draw.population)
+            )
+            if not found:
+                found = {**served, "certified": float(price is not None)}
+            found[f"broken_{keep:g}"] = float(price is not None and whole["loss"] > 1 - keep)
+            found[f"budget_{keep:g}"] = served["budget"]
+        return {**found, "broken": max(found[f"broken_{keep:g}"] for keep in keeps)}
+
+    return [of(draw) for draw in draws]
+
+
+def price_on(
+    seen: Rows, chosen: Rows, table: Table, calibration: CalibrationSection, keep: float, start: int = 0
+) -> float | None:
+    """The price that is valid on drawn prompts [n], by the same test as a run's certificate.
+
+    A prompt that was drawn twice is two independent draws of the population, so no prompts are grouped.
+
+    Args:
+        seen: rows of the table that were drawn.
+        chosen: plans that each price chooses for all its prompts [T, N].
+        table: N prompts, labelled in full.
+        calibration: the confidence and the risk.
+        keep: the bound.
+        start: see `pipelines.stages.calibrate.first_tested`.
+    """
+    drawn = chosen[:, seen]
+    return valid_price(
+        PricePath(table.losses[seen, drawn], (drawn < len(table.budgets) - 1).any(axis=1)),
+        alpha_of(keep),
+        calibration.delta_of_one,
+        table.tasks[seen] if calibration.per_task else None,
+        risk=calibration.risk,
+        full=table.full[seen],
+        start=start,
+    )
+
+
+def _best_static(config: Config, seen: Table, fit: Table) -> int:
+    """As `pipelines.stages.evaluate.best_static`, of prompts that are all independent draws."""
+    calibration = config.calibration
+    return cheapest_valid_plan(
+        seen.losses,
+        calibration.alpha,
+        calibration.delta_of_one,
+        calibration.risk,
+        expected=fit.losses.mean(axis=0),
+        tasks=seen.tasks if calibration.per_task else None,
+        full=seen.full,
+    )
 
 
 def _card(workspace: Workspace, chosen: Rows, test: Table) -> dict[str, Any]:

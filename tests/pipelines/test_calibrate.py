@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import yaml
 from prices import price_of
+from redraws import price_on
 from scipy.stats import binom
 from tiny_run import tiny_settings, write_prompts
 
 from controller.base import ChoiceRule
-from controller.certificate.calibration import PricePath, on_path, valid_price
+from controller.certificate.calibration import PricePath, choices, on_path, valid_price
 from controller.certificate.risks import CalibrationError
 from oracle.labels.reader import judged
 from oracle.labels.store import LabelStore
@@ -250,6 +251,17 @@ def test_prices_that_are_shown_together_share_delta() -> None:
     assert together is not None
     assert looser is not None
     assert looser < alone < together
+
+
+def test_prompts_that_redraws_draw_twice_count_twice() -> None:
+    """They are independent draws of the population, though of one text: merged, they would certify no lower a price."""
+    case = certificates.cases()[0]
+    table = case.draw(np.random.default_rng(0), 100).table(case.risk)
+    chosen, settings = choices(table.features["0"], table.rule), CalibrationSection(keep=0.95, delta=0.1)
+    once, often = (price_on(np.tile(np.arange(100), times), chosen, table, settings, 0.95) for times in (1, 30))
+    assert once == price_of(table.features["0"], table, settings)
+    assert often is not None
+    assert once is None or often < once
 
 
 def test_the_simulations_are_written_as_a_table(tmp_path, monkeypatch, capsys) -> None:
