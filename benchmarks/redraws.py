@@ -141,10 +141,11 @@ def _figures(config: Config, number: int, calibrations: int) -> list[dict[str, d
     fit = table.rows(draws[0].fit)
     named = replace(table, features=with_task(table, fit.tasks))
     best = _best(config, fit, config.tuning.feature_sets)
-    by_name = _best(config, named.rows(draws[0].fit), [[SEARCHED]])
+    named_fit = named.rows(draws[0].fit)
+    by_name = _best(config, named_fit, [[SEARCHED]])
     learned = {
         "allocator": _learned(config, best, fit, fit.features),
-        SEARCHED: _learned(config, by_name, fit, with_task(fit, fit.tasks)),
+        SEARCHED: _learned(config, by_name, named_fit, named_fit.features),
     }
     for name in AT_DEFAULTS:
         features, sets = control_features(name, fit, best.sets)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -202,22 +203,20 @@ def test_controllers_are_measured_on_a_finished_run(config_file, tmp_path, monke
     assert "examples" not in kept
     assert str(tmp_path) not in json.dumps(kept)
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    _check_redraws(measured("redraws", "redraws-tiny", "--run", run, "--name tiny --draws 2 --calibrations 2"))
-    assert readme.levels(kept).count("\n") == 1 + len(kept["certificates"])
-    assert "the allocator" in readme.contributions(kept)
-
-
-def _check_redraws(result) -> None:
-    assert result["draws"] == 2
-    policies = result["policies"]
+    redrawn = measured("redraws", "redraws-tiny", "--run", run, "--name tiny --draws 2 --calibrations 2")
+    assert redrawn["draws"] == 2
+    policies = redrawn["policies"]
     assert policies.keys() == {"allocator", "task", "shuffled", "embedding", "best_static", "oracle"}
     assert all(0 <= policies[name]["beaten"]["mean"] <= 1 for name in ("task", "shuffled", "embedding"))
     budget = policies["allocator"]["budget"]
     assert 0 < budget["low"] <= budget["mean"] <= budget["high"] <= 1
     assert policies["oracle"]["quality_ratio"]["low"] > 0.999, "at the full model's mean score, or above"
-    assert policies["task"].keys() - {"beaten"} == policies["allocator"].keys() >= {"certified", "broken", "worse"}
+    same = policies["task"].keys() - {"beaten"}
+    assert same == policies["allocator"].keys() >= {"certified", "broken", "worse", "better"}
     assert readme.redrawn("tiny").count("\n") == 7
     assert "of 4 draws" in readme.bounds("tiny")
+    assert readme.levels(kept).count("\n") == 1 + len(kept["certificates"])
+    assert "the allocator" in readme.contributions(kept)
 
 
 def test_generation_is_compared_end_to_end(model_folder, prompts_file, tmp_path, monkeypatch, measured, capsys) -> None:
@@ -264,5 +263,12 @@ def test_speed_beyond_the_layers_left_out_is_marked() -> None:
     rows = end_to_end.rows_of(found, dict.fromkeys(found, 1.0), 6, 1, 1)["contestants"]
     assert rows["tide"] == {"not_run": "it failed"}
     assert rows["allocator"]["layers"] == 3
-    credible = [rows[name]["credible"] for name in ("allocator", "known", "layer_skip")]
-    assert credible == [True, False, None], "known: 2.1 times the speed with half of the layers"
+    assert rows["allocator"]["credible"] is True
+    assert rows["known"]["credible"] is False, "2.1 times the speed with half of the layers"
+    assert rows["layer_skip"]["credible"] is None
+
+
+@pytest.mark.parametrize("name", ["end_to_end", "decode"])
+def test_a_script_tells_its_options(name) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]
+    assert "--new-tokens" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -238,9 +238,8 @@ def test_a_bound_is_broken_as_seldom_as_promised(case) -> None:
     assert row["broken"] <= most < row["broken_wrong_way"]
 
 
-def test_prices_that_are_shown_together_share_delta() -> None:
-    case = certificates.cases()[0]
-    table = case.draw(np.random.default_rng(0), 300).table(case.risk)
+def test_prices_shown_together_share_delta_and_every_draw_counts() -> None:
+    table = certificates.cases()[0].draw(np.random.default_rng(0), 300).table("mean_score")
     predicted, settings = table.features["0"], CalibrationSection(keep=0.95, delta=0.1)
     path = PricePath.of(predicted, table.losses, table.rule)
     alone, together, looser = (
@@ -249,14 +248,9 @@ def test_prices_that_are_shown_together_share_delta() -> None:
     assert together == valid_price(path, 0.05, 0.025, risk="mean_score", full=table.full)
     assert None not in (alone, together, looser)
     assert looser < alone < together
-
-
-def test_prompts_of_redraws_that_are_drawn_twice_count_twice() -> None:
-    table = certificates.cases()[0].draw(np.random.default_rng(0), 300).table("mean_score")
-    predicted, settings = table.features["0"], CalibrationSection(keep=0.95, delta=0.1)
-    seen, chosen = np.arange(300), choices(predicted, table.rule)
-    once, often = (price_on(np.tile(seen, times), chosen, table, settings, 0.95) for times in (1, 30))
-    assert often < once == price_of(predicted, table, settings)
+    chosen = choices(predicted, table.rule)  # in redraws a prompt that is drawn twice is two draws, though of one text
+    once, often = (price_on(np.tile(np.arange(300), times), chosen, table, settings, 0.95) for times in (1, 30))
+    assert often < once == alone
 
 
 def test_the_simulations_are_written_as_a_table(tmp_path, monkeypatch, capsys) -> None:
