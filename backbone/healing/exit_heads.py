@@ -125,11 +125,12 @@ class HeadFitter:
             for head in heads.values():
                 head.step()
             if step % settings.look_every == 0 or step == settings.steps:
-                self._learn_tokens({depth: head.now for depth, head in heads.items()}, generator)
+                now = {depth: head.now for depth, head in heads.items()}
+                self._learn_tokens(now, generator)
                 best = self._held_out({depth: head.best for depth, head in heads.items()}, references)
-                found = self._held_out({depth: head.now for depth, head in heads.items()}, references)
-                for head, *scores in zip(heads.values(), best, found, strict=True):
-                    head.note(scores[0], scores[1], step)
+                found = self._held_out(now, references)
+                for head, least, score in zip(heads.values(), best, found, strict=True):
+                    head.note(least, score, step)
             advance(len(heads) * step // settings.steps - len(heads) * (step - 1) // settings.steps)
         return {depth: head.fit(self._said(head.best(self._held.states[depth]))) for depth, head in heads.items()}
 
@@ -181,7 +182,7 @@ class HeadFitter:
     def _learn_tokens(self, heads: Mapping[int, Bridge], generator: torch.Generator) -> None:
         """Let the losses range over what heads say at some fitted places too."""
         some = self._answers[torch.randint(len(self._answers), (SEARCHED,), generator=generator)]
-        said = [_said(self._model, head(self._fitted.states[depth][some])) for depth, head in heads.items()]
+        said = [_likeliest(self._model, head(self._fitted.states[depth][some])) for depth, head in heads.items()]
         self._kept = torch.unique(torch.cat([self._kept, *said]))
 
     @torch.no_grad()
@@ -192,7 +193,7 @@ class HeadFitter:
     @torch.no_grad()
     def _said(self, states: torch.Tensor) -> dict[int, bool]:
         """Of final states at the held-out places [T, D]."""
-        said = _said(self._model, states)
+        said = _likeliest(self._model, states)
         wrong = set(self._held.text[said != self._held.following].tolist())
         return {text: text not in wrong for text in sorted(set(self._held.text.tolist()))}
 
@@ -271,7 +272,7 @@ def _logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     return output_logits(model, states.to(model.device, model.dtype))
 
 
-def _said(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+def _likeliest(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """The likeliest token of the whole vocabulary [T], of states [T, D] on the CPU."""
     return torch.cat([_logits(model, some).argmax(-1).cpu() for some in torch.split(states, AT_ONCE)])
 
