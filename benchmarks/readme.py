@@ -25,7 +25,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
 EARLIER = ("qwen_embedded", "smollm2_chat", "qwen_chat")
 """Runs of earlier versions, as committed; docs/results.md says what has changed since."""
-RUNS = ("demo_own", "qwen_classify", "qwen_classify_own")
+RUNS = ("demo_own", "qwen_classify", "qwen_classify_own", "qwen_documents")
 """Runs with blocks of their own: NAME, what explains the score on unseen prompts, NAME_levels, the certified levels,
 NAME_speeds and, as for the demo, NAME_redraws and NAME_bounds."""
 
@@ -78,11 +78,14 @@ def gain() -> str:
 
 
 def larger_model() -> str:
-    """What Qwen runs, scores and gains, with references and without."""
-    with_references, without = (_first_level(_result(name)) for name in ("qwen_classify", "qwen_classify_own"))
+    """What Qwen runs, scores and gains, with references and without, and on documents."""
+    runs = [_result(name) for name in ("qwen_classify", "qwen_classify_own", "qwen_documents")]
+    with_references, without, documents = map(_first_level, runs)
     return (
         "Qwen2.5-Coder 1.5B on five kinds of prompts to classify, with heads fitted on right answers:\n"
-        f"{with_references}.\nWith heads fitted on its own answers alone: {without}."
+        f"{with_references}.\nWith heads fitted on its own answers alone: {without}.\n"
+        f"On questions about documents, of which {runs[-1]['prompts']['test']} tested, with heads fitted on right answers:\n"
+        f"{documents}."
     )
 
 
