@@ -84,8 +84,8 @@ def larger_model() -> str:
     return (
         "Qwen2.5-Coder 1.5B on five kinds of prompts to classify, with heads fitted on right answers:\n"
         f"{with_references}.\nWith heads fitted on its own answers alone: {without}.\n"
-        f"On questions about documents, of which {runs[-1]['prompts']['test']} tested, with heads fitted on right answers:\n"
-        f"{documents}."
+        "On questions about documents, with heads fitted on right answers and "
+        f"{runs[-1]['prompts']['test']} documents to test:\n{documents}."
     )
 
 
