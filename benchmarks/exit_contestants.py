@@ -112,8 +112,8 @@ class Comparison:
 
     def allocated(self) -> Contestant:
         """The run's allocator."""
-        certificate = self.allocator.certificate
-        return self._with_plans("allocator", self._chosen(self.test, certificate.price), asdict(certificate))
+        found = self.allocator.certificate
+        return self._with_plans("allocator", self._chosen(self.test, found.price, found.plan), asdict(found))
 
     def _with_plans(self, name: str, chosen: NDArray[np.intp], certificate: dict[str, Any]) -> Contestant:
         plans = [self._plans[index] for index in chosen]
@@ -200,8 +200,8 @@ class Comparison:
         own = self.material.gate(gate, heads)
         return TokenExits(ExitSettings(own, heads, self.material.depths, threshold, self._strategy))
 
-    def _chosen(self, table: Table, price: float) -> NDArray[np.intp]:
-        return table.rule.choose(self._predicted(table), price)
+    def _chosen(self, table: Table, price: float, plan: int | None = None) -> NDArray[np.intp]:
+        return replace(table.rule, plan=plan).choose(self._predicted(table), price)
 
     def _predicted(self, table: Table) -> NDArray[np.float32]:
         """Losses that are expected, with the outlier test that the certificate covers."""

@@ -49,7 +49,7 @@ from pipelines.evaluation.controls import control_features, control_settings, wi
 from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import progress
 from pipelines.run.workspace import Workspace
-from pipelines.stages.calibrate import first_tested, outlier_test
+from pipelines.stages.calibrate import first_tested, outlier_test, plan_for_all, rule_at
 from pipelines.stages.settings_search import (
     Work,
     default_settings,
@@ -161,6 +161,7 @@ def _figures(config: Config, number: int, calibrations: int) -> list[dict[str, d
             keeps if name == "allocator" else keeps[:1],
             named,
             draws,
+            draws[0].fit,
         )
         for name, (each, starts) in learned.items()
     }
@@ -215,23 +216,27 @@ def _allocated(
     keeps: list[float],
     table: Table,
     draws: list[Draw],
+    fit: Rows,
 ) -> list[dict[str, Any]]:
     """Of one controller, certified on each draw's prompts at some levels: measured at the first on its test prompts,
-    and whether the population breaks the bound, for any of them and for each (`broken_KEEP`, `budget_KEEP`)."""
+    and whether the population breaks the bound, for any of them and for each (`broken_KEEP`, `budget_KEEP`). As in a
+    run, one plan for all is tested on the prompts that were learned from (`one_plan`)."""
     calibration, expected = workspace.config.calibration, learned.predict(table.features)
-    chosen = choices(expected, table.rule)
+    chosen, plans = choices(expected, table.rule), [plan_for_all(table.rows(fit), calibration, keep) for keep in keeps]
 
     def of(draw: Draw) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for keep, start in zip(keeps, starts, strict=False):
+        for keep, start, plan in zip(keeps, starts, plans, strict=False):
             price = price_on(draw.calibrate, chosen, table, calibration, keep, start)
+            rule = rule_at(table.rule, expected[draw.calibrate], price, plan)
+            is_valid = price is not None or rule.plan is not None
             served, whole = (
-                _card(workspace, table.rule.choose(expected[rows], price), table.rows(rows))
+                _card(workspace, rule.choose(expected[rows], price), table.rows(rows))
                 for rows in (draw.test, draw.population)
             )
             if not found:
-                found = {**served, "certified": float(price is not None)}
-            found[f"broken_{keep:g}"] = float(price is not None and whole["loss"] > 1 - keep)
+                found = {**served, "certified": float(is_valid), "one_plan": float(rule.plan is not None)}
+            found[f"broken_{keep:g}"] = float(is_valid and whole["loss"] > 1 - keep)
             found[f"budget_{keep:g}"] = served["budget"]
         return {**found, "broken": max(found[f"broken_{keep:g}"] for keep in keeps)}
 

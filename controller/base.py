@@ -188,10 +188,12 @@ class ChoiceRule:
     Attributes:
         budgets: share of the decoder that each plan runs [K].
         risk: definition of the predicted loss.
+        plan: place of the plan that all prompts run, whatever is expected; None where the price chooses.
     """
 
     budgets: NDArray[Any]
     risk: Risk
+    plan: int | None = None
 
     def choose(self, losses: Floats, price: float | None) -> NDArray[np.intp]:
         """Plans [N] for predicted losses [N, K]; a row with a value that is not finite gets the full plan.
@@ -199,8 +201,11 @@ class ChoiceRule:
         `price` is what a loss of 1 costs, in units of the full decoder's cost. inf allows no expected loss; None means
         the full plan for all prompts.
         """
+        last = losses.shape[1] - 1
+        if self.plan is not None:
+            return np.full(len(losses), self.plan)
         if price is None:
-            return np.full(len(losses), losses.shape[1] - 1)
+            return np.full(len(losses), last)
         return np.asarray(self.choose_each(losses, np.array([price]))[0])
 
     def choose_each(self, losses: Floats, prices: NDArray[np.float64]) -> NDArray[np.intp]:

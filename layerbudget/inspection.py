@@ -40,8 +40,7 @@ def _described(allocator: Allocator) -> Iterator[str]:
     if allocator.chat is not None:
         chat = f"{allocator.chat.hash}: prompts are rendered with it"
     yield f"Template     {chat}"
-    price = "none: every prompt runs the full model" if certificate.price is None else f"{certificate.price:.4g}"
-    yield f"Price        {price}"
+    yield f"Decides by   {allocator.decides_by}"
     yield f"Certificate  {certificate.sentence} Made on {certificate.date}."
     for point in allocator.others:
         yield f"  keep={point.certificate.keep:g}: {point.certificate.sentence}"

@@ -32,7 +32,7 @@ from pipelines.later_prompts import OTHERS, check_enough, check_unused, levels_o
 from pipelines.run.check import try_judge
 from pipelines.run.progress import progress
 from pipelines.run.workspace import by_plan
-from pipelines.stages.calibrate import certified, drift_alarm, prompts_hash
+from pipelines.stages.calibrate import certified, certified_plan, drift_alarm, prompts_hash
 from pipelines.stages.label import fill
 from runtime.allocator import Allocator
 from runtime.parts import OperatingPoint
@@ -180,6 +180,7 @@ def _labelled(
     old, plans, rule = allocator.certificate, allocator.menu.plans, allocator.rule
     predicted = allocator.selector().predictor.predict(features)
     cells = on_path(predicted, rule)
+    cells[:, [found.plan for found in _certificates(allocator).values() if found.plan is not None]] = True
     wanted = by_plan(prompts, plans, cells)
     fill(labeller, wanted, "labels")
     scores = np.zeros(cells.shape)
@@ -194,21 +195,21 @@ def _labelled(
 def _tested(allocator: Allocator, table: Table, predicted: Floats, decoding: Decoding) -> dict[float, Certificate]:
     """Certify each level of the old certificate."""
     old, before = allocator.certificate, _certificates(allocator)
-    return {
-        keep: certified(
-            predicted,
-            table,
-            keep=keep,
-            start=_start(keep, before.get(keep)),
-            levels=levels_of(old),
-            delta=old.delta,
-            risk=old.risk,
-            per_task=bool(old.per_task),
-            tolerance=old.tolerance,
-            decoding=str(decoding),
-        )
-        for keep in levels_of(old)
+    terms = {
+        "levels": levels_of(old),
+        "delta": old.delta,
+        "risk": old.risk,
+        "per_task": bool(old.per_task),
+        "tolerance": old.tolerance,
+        "decoding": str(decoding),
     }
+
+    def of(keep: float) -> Certificate:
+        if (known := before.get(keep)) is not None and known.plan is not None:
+            return certified_plan(known.plan, table, keep=keep, **terms)
+        return certified(predicted, table, keep=keep, start=_start(keep, known), **terms)
+
+    return {keep: of(keep) for keep in levels_of(old)}
 
 
 def _start(keep: float, before: Certificate | None) -> int:
@@ -233,7 +234,7 @@ def _with_certificates(
     alarms = [alarm for alarm in (allocator.drift, *(point.drift for point in allocator.others)) if alarm is not None]
     rate = alarms[0].false_alarm_rate if alarms else None
     alarm_at = partial(drift_alarm, allocator.projection(table.features), predicted, table.rule)
-    points = [OperatingPoint(found, None if rate is None else alarm_at(found.price, rate)) for found in valid]
+    points = [OperatingPoint(found, None if rate is None else alarm_at(found, rate)) for found in valid]
     new = replace(
         allocator,
         certificate=own,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf, log
 from typing import Any, NamedTuple
 
-from controller.certificate.certificate import alpha_of
+from controller.certificate.certificate import PLAN_SHARE, alpha_of
 from controller.certificate.p_values import fewest_prompts
 from controller.certificate.risks import CalibrationError
 from pipelines.evaluation.summary import NOTHING_LEFT_OUT, exceeds_limit, percent, quality, times
@@ -116,7 +116,7 @@ class _Findings:
         """
         if certificate["keep"] >= 1 or not score:
             return 0.0 if score else inf
-        delta, risk = certificate["delta"] / self.full.levels, certificate["risk"]
+        delta, risk = (1 - PLAN_SHARE) * certificate["delta"] / self.full.levels, certificate["risk"]
         try:
             return fewest_prompts(
                 alpha_of(certificate["keep"]), delta, risk, full_score=score if risk == "mean_score" else 1.0

@@ -79,11 +79,17 @@ class AllocatorParts:
 
     def __repr__(self) -> str:
         found = self.certificate
-        price = "no certified price: all run the full model"
-        if found.price is not None:
-            bound = f"{found.risk}, keep {found.keep:g}, confidence {1 - found.delta:g}"
-            price = f"price {found.price:.4g}, certified: {bound}"
-        return f"{type(self).__name__}({self.model_source!r}, {self.menu}, {self.controller_name}, {price})"
+        bound = f", certified: {found.risk}, keep {found.keep:g}, confidence {1 - found.delta:g}"
+        by = f"{self.decides_by}{'' if found.price is None else bound}"
+        return f"{type(self).__name__}({self.model_source!r}, {self.menu}, {self.controller_name}, {by})"
+
+    @property
+    def decides_by(self) -> str:
+        """What chooses plans, in words."""
+        price, plan = self.certificate.price, self.certificate.plan
+        if plan is not None:
+            return f"one plan for all, {self.menu.plans[plan]}"
+        return "no certified price: all run the full model" if price is None else f"price {price:.4g}"
 
     @property
     def keeps(self) -> list[float]:
@@ -93,8 +99,8 @@ class AllocatorParts:
 
     @property
     def rule(self) -> ChoiceRule:
-        """How plans are chosen at a price."""
-        return ChoiceRule(np.array(self.menu.budgets), self.certificate.risk)
+        """How plans are chosen at a price, or which one is."""
+        return ChoiceRule(np.array(self.menu.budgets), self.certificate.risk, self.certificate.plan)
 
     def at(self, keep: float) -> Self:
         """The same at another certified bound: answers keep at least `keep` of the full model's mean score.

@@ -11,10 +11,10 @@ CEILINGS = {  # lines of Python, files
     "controller": (2990, 20),
     "runtime": (3350, 18),
     "token_exits": (1350, 11),
-    "pipelines": (7530, 49),
+    "pipelines": (7575, 49),
     "serving": (2950, 27),
     "layerbudget": (1355, 12),
-    "tests": (20970, 152),
+    "tests": (21030, 152),
 }
 SIDE_BY_SIDE = 14
 """Python files in one folder of the product."""

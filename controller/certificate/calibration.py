@@ -211,6 +211,7 @@ def certify(
     groups: Names | None = None,
     start: int = 0,
     levels: tuple[float, ...] = (),
+    share: float = 1.0,
     per_task: bool = False,
     tolerance: float = 0.0,
     left_out: int = 0,
@@ -227,10 +228,11 @@ def certify(
         tasks: task of each calibration prompt [n].
         levels: all values of `keep` certified on these prompts. They share delta in equal parts (Bonferroni), so any of
             them can be chosen afterwards; empty for this one alone.
+        share: of delta that these prices have, where something else is tested too.
         per_task: whether the bound is to hold in every task.
         tolerance, left_out, prompts_hash, decoding, chat_template: see `Certificate`.
     """
-    alpha, delta_each = alpha_of(keep), delta / max(len(levels), 1)
+    alpha, delta_each = alpha_of(keep), share * delta / max(len(levels), 1)
     tested_tasks = tasks if per_task else None
     price = valid_price(path, alpha, delta_each, tested_tasks, risk=risk, full=full, groups=groups, start=start)
     ones = np.ones(len(tasks))

@@ -17,6 +17,8 @@ MOST_PROMPTS, LARGEST_PRICE, LONGEST_TEXT, MOST_LEVELS = 10**9, 1e6, 10_000, 20
 """Limits of a certificate; a text in characters."""
 LOWEST_TASK_RISK = -1e4
 """Lowest risk of a task, whose full model's mean score may be near 0."""
+PLAN_SHARE = 0.1
+"""Share of delta that a plan for all prompts is tested with; the prices have the rest."""
 _ALONE = "Each certificate fails with probability delta, the best of several more often."
 _SHARED = "All levels together fail with probability delta: choose among them, and certify another on other prompts."
 
@@ -38,7 +40,7 @@ class Certificate:
         delta: how often the bound may fail, over draws of the calibration prompts; with `levels`, any of theirs.
         n: calibration prompts.
         price: of an expected loss of 1, in shares of the decoder; None where no valid price shortens anything, and then
-            every prompt runs the full plan.
+            every prompt runs the full plan. With a `plan` it decides nothing.
         observed_risk: mean loss of the calibration prompts at the price, 0 without one; of `mean_score` in shares of
             the full model's mean score.
         prompts_hash: of the calibration prompts.
@@ -53,6 +55,8 @@ class Certificate:
         decoding: how the answers were generated, in words.
         chat_template: hash of the template of the prompts; empty without one.
         left_out: prompts that are not among the n, since the judge failed on the full model's answer.
+        plan: place in the menu of a plan that is certified for all prompts, on those that no controller's price was
+            tested on, where no valid price runs less; None where the price chooses.
         groups: independent groups of prompts, each of which counts once in every mean and in every number of prompts
             but `n` and `left_out`; None where each prompt is a group of its own.
         levels: all values of `keep` that were certified on these prompts and share `delta`; empty for this one alone.
@@ -76,6 +80,7 @@ class Certificate:
     decoding: str = ""
     chat_template: str = ""
     left_out: int = 0
+    plan: int | None = None
     groups: int | None = None
     levels: tuple[float, ...] = ()
     assumes: tuple[str, ...] = ()
@@ -106,11 +111,12 @@ class Certificate:
             worst = max(self.per_task, key=lambda task: self.per_task[task]["observed_risk"])
             seen = f"{seen}; {worst!r}, the worst task: {self._seen(self.per_task[worst]['observed_risk'])}"
         grouped = "" if self.groups is None else f" of {self.groups} groups, each of which counts once"
+        one = "" if self.plan is None else " Every prompt runs the same plan, since no certified price runs less."
         levels = ", ".join(map(_percent, self.levels))
         shared = f" The levels {levels} share this confidence: any may be chosen." if self.levels else ""
         return (
             f"With {_percent(1 - self.delta)} confidence, {self._bound}, on prompts like the {self.n} calibration "
-            f"prompts{grouped} (observed: {seen}).{shared}{left_out}"
+            f"prompts{grouped} (observed: {seen}).{one}{shared}{left_out}"
         )
 
     def too_small(self) -> dict[str, int]:
@@ -132,6 +138,7 @@ class Certificate:
         try:
             data = parse(path.read_text(encoding="utf-8"))
             data.pop("sentence")
+            data.setdefault("plan")  # which came later
             _check(data)
             return cls(**{**data, **{name: tuple(data[name]) for name in ("levels", "assumes", "does_not_cover")}})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -255,7 +262,7 @@ def _check(data: dict[str, Any]) -> None:
         "date": lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", value)),
         "decoding": is_text,
         **dict.fromkeys(("n", "left_out"), is_count),
-        **dict.fromkeys(("fewest_prompts", "prompts_needed", "groups"), is_count_or_none),
+        **dict.fromkeys(("fewest_prompts", "prompts_needed", "groups", "plan"), is_count_or_none),
         **dict.fromkeys(("tolerance", "full_score"), is_share),
         **dict.fromkeys(("prompts_hash", "chat_template"), is_name),
         **dict.fromkeys(("assumes", "does_not_cover"), are(is_text)),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from controller.base import CONTROLLERS, check_sets
-from controller.certificate.certificate import MOST_LEVELS, alpha_of
+from controller.certificate.certificate import MOST_LEVELS, PLAN_SHARE, alpha_of
 from controller.certificate.risks import MOST_KEPT, Risk
 from pipelines.config.sections import Section, Text
 
@@ -98,8 +98,8 @@ class CalibrationSection(Section):
 
     @property
     def delta_of_one(self) -> float:
-        """The share of `delta` that each value of `keep` has."""
-        return self.delta / len(self.keep)
+        """The share of `delta` that the price of each value of `keep` has."""
+        return (1 - PLAN_SHARE) * self.delta / len(self.keep)
 
 
 class EvaluationSection(Section):

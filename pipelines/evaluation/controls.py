@@ -24,7 +24,7 @@ from pipelines.evaluation.learning_table import Table
 from pipelines.run.progress import Omissions, progress
 from pipelines.run.prompts import IN_FULL
 from pipelines.run.workspace import Workspace
-from pipelines.stages.calibrate import price_out_of_fold
+from pipelines.stages.calibrate import priced_out_of_fold
 from pipelines.stages.settings_search import default_settings
 from pipelines.stages.train import load_trained, out_of_fold, tuned_settings
 from runtime.parts import AllocatorParts
@@ -86,8 +86,8 @@ def comparison(
     routed = None
     if "task" in controls:
         seen, learned = controls["task"]
-        price = price_out_of_fold(seen, fit, config.calibration, allocator.certificate.keep)
-        routed = test.rule.choose(replace(learned, outliers=allocator.outliers).predict(shown), price)
+        price, rule = priced_out_of_fold(seen, fit, config.calibration, allocator.certificate.keep)
+        routed = rule.choose(replace(learned, outliers=allocator.outliers).predict(shown), price)
     return {"at_losses": rows, "pooled": pooled, "knows_the_prompt": knows_the_prompt(pooled["against"])}, routed
 
 

@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import WIDE, ChoiceRule, FittedPredictor, Floats
-from controller.certificate.calibration import PricePath, certify, first_price, on_path, valid_price
-from controller.certificate.certificate import Certificate, alpha_of
+from controller.certificate.calibration import (
+    PricePath,
+    certify,
+    cheapest_valid_plan,
+    first_price,
+    on_path,
+    valid_price,
+)
+from controller.certificate.certificate import PLAN_SHARE, Certificate, alpha_of
 from controller.certificate.drift import DriftAlarm, drift_scores
 from controller.certificate.outliers import OutlierTest
 from oracle.labels.reader import acceptance_rates
@@ -49,22 +56,21 @@ def run(workspace: Workspace, workers: Workers | None = None) -> Path:
     learned = replace(learned, outliers=outlier_test(learned, fit, held, config))
     table = _labelled_table(workspace, learned, workers)
     predicted = learned.predict(table.features)
-    starts = first_tested(load_out_of_fold(workspace)[best], fit, keep)
-    every = [
-        certified(
-            predicted,
-            table,
-            keep=level,
-            start=start,
-            levels=tuple(keep),
-            delta=calibration.delta,
-            risk=calibration.risk,
-            per_task=calibration.per_task,
-            tolerance=config.label.tolerance,
-            decoding=str(workspace.model.decoding),
-        )
-        for level, start in zip(keep, starts, strict=True)
-    ]
+    terms = {
+        "levels": tuple(keep),
+        "delta": calibration.delta,
+        "risk": calibration.risk,
+        "per_task": calibration.per_task,
+        "tolerance": config.label.tolerance,
+        "decoding": str(workspace.model.decoding),
+    }
+    every = []
+    for level, start in zip(keep, first_tested(load_out_of_fold(workspace)[best], fit, keep), strict=True):
+        found = certified(predicted, table, keep=level, start=start, share=1 - PLAN_SHARE, **terms)
+        rule = rule_at(table.rule, predicted, found.price, plan_for_all(fit, calibration, level))
+        if rule.plan is not None:
+            found = certified_plan(rule.plan, fit, keep=level, share=PLAN_SHARE, **terms)
+        every.append(found)
     for certificate in every:
         if certificate.price is None:
             say(f"  {certificate.sentence}", style="red")
@@ -84,14 +90,14 @@ def _allocator(
     workspace: Workspace,
     best: str,
     learned: FittedPredictor,
-    alarm_at: Callable[[float | None, float], DriftAlarm],
+    alarm_at: Callable[[Certificate, float], DriftAlarm],
     certificate: Certificate,
     others: Sequence[Certificate],
 ) -> Allocator:
     """The best controller with its certificate and the other valid ones, each with a drift alarm."""
     menu, labelled = workspace.menu(), workspace.prompts.labelled(*IN_FULL)
     rate = workspace.config.calibration.false_alarms
-    alarms = {found.keep: alarm_at(found.price, rate) for found in (certificate, *others)}
+    alarms = {found.keep: alarm_at(found, rate) for found in (certificate, *others)}
     allocator = Allocator(
         menu=menu,
         controller=learned.controller,
@@ -148,9 +154,19 @@ def certified(predicted: Floats, table: Table, *, keep: float, **terms: Any) -> 
         table: the N calibration prompts with their labels.
         keep, terms: what `certify` takes beside the table's.
     """
+    return _certify(PricePath.of(predicted, table.losses, table.rule, table.labelled), table, keep=keep, **terms)
+
+
+def certified_plan(plan: int, table: Table, *, keep: float, **terms: Any) -> Certificate:
+    """The certificate of one plan for all prompts, as `certified`; its `plan` is None where it is not valid."""
+    path = PricePath(table.losses[:, [plan]].T, np.ones(1, dtype=np.bool_))
+    found = _certify(path, table, keep=keep, **terms)
+    return found if found.price is None else replace(found, plan=plan)
+
+
+def _certify(path: PricePath, table: Table, **terms: Any) -> Certificate:
     return certify(
-        PricePath.of(predicted, table.losses, table.rule, table.labelled),
-        keep=keep,
+        path,
         full=table.full,
         tasks=table.tasks,
         groups=table.groups,
@@ -165,14 +181,40 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256("".join(prompt.hash for prompt in prompts).encode()).hexdigest()[:16]
 
 
-def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection, keep: float) -> float | None:
-    """The price that is tested for a policy on the prompts that it learned from, by what it expects out of fold [N, K].
+def plan_for_all(fit: Table, calibration: CalibrationSection, keep: float) -> int:
+    """The cheapest plan that is valid for all prompts, or the full one, tested on what a controller learned from.
 
-    It stands for what a certificate would allow where the calibrate split is labelled for another policy. The sequence
-    begins where it would on these very prompts, so that it certifies nothing.
+    A controller that learned from few prompts may win less than one plan. Plans have learned nothing from these
+    prompts, and no price is tested on them. They are tested from the deepest to the first that fails.
+    """
+    return cheapest_valid_plan(
+        fit.losses,
+        alpha_of(keep),
+        PLAN_SHARE * calibration.delta / len(calibration.keep),
+        calibration.risk,
+        expected=-np.arange(float(len(fit.budgets))),
+        tasks=fit.tasks if calibration.per_task else None,
+        full=fit.full,
+        groups=fit.groups,
+    )
+
+
+def rule_at(rule: ChoiceRule, expected: Floats, price: float | None, plan: int) -> ChoiceRule:
+    """The rule, or one that gives all prompts the plan where no valid price runs less; losses are expected [N, K]."""
+    runs = np.inf if price is None else rule.budgets[rule.choose(expected, price)].mean()
+    return replace(rule, plan=plan if plan < len(rule.budgets) - 1 and rule.budgets[plan] < runs else None)
+
+
+def priced_out_of_fold(
+    seen: Floats, fit: Table, calibration: CalibrationSection, keep: float
+) -> tuple[float | None, ChoiceRule]:
+    """The price that is tested for a policy on the prompts that it learned from, and the rule to choose by there.
+
+    It stands for what a certificate would allow where the calibrate split is labelled for another policy, which expects
+    losses out of fold [N, K]. The sequence begins where it would on these very prompts, so that it certifies nothing.
     """
     path = PricePath.of(seen, fit.losses, fit.rule)
-    return valid_price(
+    price = valid_price(
         path,
         alpha_of(keep),
         calibration.delta_of_one,
@@ -182,21 +224,23 @@ def price_out_of_fold(seen: Floats, fit: Table, calibration: CalibrationSection,
         groups=fit.groups,
         start=first_price(path, alpha_of(keep), fit.full),
     )
+    return price, rule_at(fit.rule, seen, price, plan_for_all(fit, calibration, keep))
 
 
 def drift_alarm(
-    projected: Floats, predicted: Floats, rule: ChoiceRule, price: float | None, false_alarm_rate: float
+    projected: Floats, predicted: Floats, rule: ChoiceRule, found: Certificate, false_alarm_rate: float
 ) -> DriftAlarm:
-    """The alarm of a certified price, by the N prompts that the price was certified on.
+    """The alarm of a certificate, by the N prompts to calibrate on.
 
     Args:
         projected: what the controller sees of them [N, F].
         predicted: what plans are expected to lose [N, K].
-        rule: how plans are chosen.
-        price: the certified one.
+        rule: how plans are chosen at a price.
+        found: the certificate.
         false_alarm_rate: see `DriftAlarm`.
     """
-    return DriftAlarm(drift_scores(projected, rule.budgets[rule.choose(predicted, price)]), false_alarm_rate)
+    chosen = replace(rule, plan=found.plan).choose(predicted, found.price)
+    return DriftAlarm(drift_scores(projected, rule.budgets[chosen]), false_alarm_rate)
 
 
 def _chat_format(workspace: Workspace) -> ChatFormat | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipelines.evaluation.summary import contributions
 from pipelines.run.progress import Omissions
 from pipelines.run.prompts import IN_FULL
 from pipelines.run.workspace import Workspace
-from pipelines.stages.calibrate import price_out_of_fold
+from pipelines.stages.calibrate import priced_out_of_fold
 from pipelines.stages.train import load_out_of_fold, load_trained
 from runtime.allocator import Allocator
 from runtime.paired_timing import machine
@@ -49,9 +49,9 @@ def run(workspace: Workspace) -> Path:
     predicted = {name: learned.predict(test.features) for name, learned in trained.items()}
     keep, best, left_out = allocator.certificate.keep, calibration["best"], Omissions()
     expected = load_out_of_fold(workspace)
-    prices = {name: price_out_of_fold(own, fit, config.calibration, keep) for name, own in expected.items()}
-    prices[best] = allocator.certificate.price
-    chosen = {name: test.rule.choose(own, prices[name]) for name, own in predicted.items()}
+    priced = {name: priced_out_of_fold(own, fit, config.calibration, keep) for name, own in expected.items()}
+    priced[best] = allocator.certificate.price, allocator.rule
+    chosen = {name: rule.choose(predicted[name], price) for name, (price, rule) in priced.items()}
     certified = [menu.plans[plan] for plan in chosen[best]]
     check_layers_run(allocator, *workspace.model.loaded, [prompt.prompt for prompt in test.prompts], certified)
     speed = speeds(workspace, allocator, test, chosen[best])
@@ -88,7 +88,10 @@ def run(workspace: Workspace) -> Path:
         },
         "certificate": calibration["certificate"],
         "certificates": [
-            {**found, "test": outcome(test.rule.choose(predicted[best], found["price"]), test)}
+            {
+                **found,
+                "test": outcome(replace(test.rule, plan=found["plan"]).choose(predicted[best], found["price"]), test),
+            }
             for found in calibration["certificates"]
         ],
         "prompts": {

@@ -118,6 +118,8 @@ def check_together(allocator: AllocatorParts) -> None:
                     f"its healing parts are for {plan.n_layers} layers, its menu for {allocator.menu.n_layers}"
                 )
     known = [point.certificate for point in allocator.others]
+    if any((found.plan or 0) >= plans for found in (allocator.certificate, *known)):
+        raise ArtefactError(f"its certificates should name one of its {plans} plans, counted from 0, or none")
     if len({*allocator.keeps}) < len(allocator.keeps) or not all(found.price for found in known):
         raise ArtefactError("its further certificates should each have a price, and a level of their own")
     for alarm in (allocator.drift, *(point.drift for point in allocator.others)):

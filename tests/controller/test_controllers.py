@@ -1,5 +1,6 @@
 import sys
 import warnings
+from dataclasses import replace
 
 import lightgbm
 import numpy as np
@@ -169,6 +170,7 @@ def test_choose_weighs_loss_against_budget() -> None:
     np.testing.assert_array_equal(rule.choose(losses, 4.9), [0, 2, 2, 2, 0])
     np.testing.assert_array_equal(rule.choose(losses, float("inf")), [2, 2, 2, 2, 0])
     np.testing.assert_array_equal(rule.choose(losses, None), [2, 2, 2, 2, 2])
+    np.testing.assert_array_equal(replace(rule, plan=1).choose(losses, 1.0), [1, 1, 1, 1, 1])
 
 
 def test_choose_takes_plans_that_win() -> None:

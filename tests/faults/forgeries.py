@@ -225,6 +225,7 @@ VALUES: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = [
      ({"do_sample": True}, {"x": 1}, [], {"repetition_penalty": 3.0}, {"bad_words_ids": [[1]]})),
     ("certificate.json", ("observed_risk",), (-5, -0.1, 1.1, 1e300, HUGE, math.nan, "0", True, None)),
     ("certificate.json", ("price",), (0, -1, 1e7, 1e308, HUGE, math.inf, math.nan, "1", True)),
+    ("certificate.json", ("plan",), (-1, 10, 10**10, HUGE, 0.5, "1", True)),
     ("certificate.json", ("keep",), (0, 1, -0.1, 1.5, math.nan, "x")),
     ("certificate.json", ("levels",), ("x", [2], [0.9] * 21)),
     ("certificate.json", ("delta",), (0, 1, -0.1, True)),

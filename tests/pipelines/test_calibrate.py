@@ -22,6 +22,7 @@ from tiny_run import tiny_settings, write_prompts
 
 from controller.base import ChoiceRule
 from controller.certificate.calibration import PricePath, choices, on_path, valid_price
+from controller.certificate.certificate import PLAN_SHARE
 from controller.certificate.risks import CalibrationError
 from oracle.labels.reader import judged
 from oracle.labels.store import LabelStore
@@ -174,6 +175,39 @@ def test_a_table_keeps_which_scores_are_known() -> None:
     np.testing.assert_array_equal(table.labelled, [[True, True], [False, True]])
     np.testing.assert_array_equal(table.rows(np.array([1])).labelled, [[False, True]])
     assert replace(table, labelled=None).rows(np.array([1])).labelled is None
+
+
+def plans_table(kept: tuple[float, ...], n: int = 300) -> Table:
+    """Prompts that two plans, of .3 and .6 of the decoder, answer so much more or less often than the full model."""
+    random = np.random.default_rng(0)
+    full = (random.random(n) < 0.5).astype(float)
+    own = [np.where(random.random(n) < 0.4, random.random(n) < 0.5 + 0.5 * (one - 1) / 0.4, full) for one in kept]
+    prompts = [Prompt(str(row), "a", str(row), "", "exact") for row in range(n)]
+    return Table.of(prompts, np.column_stack([*own, full]), {}, np.array([0.3, 0.6, 1.0]), "mean_score")
+
+
+@pytest.mark.parametrize(
+    ("kept", "price", "keep", "plan"),
+    [
+        pytest.param((0.6, 1.4), None, 1.0, 1, id="no price is valid, a plan is"),
+        pytest.param((0.6, 1.4), 0.01, 1.0, None, id="a price that runs less"),
+        pytest.param((0.6, 1.4), 1000.0, 1.0, 1, id="a price that runs more"),
+        pytest.param((1.4, 1.4), 1000.0, 1.05, 0, id="the cheaper of two valid plans"),
+        pytest.param((1.4, 0.6), None, 1.05, None, id="a plan behind one that fails is not tested"),
+        pytest.param((0.6, 0.7), None, 0.97, None, id="no plan is valid"),
+    ],
+)
+def test_one_plan_for_all_stands_in_for_a_price(kept, price, keep, plan) -> None:
+    fit, settings = plans_table(kept), CalibrationSection(keep=[keep], delta=0.1)
+    expected = np.tile(np.float32([0.2, 0.1, 0.0]), (50, 1))
+    rule = calibrate.rule_at(fit.rule, expected, price, calibrate.plan_for_all(fit, settings, keep))
+    assert rule.plan == plan
+    if plan is not None:
+        np.testing.assert_array_equal(rule.choose(expected, price), plan)
+        found = calibrate.certified_plan(plan, fit, keep=keep, delta=0.1, share=PLAN_SHARE, risk="mean_score")
+        assert (found.plan, found.n, found.price is None) == (plan, 300, False)
+        assert "Every prompt runs the same plan" in found.sentence
+        assert found.observed_risk == pytest.approx(fit.losses[:, plan].mean() / fit.unit)
 
 
 DELTA = certificates.DELTA

@@ -152,3 +152,15 @@ def test_prompts_that_certify_nothing_are_refused(allocator, change, sentence) -
     out = ("--out", change["out"]) if "out" in change else ()
     assert sentence in refused("certify", allocator, "--prompts", change.get("prompts", prompts), *out)
     assert snapshot(allocator) == before
+
+
+def test_a_plan_that_was_certified_for_all_is_tested_again(allocator) -> None:
+    old = Allocator.from_pretrained(allocator)
+    planned = replace(old.certificate, plan=len(old.menu) - 2)
+    replace(old, certificate=planned).save_pretrained(allocator)
+    done = certify(allocator, later(Path("later.jsonl")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert planned.sentence in done.stdout
+    levels = Allocator.from_pretrained(allocator)
+    new = levels.at(planned.keep).certificate
+    assert (new.plan, new.n) == (planned.plan, 150)

@@ -39,6 +39,17 @@ def test_without_a_certificate_every_prompt_runs_the_full_model(model) -> None:
     assert torch.equal(allocator.generate(model, **batch, **GREEDY), model.generate(**batch, **GREEDY))
 
 
+def test_a_plan_that_is_certified_for_all_is_run_by_all(model, tmp_path) -> None:
+    made, batch = make_allocator(model), padded_batch()
+    made = replace(made, certificate=replace(made.certificate, plan=1))
+    made.save_pretrained(tmp_path)
+    allocator, plan = Allocator.from_pretrained(tmp_path), made.menu.plans[1]
+    assert (allocator.allocate(model, **batch), allocator.keeps) == ([plan] * 4, [0.9])
+    assert f"(one plan for all, {plan}, certified: " in repr(allocator).replace("mlp, ", "(")
+    answers = allocator.generate(model, **batch, **GREEDY)[:, batch["input_ids"].shape[1] :].tolist()
+    assert answers == alone(model, [plan] * 4, batch, **GREEDY)
+
+
 @pytest.mark.parametrize(("name", "controller_"), [("mlp", None), ("lightgbm", LightGBMController(n_trees=20))])
 def test_saving_and_loading_gives_the_same_choices(model, tmp_path, name, controller_) -> None:
     saved, batch = make_allocator(model, controller=controller_, name=name), padded_batch()

@@ -174,7 +174,7 @@ def _check_mlflow(folder: Path) -> None:
 
 def _check_inspect_and_generate(folder: Path) -> None:
     shown = ran("inspect", folder / "allocator")
-    parts = ("Price", "Certificate", "Menu of", "Report card", "oracle", "Outliers", "Drift alarm")
+    parts = ("Decides by", "Certificate", "Menu of", "Report card", "oracle", "Outliers", "Drift alarm")
     assert all(words in shown for words in (*parts, "not active after 0 prompts"))
     assert "of 6 layers: " in ran("generate", "--allocator", folder / "allocator", "abcabc", "--device", "cpu")
     example = runpy.run_path(str(ROOT / "examples" / "three_lines.py"))
