@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,8 +31,8 @@ from runtime.offline import decoding_options, generate_texts, new_texts
 from runtime.output import check_layers
 from runtime.paired_timing import seconds_of
 
-SHOWN, ROUNDS = 6, 3
-"""Prompts that are shown, and times that each answer is timed after the one that is shown."""
+SHOWN = 6
+"""Prompts that are shown; each answer is timed once, after the one that is shown."""
 COMPARED = 16
 """Prompts of which `generate()` is checked to run the plans that were certified, at most."""
 RULE = "the first test prompt of each kind, one of whose answers is worse than the full model's, if there is any"
@@ -90,7 +89,7 @@ def answered_both_ways(
     timed = replace(allocator, drift=None)  # the same prompts over and over are no served requests
     rows = np.arange(len(test.prompts))
     picked = example_rows(test.tasks.tolist(), test.scores[rows, chosen] < test.scores[:, -1])
-    with progress("answers to show", len(picked) * 2 * (ROUNDS + 1)) as advance:
+    with progress("answers to show", len(picked) * 4) as advance:
         return [_answered(workspace, timed, test.prompts[row], advance) for row in picked]
 
 
@@ -111,11 +110,8 @@ def _answered(
 
     full_answer, answer = text(full()), text(output.sequences)
     advance(2)
-    times = []
-    for _ in range(ROUNDS):
-        times.append((seconds_of(full), seconds_of(allocated)))
-        advance(2)
-    full_ms, ms = (1000 * median(each) for each in zip(*times, strict=True))
+    full_ms, ms = (1000 * seconds_of(run) for run in (full, allocated))
+    advance(2)
     return {
         "id": prompt.id,
         "task": prompt.task,
