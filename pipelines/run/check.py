@@ -240,7 +240,7 @@ class _Checks:
         of_task = f" of the task {task!r}" if task else ""
         if size < least:
             raise ConfigError(
-                f"calibration.keep={wanted.keep[0]:g} at delta {wanted.delta_of_one:g} takes {least} prompts to "
+                f"calibration.keep={wanted.keep[0]:g} at its {wanted.delta_of_one:g} of delta takes {least} prompts to "
                 f"calibrate on{of_task}, whatever they lose, and there are {size}: use more prompts, a larger share "
                 "for data.shares.calibrate, or a smaller keep"
             )

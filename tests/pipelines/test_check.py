@@ -141,7 +141,7 @@ SETTINGS = {
     "driver": ({"tuning.storage": "postgresql://nobody@nowhere/db"}, "No module named 'psycopg"),
     "certificate": (
         {"calibration.keep": 0.99, "calibration.delta": 0.05},
-        "calibration.keep=0.99 at delta 0.045 takes",
+        "calibration.keep=0.99 at its 0.045 of delta takes",
         "and there are 64",
     ),
     "certificate of a task": (

@@ -60,7 +60,7 @@ REFUSED = {
     "few": ({"prompts": PROMPTS[:9]}, "holds 9 prompts, and a run needs 64"),
     "lambda": ({"judge": lambda *texts: 1.0}, "is not found under its name in a module"),
     "judge": ({"judge": "exat"}, "unknown judge 'exat'; did you mean 'exact'"),
-    "keep": ({"keep": 0.999}, "calibration.keep=0.999 at delta 0.1 takes"),
+    "keep": ({"keep": 0.999}, "calibration.keep=0.999 at its 0.09 of delta takes"),
     "setting": ({"settings": ["tuning.trails=2"]}, "the nearest valid key is 'tuning.trials'"),
 }
 
