@@ -185,14 +185,14 @@ def redrawn(name: str) -> str:
     found = json.loads((RESULTS / f"redraws-{name}.json").read_text())["policies"]
     columns = {"of the decoder": "budget", "mean score, of full": "quality_ratio", "worse": "worse", "better": "better"}
     rows = [
-        [REDRAWN[policy], *(_over_draws(figures[key]) for key in columns.values())] for policy, figures in found.items()
+        [
+            REDRAWN[policy],
+            *(_over_draws(figures[key]) for key in columns.values()),
+            f"{figures['beaten']['mean']:.0%}" if "beaten" in figures else "",
+        ]
+        for policy, figures in found.items()
     ]
-    head = ["", *columns]
-    if any("beaten" in figures for figures in found.values()):
-        head.append("draws in which it runs more than the allocator")
-        for row, figures in zip(rows, found.values(), strict=True):
-            row.append(f"{figures['beaten']['mean']:.0%}" if "beaten" in figures else "")
-    return _table(head, rows)
+    return _table(["", *columns, "draws in which it runs more than the allocator"], rows)
 
 
 def bounds(name: str) -> str:
