@@ -90,7 +90,9 @@ def run(workspace: Workspace) -> Path:
         "certificates": [
             {
                 **found,
-                "test": outcome(replace(test.rule, plan=found.get("plan")).choose(predicted[best], found["price"]), test),
+                "test": outcome(
+                    replace(test.rule, plan=found.get("plan")).choose(predicted[best], found["price"]), test
+                ),
             }
             for found in calibration["certificates"]
         ],
